@@ -1,0 +1,250 @@
+"""Image decoding, resizing and augmentation with Pillow; pixels stay uint8, normalisation happens on the device."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+HALF_MEAN = HALF_STD = (0.5, 0.5, 0.5)
+
+RESIZES = ("squash", "crop")
+INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+AUGMENTS = ("none", "crop")
+# Beyond this ratio of sides the long side is cut before resizing: a 1 x 60000 strip would need gigabytes.
+_MAX_ASPECT = 50
+
+ImageLike = str | os.PathLike | bytes | np.ndarray | Image.Image
+
+
+class ImageError(ValueError):
+    """An image that cannot be decoded; the message begins with its name."""
+
+
+def decode(image: ImageLike, name: str | None = None) -> Image.Image:
+    """Any image a user may hand over, as RGB `PIL.Image`.
+
+    Takes a path, the bytes of an image file, a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], or a
+    `PIL.Image`. EXIF orientation is applied. Transparent pixels are laid on white, as a viewer shows them; opaque
+    images are unaffected by that. 16-bit greyscale is scaled to 8 bits. Of an animation the first frame is taken.
+
+    Args:
+        name: used in error messages; defaults to the path.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImageError: unreadable, truncated, too large or of an unsupported kind.
+        TypeError: not one of the types above.
+    """
+    if isinstance(image, np.ndarray):
+        return _to_rgb(_from_array(image, name or "array"), name or "array")
+    if isinstance(image, Image.Image):
+        return _load_rgb(image, name or getattr(image, "filename", "") or "PIL image")
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        stream, name = io.BytesIO(image), name or "image bytes"
+    elif isinstance(image, (str, os.PathLike)):
+        stream, name = image, name or os.fspath(image)
+    else:
+        raise TypeError(f"{name or 'image'}: expected a path, bytes, a uint8 array or a PIL image, got {type(image).__name__}")
+    try:
+        opened = Image.open(stream)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: no such image file") from None
+    except Exception as error:
+        raise _image_error(name, error) from error
+    with opened:
+        return _load_rgb(opened, name)
+
+
+def _image_error(name: str, error: Exception) -> ImageError:
+    if isinstance(error, Image.DecompressionBombError):
+        fix = "shrink the file, or raise PIL.Image.MAX_IMAGE_PIXELS if it is trusted"
+        return ImageError(f"{name}: too many pixels to decode ({error}); {fix}")
+    if isinstance(error, Image.UnidentifiedImageError):
+        return ImageError(f"{name}: not an image file that Pillow can identify")
+    return ImageError(f"{name}: cannot decode image: {error or type(error).__name__}")
+
+
+def _load_rgb(image: Image.Image, name: str) -> Image.Image:
+    # Pillow's plugins raise many exception types on damaged files (SyntaxError, struct.error, KeyError, ...).
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _image_error(name, error) from error
+    return _to_rgb(image, name)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F":
+        raise ImageError(f"{name}: floating-point pixels have no defined range; convert the file to 8 bits")
+    if image.mode.startswith("I"):
+        deep = np.clip(np.asarray(image, np.int64), 0, 65535)
+        return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    good_shape = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
+    if array.dtype != np.uint8 or not good_shape or 0 in array.shape:
+        raise ImageError(
+            f"{name}: expected a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] with pixels in 0..255,"
+            f" got {array.dtype} {list(array.shape)}"
+        )
+    return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array))
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a model expects its images; it belongs to the weights and is stored with them.
+
+    Attributes:
+        image_size: side S of the square input, in pixels.
+        resize: 'squash' resizes to S x S whatever the aspect ratio; 'crop' resizes the shortest side to S and cuts the
+            centre, with torchvision's rounding.
+        interpolation: 'bicubic' or 'bilinear', both antialiased (Pillow).
+        mean, std: per RGB channel, for pixels scaled to [0, 1]; applied on the device as (x / 255 - mean) / std.
+    """
+
+    image_size: int
+    resize_mode: str = "crop"
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float] = OPENAI_MEAN
+    std: tuple[float, float, float] = OPENAI_STD
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.image_size, int) or isinstance(self.image_size, bool) or self.image_size < 1:
+            raise ValueError(f"preprocess.image_size must be a positive integer (pixels), got {self.image_size!r}")
+        _check_choice("preprocess.resize_mode", self.resize_mode, RESIZES)
+        _check_choice("preprocess.interpolation", self.interpolation, tuple(INTERPOLATIONS))
+        for field in ("mean", "std"):
+            value = getattr(self, field)
+            try:
+                value = tuple(float(v) for v in value)
+            except (TypeError, ValueError):
+                value = ()
+            if len(value) != 3 or not np.isfinite(value).all() or (field == "std" and min(value) <= 0):
+                need = "three positive numbers" if field == "std" else "three numbers"
+                raise ValueError(f"preprocess.{field} must be {need} (R, G, B), got {getattr(self, field)!r}")
+            object.__setattr__(self, field, value)
+
+    def resize(self, image: Image.Image) -> np.ndarray:
+        """RGB image -> uint8 [S, S, 3]."""
+        size, resample = self.image_size, INTERPOLATIONS[self.interpolation]
+        if self.resize_mode == "squash":
+            return np.array(image.resize((size, size), resample))
+        image = _limit_aspect(image)
+        width, height = image.size
+        if width <= height:
+            new_width, new_height = size, int(size * height / width)
+        else:
+            new_width, new_height = int(size * width / height), size
+        image = image.resize((new_width, new_height), resample)
+        left, top = round((new_width - size) / 2), round((new_height - size) / 2)
+        return np.array(image.crop((left, top, left + size, top + size)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dict; `from_dict` restores it exactly."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
+        """Inverse of `to_dict`; every field must be present. Raises ValueError naming missing and unknown fields."""
+        expected = {f.name for f in fields(cls)}
+        missing, unknown = sorted(expected - set(values)), sorted(set(values) - expected)
+        if missing or unknown:
+            raise ValueError(f"preprocess: missing fields {missing}, unknown fields {unknown}; expected {sorted(expected)}")
+        return cls(**values)
+
+
+def _check_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{field} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _limit_aspect(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    keep_w, keep_h = min(width, _MAX_ASPECT * height), min(height, _MAX_ASPECT * width)
+    if (keep_w, keep_h) == (width, height):
+        return image
+    left, top = (width - keep_w) // 2, (height - keep_h) // 2
+    return image.crop((left, top, left + keep_w, top + keep_h))
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Training augmentation, drawn from the generator that is passed in.
+
+    Attributes:
+        kind: 'none' keeps the evaluation resize; 'crop' takes a random rectangle and resizes it to S x S.
+        scale: range of the rectangle's share of the image area.
+        ratio: range of its aspect ratio (width / height), drawn log-uniformly.
+        flip: mirror half of the images. Separate and off by default: it makes captions with left and right wrong.
+    """
+
+    kind: str = "none"
+    scale: tuple[float, float] = (0.5, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("augment.kind", self.kind, AUGMENTS)
+        low, high = self.scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"augment.scale must be (low, high) with 0 < low <= high <= 1, got {self.scale}")
+        low, high = self.ratio
+        if not 0 < low <= high:
+            raise ValueError(f"augment.ratio must be (low, high) with 0 < low <= high, got {self.ratio}")
+
+    def resize(self, image: Image.Image, preprocess: Preprocess, rng: np.random.Generator) -> np.ndarray:
+        """RGB image -> augmented uint8 [S, S, 3]."""
+        if self.kind == "crop":
+            box = random_box(image.size, self.scale, self.ratio, rng)
+            size = (preprocess.image_size, preprocess.image_size)
+            pixels = np.array(image.resize(size, INTERPOLATIONS[preprocess.interpolation], box=box))
+        else:
+            pixels = preprocess.resize(image)
+        if self.flip and rng.random() < 0.5:
+            pixels = np.ascontiguousarray(pixels[:, ::-1])
+        return pixels
+
+
+def random_box(
+    image_size: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    rng: np.random.Generator,
+) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a random rectangle, as in Inception training (Szegedy et al., 2015).
+
+    After ten rectangles that do not fit, the largest centred one within the ratio range.
+    """
+    width, height = image_size
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = np.exp(rng.uniform(*np.log(ratio)))
+        box_w, box_h = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
+        if 0 < box_w <= width and 0 < box_h <= height:
+            left, top = int(rng.integers(width - box_w + 1)), int(rng.integers(height - box_h + 1))
+            return left, top, left + box_w, top + box_h
+    box_w = min(width, max(1, round(height * ratio[1])))
+    box_h = min(height, max(1, round(width / ratio[0])))
+    left, top = (width - box_w) // 2, (height - box_h) // 2
+    return left, top, left + box_w, top + box_h

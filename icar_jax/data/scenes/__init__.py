@@ -1,0 +1,7 @@
+"""The embedded dataset ``scenes``: compositional pictures drawn on demand, with captions and complexity."""
+
+from icar_jax.data.scenes.dataset import SPLITS, Scenes
+from icar_jax.data.scenes.grammar import HELDOUT_PAIRS, Scene
+from icar_jax.data.scenes.sheet import contact_sheet
+
+__all__ = ["HELDOUT_PAIRS", "SPLITS", "Scene", "Scenes", "contact_sheet"]

@@ -1,0 +1,80 @@
+"""Captions of a scene: three true sentences, two complete and one with less detail."""
+
+from __future__ import annotations
+
+from icar_jax.data.scenes import grammar as g
+
+# Every aspect has two phrasings; a scene uses one in its first caption and the other in its second.
+_SIZE = {"large": ("large", "big"), "small": ("small", "little")}
+_TEXTURE = {
+    "plain": ("", ""), "striped": ("striped", "stripy"), "dotted": ("dotted", "spotted"),
+    "checkered": ("checkered", "checked"),
+}  # fmt: skip
+_RELATION = {
+    "left": ("to the left of", "left of"), "right": ("to the right of", "right of"), "above": ("above", "over"),
+    "below": ("below", "under"), "inside": ("inside", "in"), "around": ("around", "surrounding"),
+}  # fmt: skip
+_CONVERSE = g.OPPOSITE | {"inside": "around"}
+_GROUND = {
+    "plain": ("on a plain {0} background", "against solid {0}"),
+    "gradient": ("on a background fading from {0} to {1}", "against {0} fading to {1}"),
+    "cloudy": ("on a cloudy {0} and {1} background", "against {0} and {1} clouds"),
+    "striped": ("on a {0} and {1} striped background", "against {0} and {1} stripes"),
+    "dotted": ("on a {0} background with {1} dots", "against {0} with {1} dots"),
+    "checkered": ("on a {0} and {1} checkered background", "against {0} and {1} checks"),
+}
+_FEW, _MANY = ("with a little confetti", "with some confetti"), ("strewn with confetti", "full of confetti")
+
+
+def _place(position: str, form: int) -> str:
+    if position == "centre":
+        return ("in the centre", "in the middle")[form]
+    if " " in position:
+        return f"{('at', 'in')[form]} the {position}{('', ' corner')[form]}"
+    if position in ("left", "right"):
+        return (f"on the {position}", f"near the {position} edge")[form]
+    return (f"at the {position}", f"near the {position} edge")[form]
+
+
+def _noun(item: g.Item, form: int, *, size: bool = True, texture: bool = True) -> str:
+    words = [_SIZE[item.size][form]] if size else []
+    words += [_TEXTURE[item.texture][form]] if texture and item.texture != "plain" else []
+    words += [item.colour, item.shape]
+    return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
+
+
+def _ground(scene: g.Scene, form: int) -> str:
+    phrase = _GROUND[scene.background.kind][form].format(*scene.background.colours)
+    if not scene.confetti:
+        return phrase
+    return f"{phrase} {(_MANY if len(scene.confetti) >= g.MANY_CONFETTI else _FEW)[form]}"
+
+
+def _subject(scene: g.Scene, form: int, *, converse: bool = False, **detail: bool) -> str:
+    """The items with their relation, or the one item with its place."""
+    nouns = [_noun(item, form, **detail) for item in scene.items]
+    if len(nouns) == 1:
+        return f"{nouns[0]} {_place(scene.position, form)}"
+    relation = scene.relation
+    if converse:
+        nouns[0], nouns[1], relation = nouns[1], nouns[0], _CONVERSE[relation]
+    # Three items leave no room for long phrasings in 26 words.
+    text = f"{nouns[0]} {_RELATION[relation][1 if len(nouns) == 3 else form]} {nouns[1]}"
+    return text if len(nouns) == 2 else f"{text} and {nouns[2]}"
+
+
+def describe(scene: g.Scene) -> tuple[str, str, str]:
+    """Three captions: complete, complete in other words, and one without the sizes or the textures.
+
+    All are true of the scene and at most 26 words long; they depend on the scene alone.
+    """
+    flips = [int(w >= 0.5) for w in scene.wording]
+    forms, three = flips[:6], len(scene.items) == 3
+    ground = [1, 1] if three else [forms[1], 1 - forms[1]]
+    first = f"{_subject(scene, forms[0], converse=bool(flips[6]))} {_ground(scene, ground[0])}"
+    other = _subject(scene, 1 - forms[0], converse=not flips[6])
+    back = _ground(scene, ground[1])
+    second = f"{back}, {other}" if flips[7] else f"{other} {back}"
+    detail = {"size": False} if flips[8] else {"texture": False}
+    third = f"{_subject(scene, forms[2], converse=bool(flips[9]), **detail)} {_ground(scene, 1 if three else forms[3])}"
+    return tuple(text[0].upper() + text[1:] + "." for text in (first, second, third))

@@ -1,0 +1,235 @@
+"""Byte-pair tokenizers over the `tokenizers` library: CLIP's own vocabulary, or one trained on the captions.
+
+Every tokenizer here shares one contract: text is cleaned as OpenAI's CLIP does, and an encoded caption is
+[start, tokens..., end, pad...]. The end token has the highest id in both vocabularies, so the first end token and
+the argmax of the ids name the same position.
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import ftfy
+import numpy as np
+from absl import logging
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as _Backend
+
+CLIP_CONTEXT_LENGTH = 77
+CLIP_VOCAB_SIZE = 49408
+START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
+# Names of (start, end) that published CLIP vocabularies use.
+_SPECIAL_PAIRS = ((START, END), ("<start_of_text>", "<end_of_text>"))
+_CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+_CLIP_MERGES = CLIP_VOCAB_SIZE - 2 * 256 - 2
+_MIN_TRAINED_VOCAB = 256 + 3
+
+
+def clean(text: str) -> str:
+    """OpenAI CLIP's cleaning: mojibake repaired, HTML entities unescaped twice, whitespace collapsed, lower case."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+class Tokenizer:
+    """Captions -> int32 ids.
+
+    Attributes:
+        start_id, end_id: special tokens around every caption.
+        pad_id: fills the rest. 0 in both vocabularies; in CLIP's it is also an ordinary token ('!'), so find a
+            caption's length by its end token, never by the padding.
+        vocab_size: number of ids, special tokens included.
+    """
+
+    def __init__(self, backend: _Backend, where: str = "tokenizer"):
+        """Wraps a `tokenizers.Tokenizer`; prefer `from_file`, `from_json` and `train`.
+
+        Raises:
+            ValueError: the vocabulary has no known start and end token.
+        """
+        backend.no_padding()
+        backend.no_truncation()
+        for start, end in _SPECIAL_PAIRS:
+            if backend.token_to_id(start) is not None and backend.token_to_id(end) is not None:
+                self.start_id, self.end_id = backend.token_to_id(start), backend.token_to_id(end)
+                break
+        else:
+            found = sorted(str(token.content) for token in backend.get_added_tokens_decoder().values())
+            raise ValueError(
+                f"{where}: no start and end token; expected one of the pairs {_SPECIAL_PAIRS},"
+                f" found the special tokens {found}. Only CLIP's vocabulary and those trained here can be used."
+            )
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        pad_id = backend.token_to_id(PAD)
+        self.pad_id = 0 if pad_id is None else pad_id
+        if self.end_id != self.vocab_size - 1:
+            raise ValueError(
+                f"{where}: the end token has id {self.end_id}, expected the highest id, {self.vocab_size - 1}:"
+                " pooling at the end token relies on it. Remove tokens that were added behind it."
+            )
+        self._backend = backend
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Tokenizer:
+        """Reads a `tokenizer.json`, or CLIP's merges file (`bpe_simple_vocab_16e6.txt`, also gzipped).
+
+        Raises:
+            FileNotFoundError, ValueError: with the path, what was expected and what was found.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"tokenizer file {path} not found; give CLIP's tokenizer.json or bpe_simple_vocab_16e6.txt.gz"
+            )
+        data = path.read_bytes()
+        try:
+            text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise ValueError(f"tokenizer file {path}: not readable as (gzipped) UTF-8 text: {error}") from error
+        if text.lstrip().startswith("{"):
+            return cls.from_json(text, where=f"tokenizer file {path}")
+        return cls(_clip_backend(text, str(path)), where=f"tokenizer file {path}")
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "tokenizer JSON") -> Tokenizer:
+        """Restores `to_json` exactly; the text has the layout of a Hugging Face tokenizer.json."""
+        try:
+            return cls(_Backend.from_str(text), where=where)
+        except ValueError:
+            raise
+        except Exception as error:  # the library raises bare Exception on malformed JSON
+            raise ValueError(f"{where}: not a tokenizer.json of the tokenizers library: {error}") from error
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int, min_frequency: int = 2) -> Tokenizer:
+        """Trains a byte-level BPE on cleaned captions; pad is id 0, start and end are the two highest ids.
+
+        Every byte is in the vocabulary, so any text can be encoded. Few captions may give fewer than `vocab_size`
+        tokens: size the embedding by `.vocab_size`.
+
+        Raises:
+            ValueError: `vocab_size` below 259 (256 bytes and 3 special tokens), or no captions.
+        """
+        if vocab_size < _MIN_TRAINED_VOCAB:
+            raise ValueError(f"vocab_size must be at least {_MIN_TRAINED_VOCAB} (256 bytes, 3 special tokens), got {vocab_size}")
+        cleaned = [clean(_check_text(caption, i)) for i, caption in enumerate(captions)]
+        if not any(cleaned):
+            raise ValueError("cannot train a tokenizer: no non-empty captions were given")
+        backend = _Backend(models.BPE())
+        backend.normalizer = normalizers.Lowercase()
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 2,
+            min_frequency=min_frequency,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            special_tokens=[PAD],
+            show_progress=False,
+        )
+        backend.train_from_iterator(cleaned, trainer)
+        backend.add_special_tokens([AddedToken(START, special=True), AddedToken(END, special=True)])
+        tokenizer = cls(backend, where="trained tokenizer")
+        if tokenizer.vocab_size < vocab_size:
+            logging.info("The captions yield %d tokens, fewer than the %d asked for.", tokenizer.vocab_size, vocab_size)
+        return tokenizer
+
+    def encode(self, texts: str | Sequence[str], context_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and whether each text was cut.
+
+        Text that spells a special token is read as that token, as in CLIP.
+
+        Returns:
+            ids int32 [N, L] and truncated bool [N]. A text that is too long keeps its first tokens, with the end
+            token in the last place. An empty text is [start, end].
+
+        Raises:
+            TypeError: an element that is not a string. ValueError: context_length below 2.
+        """
+        if context_length < 2:
+            raise ValueError(f"context_length must be at least 2 (start and end token), got {context_length}")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        cleaned = [clean(_check_text(text, i)) for i, text in enumerate(texts)]
+        ids = np.full((len(texts), context_length), self.pad_id, np.int32)
+        truncated = np.zeros(len(texts), bool)
+        for row, encoding in enumerate(self._backend.encode_batch_fast(cleaned, add_special_tokens=False)):
+            body = encoding.ids
+            truncated[row] = len(body) > context_length - 2
+            tokens = [self.start_id, *body[: context_length - 2], self.end_id]
+            ids[row, : len(tokens)] = tokens
+        return ids, truncated
+
+    def __call__(self, texts: str | Sequence[str], context_length: int) -> np.ndarray:
+        """Token ids int32 [N, L]; see `encode`, which also tells which texts were cut."""
+        return self.encode(texts, context_length)[0]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of one row of ids, without special tokens and padding; cleaned text, so not the caption itself."""
+        ids = [int(i) for i in ids]
+        begin = ids.index(self.start_id) + 1 if self.start_id in ids else 0
+        stop = ids.index(self.end_id) if self.end_id in ids else len(ids)
+        return self._backend.decode(ids[begin:stop], skip_special_tokens=True).strip()
+
+    def to_json(self) -> str:
+        """The whole tokenizer as text; `from_json` restores it exactly."""
+        return self._backend.to_str()
+
+    def save(self, path: str | Path) -> None:
+        """Writes `to_json` to a file that `from_file` reads."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+
+def _check_text(text: object, position: int) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"captions must be strings; number {position} is {type(text).__name__}: {text!r:.80}")
+    return text
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that stands for each byte, in the order of CLIP's (and GPT-2's) vocabulary.
+
+    Printable bytes stand for themselves and come first; the others follow as the characters from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = len(set(range(256)) - set(printable))
+    return [chr(b) for b in printable] + [chr(0x100 + n) for n in range(others)]
+
+
+def _clip_backend(text: str, where: str) -> _Backend:
+    """CLIP's BPE from the lines of its merges file: a header, then one merge a line, of which the first 48,894 count."""
+    lines = text.split("\n")
+    if not lines[0].startswith(("#version", '"bpe_simple_vocab')):
+        raise ValueError(
+            f"tokenizer file {where}: neither a tokenizer.json nor a CLIP merges file; a merges file begins with a"
+            f" header line such as '#version: 0.2', found {lines[0]!r:.80}"
+        )
+    merges: list[tuple[str, str]] = []
+    for number, line in enumerate(lines[1 : _CLIP_MERGES + 1], start=2):
+        pair = tuple(line.split())
+        if not pair and number >= len(lines):
+            break  # the newline at the end of the file
+        if len(pair) != 2:
+            raise ValueError(f"tokenizer file {where}, line {number}: expected two symbols to merge, found {line!r:.80}")
+        merges.append(pair)
+    characters = _byte_characters()
+    tokens = characters + [c + "</w>" for c in characters] + ["".join(pair) for pair in merges] + [START, END]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens):
+        raise ValueError(f"tokenizer file {where}: {len(tokens) - len(vocabulary)} merges give a token that exists already")
+    try:
+        model = models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", continuing_subword_prefix="")
+    except Exception as error:  # the library raises bare Exception for a merge of unknown symbols
+        raise ValueError(f"tokenizer file {where}: inconsistent merges: {error}") from error
+    backend = _Backend(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.Sequence([decoders.Replace("</w>", " "), decoders.ByteLevel()])
+    backend.add_special_tokens([AddedToken(START, special=True), AddedToken(END, special=True)])
+    return backend

@@ -1,0 +1,1 @@
+"""Retrieval metrics, their intervals, and the ways they are shown: terminal, figure, metrics.json."""

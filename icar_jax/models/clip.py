@@ -1,0 +1,111 @@
+"""CLIP over both towers: pure functions of a parameter dict.
+
+`Clip(arch)` holds no arrays. Its methods take `params`, so they can be jitted, differentiated and mapped freely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from icar_jax import pytree
+from icar_jax.models.layers import Bridge, DType
+from icar_jax.models.text import Text, TextArch
+from icar_jax.models.vision import Vision, VisionArch
+
+Array = jax.Array
+LOGIT_SCALE_START = float(np.log(1 / 0.07))
+LOGIT_SCALE_MAX = 100.0
+
+
+@dataclass(frozen=True)
+class ClipArch:
+    """Both towers and the temperatures: each exit its own, or one shared by all."""
+
+    vision: VisionArch
+    text: TextArch
+    temperature: str = "own"  # own | shared
+
+    def __post_init__(self):
+        if self.vision.embed_dim != self.text.embed_dim:
+            raise ValueError(
+                f"both towers must embed into one space: vision {self.vision.embed_dim}, text {self.text.embed_dim}"
+            )
+
+
+class _ClipModule(nnx.Module):
+    def __init__(self, arch: ClipArch, rngs: nnx.Rngs):
+        self.vision = Vision(arch.vision, rngs=rngs)
+        self.text = Text(arch.text, rngs=rngs)
+        self.logit_scale = nnx.Param(jnp.float32(LOGIT_SCALE_START))
+        own = arch.vision.exits if arch.temperature == "own" else ()
+        self.exit_logit_scale = nnx.Dict({str(e): nnx.Param(jnp.float32(LOGIT_SCALE_START)) for e in own})
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Pure functions of one CLIP architecture; embeddings are float32 with unit norm."""
+
+    arch: ClipArch
+
+    @cached_property
+    def _bridge(self) -> Bridge:
+        return Bridge(lambda rngs: _ClipModule(self.arch, rngs))
+
+    def shapes(self) -> pytree.Tree:
+        """Parameter shapes without allocating them."""
+        return self._bridge.shapes()
+
+    def init(self, key: Array, exit_start: str = "final") -> pytree.Tree:
+        """Random float32 parameters; with `exit_start='final'` exit heads copy ln_post and proj."""
+        params = self._bridge.init(key)
+        return start_exits_from_final(params) if exit_start == "final" else params
+
+    def encode_image(
+        self, params: Mapping[str, Any], images: Array, exit: int | None = None, dtype: DType = jnp.float32
+    ) -> Array:
+        """images float [B, S, S, 3], normalised -> [B, D], unit norm. `exit` counts executed blocks; None is all."""
+        blocks_run = self.arch.vision.check_exit(exit)
+        return self.encode_image_exits(params, images, (blocks_run,), dtype)[blocks_run]
+
+    def encode_image_exits(
+        self, params: Mapping[str, Any], images: Array, exits: tuple[int, ...] | None = None, dtype: DType = jnp.float32
+    ) -> dict[int, Array]:
+        """One pass, every exit: images [B, S, S, 3] -> {executed blocks: [B, D], unit norm}; None means all exits."""
+        exits = tuple(self.arch.vision.check_exit(e) for e in exits or self.arch.vision.all_exits)
+        embeds = self._bridge.bind(params).vision(images, exits, dtype)
+        return {blocks_run: unit_norm(z) for blocks_run, z in embeds.items()}
+
+    def encode_text(self, params: Mapping[str, Any], tokens: Array, dtype: DType = jnp.float32) -> Array:
+        """tokens int32 [B, L] -> [B, D], unit norm."""
+        return unit_norm(self._bridge.bind(params).text(tokens, dtype))
+
+    def logit_scales(self, params: Mapping[str, Any]) -> dict[int, Array]:
+        """{executed blocks: scale}, each at most 100, full depth included."""
+        full = params["logit_scale"]
+        own = {e: params["exit_logit_scale"][str(e)] for e in self.arch.vision.exits if self.arch.temperature == "own"}
+        scales = {e: own.get(e, full) for e in self.arch.vision.all_exits}
+        return {e: jnp.minimum(jnp.exp(s), LOGIT_SCALE_MAX) for e, s in scales.items()}
+
+
+def unit_norm(z: Array) -> Array:
+    """z [B, D] divided by its length; a zero vector stays zero."""
+    return z * jax.lax.rsqrt(jnp.maximum(jnp.sum(z * z, axis=-1, keepdims=True), 1e-24))
+
+
+def start_exits_from_final(params: pytree.Tree) -> pytree.Tree:
+    """Exit heads as copies of ln_post and proj, so that an exit begins in the space the full tower uses."""
+    vision = params["vision"]
+    # jnp.array copies: donated buffers must not be shared between two leaves.
+    heads = {
+        exit: {"ln": jax.tree.map(jnp.array, vision["ln_post"]), "proj": jax.tree.map(jnp.array, vision["proj"])}
+        for exit in vision.get("exits", {})
+    }
+    return {**params, "vision": {**vision, "exits": heads}} if heads else params

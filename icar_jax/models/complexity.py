@@ -1,0 +1,114 @@
+"""ConvNeXt-IC: how complex an image is, as a score in [0, 1].
+
+Two heads: a classifier whose score is the probability of the class 'complex' (ICAR's router), and a regression of
+human ratings (IC9600). Both begin with a norm of their own after the backbone's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from icar_jax import pytree
+from icar_jax.models.convnext import INIT_STD, ConvNeXt, ConvNeXtArch
+from icar_jax.models.layers import Bridge, DType, LayerNorm, Linear
+
+Array = jax.Array
+HEADS = ("classification", "regression")
+
+
+@dataclass(frozen=True)
+class ComplexityArch:
+    """A ConvNeXt backbone without classes, one of two heads, and the image size in pixels (squashed)."""
+
+    backbone: ConvNeXtArch
+    head: str
+    image_size: int
+    dropout: float = 0.2  # regression head only, while training
+
+    def __post_init__(self):
+        if self.head not in HEADS:
+            raise ValueError(f"complexity head {self.head!r} must be one of {HEADS}")
+        if self.backbone.num_classes:
+            raise ValueError("the backbone of a complexity model has no classes of its own (num_classes=0)")
+        if self.image_size < 32:
+            raise ValueError(f"image size {self.image_size} is below 32 pixels, the backbone's total stride")
+
+
+class ClassificationHead(nnx.Module):
+    """LN, then two logits (simple, complex); [B, C] -> [B, 2]."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.norm = LayerNorm(width, 1e-5)
+        self.fc = Linear(width, 2, std=INIT_STD, rngs=rngs)
+
+    def __call__(self, x: Array, dtype: DType, drop) -> Array:
+        return self.fc(self.norm(x), dtype).astype(jnp.float32)
+
+
+class RegressionHead(nnx.Module):
+    """LN -> 512 -> ReLU -> 256 -> ReLU -> 1, dropout after each ReLU while training; [B, C] -> logit [B, 1]."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.norm = LayerNorm(width, 1e-5)
+        self.fc1 = Linear(width, 512, std=width**-0.5, rngs=rngs)
+        self.fc2 = Linear(512, 256, std=512**-0.5, rngs=rngs)
+        self.fc3 = Linear(256, 1, std=256**-0.5, rngs=rngs)
+
+    def __call__(self, x: Array, dtype: DType, drop) -> Array:
+        x = drop(jax.nn.relu(self.fc1(self.norm(x), dtype)), 0)
+        x = drop(jax.nn.relu(self.fc2(x, dtype)), 1)
+        return self.fc3(x, dtype).astype(jnp.float32)
+
+
+class _ComplexityModule(nnx.Module):
+    def __init__(self, arch: ComplexityArch, rngs: nnx.Rngs):
+        width = arch.backbone.dims[3]
+        self.backbone = ConvNeXt(arch.backbone, rngs=rngs)
+        head = ClassificationHead if arch.head == "classification" else RegressionHead
+        self.head = head(width, rngs=rngs)
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """Pure functions of one complexity architecture."""
+
+    arch: ComplexityArch
+
+    @cached_property
+    def _bridge(self) -> Bridge:
+        return Bridge(lambda rngs: _ComplexityModule(self.arch, rngs))
+
+    def shapes(self) -> pytree.Tree:
+        return self._bridge.shapes()
+
+    def init(self, key: Array) -> pytree.Tree:
+        return self._bridge.init(key)
+
+    def logits(
+        self, params: Mapping[str, Any], images: Array, dropout_key: Array | None = None, dtype: DType = jnp.float32
+    ) -> Array:
+        """images float [B, S, S, 3], normalised -> [B, 2] (classification) or [B, 1] (regression), float32."""
+        rate = self.arch.dropout
+
+        def drop(x: Array, layer: int) -> Array:
+            if dropout_key is None or rate == 0:
+                return x
+            keep = jax.random.bernoulli(jax.random.fold_in(dropout_key, layer), 1 - rate, x.shape)
+            return jnp.where(keep, x / (1 - rate), 0)
+
+        module = self._bridge.bind(params)
+        return module.head(module.backbone(images, dtype), dtype, drop)
+
+    def score(self, params: Mapping[str, Any], images: Array, dtype: DType = jnp.float32) -> Array:
+        """images float [B, S, S, 3], normalised -> complexity [B] in [0, 1], float32; higher is more complex."""
+        logits = self.logits(params, images, dtype=dtype)
+        if self.arch.head == "classification":
+            return jax.nn.softmax(logits, axis=-1)[:, 1]
+        return jax.nn.sigmoid(logits[:, 0])

@@ -1,0 +1,51 @@
+"""Floating-point operations per image or caption, counted from the architecture (2 x multiply-accumulates).
+
+Counted are the matrix products and convolutions, as the field does; norms, activations and softmax are left out.
+"""
+
+from __future__ import annotations
+
+from icar_jax.models.complexity import ComplexityArch
+from icar_jax.models.convnext import ConvNeXtArch
+from icar_jax.models.text import TextArch
+from icar_jax.models.vision import VisionArch
+
+
+def _block_macs(tokens: int, width: int, mlp_width: int) -> int:
+    projections = 4 * tokens * width * width  # q, k, v, out
+    mixing = 2 * tokens * tokens * width  # q k^T and p v
+    return projections + mixing + 2 * tokens * width * mlp_width
+
+
+def vision_flops(arch: VisionArch, blocks_run: int | None = None) -> int:
+    """FLOPs of one image through `blocks_run` blocks (None: all), patch embedding and the exit's projection included."""
+    blocks = arch.check_exit(blocks_run)
+    patches = arch.tokens - 1
+    macs = patches * 3 * arch.patch_size**2 * arch.width
+    macs += blocks * _block_macs(arch.tokens, arch.width, arch.mlp_width)
+    return 2 * (macs + arch.width * arch.embed_dim)
+
+
+def text_flops(arch: TextArch) -> int:
+    """FLOPs of one caption padded to the context length."""
+    macs = arch.depth * _block_macs(arch.context_length, arch.width, arch.mlp_width)
+    return 2 * (macs + arch.width * arch.embed_dim)
+
+
+def convnext_flops(arch: ConvNeXtArch, image_size: int) -> int:
+    """FLOPs of one square image of `image_size` pixels."""
+    side = image_size // 4
+    macs = side * side * 4 * 4 * 3 * arch.dims[0]
+    for i, (depth, width) in enumerate(zip(arch.depths, arch.dims)):
+        if i:
+            side //= 2
+            macs += side * side * 2 * 2 * arch.dims[i - 1] * width
+        macs += depth * side * side * (7 * 7 * width + 2 * 4 * width * width)
+    return 2 * (macs + arch.dims[3] * arch.num_classes)
+
+
+def complexity_flops(arch: ComplexityArch) -> int:
+    """FLOPs of one score: backbone and head."""
+    width = arch.backbone.dims[3]
+    head = width * 2 if arch.head == "classification" else width * 512 + 512 * 256 + 256
+    return convnext_flops(arch.backbone, arch.image_size) + 2 * head

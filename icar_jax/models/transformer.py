@@ -1,0 +1,56 @@
+"""The pre-norm transformer block used by the vision and the text tower."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from icar_jax.models import ops
+from icar_jax.models.layers import ACTIVATIONS, DType, LayerNorm, Linear
+
+Array = jax.Array
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention; x [B, L, W] -> [B, L, W]. One projection holds q, k, v in that order."""
+
+    def __init__(self, width: int, heads: int, depth: int, *, rngs: nnx.Rngs):
+        if width % heads:
+            raise ValueError(f"width {width} does not divide into {heads} heads")
+        self.heads = heads
+        self.qkv = Linear(width, 3 * width, std=width**-0.5, rngs=rngs)
+        self.out = Linear(width, width, std=(2 * depth * width) ** -0.5, rngs=rngs)
+
+    def __call__(self, x: Array, *, causal: bool, dtype: DType) -> Array:
+        b, length, width = x.shape
+        qkv = self.qkv(x, dtype).reshape(b, length, 3, self.heads, width // self.heads)
+        y = ops.attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], causal=causal, dtype=dtype)
+        return self.out(y.reshape(b, length, width), dtype)
+
+
+class Mlp(nnx.Module):
+    """Two linear maps with an activation between; x [B, L, W] -> [B, L, W]."""
+
+    def __init__(self, width: int, hidden: int, depth: int, activation: str, *, rngs: nnx.Rngs):
+        self.activation = activation
+        self.fc1 = Linear(width, hidden, std=(2 * width) ** -0.5, rngs=rngs)
+        self.fc2 = Linear(hidden, width, std=(2 * depth * width) ** -0.5, rngs=rngs)
+
+    def __call__(self, x: Array, dtype: DType) -> Array:
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x, dtype)), dtype)
+
+
+class Block(nnx.Module):
+    """x + attn(ln1(x)), then x + mlp(ln2(x)); x [B, L, W] in the compute dtype."""
+
+    def __init__(
+        self, width: int, heads: int, hidden: int, depth: int, activation: str, eps: float, *, rngs: nnx.Rngs
+    ):
+        self.ln1 = LayerNorm(width, eps)
+        self.attn = Attention(width, heads, depth, rngs=rngs)
+        self.ln2 = LayerNorm(width, eps)
+        self.mlp = Mlp(width, hidden, depth, activation, rngs=rngs)
+
+    def __call__(self, x: Array, *, causal: bool, dtype: DType) -> Array:
+        x = x + self.attn(self.ln1(x), causal=causal, dtype=dtype)
+        return x + self.mlp(self.ln2(x), dtype)
