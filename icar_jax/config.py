@@ -2,9 +2,9 @@
 
 A file in configs/ returns an `ExperimentConfig`; `--config.optim.lr=1e-4` overrides single fields afterwards. Because
 overrides happen after construction, the checks live in `validate`, which names the field, the value and the fix.
-"""
 
-from __future__ import annotations
+Annotations here must stay real types (no `from __future__ import annotations`): the flags read them to parse overrides.
+"""
 
 import dataclasses
 import difflib
@@ -62,8 +62,8 @@ class DataConfig:
     flip: bool = False  # training: random horizontal flip (wrong for captions with left and right)
     tokenizer: str = ""  # tokenizer.json or CLIP merges file; empty trains one on the captions
     vocabulary: int = 4096  # size of a tokenizer trained here
-    workers: int = 0  # worker processes that prepare examples; 0 uses threads of this process
-    threads: int = 2  # threads that prepare examples where there are no worker processes
+    workers: int = 0  # worker processes that prepare batches; 0 uses threads of this process
+    threads: int = 2  # threads that prepare batches, in each process
 
 
 @dataclass
@@ -101,6 +101,7 @@ class TrainConfig:
     log_every: int = 20  # steps
     checkpoint_every: int = 500  # steps; the last step is always saved
     keep: int = 2  # checkpoints kept
+    tensorboard: bool = False  # also write TensorBoard events (needs the [tensorboard] extra)
 
 
 @dataclass
@@ -119,7 +120,7 @@ class EvalConfig:
     split: str = "val"  # scenes: val | test | relations | heldout; else a split of the folder
     size: int = 500  # scenes: pictures in the gallery
     complexity: str = ""  # complexity checkpoint or workdir that routes a plain CLIP; empty evaluates without
-    early_share: tuple[float, ...] = (0.5,)  # share of calibration images sent to each exit, first exit first
+    early_share: tuple[float, ...] = ()  # share of calibration images for each early exit; empty: equal for all exits
     batch_size: int = 64  # images in a full batch of the router
     dtype: str = "float32"  # of activations: bfloat16 | float32
     bootstrap: int = 2000  # resamples of images behind each interval
@@ -147,6 +148,13 @@ def unknown(name: str, value: Any, choices: typing.Iterable[str]) -> ConfigError
     near = difflib.get_close_matches(str(value), choices, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return ConfigError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}{hint}")
+
+
+def _no_field(group: str, name: str, fields: typing.Iterable[str]) -> ConfigError:
+    fields = sorted(fields)
+    near = difflib.get_close_matches(name, fields, n=1)
+    hint = f"did you mean {group}.{near[0]}? " if near else ""
+    return ConfigError(f"{group}.{name} is no field of the configuration; {hint}{group} has {', '.join(fields)}")
 
 
 def _check_types(node: Any, prefix: str) -> None:
@@ -240,10 +248,10 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
 
 def _validate_shares(c: ExperimentConfig) -> None:
     shares = c.eval.early_share
-    if c.clip.exits and len(shares) != len(c.clip.exits):
+    if shares and len(shares) != len(c.clip.exits):
         raise ConfigError(
             f"config.eval.early_share={shares} must hold one share for each of the exits {c.clip.exits}; "
-            "the rest goes to full depth"
+            "the rest goes to full depth; leave it empty for equal shares"
         )
     if any(not 0 <= s <= 1 for s in shares) or sum(shares) > 1:
         raise ConfigError(f"config.eval.early_share={shares} must be shares in [0, 1] that sum to at most 1")
@@ -270,6 +278,21 @@ def validate_batch(batch_size: int, shards: int) -> None:
         )
 
 
+def check_override(path: str, cls: type = ExperimentConfig) -> None:
+    """Raises ConfigError where `config.a.b` names no field of the configuration, with the nearest field that exists."""
+    node, seen = cls, []
+    for part in path.split(".")[1:]:
+        if not dataclasses.is_dataclass(node):
+            raise ConfigError(f"{path} goes below the field {'.'.join(['config', *seen])}, which has none of its own")
+        hints = typing.get_type_hints(node)
+        if part not in hints:
+            raise _no_field(".".join(["config", *seen]), part, hints)
+        node = hints[part]
+        seen.append(part)
+    if dataclasses.is_dataclass(node):
+        raise ConfigError(f"{path} is a group of fields; override one of {', '.join(typing.get_type_hints(node))}")
+
+
 def to_json(config: ExperimentConfig) -> str:
     """The whole configuration as indented JSON."""
     return json.dumps(dataclasses.asdict(config), indent=2)
@@ -281,7 +304,7 @@ def from_dict(values: dict[str, Any], cls: type = ExperimentConfig, prefix: str 
     known = {f.name for f in dataclasses.fields(cls)}
     for key in values:
         if key not in known:
-            raise unknown(prefix, key, known)
+            raise _no_field(prefix, key, known)
     made = {}
     for key, value in values.items():
         want = hints[key]

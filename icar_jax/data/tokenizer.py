@@ -23,7 +23,7 @@ CLIP_VOCAB_SIZE = 49408
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 # Names of (start, end) that published CLIP vocabularies use.
 _SPECIAL_PAIRS = ((START, END), ("<start_of_text>", "<end_of_text>"))
-_CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+_CLIP_WORDS = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+)"""
 _CLIP_MERGES = CLIP_VOCAB_SIZE - 2 * 256 - 2
 _MIN_TRAINED_VOCAB = 256 + 3
 
@@ -230,6 +230,6 @@ def _clip_backend(text: str, where: str) -> _Backend:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    backend.decoder = decoders.Sequence([decoders.Replace("</w>", " "), decoders.ByteLevel()])
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
     backend.add_special_tokens([AddedToken(START, special=True), AddedToken(END, special=True)])
     return backend

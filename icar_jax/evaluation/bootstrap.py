@@ -190,10 +190,12 @@ def _check_paired(hits: Sequence[Hits]) -> None:
         raise ValueError("the gallery is empty: there is no image to resample")
     for position, other in enumerate(hits[1:], start=1):
         if other.k != first.k:
-            raise ValueError(f"runs must be compared at one k, found k={first.k} (run 0) and k={other.k} (run {position})")
+            raise ValueError(
+                f"runs must be compared at one k, found k={first.k} (run 0) and k={other.k} (run {position})"
+            )
         if not np.array_equal(other.captions, first.captions):
             raise ValueError(
                 f"runs 0 and {position} differ in their gallery ({len(first.captions)} images with "
-                f"{first.captions.sum():.0f} captions, {len(other.captions)} with {other.captions.sum():.0f}): a paired "
-                "interval needs the same images with the same captions in the same order"
+                f"{first.captions.sum():.0f} captions, {len(other.captions)} with {other.captions.sum():.0f}): a "
+                "paired interval needs the same images with the same captions in the same order"
             )

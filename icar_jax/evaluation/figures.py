@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from icar_jax.evaluation.table import exit_depth, run_order
@@ -54,11 +55,16 @@ def retention_against_cost(metrics: Mapping[str, Any], path: str | os.PathLike) 
         used.add(kind)
         # A percentile interval need not contain the value; a bar cannot be drawn with a negative length.
         bars = [[max(kept["value"] - kept["low"], 0.0)], [max(kept["high"] - kept["value"], 0.0)]]
-        axes.errorbar(cost, kept["value"], yerr=bars, markersize=7, capsize=3, linestyle="none", zorder=3, **style)
+        # Full depth lies below and larger: the last static exit often falls on it.
+        size, layer = (11, 2) if kind == "full" else (7, 3)
+        axes.errorbar(
+            cost, kept["value"], yerr=bars, markersize=size, capsize=3, linestyle="none", zorder=layer, **style
+        )
     axes.set_xlabel("FLOPs per image, % of full depth")
     axes.set_ylabel("R@5 kept, % of full depth\n(mean of both directions, 95% interval)")
     axes.set_title(
-        f"What is kept against what it costs: gallery of {gallery['images']:,} images, {gallery['captions']:,} captions",
+        f"What is kept against what it costs: gallery of {gallery['images']:,} images, "
+        f"{gallery['captions']:,} captions",
         fontsize=10.5,
     )
     missing = [name for name in run_order(runs) if name not in shown]
@@ -68,7 +74,7 @@ def retention_against_cost(metrics: Mapping[str, Any], path: str | os.PathLike) 
         # Below the axes, where it can cover no point.
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False, fontsize=8.5)
     figure.canvas.draw()  # fixes the layout, so that labels are placed in final pixels
-    _place_labels(axes, {_text(name): (cost, kept) for name, (cost, kept) in points.items()}, static)
+    _place_labels(axes, points, static)
     _save(figure, path)
 
 
@@ -95,21 +101,31 @@ def complexity_histogram(
     edges = np.concatenate([[low - pad], limits, [high + pad]])
 
     figure, axes = _figure()
-    axes.hist(scores, bins=40, range=(low, high) if high > low else None, color="#56B4E9", edgecolor="white", linewidth=0.4)
+    span = (low, high) if high > low else None
+    axes.hist(scores, bins=40, range=span, color="#56B4E9", edgecolor="white", linewidth=0.4)
     axes.set_xlim(edges[0], edges[-1])
-    axes.set_ylim(top=axes.get_ylim()[1] * 1.28)  # room for the shares above the bars
     for limit in limits:
         axes.axvline(limit, color="#D55E00", linewidth=1.5, linestyle="--")
     texts = []
     for i, share in enumerate(shares):
         name = f"exit {i + 1} of {len(shares)}" if exits is None else f"{exits[i]} blocks"
-        texts.append(axes.text((edges[i] + edges[i + 1]) / 2, 0, f"{name}\n{100 * share:.0f}%", ha="center", va="top"))
-    _stagger(figure, axes, texts)
+        texts.append(
+            axes.text(
+                (edges[i] + edges[i + 1]) / 2,
+                1.02,
+                f"{name}: {100 * share:.0f}%",
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+            )
+        )
+    _stagger(figure, texts)
     axes.set_xlabel(
         "complexity score" + (f"   (dashed: threshold {', '.join(f'{t:.3g}' for t in limits)})" if len(limits) else "")
     )
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("images")
-    axes.set_title(f"Complexity scores of {len(scores):,} images", fontsize=10.5)
+    # A figure title, because the layout then keeps it above the shares.
+    figure.suptitle(f"Complexity scores of {len(scores):,} images", fontsize=10.5)
     _save(figure, path)
 
 
@@ -132,10 +148,6 @@ def _kind(name: str) -> str:
     return "exit" if name.startswith("exit_") else name if name in _STYLES else "other"
 
 
-def _text(name: str) -> str:
-    return f"exit {exit_depth(name)}" if _kind(name) == "exit" else name
-
-
 def _place_labels(
     axes: Axes,
     points: Mapping[str, tuple[float, Mapping[str, float]]],
@@ -154,8 +166,18 @@ def _place_labels(
         taken += [Bbox([xy - 2, xy + 2]) for xy in steps]
     renderer = axes.figure.canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
-    for text, (cost, kept) in points.items():
-        label = axes.annotate(text, (cost, kept["value"]), (0, 0), textcoords="offset points", fontsize=9, va="center")
+    for name, (cost, kept) in points.items():
+        label = axes.annotate(
+            f"exit {exit_depth(name)}" if _kind(name) == "exit" else name,
+            (cost, kept["value"]),
+            (0, 0),
+            textcoords="offset points",
+            fontsize=9,
+            va="center",
+            color=_STYLES[_kind(name)]["color"],
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+            zorder=2.5,
+        )
         best = None
         for radius in (9, 15, 22, 32):
             for dx, dy in ((1, 0), (-1, 0), (0.8, 0.9), (-0.8, 0.9), (0.8, -0.9), (-0.8, -0.9)):
@@ -174,14 +196,14 @@ def _place_labels(
         taken.append(box)
 
 
-def _stagger(figure: Figure, axes: Axes, texts: Sequence[Any]) -> None:
-    """Sets the shares at the top of the axes, a step lower where one would run into the one before it."""
+def _stagger(figure: Figure, texts: Sequence[Text]) -> None:
+    """Lifts a share by a line where it would run into one before it, as over two close thresholds."""
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
-    top, placed = axes.get_ylim()[1], []
+    placed = []
     for text in texts:
-        for level in range(4):
-            text.set_y(top * (0.99 - 0.11 * level))
+        for level in range(len(texts)):
+            text.set_y(1.02 + 0.055 * level)
             box = text.get_window_extent(renderer)
             if not any(box.overlaps(other) for other in placed):
                 break
@@ -197,4 +219,6 @@ def _check_scores(scores: np.ndarray, limits: np.ndarray, exits: Sequence[int] |
     if limits.ndim != 1 or not np.isfinite(limits).all() or np.any(np.diff(limits) <= 0):
         raise ValueError(f"thresholds must be finite and strictly ascending, found {limits.tolist()}")
     if exits is not None and len(exits) != len(limits) + 1:
-        raise ValueError(f"{len(limits)} thresholds make {len(limits) + 1} exits, found {len(exits)} in exits={list(exits)}")
+        raise ValueError(
+            f"{len(limits)} thresholds make {len(limits) + 1} exits, found {len(exits)} in exits={list(exits)}"
+        )

@@ -123,7 +123,7 @@ def _text_to_image(images: np.ndarray, texts: np.ndarray, owner: np.ndarray, chu
 
 
 def _image_to_text(images: np.ndarray, texts: np.ndarray, owner: np.ndarray, chunk: int) -> np.ndarray:
-    # Captions grouped by image; the stable sort keeps each group in ascending caption index.
+    # Captions grouped by image: those of image i are grouped[begin[i]:begin[i + 1]].
     grouped = np.argsort(owner, kind="stable")
     begin = np.searchsorted(owner[grouped], np.arange(len(images) + 1))
     result = np.empty(len(images), np.int64)

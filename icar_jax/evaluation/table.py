@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from icar_jax.evaluation.metrics import DIRECTIONS, RECALL_AT, chance_recall
 
-_PIPED_WIDTH = 132  # rich assumes 80 columns where the output is a file, which would break the rows
+_WIDE = 124  # columns the one-line rows need; rich assumes 80 where the output is a file
 
 
 def run_order(runs: Mapping[str, Any]) -> list[str]:
@@ -43,44 +44,52 @@ def exit_depth(name: str) -> int:
         raise ValueError(f"run {name!r} must be named exit_<blocks>, such as exit_6") from None
 
 
-def results_table(metrics: Mapping[str, Any]) -> Table:
-    """One row a run. Raises ValueError where metrics['runs'] lacks 'full', the row all others are compared with."""
-    runs = metrics["runs"]
+def results_table(metrics: Mapping[str, Any], *, compact: bool = False) -> Table:
+    """One row a run; with `compact`, rows of several lines that fit 80 columns.
+
+    Raises ValueError where metrics['runs'] lacks 'full', the run all others are compared with.
+    """
+    runs, gallery = metrics["runs"], metrics["gallery"]
     if "full" not in runs:
         raise ValueError(f"metrics['runs'] must hold 'full', the run others are compared with; found {sorted(runs)}")
-    gallery = metrics["gallery"]
     ks = "/".join(str(k) for k in RECALL_AT)
-    table = Table(title=f"Retrieval in a gallery of {gallery['images']:,} images and {gallery['captions']:,} captions")
+    table = Table(
+        title=f"Retrieval in a gallery of {gallery['images']:,} images and {gallery['captions']:,} captions",
+        box=box.SIMPLE_HEAD if compact else box.ROUNDED,
+        padding=(0, 0) if compact else (0, 1),
+        show_edge=not compact,
+    )
     table.add_column("run", no_wrap=True)
     for header in (f"text to image\nR@{ks} %", f"image to text\nR@{ks} %"):
         table.add_column(header, justify="right", no_wrap=True)
     for header in ("GFLOPs\n/image", "% of\nfull", "images\n/s"):
         table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("images per exit\n(blocks: share)")
-    table.add_column("R@5 kept, %\n[95% interval]", justify="right")
+    table.add_column("blocks:\nshare", no_wrap=True)
+    table.add_column("R@5 kept, %\n[95% int.]", justify="right", no_wrap=True)
     full_flops = runs["full"]["flops_per_image"]
     for name in run_order(runs):
         run = runs[name]
         speed = run["images_per_s"]
+        share, kept = format_share(run["share"]), format_interval(run["retention"])
         table.add_row(
             name,
-            *("  ".join(f"{run[direction][f'r{k}']:.1f}" for k in RECALL_AT) for direction in DIRECTIONS),
+            *("/".join(f"{run[direction][f'r{k}']:.1f}" for k in RECALL_AT) for direction in DIRECTIONS),
             f"{run['flops_per_image'] / 1e9:.3g}",
             f"{100 * run['flops_per_image'] / full_flops:.0f}",
             "-" if speed is None else f"{speed:.3g}" if speed < 100 else f"{speed:.0f}",
-            format_share(run["share"]),
-            format_interval(run["retention"]),
+            share.replace("  ", "\n") if compact else share,
+            kept.replace(" [", "\n[") if compact else kept,
         )
     return table
 
 
 def print_results(metrics: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints the table, the verdicts and the notes."""
+    """Prints the table, the verdicts and the notes; wide rows where the terminal has room or the output is a file."""
     if console is None:
         console = Console()
         if not console.is_terminal:
-            console = Console(width=_PIPED_WIDTH)
-    console.print(results_table(metrics))
+            console = Console(width=_WIDE)
+    console.print(results_table(metrics, compact=console.width < _WIDE))
     for line in [*verdicts(metrics), *metrics.get("notes", [])]:
         # markup=False: an interval in brackets is not a style tag. soft_wrap: a sentence stays one line in a log.
         console.print(f"- {line}", markup=False, highlight=False, soft_wrap=not console.is_terminal)

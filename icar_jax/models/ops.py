@@ -17,14 +17,23 @@ Array = jax.Array
 
 def _dot(lhs: Array, rhs: Array, dims, dtype) -> Array:
     """A dot_general on operands cast to `dtype`, accumulated and returned in float32."""
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    return lax.dot_general(
-        lhs.astype(dtype), rhs.astype(dtype), dims, precision=precision, preferred_element_type=jnp.float32
+    lhs, rhs = lhs.astype(dtype), rhs.astype(dtype)
+    if dtype == jnp.float32:
+        return lax.dot_general(lhs, rhs, dims, precision=lax.Precision.HIGHEST)
+    dot = partial(lax.dot_general, dimension_numbers=dims, preferred_element_type=jnp.float32)
+    return lax.platform_dependent(
+        lhs, rhs, cpu=lambda a, b: lax.optimization_barrier(dot(*lax.optimization_barrier((a, b)))), default=dot
     )
 
 
-def _swap(x: Array) -> Array:
-    return jnp.swapaxes(x, -1, -2)
+def _transpose(x: Array, dtype) -> Array:
+    """Swap the last two axes of `x`, cast to `dtype`, as an operand of `_dot`."""
+    x = jnp.swapaxes(x.astype(dtype), -1, -2)
+    if dtype == jnp.float32:
+        return x
+    split = x.reshape(*x.shape[:-1], 1, x.shape[-1])
+    held = lax.platform_dependent(split, cpu=lax.optimization_barrier, default=lambda a: a)
+    return held.reshape(x.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -37,18 +46,31 @@ def batched_dot(lhs: Array, rhs: Array, dtype) -> Array:
     return _dot(lhs, rhs, (((lhs.ndim - 1,), (rhs.ndim - 2,)), (batch, batch)), dtype)
 
 
-def _batched_dot_fwd(lhs, rhs, dtype):
-    return batched_dot(lhs, rhs, dtype), (lhs, rhs)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def batched_dot_t(lhs: Array, rhs: Array, dtype) -> Array:
+    """[..., M, K] x [..., N, K] -> [..., M, N] float32: `batched_dot` with the right operand transposed."""
+    batch = tuple(range(lhs.ndim - 2))
+    return _dot(lhs, rhs, (((lhs.ndim - 1,), (rhs.ndim - 1,)), (batch, batch)), dtype)
 
 
-def _batched_dot_bwd(dtype, residuals, g):
-    lhs, rhs = residuals
-    d_lhs = batched_dot(g, _swap(rhs), dtype)
-    d_rhs = batched_dot(_swap(lhs), g, dtype)
+def _batched_dot_bwd(dtype, operands, g):
+    lhs, rhs = operands
+    g = g.astype(dtype)
+    d_lhs = batched_dot_t(g, rhs, dtype)
+    d_rhs = batched_dot(_transpose(lhs, dtype), g, dtype)
     return d_lhs.astype(lhs.dtype), d_rhs.astype(rhs.dtype)
 
 
-batched_dot.defvjp(_batched_dot_fwd, _batched_dot_bwd)
+def _batched_dot_t_bwd(dtype, operands, g):
+    lhs, rhs = operands
+    g = g.astype(dtype)
+    d_lhs = batched_dot(g, rhs, dtype)
+    d_rhs = batched_dot(_transpose(g, dtype), lhs, dtype)
+    return d_lhs.astype(lhs.dtype), d_rhs.astype(rhs.dtype)
+
+
+batched_dot.defvjp(lambda lhs, rhs, dtype: (batched_dot(lhs, rhs, dtype), (lhs, rhs)), _batched_dot_bwd)
+batched_dot_t.defvjp(lambda lhs, rhs, dtype: (batched_dot_t(lhs, rhs, dtype), (lhs, rhs)), _batched_dot_t_bwd)
 
 
 def linear(x: Array, kernel: Array, bias: Array | None = None, *, dtype) -> Array:
@@ -62,7 +84,7 @@ def linear(x: Array, kernel: Array, bias: Array | None = None, *, dtype) -> Arra
 def attention(q: Array, k: Array, v: Array, *, causal: bool = False, dtype) -> Array:
     """Scaled dot-product attention; q, k, v [B, L, H, K] -> [B, L, H, K] in `dtype`; softmax in float32."""
     q, k, v = (jnp.swapaxes(t, 1, 2) for t in (q, k, v))
-    scores = batched_dot(q, _swap(k), dtype) * (q.shape[-1] ** -0.5)
+    scores = batched_dot_t(q, k, dtype) * (q.shape[-1] ** -0.5)
     if causal:
         keep = jnp.tril(jnp.ones(scores.shape[-2:], bool))
         scores = jnp.where(keep, scores, -jnp.inf)

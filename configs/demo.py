@@ -1,0 +1,36 @@
+"""The demo: a small multi-exit CLIP and its complexity model on `scenes`, sized for two CPU cores.
+
+configs/demo.py:clip and configs/demo.py:complexity
+"""
+
+from icar_jax.config import (
+    ClipConfig,
+    ComplexityConfig,
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    ExperimentConfig,
+    OptimConfig,
+    TrainConfig,
+)
+
+
+def get_config(task: str = "clip") -> ExperimentConfig:
+    if task == "clip":
+        return ExperimentConfig(
+            task="clip",
+            clip=ClipConfig(variant="vit_demo", exits=(3,), context_length=32, temperature="shared"),
+            data=DataConfig(source="scenes", vocabulary=512),
+            optim=OptimConfig(lr=1e-3, exit_lr=1e-3, warmup_steps=100),
+            train=TrainConfig(steps=1500, batch_size=64, dtype="float32", checkpoint_every=500),
+            eval=EvalConfig(split="val", size=500, complexity="workdir/demo/complexity", early_share=(0.5,)),
+        )
+    if task == "complexity":
+        return ExperimentConfig(
+            task="complexity",
+            complexity=ComplexityConfig(variant="convnextv2_demo", head="regression", image_size=64),
+            data=DataConfig(source="scenes", normalise="imagenet"),
+            optim=OptimConfig(lr=1e-3, weight_decay=0.05, warmup_steps=50),
+            train=TrainConfig(steps=400, batch_size=32, dtype="float32", checkpoint_every=200),
+        )
+    raise ConfigError(f"configs/demo.py:{task}: unknown; use configs/demo.py:clip or configs/demo.py:complexity")

@@ -1,0 +1,174 @@
+"""The self-describing checkpoint: a folder that needs nothing else to be used.
+
+    model/
+      icar.json            kind, architecture, exits, preprocessing, activation, source, hashes
+      params.safetensors   float32 parameters by path
+      tokenizer.json       where the kind has a text side
+
+A *bundle* is a folder with an icar.json of kind 'bundle' (exits and thresholds) and two such folders, clip/ and complexity/.
+A *workdir* of train.py holds model/, and bundle/ once one was made; `find` accepts any of the three.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from icar_jax import pytree
+
+FORMAT = 1
+DESCRIPTION, WEIGHTS, TOKENIZER = "icar.json", "params.safetensors", "tokenizer.json"
+KINDS = ("clip", "complexity", "bundle")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged or of another kind; the message names the path and the fix."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read: `description` without the weights, `params` as float32 numpy arrays by nested path."""
+
+    path: Path
+    kind: str
+    description: dict[str, Any]
+    params: pytree.Tree
+    tokenizer: str | None
+
+
+def write(
+    path: str | os.PathLike,
+    kind: str,
+    description: Mapping[str, Any],
+    params: Mapping[str, Any],
+    tokenizer: str | None = None,
+) -> Path:
+    """Writes a checkpoint whole or not at all; an existing folder at `path` is replaced only once the new one is complete.
+
+    Raises ValueError for a parameter that is not finite, naming it.
+    """
+    flat = {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in pytree.flatten(params).items()}
+    broken = [name for name, leaf in flat.items() if not np.isfinite(leaf).all()]
+    if broken:
+        raise ValueError(f"refusing to write {path}: not finite: {', '.join(broken[:5])} ({len(broken)} parameters)")
+
+    def fill(folder: Path) -> None:
+        save_file(flat, folder / WEIGHTS)
+        hashes = {WEIGHTS: sha256(folder / WEIGHTS)}
+        if tokenizer is not None:
+            (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
+            hashes[TOKENIZER] = sha256(folder / TOKENIZER)
+        _describe(folder, kind, {**description, "hashes": hashes})
+
+    return _replace_folder(Path(path), fill)
+
+
+def write_bundle(path: str | os.PathLike, description: Mapping[str, Any], clip: Path, complexity: Path) -> Path:
+    """Joins copies of two checkpoints with `description` (exits, thresholds and how they were found)."""
+
+    def fill(folder: Path) -> None:
+        shutil.copytree(clip, folder / "clip")
+        shutil.copytree(complexity, folder / "complexity")
+        _describe(folder, "bundle", description)
+
+    return _replace_folder(Path(path), fill)
+
+
+def _describe(folder: Path, kind: str, description: Mapping[str, Any]) -> None:
+    text = json.dumps({"format": FORMAT, "kind": kind, **description}, indent=2, allow_nan=False)
+    (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+
+
+def _replace_folder(path: Path, fill) -> Path:
+    if path.exists() and not (path / DESCRIPTION).is_file():
+        raise CheckpointError(f"{path} exists and is not a checkpoint; choose another place or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        fill(staging)
+        staging.chmod(0o755)  # mkdtemp makes it private
+        old = staging.with_name(staging.name + ".old")
+        if path.exists():
+            os.replace(path, old)
+        os.replace(staging, path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return path
+
+
+def find(path: str | os.PathLike, kinds: tuple[str, ...] = KINDS) -> Path:
+    """The checkpoint folder meant by `path`: itself, or bundle/ or model/ of a workdir, in that order.
+
+    Raises CheckpointError where there is none of the wanted kinds, saying what is there.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; expected a bundle, a checkpoint or a workdir of train.py")
+    seen = []
+    for folder in (path, path / "bundle", path / "model"):
+        if (folder / DESCRIPTION).is_file():
+            kind = describe(folder)["kind"]
+            if kind in kinds:
+                return folder
+            seen.append(f"{folder} ({kind})")
+    if seen:
+        raise CheckpointError(f"no checkpoint of kind {' or '.join(kinds)} in {path}; found {', '.join(seen)}")
+    if (path / "checkpoints").is_dir():
+        raise CheckpointError(
+            f"the training run in {path} has not finished; run the same train.py command again to complete it"
+        )
+    raise CheckpointError(f"{path} holds no {DESCRIPTION}; expected a bundle, a checkpoint or a workdir of train.py")
+
+
+def describe(folder: str | os.PathLike) -> dict[str, Any]:
+    """The parsed icar.json of a checkpoint folder. Raises CheckpointError for an unreadable or unknown one."""
+    file = Path(folder) / DESCRIPTION
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from error
+    if description.get("format") != FORMAT or description.get("kind") not in KINDS:
+        raise CheckpointError(
+            f"{file} has format {description.get('format')!r} and kind {description.get('kind')!r}; "
+            f"this version reads format {FORMAT} of {', '.join(KINDS)}"
+        )
+    return description
+
+
+def read(folder: str | os.PathLike, kind: str) -> Checkpoint:
+    """Reads a 'clip' or 'complexity' checkpoint and checks its hashes. Raises CheckpointError naming what is wrong."""
+    folder = Path(folder)
+    description = describe(folder)
+    if description["kind"] != kind:
+        raise CheckpointError(f"{folder} is of kind {description['kind']!r}, expected {kind!r}")
+    for name, expected in description.get("hashes", {}).items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} lacks {name}; copy the whole folder again")
+        if sha256(folder / name) != expected:
+            raise CheckpointError(f"{folder / name} is damaged: its SHA-256 differs from the one in {DESCRIPTION}")
+    try:
+        params = pytree.unflatten(load_file(folder / WEIGHTS))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {folder / WEIGHTS}: {error}") from error
+    tokenizer = folder / TOKENIZER
+    return Checkpoint(
+        folder, kind, description, params, tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None
+    )
+
+
+def sha256(file: str | os.PathLike) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

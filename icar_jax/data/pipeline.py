@@ -1,0 +1,324 @@
+"""Batches on Grain: whole batches are made by position, so order and content do not depend on workers or processes.
+
+grain (and with it jax, where installed) is imported only when an iterator is made. Worker processes are spawned and
+pinned to the CPU platform, so that none of them can start an accelerator backend.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from absl import flags, logging
+
+from icar_jax.data.images import Augment, ImageError, Preprocess
+from icar_jax.data.order import examples_at, substitute_position
+from icar_jax.data.records import Record, Source
+from icar_jax.data.tokenizer import Tokenizer
+
+Batch = dict[str, Any]
+MAX_SUBSTITUTES = 8
+# What a source's `image()` raises for a file that cannot be read; anything else is a fault in the program.
+_BAD_FILE = (OSError, ImageError)
+_LAST_POSITION = 2**62
+
+
+def train_batches(
+    source: Source,
+    preprocess: Preprocess,
+    tokenizer: Tokenizer | None,
+    context_length: int = 0,
+    *,
+    batch_size: int,
+    seed: int,
+    start_position: int = 0,
+    augment: Augment = Augment(),
+    with_complexity: bool = False,
+    num_workers: int = 0,
+    num_threads: int = 2,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> BatchIterator:
+    """Endless training batches; a pure function of (source, seed, start_position), whatever the workers.
+
+    Step s covers the global positions start_position + s * batch_size onwards, of which this process takes its slice of
+    b = batch_size / process_count. Caption and augmentation are drawn from (seed, position). A file that does not
+    decode is replaced by another example of the epoch (`order.substitute_position`) and reported in `bad`.
+
+    Args:
+        tokenizer: None leaves the tokens out (training on images alone).
+        batch_size: pairs of a step over all processes.
+        num_workers: worker processes; 0 makes the batches in this process.
+        num_threads: threads in each process that make batches ahead of time; 0 makes them when asked.
+
+    Returns:
+        An iterator of dicts, to be closed when done (`with`, or `.close()`):
+        image uint8 [b, S, S, 3]; tokens int32 [b, L] and truncated bool [b] (with a tokenizer);
+        complexity float32 [b] (with_complexity); position, index int64 [b]; name object [b];
+        bad object [n], (name, reason) for every decoding that failed.
+    """
+    if len(source) < 1:
+        raise ValueError(f"source {source.name!r} has no images to train on")
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(f"batch_size must be a positive multiple of the {process_count} processes, got {batch_size}")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index must lie in [0, {process_count}), got {process_index}")
+    if not 0 <= start_position < _LAST_POSITION:
+        raise ValueError(f"start_position must lie in [0, 2**62), got {start_position}")
+    if tokenizer is not None and context_length < 2:
+        raise ValueError(f"context_length must be at least 2 with a tokenizer, got {context_length}")
+    examples_at(np.zeros(0, np.int64), len(source), seed)  # checks the seed here, not in a worker
+    make = _TrainBatch(
+        source, preprocess, tokenizer, context_length, augment, with_complexity, seed,
+        first=start_position + process_index * (batch_size // process_count),
+        stride=batch_size, size=batch_size // process_count,
+    )  # fmt: skip
+    return BatchIterator(make, (_LAST_POSITION - start_position) // batch_size, num_workers, num_threads)
+
+
+def eval_batches(
+    source: Source,
+    preprocess: Mapping[str, Preprocess],
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    num_threads: int = 2,
+) -> BatchIterator:
+    """One pass over a source in order; each image is decoded once and resized for every preprocess.
+
+    Batch k covers indices [k * batch_size, (k + 1) * batch_size). The last one is shorter; files that do not decode are
+    left out and reported, so any batch may be shorter, or empty.
+
+    Returns:
+        An iterator of dicts, to be closed when done:
+        images {key: uint8 [n, S, S, 3]}; index int64 [n]; name object [n]; captions, labels object [n] of tuples of str;
+        complexity float32 [n], nan where unknown; bad object [m] of (name, reason).
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not preprocess:
+        raise ValueError("eval_batches needs at least one preprocess")
+    make = _EvalBatch(source, dict(preprocess), batch_size)
+    return BatchIterator(make, -(-len(source) // batch_size), num_workers, num_threads)
+
+
+class BatchIterator:
+    """Batches 0 ... count - 1 of `make`, in order, prepared ahead by threads and worker processes.
+
+    Close it when done: worker processes live until then.
+    """
+
+    def __init__(self, make: Callable[[int], Batch], count: int, num_workers: int, num_threads: int):
+        if num_workers < 0 or num_threads < 0:
+            raise ValueError(f"num_workers and num_threads must not be negative, got {num_workers} and {num_threads}")
+        import grain
+
+        # The batch is made inside `map`, before the slicing by worker: batching after it would mix the slices.
+        read = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+        dataset = grain.MapDataset.range(count).map(make).to_iter_dataset(read)
+        if num_workers:
+            _ensure_flags_parsed()
+            options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+            dataset = dataset.mp_prefetch(options, worker_init_fn=_init_worker)
+        self._batches = iter(dataset)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return _plain(next(self._batches))
+
+    def close(self) -> None:
+        """Ends the worker processes and threads; a second call does nothing."""
+        self._batches.close()
+
+    def __enter__(self) -> BatchIterator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _plain(value: Any) -> Any:
+    """Copies arrays that lie in a worker's shared memory, which is leaked where a batch lives until the program ends."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value if type(value) is np.ndarray else np.array(value)
+
+
+def _ensure_flags_parsed() -> None:
+    # Grain reads absl flags while starting workers and fails where a program (a notebook, a test) never parsed any.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _init_worker(worker_index: int, worker_count: int) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if (jax := sys.modules.get("jax")) is not None:  # grain has imported it: the variable was read already
+        jax.config.update("jax_platforms", "cpu")
+
+
+@dataclass(frozen=True)
+class _TrainBatch:
+    """Makes the batch of one step; picklable."""
+
+    source: Source
+    preprocess: Preprocess
+    tokenizer: Tokenizer | None
+    context_length: int
+    augment: Augment
+    with_complexity: bool
+    seed: int
+    first: int
+    stride: int
+    size: int
+
+    def __call__(self, step: int) -> Batch:
+        positions = self.first + step * self.stride + np.arange(self.size, dtype=np.int64)
+        _, indices = examples_at(positions, len(self.source), self.seed)
+        side = self.preprocess.image_size
+        images = np.empty((self.size, side, side, 3), np.uint8)
+        records: list[Record] = []
+        captions: list[str] = []
+        bad: list[tuple[str, str]] = []
+        for row, position in enumerate(positions.tolist()):
+            indices[row], record, picture = self._readable(position, int(indices[row]), bad)
+            rng = np.random.default_rng((self.seed, position))
+            if self.tokenizer is not None:
+                captions.append(_draw_caption(record, rng, self.source.name))
+            images[row] = self.augment.resize(picture, self.preprocess, rng)
+            records.append(record)
+        batch = {"image": images, "position": positions, "index": indices}
+        batch |= {"name": _objects([r.name for r in records]), "bad": _objects(bad)}
+        if self.tokenizer is not None:
+            batch["tokens"], batch["truncated"] = self.tokenizer.encode(captions, self.context_length)
+        if self.with_complexity:
+            batch["complexity"] = _known_complexity(records, self.source.name)
+        return batch
+
+    def _readable(self, position: int, index: int, bad: list[tuple[str, str]]) -> tuple[int, Record, Any]:
+        """(index, record, picture) of the example at a position, or of its first substitute that decodes."""
+        size = len(self.source)
+        attempts = min(MAX_SUBSTITUTES, size - 1)
+        tried: list[tuple[str, str]] = []
+        for attempt in range(attempts + 1):
+            if attempt:
+                place = substitute_position(position, attempt, attempts, size)
+                index = int(examples_at(np.array([place]), size, self.seed)[1][0])
+            record = self.source[index]
+            try:
+                picture = record.image()
+            except _BAD_FILE as error:
+                tried.append((record.name, _reason(error)))
+            else:
+                bad.extend(tried)
+                return index, record, picture
+        listed = "\n".join("  " + _with_name(*item) for item in tried)
+        raise ValueError(
+            f"source {self.source.name!r}, position {position}: the example and its {attempts} substitutes do not decode."
+            f" Most of the files seem unreadable; check the folder and its storage:\n{listed}"
+        )
+
+
+@dataclass(frozen=True)
+class _EvalBatch:
+    """Makes batch k of one pass in order; picklable."""
+
+    source: Source
+    preprocess: dict[str, Preprocess]
+    size: int
+
+    def __call__(self, step: int) -> Batch:
+        records: list[Record] = []
+        indices: list[int] = []
+        bad: list[tuple[str, str]] = []
+        pixels: dict[str, list[np.ndarray]] = {key: [] for key in self.preprocess}
+        for index in range(step * self.size, min((step + 1) * self.size, len(self.source))):
+            record = self.source[index]
+            try:
+                picture = record.image()
+            except _BAD_FILE as error:
+                bad.append((record.name, _reason(error)))
+                continue
+            records.append(record)
+            indices.append(index)
+            for key, preprocess in self.preprocess.items():
+                pixels[key].append(preprocess.resize(picture))
+        sides = {key: p.image_size for key, p in self.preprocess.items()}
+        return {
+            "images": {k: np.array(v, np.uint8).reshape(-1, sides[k], sides[k], 3) for k, v in pixels.items()},
+            "index": np.array(indices, np.int64),
+            "name": _objects([r.name for r in records]),
+            "captions": _objects([r.captions for r in records]),
+            "labels": _objects([r.labels for r in records]),
+            "complexity": np.array([r.complexity for r in records], np.float32),
+            "bad": _objects(bad),
+        }
+
+
+def _objects(values: list[Any]) -> np.ndarray:
+    """Object array [N]; `np.array` would turn tuples of equal length into two dimensions."""
+    out = np.empty(len(values), object)
+    for i, value in enumerate(values):
+        out[i] = value
+    return out
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _with_name(name: str, reason: str) -> str:
+    return reason if name in reason else f"{name}: {reason}"
+
+
+def _draw_caption(record: Record, rng: np.random.Generator, source_name: str) -> str:
+    if not record.captions:
+        raise RuntimeError(f"source {source_name!r}: record {record.name} has no caption; a source must leave such files out")
+    return record.captions[rng.integers(len(record.captions))]
+
+
+def _known_complexity(records: list[Record], source_name: str) -> np.ndarray:
+    values = np.array([r.complexity for r in records], np.float32)
+    if not np.isfinite(values).all():
+        unknown = [r.name for r, v in zip(records, values) if not np.isfinite(v)]
+        raise ValueError(
+            f"source {source_name!r}: no complexity known for {len(unknown)} records of a batch, first {unknown[0]};"
+            " train the complexity model on a source that knows it, such as scenes"
+        )
+    return values
+
+
+class BadFiles:
+    """Collects the `bad` entries of batches: logs each file once, counts every occurrence, summarises at the end.
+
+    Attributes:
+        reasons: file name -> reason, in order of first appearance.
+        count: failed decodings, repeated ones included.
+    """
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+        self.count = 0
+
+    def add(self, batch: Batch) -> None:
+        """Takes the entries of one batch."""
+        for name, reason in batch["bad"]:
+            self.count += 1
+            if name not in self.reasons:
+                self.reasons[name] = reason
+                logging.warning("Unreadable image, %s", _with_name(name, reason))
+
+    def summary(self, shown: int = 20) -> str:
+        """Text for the end of a run: the number of files and the first names with reasons."""
+        if not self.reasons:
+            return "All images were readable."
+        lines = [f"{len(self.reasons)} unreadable image files ({self.count} failed decodings):"]
+        lines += ["  " + _with_name(*item) for item in list(self.reasons.items())[:shown]]
+        if len(self.reasons) > shown:
+            lines.append(f"  and {len(self.reasons) - shown} more")
+        return "\n".join(lines)

@@ -1,0 +1,112 @@
+"""Jitted forwards on a few static batch shapes, so that ragged inputs never compile anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+def bucket_sizes(batch_size: int) -> tuple[int, ...]:
+    """Batch shapes that are compiled: 1, an eighth of a full batch, and a full batch."""
+    return tuple(sorted({1, max(1, batch_size // 8), batch_size}))
+
+
+def cut(n: int, buckets: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """n rows as (start, rows, bucket): full batches first, then what is left in the fewest rows of padding.
+
+    A rest is padded up to the next bucket where that wastes less than half of it; else it is cut again.
+    """
+    pieces, start = [], 0
+    while start < n:
+        left = n - start
+        up = min((b for b in buckets if b >= left), default=None)
+        down = max((b for b in buckets if b <= left), default=None)
+        bucket = up if up is not None and (down is None or 2 * left >= up) else down
+        rows = min(left, bucket)
+        pieces.append((start, rows, bucket))
+        start += rows
+    return pieces
+
+
+@dataclass
+class Pending:
+    """Work handed to the device; `result` waits for it."""
+
+    parts: list[tuple[jax.Array, int]]
+
+    def result(self) -> np.ndarray:
+        """float32 [n, ...], rows in the order they were submitted."""
+        return np.concatenate([np.asarray(part, np.float32)[:rows] for part, rows in self.parts])
+
+
+@dataclass
+class Forward:
+    """`fn(params, rows)` jitted for each bucket size; rows is an array [n, ...] of any length n >= 1.
+
+    Attributes:
+        rows, padded: rows asked for and rows computed, for the report on padding.
+    """
+
+    fn: Callable[[Any, jax.Array], jax.Array]
+    params: Any
+    buckets: tuple[int, ...]
+    rows: int = 0
+    padded: int = 0
+    _jitted: Callable = field(init=False, repr=False)
+
+    def __post_init__(self):
+        self._jitted = jax.jit(self.fn)
+
+    def submit(self, rows: np.ndarray) -> Pending:
+        """Starts the computation and returns at once."""
+        parts = []
+        for start, n, bucket in cut(len(rows), self.buckets):
+            piece = rows[start : start + n]
+            if n < bucket:
+                piece = np.concatenate([piece, np.zeros((bucket - n, *piece.shape[1:]), piece.dtype)])
+            parts.append((self._jitted(self.params, piece), n))
+            self.rows += n
+            self.padded += bucket
+        return Pending(parts)
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        return self.submit(rows).result()
+
+    def warm_up(self, shape: tuple[int, ...], dtype: Any) -> None:
+        """Compiles every bucket for rows of `shape`."""
+        for bucket in self.buckets:
+            jax.block_until_ready(self._jitted(self.params, np.zeros((bucket, *shape), dtype)))
+
+
+class _CompileCount:
+    """Counts finished backend compilations from jax.monitoring; listeners cannot be removed, so there is one."""
+
+    def __init__(self):
+        self.total = 0
+        self._listening = False
+
+    def listen(self) -> None:
+        if not self._listening:
+            jax.monitoring.register_event_duration_secs_listener(self._on_event)
+            self._listening = True
+
+    def _on_event(self, event: str, duration_s: float, **_: Any) -> None:
+        self.total += event == COMPILE_EVENT
+
+
+_COUNT = _CompileCount()
+
+
+@contextmanager
+def count_compilations() -> Iterator[Callable[[], int]]:
+    """Yields a function that tells how many programs XLA has compiled since the block was entered."""
+    _COUNT.listen()
+    before = _COUNT.total
+    yield lambda: _COUNT.total - before

@@ -1,0 +1,203 @@
+"""The loaded model that people use: text and images in, unit-norm float32 numpy arrays out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from PIL import Image
+
+from icar_jax import checkpoint, pytree
+from icar_jax.checkpoint import Checkpoint, CheckpointError
+from icar_jax.config import from_dict
+from icar_jax.data.images import Preprocess, decode
+from icar_jax.data.tokenizer import Tokenizer
+from icar_jax.inference.forward import Forward, bucket_sizes
+from icar_jax.inference.router import Routed, Router
+from icar_jax.models.clip import Clip, ClipArch
+from icar_jax.models.complexity import Complexity, ComplexityArch
+from icar_jax.models.pixels import normalise
+
+ImageLike = str | os.PathLike | Image.Image | np.ndarray
+
+
+class Scorer:
+    """A complexity model with its preprocessing."""
+
+    def __init__(self, loaded: Checkpoint, batch_size: int, dtype: Any):
+        self.path = loaded.path
+        self.complexity = Complexity(from_dict(loaded.description["arch"], ComplexityArch, f"{loaded.path}: arch"))
+        pytree.require_same(self.complexity.shapes(), loaded.params, str(loaded.path))
+        self.preprocess = Preprocess.from_dict(loaded.description["preprocess"])
+        p = self.preprocess
+        self.forward = Forward(
+            lambda params, images: self.complexity.score(params, normalise(images, p.mean, p.std), dtype),
+            jax.device_put(loaded.params),
+            bucket_sizes(batch_size),
+        )
+
+
+class Model:
+    """A CLIP checkpoint, a complexity checkpoint, or a bundle of both; made by `load`.
+
+    Attributes:
+        exits: depths an image embedding can be taken at, in executed blocks, full depth last; empty without CLIP.
+        thresholds: complexity above thresholds[i] runs past exits[i]; None where nothing was calibrated.
+        embed_dim: width D of the embeddings.
+        description: icar.json of the checkpoint.
+    """
+
+    def __init__(
+        self,
+        clip: Checkpoint | None,
+        complexity: Checkpoint | None,
+        description: dict[str, Any],
+        batch_size: int = 64,
+        dtype: str = "float32",
+    ):
+        self.description = description
+        self.batch_size = batch_size
+        self._dtype = jnp.dtype(dtype)
+        self.exits: tuple[int, ...] = ()
+        self.thresholds: tuple[float, ...] | None = None
+        self.clip: Clip | None = None
+        if clip is not None:
+            self._open_clip(clip)
+        self.scorer = Scorer(complexity, batch_size, self._dtype) if complexity is not None else None
+        if clip is not None and complexity is not None:
+            self.thresholds = tuple(description["routing"]["thresholds"])
+            exits = tuple(description["routing"]["exits"])
+            if exits != self.exits:
+                raise CheckpointError(f"the bundle routes to exits {exits}, its CLIP has {self.exits}; bundle it again")
+
+    def _open_clip(self, loaded: Checkpoint) -> None:
+        arch = from_dict(loaded.description["arch"], ClipArch, f"{loaded.path}: arch")
+        self.clip = Clip(arch)
+        pytree.require_same(self.clip.shapes(), loaded.params, str(loaded.path))
+        self.preprocess = Preprocess.from_dict(loaded.description["preprocess"])
+        self.tokenizer = Tokenizer.from_json(loaded.tokenizer) if loaded.tokenizer is not None else None
+        self.exits = arch.vision.all_exits
+        self.embed_dim = arch.vision.embed_dim
+        self._params = jax.device_put(loaded.params)
+        self.towers = {exit: self._tower(exit) for exit in self.exits}
+        clip, dtype = self.clip, self._dtype
+        self._text = Forward(
+            lambda params, tokens: clip.encode_text(params, tokens, dtype), self._params, bucket_sizes(self.batch_size)
+        )
+
+    def _tower(self, exit: int) -> Forward:
+        clip, dtype, p = self.clip, self._dtype, self.preprocess
+        return Forward(
+            lambda params, images: clip.encode_image(params, normalise(images, p.mean, p.std), exit, dtype),
+            self._params,
+            bucket_sizes(self.batch_size),
+        )
+
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        """list of N strings -> float32 [N, D], unit norm. Captions beyond the context are cut, with a warning."""
+        self._need_clip("encode_text")
+        if isinstance(texts, str):
+            raise TypeError("encode_text takes a list of strings; write encode_text([text])")
+        if self.tokenizer is None:
+            raise CheckpointError("this checkpoint holds no tokenizer, so it cannot encode text")
+        length = self.clip.arch.text.context_length
+        tokens, truncated = self.tokenizer.encode(texts, length)
+        if truncated.any():
+            logging.warning("%d of %d texts are longer than %d tokens and were cut.", truncated.sum(), len(texts), length)
+        return self._text(tokens) if len(tokens) else np.zeros((0, self.embed_dim), np.float32)
+
+    def encode_image(self, images: Sequence[ImageLike], exit: int | None = None) -> np.ndarray:
+        """N paths, PIL images or uint8 arrays [H, W, 3] -> float32 [N, D], unit norm, in the same order.
+
+        `exit` is the number of executed blocks. Without it a bundle routes each image by its complexity, and a plain
+        CLIP checkpoint, which cannot score images, runs full depth.
+        """
+        self._need_clip("encode_image")
+        if exit is None and self.thresholds is not None:
+            return self.route(images).embeddings
+        tower = self.towers[self.clip.arch.vision.check_exit(exit)]
+        parts = [tower.submit(batch["clip"]) for batch in self._prepare(images, {"clip": self.preprocess})]
+        return np.concatenate([p.result() for p in parts]) if parts else np.zeros((0, self.embed_dim), np.float32)
+
+    def score(self, images: Sequence[ImageLike]) -> np.ndarray:
+        """N paths, PIL images or uint8 arrays -> complexity float32 [N] in [0, 1]; higher is more complex."""
+        if self.scorer is None:
+            raise CheckpointError("this checkpoint holds no complexity model; `icar bundle` adds one")
+        batches = self._prepare(images, {"complexity": self.scorer.preprocess})
+        parts = [self.scorer.forward.submit(batch["complexity"]) for batch in batches]
+        return np.concatenate([p.result() for p in parts]) if parts else np.zeros(0, np.float32)
+
+    def route(self, images: Sequence[ImageLike]) -> Routed:
+        """Embeddings with the score and the exit of each image; needs a bundle."""
+        batches = self._prepare(images, self.preprocesses)
+        return self.router.embed(((b["clip"], b["complexity"]) for b in batches), self.embed_dim)
+
+    @property
+    def preprocesses(self) -> dict[str, Preprocess]:
+        """How images are prepared for each part: 'clip' and, where there is one, 'complexity'."""
+        made = {"clip": self.preprocess} if self.clip is not None else {}
+        return made | ({"complexity": self.scorer.preprocess} if self.scorer is not None else {})
+
+    @cached_property
+    def router(self) -> Router:
+        """The router over this bundle's towers. Raises CheckpointError for anything but a bundle."""
+        if self.thresholds is None:
+            raise CheckpointError("routing needs thresholds: make a bundle with `icar bundle`, then load that")
+        return Router(self.towers, self.scorer.forward, self.thresholds, self.batch_size)
+
+    def warm_up(self) -> None:
+        """Compiles every forward for every batch shape, so that nothing compiles later."""
+        for key, p in self.preprocesses.items():
+            shape = (p.image_size, p.image_size, 3)
+            for forward in self.towers.values() if key == "clip" else (self.scorer.forward,):
+                forward.warm_up(shape, np.uint8)
+        if self.clip is not None:
+            self._text.warm_up((self.clip.arch.text.context_length,), np.int32)
+
+    def _need_clip(self, what: str) -> None:
+        if self.clip is None:
+            raise CheckpointError(f"{what} needs a CLIP model; this is a complexity checkpoint, which can only score")
+
+    def _prepare(self, images: Iterable[ImageLike], preprocess: dict[str, Preprocess]) -> Iterator[dict[str, np.ndarray]]:
+        if isinstance(images, (str, os.PathLike, Image.Image)):
+            raise TypeError("expected a list of images; put the single image into a list")
+        images = list(images)
+
+        def one(image: ImageLike) -> dict[str, np.ndarray]:
+            picture = decode(image)
+            return {key: p.resize(picture) for key, p in preprocess.items()}
+
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+            for start in range(0, len(images), self.batch_size):
+                rows = list(pool.map(one, images[start : start + self.batch_size]))
+                yield {key: np.stack([row[key] for row in rows]) for key in preprocess}
+
+
+def load(path: str | os.PathLike, *, batch_size: int = 64, dtype: str = "float32") -> Model:
+    """Opens a bundle, a CLIP or complexity checkpoint, or a workdir of train.py; nothing else is needed.
+
+    `batch_size` is the largest static batch, `dtype` that of activations ('float32' or 'bfloat16').
+    Raises CheckpointError saying what was expected at `path` and what was found.
+    """
+    folder = checkpoint.find(path)
+    description = checkpoint.describe(folder)
+    if description["kind"] == "bundle":
+        clip, complexity = checkpoint.read(folder / "clip", "clip"), checkpoint.read(folder / "complexity", "complexity")
+    else:
+        loaded = checkpoint.read(folder, description["kind"])
+        clip, complexity = (loaded, None) if loaded.kind == "clip" else (None, loaded)
+    return Model(clip, complexity, description, batch_size, dtype)
+
+
+def load_clip_with_scorer(clip: Path, complexity: Path, batch_size: int) -> tuple[Model, Model]:
+    """The two parts of a bundle that is about to be made. Raises CheckpointError where one is of the wrong kind."""
+    paths = checkpoint.find(clip, ("clip",)), checkpoint.find(complexity, ("complexity",))
+    return load(paths[0], batch_size=batch_size), load(paths[1], batch_size=batch_size)

@@ -1,0 +1,14 @@
+"""From stored pixels to tower inputs, on the device."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def normalise(images: Array, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Array:
+    """images uint8 [B, S, S, 3] -> float32 [B, S, S, 3], (x / 255 - mean) / std per channel."""
+    mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+    return images.astype(jnp.float32) * (1 / (255 * std)) - mean / std
