@@ -8,8 +8,7 @@ The same command continues a run that was cut off.
 from absl import app, flags
 from ml_collections import config_flags
 
-from icar_jax.cli import user_errors
-from icar_jax.training.loop import train
+from icar_jax.cli import run_program, user_errors
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: configs/x.py or configs/x.py:argument.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: configuration, metrics, checkpoints, model.")
@@ -19,9 +18,11 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides look like --config.train.steps=100")
+    from icar_jax.training.loop import train
+
     with user_errors():
         print(f"Finished: {train(CONFIG.value, WORKDIR.value)}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_program(main)

@@ -23,7 +23,7 @@ def get_config(task: str = "clip") -> ExperimentConfig:
             data=DataConfig(source="scenes", vocabulary=512),
             optim=OptimConfig(lr=1e-3, exit_lr=1e-3, warmup_steps=100),
             train=TrainConfig(steps=1500, batch_size=64, dtype="float32", checkpoint_every=500),
-            eval=EvalConfig(split="val", size=500, complexity="workdir/demo/complexity", early_share=(0.5,)),
+            eval=EvalConfig(split="val", size=500, complexity="workdir/demo/complexity"),
         )
     if task == "complexity":
         return ExperimentConfig(

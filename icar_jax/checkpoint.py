@@ -58,7 +58,8 @@ def write(
 
     Raises ValueError for a parameter that is not finite, naming it.
     """
-    flat = {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in pytree.flatten(params).items()}
+    # np.ascontiguousarray would turn scalars into vectors of length one.
+    flat = {name: np.asarray(leaf, np.float32, order="C") for name, leaf in pytree.flatten(params).items()}
     broken = [name for name, leaf in flat.items() if not np.isfinite(leaf).all()]
     if broken:
         raise ValueError(f"refusing to write {path}: not finite: {', '.join(broken[:5])} ({len(broken)} parameters)")

@@ -1,17 +1,122 @@
-"""`icar <command>`."""
+"""`icar <command>`: argument parsing only, one function a command, and how the programs report errors."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from icar_jax import checkpoint
+from icar_jax import config as cfg
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Ends the program with one line for errors a user can cause; anything else keeps its traceback."""
+    """Ends the program with a plain message for errors a user can cause; other faults keep their traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (cfg.ConfigError, checkpoint.CheckpointError, FileNotFoundError, PermissionError) as error:
+        _fail(error)
+    except (ValueError, RuntimeError, OSError) as error:
+        # Raised by this package on purpose, or from deep inside a library: only the former reads well alone.
+        if type(error).__module__.startswith("icar_jax") or _raised_here(error):
+            _fail(error)
+        raise
+
+
+def _raised_here(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("icar_jax")
+
+
+def _fail(error: BaseException) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run_program(main: Callable[[Sequence[str]], None]) -> None:
+    """Runs a root script: overrides of unknown fields are reported by name, and libraries log warnings only."""
+
+    def parse(args: Sequence[str]) -> Sequence[str]:
+        with user_errors():
+            for arg in args[1:]:
+                name = arg.lstrip("-").partition("=")[0]
+                if arg.startswith("-") and name.startswith("config."):
+                    cfg.check_override(name)
+            rest = app.parse_flags_with_usage(args)
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)
+        return rest
+
+    app.run(main, flags_parser=parse)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The console script `icar`."""
+    parser = argparse.ArgumentParser(prog="icar", description="Image complexity-aware retrieval in JAX.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_bundle(commands)
+    _add_describe(commands)
+    args = parser.parse_args(argv)
+    logging.set_verbosity(logging.WARNING)
+    with user_errors():
+        args.run(args)
+
+
+def _add_bundle(commands) -> None:
+    p = commands.add_parser(
+        "bundle",
+        help="join a CLIP and a complexity model with thresholds",
+        description="Joins a CLIP with early exits and a complexity model into one folder that routes. Thresholds are "
+        "set on calibration images, which the CLIP's workdir names, unless they are given.",
+    )
+    p.add_argument("--clip", required=True, help="workdir or checkpoint of the CLIP model")
+    p.add_argument("--complexity", required=True, help="workdir or checkpoint of the complexity model")
+    p.add_argument("--out", required=True, help="folder to write; WORKDIR/bundle is where evaluate.py looks")
+    p.add_argument(
+        "--share", type=float, nargs="+", default=[], metavar="S", help="share of the images for each early exit"
+    )
+    p.add_argument("--thresholds", type=float, nargs="+", metavar="T", help="use these instead of calibrating")
+    p.add_argument("--root", help="folder of the pictures, where it moved since training")
+    p.set_defaults(run=_bundle)
+
+
+def _bundle(args: argparse.Namespace) -> None:
+    from icar_jax.data import sources
+    from icar_jax.evaluation.calibration import make_bundle
+
+    calibration = None
+    if args.thresholds is None:
+        file = Path(args.clip) / "config.json"
+        if not file.is_file():
+            raise cfg.ConfigError(
+                f"{file} not found: --clip={args.clip} is no workdir of train.py, so its calibration images are "
+                "unknown; pass its workdir, or --thresholds"
+            )
+        data = cfg.from_dict(json.loads(file.read_text(encoding="utf-8"))).data
+        data.root = args.root or data.root
+        calibration = sources.calibration_source(data)
+    elif args.share:
+        raise cfg.ConfigError("--share and --thresholds exclude each other: a share is turned into a threshold")
+    out = make_bundle(
+        args.clip, args.complexity, args.out, calibration=calibration, shares=args.share, thresholds=args.thresholds
+    )
+    routing = checkpoint.describe(out)["routing"]
+    print(f"Bundle: {out}: exits {routing['exits']}, thresholds {[round(t, 4) for t in routing['thresholds']]}")
+
+
+def _add_describe(commands) -> None:
+    p = commands.add_parser("describe", help="print what a checkpoint, bundle or workdir holds")
+    p.add_argument("path")
+    p.set_defaults(run=lambda args: print(json.dumps(checkpoint.describe(checkpoint.find(args.path)), indent=2)))
+
+
+if __name__ == "__main__":
+    main()

@@ -45,7 +45,9 @@ class _Photos:
         images = root / "images" if (root / "images").is_dir() else root
         found = _image_files(images)
         if not found:
-            raise FileNotFoundError(f"{images}: no image files ({', '.join(sorted(IMAGE_SUFFIXES))}); {where.name} lists {len(entries)}")
+            raise FileNotFoundError(
+                f"{images}: no image files ({', '.join(sorted(IMAGE_SUFFIXES))}); {where.name} lists {len(entries)}"
+            )
 
         captioned = {e.file for e in entries if e.captions}
         self.uncaptioned = sorted(({e.file for e in entries} | found) - captioned)
@@ -126,21 +128,25 @@ class CaptionFolder(_Photos):
 
 
 def open_folder(root: str | Path, split: str | None) -> KarpathyFolder | CaptionFolder:
-    """The source for a folder, by the caption file that lies in it. Raises where there is none or more than one kind."""
+    """The source for a folder, by the caption file in it. Raises where there is none, or more than one kind."""
     root = _existing_folder(root)
     karpathy = sorted(p.name for p in root.glob("dataset*.json"))
     plain = [name for name in CAPTION_FILES if (root / name).is_file()]
     if karpathy and plain:
         raise ValueError(f"{root}: several caption files, {', '.join(karpathy + plain)}; keep one of them")
     if not karpathy and not plain:
-        raise FileNotFoundError(f"{root}: expected dataset*.json (Karpathy) or {' or '.join(CAPTION_FILES)}, found {_listing(root)}")
+        raise FileNotFoundError(
+            f"{root}: expected dataset*.json (Karpathy) or {' or '.join(CAPTION_FILES)}, found {_listing(root)}"
+        )
     return KarpathyFolder(root, split) if karpathy else CaptionFolder(root, split)
 
 
 def _existing_folder(root: str | Path) -> Path:
     root = Path(root).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(f"image folder {root} does not exist" if not root.exists() else f"{root} is not a folder")
+        raise FileNotFoundError(
+            f"image folder {root} does not exist" if not root.exists() else f"{root} is not a folder"
+        )
     if next(root.iterdir(), None) is None:
         raise FileNotFoundError(f"image folder {root} is empty; expected images and a caption file")
     return root.resolve()
@@ -212,7 +218,9 @@ def _merge(rows: Iterator[_Row], where: Path) -> list[_Entry]:
     for row in rows:
         known = first.setdefault(row.file, row)
         if known.split != row.split:
-            raise ValueError(f"{where}, {row.place}: {row.file} is in split {row.split!r}, but in {known.split!r} at {known.place}")
+            raise ValueError(
+                f"{where}, {row.place}: {row.file} is in split {row.split!r}, but in {known.split!r} at {known.place}"
+            )
         captions.setdefault(row.file, []).extend(row.captions)
     if not any(captions.values()):
         raise ValueError(f"{where}: no captions in it")
@@ -223,7 +231,9 @@ def _read_karpathy(where: Path) -> Iterator[_Row]:
     try:
         images = json.loads(where.read_text(encoding="utf-8"))["images"]
     except FileNotFoundError:
-        raise FileNotFoundError(f"caption file {where} not found; {where.parent} has {_listing(where.parent)}") from None
+        raise FileNotFoundError(
+            f"caption file {where} not found; {where.parent} has {_listing(where.parent)}"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where}: expected Karpathy's JSON with a list `images`: {error!r}") from error
     folder = where.parent / "images" if (where.parent / "images").is_dir() else where.parent
@@ -245,12 +255,14 @@ def _read_csv(where: Path) -> Iterator[_Row]:
         try:
             columns = reader.fieldnames or []
             if not {"file", "caption"} <= set(columns):
-                raise ValueError(f"{where}, line 1: expected a header with the columns file and caption, found {columns}")
+                raise ValueError(
+                    f"{where}, line 1: expected a header with the columns file and caption, found {columns}"
+                )
             for row in reader:
                 place = f"line {reader.line_num}"
                 if None in row or None in row.values():
                     raise ValueError(
-                        f"{where}, {place}: expected {len(columns)} columns ({', '.join(columns)}), found another number;"
+                        f"{where}, {place}: expected {len(columns)} columns ({', '.join(columns)}), found more or less;"
                         " put a caption that contains commas in double quotes"
                     )
                 yield _row(where, place, row["file"], row["caption"], row.get("split"))
@@ -268,5 +280,7 @@ def _read_jsonl(where: Path) -> Iterator[_Row]:
             except ValueError as error:
                 raise ValueError(f"{where}, line {number}: not valid JSON: {error}") from error
             if not isinstance(row, dict) or not {"file", "caption"} <= set(row):
-                raise ValueError(f"{where}, line {number}: expected an object with `file` and `caption`, found {row!r:.80}")
+                raise ValueError(
+                    f"{where}, line {number}: expected an object with `file` and `caption`, found {row!r:.80}"
+                )
             yield _row(where, f"line {number}", row["file"], row["caption"], row.get("split"))

@@ -54,7 +54,9 @@ def decode(image: ImageLike, name: str | None = None) -> Image.Image:
     elif isinstance(image, (str, os.PathLike)):
         stream, name = image, name or os.fspath(image)
     else:
-        raise TypeError(f"{name or 'image'}: expected a path, bytes, a uint8 array or a PIL image, got {type(image).__name__}")
+        raise TypeError(
+            f"{name or 'image'}: expected a path, bytes, a uint8 array or a PIL image, got {type(image).__name__}"
+        )
     try:
         opened = Image.open(stream)
     except FileNotFoundError:
@@ -170,7 +172,9 @@ class Preprocess:
         expected = {f.name for f in fields(cls)}
         missing, unknown = sorted(expected - set(values)), sorted(set(values) - expected)
         if missing or unknown:
-            raise ValueError(f"preprocess: missing fields {missing}, unknown fields {unknown}; expected {sorted(expected)}")
+            raise ValueError(
+                f"preprocess: missing fields {missing}, unknown fields {unknown}; expected {sorted(expected)}"
+            )
         return cls(**values)
 
 

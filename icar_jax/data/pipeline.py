@@ -1,26 +1,20 @@
-"""Batches on Grain: whole batches are made by position, so order and content do not depend on workers or processes.
-
-grain (and with it jax, where installed) is imported only when an iterator is made. Worker processes are spawned and
-pinned to the CPU platform, so that none of them can start an accelerator backend.
-"""
+"""Batches for training and evaluation: made whole, by position, so that workers and processes change nothing."""
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from absl import flags, logging
+from absl import logging
 
 from icar_jax.data.images import Augment, ImageError, Preprocess
+from icar_jax.data.iterator import Batch, BatchIterator
 from icar_jax.data.order import examples_at, substitute_position
 from icar_jax.data.records import Record, Source
 from icar_jax.data.tokenizer import Tokenizer
 
-Batch = dict[str, Any]
 MAX_SUBSTITUTES = 8
 # What a source's `image()` raises for a file that cannot be read; anything else is a fault in the program.
 _BAD_FILE = (OSError, ImageError)
@@ -95,7 +89,7 @@ def eval_batches(
 
     Returns:
         An iterator of dicts, to be closed when done:
-        images {key: uint8 [n, S, S, 3]}; index int64 [n]; name object [n]; captions, labels object [n] of tuples of str;
+        images {key: uint8 [n, S, S, 3]}; index int64 [n]; name object [n]; captions, labels object [n] (tuples of str);
         complexity float32 [n], nan where unknown; bad object [m] of (name, reason).
     """
     if batch_size < 1:
@@ -104,62 +98,6 @@ def eval_batches(
         raise ValueError("eval_batches needs at least one preprocess")
     make = _EvalBatch(source, dict(preprocess), batch_size)
     return BatchIterator(make, -(-len(source) // batch_size), num_workers, num_threads)
-
-
-class BatchIterator:
-    """Batches 0 ... count - 1 of `make`, in order, prepared ahead by threads and worker processes.
-
-    Close it when done: worker processes live until then.
-    """
-
-    def __init__(self, make: Callable[[int], Batch], count: int, num_workers: int, num_threads: int):
-        if num_workers < 0 or num_threads < 0:
-            raise ValueError(f"num_workers and num_threads must not be negative, got {num_workers} and {num_threads}")
-        import grain
-
-        # The batch is made inside `map`, before the slicing by worker: batching after it would mix the slices.
-        read = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
-        dataset = grain.MapDataset.range(count).map(make).to_iter_dataset(read)
-        if num_workers:
-            _ensure_flags_parsed()
-            options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
-            dataset = dataset.mp_prefetch(options, worker_init_fn=_init_worker)
-        self._batches = iter(dataset)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        return _plain(next(self._batches))
-
-    def close(self) -> None:
-        """Ends the worker processes and threads; a second call does nothing."""
-        self._batches.close()
-
-    def __enter__(self) -> BatchIterator:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _plain(value: Any) -> Any:
-    """Copies arrays that lie in a worker's shared memory, which is leaked where a batch lives until the program ends."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value if type(value) is np.ndarray else np.array(value)
-
-
-def _ensure_flags_parsed() -> None:
-    # Grain reads absl flags while starting workers and fails where a program (a notebook, a test) never parsed any.
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-
-
-def _init_worker(worker_index: int, worker_count: int) -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    if (jax := sys.modules.get("jax")) is not None:  # grain has imported it: the variable was read already
-        jax.config.update("jax_platforms", "cpu")
 
 
 @dataclass(frozen=True)
@@ -219,8 +157,8 @@ class _TrainBatch:
                 return index, record, picture
         listed = "\n".join("  " + _with_name(*item) for item in tried)
         raise ValueError(
-            f"source {self.source.name!r}, position {position}: the example and its {attempts} substitutes do not decode."
-            f" Most of the files seem unreadable; check the folder and its storage:\n{listed}"
+            f"source {self.source.name!r}, position {position}: the example and its {attempts} substitutes do not"
+            f" decode. Most of the files seem unreadable; check the folder and its storage:\n{listed}"
         )
 
 
@@ -278,14 +216,16 @@ def _with_name(name: str, reason: str) -> str:
 
 def _draw_caption(record: Record, rng: np.random.Generator, source_name: str) -> str:
     if not record.captions:
-        raise RuntimeError(f"source {source_name!r}: record {record.name} has no caption; a source must leave such files out")
+        raise RuntimeError(
+            f"source {source_name!r}: record {record.name} has no caption; a source must leave such files out"
+        )
     return record.captions[rng.integers(len(record.captions))]
 
 
 def _known_complexity(records: list[Record], source_name: str) -> np.ndarray:
     values = np.array([r.complexity for r in records], np.float32)
     if not np.isfinite(values).all():
-        unknown = [r.name for r, v in zip(records, values) if not np.isfinite(v)]
+        unknown = [r.name for r, v in zip(records, values, strict=True) if not np.isfinite(v)]
         raise ValueError(
             f"source {source_name!r}: no complexity known for {len(unknown)} records of a batch, first {unknown[0]};"
             " train the complexity model on a source that knows it, such as scenes"

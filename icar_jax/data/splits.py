@@ -22,34 +22,41 @@ def record_names(source: Source) -> list[str]:
     return list(names) if names is not None else [source[i].name for i in range(len(source))]
 
 
-def calibration_split(names: Sequence[str], part: float | int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def calibration_split(
+    names: Sequence[str], *, seed: int, size: int | None = None, fraction: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Cuts a calibration part out of the training records.
+
+    Adding files moves none of the others with `fraction`, and at most replaces some of the chosen ones with `size`.
 
     Args:
         names: unique record names.
-        part: a float in (0, 1) is the expected share, each record being decided by its own name alone; an int in
-            [1, len(names)) is the exact number, the records of the lowest hashes. Adding files then moves none of the
-            others, or at most replaces some of the chosen ones.
+        size: the exact number, in [1, len(names)): the records of the lowest hashes.
+        fraction: the expected share, in (0, 1): each record is decided by its own name alone. Give one of the two.
 
     Returns:
         (train, calibration): sorted, disjoint int64 indices that together cover every record; neither is empty.
     """
+    if (size is None) == (fraction is None):
+        raise ValueError(f"calibration_split needs either size or fraction, got size={size} and fraction={fraction}")
     if len(set(names)) != len(names):
         double = next(name for name, count in Counter(names).items() if count > 1)
         raise ValueError(f"record names must be unique to be split, {double!r} occurs more than once")
     hashes = [name_hash(name, seed) for name in names]
-    if isinstance(part, float):
-        if not 0 < part < 1:
-            raise ValueError(f"a calibration fraction must lie between 0 and 1, got {part}")
-        chosen = [i for i, value in enumerate(hashes) if value < part * 2**64]
+    if fraction is not None:
+        if not 0 < fraction < 1:
+            raise ValueError(f"a calibration fraction must lie between 0 and 1, got {fraction}")
+        chosen = [i for i, value in enumerate(hashes) if value < fraction * 2**64]
     else:
-        if not 0 < part < len(names):
-            raise ValueError(f"a calibration size must lie in [1, {len(names) - 1}] for {len(names)} records, got {part}")
-        chosen = sorted(range(len(names)), key=lambda i: (hashes[i], names[i]))[:part]
+        if not 0 < size < len(names):
+            raise ValueError(
+                f"a calibration size must lie in [1, {len(names) - 1}] for {len(names)} records, got {size}"
+            )
+        chosen = sorted(range(len(names)), key=lambda i: (hashes[i], names[i]))[:size]
     if not 0 < len(chosen) < len(names):
         raise ValueError(
-            f"a calibration fraction of {part} takes {len(chosen)} of {len(names)} records and leaves one part empty;"
-            " give a number of records instead"
+            f"a calibration fraction of {fraction} takes {len(chosen)} of {len(names)} records and leaves one part empty;"
+            " give a size instead"
         )
     calibration = np.array(sorted(chosen), np.int64)
     return np.setdiff1d(np.arange(len(names), dtype=np.int64), calibration), calibration
@@ -66,7 +73,9 @@ class Subset:
             raise ValueError(f"subset {name!r} of {source.name!r}: expected a non-empty list of indices")
         low, high = self.indices.min(), self.indices.max()
         if low < 0 or high >= len(source):
-            raise ValueError(f"subset {name!r}: indices run from {low} to {high}, {source.name!r} has {len(source)} records")
+            raise ValueError(
+                f"subset {name!r}: indices run from {low} to {high}, {source.name!r} has {len(source)} records"
+            )
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -114,7 +114,9 @@ class Tokenizer:
             ValueError: `vocab_size` below 259 (256 bytes and 3 special tokens), or no captions.
         """
         if vocab_size < _MIN_TRAINED_VOCAB:
-            raise ValueError(f"vocab_size must be at least {_MIN_TRAINED_VOCAB} (256 bytes, 3 special tokens), got {vocab_size}")
+            raise ValueError(
+                f"vocab_size must be at least {_MIN_TRAINED_VOCAB} (256 bytes, 3 special tokens), got {vocab_size}"
+            )
         cleaned = [clean(_check_text(caption, i)) for i, caption in enumerate(captions)]
         if not any(cleaned):
             raise ValueError("cannot train a tokenizer: no non-empty captions were given")
@@ -198,7 +200,7 @@ def _byte_characters() -> list[str]:
 
 
 def _clip_backend(text: str, where: str) -> _Backend:
-    """CLIP's BPE from the lines of its merges file: a header, then one merge a line, of which the first 48,894 count."""
+    """CLIP's BPE from its merges file: a header, then one merge a line, of which the first 48,894 count."""
     lines = text.split("\n")
     if not lines[0].startswith(("#version", '"bpe_simple_vocab')):
         raise ValueError(
@@ -211,13 +213,17 @@ def _clip_backend(text: str, where: str) -> _Backend:
         if not pair and number >= len(lines):
             break  # the newline at the end of the file
         if len(pair) != 2:
-            raise ValueError(f"tokenizer file {where}, line {number}: expected two symbols to merge, found {line!r:.80}")
+            raise ValueError(
+                f"tokenizer file {where}, line {number}: expected two symbols to merge, found {line!r:.80}"
+            )
         merges.append(pair)
     characters = _byte_characters()
     tokens = characters + [c + "</w>" for c in characters] + ["".join(pair) for pair in merges] + [START, END]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
-        raise ValueError(f"tokenizer file {where}: {len(tokens) - len(vocabulary)} merges give a token that exists already")
+        raise ValueError(
+            f"tokenizer file {where}: {len(tokens) - len(vocabulary)} merges give a token that exists already"
+        )
     try:
         model = models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", continuing_subword_prefix="")
     except Exception as error:  # the library raises bare Exception for a merge of unknown symbols

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -197,7 +196,7 @@ def load(path: str | os.PathLike, *, batch_size: int = 64, dtype: str = "float32
     return Model(clip, complexity, description, batch_size, dtype)
 
 
-def load_clip_with_scorer(clip: Path, complexity: Path, batch_size: int) -> tuple[Model, Model]:
-    """The two parts of a bundle that is about to be made. Raises CheckpointError where one is of the wrong kind."""
+def load_parts(clip: str | os.PathLike, complexity: str | os.PathLike, batch_size: int) -> tuple[Model, Model]:
+    """The CLIP and the complexity checkpoint of a bundle to be. Raises CheckpointError where one is of the wrong kind."""
     paths = checkpoint.find(clip, ("clip",)), checkpoint.find(complexity, ("complexity",))
     return load(paths[0], batch_size=batch_size), load(paths[1], batch_size=batch_size)

@@ -1,0 +1,28 @@
+"""Evaluates a trained CLIP on its held-out split: full depth, each exit, routed, and what each costs.
+
+    python evaluate.py --config=configs/demo.py:clip --workdir=workdir/demo [--config.eval.split=test ...]
+
+Takes the flags of train.py; writes metrics.json, retention.png and complexity.png into the workdir.
+"""
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from icar_jax.cli import run_program, user_errors
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: configs/x.py or configs/x.py:argument.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of train.py, with model/ and perhaps bundle/.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides look like --config.eval.split=test")
+    from icar_jax.evaluation.evaluate import evaluate
+
+    with user_errors():
+        evaluate(CONFIG.value, WORKDIR.value)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,229 @@
+"""Evaluation on a held-out split: full depth, each exit, routed and random routing, with what each costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from icar_jax import checkpoint
+from icar_jax import config as cfg
+from icar_jax.config import ExperimentConfig
+from icar_jax.data import sources
+from icar_jax.data.pipeline import BadFiles, eval_batches
+from icar_jax.data.records import Source
+from icar_jax.evaluation import figures, table, timing
+from icar_jax.evaluation.bootstrap import Hits, difference, hits_at, mean_hits, retention
+from icar_jax.evaluation.calibration import make_bundle
+from icar_jax.evaluation.colour_baseline import colour_histogram_baseline
+from icar_jax.evaluation.metrics import mean_summary, ranks, summarise
+from icar_jax.inference.model import Model, load
+from icar_jax.models.flops import complexity_flops, vision_flops
+
+RETENTION_AT = 5  # recall at 5 is what retention and comparisons are about
+BASELINE_IMAGES = 3000  # training images the colour baseline is fitted on
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Embeddings of the whole split: one row per image and exit, one per caption, and the routed rows."""
+
+    by_exit: dict[int, np.ndarray]
+    texts: np.ndarray
+    caption_image: np.ndarray
+    routed: np.ndarray | None
+    scores: np.ndarray | None
+    exits: np.ndarray | None
+    sample: timing.Sample
+    captions: list[tuple[str, ...]]
+    bad: BadFiles
+
+
+def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
+    """Evaluates the model in `workdir` and writes metrics.json, retention.png and complexity.png there.
+
+    Makes WORKDIR/bundle where there is none and `config.eval.complexity` names a complexity model.
+    Returns the metrics as documented in evaluation/table.py. Raises ConfigError or CheckpointError.
+    """
+    config = cfg.validate(config)
+    workdir = Path(workdir)
+    folder, notes = _model_folder(config, workdir)
+    model = load(folder, batch_size=config.eval.batch_size, dtype=config.eval.dtype)
+    source = sources.eval_source(config.data, config.eval)
+    gallery = _embed(model, source)
+    metrics = _measure(config, model, gallery)
+    metrics["gallery"]["source"] = source.name
+    metrics["notes"] = [*notes, _baseline_note(config, source, gallery, metrics)]
+    if gallery.bad.reasons:
+        metrics["notes"].append(gallery.bad.summary())
+    table.write_metrics(metrics, workdir / "metrics.json")
+    figures.retention_against_cost(metrics, workdir / "retention.png")
+    if gallery.scores is not None:
+        figures.complexity_histogram(gallery.scores, model.thresholds, workdir / "complexity.png", exits=model.exits)
+    table.print_results(metrics)
+    return metrics
+
+
+def _model_folder(config: ExperimentConfig, workdir: Path) -> tuple[Path, list[str]]:
+    """The bundle of the workdir, made now if it can be; else the plain CLIP, with a note that says what is missing."""
+    folder = checkpoint.find(workdir, ("bundle", "clip"))
+    if checkpoint.describe(folder)["kind"] == "bundle":
+        _check_fresh(workdir)
+        return folder, []
+    scorer = config.eval.complexity
+    if scorer and Path(scorer).exists():
+        calibration = sources.calibration_source(config.data)
+        bundle = make_bundle(
+            folder, scorer, workdir / "bundle", calibration=calibration, shares=config.eval.early_share
+        )
+        return bundle, []
+    found = f"there is none at config.eval.complexity={scorer!r}" if scorer else "config.eval.complexity is empty"
+    note = (
+        f"not routed: no complexity model ({found}). Train one with "
+        "`python train.py --config=configs/demo.py:complexity --workdir=workdir/complexity` and pass "
+        "--config.eval.complexity=workdir/complexity"
+    )
+    logging.warning("%s", note)
+    return folder, [note]
+
+
+def _check_fresh(workdir: Path) -> None:
+    """Raises CheckpointError where the model was trained again after the bundle was made."""
+    model, bundled = workdir / "model", workdir / "bundle" / "clip"
+    if (model / checkpoint.DESCRIPTION).is_file() and bundled.is_dir():
+        if checkpoint.describe(model).get("hashes") != checkpoint.describe(bundled).get("hashes"):
+            raise checkpoint.CheckpointError(
+                f"{workdir / 'bundle'} holds another CLIP than {model}; remove it or run `icar bundle` again"
+            )
+
+
+def _embed(model: Model, source: Source) -> Gallery:
+    """One pass over the split: every exit of every image, the routed rows, and every caption."""
+    towers = {exit: [] for exit in model.exits}
+    kept: dict[str, list[np.ndarray]] = {key: [] for key in model.preprocesses}
+    captions: list[tuple[str, ...]] = []
+    bad = BadFiles()
+    routing = model.thresholds is not None
+
+    def prepared():
+        with eval_batches(source, model.preprocesses, batch_size=model.batch_size) as batches:
+            for batch in tqdm(batches, total=-(-len(source) // model.batch_size), desc="embed images", unit="batch"):
+                bad.add(batch)
+                if not len(batch["index"]):
+                    continue
+                captions.extend(batch["captions"])
+                for key, pixels in batch["images"].items():
+                    if sum(map(len, kept[key])) < timing.SAMPLE:
+                        kept[key].append(pixels)
+                for exit, parts in towers.items():
+                    parts.append(model.towers[exit].submit(batch["images"]["clip"]).result())
+                yield batch["images"]["clip"], batch["images"].get("complexity")
+
+    if routing:
+        routed = model.router.embed(prepared(), model.embed_dim)
+    else:
+        for _ in prepared():
+            pass
+    if not captions:
+        raise ValueError(f"no image of {source.name} could be read:\n{bad.summary()}")
+    flat = [caption for group in captions for caption in group]
+    sample = {key: np.concatenate(parts)[: timing.SAMPLE] for key, parts in kept.items()}
+    return Gallery(
+        by_exit={exit: np.concatenate(parts) for exit, parts in towers.items()},
+        texts=model.encode_text(flat),
+        caption_image=np.repeat(np.arange(len(captions)), [len(group) for group in captions]),
+        routed=routed.embeddings if routing else None,
+        scores=routed.scores if routing else None,
+        exits=routed.exits if routing else None,
+        sample=timing.Sample(sample["clip"], sample.get("complexity")),
+        captions=captions,
+        bad=bad,
+    )
+
+
+def _measure(config: ExperimentConfig, model: Model, gallery: Gallery) -> dict[str, Any]:
+    full = model.exits[-1]
+    names = {exit: "full" if exit == full else f"exit_{exit}" for exit in model.exits}
+    flops = {exit: vision_flops(model.clip.arch.vision, exit) for exit in model.exits}
+    share = _share(gallery.exits, model.exits) if gallery.exits is not None else None
+    speed = timing.measure(model, gallery.sample, share)
+    runs: dict[str, dict[str, Any]] = {}
+    hits: dict[str, Hits] = {}
+
+    def add(name: str, summary: dict, run_hits: Hits, cost: float, shares: dict[str, float]) -> None:
+        hits[name] = run_hits
+        runs[name] = {
+            **summary,
+            "flops_per_image": cost,
+            "images_per_s": speed[name],
+            "share": shares,
+        }
+
+    def rank(embeddings: np.ndarray):
+        return ranks(embeddings, gallery.texts, gallery.caption_image)
+
+    for exit in reversed(model.exits):
+        result = rank(gallery.by_exit[exit])
+        add(names[exit], summarise(result), hits_at(result, RETENTION_AT), flops[exit], {str(exit): 1.0})
+    if share is not None:
+        tower_cost = sum(share[str(exit)] * flops[exit] for exit in model.exits)
+        result = rank(gallery.routed)
+        router_cost = complexity_flops(model.scorer.complexity.arch)
+        add("routed", summarise(result), hits_at(result, RETENTION_AT), tower_cost + router_cost, share)
+        draws = [rank(_random_rows(gallery, seed)) for seed in range(config.eval.random_draws)]
+        drawn = mean_hits([hits_at(d, RETENTION_AT) for d in draws])
+        add("random", mean_summary([summarise(d) for d in draws]), drawn, tower_cost, share)
+    n = config.eval.bootstrap
+    for name, run in runs.items():
+        kept = retention(hits[name], hits["full"], n=n)
+        run["retention"] = kept.percent().as_dict() if kept else None
+    metrics: dict[str, Any] = {
+        "runs": runs,
+        "gallery": {"images": len(gallery.captions), "captions": len(gallery.texts)},
+        "comparisons": {},
+    }
+    if share is not None:
+        delta = difference(hits["routed"], hits["random"], n=n)
+        metrics["comparisons"]["routed_minus_random"] = {**delta.as_dict(), "includes_zero": delta.includes_zero}
+        metrics["routing"] = {**model.description["routing"], "router_flops": router_cost}
+    return metrics
+
+
+def _share(exits: np.ndarray, known: tuple[int, ...]) -> dict[str, float]:
+    return {str(e): float(np.mean(exits == e)) for e in known}
+
+
+def _random_rows(gallery: Gallery, seed: int) -> np.ndarray:
+    """Embeddings [N, D] with the routed exits dealt out at random: the same count of images at each exit."""
+    exits = np.random.default_rng(seed).permutation(gallery.exits)
+    rows = gallery.by_exit[max(gallery.by_exit)].copy()
+    for exit, embeddings in gallery.by_exit.items():
+        rows[exits == exit] = embeddings[exits == exit]
+    return rows
+
+
+def _baseline_note(config: ExperimentConfig, source: Source, gallery: Gallery, metrics: dict[str, Any]) -> str:
+    """Adds the colour-histogram baseline to the metrics and says how it compares."""
+    train = sources.train_source(config.data)
+    records, images = [], []
+    for i in np.linspace(0, len(train) - 1, min(BASELINE_IMAGES, len(train))).astype(int):
+        record = train[int(i)]
+        try:
+            images.append(np.asarray(record.image()))
+        except (OSError, ValueError):
+            continue  # the training run names unreadable files
+        records.append(record)
+    result = colour_histogram_baseline(
+        images, [r.captions for r in records], list(gallery.sample.clip[: len(gallery.captions)]), gallery.captions
+    )
+    metrics["colour_baseline"] = result
+    full = metrics["runs"]["full"]
+    pairs = [
+        f"{name.replace('_', ' ')} R@1 {result[name]['r1']:.1f}% (full depth {full[name]['r1']:.1f}%)"
+        for name in ("text_to_image", "image_to_text")
+    ]
+    return f"colour histograms alone, linear, fitted on {len(images)} training images: {', '.join(pairs)}"

@@ -1,0 +1,68 @@
+"""Small trained pieces that several tests share; made once a session."""
+
+import dataclasses
+import os
+
+# Before jax is imported anywhere: tests run on the CPU and on one device, whatever the machine has.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+from icar_jax import checkpoint
+from icar_jax.config import (
+    ClipConfig,
+    ComplexityConfig,
+    DataConfig,
+    EvalConfig,
+    ExperimentConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from icar_jax.data.images import Preprocess
+from icar_jax.data.tokenizer import Tokenizer
+from icar_jax.models.clip import Clip, ClipArch
+from icar_jax.models.complexity import Complexity, ComplexityArch
+from icar_jax.models.convnext import ConvNeXtArch
+from icar_jax.models.text import TextArch
+from icar_jax.models.vision import VisionArch
+
+CAPTIONS = ["a small red circle on the left", "two blue squares above a large green star", "stripes"]
+
+
+def tiny_config(task="clip", **train):
+    """A run of seconds: a small tower on scenes."""
+    steps = {"steps": 4, "batch_size": 8, "dtype": "float32", "log_every": 1, "checkpoint_every": 2, **train}
+    return ExperimentConfig(
+        task=task,
+        clip=ClipConfig(variant="vit_demo", exits=(2,), patch_size=32, context_length=16),
+        complexity=ComplexityConfig(variant="convnextv2_demo", image_size=32),
+        data=DataConfig(source="scenes", scenes_size=200, calibration_size=40, vocabulary=300),
+        optim=OptimConfig(warmup_steps=2),
+        train=TrainConfig(**steps),
+        eval=EvalConfig(split="val", size=30, batch_size=8, bootstrap=100, random_draws=3),
+    )
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A random CLIP checkpoint with exits after 1, 2 and 3 blocks."""
+    tokenizer = Tokenizer.train(CAPTIONS, 300)
+    vision = VisionArch(32, 8, 32, 3, 4, 64, 24, exits=(1, 2))
+    text = TextArch(16, tokenizer.vocab_size, 16, 1, 2, 32, 24, end_id=tokenizer.end_id)
+    arch = ClipArch(vision, text)
+    description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(32, "squash").to_dict()}
+    params = Clip(arch).init(jax.random.key(0), "random")
+    folder = tmp_path_factory.mktemp("clip") / "model"
+    return checkpoint.write(folder, "clip", description, params, tokenizer.to_json())
+
+
+@pytest.fixture(scope="session")
+def complexity_folder(tmp_path_factory):
+    """A random complexity checkpoint."""
+    arch = ComplexityArch(ConvNeXtArch((1, 1, 1, 1), (8, 8, 8, 8)), "regression", 32)
+    description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(32, "squash").to_dict()}
+    params = Complexity(arch).init(jax.random.key(1))
+    # A fresh head scores nearly all images alike; a steeper last layer spreads them.
+    params["head"]["fc3"]["kernel"] = params["head"]["fc3"]["kernel"] * 30
+    return checkpoint.write(tmp_path_factory.mktemp("complexity") / "model", "complexity", description, params)

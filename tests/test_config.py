@@ -1,0 +1,162 @@
+"""Every fault a user can type, passed as a flag to the real program: the error names the field, the value and the fix."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from icar_jax import config as cfg
+from icar_jax.config import ConfigError, ExperimentConfig
+from icar_jax.models import registry
+from icar_jax.parallel.mesh import make_mesh
+
+ROOT = Path(__file__).parent.parent
+
+# flag -> what the message must hold: the field, the value, and a way out
+FAULTS = {
+    "--config.train.stepz=3": ("config.train.stepz", "did you mean config.train.steps"),
+    "--config.train.steps=many": ("config.train.steps", "many", "int"),
+    "--config.train=3": ("config.train", "override one of steps"),
+    "--config.train.steps=0": ("config.train.steps=0", "at least 1"),
+    "--config.train.batch_size=1": ("config.train.batch_size=1", "at least 2"),
+    "--config.train.dtype=float16": ("config.train.dtype='float16'", "bfloat16", "float32"),
+    "--config.clip.variant=vit_b33": ("config.clip.variant='vit_b33'", "did you mean 'vit_b32'"),
+    "--config.clip.exits=(4,3)": ("config.clip.exits=(4, 3)", "write (3, 4)"),
+    "--config.clip.exits=(3,3)": ("config.clip.exits=(3, 3)", "write (3,)"),
+    "--config.clip.exits=(0,3)": ("config.clip.exits=(0, 3)", "write (3,)"),
+    "--config.clip.exits=(3,99)": ("config.clip.exits=(3, 99)", "[99]", "depth", "use exits from 1 to"),
+    "--config.clip.exits=a": ("config.clip.exits=('a',)", "tuple of int"),
+    "--config.clip.pool=max": ("config.clip.pool='max'", "cls", "first_patch"),
+    "--config.clip.image_size=65": ("config.clip.image_size=65", "patch size 8", "use 64"),
+    "--config.clip.context_length=1": ("config.clip.context_length=1", "at least 2"),
+    "--config.data.source=scene": ("config.data.source='scene'", "did you mean 'scenes'"),
+    "--config.data.source=karpathy": ("config.data.root=''", "--config.data.root=PATH"),
+    "--config.data.crop_scale=0.0": ("config.data.crop_scale=0.0", "(0, 1]"),
+    "--config.data.vocabulary=10": ("vocab", "10", "259"),
+    "--config.optim.lr=-1.0": ("config.optim.lr=-1.0", "at least 0"),
+    "--config.loss.exit_weights=(1.0,)": ("config.loss.exit_weights=(1.0,)", "need 2"),
+    "--config.mesh.data=3": ("config.mesh", "3 devices, found 1", "-1"),
+    "--config.mesh.fsdp=-1": ("config.mesh.fsdp=-1", "only one axis"),
+    "--config.mesh.data=0": ("config.mesh.data=0", "positive"),
+    "--config.eval.early_share=(0.5,0.2)": ("config.eval.early_share=(0.5, 0.2)", "one share for each"),
+    "--config.task=clap": ("config.task='clap'", "did you mean 'clip'"),
+}
+
+
+def run_train(*flags, workdir, config="configs/demo.py:clip"):
+    command = [sys.executable, str(ROOT / "train.py"), f"--config={config}", f"--workdir={workdir}", *flags]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=env)
+
+
+@pytest.mark.parametrize("flag", ["--config.train.stepz=3", "--config.train.steps=many", "--config.clip.exits=(3,99)"])
+def test_the_program_ends_with_a_message_and_no_traceback(flag, tmp_path):
+    result = run_train(flag, workdir=tmp_path / "w")
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    assert all(part in result.stderr for part in FAULTS[flag]), result.stderr
+    assert not (tmp_path / "w" / "checkpoints").exists()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """flag -> message; all in one child process, since starting one for each would take minutes."""
+    script = tmp_path_factory.mktemp("faults") / "faults.py"
+    script.write_text(
+        "import io, json, os, sys, contextlib, tempfile\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from absl import flags, app, logging\n"
+        "from ml_collections import config_flags\n"
+        "from icar_jax import cli, config as cfg\n"
+        "from icar_jax.training.loop import train\n"
+        "results = {}\n"
+        f"for flag in {list(FAULTS)!r}:\n"
+        "    values = flags.FlagValues()\n"
+        "    holder = config_flags.DEFINE_config_file('config', None, '', flag_values=values)\n"
+        f"    argv = ['train.py', '--config={ROOT}/configs/demo.py:clip', flag]\n"
+        "    sys.argv = argv\n"
+        "    try:\n"
+        "        cfg.check_override(flag[2:].partition('=')[0])\n"
+        "        values(argv)\n"
+        "        train(values.config, os.path.join(tempfile.mkdtemp(), 'w'), stop_after=1)\n"
+        "        results[flag] = 'no error'\n"
+        "    except (ValueError, flags.Error) as error:\n"
+        "        results[flag] = f'{type(error).__name__}: {error}'\n"
+        "print(json.dumps(results))\n"
+    )
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=env, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("flag", list(FAULTS))
+def test_every_fault_names_field_value_and_fix(flag, outcomes):
+    missing = [part for part in FAULTS[flag] if part not in outcomes[flag]]
+    assert not missing, outcomes[flag]
+
+
+def test_batch_that_does_not_divide_over_the_mesh():
+    with pytest.raises(ConfigError, match=r"batch_size=10 .* 8 devices.*use 8 or 16"):
+        cfg.validate_batch(10, 8)
+    cfg.validate_batch(16, 8)
+
+
+def test_mesh_takes_the_rest():
+    mesh = make_mesh(cfg.MeshConfig())
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+def test_lists_become_tuples_and_integers_are_accepted_as_floats():
+    config = ExperimentConfig()
+    config.clip.exits = [3, 6]
+    config.optim.lr = 1
+    assert cfg.validate(config).clip.exits == (3, 6)
+
+
+def test_a_boolean_is_no_number():
+    config = ExperimentConfig()
+    config.train.steps = True
+    with pytest.raises(ConfigError, match="config.train.steps=True must be of type int"):
+        cfg.validate(config)
+
+
+def test_json_round_trip_and_unknown_fields():
+    config = ExperimentConfig()
+    config.clip.exits = (3, 6)
+    back = cfg.from_dict(dataclasses.asdict(config))
+    assert back == config
+    broken = dataclasses.asdict(config)
+    broken["train"]["stepz"] = 1
+    with pytest.raises(ConfigError, match=r"config.train.stepz.*did you mean config.train.steps"):
+        cfg.from_dict(broken)
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/*.py")), ids=lambda f: f.stem)
+def test_every_config_is_valid(file):
+    scope: dict = {}
+    exec(compile(file.read_text(), str(file), "exec"), scope)
+    for argument in scope.get("ARGUMENTS", ("",)):
+        config = scope["get_config"](argument) if argument else scope["get_config"]()
+        config.data.root = config.data.root or "somewhere"
+        cfg.validate(config)
+        if config.task == "clip":
+            registry.clip_arch(config.clip)
+        else:
+            registry.complexity_arch(config.complexity)
+
+
+def test_no_field_that_nothing_reads():
+    """Every field of the configuration occurs in the code beyond config.py and configs/."""
+    code = "\n".join(
+        f.read_text() for f in [*(ROOT / "icar_jax").rglob("*.py")] if f.name != "config.py"
+    )
+    for group in dataclasses.fields(ExperimentConfig):
+        if dataclasses.is_dataclass(group.type):
+            for field in dataclasses.fields(group.type):
+                readable = f".{field.name}" in code or (group.name == "mesh" and "getattr(config, axis)" in code)
+                assert readable, f"config.{group.name}.{field.name} is read nowhere"
