@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from icar_jax.config import ConfigError, MeshConfig
@@ -40,8 +39,6 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
             f"config.mesh={sizes} asks for {fixed} devices, found {len(devices)}; set one axis to -1 to take the rest"
         )
     shape = tuple(sizes[axis] for axis in AXES)
-    if devices is not jax.devices() and len(devices) != jax.device_count():
-        return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 

@@ -67,7 +67,7 @@ def make_step(
         (loss, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(state["params"], batch, key)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        metrics = {"loss": loss, **metrics, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads)}
         return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
     state_sharding = state_shardings(task, optimizer, mesh)
