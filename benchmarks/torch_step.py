@@ -9,8 +9,11 @@ tower and once up to the exit block, the text once; symmetric InfoNCE on both pa
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import sys
 import time
+from pathlib import Path
 
 BLOCKS_RUN = 6  # blocks the exit path runs, of 12
 WIDTH, EMBED_DIM = 768, 512
@@ -44,9 +47,8 @@ def _declare_torchvision_operators(torch) -> None:
     operators, and importing it then fails on these names. CLIP calls neither, so a schema without a kernel is enough. Where the
     extension does load, nothing is declared.
     """
-    import importlib.util
-    from pathlib import Path
-
+    if "torchvision" in sys.modules:
+        return
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return  # the import of open_clip reports it
@@ -77,23 +79,20 @@ def symmetric_loss(torch, images, texts, log_scale):
     return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
 
 
-def measure(batch: int = 16, steps: int = 5, dtype: str = "bf16", threads: int | None = None) -> dict:
-    """Time the step on synthetic pairs; `dtype` is "f32" or "bf16" (autocast over float32 weights).
+def make_step(batch: int = 16, dtype: str = "bf16"):
+    """Return a function of no arguments that runs one training step on fixed synthetic pairs and returns its loss.
 
-    Returns a dict: `pairs_per_s` from the fastest of `steps` steps, `step_s` (every step, seconds, after one warm-up step),
-    `loss` of the last step, `threads`, and the versions measured.
+    `dtype` is "f32" or "bf16" (autocast over float32 weights).
 
     Raises:
       ImportError: torch or open_clip_torch is missing.
-      ValueError: unknown dtype, or batch or steps below one.
+      ValueError: unknown dtype, or batch below one.
     """
     if dtype not in ("f32", "bf16"):
         raise ValueError(f"dtype must be 'f32' or 'bf16', got {dtype!r}")
-    if batch < 1 or steps < 1:
-        raise ValueError(f"batch and steps must be at least 1, got batch={batch}, steps={steps}")
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
     torch, open_clip = import_open_clip()
-    if threads is not None:
-        torch.set_num_threads(threads)
     model, head, temperature = build(torch, open_clip)
     normalize = torch.nn.functional.normalize
     params = [*model.parameters(), *head.parameters(), temperature]
@@ -121,8 +120,25 @@ def measure(batch: int = 16, steps: int = 5, dtype: str = "bf16", threads: int |
         optimizer.step()
         return float(loss.detach())
 
-    loss = step()
-    times = []
+    return step
+
+
+def measure(batch: int = 16, steps: int = 5, dtype: str = "bf16") -> dict:
+    """Time the step, after one warm-up step.
+
+    Returns a dict: `pairs_per_s` from the fastest of `steps` steps, `step_s` (every step, seconds), `loss` of the last step,
+    `threads`, and the versions measured.
+
+    Raises:
+      ImportError: torch or open_clip_torch is missing.
+      ValueError: unknown dtype, or batch or steps below one.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    step = make_step(batch, dtype)
+    torch, open_clip = import_open_clip()
+    step()
+    times, loss = [], float("nan")
     for _ in range(steps):
         start = time.perf_counter()
         loss = step()
@@ -138,9 +154,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--dtype", choices=("f32", "bf16"), default="bf16")
-    parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's choice)")
     args = parser.parse_args()
-    print(json.dumps(measure(args.batch, args.steps, args.dtype, args.threads)))
+    print(json.dumps(measure(args.batch, args.steps, args.dtype)))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ _CONVERSE = g.OPPOSITE | {"inside": "around"}
 _GROUND = {
     "plain": ("on a plain {0} background", "against solid {0}"),
     "gradient": ("on a background fading from {0} to {1}", "against {0} fading to {1}"),
-    "cloudy": ("on a cloudy {0} and {1} background", "against {0} and {1} clouds"),
-    "striped": ("on a {0} and {1} striped background", "against {0} and {1} stripes"),
-    "dotted": ("on a {0} background with {1} dots", "against {0} with {1} dots"),
-    "checkered": ("on a {0} and {1} checkered background", "against {0} and {1} checks"),
+    "cloudy": ("on a cloudy {0} background", "against {0} clouds"),
+    "striped": ("on a striped {0} background", "against {0} stripes"),
+    "dotted": ("on a dotted {0} background", "against {0} with dots"),
+    "checkered": ("on a checkered {0} background", "against {0} checks"),
 }
 _FEW, _MANY = ("with a little confetti", "with some confetti"), ("strewn with confetti", "full of confetti")
 

@@ -18,10 +18,14 @@ POSITIONS = (
     "top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right",
 )  # fmt: skip
 
+# Shapes whose arms are too thin for a texture when small.
+THIN = ("cross", "crescent", "ring", "arrow")
+
 # Shapes with enough room for a small item inside (a ring holds it in its hole).
 CONTAINERS = ("circle", "square", "diamond", "heart", "ring")
 
-# Background kind -> how much it adds to the complexity, in [0, 1]. All but 'plain' take two colours.
+# Background kind -> how much it adds to the complexity, in [0, 1]. A gradient runs between two named colours; the
+# patterns take two shades of one, so that the colours of a picture say little about its caption.
 BACKGROUNDS = {"plain": 0.0, "gradient": 0.4, "cloudy": 0.7, "striped": 0.8, "dotted": 0.9, "checkered": 1.0}
 
 # (colour, shape) pairs that never occur in the splits 'train', 'calibration' and 'relations': 9 of 100.
@@ -61,8 +65,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Background:
-    """``colours`` are names, one for 'plain' and two for every other kind; ``layout`` are uniform
-    numbers in [0, 1) from which the drawing takes direction, phase and period."""
+    """``colours`` are names, two for 'gradient' and one for every other kind; ``rgb`` are one colour for 'plain'
+    and two otherwise; ``layout`` are uniform numbers in [0, 1) for direction and phase."""
 
     kind: str
     colours: tuple[str, ...]

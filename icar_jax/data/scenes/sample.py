@@ -45,16 +45,20 @@ class _Parts(NamedTuple):
     textures: int
 
 
+def named_grounds(kind: str) -> int:
+    """Number of colour names of a background kind."""
+    return 2 if kind == "gradient" else 1
+
+
 def _all_parts() -> list[_Parts]:
     parts = []
     for items in (1, 2, 3):
         for kind in g.BACKGROUNDS:
-            grounds = 1 if kind == "plain" else 2
             for colours in range(1, items + 1):
                 for textures in range(items + 1):
-                    base = g.complexity(items, kind, textures, colours + grounds, 0)
-                    # Plain backgrounds count double; repeated item colours are rarer than different ones.
-                    weight = (2.0 if kind == "plain" else 1.0) * 0.3 ** (items - colours) / (items + 1)
+                    base = g.complexity(items, kind, textures, colours + named_grounds(kind), 0)
+                    # Plain backgrounds count double; repeated item colours are a little rarer.
+                    weight = (2.0 if kind == "plain" else 1.0) * 0.7 ** (items - colours) / (items + 1)
                     parts.append(_Parts(base, weight, items, kind, colours, textures))
     return sorted(parts)
 
@@ -64,13 +68,13 @@ _BASES = [p.base for p in _PARTS]
 _CUMULATIVE = [0.0, *accumulate(p.weight for p in _PARTS)]
 
 
-def _parts_for(target: float, draws: Draws) -> tuple[_Parts, int]:
-    """Parts and the number of confetti pieces that bring the complexity to ``target``."""
-    low = bisect_left(_BASES, target - 0.4 - 1e-9)
+def _parts_for(target: float, draws: Draws) -> _Parts:
+    """Parts that confetti can bring to the complexity ``target``; in a third of the draws nearly none is needed."""
+    gap = 0.02 if target <= 0.6 and draws.uniform() < 0.33 else 0.4
+    low = bisect_left(_BASES, target - gap - 1e-9)
     high = bisect_right(_BASES, target)
     at = draws.uniform(_CUMULATIVE[low], _CUMULATIVE[high])
-    parts = _PARTS[min(max(bisect_right(_CUMULATIVE, at) - 1, low), high - 1)]
-    return parts, min(g.MAX_CONFETTI, round((target - parts.base) / 0.4 * g.MAX_CONFETTI))
+    return _PARTS[min(max(bisect_right(_CUMULATIVE, at) - 1, low), high - 1)]
 
 
 # Hue in degrees, saturation and value of each name, and how far each may stray.
@@ -91,6 +95,20 @@ def _rgb(colour: str, nuisance: g.Nuisance, draws: Draws) -> tuple[float, float,
 
 def _mix(a: Sequence[float], b: Sequence[float], share: float) -> tuple[float, float, float]:
     return tuple(p + share * (q - p) for p, q in zip(a, b))
+
+
+def _ground_rgb(kind: str, names: tuple[str, ...], nuisance: g.Nuisance, draws: Draws):
+    """The background's one or two colours; the second colour of a pattern is a shade of the first."""
+    rgb = _rgb(names[0], nuisance, draws)
+    if kind == "plain":
+        return (rgb,)
+    if kind == "gradient":
+        return rgb, _rgb(names[1], nuisance, draws)
+    if names[0] == "black":
+        return rgb, _mix(rgb, (1, 1, 1), draws.uniform(0.25, 0.35))
+    if names[0] in ("white", "yellow", "pink"):
+        return rgb, _mix(rgb, (0, 0, 0), draws.uniform(0.2, 0.32))
+    return rgb, _mix(rgb, draws.choice(((0, 0, 0), (1, 1, 1))), draws.uniform(0.3, 0.42))
 
 
 def _nuisance(draws: Draws) -> g.Nuisance:
@@ -131,7 +149,7 @@ def _places(count: int, relation: str | None, position: str | None, draws: Draws
 def _colours(parts: _Parts, forced: str | None, draws: Draws) -> tuple[tuple[str, ...], list[str]]:
     """Background colours and one colour per item; ``forced`` is the first item's colour where given."""
     grounds = []
-    for _ in range(1 if parts.background == "plain" else 2):
+    for _ in range(named_grounds(parts.background)):
         taken = {c for c in grounds for c in g.CLOSE[c]} | (g.CLOSE[forced] if forced else set())
         grounds.append(draws.choice([c for c in g.COLOURS if c not in taken]))
     taken = {c for b in grounds for c in g.CLOSE[b]} | ({forced} if forced else set())
@@ -141,10 +159,13 @@ def _colours(parts: _Parts, forced: str | None, draws: Draws) -> tuple[tuple[str
     return tuple(grounds), colours
 
 
-def _textures(parts: _Parts, draws: Draws) -> list[str]:
-    kinds = draws.several(g.TEXTURES[1:], parts.textures)
-    textures = kinds + [draws.choice(["plain", *kinds]) for _ in range(parts.items - len(kinds))]
-    return draws.several(textures, len(textures))
+def _textures(parts: _Parts, shapes: list[str], radii: list[float], draws: Draws) -> list[str]:
+    """One texture per item. Items too small or too thin to show one stay plain."""
+    shows = [r > 0.15 or (r > 0.11 and s not in g.THIN) for s, r in zip(shapes, radii)]
+    kinds = draws.several(g.TEXTURES[1:], min(parts.textures, sum(shows)))
+    textures = kinds + [draws.choice(["plain", *kinds]) for _ in range(sum(shows) - len(kinds))]
+    textures = draws.several(textures, len(textures))
+    return [textures.pop() if s else "plain" for s in shows]
 
 
 def _shapes(colours: list[str], relation: str | None, forced: tuple[str, str] | None, exclude: bool, draws: Draws):
@@ -197,7 +218,8 @@ def sample_scene(
     nuisance = _nuisance(draws)
     wording = tuple(draws.uniform() for _ in range(12))
     while True:
-        parts, pieces = _parts_for(draws.uniform(), draws)
+        target = draws.uniform()
+        parts = _parts_for(target, draws)
         if parts.items > 1 or not force_relation:
             break
     forced = draws.choice(g.HELDOUT_PAIRS) if force_heldout else None
@@ -211,27 +233,30 @@ def sample_scene(
     sizes = [draws.choice(g.SIZES) for _ in range(parts.items)]
     if relation == "inside":
         sizes[:2] = ["small", "large"]
-    radii = [draws.uniform(0.19, 0.215) if s == "large" else draws.uniform(0.105, 0.12) for s in sizes]
+    radii = [draws.uniform(0.195, 0.22) if s == "large" else draws.uniform(0.115, 0.13) for s in sizes]
     if relation == "inside":
         radii[:2] = [draws.uniform(0.092, 0.1), draws.uniform(0.255, 0.27)]
     places = _places(parts.items, relation, position, draws)
-    textures = _textures(parts, draws)
+    textures = _textures(parts, shapes, radii, draws)
     items = tuple(
         _item(*attributes, nuisance, draws) for attributes in zip(shapes, colours, sizes, textures, places, radii)
     )
     background = g.Background(
         parts.background,
         grounds,
-        tuple(_rgb(c, nuisance, draws) for c in grounds),
+        _ground_rgb(parts.background, grounds, nuisance, draws),
         tuple(draws.uniform() for _ in range(12)),
     )
-    confetti = tuple(_piece(grounds, nuisance, draws) for _ in range(pieces))
-    return g.Scene(items, relation, position, background, confetti, nuisance, noise_key, wording)
+    bare = g.Scene(items, relation, position, background, (), nuisance, noise_key, wording)
+    pieces = min(g.MAX_CONFETTI, max(0, round((target - bare.complexity) / 0.4 * g.MAX_CONFETTI)))
+    # Confetti in few colours looks to a histogram like items in these colours.
+    hues = draws.several([c for c in g.COLOURS if c not in grounds], draws.choice((1, 2, 3)))
+    return replace(bare, confetti=tuple(_piece(hues, nuisance, draws) for _ in range(pieces)))
 
 
-def _piece(grounds: tuple[str, ...], nuisance: g.Nuisance, draws: Draws) -> tuple[float, ...]:
-    rgb = _rgb(draws.choice([c for c in g.COLOURS if c not in grounds]), nuisance, draws)
-    width = draws.uniform(0.012, 0.024)
+def _piece(colours: list[str], nuisance: g.Nuisance, draws: Draws) -> tuple[float, ...]:
+    rgb = _rgb(draws.choice(colours), nuisance, draws)
+    width = draws.uniform(0.014, 0.028)
     return (
         draws.uniform(), draws.uniform(), draws.uniform(0, math.pi), width * draws.uniform(1.0, 2.5), width, *rgb
     )  # fmt: skip

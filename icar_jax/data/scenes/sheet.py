@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from icar_jax.data.records import Source
 
-_COLUMNS, _TILE, _LINE, _LINES, _GAP = 5, 192, 12, 12, 8
+_COLUMNS, _TILE, _LINE, _LINES, _GAP = 5, 192, 12, 15, 8
 
 
 def contact_sheet(source: Source, n: int, path: str | os.PathLike[str]) -> None:
