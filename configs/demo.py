@@ -15,14 +15,17 @@ from icar_jax.config import (
 )
 
 
+ARGUMENTS = ("clip", "complexity")
+
+
 def get_config(task: str = "clip") -> ExperimentConfig:
     if task == "clip":
         return ExperimentConfig(
             task="clip",
-            clip=ClipConfig(variant="vit_demo", exits=(3,), context_length=32, temperature="shared"),
+            clip=ClipConfig(variant="vit_demo", exits=(2,), context_length=32, temperature="shared"),
             data=DataConfig(source="scenes", vocabulary=512),
             optim=OptimConfig(lr=1e-3, exit_lr=1e-3, warmup_steps=100),
-            train=TrainConfig(steps=1500, batch_size=64, dtype="float32", checkpoint_every=500),
+            train=TrainConfig(steps=1000, batch_size=64, checkpoint_every=250),
             eval=EvalConfig(split="val", size=500, complexity="workdir/demo/complexity"),
         )
     if task == "complexity":
@@ -30,7 +33,7 @@ def get_config(task: str = "clip") -> ExperimentConfig:
             task="complexity",
             complexity=ComplexityConfig(variant="convnextv2_demo", head="regression", image_size=64),
             data=DataConfig(source="scenes", normalise="imagenet"),
-            optim=OptimConfig(lr=1e-3, weight_decay=0.05, warmup_steps=50),
-            train=TrainConfig(steps=400, batch_size=32, dtype="float32", checkpoint_every=200),
+            optim=OptimConfig(lr=2e-3, warmup_steps=50),
+            train=TrainConfig(steps=800, batch_size=64, checkpoint_every=200),
         )
     raise ConfigError(f"configs/demo.py:{task}: unknown; use configs/demo.py:clip or configs/demo.py:complexity")

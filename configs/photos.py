@@ -14,6 +14,6 @@ def get_config() -> ExperimentConfig:
         clip=ClipConfig(variant="vit_demo", exits=(3,), context_length=32, temperature="shared"),
         data=DataConfig(source="karpathy", resize="crop", crop_scale=0.5, flip=True, calibration_size=500, vocabulary=4096),
         optim=OptimConfig(lr=1e-3, exit_lr=1e-3, weight_decay=0.2, warmup_steps=200),
-        train=TrainConfig(steps=3000, batch_size=64, dtype="bfloat16", checkpoint_every=500),
+        train=TrainConfig(steps=2500, batch_size=64, checkpoint_every=500),
         eval=EvalConfig(split="val", complexity="workdir/demo/complexity"),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from icar_jax import checkpoint
 from icar_jax import config as cfg
 from icar_jax.config import ExperimentConfig
 from icar_jax.data import sources
+from icar_jax.data.images import Preprocess
 from icar_jax.data.pipeline import BadFiles, eval_batches
 from icar_jax.data.records import Source
+from icar_jax.data.splits import Subset
 from icar_jax.evaluation import figures, table, timing
 from icar_jax.evaluation.bootstrap import Hits, difference, hits_at, mean_hits, retention
 from icar_jax.evaluation.calibration import make_bundle
@@ -73,6 +76,7 @@ def _model_folder(config: ExperimentConfig, workdir: Path) -> tuple[Path, list[s
     folder = checkpoint.find(workdir, ("bundle", "clip"))
     if checkpoint.describe(folder)["kind"] == "bundle":
         _check_fresh(workdir)
+        _check_shares(config, folder)
         return folder, []
     scorer = config.eval.complexity
     if scorer and Path(scorer).exists():
@@ -99,6 +103,17 @@ def _check_fresh(workdir: Path) -> None:
             raise checkpoint.CheckpointError(
                 f"{workdir / 'bundle'} holds another CLIP than {model}; remove it or run `icar bundle` again"
             )
+
+
+def _check_shares(config: ExperimentConfig, bundle: Path) -> None:
+    """Raises ConfigError where shares are asked for that the bundle's thresholds were not set for."""
+    found = checkpoint.describe(bundle)["routing"]["found"]
+    wanted = config.eval.early_share
+    if wanted and list(wanted) != list(found.get("shares", {}).values())[:-1]:
+        raise cfg.ConfigError(
+            f"config.eval.early_share={wanted}, but the thresholds of {bundle} were set by {found}; make it again with "
+            "`icar bundle --share` or remove it"
+        )
 
 
 def _embed(model: Model, source: Source) -> Gallery:
@@ -209,16 +224,13 @@ def _random_rows(gallery: Gallery, seed: int) -> np.ndarray:
 def _baseline_note(config: ExperimentConfig, source: Source, gallery: Gallery, metrics: dict[str, Any]) -> str:
     """Adds the colour-histogram baseline to the metrics and says how it compares."""
     train = sources.train_source(config.data)
-    records, images = [], []
-    for i in np.linspace(0, len(train) - 1, min(BASELINE_IMAGES, len(train))).astype(int):
-        record = train[int(i)]
-        try:
-            images.append(np.asarray(record.image()))
-        except (OSError, ValueError):
-            continue  # the training run names unreadable files
-        records.append(record)
+    some = np.linspace(0, len(train) - 1, min(BASELINE_IMAGES, len(train))).astype(int)
+    fitted = list(_thumbnails(Subset(train, some, f"{train.name}/baseline")))
     result = colour_histogram_baseline(
-        images, [r.captions for r in records], list(gallery.sample.clip[: len(gallery.captions)]), gallery.captions
+        [image for image, _ in fitted],
+        [captions for _, captions in fitted],
+        (image for image, _ in _thumbnails(source)),
+        gallery.captions,
     )
     metrics["colour_baseline"] = result
     full = metrics["runs"]["full"]
@@ -226,4 +238,11 @@ def _baseline_note(config: ExperimentConfig, source: Source, gallery: Gallery, m
         f"{name.replace('_', ' ')} R@1 {result[name]['r1']:.1f}% (full depth {full[name]['r1']:.1f}%)"
         for name in ("text_to_image", "image_to_text")
     ]
-    return f"colour histograms alone, linear, fitted on {len(images)} training images: {', '.join(pairs)}"
+    return f"colour histograms alone, linear, fitted on {len(fitted)} training images: {', '.join(pairs)}"
+
+
+def _thumbnails(source: Source) -> Iterator[tuple[np.ndarray, tuple[str, ...]]]:
+    """(uint8 [64, 64, 3], captions) of every readable image, in order."""
+    with eval_batches(source, {"small": Preprocess(64, "squash", "bilinear")}, batch_size=64) as batches:
+        for batch in batches:
+            yield from zip(batch["images"]["small"], batch["captions"])

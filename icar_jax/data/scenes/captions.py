@@ -1,4 +1,8 @@
-"""Captions of a scene: three true sentences, two complete and one with less detail."""
+"""Captions of a scene: three true sentences, of which the first two are complete.
+
+The third leaves out the background's colour among others: it covers most of the picture, so it is what a colour
+histogram tells best.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,21 @@ _RELATION = {
     "below": ("below", "under"), "inside": ("inside", "in"), "around": ("around", "surrounding"),
 }  # fmt: skip
 _CONVERSE = g.OPPOSITE | {"inside": "around"}
-_GROUND = {
+_COLOURED = {
     "plain": ("on a plain {0} background", "against solid {0}"),
     "gradient": ("on a background fading from {0} to {1}", "against {0} fading to {1}"),
     "cloudy": ("on a cloudy {0} background", "against {0} clouds"),
     "striped": ("on a striped {0} background", "against {0} stripes"),
     "dotted": ("on a dotted {0} background", "against {0} with dots"),
     "checkered": ("on a checkered {0} background", "against {0} checks"),
+}
+_KIND = {
+    "plain": ("on a plain background", "against a plain backdrop"),
+    "gradient": ("on a shaded background", "against fading colours"),
+    "cloudy": ("on a cloudy background", "against clouds"),
+    "striped": ("on a striped background", "against stripes"),
+    "dotted": ("on a dotted background", "against dots"),
+    "checkered": ("on a checkered background", "against checks"),
 }
 _FEW, _MANY = ("with a little confetti", "with some confetti"), ("strewn with confetti", "full of confetti")
 
@@ -43,9 +55,10 @@ def _noun(item: g.Item, form: int, *, size: bool = True, texture: bool = True) -
     return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
 
 
-def _ground(scene: g.Scene, form: int) -> str:
-    phrase = _GROUND[scene.background.kind][form].format(*scene.background.colours)
-    if not scene.confetti:
+def _ground(scene: g.Scene, form: int, *, colour: bool = False, confetti: bool = True) -> str:
+    kind, colours = scene.background.kind, scene.background.colours
+    phrase = _COLOURED[kind][form].format(*colours) if colour else _KIND[kind][form]
+    if not scene.confetti or not confetti:
         return phrase
     return f"{phrase} {(_MANY if len(scene.confetti) >= g.MANY_CONFETTI else _FEW)[form]}"
 
@@ -60,21 +73,22 @@ def _subject(scene: g.Scene, form: int, *, converse: bool = False, **detail: boo
         nouns[0], nouns[1], relation = nouns[1], nouns[0], _CONVERSE[relation]
     # Three items leave no room for long phrasings in 26 words.
     text = f"{nouns[0]} {_RELATION[relation][1 if len(nouns) == 3 else form]} {nouns[1]}"
-    return text if len(nouns) == 2 else f"{text} and {nouns[2]}"
+    return text if len(nouns) == 2 else f"{text}, with {nouns[2]},"
 
 
 def describe(scene: g.Scene) -> tuple[str, str, str]:
-    """Three captions: complete, complete in other words, and one without the sizes or the textures.
+    """Three captions: complete; complete in other words; without the background's colour, the confetti and either
+    the sizes or the textures.
 
     All are true of the scene and at most 26 words long; they depend on the scene alone.
     """
     flips = [int(w >= 0.5) for w in scene.wording]
     forms, three = flips[:6], len(scene.items) == 3
     ground = [1, 1] if three else [forms[1], 1 - forms[1]]
-    first = f"{_subject(scene, forms[0], converse=bool(flips[6]))} {_ground(scene, ground[0])}"
+    first = f"{_subject(scene, forms[0], converse=bool(flips[6]))} {_ground(scene, ground[0], colour=True)}"
     other = _subject(scene, 1 - forms[0], converse=not flips[6])
-    back = _ground(scene, ground[1])
-    second = f"{back}, {other}" if flips[7] else f"{other} {back}"
+    back = _ground(scene, ground[1], colour=True)
+    second = f"{back}, {other}".rstrip(",") if flips[7] else f"{other} {back}"
     detail = {"size": False} if flips[8] else {"texture": False}
-    third = f"{_subject(scene, forms[2], converse=bool(flips[9]), **detail)} {_ground(scene, 1 if three else forms[3])}"
+    third = f"{_subject(scene, forms[2], converse=bool(flips[9]), **detail)} {_ground(scene, forms[3], confetti=False)}"
     return tuple(text[0].upper() + text[1:] + "." for text in (first, second, third))

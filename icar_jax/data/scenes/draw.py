@@ -55,7 +55,7 @@ _SHAPES = {
         np.maximum(np.abs(x) - 0.29, np.abs(y) - 0.92), np.maximum(np.abs(x) - 0.92, np.abs(y) - 0.29)
     ),
     "heart": _heart,
-    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.92, 0.72 - np.hypot(x - 0.46, y + 0.1)),
+    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.92, 0.68 - np.hypot(x - 0.46, y + 0.1)),
     "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.69) - 0.23,
     "arrow": _arrow,
 }
@@ -138,10 +138,9 @@ def _draw_item(canvas: np.ndarray, item: g.Item) -> None:
         tcos, tsin = math.cos(item.texture_angle), math.sin(item.texture_angle)
         share = _pattern(item.texture, u * tcos + v * tsin + 0.25, v * tcos - u * tsin + 0.25, period, scale)
         fill = fill + share[..., None] * (np.asarray(item.accent, np.float32) - fill)
-    # A thin contour keeps an item apart from a background or container that is nearly as light.
-    contour = 0.06 if sum(item.rgb) > 0.6 else 0.75
+    # A thin dark contour keeps an item apart from a background or container that is nearly as light.
     line = np.clip((distance + 0.014 / item.radius) * scale + 0.5, 0, 1)[..., None] * 0.75
-    fill = fill + line * (contour - fill)
+    fill = fill + line * (0.06 - fill)
     box = canvas[low_y:high_y, low_x:high_x]
     box += np.clip(0.5 - distance * scale, 0, 1)[..., None] * (fill - box)
 
@@ -158,7 +157,8 @@ def draw_scene(scene: g.Scene, size: int) -> np.ndarray:
     n = scene.nuisance
     x, y = _axes(size)
     light = 1 + n.illumination * ((x - 0.5) * math.cos(n.light_angle) + (y - 0.5) * math.sin(n.light_angle))
-    canvas *= (light * (255 * n.contrast))[..., None]
+    tint = np.array([1 + n.warmth, 1, 1 - n.warmth], np.float32) * (255 * n.contrast)
+    canvas *= light[..., None] * tint
     canvas += 255 * (0.5 - 0.5 * n.contrast + n.brightness)
     np.clip(canvas, 0, 255, out=canvas)
     blurred = Image.fromarray(canvas.astype(np.uint8)).filter(ImageFilter.GaussianBlur(n.blur / 100 * size))

@@ -18,8 +18,8 @@ POSITIONS = (
     "top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right",
 )  # fmt: skip
 
-# Shapes whose arms are too thin for a texture when small.
-THIN = ("cross", "crescent", "ring", "arrow")
+# Shapes too thin for a texture when small.
+THIN = ("diamond", "cross", "crescent", "ring", "arrow")
 
 # Shapes with enough room for a small item inside (a ring holds it in its hole).
 CONTAINERS = ("circle", "square", "diamond", "heart", "ring")
@@ -87,6 +87,7 @@ class Nuisance:
         saturation: factor on the saturation of the whole palette.
         illumination: strength of a linear light gradient across the picture.
         light_angle: direction of that gradient, radians.
+        warmth: colour of the light; the factor is 1 + warmth on red and 1 - warmth on blue.
     """
 
     noise: float
@@ -97,6 +98,7 @@ class Nuisance:
     saturation: float
     illumination: float
     light_angle: float
+    warmth: float
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Scene:
     def complexity(self) -> float:
         """Known complexity in [0, 1]; see :func:`complexity`."""
         textures = len({i.texture for i in self.items} - {"plain"})
-        colours = len({i.colour for i in self.items} | set(self.background.colours))
+        colours = len({i.colour for i in self.items})
         return complexity(len(self.items), self.background.kind, textures, colours, len(self.confetti))
 
     @property
@@ -137,20 +139,20 @@ class Scene:
 def complexity(items: int, background: str, textures: int, colours: int, confetti: int) -> float:
     """Complexity in [0, 1] from the construction.
 
-    0.25 (items - 1) / 2 + 0.15 BACKGROUNDS[background] + 0.10 textures / 3 + 0.10 (colours - 2) / 3
+    0.25 (items - 1) / 2 + 0.15 BACKGROUNDS[background] + 0.10 textures / 3 + 0.10 (colours - 1) / 2
     + 0.40 confetti / MAX_CONFETTI
 
     Args:
         items: number of named items, 1 to 3.
         background: background kind.
         textures: number of distinct textures on items, 'plain' not counted, 0 to 3.
-        colours: number of distinct named colours of items and background, 2 to 5.
+        colours: number of distinct colours of the items, 1 to 3.
         confetti: number of pieces, 0 to MAX_CONFETTI.
     """
     return (
         0.125 * (items - 1)
         + 0.15 * BACKGROUNDS[background]
         + 0.10 * textures / 3
-        + 0.10 * (colours - 2) / 3
+        + 0.10 * (colours - 1) / 2
         + 0.40 * confetti / MAX_CONFETTI
     )

@@ -45,20 +45,16 @@ class _Parts(NamedTuple):
     textures: int
 
 
-def named_grounds(kind: str) -> int:
-    """Number of colour names of a background kind."""
-    return 2 if kind == "gradient" else 1
-
-
 def _all_parts() -> list[_Parts]:
     parts = []
     for items in (1, 2, 3):
         for kind in g.BACKGROUNDS:
             for colours in range(1, items + 1):
                 for textures in range(items + 1):
-                    base = g.complexity(items, kind, textures, colours + named_grounds(kind), 0)
-                    # Plain backgrounds count double; repeated item colours are a little rarer.
-                    weight = (2.0 if kind == "plain" else 1.0) * 0.7 ** (items - colours) / (items + 1)
+                    base = g.complexity(items, kind, textures, colours, 0)
+                    # High targets leave no choice but three items, so fewer items are preferred where there is one.
+                    weight = 0.7 ** (items - colours) / sum(0.7**k for k in range(items))
+                    weight *= (2.0 if kind == "plain" else 1.0) * (4 - items) / (items + 1)
                     parts.append(_Parts(base, weight, items, kind, colours, textures))
     return sorted(parts)
 
@@ -68,9 +64,8 @@ _BASES = [p.base for p in _PARTS]
 _CUMULATIVE = [0.0, *accumulate(p.weight for p in _PARTS)]
 
 
-def _parts_for(target: float, draws: Draws) -> _Parts:
-    """Parts that confetti can bring to the complexity ``target``; in a third of the draws nearly none is needed."""
-    gap = 0.02 if target <= 0.6 and draws.uniform() < 0.33 else 0.4
+def _parts_for(target: float, gap: float, draws: Draws) -> _Parts:
+    """Parts whose complexity without confetti lies at most ``gap`` below ``target``."""
     low = bisect_left(_BASES, target - gap - 1e-9)
     high = bisect_right(_BASES, target)
     at = draws.uniform(_CUMULATIVE[low], _CUMULATIVE[high])
@@ -79,7 +74,7 @@ def _parts_for(target: float, draws: Draws) -> _Parts:
 
 # Hue in degrees, saturation and value of each name, and how far each may stray.
 _HSV = {
-    "red": (357, 0.88, 0.86), "orange": (27, 0.92, 0.97), "yellow": (53, 0.85, 0.97),
+    "red": (357, 0.88, 0.86), "orange": (27, 0.92, 0.97), "yellow": (50, 0.85, 0.97),
     "green": (122, 0.75, 0.62), "teal": (178, 0.75, 0.75), "blue": (221, 0.85, 0.85),
     "purple": (276, 0.72, 0.62), "pink": (331, 0.42, 0.98), "white": (60, 0.03, 0.97), "black": (240, 0.2, 0.1),
 }  # fmt: skip
@@ -87,7 +82,7 @@ _HSV = {
 
 def _rgb(colour: str, nuisance: g.Nuisance, draws: Draws) -> tuple[float, float, float]:
     hue, saturation, value = _HSV[colour]
-    hue = hue + nuisance.hue + draws.uniform(-5, 5)
+    hue = hue + nuisance.hue + draws.uniform(-4, 4)
     saturation *= nuisance.saturation * draws.uniform(0.88, 1.0)
     value *= draws.uniform(0.85, 1.0) if colour != "white" else draws.uniform(0.95, 1.0)
     return colorsys.hsv_to_rgb(hue % 360 / 360, saturation, value)
@@ -115,12 +110,13 @@ def _nuisance(draws: Draws) -> g.Nuisance:
     return g.Nuisance(
         noise=draws.uniform(0.0, 0.05),
         blur=draws.uniform(0.3, 1.1),
-        contrast=draws.uniform(0.75, 1.0),
-        brightness=draws.uniform(-0.06, 0.06),
+        contrast=draws.uniform(0.7, 1.0),
+        brightness=draws.uniform(-0.08, 0.08),
         hue=draws.uniform(-6, 6),
-        saturation=draws.uniform(0.78, 1.0),
+        saturation=draws.uniform(0.72, 1.0),
         illumination=draws.uniform(0.0, 0.4),
         light_angle=draws.uniform(0, 2 * math.pi),
+        warmth=draws.uniform(-0.13, 0.13),
     )
 
 
@@ -146,16 +142,21 @@ def _places(count: int, relation: str | None, position: str | None, draws: Draws
     return places if relation in ("left", "right") else [(y, x) for x, y in places]
 
 
-def _colours(parts: _Parts, forced: str | None, draws: Draws) -> tuple[tuple[str, ...], list[str]]:
+def _colours(
+    parts: _Parts, relation: str | None, forced: str | None, draws: Draws
+) -> tuple[tuple[str, ...], list[str]]:
     """Background colours and one colour per item; ``forced`` is the first item's colour where given."""
     grounds = []
-    for _ in range(named_grounds(parts.background)):
+    for _ in range(2 if parts.background == "gradient" else 1):
         taken = {c for c in grounds for c in g.CLOSE[c]} | (g.CLOSE[forced] if forced else set())
         grounds.append(draws.choice([c for c in g.COLOURS if c not in taken]))
     taken = {c for b in grounds for c in g.CLOSE[b]} | ({forced} if forced else set())
     free = [c for c in g.COLOURS if c not in taken]
     colours = ([forced] if forced else []) + draws.several(free, parts.item_colours - bool(forced))
     colours += [draws.choice(colours) for _ in range(parts.items - len(colours))]
+    if relation == "inside" and colours[1] in g.CLOSE[colours[0]]:
+        # What lies inside must stand out; at least one of the free colours is neither close nor the ground's.
+        colours[1] = draws.choice([c for c in free if c not in g.CLOSE[colours[0]]])
     return tuple(grounds), colours
 
 
@@ -219,7 +220,9 @@ def sample_scene(
     wording = tuple(draws.uniform() for _ in range(12))
     while True:
         target = draws.uniform()
-        parts = _parts_for(target, draws)
+        # Confetti closes the gap to the target, or there is none and the parts alone come near.
+        clean = target <= 0.6 and draws.uniform() < 0.4
+        parts = _parts_for(target, 0.03 if clean else 0.4, draws)
         if parts.items > 1 or not force_relation:
             break
     forced = draws.choice(g.HELDOUT_PAIRS) if force_heldout else None
@@ -228,7 +231,7 @@ def sample_scene(
         position = draws.choice(g.POSITIONS)
     else:
         relation = draws.choice(g.RELATIONS[:4] if force_relation else g.RELATIONS)
-    grounds, colours = _colours(parts, forced and forced[0], draws)
+    grounds, colours = _colours(parts, relation, forced and forced[0], draws)
     shapes = _shapes(colours, relation, forced, exclude_heldout, draws)
     sizes = [draws.choice(g.SIZES) for _ in range(parts.items)]
     if relation == "inside":
@@ -248,7 +251,7 @@ def sample_scene(
         tuple(draws.uniform() for _ in range(12)),
     )
     bare = g.Scene(items, relation, position, background, (), nuisance, noise_key, wording)
-    pieces = min(g.MAX_CONFETTI, max(0, round((target - bare.complexity) / 0.4 * g.MAX_CONFETTI)))
+    pieces = 0 if clean else min(g.MAX_CONFETTI, max(0, round((target - bare.complexity) / 0.4 * g.MAX_CONFETTI)))
     # Confetti in few colours looks to a histogram like items in these colours.
     hues = draws.several([c for c in g.COLOURS if c not in grounds], draws.choice((1, 2, 3)))
     return replace(bare, confetti=tuple(_piece(hues, nuisance, draws) for _ in range(pieces)))
@@ -256,7 +259,7 @@ def sample_scene(
 
 def _piece(colours: list[str], nuisance: g.Nuisance, draws: Draws) -> tuple[float, ...]:
     rgb = _rgb(draws.choice(colours), nuisance, draws)
-    width = draws.uniform(0.014, 0.028)
+    width = draws.uniform(0.012, 0.024)
     return (
         draws.uniform(), draws.uniform(), draws.uniform(0, math.pi), width * draws.uniform(1.0, 2.5), width, *rgb
     )  # fmt: skip

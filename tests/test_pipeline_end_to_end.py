@@ -1,0 +1,193 @@
+"""From training to metrics.json: a tiny run in every test run, the demo as printed in the README in `make check`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import tiny_config
+from PIL import Image
+
+import icar_jax
+from icar_jax import checkpoint, cli
+from icar_jax.config import ConfigError
+from icar_jax.data.scenes import Scenes
+from icar_jax.evaluation.evaluate import evaluate
+from icar_jax.evaluation.metrics import ranks
+from icar_jax.training.loop import train
+
+ROOT = Path(__file__).parent.parent
+DIRECTIONS = ("text_to_image", "image_to_text")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A CLIP and a complexity model trained for four steps each."""
+    root = tmp_path_factory.mktemp("runs")
+    train(tiny_config("clip"), root / "clip")
+    train(tiny_config("complexity"), root / "complexity")
+    return root
+
+
+@pytest.fixture(scope="module")
+def bundled(runs):
+    cli.main(
+        ["bundle", "--clip", str(runs / "clip"), "--complexity", str(runs / "complexity"),
+         "--out", str(runs / "clip" / "bundle"), "--share", "0.6"]
+    )  # fmt: skip
+    return runs / "clip"
+
+
+@pytest.fixture(scope="module")
+def metrics(bundled):
+    evaluate(tiny_config("clip"), bundled)
+    return json.loads((bundled / "metrics.json").read_text())
+
+
+def check_schema(metrics, exits, images):
+    assert metrics["gallery"]["images"] == images and metrics["gallery"]["captions"] >= images
+    names = {"full", "routed", "random", *(f"exit_{e}" for e in exits[:-1])}
+    assert set(metrics["runs"]) == names
+    for name, run in metrics["runs"].items():
+        for direction in DIRECTIONS:
+            assert 0 <= run[direction]["r1"] <= run[direction]["r5"] <= run[direction]["r10"] <= 100
+        assert run["flops_per_image"] > 0 and run["images_per_s"] > 0, name
+        assert sum(run["share"].values()) == pytest.approx(1)
+    routed = metrics["runs"]["routed"]
+    assert set(routed["share"]) == {str(e) for e in exits}
+    assert metrics["runs"]["random"]["share"] == routed["share"]
+    assert {"value", "low", "high", "includes_zero"} <= metrics["comparisons"]["routed_minus_random"].keys()
+
+
+def test_metrics_hold_every_run(metrics):
+    check_schema(metrics, (2, 6), 30)
+    assert "colour histograms alone" in " ".join(metrics["notes"])
+
+
+def test_figures_are_written(bundled, metrics):
+    for name in ("retention.png", "complexity.png"):
+        assert Image.open(bundled / name).size[0] > 500
+
+
+def test_flops_count_the_router(metrics):
+    runs, routing = metrics["runs"], metrics["routing"]
+    share = runs["routed"]["share"]
+    towers = share["2"] * runs["exit_2"]["flops_per_image"] + share["6"] * runs["full"]["flops_per_image"]
+    assert runs["random"]["flops_per_image"] == pytest.approx(towers)
+    assert runs["routed"]["flops_per_image"] == pytest.approx(towers + routing["router_flops"])
+    assert routing["router_flops"] > 0
+
+
+def test_thresholds_come_from_the_calibration_images(bundled):
+    routing = checkpoint.describe(bundled / "bundle")["routing"]
+    assert routing["found"]["method"] == "shares" and routing["found"]["calibration"] == "scenes/calibration"
+    assert routing["found"]["images"] == 40 and routing["found"]["reached"]["2"] == pytest.approx(0.6, abs=0.03)
+    scores = np.sort(icar_jax.load(bundled).score([r.image() for r in Scenes("calibration", 40)]))
+    assert scores[23] <= routing["thresholds"][0] <= scores[24]
+
+
+def test_the_routed_recall_is_that_of_the_public_api(bundled, metrics):
+    """What evaluate.py reports is what a user gets from icar_jax.load."""
+    model = icar_jax.load(bundled)
+    records = list(Scenes("val", 30))
+    owner = np.repeat(np.arange(30), [len(r.captions) for r in records])
+    texts = model.encode_text([c for r in records for c in r.captions])
+    found = ranks(model.encode_image([r.image() for r in records]), texts, owner)
+    assert 100 * np.mean(found.text_to_image <= 5) == pytest.approx(
+        metrics["runs"]["routed"]["text_to_image"]["r5"], abs=1.2
+    )
+
+
+def test_evaluation_bundles_with_the_configured_complexity_model(runs, tmp_path):
+    config = tiny_config("clip")
+    train(config, tmp_path)
+    config.eval.complexity = str(runs / "complexity")
+    assert "routed" in evaluate(config, tmp_path)["runs"]
+    assert checkpoint.find(tmp_path) == tmp_path / "bundle"
+
+
+def test_without_a_complexity_model_the_report_says_so(tmp_path):
+    config = tiny_config("clip")
+    train(config, tmp_path)
+    config.eval.complexity = str(tmp_path / "nowhere")
+    metrics = evaluate(config, tmp_path)
+    assert set(metrics["runs"]) == {"full", "exit_2"}
+    assert any("not routed" in note and "nowhere" in note for note in metrics["notes"])
+
+
+def test_a_stale_bundle_is_refused(bundled, metrics, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(bundled, copy)
+    description = json.loads((copy / "model" / checkpoint.DESCRIPTION).read_text())
+    description["hashes"][checkpoint.WEIGHTS] = "0" * 64
+    (copy / "model" / checkpoint.DESCRIPTION).write_text(json.dumps(description))
+    with pytest.raises(checkpoint.CheckpointError, match="another CLIP"):
+        evaluate(tiny_config("clip"), copy)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--share", "0.5", "0.4"], "give 1 numbers"),
+        (["--share", "0.5", "--thresholds", "0.5"], "exclude each other"),
+        (["--thresholds", "0.5", "0.6"], "need 1 thresholds"),
+    ],
+)
+def test_bundle_mistakes(runs, arguments, message, tmp_path, capsys):
+    command = ["bundle", "--clip", str(runs / "clip"), "--complexity", str(runs / "complexity"), "--out"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, str(tmp_path / "out"), *arguments])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_clip_without_exits_cannot_be_bundled(runs, tmp_path):
+    from icar_jax.evaluation.calibration import make_bundle
+
+    config = tiny_config("clip", steps=1)
+    config.clip.exits = ()
+    train(config, tmp_path / "w")
+    with pytest.raises(ConfigError, match="no early exit"):
+        make_bundle(tmp_path / "w", runs / "complexity", tmp_path / "out", thresholds=())
+
+
+def test_describe_prints_the_bundle(bundled, capsys):
+    cli.main(["describe", str(bundled)])
+    assert json.loads(capsys.readouterr().out)["kind"] == "bundle"
+
+
+@pytest.mark.check
+def test_the_demo_reaches_its_numbers(tmp_path):
+    """The commands of `make demo`, with nothing shortened."""
+    demo, scorer = tmp_path / "demo", tmp_path / "demo" / "complexity"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+    def run(*command):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    run("train.py", "--config=configs/demo.py:complexity", f"--workdir={scorer}")
+    run("train.py", "--config=configs/demo.py:clip", f"--workdir={demo}")
+    run("-m", "icar_jax.cli", "bundle", "--clip", str(demo), "--complexity", str(scorer), "--out", str(demo / "bundle"))
+    printed = run("evaluate.py", "--config=configs/demo.py:clip", f"--workdir={demo}")
+    print(printed)
+    metrics = json.loads((demo / "metrics.json").read_text())
+    model = icar_jax.load(demo)
+    check_schema(metrics, model.exits, 500)
+    full, routed = metrics["runs"]["full"], metrics["runs"]["routed"]
+    assert full["text_to_image"]["r5"] >= 25
+    assert full["text_to_image"]["r1"] >= 2 * metrics["colour_baseline"]["text_to_image"]["r1"]
+    assert full["image_to_text"]["r1"] >= 2 * metrics["colour_baseline"]["image_to_text"]["r1"]
+    assert routed["retention"]["value"] >= 95
+    assert routed["flops_per_image"] <= 0.8 * full["flops_per_image"]
+    assert min(routed["share"].values()) >= 0.2
+    # The score is worth its name: held-out scenes are ranked by their known complexity.
+    scenes = Scenes("test", 300)
+    scores = model.score([r.image() for r in scenes])
+    assert np.corrcoef(scores, [r.complexity for r in scenes])[0, 1] >= 0.9
