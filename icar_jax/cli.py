@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_bundle(commands)
     _add_describe(commands)
+    _add_scenes(commands)
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.WARNING)
     with user_errors():
@@ -116,6 +117,21 @@ def _add_describe(commands) -> None:
     p = commands.add_parser("describe", help="print what a checkpoint, bundle or workdir holds")
     p.add_argument("path")
     p.set_defaults(run=lambda args: print(json.dumps(checkpoint.describe(checkpoint.find(args.path)), indent=2)))
+
+
+def _add_scenes(commands) -> None:
+    p = commands.add_parser("scenes", help="write a sheet of scenes with their captions, to look at")
+    p.add_argument("out", help="PNG file to write")
+    p.add_argument("--split", default="val", help="train, calibration, val, test, relations or heldout")
+    p.add_argument("-n", type=int, default=20, help="number of pictures")
+    p.set_defaults(run=_scenes)
+
+
+def _scenes(args: argparse.Namespace) -> None:
+    from icar_jax.data.scenes import Scenes, contact_sheet
+
+    contact_sheet(Scenes(args.split, args.n), args.n, args.out)
+    print(f"{args.n} pictures of scenes/{args.split}: {args.out}")
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ class EvalConfig:
     batch_size: int = 64  # images in a full batch of the router
     dtype: str = "float32"  # of activations: bfloat16 | float32
     bootstrap: int = 2000  # resamples of images behind each interval
-    random_draws: int = 20  # random assignments averaged into the run 'random'
+    random_draws: int = 100  # random assignments averaged into the run 'random'
 
 
 @dataclass

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference as ref
+from jaxprs import equations
 
 from icar_jax import config as cfg
 from icar_jax import pytree
@@ -195,6 +196,22 @@ def test_counted_flops_agree_with_the_compiler(exit):
     compiled = jax.jit(lambda p, x: clip.encode_image(p, x, exit)).lower(clip.shapes(), x).compile()
     counted = 4 * flops.vision_flops(vision, exit)
     assert compiled.cost_analysis()["flops"] == pytest.approx(counted, rel=0.1)
+
+
+def test_bf16_towers_have_no_float32_operand_in_any_dot_forward_or_backward():
+    clip = Clip(tiny_arch(exits=(1, 2)))
+
+    def loss(params, images, tokens):
+        embeds = clip.encode_image_exits(params, images, dtype=jnp.bfloat16)
+        return sum(z.sum() for z in embeds.values()) + clip.encode_text(params, tokens, jnp.bfloat16).sum()
+
+    tokens = jnp.full((2, 12), 49, jnp.int32)
+    program = jax.make_jaxpr(jax.grad(loss))(clip.init(jax.random.key(0)), jnp.zeros((2, 32, 32, 3)), tokens)
+    dots = [e for e in equations(program.jaxpr) if e.primitive.name == "dot_general"]
+    # Three towers' worth of blocks: 4 projections and 2 attention products each, forward once and backward twice.
+    assert len(dots) >= (3 + 2) * 6 * 3
+    assert {str(v.aval.dtype) for e in dots for v in e.invars} == {"bfloat16"}
+    assert {str(e.outvars[0].aval.dtype) for e in dots} == {"float32"}
 
 
 IMAGE_PARAMS_M = {  # published sizes of the vision towers, in millions

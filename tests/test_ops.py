@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
+from jaxprs import equations
 
 from icar_jax.models import ops
 
@@ -50,14 +50,6 @@ def plain_attention(q, k, v, causal):
 def plain_layer_norm(x, scale, bias, eps):
     mean = x.mean(-1, keepdims=True)
     return (x - mean) / jnp.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + eps) * scale + bias
-
-
-def equations(jaxpr):
-    """All equations of a jaxpr, those of nested jaxprs included."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for nested in jaxprs_in_params(equation.params):
-            yield from equations(nested)
 
 
 def block(params, x, dtype, causal=False):

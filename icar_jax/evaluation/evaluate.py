@@ -64,10 +64,10 @@ def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
     if gallery.bad.reasons:
         metrics["notes"].append(gallery.bad.summary())
     table.write_metrics(metrics, workdir / "metrics.json")
+    table.print_results(metrics)
     figures.retention_against_cost(metrics, workdir / "retention.png")
     if gallery.scores is not None:
         figures.complexity_histogram(gallery.scores, model.thresholds, workdir / "complexity.png", exits=model.exits)
-    table.print_results(metrics)
     return metrics
 
 

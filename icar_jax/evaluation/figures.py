@@ -216,8 +216,8 @@ def _check_scores(scores: np.ndarray, limits: np.ndarray, exits: Sequence[int] |
     bad = int(np.count_nonzero(~np.isfinite(scores)))
     if bad:
         raise ValueError(f"{bad} of {len(scores)} complexity scores are NaN or inf: check the complexity model")
-    if limits.ndim != 1 or not np.isfinite(limits).all() or np.any(np.diff(limits) <= 0):
-        raise ValueError(f"thresholds must be finite and strictly ascending, found {limits.tolist()}")
+    if limits.ndim != 1 or not np.isfinite(limits).all() or np.any(np.diff(limits) < 0):
+        raise ValueError(f"thresholds must be finite and ascending, found {limits.tolist()}")
     if exits is not None and len(exits) != len(limits) + 1:
         raise ValueError(
             f"{len(limits)} thresholds make {len(limits) + 1} exits, found {len(exits)} in exits={list(exits)}"

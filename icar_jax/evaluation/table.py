@@ -164,14 +164,17 @@ def _mean_r5(run: Mapping[str, Any]) -> float:
 
 def _against_chance(metrics: Mapping[str, Any]) -> str:
     full, gallery = metrics["runs"]["full"], metrics["gallery"]
-    chance = chance_recall(gallery["images"], gallery["captions"], 5)
-    parts = [
-        f"{direction.replace('_', ' ')} {full[direction]['r5']:.1f}% (chance {chance[direction]:.2g}%, "
-        f"{full[direction]['r5'] / chance[direction]:.1f} times)"
-        for direction in DIRECTIONS
-    ]
-    line = f"full depth, R@5: {', '.join(parts)}"
-    if min(full[direction]["r5"] / chance[direction] for direction in DIRECTIONS) < 2:
+    parts, least = [], math.inf
+    for direction in DIRECTIONS:
+        shown = []
+        for k in (5, 10):
+            chance = chance_recall(gallery["images"], gallery["captions"], k)[direction]
+            times = full[direction][f"r{k}"] / chance
+            least = min(least, times)
+            shown.append(f"R@{k} {full[direction][f'r{k}']:.1f}% ({times:.1f} times chance, {chance:.2g}%)")
+        parts.append(f"{direction.replace('_', ' ')} {', '.join(shown)}")
+    line = f"full depth: {'; '.join(parts)}"
+    if least < 2:
         line += ": less than twice chance, so the comparisons below say little"
     return line
 

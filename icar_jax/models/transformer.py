@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from icar_jax.models import ops
@@ -23,8 +24,10 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Array, *, causal: bool, dtype: DType) -> Array:
         b, length, width = x.shape
-        qkv = self.qkv(x, dtype).reshape(b, length, 3, self.heads, width // self.heads)
-        y = ops.attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], causal=causal, dtype=dtype)
+        # split, not slices: its gradient is one concatenation, where slices give padded arrays to be added.
+        heads = (b, length, self.heads, width // self.heads)
+        q, k, v = (part.reshape(heads) for part in jnp.split(self.qkv(x, dtype), 3, axis=-1))
+        y = ops.attention(q, k, v, causal=causal, dtype=dtype)
         return self.out(y.reshape(b, length, width), dtype)
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from icar_jax.config import ConfigError
+
 
 class RunLog:
     """WORKDIR/metrics.jsonl and the progress bar of one run."""
@@ -14,11 +16,7 @@ class RunLog:
     def __init__(self, workdir: Path, steps: int, start: int, tensorboard: bool, title: str):
         self._lines = _continued(workdir / "metrics.jsonl", start).open("a", encoding="utf-8")
         self._bar = tqdm(total=steps, initial=start, desc=title, unit="step", dynamic_ncols=True, mininterval=1.0)
-        self._events = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(str(workdir / "tensorboard"))
+        self._events = _event_writer(workdir) if tensorboard else None
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Appends one line and shows the losses beside the bar; values are plain floats."""
@@ -40,6 +38,16 @@ class RunLog:
         self._lines.close()
         if self._events is not None:
             self._events.close()
+
+
+def _event_writer(workdir: Path):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "config.train.tensorboard=True needs tensorboardX: pip install -e '.[tensorboard]', or switch it off"
+        ) from error
+    return SummaryWriter(str(workdir / "tensorboard"))
 
 
 def _continued(path: Path, start: int) -> Path:
