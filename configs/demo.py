@@ -14,7 +14,6 @@ from icar_jax.config import (
     TrainConfig,
 )
 
-
 ARGUMENTS = ("clip", "complexity")
 
 

@@ -72,7 +72,7 @@ def write(
             hashes[TOKENIZER] = sha256(folder / TOKENIZER)
         _describe(folder, kind, {**description, "hashes": hashes})
 
-    return _replace_folder(Path(path), fill)
+    return _replace_folder(Path(path), kind, fill)
 
 
 def write_bundle(path: str | os.PathLike, description: Mapping[str, Any], clip: Path, complexity: Path) -> Path:
@@ -83,7 +83,7 @@ def write_bundle(path: str | os.PathLike, description: Mapping[str, Any], clip: 
         shutil.copytree(complexity, folder / "complexity")
         _describe(folder, "bundle", description)
 
-    return _replace_folder(Path(path), fill)
+    return _replace_folder(Path(path), "bundle", fill)
 
 
 def _describe(folder: Path, kind: str, description: Mapping[str, Any]) -> None:
@@ -91,9 +91,20 @@ def _describe(folder: Path, kind: str, description: Mapping[str, Any]) -> None:
     (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
 
 
-def _replace_folder(path: Path, fill) -> Path:
-    if path.exists() and not (path / DESCRIPTION).is_file():
+def require_replaceable(path: str | os.PathLike, kind: str) -> None:
+    """Raises CheckpointError where `path` holds anything but a checkpoint of the same kind: that is never overwritten."""
+    path = Path(path)
+    if not path.exists():
+        return
+    if not (path / DESCRIPTION).is_file():
         raise CheckpointError(f"{path} exists and is not a checkpoint; choose another place or remove it")
+    found = describe(path)["kind"]
+    if found != kind:
+        raise CheckpointError(f"{path} holds a checkpoint of kind {found!r}, not {kind!r}; choose another place or remove it")
+
+
+def _replace_folder(path: Path, kind: str, fill) -> Path:
+    require_replaceable(path, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import json
+import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
 
-from icar_jax import checkpoint
+from icar_jax import checkpoint, workdir
 from icar_jax import config as cfg
 
 
@@ -20,9 +22,12 @@ def user_errors() -> Iterator[None]:
     """Ends the program with a plain message for errors a user can cause; other faults keep their traceback."""
     try:
         yield
-    except (cfg.ConfigError, checkpoint.CheckpointError, FileNotFoundError, PermissionError) as error:
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except (cfg.ConfigError, checkpoint.CheckpointError, OSError) as error:
         _fail(error)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError) as error:
         # Raised by this package on purpose, or from deep inside a library: only the former reads well alone.
         if type(error).__module__.startswith("icar_jax") or _raised_here(error):
             _fail(error)
@@ -50,12 +55,27 @@ def run_program(main: Callable[[Sequence[str]], None]) -> None:
                 name = arg.lstrip("-").partition("=")[0]
                 if arg.startswith("-") and name.startswith("config."):
                     cfg.check_override(name)
+                elif name == "config" and "=" in arg:
+                    _check_config_file(arg.partition("=")[2])
             rest = app.parse_flags_with_usage(args)
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         return rest
 
     app.run(main, flags_parser=parse)
+
+
+def _check_config_file(value: str) -> None:
+    """Raises ConfigError where --config names no file, or an argument its get_config does not take."""
+    path, _, argument = value.partition(":")
+    if not Path(path).is_file():
+        raise cfg.ConfigError(f"--config={value}: {path} is no file; configs/demo.py:clip is an example")
+    get_config = runpy.run_path(path).get("get_config")
+    if get_config is None:
+        raise cfg.ConfigError(f"--config={value}: {path} defines no get_config()")
+    if argument and not inspect.signature(get_config).parameters:
+        raise cfg.ConfigError(f"--config={value}: {path} takes no argument; write --config={path}")
+    get_config(*([argument] if argument else []))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -95,13 +115,12 @@ def _bundle(args: argparse.Namespace) -> None:
 
     calibration = None
     if args.thresholds is None:
-        file = Path(args.clip) / "config.json"
-        if not file.is_file():
+        if not (Path(args.clip) / workdir.CONFIG).is_file():
             raise cfg.ConfigError(
-                f"{file} not found: --clip={args.clip} is no workdir of train.py, so its calibration images are "
-                "unknown; pass its workdir, or --thresholds"
+                f"--clip={args.clip} is no workdir of train.py, so its calibration images are unknown; pass its workdir, "
+                "or --thresholds"
             )
-        data = cfg.from_dict(json.loads(file.read_text(encoding="utf-8"))).data
+        data = workdir.load_config(args.clip).data
         data.root = args.root or data.root
         calibration = sources.calibration_source(data)
     elif args.share:
@@ -130,6 +149,8 @@ def _add_scenes(commands) -> None:
 def _scenes(args: argparse.Namespace) -> None:
     from icar_jax.data.scenes import Scenes, contact_sheet
 
+    if Path(args.out).suffix.lower() != ".png":
+        raise cfg.ConfigError(f"{args.out} must end in .png")
     contact_sheet(Scenes(args.split, args.n), args.n, args.out)
     print(f"{args.n} pictures of scenes/{args.split}: {args.out}")
 

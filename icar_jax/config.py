@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 TASKS = ("clip", "complexity")
-SOURCES = ("scenes", "karpathy", "captions")
+MIN_VOCABULARY = 259  # of a byte-level tokenizer: 256 bytes, pad, start and end
+SOURCES = ("scenes", "folder")
 
 
 class ConfigError(ValueError):
@@ -50,11 +51,12 @@ class ComplexityConfig:
 class DataConfig:
     """Where examples come from and how pictures and captions are prepared."""
 
-    source: str = "scenes"  # scenes | karpathy (JSON + folder) | captions (captions.csv or .jsonl + folder)
+    source: str = "scenes"  # scenes | folder (images with dataset*.json, captions.csv or captions.jsonl)
     root: str = ""  # folder of the data; unused by scenes
     train_split: str = "train"
     calibration_size: int = 1000  # images cut from the training split; thresholds come from these alone
     scenes_size: int = 200_000  # scenes: pictures in the training split
+    scenes_pixels: int = 64  # scenes: side they are drawn at, 32 to 512
     resize: str = "squash"  # squash | crop (shortest side, then centre)
     interpolation: str = "bicubic"  # bicubic | bilinear, both antialiased
     normalise: str = "half"  # mean and std of the pixels: half | openai | imagenet
@@ -219,17 +221,28 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
         raise ConfigError(
             f"config.data.source={c.data.source!r} holds no complexity ratings; train the complexity model on 'scenes'"
         )
+    if c.task == "complexity" and c.data.resize != "squash":
+        raise ConfigError(f"config.data.resize={c.data.resize!r}: the complexity model sees whole images; use 'squash'")
     if list(c.clip.exits) != sorted(set(c.clip.exits)) or any(e < 1 for e in c.clip.exits):
         fixed = tuple(sorted({e for e in c.clip.exits if e >= 1}))
         raise ConfigError(f"config.clip.exits={c.clip.exits} must be ascending block counts from 1; write {fixed}")
-    for name, low in (("steps", 1), ("batch_size", 2), ("log_every", 1), ("checkpoint_every", 1), ("keep", 1)):
+    for name, low in (("seed", 0), ("steps", 1), ("batch_size", 2), ("log_every", 1), ("checkpoint_every", 1), ("keep", 1)):
         _at_least(f"config.train.{name}", getattr(c.train, name), low, "raise it")
     for name in ("lr", "exit_lr", "temperature_lr", "weight_decay", "clip_norm", "warmup_steps", "eps", "final_lr"):
         _at_least(f"config.optim.{name}", getattr(c.optim, name), 0, "use zero or a positive number")
+    for name in ("b1", "b2"):
+        if not 0 <= getattr(c.optim, name) < 1:
+            raise ConfigError(f"config.optim.{name}={getattr(c.optim, name)} must lie in [0, 1), for example 0.9")
     if not 0 < c.data.crop_scale <= 1:
         raise ConfigError(f"config.data.crop_scale={c.data.crop_scale} must lie in (0, 1]; 1 switches cropping off")
     for name in ("calibration_size", "scenes_size", "threads"):
         _at_least(f"config.data.{name}", getattr(c.data, name), 1, "raise it")
+    for name in ("image_size", "patch_size"):
+        _at_least(f"config.clip.{name}", getattr(c.clip, name), 0, "0 keeps the variant's")
+    if not 32 <= c.data.scenes_pixels <= 512:
+        raise ConfigError(f"config.data.scenes_pixels={c.data.scenes_pixels} must lie in 32 to 512")
+    if c.task == "clip" and not c.data.tokenizer:
+        _at_least("config.data.vocabulary", c.data.vocabulary, MIN_VOCABULARY, "256 bytes and 3 special tokens come first")
     _at_least("config.data.workers", c.data.workers, 0, "0 uses threads of this process")
     for name in ("size", "batch_size", "bootstrap", "random_draws"):
         _at_least(f"config.eval.{name}", getattr(c.eval, name), 1, "raise it")

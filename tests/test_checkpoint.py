@@ -57,6 +57,15 @@ def test_a_folder_that_is_no_checkpoint_is_not_overwritten(tmp_path):
     assert (tmp_path / "photos" / "cat.jpg").exists()
 
 
+def test_a_checkpoint_of_another_kind_is_not_overwritten(folder):
+    before = checkpoint.sha256(folder / checkpoint.WEIGHTS)
+    with pytest.raises(CheckpointError, match="holds a checkpoint of kind 'clip', not 'complexity'"):
+        checkpoint.write(folder, "complexity", {}, PARAMS)
+    with pytest.raises(CheckpointError, match="not 'bundle'"):
+        checkpoint.write_bundle(folder, {}, folder, folder)
+    assert checkpoint.sha256(folder / checkpoint.WEIGHTS) == before
+
+
 def test_damage_is_named(folder):
     data = (folder / checkpoint.WEIGHTS).read_bytes()
     (folder / checkpoint.WEIGHTS).write_bytes(data[:-4])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,9 +35,14 @@ FAULTS = {
     "--config.clip.image_size=65": ("config.clip.image_size=65", "patch size 8", "use 64"),
     "--config.clip.context_length=1": ("config.clip.context_length=1", "at least 2"),
     "--config.data.source=scene": ("config.data.source='scene'", "did you mean 'scenes'"),
-    "--config.data.source=karpathy": ("config.data.root=''", "--config.data.root=PATH"),
+    "--config.data.source=folder": ("config.data.root=''", "--config.data.root=PATH"),
     "--config.data.crop_scale=0.0": ("config.data.crop_scale=0.0", "(0, 1]"),
-    "--config.data.vocabulary=10": ("vocab", "10", "259"),
+    "--config.data.vocabulary=10": ("config.data.vocabulary=10", "at least 259"),
+    "--config.data.tokenizer=nowhere.json": ("nowhere.json", "not found"),
+    "--config.data.scenes_pixels=8": ("config.data.scenes_pixels=8", "32 to 512"),
+    "--config.clip.patch_size=-8": ("config.clip.patch_size=-8", "at least 0"),
+    "--config.train.seed=-1": ("config.train.seed=-1", "at least 0"),
+    "--config.optim.b1=2.0": ("config.optim.b1=2.0", "[0, 1)"),
     "--config.optim.lr=-1.0": ("config.optim.lr=-1.0", "at least 0"),
     "--config.loss.exit_weights=(1.0,)": ("config.loss.exit_weights=(1.0,)", "need 2"),
     "--config.mesh.data=3": ("config.mesh", "3 devices, found 1", "-1"),
@@ -84,7 +90,7 @@ def outcomes(tmp_path_factory):
         "        values(argv)\n"
         "        train(values.config, os.path.join(tempfile.mkdtemp(), 'w'), stop_after=1)\n"
         "        results[flag] = 'no error'\n"
-        "    except (ValueError, flags.Error) as error:\n"
+        "    except (ValueError, OSError, flags.Error) as error:\n"
         "        results[flag] = f'{type(error).__name__}: {error}'\n"
         "print(json.dumps(results))\n"
     )
@@ -98,6 +104,27 @@ def outcomes(tmp_path_factory):
 def test_every_fault_names_field_value_and_fix(flag, outcomes):
     missing = [part for part in FAULTS[flag] if part not in outcomes[flag]]
     assert not missing, outcomes[flag]
+
+
+def test_batch_that_does_not_divide_over_the_mesh_as_a_flag(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    result = run_train("--config.train.batch_size=9", workdir=tmp_path / "w")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "config.train.batch_size=9" in result.stderr and "use 8 or 10" in result.stderr
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ("configs/nothing.py", "configs/nothing.py is no file"),
+        ("configs/photos.py:large", "takes no argument"),
+        ("configs/demo.py:clop", "use configs/demo.py:clip or configs/demo.py:complexity"),
+    ],
+)
+def test_mistakes_in_the_name_of_the_config(config, message, tmp_path):
+    result = run_train(workdir=tmp_path / "w", config=config)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
 
 
 def test_batch_that_does_not_divide_over_the_mesh():
@@ -155,8 +182,11 @@ def test_no_field_that_nothing_reads():
     code = "\n".join(
         f.read_text() for f in [*(ROOT / "icar_jax").rglob("*.py")] if f.name != "config.py"
     )
+    # How a group is spelled where its fields are read: c.clip.exits, config.exits in a function of that group, ...
+    spelled = {"train": "train|t", "eval": r"eval|eval_config", "optim": "optim|config", "loss": "loss"}
     for group in dataclasses.fields(ExperimentConfig):
-        if dataclasses.is_dataclass(group.type):
-            for field in dataclasses.fields(group.type):
-                readable = f".{field.name}" in code or (group.name == "mesh" and "getattr(config, axis)" in code)
-                assert readable, f"config.{group.name}.{field.name} is read nowhere"
+        if not dataclasses.is_dataclass(group.type) or group.name == "mesh":  # the mesh is read by axis name
+            continue
+        owner = spelled.get(group.name, f"{group.name}|config")
+        for field in dataclasses.fields(group.type):
+            assert re.search(rf"\b({owner})\.{field.name}\b", code), f"config.{group.name}.{field.name} is read nowhere"

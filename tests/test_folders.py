@@ -136,8 +136,10 @@ def test_jsonl(plain):
     (plain / "captions.jsonl").write_text("\n\n".join(map(json.dumps, lines)) + "\n")
     source = CaptionFolder(plain)
     assert [source[i].captions for i in range(2)] == [("one", "uno"), ("two", "2")]
-    with pytest.raises(ValueError, match="names no splits: add a `split` column"):
-        CaptionFolder(plain, "train")
+    # No splits named: the names decide, and these two fall to 'train'.
+    assert CaptionFolder(plain, "train").names == ["a.png", "sub/b.PNG"]
+    with pytest.raises(ValueError, match=r"no split 'val'; it has train \(2 images\)"):
+        CaptionFolder(plain, "val")
     (plain / "captions.csv").write_text("file,caption\na.png,x\n")
     with pytest.raises(ValueError, match="keep one of them"):
         CaptionFolder(plain)

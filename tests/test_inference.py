@@ -67,6 +67,12 @@ def test_thresholds_meet_their_shares(shares):
     assert [np.mean(reached == e) for e in exits] == pytest.approx(shares, abs=1e-3)
 
 
+def test_a_share_of_none_or_all_holds_for_other_images_too():
+    calibration, others = np.array([0.4, 0.5, 0.6]), np.array([0.0, 0.3, 0.7, 1.0], np.float32)
+    assert assign(others, (2, 6), thresholds_for_shares(calibration, (0.0, 1.0))).tolist() == [6] * 4
+    assert assign(others, (2, 6), thresholds_for_shares(calibration, (1.0, 0.0))).tolist() == [2] * 4
+
+
 def test_shares_are_checked():
     assert full_shares((), (3, 6)) == (0.5, 0.5)
     assert full_shares((0.7,), (3, 6)) == pytest.approx((0.7, 0.3))
@@ -140,8 +146,9 @@ def test_mistakes_end_in_clear_errors(model, clip_folder, complexity_folder, tmp
         model.encode_image(pictures(1), exit=9)
     with pytest.raises(TypeError, match="list of strings"):
         model.encode_text("one caption")
-    with pytest.raises(TypeError, match="list of images"):
-        model.encode_image("a.png")
+    for single in ("a.png", pictures(1)[0], Image.fromarray(pictures(1)[0])):
+        with pytest.raises(TypeError, match="list of images"):
+            model.encode_image(single)
     with pytest.raises(FileNotFoundError, match="nowhere.png"):
         model.encode_image([tmp_path / "nowhere.png"])
     (tmp_path / "broken.jpg").write_bytes(b"not a picture")

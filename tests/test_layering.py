@@ -12,13 +12,14 @@ ALLOWED = {
     "config": set(),
     "pytree": set(),
     "checkpoint": {"config", "pytree"},
+    "workdir": {"config", "pytree"},
     "models": {"config", "pytree", "checkpoint"},
     "data": {"config", "pytree", "checkpoint"},
     "parallel": {"config", "pytree", "checkpoint"},
-    "inference": {"config", "pytree", "checkpoint", "models", "parallel", "data"},
-    "training": {"config", "pytree", "checkpoint", "models", "parallel", "data"},
-    "evaluation": {"config", "pytree", "checkpoint", "models", "data", "inference"},
-    "cli": {"config", "pytree", "checkpoint", "models", "data", "inference", "training", "evaluation"},
+    "inference": {"config", "pytree", "checkpoint", "workdir", "models", "parallel", "data"},
+    "training": {"config", "pytree", "checkpoint", "workdir", "models", "parallel", "data"},
+    "evaluation": {"config", "pytree", "checkpoint", "workdir", "models", "data", "inference"},
+    "cli": {"config", "pytree", "checkpoint", "workdir", "models", "data", "inference", "training", "evaluation"},
     "__init__": {"inference"},
 }
 

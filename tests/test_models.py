@@ -236,6 +236,16 @@ TOTAL_PARAMS = {
 }
 
 
+def test_every_named_variant_is_counted():
+    assert set(TOTAL_PARAMS) == set(registry.CLIP)
+    assert {f"{family}_{size}" for family in ("convnext", "convnextv2") for size in CONVNEXT_PARAMS} == set(registry.CONVNEXT)
+
+
+def test_text_flops_against_the_published_count():
+    """ViT-L/14's text tower is given as 13.30 GFLOPs in the ICAR paper."""
+    assert flops.text_flops(registry.CLIP["vit_l14"].text) / 1e9 == pytest.approx(13.30, abs=0.01)
+
+
 @pytest.mark.parametrize("name", list(registry.CLIP))
 def test_clip_parameter_counts(name):
     shapes = Clip(registry.CLIP[name]).shapes()
@@ -245,25 +255,32 @@ def test_clip_parameter_counts(name):
         assert flops.vision_flops(registry.CLIP[name].vision) / 2e9 == pytest.approx(IMAGE_GMACS[name], rel=1e-3)
 
 
-CONVNEXT_M = {  # V1 and V2 with the 1000-class head, in millions
-    "atto": (3.696, 3.708), "femto": (5.218, 5.233), "pico": (9.046, 9.066), "nano": (15.594, 15.624),
-    "tiny": (28.589, 28.635), "small": (50.224, 50.318), "base": (88.591, 88.718), "large": (197.767, 197.957),
-}  # fmt: skip
+CONVNEXT_PARAMS = {  # V1 and V2 with the 1000-class head
+    "demo": (398_008, 400_136),
+    "atto": (3_695_520, 3_708_400),
+    "femto": (5_217_784, 5_233_240),
+    "pico": (9_045_672, 9_066_280),
+    "nano": (15_593_560, 15_623_800),
+    "tiny": (28_589_128, 28_635_496),
+    "small": (50_223_688, 50_318_440),
+    "base": (88_591_464, 88_717_800),
+    "large": (197_767_336, 197_956_840),
+}
 CONVNEXT_GMACS = {
     "atto": (0.547, 2.86), "femto": (0.779, 4.07), "pico": (1.37, 7.14), "nano": (2.45, 12.8),
     "tiny": (4.46, 23.3), "small": (8.68, 45.4), "base": (15.4, 80.2), "large": (34.4, 179.5),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("size", list(CONVNEXT_M))
+@pytest.mark.parametrize("size", list(CONVNEXT_PARAMS))
 def test_convnext_parameter_counts(size):
-    for name, expected in zip((f"convnext_{size}", f"convnextv2_{size}"), CONVNEXT_M[size]):
+    for name, expected in zip((f"convnext_{size}", f"convnextv2_{size}"), CONVNEXT_PARAMS[size]):
         arch = registry.CONVNEXT[name]
         headed = dataclasses.replace(arch, num_classes=1000)
         count = pytree.count(Bridge(lambda rngs: ConvNeXt(headed, rngs=rngs)).shapes())
-        assert round(count / 1e6, 3) == expected
+        assert count == expected
         assert pytree.count(Bridge(lambda rngs: ConvNeXt(arch, rngs=rngs)).shapes()) == count - (arch.dims[3] + 1) * 1000
-        for image_size, gmacs in zip((224, 512), CONVNEXT_GMACS[size]):
+        for image_size, gmacs in zip((224, 512), CONVNEXT_GMACS.get(size, ())):
             assert flops.convnext_flops(headed, image_size) / 2e9 == pytest.approx(gmacs, rel=5e-3)
 
 

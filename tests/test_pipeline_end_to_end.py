@@ -126,8 +126,46 @@ def test_a_stale_bundle_is_refused(bundled, metrics, tmp_path):
     description = json.loads((copy / "model" / checkpoint.DESCRIPTION).read_text())
     description["hashes"][checkpoint.WEIGHTS] = "0" * 64
     (copy / "model" / checkpoint.DESCRIPTION).write_text(json.dumps(description))
-    with pytest.raises(checkpoint.CheckpointError, match="another CLIP"):
+    with pytest.raises(checkpoint.CheckpointError, match="another clip model"):
         evaluate(tiny_config("clip"), copy)
+
+
+def test_another_complexity_model_than_the_bundled_one_is_refused(bundled, metrics, complexity_folder):
+    config = tiny_config("clip")
+    config.eval.complexity = str(complexity_folder)
+    with pytest.raises(checkpoint.CheckpointError, match="another complexity model"):
+        evaluate(config, bundled)
+
+
+def test_other_shares_than_the_bundled_ones_are_refused(bundled, metrics):
+    config = tiny_config("clip")
+    config.eval.early_share = (0.3,)
+    with pytest.raises(ConfigError, match=r"early_share=\(0.3,\), but the thresholds"):
+        evaluate(config, bundled)
+
+
+@pytest.mark.parametrize("field, value", [("calibration_size", 60), ("train_split", "val"), ("scenes_size", 10)])
+def test_evaluation_needs_the_data_of_the_training_run(bundled, metrics, field, value):
+    """Else images that were trained on could end up in the gallery or in the calibration set."""
+    config = tiny_config("clip")
+    setattr(config.data, field, value)
+    if field == "train_split":
+        config.eval.split = "test"
+    with pytest.raises(ConfigError, match=f"config.data.{field} was"):
+        evaluate(config, bundled)
+
+
+def test_evaluating_before_training(tmp_path):
+    with pytest.raises(checkpoint.CheckpointError, match="does not exist"):
+        evaluate(tiny_config("clip"), tmp_path / "w")
+
+
+def test_a_bundle_does_not_replace_a_trained_model(runs, capsys):
+    command = ["bundle", "--clip", str(runs / "clip"), "--complexity", str(runs / "complexity")]
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--out", str(runs / "clip" / "model")])
+    assert "holds a checkpoint of kind 'clip', not 'bundle'" in capsys.readouterr().err
+    icar_jax.load(runs / "clip" / "model")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import logging as std_logging
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from PIL import Image
 import icar_jax
 from icar_jax import checkpoint, pytree
 from icar_jax.config import ConfigError, OptimConfig
+from icar_jax.data.pipeline import UnreadableImages
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.parallel.mesh import make_mesh
 from icar_jax.training import losses
@@ -20,6 +22,7 @@ from icar_jax.training.loop import NonFiniteLoss, train
 from icar_jax.training.optimizer import decays, group, make_optimizer, schedule
 from icar_jax.training.step import init_state, make_step
 from icar_jax.training.tasks import make_task
+from icar_jax.workdir import save_config
 
 
 def lines(workdir):
@@ -98,12 +101,70 @@ def test_training_on_a_folder_with_a_broken_picture_names_and_counts_it(tmp_path
     (root / "images" / "07.png").write_bytes(b"broken")
     (root / "captions.csv").write_text("\n".join(rows) + "\n")
     config = tiny_config(steps=10, checkpoint_every=10)
-    config.data.source, config.data.root, config.data.calibration_size = "captions", str(root), 4
+    config.data.source, config.data.root, config.data.calibration_size = "folder", str(root), 4
     config.data.resize, config.data.crop_scale = "crop", 0.6
     with caplog.at_level(std_logging.WARNING):
         train(config, tmp_path / "w")
     assert "07.png" in caplog.text and "1 unreadable image files" in caplog.text
     assert icar_jax.load(tmp_path / "w").encode_text(["picture"]).shape == (1, 128)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_of_broken_pictures_ends_in_a_message(workers, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        (tmp_path / "images" / f"{i}.jpg").write_bytes(b"broken")
+    rows = [f"{i}.jpg,a caption,train" for i in range(20)]
+    (tmp_path / "captions.csv").write_text("\n".join(["file,caption,split", *rows]))
+    config = tiny_config()
+    config.data.source, config.data.root, config.data.calibration_size = "folder", str(tmp_path), 2
+    config.data.workers = workers
+    with pytest.raises(UnreadableImages, match=r"Most of the files seem unreadable(.|\n)*\.jpg"):
+        train(config, tmp_path / "w")
+
+
+def test_a_mistake_does_not_spoil_the_workdir(tmp_path):
+    config = tiny_config(steps=1)
+    config.data.tokenizer = str(tmp_path / "nowhere.json")
+    with pytest.raises(FileNotFoundError, match="nowhere.json"):
+        train(config, tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+    # A run that ended before its first checkpoint left nothing to continue: another configuration may take its place.
+    (tmp_path / "w").mkdir()
+    other = tiny_config(steps=2)
+    other.data.vocabulary = 270
+    save_config(tmp_path / "w", other)
+    (tmp_path / "w" / "tokenizer.json").write_text("stale")
+    train(tiny_config(steps=1), tmp_path / "w")
+    assert icar_jax.load(tmp_path / "w").clip.arch.text.vocabulary > 270
+
+
+def test_changed_training_images_are_noticed(tmp_path):
+    train(tiny_config(), tmp_path, stop_after=2)
+    (tmp_path / "data.json").write_text(json.dumps({"images": 199, "names_sha256": "0"}))
+    with pytest.raises(ConfigError, match="training images changed.*199 images then, 200 now"):
+        train(tiny_config(), tmp_path)
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    train(tiny_config(), tmp_path, stop_after=2)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="config.json is damaged"):
+        train(tiny_config(), tmp_path)
+
+
+def test_cut_captions_are_counted(tmp_path, caplog):
+    config = tiny_config(steps=2)
+    config.clip.context_length = 4
+    with caplog.at_level(std_logging.WARNING):
+        train(config, tmp_path)
+    assert "16 of 16 captions (100.0%) were longer than the context of 4 tokens" in caplog.text
+
+
+def test_tensorboard_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ConfigError, match="needs tensorboardX: pip install"):
+        train(tiny_config(tensorboard=True), tmp_path)
 
 
 def test_an_unwritable_workdir_is_known_before_training(tmp_path):

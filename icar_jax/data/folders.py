@@ -16,6 +16,7 @@ from absl import logging
 
 from icar_jax.data.images import decode
 from icar_jax.data.records import Record
+from icar_jax.data.splits import name_hash
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 CAPTION_FILES = ("captions.csv", "captions.jsonl")
@@ -40,6 +41,9 @@ class _Photos:
     def __init__(self, root: Path, split: str | None, entries: Sequence[_Entry], where: Path):
         self.root, self.split = root, split
         self.name = f"{root.name}/{split}" if split else root.name
+        if split is not None and not any(e.split for e in entries):
+            entries = [e._replace(split=_split_by_name(e.file)) for e in entries]
+            logging.warning("%s names no splits: a tenth of the files becomes 'val', the rest 'train'.", where)
         self.splits = dict(Counter(e.split for e in entries if e.captions and e.split is not None))
         wanted = _wanted_splits(split, self.splits, where)
         images = root / "images" if (root / "images").is_dir() else root
@@ -73,10 +77,6 @@ class _Photos:
 
     def __len__(self) -> int:
         return len(self.names)
-
-    def image_name(self, i: int) -> str:
-        """Name of record i, without making the record."""
-        return self.names[i]
 
     def __getitem__(self, i: int) -> Record:
         path = os.path.join(self.images, self.names[i])
@@ -141,6 +141,11 @@ def open_folder(root: str | Path, split: str | None) -> KarpathyFolder | Caption
     return KarpathyFolder(root, split) if karpathy else CaptionFolder(root, split)
 
 
+def _split_by_name(file: str) -> str:
+    """'val' for a tenth of the names, else 'train'; a pure function of the name, so that adding files moves none."""
+    return "val" if name_hash(file, seed=0) < 2**64 // 10 else "train"
+
+
 def _existing_folder(root: str | Path) -> Path:
     root = Path(root).expanduser()
     if not root.is_dir():
@@ -187,8 +192,7 @@ def _wanted_splits(split: str | None, present: dict[str, int], where: Path) -> s
     wanted = set(split.split("+"))
     if unknown := sorted(wanted - set(present)):
         listed = ", ".join(f"{s} ({n} images)" for s, n in sorted(present.items()))
-        fix = f"it has {listed}" if listed else "it names no splits: add a `split` column, or take split=None"
-        raise ValueError(f"{where}: no split {', '.join(map(repr, unknown))}; {fix}")
+        raise ValueError(f"{where}: no split {', '.join(map(repr, unknown))}; it has {listed}")
     return wanted
 
 

@@ -95,12 +95,17 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         raise ImageError(f"{name}: floating-point pixels have no defined range; convert the file to 8 bits")
     if image.mode.startswith("I"):
         deep = np.clip(np.asarray(image, np.int64), 0, 65535)
+        if image.mode == "I" and deep.max(initial=0) < 256:
+            deep <<= 8  # 32-bit containers of 8-bit values; black otherwise
         return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ImageError(f"{name}: images of mode {image.mode} cannot be converted to RGB; save it as RGB") from error
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:

@@ -21,6 +21,10 @@ _BAD_FILE = (OSError, ImageError)
 _LAST_POSITION = 2**62
 
 
+class UnreadableImages(ValueError):
+    """So many images do not decode that no substitute was found; a type of its own survives worker processes."""
+
+
 def train_batches(
     source: Source,
     preprocess: Preprocess,
@@ -156,7 +160,7 @@ class _TrainBatch:
                 bad.extend(tried)
                 return index, record, picture
         listed = "\n".join("  " + _with_name(*item) for item in tried)
-        raise ValueError(
+        raise UnreadableImages(
             f"source {self.source.name!r}, position {position}: the example and its {attempts} substitutes do not"
             f" decode. Most of the files seem unreadable; check the folder and its storage:\n{listed}"
         )

@@ -77,6 +77,12 @@ class Subset:
                 f"subset {name!r}: indices run from {low} to {high}, {source.name!r} has {len(source)} records"
             )
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the records; made one by one where the source does not list them."""
+        known = getattr(self.source, "names", None)
+        return [known[i] if known is not None else self.source[i].name for i in self.indices.tolist()]
+
     def __len__(self) -> int:
         return len(self.indices)
 

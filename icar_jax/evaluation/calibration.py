@@ -42,15 +42,19 @@ def thresholds_for_shares(scores: np.ndarray, shares: Sequence[float]) -> tuple[
     ordered = np.sort(np.asarray(scores, np.float64))
     if not len(ordered) or not np.isfinite(ordered).all():
         raise ValueError(f"thresholds need finite scores of at least one calibration image, found {len(ordered)} scores")
-    edges = np.concatenate([[ordered[0] - 1e-3], (ordered[:-1] + ordered[1:]) / 2, [ordered[-1] + 1e-3]])
+    # Scores lie in [0, 1]: the outer edges hold for every image, not only for those seen here.
+    edges = np.concatenate([[-1.0], (ordered[:-1] + ordered[1:]) / 2, [2.0]])
     below = np.rint(np.cumsum(shares)[:-1] * len(ordered)).astype(int)
     return tuple(float(edges[b]) for b in below)
 
 
-def score_source(model: Model, source: Source, title: str) -> tuple[np.ndarray, BadFiles]:
+def score_source(model: Model, source: Source, title: str, workers: int = 0, threads: int = 2) -> tuple[np.ndarray, BadFiles]:
     """Complexity scores float32 [n] of every readable image of a source, in order, and the unreadable files."""
     scores, bad = [], BadFiles()
-    with eval_batches(source, {"complexity": model.scorer.preprocess}, batch_size=model.batch_size) as batches:
+    batches = eval_batches(
+        source, {"complexity": model.scorer.preprocess}, batch_size=model.batch_size, num_workers=workers, num_threads=threads
+    )
+    with batches:
         for batch in tqdm(batches, total=-(-len(source) // model.batch_size), desc=title, unit="batch"):
             bad.add(batch)
             if len(batch["index"]):
@@ -69,13 +73,17 @@ def make_bundle(
     shares: Sequence[float] = (),
     thresholds: Sequence[float] | None = None,
     batch_size: int = 64,
+    dtype: str = "float32",
+    workers: int = 0,
+    threads: int = 2,
 ) -> Path:
     """Joins a CLIP and a complexity checkpoint with thresholds and writes the bundle to `out`.
 
     Either `thresholds` are given, or they are set on `calibration` so that each exit gets its share of those images.
     The description records how they were found. Raises CheckpointError or ConfigError where the parts do not fit.
     """
-    clip_model, scorer = load_parts(clip, complexity, batch_size)
+    checkpoint.require_replaceable(out, "bundle")  # known before the calibration images are scored
+    clip_model, scorer = load_parts(clip, complexity, batch_size=batch_size, dtype=dtype)
     exits = clip_model.exits
     if len(exits) < 2:
         raise ConfigError(f"{clip} has no early exit, so there is nothing to route; train it with config.clip.exits")
@@ -86,13 +94,17 @@ def make_bundle(
         if calibration is None:
             raise ConfigError("a bundle needs thresholds, or calibration images to set them on")
         wanted = full_shares(shares, exits)
-        scores, bad = score_source(scorer, calibration, "calibrate")
+        scores, bad = score_source(scorer, calibration, "calibrate", workers, threads)
         thresholds = thresholds_for_shares(scores, wanted)
-        reached = assign(scores, exits, thresholds)
+        reached = {e: float(np.mean(assign(scores, exits, thresholds) == e)) for e in exits}
+        if any(abs(reached[e] - share) > 0.05 for e, share in zip(exits, wanted)):
+            logging.warning(
+                "Many images have the same complexity score, so the shares %s were not met: reached %s.", wanted, reached
+            )
         found = {
             "method": "shares",
             "shares": dict(zip(map(str, exits), wanted)),
-            "reached": {str(e): float(np.mean(reached == e)) for e in exits},
+            "reached": {str(e): share for e, share in reached.items()},
             "calibration": calibration.name,
             "images": len(scores),
             "unreadable": len(bad.reasons),

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from icar_jax import checkpoint
 from icar_jax import config as cfg
+from icar_jax import workdir as files
 from icar_jax.config import ExperimentConfig
 from icar_jax.data import sources
 from icar_jax.data.images import Preprocess
@@ -54,10 +55,13 @@ def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
     """
     config = cfg.validate(config)
     workdir = Path(workdir)
-    folder, notes = _model_folder(config, workdir)
+    folder = checkpoint.find(workdir, ("bundle", "clip"))
+    if (workdir / files.CONFIG).is_file():
+        files.require_same_config(workdir, config, files.FREE_ON_EVALUATION)
+    folder, notes = _model_folder(config, workdir, folder)
     model = load(folder, batch_size=config.eval.batch_size, dtype=config.eval.dtype)
     source = sources.eval_source(config.data, config.eval)
-    gallery = _embed(model, source)
+    gallery = _embed(model, source, config.data)
     metrics = _measure(config, model, gallery)
     metrics["gallery"]["source"] = source.name
     metrics["notes"] = [*notes, _baseline_note(config, source, gallery, metrics)]
@@ -71,18 +75,25 @@ def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
     return metrics
 
 
-def _model_folder(config: ExperimentConfig, workdir: Path) -> tuple[Path, list[str]]:
+def _model_folder(config: ExperimentConfig, workdir: Path, folder: Path) -> tuple[Path, list[str]]:
     """The bundle of the workdir, made now if it can be; else the plain CLIP, with a note that says what is missing."""
-    folder = checkpoint.find(workdir, ("bundle", "clip"))
+    scorer = config.eval.complexity
     if checkpoint.describe(folder)["kind"] == "bundle":
-        _check_fresh(workdir)
+        _check_fresh(folder / "clip", workdir / "model", "clip")
+        _check_fresh(folder / "complexity", Path(scorer), "complexity")
         _check_shares(config, folder)
         return folder, []
-    scorer = config.eval.complexity
     if scorer and Path(scorer).exists():
-        calibration = sources.calibration_source(config.data)
         bundle = make_bundle(
-            folder, scorer, workdir / "bundle", calibration=calibration, shares=config.eval.early_share
+            folder,
+            scorer,
+            workdir / "bundle",
+            calibration=sources.calibration_source(config.data),
+            shares=config.eval.early_share,
+            batch_size=config.eval.batch_size,
+            dtype=config.eval.dtype,
+            workers=config.data.workers,
+            threads=config.data.threads,
         )
         return bundle, []
     found = f"there is none at config.eval.complexity={scorer!r}" if scorer else "config.eval.complexity is empty"
@@ -95,14 +106,15 @@ def _model_folder(config: ExperimentConfig, workdir: Path) -> tuple[Path, list[s
     return folder, [note]
 
 
-def _check_fresh(workdir: Path) -> None:
-    """Raises CheckpointError where the model was trained again after the bundle was made."""
-    model, bundled = workdir / "model", workdir / "bundle" / "clip"
-    if (model / checkpoint.DESCRIPTION).is_file() and bundled.is_dir():
-        if checkpoint.describe(model).get("hashes") != checkpoint.describe(bundled).get("hashes"):
-            raise checkpoint.CheckpointError(
-                f"{workdir / 'bundle'} holds another CLIP than {model}; remove it or run `icar bundle` again"
-            )
+def _check_fresh(bundled: Path, original: Path, kind: str) -> None:
+    """Raises CheckpointError where the model at `original` is not the one in the bundle, as after training it again."""
+    if not original.exists() or original == Path():
+        return
+    now = checkpoint.find(original, (kind,))
+    if checkpoint.describe(now).get("hashes") != checkpoint.describe(bundled).get("hashes"):
+        raise checkpoint.CheckpointError(
+            f"{bundled.parent} holds another {kind} model than {now}; remove {bundled.parent} or run `icar bundle` again"
+        )
 
 
 def _check_shares(config: ExperimentConfig, bundle: Path) -> None:
@@ -116,7 +128,7 @@ def _check_shares(config: ExperimentConfig, bundle: Path) -> None:
         )
 
 
-def _embed(model: Model, source: Source) -> Gallery:
+def _embed(model: Model, source: Source, data: cfg.DataConfig) -> Gallery:
     """One pass over the split: every exit of every image, the routed rows, and every caption."""
     towers = {exit: [] for exit in model.exits}
     kept: dict[str, list[np.ndarray]] = {key: [] for key in model.preprocesses}
@@ -125,7 +137,14 @@ def _embed(model: Model, source: Source) -> Gallery:
     routing = model.thresholds is not None
 
     def prepared():
-        with eval_batches(source, model.preprocesses, batch_size=model.batch_size) as batches:
+        batches = eval_batches(
+            source,
+            model.preprocesses,
+            batch_size=model.batch_size,
+            num_workers=data.workers,
+            num_threads=data.threads,
+        )
+        with batches:
             for batch in tqdm(batches, total=-(-len(source) // model.batch_size), desc="embed images", unit="batch"):
                 bad.add(batch)
                 if not len(batch["index"]):
@@ -165,7 +184,8 @@ def _measure(config: ExperimentConfig, model: Model, gallery: Gallery) -> dict[s
     names = {exit: "full" if exit == full else f"exit_{exit}" for exit in model.exits}
     flops = {exit: vision_flops(model.clip.arch.vision, exit) for exit in model.exits}
     share = _share(gallery.exits, model.exits) if gallery.exits is not None else None
-    speed = timing.measure(model, gallery.sample, share)
+    timed = gallery.exits[: len(gallery.sample.clip)] if gallery.exits is not None else None
+    speed = timing.measure(model, gallery.sample, timed)
     runs: dict[str, dict[str, Any]] = {}
     hits: dict[str, Hits] = {}
 

@@ -16,7 +16,6 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from icar_jax.evaluation.metrics import DIRECTIONS, RECALL_AT, chance_recall
+from icar_jax.workdir import write_text
 
 _WIDE = 124  # columns the one-line rows need; rich assumes 80 where the output is a file
 
@@ -127,17 +127,7 @@ def write_metrics(metrics: Mapping[str, Any], path: str | os.PathLike) -> None:
     it was, for NaN or inf and for keys that are not strings, naming the place as a path of keys.
     """
     text = json.dumps(_plain(metrics, ()), indent=2, allow_nan=False) + "\n"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, text)
 
 
 def _plain(value: Any, where: tuple[str, ...]) -> Any:

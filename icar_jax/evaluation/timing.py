@@ -1,9 +1,9 @@
-"""Measured speed: images per second of each static exit, of routing and of the decoder, on images held in memory."""
+"""Measured speed: images per second of each static exit and of routing, on prepared images held in memory."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,9 +23,10 @@ class Sample:
     complexity: np.ndarray | None
 
 
-def measure(model: Model, sample: Sample, shares: Mapping[str, float] | None) -> dict[str, float]:
+def measure(model: Model, sample: Sample, exits: np.ndarray | None) -> dict[str, float]:
     """images/s by run: 'full', 'exit_<blocks>', and with a router also 'routed' and 'random' (the same share).
 
+    exits: [n] executed blocks of the sample's images under routing; None where nothing is routed.
     Compilation is left out, the router's own time counted. The runs take turns, so that a slow moment of the machine
     does not fall on one of them alone.
     """
@@ -35,9 +36,9 @@ def measure(model: Model, sample: Sample, shares: Mapping[str, float] | None) ->
     for exit in model.exits:
         name = "full" if exit == model.exits[-1] else f"exit_{exit}"
         runs[name] = lambda tower=model.towers[exit]: tower(sample.clip)
-    if model.thresholds is not None and shares is not None:
+    if exits is not None:
         runs["routed"] = lambda: model.router.embed(batches, model.embed_dim)
-        limits = np.cumsum([shares[str(e)] for e in model.exits])[:-1]
+        limits = np.cumsum([np.mean(exits == e) for e in model.exits])[:-1]
         rng = np.random.default_rng(0)
         dice = Router(model.towers, lambda pixels: rng.random(len(pixels), np.float32), limits, model.batch_size)
         runs["random"] = lambda: dice.embed(batches, model.embed_dim)

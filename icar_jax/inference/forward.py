@@ -48,17 +48,11 @@ class Pending:
 
 @dataclass
 class Forward:
-    """`fn(params, rows)` jitted for each bucket size; rows is an array [n, ...] of any length n >= 1.
-
-    Attributes:
-        rows, padded: rows asked for and rows computed, for the report on padding.
-    """
+    """`fn(params, rows)` jitted for each bucket size; rows is an array [n, ...] of any length n >= 1."""
 
     fn: Callable[[Any, jax.Array], jax.Array]
     params: Any
     buckets: tuple[int, ...]
-    rows: int = 0
-    padded: int = 0
     _jitted: Callable = field(init=False, repr=False)
 
     def __post_init__(self):
@@ -72,8 +66,6 @@ class Forward:
             if n < bucket:
                 piece = np.concatenate([piece, np.zeros((bucket - n, *piece.shape[1:]), piece.dtype)])
             parts.append((self._jitted(self.params, piece), n))
-            self.rows += n
-            self.padded += bucket
         return Pending(parts)
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
@@ -86,7 +78,7 @@ class Forward:
 
 
 class _CompileCount:
-    """Counts finished backend compilations from jax.monitoring; listeners cannot be removed, so there is one."""
+    """Counts finished backend compilations from jax.monitoring; one listener serves the whole program."""
 
     def __init__(self):
         self.total = 0

@@ -17,15 +17,13 @@ from PIL import Image
 from icar_jax import checkpoint, pytree
 from icar_jax.checkpoint import Checkpoint, CheckpointError
 from icar_jax.config import from_dict
-from icar_jax.data.images import Preprocess, decode
+from icar_jax.data.images import ImageLike, Preprocess, decode
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.inference.forward import Forward, bucket_sizes
 from icar_jax.inference.router import Routed, Router
 from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.complexity import Complexity, ComplexityArch
 from icar_jax.models.pixels import normalise
-
-ImageLike = str | os.PathLike | Image.Image | np.ndarray
 
 
 class Scorer:
@@ -166,7 +164,8 @@ class Model:
             raise CheckpointError(f"{what} needs a CLIP model; this is a complexity checkpoint, which can only score")
 
     def _prepare(self, images: Iterable[ImageLike], preprocess: dict[str, Preprocess]) -> Iterator[dict[str, np.ndarray]]:
-        if isinstance(images, (str, os.PathLike, Image.Image)):
+        single_array = isinstance(images, np.ndarray) and images.ndim != 4
+        if single_array or isinstance(images, (str, os.PathLike, Image.Image)):
             raise TypeError("expected a list of images; put the single image into a list")
         images = list(images)
 
@@ -196,7 +195,9 @@ def load(path: str | os.PathLike, *, batch_size: int = 64, dtype: str = "float32
     return Model(clip, complexity, description, batch_size, dtype)
 
 
-def load_parts(clip: str | os.PathLike, complexity: str | os.PathLike, batch_size: int) -> tuple[Model, Model]:
+def load_parts(
+    clip: str | os.PathLike, complexity: str | os.PathLike, *, batch_size: int, dtype: str
+) -> tuple[Model, Model]:
     """The CLIP and the complexity checkpoint of a bundle to be. Raises CheckpointError where one is of the wrong kind."""
     paths = checkpoint.find(clip, ("clip",)), checkpoint.find(complexity, ("complexity",))
-    return load(paths[0], batch_size=batch_size), load(paths[1], batch_size=batch_size)
+    return load(paths[0], batch_size=batch_size, dtype=dtype), load(paths[1], batch_size=batch_size, dtype=dtype)

@@ -96,7 +96,7 @@ class Router:
             scores.append(batch_scores)
             for row, exit in enumerate(assign(batch_scores, self.exits, self.thresholds)):
                 queue = queues[int(exit)]
-                queue.append((seen + row, tower_pixels[row]))
+                queue.append((seen + row, tower_pixels[row].copy()))  # a view would keep its whole batch alive
                 if len(queue) == self._batch_size:
                     send(int(exit), queue)
                     queues[int(exit)] = []

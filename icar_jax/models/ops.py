@@ -270,7 +270,7 @@ _layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
 
 
 def layer_norm(x: Array, scale: Array, bias: Array, *, eps: float, dtype=None) -> Array:
-    """LayerNorm over the last axis, x [..., D], scale and bias [D]; statistics in float32; returns `dtype` (default x.dtype)."""
+    """LayerNorm over the last axis: x [..., D], scale and bias [D]; statistics in float32; returns `dtype` or x.dtype."""
     return _layer_norm(x, scale, bias, eps, jnp.dtype(dtype or x.dtype))
 
 

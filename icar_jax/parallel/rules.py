@@ -1,7 +1,8 @@
 """Which axis of which parameter is cut over which mesh axis: an ordered table by path.
 
 The first pattern that matches a path decides. Megatron's pattern for the tensor axis: the first matrix of a pair is cut by its
-output, the second by its input, so that one all-reduce follows each pair. An axis that does not divide stays whole, and a large
+output, the second by its input, so that an all-reduce follows each pair (q, k and v share one matrix, so cutting it also
+moves its pieces between neighbours). An axis that does not divide stays whole, and a large
 leaf that no rule matched is cut over fsdp along its largest divisible axis.
 """
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import time
 from collections import deque
@@ -15,10 +13,12 @@ from absl import logging
 
 from icar_jax import checkpoint
 from icar_jax import config as cfg
+from icar_jax import workdir as files
 from icar_jax.config import ExperimentConfig
 from icar_jax.data import sources
 from icar_jax.data.images import Augment
 from icar_jax.data.pipeline import BadFiles, train_batches
+from icar_jax.data.records import Source
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models import registry
 from icar_jax.parallel.mesh import batch_shards, make_mesh
@@ -28,13 +28,6 @@ from icar_jax.training.optimizer import make_optimizer, schedule
 from icar_jax.training.step import abstract_state, init_state, make_step, put_batch
 from icar_jax.training.tasks import make_task
 
-# Fields that may change when a run is continued; anything else would make it another run.
-FREE_ON_RESUME = {
-    "train": {"log_every", "checkpoint_every", "keep", "tensorboard"},
-    "data": {"root", "workers", "threads"},
-    "mesh": {"data", "fsdp", "tensor"},
-    "eval": {f.name for f in dataclasses.fields(cfg.EvalConfig)},
-}
 CAPTIONS_FOR_TOKENIZER = 20_000  # images whose captions a tokenizer is trained on
 
 
@@ -51,23 +44,28 @@ def train(config: ExperimentConfig, workdir: Path, *, stop_after: int | None = N
     """
     config = cfg.validate(config)
     workdir = Path(workdir)
+    if jax.process_count() > 1:
+        raise cfg.ConfigError(f"training runs in one process in this version, found {jax.process_count()}")
     mesh = make_mesh(config.mesh)
     cfg.validate_batch(config.train.batch_size, batch_shards(mesh))
-    if config.task == "clip":
-        registry.clip_arch(config.clip)  # an unknown variant or exit fails before data is opened
+    _check_architecture(config)
     source = sources.train_source(config.data)
-    _claim_workdir(config, workdir)
-    tokenizer = _tokenizer(config, source, workdir) if config.task == "clip" else None
+    resumed = files.has_checkpoint(workdir)
+    if resumed:
+        files.require_same_config(workdir, config, files.FREE_ON_RESUME)
+        files.require_same_data(workdir, sources.fingerprint(source))
+    tokenizer = _tokenizer(config, source, workdir if resumed else None) if config.task == "clip" else None
     task = make_task(config, tokenizer)
     optimizer = make_optimizer(config.optim, config.train.steps)
     step_fn = make_step(task, optimizer, mesh, config.train.seed)
     last = min(config.train.steps, stop_after or config.train.steps)
+    _claim_workdir(config, workdir, source, tokenizer)
 
     with StateStore(workdir, config.train.keep) as store:
         start = store.latest_step or 0
         if start:
             state = store.restore(start, abstract_state(task, optimizer, mesh))
-            logging.info("Continuing %s at step %d of %d.", workdir, start, config.train.steps)
+            print(f"Continuing {workdir} after step {start} of {config.train.steps}.")
         else:
             state = init_state(task, optimizer, mesh, config.train.seed)
         state = _run(config, workdir, task, step_fn, store, source, tokenizer, mesh, state, start, last)
@@ -101,6 +99,7 @@ def _run(config, workdir, task, step_fn, store, source, tokenizer, mesh, state, 
         process_count=jax.process_count(),
         with_complexity=config.task == "complexity",
     )
+    cut = _CutCaptions(config.clip.context_length)
     log = RunLog(workdir, t.steps, start, t.tensorboard, f"train {config.task}")
     bad = BadFiles()
     monitor = _Monitor(config, log, start)
@@ -108,6 +107,7 @@ def _run(config, workdir, task, step_fn, store, source, tokenizer, mesh, state, 
         for step in range(start + 1, last + 1):
             batch = next(batches)
             bad.add(batch)
+            cut.add(batch)
             state, metrics = step_fn(state, put_batch(batch, task.fields, mesh))
             monitor.push(step, metrics, batch["name"])
             log.advance()
@@ -121,6 +121,7 @@ def _run(config, workdir, task, step_fn, store, source, tokenizer, mesh, state, 
         log.close()
         if bad.reasons:
             logging.warning("%s", bad.summary())
+        cut.report()
     return state
 
 
@@ -148,7 +149,7 @@ class _Monitor:
         if not all(math.isfinite(value) for value in values.values()):
             raise NonFiniteLoss(
                 f"step {step}: not finite: {', '.join(n for n, v in values.items() if not math.isfinite(v))}; "
-                f"files of the batch: {', '.join(map(str, names))}. The last checkpoint in the workdir is intact; "
+                f"files of the batch: {', '.join(map(str, names))}. Checkpoints saved before it are intact; "
                 "lower config.optim.lr or inspect these files, then run the command again."
             )
         now = time.perf_counter()
@@ -163,46 +164,51 @@ class _Monitor:
             self._log.metrics(step, values)
 
 
-def _claim_workdir(config: ExperimentConfig, workdir: Path) -> None:
-    """Writes config.json, or checks that the run found there is the same one. Raises ConfigError naming what differs."""
-    file = workdir / "config.json"
-    now = dataclasses.asdict(config)
-    if file.is_file():
-        then = dataclasses.asdict(cfg.from_dict(json.loads(file.read_text(encoding="utf-8"))))
-        changed = _changes(then, now)
-        if changed:
-            raise cfg.ConfigError(
-                f"{workdir} holds a run with another configuration; use a new --workdir, or take back: "
-                + "; ".join(changed)
-            )
+class _CutCaptions:
+    """Counts captions that are longer than the context."""
+
+    def __init__(self, context_length: int):
+        self._context_length, self._cut, self._seen = context_length, 0, 0
+
+    def add(self, batch: dict[str, Any]) -> None:
+        truncated = batch.get("truncated", ())
+        self._cut += int(sum(truncated))
+        self._seen += len(truncated)
+
+    def report(self) -> None:
+        if self._cut:
+            logging.warning(
+                "%d of %d captions (%.1f%%) were longer than the context of %s tokens and were cut; "
+                "config.clip.context_length sets it.",
+                self._cut, self._seen, 100 * self._cut / self._seen, self._context_length or "the variant's",
+            )  # fmt: skip
+
+
+def _check_architecture(config: ExperimentConfig) -> None:
+    """An unknown variant, a misplaced exit or a bad size fails before any data is opened."""
+    if config.task == "clip":
+        registry.clip_arch(config.clip)
+    else:
+        registry.complexity_arch(config.complexity)
+
+
+def _claim_workdir(config: ExperimentConfig, workdir: Path, source: Source, tokenizer: Tokenizer | None) -> None:
+    """Writes what the run is; called once everything that can be checked beforehand has been."""
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file.write_text(cfg.to_json(config) + "\n", encoding="utf-8")
+        files.save_config(workdir, config)
+        files.save_data(workdir, sources.fingerprint(source))
+        if tokenizer is not None:
+            files.write_text(workdir / checkpoint.TOKENIZER, tokenizer.to_json())
     except OSError as error:
         raise cfg.ConfigError(f"--workdir={workdir} cannot be written: {error}; choose a writable folder") from error
 
 
-def _changes(then: dict, now: dict, prefix: str = "config") -> list[str]:
-    lines = []
-    for key, value in now.items():
-        section = prefix.removeprefix("config").strip(".")
-        if isinstance(value, dict):
-            lines += _changes(then.get(key, {}), value, f"{prefix}.{key}")
-        elif then.get(key) != value and key not in FREE_ON_RESUME.get(section, ()):
-            lines.append(f"{prefix}.{key} was {then.get(key)!r}, now {value!r}")
-    return lines
-
-
-def _tokenizer(config: ExperimentConfig, source, workdir: Path) -> Tokenizer:
-    """The tokenizer of the run: the one it began with, the configured file, or one trained on the captions."""
-    file = workdir / checkpoint.TOKENIZER
-    if file.is_file():
-        return Tokenizer.from_file(file)
+def _tokenizer(config: ExperimentConfig, source: Source, resumed: Path | None) -> Tokenizer:
+    """The tokenizer of the run: the one a resumed run began with, the configured file, or one trained on the captions."""
+    if resumed is not None:
+        return Tokenizer.from_file(resumed / checkpoint.TOKENIZER)
     if config.data.tokenizer:
-        tokenizer = Tokenizer.from_file(config.data.tokenizer)
-    else:
-        count = min(len(source), CAPTIONS_FOR_TOKENIZER)
-        captions = (caption for i in range(count) for caption in source[i].captions)
-        tokenizer = Tokenizer.train(captions, config.data.vocabulary)
-    tokenizer.save(file)
-    return tokenizer
+        return Tokenizer.from_file(config.data.tokenizer)
+    count = min(len(source), CAPTIONS_FOR_TOKENIZER)
+    captions = (caption for i in range(count) for caption in source[i].captions)
+    return Tokenizer.train(captions, config.data.vocabulary)

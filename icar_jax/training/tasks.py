@@ -92,7 +92,7 @@ def _clip_task(config: ExperimentConfig, tokenizer: Tokenizer) -> Task:
 def _complexity_task(config: ExperimentConfig) -> Task:
     arch = registry.complexity_arch(config.complexity)
     model = Complexity(arch)
-    preprocess = _preprocess(config, arch.image_size, "squash")
+    preprocess = _preprocess(config, arch.image_size, config.data.resize)
     dtype, threshold = jnp.dtype(config.train.dtype), config.complexity.threshold
 
     def loss(params, batch, key):

@@ -1,0 +1,110 @@
+"""The folder of a run: its configuration as JSON, compared when the run is continued or evaluated.
+
+    WORKDIR/config.json    the ExperimentConfig
+    WORKDIR/data.json      what was trained on: number of images and a hash of their names
+    WORKDIR/tokenizer.json, metrics.jsonl, checkpoints/, and at the end model/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from icar_jax.config import ConfigError, ExperimentConfig, from_dict, to_json
+
+CONFIG, DATA, CHECKPOINTS = "config.json", "data.json", "checkpoints"
+
+# Fields that may change when a run is continued; a change of any other would make it another run.
+FREE_ON_RESUME = (
+    "config.train.log_every", "config.train.checkpoint_every", "config.train.keep", "config.train.tensorboard",
+    "config.data.root", "config.data.workers", "config.data.threads", "config.mesh", "config.eval",
+)  # fmt: skip
+# Fields that an evaluation does not use. What the model is and what it was trained on must be as in training, or images
+# that were trained on could end up in the gallery or in the calibration set.
+FREE_ON_EVALUATION = (
+    "config.train", "config.optim", "config.loss", "config.mesh", "config.eval", "config.complexity",
+    "config.data.root", "config.data.workers", "config.data.threads",
+)  # fmt: skip
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a file in one step: a reader sees the old text or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_config(workdir: Path, config: ExperimentConfig) -> None:
+    write_text(workdir / CONFIG, to_json(config) + "\n")
+
+
+def load_config(workdir: str | os.PathLike) -> ExperimentConfig:
+    """The configuration a run was started with. Raises ConfigError where it is missing, unreadable or unknown."""
+    return from_dict(_read(Path(workdir) / CONFIG))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ConfigError(f"{file} not found: {file.parent} is no workdir of train.py")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged ({error}); restore it, or use a new --workdir") from error
+
+
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether a training state was saved; until then the workdir holds no run that could be continued."""
+    folder = workdir / CHECKPOINTS
+    return folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
+
+
+def require_same_config(workdir: Path, config: ExperimentConfig, free: Iterable[str]) -> None:
+    """Raises ConfigError naming every field, outside `free`, that differs from the run in `workdir`."""
+    changed = _changes(dataclasses.asdict(load_config(workdir)), dataclasses.asdict(config), tuple(free))
+    if changed:
+        raise ConfigError(
+            f"{workdir} holds a run with another configuration; pass the flags it was trained with, or use another "
+            f"--workdir: {'; '.join(changed)}"
+        )
+
+
+def _changes(then: dict, now: dict, free: tuple[str, ...], prefix: str = "config") -> list[str]:
+    lines = []
+    for key, value in now.items():
+        path = f"{prefix}.{key}"
+        if path in free:
+            continue
+        if isinstance(value, dict):
+            lines += _changes(then[key], value, free, path)
+        elif then[key] != value:
+            lines.append(f"{path} was {then[key]!r}, now {value!r}")
+    return lines
+
+
+def save_data(workdir: Path, fingerprint: dict[str, Any]) -> None:
+    write_text(workdir / DATA, json.dumps(fingerprint) + "\n")
+
+
+def require_same_data(workdir: Path, fingerprint: dict[str, Any]) -> None:
+    """Raises ConfigError where the training images are no longer those the run was started on.
+
+    The order is a function of their number, so with other images a continued run would not be the same run.
+    """
+    before = _read(workdir / DATA)
+    if before != fingerprint:
+        raise ConfigError(
+            f"the training images changed since the run in {workdir} began: {before['images']} images then, "
+            f"{fingerprint['images']} now, or other names; restore them, or start again in a new --workdir"
+        )
