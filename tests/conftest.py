@@ -2,9 +2,13 @@
 
 import dataclasses
 import os
+import tempfile
 
 # Before jax is imported anywhere: tests run on the CPU and on one device, whatever the machine has.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Many tests train the same tiny model: each program is compiled once a session, in whichever process comes first.
+_CACHE = tempfile.TemporaryDirectory(prefix="icar_jax_tests_")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
 
 import jax
 import pytest
