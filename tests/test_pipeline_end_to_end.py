@@ -133,8 +133,10 @@ def test_a_stale_bundle_is_refused(bundled, metrics, tmp_path):
 def test_another_complexity_model_than_the_bundled_one_is_refused(bundled, metrics, complexity_folder):
     config = tiny_config("clip")
     config.eval.complexity = str(complexity_folder)
-    with pytest.raises(checkpoint.CheckpointError, match="another complexity model"):
+    with pytest.raises(checkpoint.CheckpointError, match="another complexity model.*--config.eval.complexity= to keep"):
         evaluate(config, bundled)
+    config.eval.complexity = ""
+    assert "routed" in evaluate(config, bundled)["runs"]
 
 
 def test_other_shares_than_the_bundled_ones_are_refused(bundled, metrics):
@@ -213,7 +215,7 @@ def test_the_demo_reaches_its_numbers(tmp_path):
     run("train.py", "--config=configs/demo.py:complexity", f"--workdir={scorer}")
     run("train.py", "--config=configs/demo.py:clip", f"--workdir={demo}")
     run("-m", "icar_jax.cli", "bundle", "--clip", str(demo), "--complexity", str(scorer), "--out", str(demo / "bundle"))
-    printed = run("evaluate.py", "--config=configs/demo.py:clip", f"--workdir={demo}")
+    printed = run("evaluate.py", "--config=configs/demo.py:clip", f"--workdir={demo}", f"--config.eval.complexity={scorer}")
     print(printed)
     metrics = json.loads((demo / "metrics.json").read_text())
     model = icar_jax.load(demo)

@@ -161,6 +161,11 @@ def test_cut_captions_are_counted(tmp_path, caplog):
     assert "16 of 16 captions (100.0%) were longer than the context of 4 tokens" in caplog.text
 
 
+def test_tensorboard_events_are_written(tmp_path):
+    train(tiny_config(steps=1, tensorboard=True), tmp_path)
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
 def test_tensorboard_without_its_package_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ConfigError, match="needs tensorboardX: pip install"):

@@ -11,7 +11,7 @@ from absl import logging
 
 from icar_jax.data.images import Augment, ImageError, Preprocess
 from icar_jax.data.iterator import Batch, BatchIterator
-from icar_jax.data.order import examples_at, substitute_position
+from icar_jax.data.order import example_at, examples_at, substitute_position
 from icar_jax.data.records import Record, Source
 from icar_jax.data.tokenizer import Tokenizer
 
@@ -150,7 +150,7 @@ class _TrainBatch:
         for attempt in range(attempts + 1):
             if attempt:
                 place = substitute_position(position, attempt, attempts, size)
-                index = int(examples_at(np.array([place]), size, self.seed)[1][0])
+                _, index = example_at(place, size, self.seed)
             record = self.source[index]
             try:
                 picture = record.image()

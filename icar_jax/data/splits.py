@@ -22,42 +22,25 @@ def record_names(source: Source) -> list[str]:
     return list(names) if names is not None else [source[i].name for i in range(len(source))]
 
 
-def calibration_split(
-    names: Sequence[str], *, seed: int, size: int | None = None, fraction: float | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts a calibration part out of the training records.
+def calibration_split(names: Sequence[str], *, seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts a calibration part out of the training records: those of the `size` lowest hashes.
 
-    Adding files moves none of the others with `fraction`, and at most replaces some of the chosen ones with `size`.
+    Adding files replaces at most some of the chosen ones and moves no other.
 
     Args:
         names: unique record names.
-        size: the exact number, in [1, len(names)): the records of the lowest hashes.
-        fraction: the expected share, in (0, 1): each record is decided by its own name alone. Give one of the two.
+        size: number of calibration records, in [1, len(names)).
 
     Returns:
         (train, calibration): sorted, disjoint int64 indices that together cover every record; neither is empty.
     """
-    if (size is None) == (fraction is None):
-        raise ValueError(f"calibration_split needs either size or fraction, got size={size} and fraction={fraction}")
     if len(set(names)) != len(names):
         double = next(name for name, count in Counter(names).items() if count > 1)
         raise ValueError(f"record names must be unique to be split, {double!r} occurs more than once")
+    if not 0 < size < len(names):
+        raise ValueError(f"a calibration size must lie in [1, {len(names) - 1}] for {len(names)} records, got {size}")
     hashes = [name_hash(name, seed) for name in names]
-    if fraction is not None:
-        if not 0 < fraction < 1:
-            raise ValueError(f"a calibration fraction must lie between 0 and 1, got {fraction}")
-        chosen = [i for i, value in enumerate(hashes) if value < fraction * 2**64]
-    else:
-        if not 0 < size < len(names):
-            raise ValueError(
-                f"a calibration size must lie in [1, {len(names) - 1}] for {len(names)} records, got {size}"
-            )
-        chosen = sorted(range(len(names)), key=lambda i: (hashes[i], names[i]))[:size]
-    if not 0 < len(chosen) < len(names):
-        raise ValueError(
-            f"a calibration fraction of {fraction} takes {len(chosen)} of {len(names)} records and leaves one part empty;"
-            " give a size instead"
-        )
+    chosen = sorted(range(len(names)), key=lambda i: (hashes[i], names[i]))[:size]
     calibration = np.array(sorted(chosen), np.int64)
     return np.setdiff1d(np.arange(len(names), dtype=np.int64), calibration), calibration
 

@@ -80,7 +80,8 @@ def _model_folder(config: ExperimentConfig, workdir: Path, folder: Path) -> tupl
     scorer = config.eval.complexity
     if checkpoint.describe(folder)["kind"] == "bundle":
         _check_fresh(folder / "clip", workdir / "model", "clip")
-        _check_fresh(folder / "complexity", Path(scorer), "complexity")
+        if scorer:
+            _check_fresh(folder / "complexity", Path(scorer), "complexity")
         _check_shares(config, folder)
         return folder, []
     if scorer and Path(scorer).exists():
@@ -108,12 +109,13 @@ def _model_folder(config: ExperimentConfig, workdir: Path, folder: Path) -> tupl
 
 def _check_fresh(bundled: Path, original: Path, kind: str) -> None:
     """Raises CheckpointError where the model at `original` is not the one in the bundle, as after training it again."""
-    if not original.exists() or original == Path():
+    if not original.exists():
         return
     now = checkpoint.find(original, (kind,))
     if checkpoint.describe(now).get("hashes") != checkpoint.describe(bundled).get("hashes"):
         raise checkpoint.CheckpointError(
-            f"{bundled.parent} holds another {kind} model than {now}; remove {bundled.parent} or run `icar bundle` again"
+            f"{bundled.parent} holds another {kind} model than {now}; run `icar bundle` again, or remove {bundled.parent}"
+            + (", or pass --config.eval.complexity= to keep the bundled one" if kind == "complexity" else "")
         )
 
 

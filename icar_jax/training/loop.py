@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from icar_jax import workdir as files
 from icar_jax.config import ExperimentConfig
 from icar_jax.data import sources
 from icar_jax.data.images import Augment
+from icar_jax.data.iterator import Batch, BatchIterator
 from icar_jax.data.pipeline import BadFiles, train_batches
 from icar_jax.data.records import Source
 from icar_jax.data.tokenizer import Tokenizer
@@ -25,8 +28,8 @@ from icar_jax.parallel.mesh import batch_shards, make_mesh
 from icar_jax.training.checkpoints import StateStore
 from icar_jax.training.logs import RunLog
 from icar_jax.training.optimizer import make_optimizer, schedule
-from icar_jax.training.step import abstract_state, init_state, make_step, put_batch
-from icar_jax.training.tasks import make_task
+from icar_jax.training.step import State, abstract_state, init_state, make_step, put_batch
+from icar_jax.training.tasks import Task, make_task
 
 CAPTIONS_FOR_TOKENIZER = 20_000  # images whose captions a tokenizer is trained on
 
@@ -50,16 +53,17 @@ def train(config: ExperimentConfig, workdir: Path, *, stop_after: int | None = N
     cfg.validate_batch(config.train.batch_size, batch_shards(mesh))
     _check_architecture(config)
     source = sources.train_source(config.data)
+    trained_on = sources.fingerprint(source)
     resumed = files.has_checkpoint(workdir)
     if resumed:
         files.require_same_config(workdir, config, files.FREE_ON_RESUME)
-        files.require_same_data(workdir, sources.fingerprint(source))
+        files.require_same_data(workdir, trained_on)
     tokenizer = _tokenizer(config, source, workdir if resumed else None) if config.task == "clip" else None
     task = make_task(config, tokenizer)
     optimizer = make_optimizer(config.optim, config.train.steps)
     step_fn = make_step(task, optimizer, mesh, config.train.seed)
     last = min(config.train.steps, stop_after or config.train.steps)
-    _claim_workdir(config, workdir, source, tokenizer)
+    _claim_workdir(config, workdir, trained_on, tokenizer)
 
     with StateStore(workdir, config.train.keep) as store:
         start = store.latest_step or 0
@@ -68,7 +72,10 @@ def train(config: ExperimentConfig, workdir: Path, *, stop_after: int | None = N
             print(f"Continuing {workdir} after step {start} of {config.train.steps}.")
         else:
             state = init_state(task, optimizer, mesh, config.train.seed)
-        state = _run(config, workdir, task, step_fn, store, source, tokenizer, mesh, state, start, last)
+        log = RunLog(workdir, config.train.steps, start, config.train.tensorboard, f"train {config.task}")
+        with _batches(config, task, source, tokenizer, start) as batches, contextlib.closing(log):
+            advance = lambda state, batch: step_fn(state, put_batch(batch, task.fields, mesh))
+            state = _run(config, advance, state, batches, range(start + 1, last + 1), store, log)
         if last < config.train.steps:
             return workdir
         params = jax.device_get(state["params"])
@@ -78,9 +85,10 @@ def train(config: ExperimentConfig, workdir: Path, *, stop_after: int | None = N
     )
 
 
-def _run(config, workdir, task, step_fn, store, source, tokenizer, mesh, state, start, last):
-    t = config.train
-    batches = train_batches(
+def _batches(config: ExperimentConfig, task: Task, source: Source, tokenizer: Tokenizer | None, start: int) -> BatchIterator:
+    """The batches after `start` steps."""
+    data, t = config.data, config.train
+    return train_batches(
         source,
         task.preprocess,
         tokenizer,
@@ -88,37 +96,38 @@ def _run(config, workdir, task, step_fn, store, source, tokenizer, mesh, state, 
         batch_size=t.batch_size,
         seed=t.seed,
         start_position=start * t.batch_size,
-        augment=Augment(
-            kind="crop" if config.data.crop_scale < 1 else "none",
-            scale=(config.data.crop_scale, 1.0),
-            flip=config.data.flip,
-        ),
-        num_workers=config.data.workers,
-        num_threads=config.data.threads,
+        augment=Augment("crop" if data.crop_scale < 1 else "none", scale=(data.crop_scale, 1.0), flip=data.flip),
+        num_workers=data.workers,
+        num_threads=data.threads,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         with_complexity=config.task == "complexity",
     )
-    cut = _CutCaptions(config.clip.context_length)
-    log = RunLog(workdir, t.steps, start, t.tensorboard, f"train {config.task}")
-    bad = BadFiles()
-    monitor = _Monitor(config, log, start)
+
+
+def _run(
+    config: ExperimentConfig,
+    advance: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]],
+    state: State,
+    batches: BatchIterator,
+    steps: range,
+    store: StateStore,
+    log: RunLog,
+) -> State:
+    """Runs `steps`, saving as configured and after the last; unreadable files and cut captions are reported at the end."""
+    bad, cut, monitor = BadFiles(), _CutCaptions(config.clip.context_length), _Monitor(config, log)
     try:
-        for step in range(start + 1, last + 1):
+        for step in steps:
             batch = next(batches)
             bad.add(batch)
             cut.add(batch)
-            state, metrics = step_fn(state, put_batch(batch, task.fields, mesh))
+            state, metrics = advance(state, batch)
             monitor.push(step, metrics, batch["name"])
             log.advance()
-            if step % t.checkpoint_every == 0 or step == last:
+            if step % config.train.checkpoint_every == 0 or step == steps[-1]:
                 monitor.flush()  # never save a state whose loss has not been seen
-                if step != store.latest_step:
-                    store.save(step, state)
-        monitor.flush()
+                store.save(step, state)
     finally:
-        batches.close()
-        log.close()
         if bad.reasons:
             logging.warning("%s", bad.summary())
         cut.report()
@@ -128,7 +137,7 @@ def _run(config, workdir, task, step_fn, store, source, tokenizer, mesh, state, 
 class _Monitor:
     """Reads metrics one step late, so that the host prepares the next batch while the device works."""
 
-    def __init__(self, config: ExperimentConfig, log: RunLog, start: int):
+    def __init__(self, config: ExperimentConfig, log: RunLog):
         self._config, self._log = config, log
         self._pending: deque = deque()
         self._share = schedule(config.optim, config.train.steps)
@@ -192,11 +201,11 @@ def _check_architecture(config: ExperimentConfig) -> None:
         registry.complexity_arch(config.complexity)
 
 
-def _claim_workdir(config: ExperimentConfig, workdir: Path, source: Source, tokenizer: Tokenizer | None) -> None:
+def _claim_workdir(config: ExperimentConfig, workdir: Path, trained_on: dict[str, Any], tokenizer: Tokenizer | None) -> None:
     """Writes what the run is; called once everything that can be checked beforehand has been."""
     try:
         files.save_config(workdir, config)
-        files.save_data(workdir, sources.fingerprint(source))
+        files.save_data(workdir, trained_on)
         if tokenizer is not None:
             files.write_text(workdir / checkpoint.TOKENIZER, tokenizer.to_json())
     except OSError as error:
