@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from icar_jax.models.vision import Vision, VisionArch
 Array = jax.Array
 LOGIT_SCALE_START = float(np.log(1 / 0.07))
 LOGIT_SCALE_MAX = 100.0
+LOGIT_BIAS_START = -10.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class ClipArch:
     vision: VisionArch
     text: TextArch
     temperature: str = "own"  # own | shared
+    logit_bias: bool = False  # SigLIP's; beside each logit scale
 
     def __post_init__(self):
         if self.vision.embed_dim != self.text.embed_dim:
@@ -47,6 +50,9 @@ class _ClipModule(nnx.Module):
         self.logit_scale = nnx.Param(jnp.float32(LOGIT_SCALE_START))
         own = arch.vision.exits if arch.temperature == "own" else ()
         self.exit_logit_scale = nnx.Dict({str(e): nnx.Param(jnp.float32(LOGIT_SCALE_START)) for e in own})
+        if arch.logit_bias:
+            self.logit_bias = nnx.Param(jnp.float32(LOGIT_BIAS_START))
+            self.exit_logit_bias = nnx.Dict({str(e): nnx.Param(jnp.float32(LOGIT_BIAS_START)) for e in own})
 
 
 @dataclass(frozen=True)
@@ -88,11 +94,12 @@ class Clip:
         return unit_norm(self._bridge.bind(params).text(tokens, dtype))
 
     def logit_scales(self, params: Mapping[str, Any]) -> dict[int, Array]:
-        """{executed blocks: scale}, each at most 100, full depth included."""
+        """{executed blocks: scale}, full depth included; each at most 100 as in CLIP, or unbounded as in SigLIP."""
         full = params["logit_scale"]
         own = {e: params["exit_logit_scale"][str(e)] for e in self.arch.vision.exits if self.arch.temperature == "own"}
         scales = {e: own.get(e, full) for e in self.arch.vision.all_exits}
-        return {e: jnp.minimum(jnp.exp(s), LOGIT_SCALE_MAX) for e, s in scales.items()}
+        limit = jnp.inf if self.arch.logit_bias else LOGIT_SCALE_MAX
+        return {e: jnp.minimum(jnp.exp(s), limit) for e, s in scales.items()}
 
 
 def unit_norm(z: Array) -> Array:
@@ -101,11 +108,21 @@ def unit_norm(z: Array) -> Array:
 
 
 def start_exits_from_final(params: pytree.Tree) -> pytree.Tree:
-    """Exit heads as copies of ln_post and proj, so that an exit begins in the space the full tower uses."""
-    vision = params["vision"]
+    """Exit heads as copies of the full tower's head, so that an exit begins in the space the full tower uses.
+
+    Temperatures and biases of the exits start from the full tower's too.
+    """
+    flat, sources = pytree.flatten(params), exit_sources(params)
     # jnp.array copies: donated buffers must not be shared between two leaves.
-    heads = {
-        exit: {"ln": jax.tree.map(jnp.array, vision["ln_post"]), "proj": jax.tree.map(jnp.array, vision["proj"])}
-        for exit in vision.get("exits", {})
-    }
-    return {**params, "vision": {**vision, "exits": heads}} if heads else params
+    return pytree.map_with_path(lambda path, leaf: jnp.array(flat[sources[path]]) if path in sources else leaf, params)
+
+
+def exit_sources(params: Mapping[str, Any]) -> dict[str, str]:
+    """{path of an exit's leaf: path of the full tower's leaf it starts from}, for parameters or their shapes."""
+    sources = {}
+    for path in pytree.flatten(params):
+        match = re.fullmatch(r"vision/exits/\d+/(.+)|exit_(logit_scale|logit_bias)/\d+", path)
+        if match:
+            head, scalar = match.groups()
+            sources[path] = scalar or "vision/" + re.sub(r"^ln(?=/)", "ln_post", head)
+    return sources

@@ -20,10 +20,14 @@ def _block_macs(tokens: int, width: int, mlp_width: int) -> int:
 def vision_flops(arch: VisionArch, blocks_run: int | None = None) -> int:
     """FLOPs of one image through `blocks_run` blocks (None: all), patch embedding and the exit's projection included."""
     blocks = arch.check_exit(blocks_run)
-    patches = arch.tokens - 1
+    patches = arch.tokens - arch.class_token
     macs = patches * 3 * arch.patch_size**2 * arch.width
     macs += blocks * _block_macs(arch.tokens, arch.width, arch.mlp_width)
-    return 2 * (macs + arch.width * arch.embed_dim)
+    if arch.head == "map":  # k and v of all tokens, q and output of the probe, its attention and its MLP
+        head = 2 * (arch.tokens + 1) * arch.width**2 + 2 * arch.tokens * arch.width + 2 * arch.width * arch.mlp_width
+    else:
+        head = arch.width * arch.embed_dim
+    return 2 * (macs + head)
 
 
 def text_flops(arch: TextArch) -> int:

@@ -1,4 +1,4 @@
-"""Causal text transformer pooled at the end token."""
+"""Text transformer: causal and pooled at the end token (CLIP), or bidirectional and pooled at the last place (SigLIP)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from icar_jax.models.layers import DType, LayerNorm, Linear, normal
 from icar_jax.models.transformer import Block
 
 Array = jax.Array
+POOLS = ("end", "argmax", "last")
 
 
 @dataclass(frozen=True)
 class TextArch:
-    """Shape of a text tower; `end_id` is the token whose first occurrence is pooled."""
+    """Shape of a text tower, and which token it pools.
+
+    `pool`: 'end' takes the first `end_id`; 'argmax' the highest id, which is the same where the end token has it; 'last' the
+    last place, whatever stands there.
+    """
 
     context_length: int
     vocabulary: int
@@ -27,8 +32,14 @@ class TextArch:
     embed_dim: int
     activation: str = "gelu"
     end_id: int = 49407
+    pool: str = "end"  # end | argmax | last
+    causal: bool = True
+    proj_bias: bool = False
+    norm_eps: float = 1e-5
 
     def __post_init__(self):
+        if self.pool not in POOLS:
+            raise ValueError(f"text pool {self.pool!r} must be one of {POOLS}")
         if not 0 <= self.end_id < self.vocabulary:
             raise ValueError(f"end token {self.end_id} lies outside the vocabulary of {self.vocabulary}")
 
@@ -42,17 +53,21 @@ class Text(nnx.Module):
         self.embed = normal(rngs, (a.vocabulary, a.width), 0.02)
         self.pos = normal(rngs, (a.context_length, a.width), 0.01)
         self.blocks = nnx.List(
-            [Block(a.width, a.heads, a.mlp_width, a.depth, a.activation, 1e-5, rngs=rngs) for _ in range(a.depth)]
+            [Block(a.width, a.heads, a.mlp_width, a.depth, a.activation, a.norm_eps, rngs=rngs) for _ in range(a.depth)]
         )
-        self.ln_final = LayerNorm(a.width, 1e-5)
-        self.proj = Linear(a.width, a.embed_dim, std=a.width**-0.5, bias=False, rngs=rngs)
+        self.ln_final = LayerNorm(a.width, a.norm_eps)
+        self.proj = Linear(a.width, a.embed_dim, std=a.width**-0.5, bias=a.proj_bias, rngs=rngs)
 
     def __call__(self, tokens: Array, dtype: DType) -> Array:
         length = tokens.shape[1]
         x = (self.embed[...][tokens] + self.pos[...][:length]).astype(dtype)
         for block in self.blocks:
-            x = block(x, causal=True, dtype=dtype)
+            x = block(x, causal=self.arch.causal, dtype=dtype)
+        return self.proj(self.ln_final(self._pool(x, tokens)), dtype).astype(jnp.float32)
+
+    def _pool(self, x: Array, tokens: Array) -> Array:
+        if self.arch.pool == "last":
+            return x[:, -1]
         # argmax returns the first match, so padding with the end token does no harm.
-        end = jnp.argmax(tokens == self.arch.end_id, axis=1)
-        pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
-        return self.proj(self.ln_final(pooled), dtype).astype(jnp.float32)
+        place = jnp.argmax(tokens == self.arch.end_id if self.arch.pool == "end" else tokens, axis=1)
+        return jnp.take_along_axis(x, place[:, None, None], axis=1)[:, 0]

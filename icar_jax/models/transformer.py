@@ -1,4 +1,4 @@
-"""The pre-norm transformer block used by the vision and the text tower."""
+"""The pre-norm transformer block of both towers, and the attention pool that SigLIP reads its images with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from icar_jax.models import ops
-from icar_jax.models.layers import ACTIVATIONS, DType, LayerNorm, Linear
+from icar_jax.models.layers import ACTIVATIONS, DType, LayerNorm, Linear, normal
 
 Array = jax.Array
 
@@ -29,6 +29,16 @@ class Attention(nnx.Module):
         q, k, v = (part.reshape(heads) for part in jnp.split(self.qkv(x, dtype), 3, axis=-1))
         y = ops.attention(q, k, v, causal=causal, dtype=dtype)
         return self.out(y.reshape(b, length, width), dtype)
+
+    def read(self, query: Array, x: Array, *, dtype: DType) -> Array:
+        """Cross-attention with the same parameters: query [B, M, W] over x [B, L, W] -> [B, M, W]."""
+        b, asked, width = query.shape
+        size = (self.heads, width // self.heads)
+        kernel, bias = self.qkv.kernel[...], self.qkv.bias[...]
+        q = ops.linear(query, kernel[:, :width], bias[:width], dtype=dtype).reshape(b, asked, *size)
+        kv = ops.linear(x, kernel[:, width:], bias[width:], dtype=dtype)
+        k, v = (part.reshape(b, -1, *size) for part in jnp.split(kv, 2, axis=-1))
+        return self.out(ops.attention(q, k, v, dtype=dtype).reshape(b, asked, width), dtype)
 
 
 class Mlp(nnx.Module):
@@ -57,3 +67,17 @@ class Block(nnx.Module):
     def __call__(self, x: Array, *, causal: bool, dtype: DType) -> Array:
         x = x + self.attn(self.ln1(x), causal=causal, dtype=dtype)
         return x + self.mlp(self.ln2(x), dtype)
+
+
+class AttentionPool(nnx.Module):
+    """One learned query (the probe) attends to all tokens, then a residual MLP; x [B, L, W] -> [B, W]."""
+
+    def __init__(self, width: int, heads: int, hidden: int, activation: str, eps: float, *, rngs: nnx.Rngs):
+        self.probe = normal(rngs, (width,), width**-0.5)
+        self.attn = Attention(width, heads, 1, rngs=rngs)
+        self.ln = LayerNorm(width, eps)
+        self.mlp = Mlp(width, hidden, 1, activation, rngs=rngs)
+
+    def __call__(self, x: Array, dtype: DType) -> Array:
+        y = self.attn.read(jnp.broadcast_to(self.probe[...], (x.shape[0], 1, x.shape[2])), x, dtype=dtype)
+        return (y + self.mlp(self.ln(y), dtype))[:, 0]

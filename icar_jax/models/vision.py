@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from icar_jax.models.layers import DType, LayerNorm, Linear, PatchConv, normal
-from icar_jax.models.transformer import Block
+from icar_jax.models.transformer import AttentionPool, Block
 
 Array = jax.Array
-POOLS = ("cls", "mean", "first_patch")
+POOLS = ("cls", "mean", "first_patch", "map")
+HEADS = ("cls", "map")
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,34 @@ class VisionArch:
     embed_dim: int
     activation: str = "gelu"  # gelu | gelu_tanh | quick_gelu
     exits: tuple[int, ...] = ()  # executed blocks, ascending, below depth
-    pool: str = "cls"  # token pooled at the exits: cls | mean (of the patches) | first_patch
+    pool: str = "cls"  # read at the exits: cls | mean (of the patches) | first_patch | map (attention pool)
+    head: str = "cls"  # read at full depth: cls, then proj (CLIP) | map, without projection (SigLIP)
+    class_token: bool = True
+    patch_bias: bool = False
+    pre_norm: bool = True
+    norm_eps: float = 1e-5  # of the tower; exit heads of a CLIP keep 1e-5
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
             raise ValueError(f"image size {self.image_size} is not a multiple of the patch size {self.patch_size}")
         if list(self.exits) != sorted(set(self.exits)) or any(not 1 <= e < self.depth for e in self.exits):
             raise ValueError(f"exits {self.exits} must be ascending block counts from 1 to {self.depth - 1}")
-        if self.pool not in POOLS:
-            raise ValueError(f"pool {self.pool!r} must be one of {POOLS}")
+        if self.pool not in POOLS or self.head not in HEADS:
+            raise ValueError(f"pool {self.pool!r} must be one of {POOLS} and head {self.head!r} one of {HEADS}")
+        if not self.class_token and "cls" in (self.head, *((self.pool,) if self.exits else ())):
+            raise ValueError("a tower without class token cannot pool 'cls'")
+        if self.head == "map" and (self.embed_dim != self.width or (self.exits and self.pool != "map")):
+            raise ValueError(
+                f"an attention-pool head has no projection: embed_dim {self.embed_dim} must be the width {self.width}, "
+                f"and exits pool 'map', not {self.pool!r}"
+            )
+        if self.head != "map" and self.pool == "map":
+            raise ValueError("pool 'map' needs head 'map': exit heads start from the head of the full tower")
 
     @property
     def tokens(self) -> int:
-        """Sequence length: patches and the class token."""
-        return (self.image_size // self.patch_size) ** 2 + 1
+        """Sequence length: patches and, where there is one, the class token."""
+        return (self.image_size // self.patch_size) ** 2 + self.class_token
 
     @property
     def all_exits(self) -> tuple[int, ...]:
@@ -62,14 +77,22 @@ class VisionArch:
 
 
 class ExitHead(nnx.Module):
-    """LayerNorm and projection without bias; [B, W] -> [B, D]."""
+    """Residual stream [B, L, W] -> [B, D]: pooled token, LayerNorm and projection; or LayerNorm and attention pool."""
 
-    def __init__(self, width: int, embed_dim: int, *, rngs: nnx.Rngs):
-        self.ln = LayerNorm(width, 1e-5)
-        self.proj = Linear(width, embed_dim, std=width**-0.5, bias=False, rngs=rngs)
+    def __init__(self, arch: VisionArch, *, rngs: nnx.Rngs):
+        self.pool = arch.pool
+        self.class_token = arch.class_token
+        if arch.pool == "map":
+            self.ln = LayerNorm(arch.width, arch.norm_eps)
+            self.map = _attention_pool(arch, rngs)
+        else:
+            self.ln = LayerNorm(arch.width, 1e-5)
+            self.proj = Linear(arch.width, arch.embed_dim, std=arch.width**-0.5, bias=False, rngs=rngs)
 
     def __call__(self, x: Array, dtype: DType) -> Array:
-        return self.proj(self.ln(x), dtype)
+        if self.pool == "map":
+            return self.map(self.ln(x), dtype)
+        return self.proj(self.ln(_pool(x, self.pool, self.class_token)), dtype)
 
 
 class Vision(nnx.Module):
@@ -79,24 +102,30 @@ class Vision(nnx.Module):
         a, std = arch, arch.width**-0.5
         self.arch = arch
         patch_std = (3 * a.patch_size**2) ** -0.5
-        self.patch = PatchConv(a.patch_size, 3, a.width, std=patch_std, bias=False, rngs=rngs)
-        self.cls = normal(rngs, (a.width,), std)
+        self.patch = PatchConv(a.patch_size, 3, a.width, std=patch_std, bias=a.patch_bias, rngs=rngs)
+        self.cls = normal(rngs, (a.width,), std) if a.class_token else None
         self.pos = normal(rngs, (a.tokens, a.width), std)
-        self.ln_pre = LayerNorm(a.width, 1e-5)
+        self.ln_pre = LayerNorm(a.width, a.norm_eps) if a.pre_norm else None
         self.blocks = nnx.List(
-            [Block(a.width, a.heads, a.mlp_width, a.depth, a.activation, 1e-5, rngs=rngs) for _ in range(a.depth)]
+            [Block(a.width, a.heads, a.mlp_width, a.depth, a.activation, a.norm_eps, rngs=rngs) for _ in range(a.depth)]
         )
-        self.ln_post = LayerNorm(a.width, 1e-5)
-        self.proj = Linear(a.width, a.embed_dim, std=std, bias=False, rngs=rngs)
-        self.exits = nnx.Dict({str(e): ExitHead(a.width, a.embed_dim, rngs=rngs) for e in a.exits})
+        self.ln_post = LayerNorm(a.width, a.norm_eps)
+        if a.head == "map":
+            self.map = _attention_pool(a, rngs)
+        else:
+            self.proj = Linear(a.width, a.embed_dim, std=std, bias=False, rngs=rngs)
+        self.exits = nnx.Dict({str(e): ExitHead(a, rngs=rngs) for e in a.exits})
 
     def __call__(self, images: Array, exits: tuple[int, ...], dtype: DType) -> dict[int, Array]:
         """Runs max(exits) blocks and no more, so later blocks are absent from the compiled program."""
         x = self.patch(images.astype(dtype), dtype)
         b, _, _, width = x.shape
-        cls = jnp.broadcast_to(self.cls[...].astype(dtype), (b, 1, width))
-        x = jnp.concatenate([cls, x.reshape(b, -1, width)], axis=1) + self.pos[...].astype(dtype)
-        x = self.ln_pre(x)
+        x = x.reshape(b, -1, width)
+        if self.cls is not None:
+            x = jnp.concatenate([jnp.broadcast_to(self.cls[...].astype(dtype), (b, 1, width)), x], axis=1)
+        x = x + self.pos[...].astype(dtype)
+        if self.ln_pre is not None:
+            x = self.ln_pre(x)
         out = {}
         for blocks_run in range(1, max(exits) + 1):
             x = self.blocks[blocks_run - 1](x, causal=False, dtype=dtype)
@@ -105,15 +134,22 @@ class Vision(nnx.Module):
         return out
 
     def _embed(self, x: Array, blocks_run: int, dtype: DType) -> Array:
-        if blocks_run == self.arch.depth:
-            return self.proj(self.ln_post(x[:, 0]), dtype)
-        return self.exits[str(blocks_run)](_pool(x, self.arch.pool), dtype)
+        if blocks_run != self.arch.depth:
+            return self.exits[str(blocks_run)](x, dtype)
+        if self.arch.head == "map":
+            return self.map(self.ln_post(x), dtype)
+        return self.proj(self.ln_post(x[:, 0]), dtype)
 
 
-def _pool(x: Array, pool: str) -> Array:
-    """x [B, 1 + N, W] -> [B, W]: the class token, the mean of the patches, or the first patch."""
+def _attention_pool(arch: VisionArch, rngs: nnx.Rngs) -> AttentionPool:
+    return AttentionPool(arch.width, arch.heads, arch.mlp_width, arch.activation, arch.norm_eps, rngs=rngs)
+
+
+def _pool(x: Array, pool: str, class_token: bool) -> Array:
+    """x [B, L, W] -> [B, W]: the class token, the mean of the patches, or the first patch."""
     if pool == "cls":
         return x[:, 0]
+    patches = x[:, 1:] if class_token else x
     if pool == "first_patch":
-        return x[:, 1]
-    return x[:, 1:].astype(jnp.float32).mean(axis=1).astype(x.dtype)
+        return patches[:, 0]
+    return patches.astype(jnp.float32).mean(axis=1).astype(x.dtype)

@@ -12,7 +12,7 @@ from icar_jax import pytree
 from icar_jax.config import OptimConfig
 
 GROUPS: tuple[tuple[str, str], ...] = (
-    (r"(^|/)(exit_)?logit_scale(/|$)", "temperature"),
+    (r"(^|/)(exit_)?logit_(scale|bias)(/|$)", "temperature"),
     (r"(^|/)exits/", "exit"),
     (r"", "backbone"),
 )
