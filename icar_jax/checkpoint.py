@@ -16,24 +16,31 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from icar_jax import pytree
+from icar_jax import pytree, tensorfile
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS, TOKENIZER = "icar.json", "params.safetensors", "tokenizer.json"
-KINDS = ("clip", "complexity", "bundle")
+KINDS = ("clip", "complexity", "convnext", "bundle")
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or of another kind; the message names the path and the fix."""
+
+
+class NotFinite(ValueError):
+    """Parameters that hold NaN or infinity; `names` lists their paths."""
+
+    def __init__(self, where: str | os.PathLike, names: list[str]):
+        super().__init__(f"refusing to write {where}: not finite: {', '.join(names[:5])} ({len(names)} parameters)")
+        self.names = names
 
 
 @dataclass(frozen=True)
@@ -53,20 +60,20 @@ def write(
     description: Mapping[str, Any],
     params: Mapping[str, Any],
     tokenizer: str | None = None,
+    on_leaf: Callable[[str], None] = lambda name: None,
 ) -> Path:
     """Writes a checkpoint whole or not at all; an existing folder at `path` is replaced only once the new one is complete.
 
-    Raises ValueError for a parameter that is not finite, naming it.
+    Leaves are arrays, or anything with a shape that becomes one; each is asked for its values once, and `on_leaf(path)` follows.
+    Raises NotFinite (a ValueError) for parameters that are not finite, naming them.
     """
-    # np.ascontiguousarray would turn scalars into vectors of length one.
-    flat = {name: np.asarray(leaf, np.float32, order="C") for name, leaf in pytree.flatten(params).items()}
-    broken = [name for name, leaf in flat.items() if not np.isfinite(leaf).all()]
-    if broken:
-        raise ValueError(f"refusing to write {path}: not finite: {', '.join(broken[:5])} ({len(broken)} parameters)")
+    flat = pytree.flatten(params)
 
     def fill(folder: Path) -> None:
-        save_file(flat, folder / WEIGHTS)
-        hashes = {WEIGHTS: sha256(folder / WEIGHTS)}
+        written = tensorfile.write(folder / WEIGHTS, flat, on_leaf=on_leaf)
+        if written.not_finite:
+            raise NotFinite(path, written.not_finite)
+        hashes = {WEIGHTS: written.sha256}
         if tokenizer is not None:
             (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
             hashes[TOKENIZER] = sha256(folder / TOKENIZER)

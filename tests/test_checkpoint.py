@@ -37,7 +37,7 @@ def test_non_finite_parameters_are_refused_and_the_old_checkpoint_stays(folder):
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(checkpoint.tensorfile, "write", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         checkpoint.write(tmp_path / "model", "clip", {}, PARAMS)
     assert list(tmp_path.iterdir()) == []

@@ -11,15 +11,17 @@ PACKAGE = ROOT / "icar_jax"
 ALLOWED = {
     "config": set(),
     "pytree": set(),
-    "checkpoint": {"config", "pytree"},
+    "tensorfile": set(),
+    "checkpoint": {"config", "pytree", "tensorfile"},
     "workdir": {"config", "pytree"},
     "models": {"config", "pytree", "checkpoint"},
     "data": {"config", "pytree", "checkpoint"},
     "parallel": {"config", "pytree", "checkpoint"},
+    "convert": {"config", "pytree", "tensorfile", "checkpoint", "models", "data"},
     "inference": {"config", "pytree", "checkpoint", "workdir", "models", "parallel", "data"},
-    "training": {"config", "pytree", "checkpoint", "workdir", "models", "parallel", "data"},
+    "training": {"config", "pytree", "checkpoint", "workdir", "models", "parallel", "data", "convert"},
     "evaluation": {"config", "pytree", "checkpoint", "workdir", "models", "data", "inference"},
-    "cli": {"config", "pytree", "checkpoint", "workdir", "models", "data", "inference", "training", "evaluation"},
+    "cli": {"config", "pytree", "checkpoint", "workdir", "models", "data", "convert", "inference", "training", "evaluation"},
     "__init__": {"inference"},
 }
 

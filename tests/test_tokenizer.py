@@ -75,7 +75,7 @@ def test_missing_file_and_foreign_vocabulary(tmp_path, trained):
     with pytest.raises(FileNotFoundError, match="bpe_simple_vocab"):
         Tokenizer.from_file(tmp_path / "none.json")
     foreign = trained.to_json().replace(START, "[CLS]").replace(END, "[SEP]")
-    with pytest.raises(ValueError, match=r"no start and end token.*\[CLS\]"):
+    with pytest.raises(ValueError, match=r"neither a CLIP nor a SigLIP vocabulary.*\[CLS\]"):
         Tokenizer.from_json(foreign)
 
 

@@ -1,8 +1,9 @@
-"""Byte-pair tokenizers over the `tokenizers` library: CLIP's own vocabulary, or one trained on the captions.
+"""Tokenizers over the `tokenizers` library: CLIP's own vocabulary, one trained on the captions, or SigLIP's.
 
-Every tokenizer here shares one contract: text is cleaned as OpenAI's CLIP does, and an encoded caption is
+CLIP's and trained ones share a contract: text is cleaned as OpenAI's CLIP does, and an encoded caption is
 [start, tokens..., end, pad...]. The end token has the highest id in both vocabularies, so the first end token and
-the argmax of the ids name the same position.
+the argmax of the ids name the same position. SigLIP's has no start token: [tokens..., end, pad...], and cleans the text with
+the rules that its own file holds.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ CLIP_VOCAB_SIZE = 49408
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 # Names of (start, end) that published CLIP vocabularies use.
 _SPECIAL_PAIRS = ((START, END), ("<start_of_text>", "<end_of_text>"))
+_SIGLIP_ENDS = ("</s>", "<eos>")
 _CLIP_WORDS = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+)"""
 _CLIP_MERGES = CLIP_VOCAB_SIZE - 2 * 256 - 2
 _MIN_TRAINED_VOCAB = 256 + 3
@@ -38,9 +40,9 @@ class Tokenizer:
     """Captions -> int32 ids.
 
     Attributes:
-        start_id, end_id: special tokens around every caption.
-        pad_id: fills the rest. 0 in both vocabularies; in CLIP's it is also an ordinary token ('!'), so find a
-            caption's length by its end token, never by the padding.
+        start_id, end_id: special tokens around every caption; start_id is None in SigLIP's.
+        pad_id: fills the rest. In CLIP's vocabulary it is 0, also an ordinary token ('!'), and in SigLIP's first one it is the
+            end token: find a caption's length by its first end token, never by the padding.
         vocab_size: number of ids, special tokens included.
     """
 
@@ -50,19 +52,19 @@ class Tokenizer:
         Raises:
             ValueError: the vocabulary has no known start and end token.
         """
-        backend.no_padding()
+        padding = backend.padding
         backend.no_truncation()
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self._backend = backend
+        self.start_id: int | None = None
         for start, end in _SPECIAL_PAIRS:
             if backend.token_to_id(start) is not None and backend.token_to_id(end) is not None:
                 self.start_id, self.end_id = backend.token_to_id(start), backend.token_to_id(end)
                 break
         else:
-            found = sorted(str(token.content) for token in backend.get_added_tokens_decoder().values())
-            raise ValueError(
-                f"{where}: no start and end token; expected one of the pairs {_SPECIAL_PAIRS},"
-                f" found the special tokens {found}. Only CLIP's vocabulary and those trained here can be used."
-            )
-        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+            self._open_siglip(padding, where)
+            return
+        backend.no_padding()
         pad_id = backend.token_to_id(PAD)
         self.pad_id = 0 if pad_id is None else pad_id
         if self.end_id != self.vocab_size - 1:
@@ -70,11 +72,26 @@ class Tokenizer:
                 f"{where}: the end token has id {self.end_id}, expected the highest id, {self.vocab_size - 1}:"
                 " pooling at the end token relies on it. Remove tokens that were added behind it."
             )
-        self._backend = backend
+
+    def _open_siglip(self, padding: dict | None, where: str) -> None:
+        backend = self._backend
+        end = next((t for t in _SIGLIP_ENDS if backend.token_to_id(t) is not None), None)
+        if end is None or not padding:
+            found = sorted(str(token.content) for token in backend.get_added_tokens_decoder().values())
+            raise ValueError(
+                f"{where}: neither a CLIP nor a SigLIP vocabulary; expected one of the pairs {_SPECIAL_PAIRS}, or one of"
+                f" {_SIGLIP_ENDS} with padding described in the file; found the special tokens {found}"
+                f" and padding {padding}. Any CLIP tokenizer, SigLIP's and those trained here can be used."
+            )
+        self.end_id, self.pad_id = backend.token_to_id(end), padding["pad_id"]
+        # Kept in the file, so that `from_json` finds the pad token again; the length is set when texts are encoded.
+        backend.enable_padding(pad_id=self.pad_id, pad_token=padding["pad_token"], length=1)
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Tokenizer:
+    def from_file(cls, path: str | Path, pad_token: str = "") -> Tokenizer:
         """Reads a `tokenizer.json`, or CLIP's merges file (`bpe_simple_vocab_16e6.txt`, also gzipped).
+
+        `pad_token` serves a SigLIP tokenizer.json that does not name it itself.
 
         Raises:
             FileNotFoundError, ValueError: with the path, what was expected and what was found.
@@ -90,14 +107,17 @@ class Tokenizer:
         except (OSError, EOFError, UnicodeDecodeError) as error:
             raise ValueError(f"tokenizer file {path}: not readable as (gzipped) UTF-8 text: {error}") from error
         if text.lstrip().startswith("{"):
-            return cls.from_json(text, where=f"tokenizer file {path}")
+            return cls.from_json(text, where=f"tokenizer file {path}", pad_token=pad_token)
         return cls(_clip_backend(text, str(path)), where=f"tokenizer file {path}")
 
     @classmethod
-    def from_json(cls, text: str, where: str = "tokenizer JSON") -> Tokenizer:
+    def from_json(cls, text: str, where: str = "tokenizer JSON", pad_token: str = "") -> Tokenizer:
         """Restores `to_json` exactly; the text has the layout of a Hugging Face tokenizer.json."""
         try:
-            return cls(_Backend.from_str(text), where=where)
+            backend = _Backend.from_str(text)
+            if backend.padding is None and backend.token_to_id(pad_token) is not None:
+                backend.enable_padding(pad_id=backend.token_to_id(pad_token), pad_token=pad_token)
+            return cls(backend, where=where)
         except ValueError:
             raise
         except Exception as error:  # the library raises bare Exception on malformed JSON
@@ -153,15 +173,26 @@ class Tokenizer:
         if context_length < 2:
             raise ValueError(f"context_length must be at least 2 (start and end token), got {context_length}")
         texts = [texts] if isinstance(texts, str) else list(texts)
-        cleaned = [clean(_check_text(text, i)) for i, text in enumerate(texts)]
+        texts = [_check_text(text, i) for i, text in enumerate(texts)]
+        start = [] if self.start_id is None else [self.start_id]
+        room = context_length - len(start) - 1
         ids = np.full((len(texts), context_length), self.pad_id, np.int32)
         truncated = np.zeros(len(texts), bool)
-        for row, encoding in enumerate(self._backend.encode_batch_fast(cleaned, add_special_tokens=False)):
-            body = encoding.ids
-            truncated[row] = len(body) > context_length - 2
-            tokens = [self.start_id, *body[: context_length - 2], self.end_id]
+        for row, body in enumerate(self._bodies(texts)):
+            truncated[row] = len(body) > room
+            tokens = [*start, *body[:room], self.end_id]
             ids[row, : len(tokens)] = tokens
         return ids, truncated
+
+    def _bodies(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text without special tokens and padding."""
+        if self.start_id is not None:
+            texts = [clean(text) for text in texts]
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        if self.start_id is not None:
+            return [encoding.ids for encoding in encodings]
+        # SigLIP's file asks for padding of at least one place.
+        return [[i for i, keep in zip(e.ids, e.attention_mask) if keep] for e in encodings]
 
     def __call__(self, texts: str | Sequence[str], context_length: int) -> np.ndarray:
         """Token ids int32 [N, L]; see `encode`, which also tells which texts were cut."""
@@ -170,9 +201,13 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of one row of ids, without special tokens and padding; cleaned text, so not the caption itself."""
         ids = [int(i) for i in ids]
-        begin = ids.index(self.start_id) + 1 if self.start_id in ids else 0
+        begin = ids.index(self.start_id) + 1 if self.start_id is not None and self.start_id in ids else 0
         stop = ids.index(self.end_id) if self.end_id in ids else len(ids)
         return self._backend.decode(ids[begin:stop], skip_special_tokens=True).strip()
+
+    def token(self, id: int) -> str:
+        """The token with this id, as the vocabulary spells it."""
+        return self._backend.id_to_token(id)
 
     def to_json(self) -> str:
         """The whole tokenizer as text; `from_json` restores it exactly."""

@@ -79,7 +79,8 @@ def make_bundle(
 ) -> Path:
     """Joins a CLIP and a complexity checkpoint with thresholds and writes the bundle to `out`.
 
-    Either `thresholds` are given, or they are set on `calibration` so that each exit gets its share of those images.
+    Either `thresholds` are given, or they are set on `calibration` so that each exit gets its share of those images. Without
+    both, the threshold that a converted classifier brings along serves a CLIP with one early exit.
     The description records how they were found. Raises CheckpointError or ConfigError where the parts do not fit.
     """
     checkpoint.require_replaceable(out, "bundle")  # known before the calibration images are scored
@@ -87,12 +88,18 @@ def make_bundle(
     exits = clip_model.exits
     if len(exits) < 2:
         raise ConfigError(f"{clip} has no early exit, so there is nothing to route; train it with config.clip.exits")
+    stored = scorer.description.get("threshold")
     if thresholds is not None:
         assign(np.zeros(0), exits, thresholds)
         found: dict[str, Any] = {"method": "given"}
+    elif calibration is None and stored is not None and len(exits) == 2 and not shares:
+        thresholds, found = (stored,), {"method": "stored with the complexity model"}
     else:
         if calibration is None:
-            raise ConfigError("a bundle needs thresholds, or calibration images to set them on")
+            raise ConfigError(
+                "a bundle needs thresholds, or calibration images to set them on: pass --thresholds, or as --clip a workdir of "
+                "train.py, which names its calibration images"
+            )
         wanted = full_shares(shares, exits)
         scores, bad = score_source(scorer, calibration, "calibrate", workers, threads)
         thresholds = thresholds_for_shares(scores, wanted)

@@ -78,6 +78,7 @@ class Model:
     def _open_clip(self, loaded: Checkpoint) -> None:
         arch = from_dict(loaded.description["arch"], ClipArch, f"{loaded.path}: arch")
         self.clip = Clip(arch)
+        self.path = loaded.path
         pytree.require_same(self.clip.shapes(), loaded.params, str(loaded.path))
         self.preprocess = Preprocess.from_dict(loaded.description["preprocess"])
         self.tokenizer = Tokenizer.from_json(loaded.tokenizer) if loaded.tokenizer is not None else None
@@ -104,7 +105,10 @@ class Model:
         if isinstance(texts, str):
             raise TypeError("encode_text takes a list of strings; write encode_text([text])")
         if self.tokenizer is None:
-            raise CheckpointError("this checkpoint holds no tokenizer, so it cannot encode text")
+            raise CheckpointError(
+                f"{self.path} holds no tokenizer, so it cannot encode text; add one with "
+                f"`icar convert {self.path} {self.path} --tokenizer FILE` (a tokenizer.json, or CLIP's merges file)"
+            )
         length = self.clip.arch.text.context_length
         tokens, truncated = self.tokenizer.encode(texts, length)
         if truncated.any():
@@ -189,6 +193,10 @@ def load(path: str | os.PathLike, *, batch_size: int = 64, dtype: str = "float32
     description = checkpoint.describe(folder)
     if description["kind"] == "bundle":
         clip, complexity = checkpoint.read(folder / "clip", "clip"), checkpoint.read(folder / "complexity", "complexity")
+    elif description["kind"] == "convnext":
+        raise CheckpointError(
+            f"{folder} holds a ConvNeXt backbone, which neither embeds nor scores images; load a CLIP or a complexity model"
+        )
     else:
         loaded = checkpoint.read(folder, description["kind"])
         clip, complexity = (loaded, None) if loaded.kind == "clip" else (None, loaded)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from icar_jax import pytree
 from icar_jax.models import ops
-from icar_jax.models.layers import DType, LayerNorm, Linear, PatchConv, normal, zeros
+from icar_jax.models.layers import Bridge, DType, LayerNorm, Linear, PatchConv, normal, zeros
 
 Array = jax.Array
 EPS = 1e-6
@@ -148,3 +152,25 @@ class ConvNeXt(nnx.Module):
         for stage in self.stages:
             x = stage(x, dtype)
         return self.head(x, dtype)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Pure functions of one ConvNeXt; also its backbone alone, where it has no classes."""
+
+    arch: ConvNeXtArch
+
+    @cached_property
+    def _bridge(self) -> Bridge:
+        return Bridge(lambda rngs: ConvNeXt(self.arch, rngs=rngs))
+
+    def shapes(self) -> pytree.Tree:
+        """Parameter shapes without allocating them."""
+        return self._bridge.shapes()
+
+    def init(self, key: Array) -> pytree.Tree:
+        return self._bridge.init(key)
+
+    def apply(self, params: Mapping[str, Any], images: Array, dtype: DType = jnp.float32) -> Array:
+        """images float [B, H, W, 3], normalised -> logits [B, classes], or pooled features [B, C], float32."""
+        return self._bridge.bind(params)(images, dtype)

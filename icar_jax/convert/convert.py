@@ -1,0 +1,259 @@
+"""`icar convert`: weights of another library become a self-describing checkpoint.
+
+The source is opened, its architecture read and its tensors matched before anything is written; values are then read and written
+one parameter at a time, and the destination is replaced only by a complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from icar_jax import checkpoint, pytree
+from icar_jax.config import from_dict
+from icar_jax.convert import clip, convnext, engine, icar, siglip, verify, vocabulary
+from icar_jax.convert.engine import Leaf
+from icar_jax.convert.errors import ConvertError
+from icar_jax.convert.positions import resize_positions
+from icar_jax.convert.settings import choose_preprocess
+from icar_jax.convert.source import Source, open_source
+from icar_jax.data.images import Preprocess
+from icar_jax.data.tokenizer import Tokenizer
+from icar_jax.models.clip import Clip, ClipArch, exit_sources
+from icar_jax.models.complexity import Complexity
+from icar_jax.models.convnext import Classifier
+from icar_jax.models.vision import POOLS
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user says about a source; everything may stay empty where the source says it itself."""
+
+    activation: str = ""  # gelu | gelu_tanh | quick_gelu
+    preprocess: str = ""  # preset of settings.PRESETS, or a JSON file
+    exits: tuple[int, ...] = ()  # executed blocks; for a plain CLIP exits are added, started from the final head
+    pool: str = ""  # token of the added exits; empty: cls, or map for SigLIP
+    heads: tuple[int, ...] = ()  # (vision, text) attention heads
+    image_size: int = 0  # pixels; another than the source's resizes the position embeddings
+    tokenizer: str = ""  # tokenizer.json or CLIP's merges file
+
+
+@dataclass
+class Converted:
+    """A source as this library sees it, not yet written: `params` has lazy leaves."""
+
+    kind: str
+    arch: Any
+    params: pytree.Tree
+    preprocess: Preprocess
+    tokenizer: Tokenizer | None = None
+    origin: dict[str, Any] = field(default_factory=dict)  # what the source says it was made from
+    extra: dict[str, Any] = field(default_factory=dict)  # more fields of icar.json
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written, for the user to read."""
+
+    path: Path
+    layout: str
+    description: dict[str, Any]
+    parameters: int
+    differences: list[verify.Difference]
+    notes: list[str]
+
+    def summary(self) -> str:
+        """What was read from the source, a line each, so that a person can see whether it is what they meant."""
+        d, lines = self.description, [f"Source: {self.layout} layout, {self.parameters:,} parameters"]
+        lines += [f"  {name}: {_line(part)}" for name, part in d["arch"].items() if isinstance(part, dict)]
+        if not any(isinstance(part, dict) for part in d["arch"].values()):
+            lines.append(f"  model: {_line(d['arch'])}")
+        lines.append(f"  images: {_line(d['preprocess'])}")
+        lines += [f"  {name}: {d[name]}" for name in ("tokenizer", "threshold") if name in d]
+        return "\n".join(lines)
+
+
+def convert(
+    source: str | os.PathLike, dest: str | os.PathLike, options: Options = Options(), reference: str | os.PathLike = ""
+) -> Report:
+    """Converts `source` (a file or a folder of another library) into a checkpoint at `dest`.
+
+    With `reference`, an .npz of `icar reference`, the converted model is compared with it first. Raises ConvertError for anything
+    that does not fit, and CheckpointError where `dest` holds something else; nothing is written then.
+    """
+    if (Path(source) / checkpoint.DESCRIPTION).is_file():
+        return _retokenize(Path(source), Path(dest), options, reference)
+    opened = open_source(source)
+    made = read(opened, options)
+    checkpoint.require_replaceable(dest, made.kind)
+    file = opened.weights.path
+    differences = []
+    described = {"layout": opened.layout, "file": file.name, "sha256": verify.weights_sha256(file)}
+    if reference:
+        made.params = pytree.map_with_path(lambda _, leaf: np.asarray(leaf, np.float32), made.params)
+        loaded = verify.read_reference(reference)
+        differences = verify.compare(made.kind, made.arch, made.params, loaded, source_sha256=described["sha256"])
+        verify.require_equal(differences)
+    description = {
+        "arch": dataclasses.asdict(made.arch),
+        "preprocess": made.preprocess.to_dict(),
+        "source": described | made.origin,
+        **made.extra,
+    }
+    leaves = pytree.flatten(made.params)
+    with tqdm(total=len(leaves), desc="convert", unit="tensor", leave=False) as bar:
+        _write(dest, made, description, lambda name: bar.update())
+    path = Path(dest)
+    return Report(path, opened.layout, checkpoint.describe(path), pytree.count(made.params), differences, made.notes)
+
+
+def _line(part: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in part.items())
+
+
+def _write(dest: str | os.PathLike, made: Converted, description: dict[str, Any], on_leaf: Callable[[str], None]) -> None:
+    tokenizer = made.tokenizer.to_json() if made.tokenizer else None
+    try:
+        checkpoint.write(dest, made.kind, description, made.params, tokenizer, on_leaf)
+    except checkpoint.NotFinite as error:
+        leaves = pytree.flatten(made.params)
+        names = [name for path in error.names for name in getattr(leaves[path], "sources", (path,))]
+        raise ConvertError(
+            f"the source holds NaN or infinity, nothing was written: {', '.join(names[:10])} ({len(names)} tensors)"
+        ) from error
+
+
+def read(source: Source, options: Options = Options()) -> Converted:
+    """Everything about a source but its values. Raises ConvertError listing what does not fit."""
+    if source.layout == "timm":
+        return _read_convnext(source, options)
+    if source.layout == "icc":
+        return _read_classifier(source, options)
+    return _read_clip(source, options)
+
+
+def _read_clip(source: Source, options: Options) -> Converted:
+    if source.layout == "icar":
+        arch = icar.arch(source, options)
+        rules = icar.source_rules(source, arch)
+    elif source.layout == "siglip":
+        arch, rules = siglip.arch(source, options), siglip.rules()
+    elif source.layout == "hf_clip":
+        arch, rules = clip.hf_arch(source, options), clip.hf_rules()
+    else:
+        activation = "quick_gelu" if source.layout == "openai" else ""
+        arch = clip.open_clip_arch(source, options, activation=activation)
+        rules = clip.open_clip_rules(clip.text_prefix(source))
+    preprocess = _clip_preprocess(source, options, arch)
+    leaves = engine.import_weights(source.tensors, rules, Clip(arch).shapes(), str(source.path))
+    arch, leaves = _resize(arch, leaves, options.image_size)
+    arch, leaves = _add_exits(source, arch, leaves, options)
+    tokenizer, origin = vocabulary.find_tokenizer(source, options.tokenizer, arch.text)
+    made = Converted("clip", arch, pytree.unflatten(leaves), preprocess, tokenizer)
+    config = source.weights.extra.get("config") if source.layout == "icar" else None
+    if isinstance(config, dict):
+        made.origin = {key: str(config[key]) for key in ("model_name", "pretrained") if key in config}
+    if tokenizer is None:
+        made.notes.append(origin)
+    else:
+        made.extra["tokenizer"] = origin
+    return made
+
+
+def _clip_preprocess(source: Source, options: Options, arch: ClipArch) -> Preprocess:
+    size = options.image_size or arch.vision.image_size
+    where = str(source.path)
+    if source.layout in ("hf_clip", "siglip"):
+        # A processor whose steps are not supported must not stand in the way of --preprocess.
+        found = None if options.preprocess else clip.hf_found_preprocess(source)
+        # SigLIP at 384 pixels has patches of 14: the convolution leaves the last 6 out, but pictures are resized to 384.
+        if found is not None and not options.image_size and found.image_size // arch.vision.patch_size == size // arch.vision.patch_size:
+            size = found.image_size
+        return choose_preprocess(options.preprocess, found, size, where)
+    if source.layout == "icar":
+        return choose_preprocess(options.preprocess or "icar", None, size, where)
+    found = None if options.preprocess else clip.open_clip_found_preprocess(source, size)
+    return choose_preprocess(options.preprocess, found, size, where)
+
+
+def _resize(arch: ClipArch, leaves: dict[str, Leaf], image_size: int) -> tuple[ClipArch, dict[str, Leaf]]:
+    vision = arch.vision
+    if not image_size or image_size == vision.image_size:
+        return arch, leaves
+    if image_size < vision.patch_size or image_size % vision.patch_size:
+        raise ConvertError(f"--image-size={image_size} is not a multiple of the patch size {vision.patch_size}")
+    grid = image_size // vision.patch_size
+    old = leaves["vision/pos"]
+    new = Leaf(
+        (grid * grid + vision.class_token, vision.width),
+        old.sources,
+        lambda: resize_positions(np.asarray(old), grid, vision.class_token),
+    )
+    return dataclasses.replace(arch, vision=dataclasses.replace(vision, image_size=image_size)), {**leaves, "vision/pos": new}
+
+
+def _add_exits(
+    source: Source, arch: ClipArch, leaves: dict[str, Leaf], options: Options
+) -> tuple[ClipArch, dict[str, Leaf]]:
+    """Exit heads that start from the head of the full tower, each with a temperature of its own."""
+    if source.layout == "icar" or not options.exits:
+        if options.pool and source.layout == "icar" and options.pool != arch.vision.pool:
+            raise ConvertError(f"--pool={options.pool}: the exit of an ICAR checkpoint was trained on {arch.vision.pool}")
+        return arch, leaves
+    pool = options.pool or ("map" if arch.vision.head == "map" else "cls")
+    if pool not in POOLS:
+        raise ConvertError(f"--pool={pool} must be one of {', '.join(POOLS)}")
+    try:
+        vision = dataclasses.replace(arch.vision, exits=tuple(sorted(options.exits)), pool=pool)
+    except ValueError as error:
+        raise ConvertError(f"--exits {' '.join(map(str, options.exits))}: {error}") from error
+    arch = dataclasses.replace(arch, vision=vision)
+    sources = exit_sources(Clip(arch).shapes())
+    return arch, {**leaves, **{path: leaves[full] for path, full in sources.items()}}
+
+
+def _read_convnext(source: Source, options: Options) -> Converted:
+    arch = convnext.arch(source)
+    shapes = Classifier(arch).shapes()
+    leaves = engine.import_weights(source.tensors, convnext.rules(convnext.has_conv_mlp(source)), shapes, str(source.path))
+    found = convnext.found_preprocess(source)
+    size = options.image_size or (found.image_size if found else convnext.INPUT_SIZE)
+    preprocess = choose_preprocess(options.preprocess, found, size, str(source.path))
+    extra = {"conv_mlp": convnext.has_conv_mlp(source)}
+    return Converted("convnext", arch, pytree.unflatten(leaves), preprocess, extra=extra)
+
+
+def _read_classifier(source: Source, options: Options) -> Converted:
+    arch = convnext.classifier_arch(source, options)
+    conv_mlp = convnext.has_conv_mlp(source, "backbone.")
+    leaves = engine.import_weights(
+        source.tensors, convnext.classifier_rules(conv_mlp), Complexity(arch).shapes(), str(source.path)
+    )
+    made = Converted("complexity", arch, pytree.unflatten(leaves), convnext.classifier_preprocess(source, options))
+    made.extra["conv_mlp"] = conv_mlp
+    hparams = source.weights.extra.get("hparams")
+    threshold = hparams.get("threshold") if isinstance(hparams, dict) else None
+    if isinstance(threshold, float | int) and 0 <= threshold <= 1:
+        made.extra["threshold"] = float(threshold)
+    return made
+
+
+def _retokenize(source: Path, dest: Path, options: Options, reference: str | os.PathLike) -> Report:
+    """A checkpoint of this library with another tokenizer; everything else stays."""
+    if not options.tokenizer or options != Options(tokenizer=options.tokenizer) or reference:
+        raise ConvertError(f"{source} is an icar_jax checkpoint already; only --tokenizer can be given to it")
+    loaded = checkpoint.read(source, "clip")
+    arch = from_dict(loaded.description["arch"], ClipArch, f"{source}: arch")
+    tokenizer = vocabulary.open_tokenizer(Path(options.tokenizer), arch.text)
+    kept = {k: v for k, v in loaded.description.items() if k not in ("format", "kind", "hashes")}
+    description = {**kept, "tokenizer": options.tokenizer}
+    checkpoint.write(dest, "clip", description, loaded.params, tokenizer.to_json())
+    return Report(dest, "icar_jax", checkpoint.describe(dest), pytree.count(loaded.params), [], [])

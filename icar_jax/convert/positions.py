@@ -1,0 +1,32 @@
+"""Position embeddings for another resolution."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def resize_positions(pos: np.ndarray, grid: int, class_token: bool) -> np.ndarray:
+    """pos [N (+ 1), W] of a square grid -> [grid * grid (+ 1), W], bicubic with antialias; the class token's row is kept.
+
+    Equal to PyTorch's `interpolate(mode="bicubic", antialias=True, align_corners=False)`, which OpenCLIP uses.
+    """
+    head, patches = (pos[:1], pos[1:]) if class_token else (pos[:0], pos)
+    old = round(len(patches) ** 0.5)
+    if old * old != len(patches):
+        raise ValueError(f"{len(patches)} patch positions are no square grid")
+    weights = _weights(old, grid)
+    planes = patches.astype(np.float64).reshape(old, old, -1)
+    resized = np.einsum("ir,js,rsw->ijw", weights, weights, planes, optimize=True)
+    return np.concatenate([head, resized.reshape(grid * grid, -1).astype(pos.dtype)])
+
+
+def _weights(old: int, new: int) -> np.ndarray:
+    """[new, old] interpolation weights: Keys' cubic with a = -1/2, stretched by the scale where the grid shrinks."""
+    scale = old / new
+    stretch = max(scale, 1.0)
+    centres = (np.arange(new)[:, None] + 0.5) * scale
+    distance = np.abs((np.arange(old)[None] + 0.5 - centres) / stretch)
+    near = 1.5 * distance**3 - 2.5 * distance**2 + 1
+    far = -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2
+    weights = np.where(distance < 1, near, np.where(distance < 2, far, 0))
+    return weights / weights.sum(axis=1, keepdims=True)

@@ -1,0 +1,67 @@
+"""The tokenizer that goes with converted weights."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from icar_jax.convert.errors import ConvertError
+from icar_jax.convert.source import Source
+from icar_jax.data.tokenizer import CLIP_VOCAB_SIZE, Tokenizer
+from icar_jax.models.text import TextArch
+
+MERGES = "bpe_simple_vocab_16e6.txt.gz"  # CLIP's merges, as OpenAI's and OpenCLIP's packages carry them
+_BESIDE = ("tokenizer.json", "merges.txt", MERGES, MERGES.removesuffix(".gz"))
+
+
+def find_tokenizer(source: Source, asked: str, text: TextArch) -> tuple[Tokenizer | None, str]:
+    """The tokenizer and where it came from; (None, a warning) where there is none.
+
+    The user's (`asked`) comes first, then one beside the weights, then the merges of an installed open_clip_torch.
+    Raises ConvertError where the one that was asked for, or that lies beside the weights, does not fit the text tower.
+    """
+    pad = _pad_token(source)
+    if asked:
+        return open_tokenizer(Path(asked), text, pad), asked
+    for name in _BESIDE:
+        if (source.folder / name).is_file():
+            return open_tokenizer(source.folder / name, text, pad), name
+    config = source.configs.get("open_clip_config.json", {}).get("model_cfg", {}).get("text_cfg", {})
+    merges = _installed_merges()
+    if merges and text.vocabulary == CLIP_VOCAB_SIZE and text.pool != "last" and not config.get("hf_tokenizer_name"):
+        return open_tokenizer(merges, text), "the merges of the installed open_clip_torch"
+    return None, (
+        "no tokenizer was found beside the weights, so this checkpoint cannot encode text yet; add one with "
+        "`icar convert CHECKPOINT CHECKPOINT --tokenizer FILE` (CLIP's tokenizer.json or bpe_simple_vocab_16e6.txt.gz)"
+    )
+
+
+def open_tokenizer(file: Path, text: TextArch, pad_token: str = "") -> Tokenizer:
+    """Reads a tokenizer and holds it against the text tower. Raises ConvertError where they do not fit."""
+    try:
+        tokenizer = Tokenizer.from_file(file, pad_token)
+    except (OSError, ValueError) as error:
+        raise ConvertError(str(error)) from error
+    siglip = tokenizer.start_id is None
+    if siglip != (text.pool == "last"):
+        has, needs = ("no", "one") if siglip else ("a", "none")
+        raise ConvertError(f"{file} is not this model's tokenizer: it has {has} start token, the text tower expects {needs}")
+    fits = tokenizer.vocab_size <= text.vocabulary if siglip else tokenizer.vocab_size == text.vocabulary
+    if not fits:
+        raise ConvertError(
+            f"{file} is not this model's tokenizer: it has {tokenizer.vocab_size} tokens, the text tower {text.vocabulary}"
+        )
+    if text.pool == "end" and tokenizer.end_id != text.end_id:
+        raise ConvertError(f"{file} ends a text with token {tokenizer.end_id}, the text tower pools token {text.end_id}")
+    return tokenizer
+
+
+def _pad_token(source: Source) -> str:
+    token = source.configs.get("tokenizer_config.json", {}).get("pad_token") or ""
+    return token.get("content", "") if isinstance(token, dict) else token
+
+
+def _installed_merges() -> Path | None:
+    spec = importlib.util.find_spec("open_clip")
+    file = Path(spec.origin).parent / MERGES if spec and spec.origin else None
+    return file if file and file.is_file() else None
