@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := workdir/demo
 
-.PHONY: demo test check clean
+.PHONY: demo test check parity clean
 
 demo: .venv/installed
 	$(BIN)/python train.py --config=configs/demo.py:complexity --workdir=$(DEMO)/complexity
@@ -12,11 +12,21 @@ demo: .venv/installed
 	$(BIN)/python evaluate.py --config=configs/demo.py:clip --workdir=$(DEMO)
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q -n 2 -m "not check"
+	$(BIN)/python -m pytest -q -n 2 -m "not check and not parity"
 
 # Slow tests: several devices and processes, whole runs.
 check: .venv/installed
 	$(BIN)/python -m pytest -q -m check
+
+# Against PyTorch and the libraries that weights come from. timm and open_clip are installed without what they depend on:
+# they ask for a torchvision whose own dependencies would replace the CPU build of torch.
+parity: .venv/parity
+	$(BIN)/python -m pytest -q -n 2 -m parity
+
+.venv/parity: .venv/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0 transformers
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps timm torchvision open_clip_torch
+	touch $@
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "icar_jax needs Python 3.11 or newer: make PYTHON=python3.12")'

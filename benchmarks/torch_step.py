@@ -9,11 +9,10 @@ tower and once up to the exit block, the text once; symmetric InfoNCE on both pa
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import sys
 import time
-from pathlib import Path
+
+from icar_jax.convert.reference import declare_torchvision_operators
 
 BLOCKS_RUN = 6  # blocks the exit path runs, of 12
 WIDTH, EMBED_DIM = 768, 512
@@ -30,7 +29,7 @@ def import_open_clip():
         import torch
     except ImportError as error:
         raise ImportError("the PyTorch benchmark needs torch: pip install torch open_clip_torch") from error
-    _declare_torchvision_operators(torch)
+    declare_torchvision_operators(torch)
     try:
         import open_clip
     except ImportError as error:
@@ -38,28 +37,6 @@ def import_open_clip():
             f"the PyTorch benchmark needs open_clip and torchvision ({error}): pip install open_clip_torch"
         ) from error
     return torch, open_clip
-
-
-def _declare_torchvision_operators(torch) -> None:
-    """Declare the two operators that `import torchvision` attaches shape functions to.
-
-    A torchvision whose compiled extension does not match the installed torch build (say a CUDA wheel beside CPU torch) loads no
-    operators, and importing it then fails on these names. CLIP calls neither, so a schema without a kernel is enough. Where the
-    extension does load, nothing is declared.
-    """
-    if "torchvision" in sys.modules:
-        return
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        return  # the import of open_clip reports it
-    for library in Path(spec.origin).parent.glob("_C*"):
-        try:
-            torch.ops.load_library(str(library))
-            return
-        except OSError:
-            continue
-    torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def build(torch, open_clip):

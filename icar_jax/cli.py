@@ -223,6 +223,8 @@ def _add_reference(commands) -> None:
     p.add_argument("--activation", default="", help="for OpenCLIP state dicts without a config: gelu or quick_gelu")
     p.add_argument("--heads", type=int, nargs=2, default=[], metavar=("VISION", "TEXT"), help="likewise, attention heads")
     p.add_argument("--exits", type=int, nargs="+", default=[], metavar="BLOCKS", help="the exit of a bare ICAR state dict")
+    p.add_argument("--image-size", type=int, default=0, metavar="PIXELS", help="as given to `icar convert`")
+    p.add_argument("--model-name", default="", help="the library's name of the model, where nothing beside the weights says it")
     p.add_argument("--images", type=int, default=4, help="number of images and captions")
     p.add_argument("--seed", type=int, default=0)
     p.set_defaults(run=_reference)
@@ -232,7 +234,15 @@ def _reference(args: argparse.Namespace) -> None:
     from icar_jax.convert.reference import write_reference
 
     out = write_reference(
-        args.source, args.out, activation=args.activation, heads=args.heads, exits=args.exits, images=args.images, seed=args.seed
+        args.source,
+        args.out,
+        activation=args.activation,
+        heads=args.heads,
+        exits=args.exits,
+        image_size=args.image_size,
+        model_name=args.model_name,
+        images=args.images,
+        seed=args.seed,
     )
     print(f"Reference: {out}; compare with `icar convert {args.source} DEST --verify {out}`")
 

@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import processors
+from tokenizers import Regex, normalizers, processors
 
 from icar_jax.convert.errors import ConvertError
 from icar_jax.data.images import OPENAI_MEAN, OPENAI_STD, Preprocess
-from icar_jax.data.tokenizer import Tokenizer
+from icar_jax.data.tokenizer import PAD, Tokenizer
 from icar_jax.models import registry
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.convnext import ConvNeXtArch
@@ -225,9 +225,17 @@ def hf_preprocessor(preprocess: Preprocess, is_siglip: bool) -> dict[str, Any]:
 
 
 def hf_tokenizer_json(tokenizer: Tokenizer) -> str:
-    """tokenizer.json that adds the start and end tokens by itself, as other libraries expect of the file."""
+    """tokenizer.json that collapses whitespace and adds the start and end tokens by itself, as other libraries expect of it.
+
+    What else `data.tokenizer.clean` repairs (mojibake, HTML entities) such a file cannot say.
+    """
     content = json.loads(tokenizer.to_json())
-    if content.get("post_processor") is None and tokenizer.start_id is not None:
+    if tokenizer.start_id is None:
+        return json.dumps(content, ensure_ascii=False)
+    spaces = [json.loads(n.__getstate__()) for n in (normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip())]
+    kept = [content["normalizer"]] if content.get("normalizer") else []
+    content["normalizer"] = {"type": "Sequence", "normalizers": [*spaces, *kept]}
+    if content.get("post_processor") is None:
         start, end = (tokenizer.token(i) for i in (tokenizer.start_id, tokenizer.end_id))
         template = processors.TemplateProcessing(
             single=f"{start} $A {end}", special_tokens=[(start, tokenizer.start_id), (end, tokenizer.end_id)]
@@ -238,11 +246,15 @@ def hf_tokenizer_json(tokenizer: Tokenizer) -> str:
 
 def hf_tokenizer_config(tokenizer: Tokenizer, arch: ClipArch) -> dict[str, Any]:
     """tokenizer_config.json; the file tokenizer.json says everything, so the plain class reads it."""
+    pad = tokenizer.token(tokenizer.pad_id)
+    end = tokenizer.token(tokenizer.end_id)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": arch.text.context_length,
-        "eos_token": tokenizer.token(tokenizer.end_id),
-        "pad_token": tokenizer.token(tokenizer.pad_id),
+        "eos_token": end,
+        # CLIP pads with an ordinary token ('!'), which the other library would then read apart from its word. What follows the
+        # first end token does not count in a causal tower, so the end token serves there.
+        "pad_token": end if tokenizer.start_id is not None and pad != PAD else pad,
     }
     if tokenizer.start_id is not None:
         config["bos_token"] = tokenizer.token(tokenizer.start_id)

@@ -98,7 +98,7 @@ def write_reference(
 def _import(name: str, source: Source) -> ModuleType:
     try:
         if name != "torch":
-            _declare_torchvision_operators(importlib.import_module("torch"))
+            declare_torchvision_operators(importlib.import_module("torch"))
         return importlib.import_module(name)
     except ImportError as error:
         raise ConvertError(
@@ -107,7 +107,7 @@ def _import(name: str, source: Source) -> ModuleType:
         ) from error
 
 
-def _declare_torchvision_operators(torch: ModuleType) -> None:
+def declare_torchvision_operators(torch: ModuleType) -> None:
     """Lets open_clip and timm import a torchvision whose compiled operators were built for another torch.
 
     It attaches shape functions to two operators while it is imported, and fails where they do not exist. No model here calls
