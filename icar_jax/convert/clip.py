@@ -95,7 +95,7 @@ def hf_rules() -> list[Rule]:
 
 def text_prefix(source: Source, prefix: str = "") -> str:
     """'text.' for OpenCLIP's CustomTextCLIP, else ''."""
-    return "text." if f"{prefix}text.token_embedding.weight" in source.tensors else ""
+    return "text." if any(name.startswith(f"{prefix}text.") for name in source.tensors) else ""
 
 
 # What an OpenCLIP config may say beyond sizes, and what it must say for these towers to compute the same.

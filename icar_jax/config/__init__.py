@@ -1,0 +1,40 @@
+"""Typed configuration of an experiment, and the checks that run before anything else.
+
+A file in configs/ returns an `ExperimentConfig`; `--config.optim.lr=1e-4` overrides single fields afterwards. Because
+overrides happen after construction, the checks live in `validate`, which names the field, the value and the fix.
+"""
+
+from icar_jax.config.checks import validate, validate_batch, validate_depth
+from icar_jax.config.errors import ConfigError, unknown
+from icar_jax.config.schema import (
+    ClipConfig,
+    ComplexityConfig,
+    DataConfig,
+    EvalConfig,
+    ExperimentConfig,
+    LossConfig,
+    MeshConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from icar_jax.config.text import check_override, from_dict, to_json
+
+__all__ = [
+    "ClipConfig",
+    "ComplexityConfig",
+    "ConfigError",
+    "DataConfig",
+    "EvalConfig",
+    "ExperimentConfig",
+    "LossConfig",
+    "MeshConfig",
+    "OptimConfig",
+    "TrainConfig",
+    "check_override",
+    "from_dict",
+    "to_json",
+    "unknown",
+    "validate",
+    "validate_batch",
+    "validate_depth",
+]

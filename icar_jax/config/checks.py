@@ -1,0 +1,140 @@
+"""What a configuration must satisfy, checked after the flags and before anything else."""
+
+import dataclasses
+import typing
+from typing import Any
+
+from icar_jax.config.errors import ConfigError, unknown
+from icar_jax.config.schema import MIN_VOCABULARY, SOURCES, TASKS, ExperimentConfig
+
+
+def _check_types(node: Any, prefix: str) -> None:
+    hints = typing.get_type_hints(type(node))
+    for f in dataclasses.fields(node):
+        name, value, want = f"{prefix}.{f.name}", getattr(node, f.name), hints[f.name]
+        if dataclasses.is_dataclass(want):
+            if not isinstance(value, want):
+                raise ConfigError(f"{name} must be a {want.__name__}, found {type(value).__name__}")
+            _check_types(value, name)
+        elif typing.get_origin(want) is tuple:
+            inner = typing.get_args(want)[0]
+            if not isinstance(value, (tuple, list)) or not all(_is(v, inner) for v in value):
+                example = "(3,)" if inner is int else "(0.5,)"
+                raise ConfigError(f"{name}={value!r} must be a tuple of {inner.__name__}, for example {example}")
+            setattr(node, f.name, tuple(inner(v) for v in value))
+        elif not _is(value, want):
+            raise ConfigError(f"{name}={value!r} must be of type {want.__name__}, found {type(value).__name__}")
+
+
+def _is(value: Any, want: type) -> bool:
+    if isinstance(value, bool):
+        return want is bool
+    return isinstance(value, (int, float) if want is float else want)
+
+
+def _choice(name: str, value: str, choices: typing.Iterable[str]) -> None:
+    if value not in choices:
+        raise unknown(name, value, choices)
+
+
+def _at_least(name: str, value: float, low: float, fix: str) -> None:
+    if not value >= low:
+        raise ConfigError(f"{name}={value} must be at least {low}; {fix}")
+
+
+def validate(config: ExperimentConfig) -> ExperimentConfig:
+    """Checks types, names and ranges; returns the config with lists made tuples. Raises ConfigError.
+
+    What needs the architecture (depth) or the devices (mesh) is checked by `validate_depth` and `validate_batch`.
+    """
+    _check_types(config, "config")
+    c = config
+    _choice("config.task", c.task, TASKS)
+    _choice("config.data.source", c.data.source, SOURCES)
+    _choice("config.data.resize", c.data.resize, ("squash", "crop"))
+    _choice("config.data.interpolation", c.data.interpolation, ("bicubic", "bilinear"))
+    _choice("config.data.normalise", c.data.normalise, ("half", "openai", "imagenet"))
+    _choice("config.clip.pool", c.clip.pool, ("cls", "mean", "first_patch"))
+    _choice("config.clip.exit_start", c.clip.exit_start, ("final", "random"))
+    _choice("config.clip.temperature", c.clip.temperature, ("own", "shared"))
+    _choice("config.complexity.head", c.complexity.head, ("regression", "classification"))
+    _choice("config.loss.direction", c.loss.direction, ("symmetric", "image_to_text"))
+    for name in ("train", "eval"):
+        _choice(f"config.{name}.dtype", getattr(c, name).dtype, ("bfloat16", "float32"))
+    if c.data.source != "scenes" and not c.data.root:
+        raise ConfigError(
+            f"config.data.root='' but config.data.source={c.data.source!r} reads a folder; "
+            "pass --config.data.root=PATH/TO/THE/FOLDER"
+        )
+    if c.task == "complexity" and c.data.source != "scenes":
+        raise ConfigError(
+            f"config.data.source={c.data.source!r} holds no complexity ratings; train the complexity model on 'scenes'"
+        )
+    if c.task == "complexity" and c.data.resize != "squash":
+        raise ConfigError(f"config.data.resize={c.data.resize!r}: the complexity model sees whole images; use 'squash'")
+    if list(c.clip.exits) != sorted(set(c.clip.exits)) or any(e < 1 for e in c.clip.exits):
+        fixed = tuple(sorted({e for e in c.clip.exits if e >= 1}))
+        raise ConfigError(f"config.clip.exits={c.clip.exits} must be ascending block counts from 1; write {fixed}")
+    for name, low in (("seed", 0), ("steps", 1), ("batch_size", 2), ("log_every", 1), ("checkpoint_every", 1), ("keep", 1)):
+        _at_least(f"config.train.{name}", getattr(c.train, name), low, "raise it")
+    for name in ("lr", "exit_lr", "temperature_lr", "weight_decay", "clip_norm", "warmup_steps", "eps", "final_lr"):
+        _at_least(f"config.optim.{name}", getattr(c.optim, name), 0, "use zero or a positive number")
+    for name in ("b1", "b2"):
+        if not 0 <= getattr(c.optim, name) < 1:
+            raise ConfigError(f"config.optim.{name}={getattr(c.optim, name)} must lie in [0, 1), for example 0.9")
+    if not 0 < c.data.crop_scale <= 1:
+        raise ConfigError(f"config.data.crop_scale={c.data.crop_scale} must lie in (0, 1]; 1 switches cropping off")
+    for name in ("calibration_size", "scenes_size", "threads"):
+        _at_least(f"config.data.{name}", getattr(c.data, name), 1, "raise it")
+    for name in ("image_size", "patch_size"):
+        _at_least(f"config.clip.{name}", getattr(c.clip, name), 0, "0 keeps the variant's")
+    if not 32 <= c.data.scenes_pixels <= 512:
+        raise ConfigError(f"config.data.scenes_pixels={c.data.scenes_pixels} must lie in 32 to 512")
+    if c.task == "clip" and not c.data.tokenizer:
+        _at_least("config.data.vocabulary", c.data.vocabulary, MIN_VOCABULARY, "256 bytes and 3 special tokens come first")
+    _at_least("config.data.workers", c.data.workers, 0, "0 uses threads of this process")
+    for name in ("size", "batch_size", "bootstrap", "random_draws"):
+        _at_least(f"config.eval.{name}", getattr(c.eval, name), 1, "raise it")
+    if c.task == "clip":
+        _validate_shares(c)
+    weights = c.loss.exit_weights
+    if weights and len(weights) != len(c.clip.exits) + 1:
+        raise ConfigError(
+            f"config.loss.exit_weights={weights} has {len(weights)} entries; "
+            f"{len(c.clip.exits)} exits and full depth need {len(c.clip.exits) + 1}"
+        )
+    if any(w < 0 for w in weights) or (weights and sum(weights) == 0):
+        raise ConfigError(f"config.loss.exit_weights={weights} must be non-negative with a positive sum")
+    return config
+
+
+def _validate_shares(c: ExperimentConfig) -> None:
+    shares = c.eval.early_share
+    if shares and len(shares) != len(c.clip.exits):
+        raise ConfigError(
+            f"config.eval.early_share={shares} must hold one share for each of the exits {c.clip.exits}; "
+            "the rest goes to full depth; leave it empty for equal shares"
+        )
+    if any(not 0 <= s <= 1 for s in shares) or sum(shares) > 1:
+        raise ConfigError(f"config.eval.early_share={shares} must be shares in [0, 1] that sum to at most 1")
+
+
+def validate_depth(exits: tuple[int, ...], depth: int, name: str = "config.clip.exits") -> None:
+    """Raises ConfigError where an exit lies at or beyond the tower's depth (full depth is always there)."""
+    beyond = [e for e in exits if e >= depth]
+    if beyond:
+        raise ConfigError(
+            f"{name}={tuple(exits)}: {beyond} not below the tower's depth of {depth} blocks; "
+            f"use exits from 1 to {depth - 1} (full depth is always an exit)"
+        )
+
+
+def validate_batch(batch_size: int, shards: int) -> None:
+    """Raises ConfigError where the global batch does not divide over the mesh's data and fsdp axes."""
+    if batch_size % shards:
+        down, up = batch_size // shards * shards, -(-batch_size // shards) * shards
+        near = f"{down} or {up}" if down else f"{up}"
+        raise ConfigError(
+            f"config.train.batch_size={batch_size} does not divide over {shards} devices of the mesh axes data x fsdp; "
+            f"use {near}"
+        )

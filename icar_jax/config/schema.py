@@ -1,0 +1,132 @@
+"""The fields of a configuration.
+
+Annotations here must stay real types (no `from __future__ import annotations`): the flags read them to parse overrides.
+"""
+
+from dataclasses import dataclass, field
+
+TASKS = ("clip", "complexity")
+MIN_VOCABULARY = 259  # of a byte-level tokenizer: 256 bytes, pad, start and end
+SOURCES = ("scenes", "folder")
+
+
+@dataclass
+class ClipConfig:
+    """The CLIP model that is trained when task is 'clip'."""
+
+    variant: str = "vit_b32"  # named architecture of models/registry.py
+    exits: tuple[int, ...] = ()  # early exits as executed blocks, ascending, each below the tower's depth
+    pool: str = "cls"  # token pooled at the exits: cls | mean | first_patch
+    exit_start: str = "final"  # exit heads start from ln_post and proj ('final') or at random ('random')
+    temperature: str = "own"  # each exit has its 'own' logit scale, or all use the 'shared' one
+    image_size: int = 0  # pixels; 0 keeps the variant's
+    patch_size: int = 0  # pixels; 0 keeps the variant's
+    context_length: int = 0  # tokens; 0 keeps the variant's
+
+
+@dataclass
+class ComplexityConfig:
+    """The complexity model that is trained when task is 'complexity'."""
+
+    variant: str = "convnextv2_nano"  # named ConvNeXt of models/registry.py
+    head: str = "regression"  # regression (score in [0, 1]) | classification (probability of 'complex')
+    image_size: int = 224  # pixels, squashed
+    dropout: float = 0.2  # of the regression head, while training
+    threshold: float = 0.5  # classification: a rated complexity above this is the class 'complex'
+
+
+@dataclass
+class DataConfig:
+    """Where examples come from and how pictures and captions are prepared."""
+
+    source: str = "scenes"  # scenes | folder (images with dataset*.json, captions.csv or captions.jsonl)
+    root: str = ""  # folder of the data; unused by scenes
+    train_split: str = "train"
+    calibration_size: int = 1000  # images cut from the training split; thresholds come from these alone
+    scenes_size: int = 200_000  # scenes: pictures in the training split
+    scenes_pixels: int = 64  # scenes: side they are drawn at, 32 to 512
+    resize: str = "squash"  # squash | crop (shortest side, then centre)
+    interpolation: str = "bicubic"  # bicubic | bilinear, both antialiased
+    normalise: str = "half"  # mean and std of the pixels: half | openai | imagenet
+    crop_scale: float = 1.0  # training: smallest share of the picture kept by a random crop; 1 means no crop
+    flip: bool = False  # training: random horizontal flip (wrong for captions with left and right)
+    tokenizer: str = ""  # tokenizer.json or CLIP merges file; empty trains one on the captions
+    vocabulary: int = 4096  # size of a tokenizer trained here
+    workers: int = 0  # worker processes that prepare batches; 0 uses threads of this process
+    threads: int = 2  # threads that prepare batches, in each process
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with one learning rate for each parameter group."""
+
+    lr: float = 1e-3  # towers
+    exit_lr: float = 1e-3  # exit heads
+    temperature_lr: float = 1e-3  # logit scales (never decayed)
+    weight_decay: float = 0.05  # matrices and embeddings only
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-6
+    clip_norm: float = 1.0  # global gradient norm; 0 switches clipping off
+    warmup_steps: int = 100  # linear
+    final_lr: float = 0.0  # the cosine ends at this share of the peak
+
+
+@dataclass
+class LossConfig:
+    """The contrastive loss at every exit and at full depth."""
+
+    exit_weights: tuple[float, ...] = ()  # one weight for each exit, then full depth; empty weighs all equally
+    direction: str = "symmetric"  # symmetric | image_to_text
+
+
+@dataclass
+class TrainConfig:
+    """Length, batch, precision and bookkeeping of a run."""
+
+    steps: int = 1000
+    batch_size: int = 128  # pairs over all devices
+    seed: int = 0
+    dtype: str = "bfloat16"  # of activations: bfloat16 | float32; parameters and sums stay float32
+    log_every: int = 20  # steps
+    checkpoint_every: int = 500  # steps; the last step is always saved
+    keep: int = 2  # checkpoints kept
+    tensorboard: bool = False  # also write TensorBoard events (needs the [tensorboard] extra)
+
+
+@dataclass
+class MeshConfig:
+    """Devices along each axis; one axis may be -1, which takes the remaining devices."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass
+class EvalConfig:
+    """What evaluate.py does with a trained model."""
+
+    split: str = "val"  # scenes: val | test | relations | heldout; else a split of the folder
+    size: int = 500  # scenes: pictures in the gallery
+    complexity: str = ""  # complexity checkpoint or workdir that routes a plain CLIP; empty evaluates without
+    early_share: tuple[float, ...] = ()  # share of calibration images for each early exit; empty: equal for all exits
+    batch_size: int = 64  # images in a full batch of the router
+    dtype: str = "float32"  # of activations: bfloat16 | float32
+    bootstrap: int = 2000  # resamples of images behind each interval
+    random_draws: int = 100  # random assignments averaged into the run 'random'
+
+
+@dataclass
+class ExperimentConfig:
+    """Everything that train.py and evaluate.py need to know."""
+
+    task: str = "clip"  # clip | complexity
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    complexity: ComplexityConfig = field(default_factory=ComplexityConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
