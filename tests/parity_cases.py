@@ -17,6 +17,14 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from icar_jax import pytree
+from icar_jax.convert.clip import open_clip_rules
+from icar_jax.convert.engine import export_weights
+from icar_jax.convert.torch_writer import write_torch
+from icar_jax.models.clip import Clip, ClipArch
+from icar_jax.models.text import TextArch
+from icar_jax.models.vision import VisionArch
+
 FIXTURES = Path(__file__).parent / "fixtures"
 GOLDEN = FIXTURES / "golden"
 
@@ -126,9 +134,23 @@ def write_source(case: Case, folder: Path) -> Path:
     if file.suffix == ".safetensors":
         save_file({name: np.asarray(array, order="C") for name, array in case.weights.items()}, file, metadata={"format": "pt"})
     else:
-        from icar_jax.convert.torch_writer import write_torch
 
         write_torch(file, {**case.extra, case.state_key: case.weights} if case.state_key else case.weights)
     for name, content in case.files.items():
         (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
     return folder if case.files else file
+
+
+def openai_source(folder: Path) -> tuple[Path, dict]:
+    """A small state dict as OpenAI's loader demands it (heads 64 wide, MLPs four times the width), and its parameters."""
+    arch = ClipArch(
+        VisionArch(12, 6, 64, 2, 1, 256, 32, "quick_gelu"), TextArch(10, 64, 64, 2, 1, 256, 32, "quick_gelu", end_id=63)
+    )
+    rng = np.random.default_rng(0)
+    params = pytree.map_with_path(
+        lambda _, leaf: (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32), Clip(arch).shapes()
+    )
+    state = dict(export_weights(params, open_clip_rules(), "source"))
+    state |= {name: np.array(size) for name, size in (("input_resolution", 12), ("context_length", 10), ("vocab_size", 64))}
+    write_torch(folder / "openai.pt", state)
+    return folder / "openai.pt", params

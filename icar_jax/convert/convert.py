@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from icar_jax import checkpoint, pytree
 from icar_jax.config import from_dict
 from icar_jax.convert import clip, convnext, engine, icar, siglip, verify, vocabulary
-from icar_jax.convert.engine import Leaf
+from icar_jax.convert.engine import Leaf, Rule
 from icar_jax.convert.errors import ConvertError
 from icar_jax.convert.positions import resize_positions
 from icar_jax.convert.settings import choose_preprocess
@@ -144,16 +145,16 @@ def read(source: Source, options: Options = Options()) -> Converted:
 
 def _read_clip(source: Source, options: Options) -> Converted:
     if source.layout == "icar":
-        arch = icar.arch(source, options)
+        arch = _architecture(source, options, icar.arch, icar.rules(0, clip.text_prefix(source, "clip.")))
         rules = icar.source_rules(source, arch)
     elif source.layout == "siglip":
-        arch, rules = siglip.arch(source, options), siglip.rules()
+        arch = _architecture(source, options, siglip.arch, rules := siglip.rules())
     elif source.layout == "hf_clip":
-        arch, rules = clip.hf_arch(source, options), clip.hf_rules()
+        arch = _architecture(source, options, clip.hf_arch, rules := clip.hf_rules())
     else:
         activation = "quick_gelu" if source.layout == "openai" else ""
-        arch = clip.open_clip_arch(source, options, activation=activation)
         rules = clip.open_clip_rules(clip.text_prefix(source))
+        arch = _architecture(source, options, partial(clip.open_clip_arch, activation=activation), rules)
     preprocess = _clip_preprocess(source, options, arch)
     leaves = engine.import_weights(source.tensors, rules, Clip(arch).shapes(), str(source.path))
     arch, leaves = _resize(arch, leaves, options.image_size)
@@ -168,6 +169,17 @@ def _read_clip(source: Source, options: Options) -> Converted:
     else:
         made.extra["tokenizer"] = origin
     return made
+
+
+def _architecture(source: Source, options: Options, read_arch: Callable, rules: Sequence[Rule]) -> Any:
+    """The architecture; where it cannot be read, the error also lists the names that no rule knows (a renamed tensor, say)."""
+    try:
+        return read_arch(source, options)
+    except ConvertError as error:
+        lines = engine.unknown_keys(source.tensors, rules)
+        if lines:
+            raise ConvertError("\n  ".join([str(error), *lines[:10]])) from error
+        raise
 
 
 def _clip_preprocess(source: Source, options: Options, arch: ClipArch) -> Preprocess:

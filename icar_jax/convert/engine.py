@@ -134,6 +134,12 @@ def import_weights(
     return leaves
 
 
+def unknown_keys(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> list[str]:
+    """One line for each source key that no rule knows."""
+    patterns = [_pattern(source) for r in rules for source in r.sources]
+    return [f"unknown in the source: {key} {t.shape}" for key, t in tensors.items() if not any(p.fullmatch(key) for p in patterns)]
+
+
 def export_weights(params: Mapping[str, Any], rules: Sequence[Rule], where: str) -> dict[str, Leaf]:
     """{source key: Leaf} from parameters: the rules read backwards. Raises ConvertError for parameters no rule knows."""
     flat = pytree.flatten(params)
