@@ -134,7 +134,6 @@ def write_source(case: Case, folder: Path) -> Path:
     if file.suffix == ".safetensors":
         save_file({name: np.asarray(array, order="C") for name, array in case.weights.items()}, file, metadata={"format": "pt"})
     else:
-
         write_torch(file, {**case.extra, case.state_key: case.weights} if case.state_key else case.weights)
     for name, content in case.files.items():
         (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
