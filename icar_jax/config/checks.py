@@ -5,7 +5,7 @@ import typing
 from typing import Any
 
 from icar_jax.config.errors import ConfigError, unknown
-from icar_jax.config.schema import MIN_VOCABULARY, SOURCES, TASKS, ExperimentConfig
+from icar_jax.config.schema import FREEZE, MIN_VOCABULARY, REMAT, SOURCES, TASKS, ExperimentConfig
 
 
 def _check_types(node: Any, prefix: str) -> None:
@@ -59,6 +59,11 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     _choice("config.clip.temperature", c.clip.temperature, ("own", "shared"))
     _choice("config.complexity.head", c.complexity.head, ("regression", "classification"))
     _choice("config.loss.direction", c.loss.direction, ("symmetric", "image_to_text"))
+    _choice("config.loss.kind", c.loss.kind, ("softmax", "sigmoid"))
+    _choice("config.optim.mu_dtype", c.optim.mu_dtype, ("bfloat16", "float32"))
+    _choice("config.train.remat", c.train.remat, REMAT)
+    for group in c.train.freeze:
+        _choice("config.train.freeze", group, FREEZE)
     for name in ("train", "eval"):
         _choice(f"config.{name}.dtype", getattr(c, name).dtype, ("bfloat16", "float32"))
     if c.data.source != "scenes" and not c.data.root:
@@ -75,11 +80,18 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     if list(c.clip.exits) != sorted(set(c.clip.exits)) or any(e < 1 for e in c.clip.exits):
         fixed = tuple(sorted({e for e in c.clip.exits if e >= 1}))
         raise ConfigError(f"config.clip.exits={c.clip.exits} must be ascending block counts from 1; write {fixed}")
-    for name, low in (("seed", 0), ("steps", 1), ("batch_size", 2), ("log_every", 1), ("checkpoint_every", 1), ("keep", 1)):
+    lows = {"seed": 0, "steps": 1, "batch_size": 2, "log_every": 1, "checkpoint_every": 1, "keep": 1, "accumulate": 1}
+    for name, low in lows.items():
         _at_least(f"config.train.{name}", getattr(c.train, name), low, "raise it")
+    _at_least("config.train.eval_every", c.train.eval_every, 0, "0 evaluates only with evaluate.py")
+    _at_least("config.loss.chunk", c.loss.chunk, 0, "0 forms all logits at once")
+    _at_least("config.data.retries", c.data.retries, 0, "0 stops at the first fault")
+    if not c.data.stall_timeout_s > 0:
+        raise ConfigError(f"config.data.stall_timeout_s={c.data.stall_timeout_s} must be positive (seconds)")
+    _validate_training(c)
     for name in ("lr", "exit_lr", "temperature_lr", "weight_decay", "clip_norm", "warmup_steps", "eps", "final_lr"):
         _at_least(f"config.optim.{name}", getattr(c.optim, name), 0, "use zero or a positive number")
-    for name in ("b1", "b2"):
+    for name in ("b1", "b2", "ema"):
         if not 0 <= getattr(c.optim, name) < 1:
             raise ConfigError(f"config.optim.{name}={getattr(c.optim, name)} must lie in [0, 1), for example 0.9")
     if not 0 < c.data.crop_scale <= 1:
@@ -106,6 +118,31 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     if any(w < 0 for w in weights) or (weights and sum(weights) == 0):
         raise ConfigError(f"config.loss.exit_weights={weights} must be non-negative with a positive sum")
     return config
+
+
+def _validate_training(c: ExperimentConfig) -> None:
+    """Options of the training run that do not go together."""
+    t = c.train
+    if t.batch_size % t.accumulate:
+        raise ConfigError(
+            f"config.train.accumulate={t.accumulate} does not divide config.train.batch_size={t.batch_size}; "
+            "choose a divisor"
+        )
+    if t.keep_best and not t.eval_every:
+        raise ConfigError("config.train.keep_best=True needs evaluations: set config.train.eval_every to a number of steps")
+    if c.loss.kind == "sigmoid" and c.loss.direction != "symmetric":
+        raise ConfigError(
+            f"config.loss.direction={c.loss.direction!r} has no meaning with config.loss.kind='sigmoid'; leave it 'symmetric'"
+        )
+    if c.task == "complexity":
+        for name, value, off in (
+            ("train.accumulate", t.accumulate, 1), ("train.freeze", t.freeze, ()), ("train.eval_every", t.eval_every, 0),
+            ("train.scan_blocks", t.scan_blocks, False), ("train.remat", t.remat, "none"), ("loss.chunk", c.loss.chunk, 0),
+        ):  # fmt: skip
+            if value != off:
+                raise ConfigError(f"config.{name}={value!r} is for task 'clip' only; leave it {off!r}")
+    if c.data.source == "tfds" and not c.data.dataset:
+        raise ConfigError("config.data.dataset='' but config.data.source='tfds'; name the dataset, such as coco_captions")
 
 
 def _validate_shares(c: ExperimentConfig) -> None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 TASKS = ("clip", "complexity")
 MIN_VOCABULARY = 259  # of a byte-level tokenizer: 256 bytes, pad, start and end
-SOURCES = ("scenes", "folder")
+SOURCES = ("scenes", "folder", "webdataset", "parquet", "tfds")
+FREEZE = ("image", "text", "exits", "temperature")
+REMAT = ("none", "dots", "full")
 
 
 @dataclass
@@ -39,9 +41,12 @@ class ComplexityConfig:
 class DataConfig:
     """Where examples come from and how pictures and captions are prepared."""
 
-    source: str = "scenes"  # scenes | folder (images with dataset*.json, captions.csv or captions.jsonl)
-    root: str = ""  # folder of the data; unused by scenes
-    train_split: str = "train"
+    source: str = "scenes"  # scenes | folder (dataset*.json, captions.csv or .jsonl) | webdataset | parquet | tfds
+    root: str = ""  # folder; webdataset, parquet: folder, glob or {000..123} of the shards; tfds: data_dir; unused by scenes
+    train_split: str = "train"  # folder, tfds: name of the split; webdataset, parquet: subfolder of root, or . for root itself
+    dataset: str = ""  # tfds: name of the dataset, such as coco_captions
+    image_column: str = "image"  # parquet: image bytes, a struct with bytes, or a path; tfds: image feature
+    caption_column: str = "caption"  # parquet, tfds: text, or a list of texts
     calibration_size: int = 1000  # images cut from the training split; thresholds come from these alone
     scenes_size: int = 200_000  # scenes: pictures in the training split
     scenes_pixels: int = 64  # scenes: side they are drawn at, 32 to 512
@@ -54,6 +59,8 @@ class DataConfig:
     vocabulary: int = 4096  # size of a tokenizer trained here
     workers: int = 0  # worker processes that prepare batches; 0 uses threads of this process
     threads: int = 2  # threads that prepare batches, in each process
+    retries: int = 3  # times a shard that cannot be read is tried again, with growing pauses, before the run stops
+    stall_timeout_s: float = 600.0  # seconds without a batch after which the run stops, naming what it waited for
 
 
 @dataclass
@@ -70,6 +77,8 @@ class OptimConfig:
     clip_norm: float = 1.0  # global gradient norm; 0 switches clipping off
     warmup_steps: int = 100  # linear
     final_lr: float = 0.0  # the cosine ends at this share of the peak
+    mu_dtype: str = "float32"  # of Adam's first moment: float32 | bfloat16
+    ema: float = 0.0  # decay of an exponential moving average of the weights, which becomes the model; 0 switches it off
 
 
 @dataclass
@@ -77,7 +86,9 @@ class LossConfig:
     """The contrastive loss at every exit and at full depth."""
 
     exit_weights: tuple[float, ...] = ()  # one weight for each exit, then full depth; empty weighs all equally
-    direction: str = "symmetric"  # symmetric | image_to_text
+    direction: str = "symmetric"  # softmax: symmetric | image_to_text
+    kind: str = "softmax"  # softmax (CLIP) | sigmoid (SigLIP: logit bias, every pair a decision of its own)
+    chunk: int = 0  # texts that a device scores at once while they pass round the ring of devices; 0 forms all logits at once
 
 
 @dataclass
@@ -91,6 +102,13 @@ class TrainConfig:
     log_every: int = 20  # steps
     checkpoint_every: int = 500  # steps; the last step is always saved
     keep: int = 2  # checkpoints kept
+    accumulate: int = 1  # parts a batch is encoded in, one after the other; the gradient is that of the whole batch
+    remat: str = "none"  # what the backward pass computes again: none | dots (all but matrix products) | full (whole blocks)
+    scan_blocks: bool = False  # one compiled block run in a loop: compiles faster and takes less memory on accelerators
+    freeze: tuple[str, ...] = ()  # groups that do not learn: image | text | exits | temperature; ('image',) is LiT
+    init: str = ""  # checkpoint or workdir whose weights the run starts from; exits it lacks start from its final head
+    eval_every: int = 0  # steps between evaluations on config.eval.split; 0 evaluates only with evaluate.py
+    keep_best: bool = False  # also keep WORKDIR/best, the model of the evaluation with the highest mean recall at 5
     tensorboard: bool = False  # also write TensorBoard events (needs the [tensorboard] extra)
 
 
