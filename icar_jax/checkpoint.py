@@ -64,7 +64,7 @@ def write(
 ) -> Path:
     """Writes a checkpoint whole or not at all; an existing folder at `path` is replaced only once the new one is complete.
 
-    Leaves are arrays, or anything with a shape that becomes one; each is asked for its values once, and `on_leaf(path)` follows.
+    Leaves are arrays, or anything with a shape that becomes one; each is asked for its values once, followed by `on_leaf`.
     Raises NotFinite (a ValueError) for parameters that are not finite, naming them.
     """
     flat = pytree.flatten(params)
@@ -86,8 +86,11 @@ def write_bundle(path: str | os.PathLike, description: Mapping[str, Any], clip: 
     """Joins copies of two checkpoints with `description` (exits, thresholds and how they were found)."""
 
     def fill(folder: Path) -> None:
-        shutil.copytree(clip, folder / "clip")
-        shutil.copytree(complexity, folder / "complexity")
+        for part, source in (("clip", clip), ("complexity", complexity)):
+            (folder / part).mkdir()
+            for name in (DESCRIPTION, WEIGHTS, TOKENIZER):
+                if (Path(source) / name).is_file():
+                    shutil.copy2(Path(source) / name, folder / part / name)
         _describe(folder, "bundle", description)
 
     return _replace_folder(Path(path), "bundle", fill)
@@ -101,7 +104,7 @@ def _describe(folder: Path, kind: str, description: Mapping[str, Any]) -> None:
 def require_replaceable(path: str | os.PathLike, kind: str) -> None:
     """Raises CheckpointError where `path` holds anything but a checkpoint of the same kind: that is never overwritten."""
     path = Path(path)
-    if not path.exists():
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not (path / DESCRIPTION).is_file():
         raise CheckpointError(f"{path} exists and is not a checkpoint; choose another place or remove it")
@@ -110,21 +113,39 @@ def require_replaceable(path: str | os.PathLike, kind: str) -> None:
         raise CheckpointError(f"{path} holds a checkpoint of kind {found!r}, not {kind!r}; choose another place or remove it")
 
 
-def _replace_folder(path: Path, kind: str, fill) -> Path:
+def _replace_folder(path: Path, kind: str, fill: Callable[[Path], None]) -> Path:
     require_replaceable(path, kind)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    target = path.resolve()  # of a link the folder behind it is replaced
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise CheckpointError(f"{path} cannot be a folder: {target.parent} is a file or lies below one") from error
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    old = staging.with_name(staging.name + ".old")
     try:
         fill(staging)
         staging.chmod(0o755)  # mkdtemp makes it private
-        old = staging.with_name(staging.name + ".old")
-        if path.exists():
-            os.replace(path, old)
-        os.replace(staging, path)
-        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            os.replace(target, old)
+        try:
+            os.replace(staging, target)
+        except OSError:
+            if old.exists():
+                os.replace(old, target)
+            raise
+        if old.exists():
+            _keep_strangers(old, target)
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return path
+
+
+def _keep_strangers(old: Path, new: Path) -> None:
+    """Moves what did not belong to the checkpoint (figures, notes, somebody's weights) over to its successor."""
+    for entry in old.iterdir():
+        if entry.name not in (DESCRIPTION, WEIGHTS, TOKENIZER, "clip", "complexity") and not (new / entry.name).exists():
+            os.replace(entry, new / entry.name)
 
 
 def find(path: str | os.PathLike, kinds: tuple[str, ...] = KINDS) -> Path:
@@ -182,9 +203,7 @@ def read(folder: str | os.PathLike, kind: str) -> Checkpoint:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {folder / WEIGHTS}: {error}") from error
     tokenizer = folder / TOKENIZER
-    return Checkpoint(
-        folder, kind, description, params, tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None
-    )
+    return Checkpoint(folder, kind, description, params, tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None)
 
 
 def sha256(file: str | os.PathLike) -> str:

@@ -7,6 +7,8 @@ import contextlib
 import inspect
 import json
 import runpy
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,12 +20,12 @@ from icar_jax import config as cfg
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
+def user_errors(interrupted: str = "stopped; the same command continues from the last checkpoint") -> Iterator[None]:
     """Ends the program with a plain message for errors a user can cause; other faults keep their traceback."""
     try:
         yield
     except KeyboardInterrupt:
-        print("\nstopped; the same command continues from the last checkpoint", file=sys.stderr)
+        print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(130)
     except (cfg.ConfigError, checkpoint.CheckpointError, OSError) as error:
         _fail(error)
@@ -90,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     _add_reference(commands)
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.WARNING)
-    with user_errors():
+    # So that half-written folders are removed before the program ends.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with user_errors("stopped; nothing was written"):
         args.run(args)
 
 
@@ -104,9 +108,7 @@ def _add_bundle(commands) -> None:
     p.add_argument("--clip", required=True, help="workdir or checkpoint of the CLIP model")
     p.add_argument("--complexity", required=True, help="workdir or checkpoint of the complexity model")
     p.add_argument("--out", required=True, help="folder to write; WORKDIR/bundle is where evaluate.py looks")
-    p.add_argument(
-        "--share", type=float, nargs="+", default=[], metavar="S", help="share of the images for each early exit"
-    )
+    p.add_argument("--share", type=float, nargs="+", default=[], metavar="S", help="share of the images for each early exit")
     p.add_argument("--thresholds", type=float, nargs="+", metavar="T", help="use these instead of calibrating")
     p.add_argument("--root", help="folder of the pictures, where it moved since training")
     p.set_defaults(run=_bundle)
@@ -206,7 +208,9 @@ def _add_export(commands) -> None:
 def _export(args: argparse.Namespace) -> None:
     from icar_jax.convert.export import export
 
-    written = export(args.checkpoint, args.dest or f"{args.checkpoint.rstrip('/')}-{args.to}", args.to)
+    source = Path(args.checkpoint)
+    dest = args.dest or source.resolve().with_name(f"{source.resolve().name}-{args.to}")
+    written = export(source, dest, args.to)
     for note in written.notes:
         print(f"warning: {note}", file=sys.stderr)
     print(f"Exported: {written.path}: {', '.join(written.files)}")
@@ -244,7 +248,7 @@ def _reference(args: argparse.Namespace) -> None:
         images=args.images,
         seed=args.seed,
     )
-    print(f"Reference: {out}; compare with `icar convert {args.source} DEST --verify {out}`")
+    print(f"Reference: {out}; compare with `icar convert {shlex.quote(args.source)} DEST --verify {shlex.quote(str(out))}`")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,9 @@ def test_transformers(name, tmp_path):
     close(out.text_embeds, case.outputs["text_embeds"])
     processor = AutoImageProcessor.from_pretrained(folder)
     ours = checkpoint.describe(tmp_path / "model")["preprocess"]
-    assert list(processor.image_mean) == pytest.approx(ours["mean"]) and processor.do_center_crop == (ours["resize_mode"] == "crop")
+    assert list(processor.image_mean) == pytest.approx(ours["mean"]) and processor.do_center_crop == (
+        ours["resize_mode"] == "crop"
+    )
 
 
 @pytest.mark.parametrize("name", ["open_clip_gelu", "open_clip_custom_text", "hf_gelu"])

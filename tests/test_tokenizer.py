@@ -57,6 +57,7 @@ def test_merges_plain_text_equals_gzip(merges_file, tmp_path):
     "text, message",
     [
         ("hello\nt h\n", "neither a tokenizer.json nor a CLIP merges file"),
+        ("#version: 0.2\nt h\n", "no merge ends a word"),
         ("#version: 0.2\nt h\nt h e\n", "line 3: expected two symbols"),
         ("#version: 0.2\nzz qq\n", "inconsistent merges"),
         ("#version: 0.2\nt h\nt h\n", "exists already"),

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from icar_jax import checkpoint, pytree
 from icar_jax.config import from_dict
-from icar_jax.convert import clip, convnext, engine, icar, siglip, verify, vocabulary
+from icar_jax.convert import clip, convnext, engine, hf, icar, siglip, verify, vocabulary
 from icar_jax.convert.engine import Leaf, Rule
 from icar_jax.convert.errors import ConvertError
+from icar_jax.convert.fields import Fields
 from icar_jax.convert.positions import resize_positions
 from icar_jax.convert.settings import choose_preprocess
 from icar_jax.convert.source import Source, open_source
@@ -44,6 +45,18 @@ class Options:
     heads: tuple[int, ...] = ()  # (vision, text) attention heads
     image_size: int = 0  # pixels; another than the source's resizes the position embeddings
     tokenizer: str = ""  # tokenizer.json or CLIP's merges file
+
+    def given(self) -> set[str]:
+        """Names of the fields that were set."""
+        return {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+
+
+# What a user may say of a source besides these makes no difference to it, and is refused rather than ignored.
+_MEANT = {
+    "timm": {"preprocess", "image_size"},
+    "icc": {"preprocess", "image_size"},
+    "icar": {"activation", "preprocess", "exits", "heads", "image_size", "tokenizer"},
+}
 
 
 @dataclass
@@ -87,10 +100,10 @@ def convert(
 ) -> Report:
     """Converts `source` (a file or a folder of another library) into a checkpoint at `dest`.
 
-    With `reference`, an .npz of `icar reference`, the converted model is compared with it first. Raises ConvertError for anything
-    that does not fit, and CheckpointError where `dest` holds something else; nothing is written then.
+    With `reference`, an .npz of `icar reference`, the converted model is compared with it first. Raises ConvertError for
+    anything that does not fit, and CheckpointError where `dest` holds something else; nothing is written then.
     """
-    if (Path(source) / checkpoint.DESCRIPTION).is_file():
+    if _is_own(Path(source)):
         return _retokenize(Path(source), Path(dest), options, reference)
     opened = open_source(source)
     made = read(opened, options)
@@ -130,12 +143,21 @@ def _write(dest: str | os.PathLike, made: Converted, description: dict[str, Any]
         leaves = pytree.flatten(made.params)
         names = [name for path in error.names for name in getattr(leaves[path], "sources", (path,))]
         raise ConvertError(
-            f"the source holds NaN or infinity, nothing was written: {', '.join(names[:10])} ({len(names)} tensors)"
+            "the source holds NaN, infinity or numbers beyond float32, nothing was written: "
+            f"{', '.join(names[:10])} ({len(names)} tensors)"
         ) from error
 
 
 def read(source: Source, options: Options = Options()) -> Converted:
     """Everything about a source but its values. Raises ConvertError listing what does not fit."""
+    idle = options.given() - _MEANT.get(source.layout, options.given())
+    if idle:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(idle))
+        raise ConvertError(f"{source.path} ({source.layout} layout) has no use for {flags}; leave it out")
+    if options.pool and not options.exits:
+        raise ConvertError(f"--pool={options.pool} says what added exits read; pass --exits with it, or leave it out")
+    if options.image_size < 0:
+        raise ConvertError(f"--image-size={options.image_size} must be a positive number of pixels")
     if source.layout == "timm":
         return _read_convnext(source, options)
     if source.layout == "icc":
@@ -150,7 +172,7 @@ def _read_clip(source: Source, options: Options) -> Converted:
     elif source.layout == "siglip":
         arch = _architecture(source, options, siglip.arch, rules := siglip.rules())
     elif source.layout == "hf_clip":
-        arch = _architecture(source, options, clip.hf_arch, rules := clip.hf_rules())
+        arch = _architecture(source, options, hf.clip_arch, rules := hf.clip_rules())
     else:
         activation = "quick_gelu" if source.layout == "openai" else ""
         rules = clip.open_clip_rules(clip.text_prefix(source))
@@ -183,19 +205,18 @@ def _architecture(source: Source, options: Options, read_arch: Callable, rules: 
 
 
 def _clip_preprocess(source: Source, options: Options, arch: ClipArch) -> Preprocess:
-    size = options.image_size or arch.vision.image_size
-    where = str(source.path)
-    if source.layout in ("hf_clip", "siglip"):
-        # A processor whose steps are not supported must not stand in the way of --preprocess.
-        found = None if options.preprocess else clip.hf_found_preprocess(source)
-        # SigLIP at 384 pixels has patches of 14: the convolution leaves the last 6 out, but pictures are resized to 384.
-        if found is not None and not options.image_size and found.image_size // arch.vision.patch_size == size // arch.vision.patch_size:
-            size = found.image_size
-        return choose_preprocess(options.preprocess, found, size, where)
+    size, where = options.image_size or arch.vision.image_size, str(source.path)
     if source.layout == "icar":
         return choose_preprocess(options.preprocess or "icar", None, size, where)
-    found = None if options.preprocess else clip.open_clip_found_preprocess(source, size)
-    return choose_preprocess(options.preprocess, found, size, where)
+    if source.layout in ("hf_clip", "siglip"):
+        pixels = hf.stated_pixels(source)
+        if pixels and not options.image_size:
+            size = pixels  # SigLIP at 384 pixels with patches of 14: the convolution leaves the last 6 out
+        find = hf.found_preprocess
+    else:
+        find = partial(clip.found_preprocess, image_size=size)
+    # A preparation that cannot be expressed here must not stand in the way of --preprocess.
+    return choose_preprocess(options.preprocess, None if options.preprocess else find(source), size, where)
 
 
 def _resize(arch: ClipArch, leaves: dict[str, Leaf], image_size: int) -> tuple[ClipArch, dict[str, Leaf]]:
@@ -214,13 +235,9 @@ def _resize(arch: ClipArch, leaves: dict[str, Leaf], image_size: int) -> tuple[C
     return dataclasses.replace(arch, vision=dataclasses.replace(vision, image_size=image_size)), {**leaves, "vision/pos": new}
 
 
-def _add_exits(
-    source: Source, arch: ClipArch, leaves: dict[str, Leaf], options: Options
-) -> tuple[ClipArch, dict[str, Leaf]]:
+def _add_exits(source: Source, arch: ClipArch, leaves: dict[str, Leaf], options: Options) -> tuple[ClipArch, dict[str, Leaf]]:
     """Exit heads that start from the head of the full tower, each with a temperature of its own."""
     if source.layout == "icar" or not options.exits:
-        if options.pool and source.layout == "icar" and options.pool != arch.vision.pool:
-            raise ConvertError(f"--pool={options.pool}: the exit of an ICAR checkpoint was trained on {arch.vision.pool}")
         return arch, leaves
     pool = options.pool or ("map" if arch.vision.head == "map" else "cls")
     if pool not in POOLS:
@@ -236,13 +253,15 @@ def _add_exits(
 
 def _read_convnext(source: Source, options: Options) -> Converted:
     arch = convnext.arch(source)
+    convnext.require_supported(source)
     shapes = Classifier(arch).shapes()
     leaves = engine.import_weights(source.tensors, convnext.rules(convnext.has_conv_mlp(source)), shapes, str(source.path))
-    found = convnext.found_preprocess(source)
+    found = None if options.preprocess else convnext.found_preprocess(source)
     size = options.image_size or (found.image_size if found else convnext.INPUT_SIZE)
     preprocess = choose_preprocess(options.preprocess, found, size, str(source.path))
     extra = {"conv_mlp": convnext.has_conv_mlp(source)}
-    return Converted("convnext", arch, pytree.unflatten(leaves), preprocess, extra=extra)
+    notes = [] if options.preprocess else convnext.notes(source)
+    return Converted("convnext", arch, pytree.unflatten(leaves), preprocess, extra=extra, notes=notes)
 
 
 def _read_classifier(source: Source, options: Options) -> Converted:
@@ -253,18 +272,31 @@ def _read_classifier(source: Source, options: Options) -> Converted:
     )
     made = Converted("complexity", arch, pytree.unflatten(leaves), convnext.classifier_preprocess(source, options))
     made.extra["conv_mlp"] = conv_mlp
-    hparams = source.weights.extra.get("hparams")
-    threshold = hparams.get("threshold") if isinstance(hparams, dict) else None
-    if isinstance(threshold, float | int) and 0 <= threshold <= 1:
-        made.extra["threshold"] = float(threshold)
+    hparams = Fields(str(source.path), source.weights.extra).section("hparams")
+    threshold = hparams.get("threshold", float)
+    if threshold is None:
+        made.notes.append("the classifier brings no threshold; name one with `icar bundle --thresholds`")
+    elif not 0 <= threshold <= 1:
+        raise ConvertError(f"{hparams.where}: threshold must lie in [0, 1], found {threshold}")
+    else:
+        made.extra["threshold"] = threshold
     return made
+
+
+def _is_own(path: Path) -> bool:
+    """Whether `path` is a checkpoint of this library, or a folder that holds one."""
+    return path.is_dir() and any((folder / checkpoint.DESCRIPTION).is_file() for folder in (path, path / "model"))
 
 
 def _retokenize(source: Path, dest: Path, options: Options, reference: str | os.PathLike) -> Report:
     """A checkpoint of this library with another tokenizer; everything else stays."""
-    if not options.tokenizer or options != Options(tokenizer=options.tokenizer) or reference:
+    if options.given() != {"tokenizer"} or reference:
         raise ConvertError(f"{source} is an icar_jax checkpoint already; only --tokenizer can be given to it")
-    loaded = checkpoint.read(source, "clip")
+    folder = checkpoint.find(source)
+    if folder.resolve() != source.resolve() or checkpoint.describe(folder)["kind"] == "bundle":
+        inner = folder / "clip" if checkpoint.describe(folder)["kind"] == "bundle" else folder
+        raise ConvertError(f"{source} holds its CLIP in {inner}; name that folder, as source and as destination")
+    loaded = checkpoint.read(folder, "clip")
     arch = from_dict(loaded.description["arch"], ClipArch, f"{source}: arch")
     tokenizer = vocabulary.open_tokenizer(Path(options.tokenizer), arch.text)
     kept = {k: v for k, v in loaded.description.items() if k not in ("format", "kind", "hashes")}

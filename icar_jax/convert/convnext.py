@@ -7,11 +7,12 @@ from typing import Any
 from icar_jax.convert import engine
 from icar_jax.convert.engine import CONV, POINTWISE, SAME, TRANSPOSE, Rule, linear, norm, prefixed, rule
 from icar_jax.convert.errors import ConvertError
+from icar_jax.convert.fields import Fields
 from icar_jax.convert.settings import choose_preprocess
 from icar_jax.convert.source import Source, shape_of
 from icar_jax.data.images import Preprocess
 from icar_jax.models.complexity import ComplexityArch
-from icar_jax.models.convnext import ConvNeXtArch
+from icar_jax.models.convnext import EPS, ConvNeXtArch
 
 INPUT_SIZE = 224  # pixels; what the released classifiers and most of timm's were trained at
 
@@ -87,15 +88,40 @@ def classifier_arch(source: Source, options: Any) -> ComplexityArch:
 
 def found_preprocess(source: Source) -> Preprocess | None:
     """What timm's config.json (`pretrained_cfg`) says of the images, or None without one."""
-    config = source.configs.get("config.json", {}).get("pretrained_cfg")
+    config = _config(source).section("pretrained_cfg")
     if not config:
         return None
-    size = (config.get("input_size") or [3, INPUT_SIZE, INPUT_SIZE])[-1]
-    mode = "squash" if config.get("crop_mode") == "squash" else "crop"
+    size = config.get("input_size", list, [3, INPUT_SIZE, INPUT_SIZE])[-1:]
+    mode = "squash" if config.get("crop_mode", str) == "squash" else "crop"
+    interpolation, mean, std = (
+        config.get(name, kind) for name, kind in (("interpolation", str), ("mean", list), ("std", list))
+    )
     try:
-        return Preprocess(size, mode, config.get("interpolation", "bicubic"), config["mean"], config["std"])
-    except (KeyError, ValueError) as error:
-        raise ConvertError(f"config.json: cannot read pretrained_cfg: {error}") from error
+        return Preprocess(*size, mode, interpolation or "bicubic", mean, std)
+    except (TypeError, ValueError) as error:
+        raise ConvertError(f"{config.where}: {error}; pass --preprocess to say how images are prepared") from error
+
+
+def require_supported(source: Source) -> None:
+    """Raises ConvertError where config.json says that the model computes otherwise than timm's ConvNeXt does by default."""
+    args = _config(source).section("model_args")
+    eps = args.get("norm_eps", float, EPS)
+    if eps != EPS:
+        raise ConvertError(f"{args.where}: norm_eps {eps} is not supported; ConvNeXt here has {EPS}")
+
+
+def notes(source: Source) -> list[str]:
+    """What config.json says and a checkpoint cannot hold."""
+    crop = _config(source).section("pretrained_cfg").get("crop_pct", float, 1.0)
+    if crop == 1:
+        return []
+    return [
+        f"config.json crops the centre {crop:g} of the picture (crop_pct) when it classifies; this checkpoint takes it whole"
+    ]
+
+
+def _config(source: Source) -> Fields:
+    return Fields("config.json", source.configs.get("config.json", {}))
 
 
 def classifier_preprocess(source: Source, options: Any) -> Preprocess:

@@ -1,7 +1,7 @@
 """Rule tables: how the tensors of a source become parameters, and back.
 
-A table is a list of `Rule`s. Importing holds both sides to it: every source key matches exactly one rule, every target is filled
-exactly once and has its shape; all faults are reported together. Values are read when asked for, one target at a time.
+A table is a list of `Rule`s. Importing holds both sides to it: every source key matches exactly one rule, every target is
+filled exactly once and has its shape; all faults are reported together. Values are read when asked for, one target at a time.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def import_weights(
 ) -> dict[str, Leaf]:
     """{target path: Leaf}, complete and with the shapes of `shapes` (a parameter tree).
 
-    Raises ConvertError listing every fault at once: keys no rule knows, keys two rules claim, unfilled targets with the key that
-    was expected, wrong shapes, and dtypes that hold no weights.
+    Raises ConvertError listing every fault at once: keys no rule knows, keys two rules claim, unfilled targets with the key
+    that was expected, wrong shapes, and dtypes that hold no weights.
     """
     wanted = {path: tuple(leaf.shape) for path, leaf in pytree.flatten(shapes).items()}
     claims, faults = _claims(tensors, rules)
@@ -126,7 +126,9 @@ def import_weights(
         faults += _faults_of(target, shape, chosen, parts)
         leaves[target] = _leaf(chosen, parts, shape)
     expected = _expected_sources(rules, wanted)
-    faults += [f"missing in the source: {expected.get(path, '(no rule)')} (for {path} {shape})" for path, shape in wanted.items()]
+    faults += [
+        f"missing in the source: {expected.get(path, '(no rule)')} (for {path} {shape})" for path, shape in wanted.items()
+    ]
     if faults:
         shown = faults[:_SHOWN] + ([f"... and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else [])
         lines = "\n  ".join(shown)
@@ -137,7 +139,9 @@ def import_weights(
 def unknown_keys(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> list[str]:
     """One line for each source key that no rule knows."""
     patterns = [_pattern(source) for r in rules for source in r.sources]
-    return [f"unknown in the source: {key} {t.shape}" for key, t in tensors.items() if not any(p.fullmatch(key) for p in patterns)]
+    return [
+        f"unknown in the source: {key} {t.shape}" for key, t in tensors.items() if not any(p.fullmatch(key) for p in patterns)
+    ]
 
 
 def export_weights(params: Mapping[str, Any], rules: Sequence[Rule], where: str) -> dict[str, Leaf]:
@@ -191,7 +195,9 @@ def _claims(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> tuple[dict[
 
 
 def _faults_of(target: str, wanted: tuple[int, ...], chosen: Rule, parts: Sequence[Tensor]) -> list[str]:
-    faults = [f"dtype of {p.name}: expected one of {', '.join(FLOATS)}, found {p.dtype}" for p in parts if p.dtype not in FLOATS]
+    faults = [
+        f"dtype of {p.name}: expected one of {', '.join(FLOATS)}, found {p.dtype}" for p in parts if p.dtype not in FLOATS
+    ]
     have = " and ".join(f"{p.name} {p.shape}" for p in parts)
     try:
         shape = chosen.transform.forward([np.broadcast_to(np.float32(0), p.shape) for p in parts]).shape
@@ -206,7 +212,8 @@ def _faults_of(target: str, wanted: tuple[int, ...], chosen: Rule, parts: Sequen
 
 def _leaf(chosen: Rule, parts: Sequence[Tensor], shape: tuple[int, ...]) -> Leaf:
     def read() -> np.ndarray:
-        return chosen.transform.forward([part.load().astype(np.float32, copy=False) for part in parts])
+        with np.errstate(over="ignore"):  # a number beyond float32 becomes infinity, which the writer refuses by name
+            return chosen.transform.forward([part.load().astype(np.float32, copy=False) for part in parts])
 
     return Leaf(shape, tuple(part.name for part in parts), read)
 

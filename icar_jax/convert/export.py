@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ import numpy as np
 from icar_jax import checkpoint, pytree, tensorfile
 from icar_jax.checkpoint import Checkpoint
 from icar_jax.config import from_dict
-from icar_jax.convert import clip, convnext, engine, export_configs, icar, siglip
+from icar_jax.convert import clip, convnext, engine, export_configs, hf, icar, siglip
 from icar_jax.convert.errors import ConvertError
 from icar_jax.convert.torch_writer import write_torch
 from icar_jax.data.images import Preprocess
@@ -54,7 +55,7 @@ def export(source: str | os.PathLike, dest: str | os.PathLike, layout: str) -> E
     dest.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
     try:
-        notes = writer(loaded, staging)
+        notes = writer(loaded, staging) + _left_behind(Path(source), layout)
         staging.chmod(0o755)  # mkdtemp makes it private
         os.replace(staging, dest)
     finally:
@@ -64,10 +65,18 @@ def export(source: str | os.PathLike, dest: str | os.PathLike, layout: str) -> E
 
 def _open(source: Path, layout: str) -> Checkpoint:
     kinds = {"icar": ("clip", "complexity"), "timm": ("convnext",)}.get(layout, ("clip",))
-    folder = checkpoint.find(source, (*kinds, "bundle"))
+    folder = checkpoint.find(source, kinds if layout == "timm" else (*kinds, "bundle"))
     if checkpoint.describe(folder)["kind"] == "bundle":
         folder = folder / "clip"
     return checkpoint.read(folder, checkpoint.describe(folder)["kind"])
+
+
+def _left_behind(source: Path, layout: str) -> list[str]:
+    folder = checkpoint.find(source)
+    if checkpoint.describe(folder)["kind"] != "bundle":
+        return []
+    how = f"; `icar export {shlex.quote(str(folder / 'complexity'))} --to icar` writes it" if layout == "icar" else ""
+    return [f"the bundle's complexity model and thresholds were left out{how}"]
 
 
 def _clip_parts(loaded: Checkpoint) -> tuple[ClipArch, Preprocess, Tokenizer | None]:
@@ -89,7 +98,7 @@ def _hf(loaded: Checkpoint, folder: Path) -> list[str]:
     is_siglip = arch.vision.head == "map"
     config = export_configs.hf_config(arch, preprocess)
     params, notes = _without_exits(arch, loaded.params)
-    rules = siglip.rules() if is_siglip else clip.hf_rules()
+    rules = siglip.rules() if is_siglip else hf.clip_rules()
     leaves = engine.export_weights(params, rules, str(loaded.path))
     tensorfile.write(folder / "model.safetensors", leaves, metadata={"format": "pt"})
     _json(folder / "config.json", config)

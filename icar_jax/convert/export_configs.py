@@ -88,7 +88,13 @@ def open_clip_name(arch: ClipArch) -> str:
     v, t = arch.vision, arch.text
     for name, known in registry.CLIP.items():
         a, b = known.vision, known.text
-        same = (a.image_size, a.patch_size, a.width, a.depth, a.heads) == (v.image_size, v.patch_size, v.width, v.depth, v.heads)
+        same = (a.image_size, a.patch_size, a.width, a.depth, a.heads) == (
+            v.image_size,
+            v.patch_size,
+            v.width,
+            v.depth,
+            v.heads,
+        )
         if name in _OPEN_CLIP_NAMES and same and (b.width, b.depth, b.vocabulary) == (t.width, t.depth, t.vocabulary):
             return _OPEN_CLIP_NAMES[name] + ("-quickgelu" if v.activation == "quick_gelu" else "")
     return ""
@@ -183,7 +189,11 @@ def _siglip_config(arch: ClipArch, preprocess: Preprocess) -> dict[str, Any]:
         "model_type": "siglip",
         "architectures": ["SiglipModel"],
         "text_config": {**_hf_tower("siglip_text_model", t), **_hf_text(t), "projection_size": t.embed_dim},
-        "vision_config": {**_hf_tower("siglip_vision_model", v), "image_size": preprocess.image_size, "patch_size": v.patch_size},
+        "vision_config": {
+            **_hf_tower("siglip_vision_model", v),
+            "image_size": preprocess.image_size,
+            "patch_size": v.patch_size,
+        },
     }
 
 

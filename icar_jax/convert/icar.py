@@ -11,6 +11,7 @@ from typing import Any
 from icar_jax.convert.clip import open_clip_arch, open_clip_rules, text_prefix
 from icar_jax.convert.engine import SCALAR, Rule, dropped, linear, norm, prefixed, rule
 from icar_jax.convert.errors import ConvertError
+from icar_jax.convert.fields import Fields
 from icar_jax.convert.source import Source
 from icar_jax.models.clip import ClipArch
 
@@ -36,15 +37,16 @@ def arch(source: Source, options: Any) -> ClipArch:
 
     Raises ConvertError where neither names it, both do and differ, or the exit lies outside the tower.
     """
-    config = source.weights.extra.get("config")
-    config = config if isinstance(config, dict) else {}
-    layer = config.get("early_exit_layer")
+    config = Fields(f"{source.path}: config", source.weights.extra).section("config")
+    layer = config.content.get("early_exit_layer")
+    if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
+        raise ConvertError(f"{config.where}: early_exit_layer must be a block number, counted from 0, found {layer!r}")
     if layer is None and len(options.exits) != 1:
         raise ConvertError(
             f"{source.path} does not say where its exit is; pass --exits BLOCKS, the number of blocks it runs "
             "(early_exit_layer + 1: 13 for early_exit_layer 12)"
         )
-    exit = layer + 1 if isinstance(layer, int) else options.exits[0]
+    exit = options.exits[0] if layer is None else layer + 1
     if options.exits and tuple(options.exits) != (exit,):
         raise ConvertError(
             f"{source.path} has one trained exit, after {exit} blocks (early_exit_layer {layer}); --exits "
@@ -57,9 +59,9 @@ def arch(source: Source, options: Any) -> ClipArch:
     return dataclasses.replace(base, vision=vision, temperature="own")
 
 
-def _activation(config: dict[str, Any]) -> str:
+def _activation(config: Fields) -> str:
     """OpenCLIP's rule for a model name: QuickGELU for OpenAI's weights and names that say so."""
-    name, pretrained = str(config.get("model_name", "")), str(config.get("pretrained", ""))
+    name, pretrained = config.get("model_name", str, ""), config.get("pretrained", str, "")
     if not name:
         return ""
     return "quick_gelu" if "quickgelu" in name.lower() or pretrained == "openai" else "gelu"

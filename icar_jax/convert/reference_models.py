@@ -25,7 +25,12 @@ _EXIT_KEYS = ("early_temp", "temp_clamp", "early_ln.weight", "early_ln.bias", "e
 def run_transformers(torch: ModuleType, transformers: ModuleType, source: Source, asked: Asked) -> Run:
     _refuse(source, asked, "transformers reads config.json and offers no other size", "model_name", "exits", "image_size")
     folder = source.path if source.path.is_dir() else source.path.parent
-    cls = transformers.CLIPModel if source.layout == "hf_clip" else transformers.SiglipModel
+    wanted, cls = ("clip", transformers.CLIPModel) if source.layout == "hf_clip" else ("siglip", transformers.SiglipModel)
+    stated = source.configs.get("config.json", {}).get("model_type", wanted)
+    if stated != wanted:
+        raise ConvertError(
+            f"{folder}: config.json describes a {stated!r} model, whose weights {cls.__name__} would run as its own"
+        )
     safe = ".safetensors" in source.weights.path.name
     try:
         model, info = cls.from_pretrained(folder, local_files_only=True, use_safetensors=safe, output_loading_info=True)
@@ -87,8 +92,11 @@ def run_open_clip(torch: ModuleType, open_clip: ModuleType, source: Source, aske
     tokens = captions(asked, model.context_length, model.vocab_size, start=start, end=end, pad=pad, highest=pool == "argmax")
     pixels = nchw(torch, images)
     arrays = {
-        "images": images, "tokens": tokens, "image_embeds": model.encode_image(pixels, normalize=True),
-        "text_embeds": model.encode_text(torch.from_numpy(tokens).long(), normalize=True), "logit_scale": model.logit_scale,
+        "images": images,
+        "tokens": tokens,
+        "image_embeds": model.encode_image(pixels, normalize=True),
+        "text_embeds": model.encode_text(torch.from_numpy(tokens).long(), normalize=True),
+        "logit_scale": model.logit_scale,
     }
     if model.logit_bias is not None:
         arrays["logit_bias"] = model.logit_bias

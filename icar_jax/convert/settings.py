@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from icar_jax.convert.errors import ConvertError
-from icar_jax.convert.source import Source, read_json
+from icar_jax.convert.fields import Fields
+from icar_jax.convert.source import read_json
 from icar_jax.data.images import HALF_MEAN, HALF_STD, IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD, Preprocess
 
 # name: (resize mode, interpolation, mean, std, who uses it)
@@ -35,12 +36,17 @@ _HF_ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
 }
 _RESAMPLING = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}
-# Vision towers of OpenCLIP whose heads are not 64 wide: (width, blocks) -> head width.
-_HEAD_WIDTHS = {(1280, 32): 80, (1408, 40): 88, (1664, 48): 104, (1792, 56): 112}
+# Heads of the published CLIP towers, by (width, blocks); a tower of another size may have any number.
+_HEADS = {
+    "vision": {(384, 12): 6, (512, 12): 8, (768, 12): 12, (896, 12): 14, (1024, 24): 16, (1280, 32): 16, (1408, 40): 16,
+               (1664, 48): 16, (1792, 56): 16},
+    "text": {(256, 10): 4, (384, 12): 6, (512, 12): 8, (640, 12): 10, (768, 12): 12, (1024, 24): 16, (1280, 24): 20,
+             (1280, 32): 20, (1280, 36): 20},
+}  # fmt: skip
 
 
 def choose_activation(asked: str, found: str, where: str) -> str:
-    """The activation: what the source says (`found`), else what the user says. Raises ConvertError for neither or for a clash."""
+    """The activation: what the source says (`found`), else the user. Raises ConvertError for neither, or a clash."""
     if asked and asked not in ACTIVATIONS:
         raise ConvertError(f"--activation={asked} must be one of {', '.join(ACTIVATIONS)}")
     if asked and found and asked != found:
@@ -73,11 +79,22 @@ def choose_preprocess(asked: str, found: Preprocess | None, image_size: int, whe
             raise ConvertError(f"--preprocess={asked} is neither a file nor one of {', '.join(PRESETS)}")
         content = read_json(file)
         if "image_mean" in content or "image_processor" in content:
-            return resized(hf_preprocess(content, asked), image_size)
+            return resized(hf_preprocess(Fields(asked, content)), image_size)
+        if "resize_mode" not in content:
+            raise ConvertError(
+                f"--preprocess={asked} is no description of preprocessing; expected a preprocessor_config.json, or the fields "
+                "resize_mode, interpolation, mean and std"
+            )
         try:
-            return Preprocess.from_dict({"image_size": image_size, **content})
+            found = Preprocess.from_dict({"image_size": image_size, **content})
         except (TypeError, ValueError) as error:
             raise ConvertError(f"--preprocess={asked}: {error}") from error
+        if found.image_size != image_size:
+            raise ConvertError(
+                f"--preprocess={asked} says {found.image_size} pixels, the model takes {image_size}; leave image_size out of "
+                "the file, or pass --image-size"
+            )
+        return found
     if found is None:
         choices = "\n".join(f"  --preprocess={n}: {p[0]}, {p[1]}; {p[4]}" for n, p in PRESETS.items())
         raise ConvertError(f"{where} does not say how its images are prepared; pass one of\n{choices}\n  or a JSON file")
@@ -89,47 +106,53 @@ def resized(preprocess: Preprocess, image_size: int) -> Preprocess:
     return Preprocess(image_size, preprocess.resize_mode, preprocess.interpolation, preprocess.mean, preprocess.std)
 
 
-def hf_preprocess(content: Mapping[str, Any], where: str) -> Preprocess:
+def hf_preprocess(config: Fields) -> Preprocess:
     """A Hugging Face image processor's configuration. Raises ConvertError for steps that are not supported."""
-    c = content.get("image_processor", content)
-    size = c.get("size", 224)
-    crop = c.get("do_center_crop", False)
-    if isinstance(size, Mapping):
-        squash = "height" in size
-        side = size.get("shortest_edge", size.get("height"))
-        if squash and size.get("width") != size["height"]:
-            raise ConvertError(f"{where}: size {size} is not square")
-    else:
-        squash, side = not crop, size
-    target = c.get("crop_size", side) if crop else side
-    target = target.get("height") if isinstance(target, Mapping) else target
+    c = config.section("image_processor") or config
+    crop = c.get("do_center_crop", bool, False)
+    size = c.content.get("size", 224)
+    squash = "height" in size if isinstance(size, Mapping) else not crop
+    side, target = _side(c, "size", 224), _side(c, "crop_size", None) if crop else None
+    resample = c.content.get("resample", 3)
     wrong = {
-        "do_resize": c.get("do_resize", True) is not True,
-        "do_normalize": c.get("do_normalize", True) is not True,
-        "do_rescale": c.get("do_rescale", True) is not True,
-        "rescale_factor": abs(c.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3,
-        "resample": c.get("resample", 3) not in _RESAMPLING,
-        "crop_size": target != side or not isinstance(side, int),
+        "do_resize": not c.get("do_resize", bool, True),
+        "do_normalize": not c.get("do_normalize", bool, True),
+        "do_rescale": not c.get("do_rescale", bool, True),
+        "rescale_factor": abs(c.get("rescale_factor", float, 1 / 255) * 255 - 1) > 1e-3,
+        "resample": not isinstance(resample, int | str) or resample not in _RESAMPLING,
+        "crop_size": target not in (None, side),
         "do_center_crop": not crop and not squash,
     }
     if any(wrong.values()):
-        bad = ", ".join(f"{k}={c.get(k)!r}" for k, is_wrong in wrong.items() if is_wrong)
-        raise ConvertError(f"{where}: cannot prepare images that way: {bad}; pass --preprocess to say what to do instead")
-    mean, std = c.get("image_mean", OPENAI_MEAN), c.get("image_std", OPENAI_STD)
-    return _preprocess(side, "squash" if squash else "crop", _RESAMPLING[c.get("resample", 3)], mean, std, where)
+        bad = ", ".join(f"{k}={c.content.get(k)!r}" for k, is_wrong in wrong.items() if is_wrong)
+        raise ConvertError(f"{c.where}: cannot prepare images that way: {bad}; pass --preprocess to say what to do instead")
+    mean, std = c.get("image_mean", list, OPENAI_MEAN), c.get("image_std", list, OPENAI_STD)
+    return _preprocess(side, "squash" if squash else "crop", _RESAMPLING[resample], mean, std, c.where)
 
 
-def open_clip_preprocess(content: Mapping[str, Any], image_size: int, where: str) -> Preprocess:
+def _side(config: Fields, name: str, default: int | None) -> int | None:
+    """The pixels of a square that is written as a number or as an object."""
+    value = config.content.get(name)
+    if not isinstance(value, Mapping):
+        return config.positive(name, int, default)
+    box = config.section(name)
+    side = box.positive("shortest_edge", int) or box.positive("height", int)
+    if side is None or box.get("width", int, side) != side:
+        raise ConvertError(f"{config.where}: {name} must be one side or a square, found {dict(value)}")
+    return side
+
+
+def open_clip_preprocess(config: Fields, image_size: int) -> Preprocess:
     """The `preprocess_cfg` of open_clip_config.json. Raises ConvertError for steps that are not supported."""
-    mode = {"shortest": "crop", "squash": "squash"}.get(content.get("resize_mode", "shortest"))
-    interpolation = _RESAMPLING.get(content.get("interpolation", "bicubic"))
-    if mode is None or interpolation is None:
+    resize, interpolation = config.get("resize_mode", str, "shortest"), config.get("interpolation", str, "bicubic")
+    mode = {"shortest": "crop", "squash": "squash"}.get(resize)
+    if mode is None or interpolation not in _RESAMPLING:
         raise ConvertError(
-            f"{where}: cannot prepare images that way: resize_mode={content.get('resize_mode')!r}, interpolation="
-            f"{content.get('interpolation')!r}; pass --preprocess to say what to do instead"
+            f"{config.where}: cannot prepare images that way: resize_mode={resize!r}, interpolation={interpolation!r}; "
+            "pass --preprocess to say what to do instead"
         )
-    mean, std = content.get("mean", OPENAI_MEAN), content.get("std", OPENAI_STD)
-    return _preprocess(image_size, mode, interpolation, mean, std, where)
+    mean, std = config.get("mean", list, OPENAI_MEAN), config.get("std", list, OPENAI_STD)
+    return _preprocess(image_size, mode, _RESAMPLING[interpolation], mean, std, config.where)
 
 
 def _preprocess(size: int, mode: str, interpolation: str, mean: Any, std: Any, where: str) -> Preprocess:
@@ -140,25 +163,18 @@ def _preprocess(size: int, mode: str, interpolation: str, mean: Any, std: Any, w
 
 
 def choose_heads(asked: int, said: int | None, width: int, depth: int, tower: str, where: str) -> int:
-    """Attention heads: from the config, else from the user, else the published towers' head widths.
+    """Attention heads: from the config, else from the user, else those of the published tower of this width and depth.
 
     Raises ConvertError where the number does not divide the width, or nothing tells it.
     """
     if asked and said and asked != said:
         raise ConvertError(f"--heads says {asked} for the {tower} tower, but {where} says {said}; leave the flag out")
-    heads = said or asked
-    if not heads:
-        head_width = _HEAD_WIDTHS.get((width, depth), 64) if tower == "vision" else 64
-        if width % head_width:
-            raise ConvertError(
-                f"{where} does not say how many attention heads the {tower} tower of width {width} has; pass --heads VISION TEXT"
-            )
-        heads = width // head_width
+    heads = said or asked or _HEADS[tower].get((width, depth), 0)
+    if not heads and not asked and said is None:
+        raise ConvertError(
+            f"{where} does not say how many attention heads the {tower} tower of width {width} and {depth} blocks has, and no "
+            "published tower has that size; pass --heads VISION TEXT"
+        )
     if heads < 1 or width % heads:
         raise ConvertError(f"{where}: {heads} heads do not divide the {tower} tower's width of {width}")
     return heads
-
-
-def first_config(source: Source, *names: str) -> tuple[str, dict[str, Any]] | None:
-    """The first of these configuration files that lies beside the weights, with its name."""
-    return next(((name, source.configs[name]) for name in names if name in source.configs), None)

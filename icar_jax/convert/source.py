@@ -28,7 +28,6 @@ CONFIG_FILES = (
     "open_clip_config.json",
     "preprocessor_config.json",
     "processor_config.json",
-    "tokenizer_config.json",
 )
 _ICC_PREFIXES = ("model.", "net.")
 

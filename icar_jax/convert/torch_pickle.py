@@ -18,10 +18,7 @@ _STORAGES = {f"torch.{place}{name}Storage": dtype for place in ("", "cuda.") for
     "torch.storage.UntypedStorage": "uint8",
     "torch.UntypedStorage": "uint8",
 }
-_DTYPES = {
-    f"torch.{name}": name
-    for name in (*_NAMED.values(), "uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2")
-}
+_DTYPES = {f"torch.{name}": name for name in (*_NAMED.values(), "uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2")}
 _TENSOR, _TENSOR_V2, _TENSOR_V3 = (f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3"))
 _PARAMETERS = {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"}
 _DICTS = {"collections.OrderedDict", "collections.Counter"}

@@ -43,7 +43,14 @@ META = "meta"
 _EXIT = re.compile(r"exit_(\d+)")
 _EXIT_SCALE = re.compile(r"exit_(\d+)_logit_scale")
 _DIMS = {
-    "images": 4, "tokens": 2, "image_embeds": 2, "text_embeds": 2, "logits": 2, "features": 2, "logit_scale": 0, "logit_bias": 0
+    "images": 4,
+    "tokens": 2,
+    "image_embeds": 2,
+    "text_embeds": 2,
+    "logits": 2,
+    "features": 2,
+    "logit_scale": 0,
+    "logit_bias": 0,
 }
 _REMEDY = "write it again with `icar reference`"
 
@@ -116,9 +123,7 @@ def weights_sha256(path: str | os.PathLike) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def compare(
-    kind: str, arch: Any, params: Mapping[str, Any], reference: Reference, source_sha256: str = ""
-) -> list[Difference]:
+def compare(kind: str, arch: Any, params: Mapping[str, Any], reference: Reference, source_sha256: str = "") -> list[Difference]:
     """Runs our model in float32 on the reference's inputs and measures every output the reference holds.
 
     `kind` is 'clip', 'complexity' or 'convnext', with the architecture of that kind; `params` are float32 arrays, NumPy's or
@@ -246,7 +251,8 @@ def _clip_outputs(arch: ClipArch, params: Mapping[str, Any], reference: Referenc
 
 def _require_clip_inputs(arch: ClipArch, reference: Reference) -> None:
     text, tokens, exits = arch.text, reference.arrays["tokens"], arch.vision.all_exits
-    _require_size(reference, arch.vision.image_size)
+    # Pictures may be larger than whole patches by a rest that the patch embedding drops.
+    _require_size(reference, arch.vision.image_size, arch.vision.patch_size)
     if tokens.shape[1] != text.context_length:
         raise _unfit(reference, "context length", text.context_length, tokens.shape[1])
     if tokens.min() < 0 or tokens.max() >= text.vocabulary:
@@ -303,9 +309,9 @@ def _require(reference: Reference, names: Sequence[str]) -> None:
         )
 
 
-def _require_size(reference: Reference, size: int) -> None:
+def _require_size(reference: Reference, size: int, patch: int = 1) -> None:
     found = reference.arrays["images"].shape[1]
-    if found != size:
+    if found // patch != size // patch:
         raise _unfit(reference, "image size", size, found)
 
 

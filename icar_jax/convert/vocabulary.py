@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from icar_jax.convert.clip import model_config
 from icar_jax.convert.errors import ConvertError
-from icar_jax.convert.source import Source
+from icar_jax.convert.source import Source, read_json
 from icar_jax.data.tokenizer import CLIP_VOCAB_SIZE, Tokenizer
 from icar_jax.models.text import TextArch
 
@@ -20,15 +21,14 @@ def find_tokenizer(source: Source, asked: str, text: TextArch) -> tuple[Tokenize
     The user's (`asked`) comes first, then one beside the weights, then the merges of an installed open_clip_torch.
     Raises ConvertError where the one that was asked for, or that lies beside the weights, does not fit the text tower.
     """
-    pad = _pad_token(source)
     if asked:
-        return open_tokenizer(Path(asked), text, pad), asked
+        return open_tokenizer(Path(asked), text), asked
     for name in _BESIDE:
         if (source.folder / name).is_file():
-            return open_tokenizer(source.folder / name, text, pad), name
-    config = source.configs.get("open_clip_config.json", {}).get("model_cfg", {}).get("text_cfg", {})
+            return open_tokenizer(source.folder / name, text), name
+    own_words = model_config(source).section("text_cfg").get("hf_tokenizer_name", str)
     merges = _installed_merges()
-    if merges and text.vocabulary == CLIP_VOCAB_SIZE and text.pool != "last" and not config.get("hf_tokenizer_name"):
+    if merges and text.vocabulary == CLIP_VOCAB_SIZE and text.pool != "last" and not own_words:
         return open_tokenizer(merges, text), "the merges of the installed open_clip_torch"
     return None, (
         "no tokenizer was found beside the weights, so this checkpoint cannot encode text yet; add one with "
@@ -36,10 +36,10 @@ def find_tokenizer(source: Source, asked: str, text: TextArch) -> tuple[Tokenize
     )
 
 
-def open_tokenizer(file: Path, text: TextArch, pad_token: str = "") -> Tokenizer:
+def open_tokenizer(file: Path, text: TextArch) -> Tokenizer:
     """Reads a tokenizer and holds it against the text tower. Raises ConvertError where they do not fit."""
     try:
-        tokenizer = Tokenizer.from_file(file, pad_token)
+        tokenizer = Tokenizer.from_file(file, _pad_token(file))
     except (OSError, ValueError) as error:
         raise ConvertError(str(error)) from error
     siglip = tokenizer.start_id is None
@@ -56,9 +56,12 @@ def open_tokenizer(file: Path, text: TextArch, pad_token: str = "") -> Tokenizer
     return tokenizer
 
 
-def _pad_token(source: Source) -> str:
-    token = source.configs.get("tokenizer_config.json", {}).get("pad_token") or ""
-    return token.get("content", "") if isinstance(token, dict) else token
+def _pad_token(file: Path) -> str:
+    """What the tokenizer_config.json beside a tokenizer says; a SigLIP tokenizer.json may not say it itself."""
+    config = file.with_name("tokenizer_config.json")
+    token = read_json(config).get("pad_token") if config.is_file() else None
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else ""
 
 
 def _installed_merges() -> Path | None:

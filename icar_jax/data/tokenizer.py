@@ -21,10 +21,11 @@ from tokenizers import Tokenizer as _Backend
 
 CLIP_CONTEXT_LENGTH = 77
 CLIP_VOCAB_SIZE = 49408
+CLIP_END_ID = CLIP_VOCAB_SIZE - 1
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 # Names of (start, end) that published CLIP vocabularies use.
 _SPECIAL_PAIRS = ((START, END), ("<start_of_text>", "<end_of_text>"))
-_SIGLIP_ENDS = ("</s>", "<eos>")
+_SIGLIP = {"</s>": "</s>", "<eos>": "<pad>"}  # end token of SigLIP and SigLIP 2 -> what each pads with
 _CLIP_WORDS = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+)"""
 _CLIP_MERGES = CLIP_VOCAB_SIZE - 2 * 256 - 2
 _MIN_TRAINED_VOCAB = 256 + 3
@@ -75,17 +76,18 @@ class Tokenizer:
 
     def _open_siglip(self, padding: dict | None, where: str) -> None:
         backend = self._backend
-        end = next((t for t in _SIGLIP_ENDS if backend.token_to_id(t) is not None), None)
-        if end is None or not padding:
+        end = next((t for t in _SIGLIP if backend.token_to_id(t) is not None), None)
+        pad = padding["pad_token"] if padding else _SIGLIP.get(end)
+        if end is None or backend.token_to_id(pad) is None:
             found = sorted(str(token.content) for token in backend.get_added_tokens_decoder().values())
             raise ValueError(
                 f"{where}: neither a CLIP nor a SigLIP vocabulary; expected one of the pairs {_SPECIAL_PAIRS}, or one of"
-                f" {_SIGLIP_ENDS} with padding described in the file; found the special tokens {found}"
-                f" and padding {padding}. Any CLIP tokenizer, SigLIP's and those trained here can be used."
+                f" {tuple(_SIGLIP)}; found the special tokens {found}. CLIP's tokenizers, SigLIP's and those trained here can"
+                " be used."
             )
-        self.end_id, self.pad_id = backend.token_to_id(end), padding["pad_id"]
+        self.end_id, self.pad_id = backend.token_to_id(end), backend.token_to_id(pad)
         # Kept in the file, so that `from_json` finds the pad token again; the length is set when texts are encoded.
-        backend.enable_padding(pad_id=self.pad_id, pad_token=padding["pad_token"], length=1)
+        backend.enable_padding(pad_id=self.pad_id, pad_token=pad, length=1)
 
     @classmethod
     def from_file(cls, path: str | Path, pad_token: str = "") -> Tokenizer:
@@ -263,6 +265,11 @@ def _clip_backend(text: str, where: str) -> _Backend:
         model = models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", continuing_subword_prefix="")
     except Exception as error:  # the library raises bare Exception for a merge of unknown symbols
         raise ValueError(f"tokenizer file {where}: inconsistent merges: {error}") from error
+    if not any(second.endswith("</w>") for _, second in merges):
+        raise ValueError(
+            f"tokenizer file {where}: no merge ends a word (</w>), so these are not CLIP's merges but those of another model,"
+            " such as GPT-2; give CLIP's bpe_simple_vocab_16e6.txt.gz or its tokenizer.json"
+        )
     backend = _Backend(model)
     backend.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     backend.pre_tokenizer = pre_tokenizers.Sequence(

@@ -87,7 +87,10 @@ def make_bundle(
     clip_model, scorer = load_parts(clip, complexity, batch_size=batch_size, dtype=dtype)
     exits = clip_model.exits
     if len(exits) < 2:
-        raise ConfigError(f"{clip} has no early exit, so there is nothing to route; train it with config.clip.exits")
+        raise ConfigError(
+            f"{clip} has no early exit, so there is nothing to route; train it with config.clip.exits, or convert it again with "
+            "`icar convert --exits`"
+        )
     stored = scorer.description.get("threshold")
     if thresholds is not None:
         assign(np.zeros(0), exits, thresholds)

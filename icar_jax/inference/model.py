@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -105,9 +106,10 @@ class Model:
         if isinstance(texts, str):
             raise TypeError("encode_text takes a list of strings; write encode_text([text])")
         if self.tokenizer is None:
+            path = shlex.quote(str(self.path))
             raise CheckpointError(
                 f"{self.path} holds no tokenizer, so it cannot encode text; add one with "
-                f"`icar convert {self.path} {self.path} --tokenizer FILE` (a tokenizer.json, or CLIP's merges file)"
+                f"`icar convert {path} {path} --tokenizer FILE` (a tokenizer.json, or CLIP's merges file)"
             )
         length = self.clip.arch.text.context_length
         tokens, truncated = self.tokenizer.encode(texts, length)
