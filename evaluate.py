@@ -19,8 +19,10 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides look like --config.eval.split=test")
     from icar_jax.evaluation.evaluate import evaluate
+    from icar_jax.parallel import distributed
 
     with user_errors():
+        distributed.require_single("evaluate.py")
         evaluate(CONFIG.value, WORKDIR.value)
 
 

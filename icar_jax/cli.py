@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from icar_jax import checkpoint, workdir
 from icar_jax import config as cfg
@@ -90,7 +91,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     _add_convert(commands)
     _add_export(commands)
     _add_reference(commands)
-    args = parser.parse_args(argv)
+    _add_plan(commands)
+    args, rest = parser.parse_known_args(argv)
+    args.overrides = [word for word in rest if word.startswith("--config.")]
+    if set(rest) - set(args.overrides) or (rest and "config" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.set_verbosity(logging.WARNING)
     # So that half-written folders are removed before the program ends.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -249,6 +254,37 @@ def _reference(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     print(f"Reference: {out}; compare with `icar convert {shlex.quote(args.source)} DEST --verify {shlex.quote(str(out))}`")
+
+
+def _add_plan(commands) -> None:
+    p = commands.add_parser(
+        "plan",
+        help="what a training configuration needs on a TPU slice, compiled without one",
+        description="Compiles the real training step for a slice and prints memory, FLOPs, collectives and a bound on its speed; "
+        "exit status 0 only if it fits. Needs `pip install libtpu`; --devices compiles for CPU devices instead.",
+    )
+    p.add_argument("--config", required=True, help="configs/x.py or configs/x.py:argument")
+    p.add_argument("--topology", default="", help="slice such as v5e:16x16 or v5p:4x4x4; with --devices a chip such as h100")
+    p.add_argument("--devices", type=int, default=0, help="compile for so many CPU devices instead")
+    p.add_argument("--sweep", action="store_true", help="try mesh shapes, remat and scan; list what fits, fastest first")
+    p.set_defaults(run=_plan)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from icar_jax.training.plan_report import run
+
+    sys.exit(run(_config(args), args.topology, args.devices, args.sweep, sys.stdout))
+
+
+def _config(args: argparse.Namespace) -> cfg.ExperimentConfig:
+    """The configuration of --config with the overrides --config.a.b=value that the root scripts take."""
+    _check_config_file(args.config)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    for word in args.overrides:
+        cfg.check_override(word.lstrip("-").partition("=")[0])
+    values(["icar", f"--config={args.config}", *args.overrides])
+    return values.config
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     WORKDIR/config.json    the ExperimentConfig
     WORKDIR/data.json      what was trained on: number of images and a hash of their names
-    WORKDIR/tokenizer.json, metrics.jsonl, checkpoints/, and at the end model/
+    WORKDIR/tokenizer.json, metrics.jsonl, checkpoints/, best/ where it was asked for, and at the end model/
 """
 
 from __future__ import annotations
@@ -10,24 +10,29 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from icar_jax.config import ConfigError, ExperimentConfig, from_dict, to_json
 
-CONFIG, DATA, CHECKPOINTS = "config.json", "data.json", "checkpoints"
+CONFIG, DATA, CHECKPOINTS, TOKEN = "config.json", "data.json", "checkpoints", ".processes"
 
-# Fields that may change when a run is continued; a change of any other would make it another run.
+# Fields that may change when a run is continued; a change of any other would make it another run. Those on how a step is
+# computed (the mesh, remat, ...) change nothing but rounding, so that a run can move to other machines.
 FREE_ON_RESUME = (
     "config.train.log_every", "config.train.checkpoint_every", "config.train.keep", "config.train.tensorboard",
-    "config.data.root", "config.data.workers", "config.data.threads", "config.mesh", "config.eval",
+    "config.train.eval_every", "config.train.keep_best", "config.train.accumulate", "config.train.remat",
+    "config.train.scan_blocks", "config.loss.chunk", "config.mesh", "config.eval",
+    "config.data.root", "config.data.workers", "config.data.threads", "config.data.retries", "config.data.stall_timeout_s",
 )  # fmt: skip
 # Fields that an evaluation does not use. What the model is and what it was trained on must be as in training, or images
 # that were trained on could end up in the gallery or in the calibration set.
 FREE_ON_EVALUATION = (
     "config.train", "config.optim", "config.loss", "config.mesh", "config.eval", "config.complexity",
-    "config.data.root", "config.data.workers", "config.data.threads",
+    "config.data.root", "config.data.workers", "config.data.threads", "config.data.retries", "config.data.stall_timeout_s",
 )  # fmt: skip
 
 
@@ -93,6 +98,17 @@ def _changes(then: dict, now: dict, free: tuple[str, ...], prefix: str = "config
     return lines
 
 
+def recover(workdir: Path, names: Iterable[str] = ("model", "best")) -> None:
+    """Clears away what a killed writer of checkpoint folders left, and puts back the old one if it had just been moved."""
+    for name in names:
+        leftovers = sorted(workdir.glob(f".{name}.*"))
+        for old in leftovers:
+            if old.suffix == ".old" and not (workdir / name).exists():
+                os.replace(old, workdir / name)
+        for leftover in leftovers:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def save_data(workdir: Path, fingerprint: dict[str, Any]) -> None:
     write_text(workdir / DATA, json.dumps(fingerprint) + "\n")
 
@@ -108,3 +124,28 @@ def require_same_data(workdir: Path, fingerprint: dict[str, Any]) -> None:
             f"the training images changed since the run in {workdir} began: {before['images']} images then, "
             f"{fingerprint['images']} now, or other names; restore them, or start again in a new --workdir"
         )
+
+
+def write_token(workdir: Path, token: int) -> None:
+    """Leaves a number for the other processes of a run to find."""
+    write_text(workdir / TOKEN, str(token))
+
+
+def require_token(workdir: Path, token: int, wait_s: float = 30.0) -> None:
+    """Raises ConfigError where the number that process 0 left is not seen: then this is not the same folder.
+
+    Waits a while, since a network file system may show new files late.
+    """
+    file, until = workdir / TOKEN, time.monotonic() + wait_s
+    while True:
+        try:
+            if file.read_text(encoding="utf-8") == str(token):
+                return
+        except OSError:
+            pass
+        if time.monotonic() > until:
+            raise ConfigError(
+                f"--workdir={workdir} is not the same folder in all processes: what process 0 wrote there is not seen here; "
+                "use a folder on a file system that all machines share"
+            )
+        time.sleep(0.2)

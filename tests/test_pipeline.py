@@ -217,7 +217,7 @@ def test_script_without_main_guard_fails_and_does_not_hang(folder, tmp_path):
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "if __name__ == '__main__'" in done.stderr
-    assert "Worker process was terminated unexpectedly" in done.stderr
+    assert "WorkerDied: a data worker of 1 ended with exit code 1" in done.stderr
 
 
 def test_closed_batches_say_so(folder):

@@ -166,8 +166,13 @@ def validate_depth(exits: tuple[int, ...], depth: int, name: str = "config.clip.
         )
 
 
-def validate_batch(batch_size: int, shards: int) -> None:
-    """Raises ConfigError where the global batch does not divide over the mesh's data and fsdp axes."""
+def validate_batch(batch_size: int, shards: int, accumulate: int = 1) -> None:
+    """Raises ConfigError where the global batch does not divide over the mesh's data and fsdp axes, and over the parts."""
+    if batch_size % shards == 0 and batch_size % (shards * accumulate):
+        raise ConfigError(
+            f"config.train.batch_size={batch_size} does not divide over {shards} devices and "
+            f"config.train.accumulate={accumulate} parts; use a multiple of {shards * accumulate}"
+        )
     if batch_size % shards:
         down, up = batch_size // shards * shards, -(-batch_size // shards) * shards
         near = f"{down} or {up}" if down else f"{up}"

@@ -10,9 +10,10 @@ import numpy as np
 from absl import logging
 
 from icar_jax.data.images import Augment, ImageError, Preprocess
-from icar_jax.data.iterator import Batch, BatchIterator
+from icar_jax.data.iterator import STALL_TIMEOUT_S, Batch, BatchIterator
 from icar_jax.data.order import example_at, examples_at, substitute_position
 from icar_jax.data.records import Record, Source
+from icar_jax.data.shards import RETRIES, reading, retrying
 from icar_jax.data.tokenizer import Tokenizer
 
 MAX_SUBSTITUTES = 8
@@ -40,6 +41,8 @@ def train_batches(
     num_threads: int = 2,
     process_index: int = 0,
     process_count: int = 1,
+    retries: int = RETRIES,
+    stall_timeout_s: float = STALL_TIMEOUT_S,
 ) -> BatchIterator:
     """Endless training batches; a pure function of (source, seed, start_position), whatever the workers.
 
@@ -52,12 +55,15 @@ def train_batches(
         batch_size: pairs of a step over all processes.
         num_workers: worker processes; 0 makes the batches in this process.
         num_threads: threads in each process that make batches ahead of time; 0 makes them when asked.
+        retries: times a shard that cannot be read is tried again before `shards.ShardError` stops the run.
+        stall_timeout_s: seconds without a batch after which `watch.StalledData` stops it.
 
     Returns:
         An iterator of dicts, to be closed when done (`with`, or `.close()`):
         image uint8 [b, S, S, 3]; tokens int32 [b, L] and truncated bool [b] (with a tokenizer);
         complexity float32 [b] (with_complexity); position, index int64 [b]; name object [b];
-        bad object [n], (name, reason) for every decoding that failed.
+        bad object [n], (name, reason) for every decoding that failed; retried object [m], (shard, reason) for every read
+        that was tried again.
     """
     if len(source) < 1:
         raise ValueError(f"source {source.name!r} has no images to train on")
@@ -73,9 +79,10 @@ def train_batches(
     make = _TrainBatch(
         source, preprocess, tokenizer, context_length, augment, with_complexity, seed,
         first=start_position + process_index * (batch_size // process_count),
-        stride=batch_size, size=batch_size // process_count,
+        stride=batch_size, size=batch_size // process_count, retries=retries,
     )  # fmt: skip
-    return BatchIterator(make, (_LAST_POSITION - start_position) // batch_size, num_workers, num_threads)
+    count = (_LAST_POSITION - start_position) // batch_size
+    return BatchIterator(make, count, num_workers, num_threads, stall_timeout_s)
 
 
 def eval_batches(
@@ -85,6 +92,8 @@ def eval_batches(
     batch_size: int,
     num_workers: int = 0,
     num_threads: int = 2,
+    retries: int = RETRIES,
+    stall_timeout_s: float = STALL_TIMEOUT_S,
 ) -> BatchIterator:
     """One pass over a source in order; each image is decoded once and resized for every preprocess.
 
@@ -94,14 +103,14 @@ def eval_batches(
     Returns:
         An iterator of dicts, to be closed when done:
         images {key: uint8 [n, S, S, 3]}; index int64 [n]; name object [n]; captions, labels object [n] (tuples of str);
-        complexity float32 [n], nan where unknown; bad object [m] of (name, reason).
+        complexity float32 [n], nan where unknown; bad object [m] of (name, reason); retried as of `train_batches`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not preprocess:
         raise ValueError("eval_batches needs at least one preprocess")
-    make = _EvalBatch(source, dict(preprocess), batch_size)
-    return BatchIterator(make, -(-len(source) // batch_size), num_workers, num_threads)
+    make = _EvalBatch(source, dict(preprocess), batch_size, retries)
+    return BatchIterator(make, -(-len(source) // batch_size), num_workers, num_threads, stall_timeout_s)
 
 
 @dataclass(frozen=True)
@@ -118,8 +127,17 @@ class _TrainBatch:
     first: int
     stride: int
     size: int
+    retries: int
+
+    def where(self, step: int) -> str:
+        first = self.first + step * self.stride
+        return f"positions {first} to {first + self.size - 1} of source {self.source.name!r}"
 
     def __call__(self, step: int) -> Batch:
+        with retrying(self.retries) as retried:
+            return self._make(step) | {"retried": _objects(retried)}
+
+    def _make(self, step: int) -> Batch:
         positions = self.first + step * self.stride + np.arange(self.size, dtype=np.int64)
         _, indices = examples_at(positions, len(self.source), self.seed)
         side = self.preprocess.image_size
@@ -153,7 +171,7 @@ class _TrainBatch:
                 _, index = example_at(place, size, self.seed)
             record = self.source[index]
             try:
-                picture = record.image()
+                picture = _picture(record)
             except _BAD_FILE as error:
                 tried.append((record.name, _reason(error)))
             else:
@@ -173,8 +191,17 @@ class _EvalBatch:
     source: Source
     preprocess: dict[str, Preprocess]
     size: int
+    retries: int
+
+    def where(self, step: int) -> str:
+        last = min((step + 1) * self.size, len(self.source)) - 1
+        return f"images {step * self.size} to {last} of source {self.source.name!r}"
 
     def __call__(self, step: int) -> Batch:
+        with retrying(self.retries) as retried:
+            return self._make(step) | {"retried": _objects(retried)}
+
+    def _make(self, step: int) -> Batch:
         records: list[Record] = []
         indices: list[int] = []
         bad: list[tuple[str, str]] = []
@@ -182,7 +209,7 @@ class _EvalBatch:
         for index in range(step * self.size, min((step + 1) * self.size, len(self.source))):
             record = self.source[index]
             try:
-                picture = record.image()
+                picture = _picture(record)
             except _BAD_FILE as error:
                 bad.append((record.name, _reason(error)))
                 continue
@@ -200,6 +227,11 @@ class _EvalBatch:
             "complexity": np.array([r.complexity for r in records], np.float32),
             "bad": _objects(bad),
         }
+
+
+def _picture(record: Record) -> Any:
+    with reading(f"image {record.name}"):
+        return record.image()
 
 
 def _objects(values: list[Any]) -> np.ndarray:
@@ -220,9 +252,7 @@ def _with_name(name: str, reason: str) -> str:
 
 def _draw_caption(record: Record, rng: np.random.Generator, source_name: str) -> str:
     if not record.captions:
-        raise RuntimeError(
-            f"source {source_name!r}: record {record.name} has no caption; a source must leave such files out"
-        )
+        raise RuntimeError(f"source {source_name!r}: record {record.name} has no caption; a source must leave such files out")
     return record.captions[rng.integers(len(record.captions))]
 
 
@@ -238,16 +268,24 @@ def _known_complexity(records: list[Record], source_name: str) -> np.ndarray:
 
 
 class BadFiles:
-    """Collects the `bad` entries of batches: logs each file once, counts every occurrence, summarises at the end.
+    """Collects the `bad` and `retried` entries of batches: logs each file once, counts every occurrence, summarises.
 
     Attributes:
         reasons: file name -> reason, in order of first appearance.
         count: failed decodings, repeated ones included.
+        retried: shard -> reads that failed and were tried again.
+        retry_reasons: shard -> reason of the last of them.
     """
 
     def __init__(self) -> None:
         self.reasons: dict[str, str] = {}
         self.count = 0
+        self.retried: dict[str, int] = {}
+        self.retry_reasons: dict[str, str] = {}
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to report."""
+        return bool(self.reasons or self.retried)
 
     def add(self, batch: Batch) -> None:
         """Takes the entries of one batch."""
@@ -256,13 +294,24 @@ class BadFiles:
             if name not in self.reasons:
                 self.reasons[name] = reason
                 logging.warning("Unreadable image, %s", _with_name(name, reason))
+        for shard, reason in batch["retried"]:
+            if shard not in self.retried:
+                logging.warning("Read again after a fault, %s", _with_name(shard, reason))
+            self.retried[shard] = self.retried.get(shard, 0) + 1
+            self.retry_reasons[shard] = reason
 
     def summary(self, shown: int = 20) -> str:
-        """Text for the end of a run: the number of files and the first names with reasons."""
-        if not self.reasons:
-            return "All images were readable."
-        lines = [f"{len(self.reasons)} unreadable image files ({self.count} failed decodings):"]
-        lines += ["  " + _with_name(*item) for item in list(self.reasons.items())[:shown]]
-        if len(self.reasons) > shown:
-            lines.append(f"  and {len(self.reasons) - shown} more")
-        return "\n".join(lines)
+        """Text for the end of a run: the numbers of files and shards, and the first names with reasons."""
+        parts = ["All images were readable."] if not self.reasons else []
+        if self.reasons:
+            parts.append(f"{len(self.reasons)} unreadable image files ({self.count} failed decodings):")
+            parts += _listed([_with_name(*item) for item in self.reasons.items()], shown)
+        if self.retried:
+            parts.append(f"{len(self.retried)} shards were read again after faults ({sum(self.retried.values())} times):")
+            parts += _listed([f"{s}: {n} times, last {self.retry_reasons[s]}" for s, n in self.retried.items()], shown)
+        return "\n".join(parts)
+
+
+def _listed(lines: list[str], shown: int) -> list[str]:
+    more = [f"  and {len(lines) - shown} more"] if len(lines) > shown else []
+    return [f"  {line}" for line in lines[:shown]] + more

@@ -5,7 +5,7 @@ Calibration images come from the training split and are never trained on; the ev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,13 @@ def thresholds_for_shares(scores: np.ndarray, shares: Sequence[float]) -> tuple[
     return tuple(float(edges[b]) for b in below)
 
 
-def score_source(model: Model, source: Source, title: str, workers: int = 0, threads: int = 2) -> tuple[np.ndarray, BadFiles]:
+def score_source(
+    model: Model, source: Source, title: str, loading: Mapping[str, Any] | None = None
+) -> tuple[np.ndarray, BadFiles]:
     """Complexity scores float32 [n] of every readable image of a source, in order, and the unreadable files."""
     scores, bad = [], BadFiles()
-    batches = eval_batches(
-        source, {"complexity": model.scorer.preprocess}, batch_size=model.batch_size, num_workers=workers, num_threads=threads
-    )
+    preprocess = {"complexity": model.scorer.preprocess}
+    batches = eval_batches(source, preprocess, batch_size=model.batch_size, **(loading or {}))
     with batches:
         for batch in tqdm(batches, total=-(-len(source) // model.batch_size), desc=title, unit="batch"):
             bad.add(batch)
@@ -74,13 +75,13 @@ def make_bundle(
     thresholds: Sequence[float] | None = None,
     batch_size: int = 64,
     dtype: str = "float32",
-    workers: int = 0,
-    threads: int = 2,
+    loading: Mapping[str, Any] | None = None,
 ) -> Path:
     """Joins a CLIP and a complexity checkpoint with thresholds and writes the bundle to `out`.
 
     Either `thresholds` are given, or they are set on `calibration` so that each exit gets its share of those images. Without
-    both, the threshold that a converted classifier brings along serves a CLIP with one early exit.
+    both, the threshold that a converted classifier brings along serves a CLIP with one early exit. `loading` are keywords of
+    `eval_batches`: workers, retries and the like.
     The description records how they were found. Raises CheckpointError or ConfigError where the parts do not fit.
     """
     checkpoint.require_replaceable(out, "bundle")  # known before the calibration images are scored
@@ -88,8 +89,8 @@ def make_bundle(
     exits = clip_model.exits
     if len(exits) < 2:
         raise ConfigError(
-            f"{clip} has no early exit, so there is nothing to route; train it with config.clip.exits, or convert it again with "
-            "`icar convert --exits`"
+            f"{clip} has no early exit, so there is nothing to route; train it with config.clip.exits, or convert it again "
+            "with `icar convert --exits`"
         )
     stored = scorer.description.get("threshold")
     if thresholds is not None:
@@ -104,7 +105,7 @@ def make_bundle(
                 "train.py, which names its calibration images"
             )
         wanted = full_shares(shares, exits)
-        scores, bad = score_source(scorer, calibration, "calibrate", workers, threads)
+        scores, bad = score_source(scorer, calibration, "calibrate", loading)
         thresholds = thresholds_for_shares(scores, wanted)
         reached = {e: float(np.mean(assign(scores, exits, thresholds) == e)) for e in exits}
         if any(abs(reached[e] - share) > 0.05 for e, share in zip(exits, wanted)):

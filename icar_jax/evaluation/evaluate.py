@@ -65,7 +65,7 @@ def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
     metrics = _measure(config, model, gallery)
     metrics["gallery"]["source"] = source.name
     metrics["notes"] = [*notes, _baseline_note(config, source, gallery, metrics)]
-    if gallery.bad.reasons:
+    if gallery.bad:
         metrics["notes"].append(gallery.bad.summary())
     table.write_metrics(metrics, workdir / "metrics.json")
     table.print_results(metrics)
@@ -93,8 +93,7 @@ def _model_folder(config: ExperimentConfig, workdir: Path, folder: Path) -> tupl
             shares=config.eval.early_share,
             batch_size=config.eval.batch_size,
             dtype=config.eval.dtype,
-            workers=config.data.workers,
-            threads=config.data.threads,
+            loading=sources.loading(config.data),
         )
         return bundle, []
     found = f"there is none at config.eval.complexity={scorer!r}" if scorer else "config.eval.complexity is empty"
@@ -143,8 +142,7 @@ def _embed(model: Model, source: Source, data: cfg.DataConfig) -> Gallery:
             source,
             model.preprocesses,
             batch_size=model.batch_size,
-            num_workers=data.workers,
-            num_threads=data.threads,
+            **sources.loading(data),
         )
         with batches:
             for batch in tqdm(batches, total=-(-len(source) // model.batch_size), desc="embed images", unit="batch"):

@@ -19,12 +19,13 @@ from flax import nnx
 from icar_jax import pytree
 from icar_jax.models.layers import Bridge, DType
 from icar_jax.models.text import Text, TextArch
+from icar_jax.models.transformer import Execution
 from icar_jax.models.vision import Vision, VisionArch
 
 Array = jax.Array
 LOGIT_SCALE_START = float(np.log(1 / 0.07))
 LOGIT_SCALE_MAX = 100.0
-LOGIT_BIAS_START = -10.0
+SIGMOID_SCALE_START, LOGIT_BIAS_START = float(np.log(10)), -10.0  # SigLIP's
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,10 @@ class _ClipModule(nnx.Module):
     def __init__(self, arch: ClipArch, rngs: nnx.Rngs):
         self.vision = Vision(arch.vision, rngs=rngs)
         self.text = Text(arch.text, rngs=rngs)
-        self.logit_scale = nnx.Param(jnp.float32(LOGIT_SCALE_START))
+        scale = SIGMOID_SCALE_START if arch.logit_bias else LOGIT_SCALE_START
+        self.logit_scale = nnx.Param(jnp.float32(scale))
         own = arch.vision.exits if arch.temperature == "own" else ()
-        self.exit_logit_scale = nnx.Dict({str(e): nnx.Param(jnp.float32(LOGIT_SCALE_START)) for e in own})
+        self.exit_logit_scale = nnx.Dict({str(e): nnx.Param(jnp.float32(scale)) for e in own})
         if arch.logit_bias:
             self.logit_bias = nnx.Param(jnp.float32(LOGIT_BIAS_START))
             self.exit_logit_bias = nnx.Dict({str(e): nnx.Param(jnp.float32(LOGIT_BIAS_START)) for e in own})
@@ -57,9 +59,13 @@ class _ClipModule(nnx.Module):
 
 @dataclass(frozen=True)
 class Clip:
-    """Pure functions of one CLIP architecture; embeddings are float32 with unit norm."""
+    """Pure functions of one CLIP architecture; embeddings are float32 with unit norm.
+
+    `execution` is how the blocks run; parameters and values do not depend on it.
+    """
 
     arch: ClipArch
+    execution: Execution = Execution()
 
     @cached_property
     def _bridge(self) -> Bridge:
@@ -86,20 +92,26 @@ class Clip:
     ) -> dict[int, Array]:
         """One pass, every exit: images [B, S, S, 3] -> {executed blocks: [B, D], unit norm}; None means all exits."""
         exits = tuple(self.arch.vision.check_exit(e) for e in exits or self.arch.vision.all_exits)
-        embeds = self._bridge.bind(params).vision(images, exits, dtype)
+        embeds = self._bridge.bind(params).vision(images, exits, dtype, self.execution)
         return {blocks_run: unit_norm(z) for blocks_run, z in embeds.items()}
 
     def encode_text(self, params: Mapping[str, Any], tokens: Array, dtype: DType = jnp.float32) -> Array:
         """tokens int32 [B, L] -> [B, D], unit norm."""
-        return unit_norm(self._bridge.bind(params).text(tokens, dtype))
+        return unit_norm(self._bridge.bind(params).text(tokens, dtype, self.execution))
 
     def logit_scales(self, params: Mapping[str, Any]) -> dict[int, Array]:
         """{executed blocks: scale}, full depth included; each at most 100 as in CLIP, or unbounded as in SigLIP."""
-        full = params["logit_scale"]
-        own = {e: params["exit_logit_scale"][str(e)] for e in self.arch.vision.exits if self.arch.temperature == "own"}
-        scales = {e: own.get(e, full) for e in self.arch.vision.all_exits}
+        scales = self._own_or_shared(params, "logit_scale")
         limit = jnp.inf if self.arch.logit_bias else LOGIT_SCALE_MAX
         return {e: jnp.minimum(jnp.exp(s), limit) for e, s in scales.items()}
+
+    def logit_biases(self, params: Mapping[str, Any]) -> dict[int, Array]:
+        """{executed blocks: bias} of a model with logit biases (SigLIP), full depth included."""
+        return self._own_or_shared(params, "logit_bias")
+
+    def _own_or_shared(self, params: Mapping[str, Any], name: str) -> dict[int, Array]:
+        own = {e: params[f"exit_{name}"][str(e)] for e in self.arch.vision.exits if self.arch.temperature == "own"}
+        return {e: own.get(e, params[name]) for e in self.arch.vision.all_exits}
 
 
 def unit_norm(z: Array) -> Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from icar_jax.models.layers import DType, LayerNorm, Linear, normal
-from icar_jax.models.transformer import Block
+from icar_jax.models.transformer import Block, Execution, run_blocks
 
 Array = jax.Array
 POOLS = ("end", "argmax", "last")
@@ -58,11 +58,11 @@ class Text(nnx.Module):
         self.ln_final = LayerNorm(a.width, a.norm_eps)
         self.proj = Linear(a.width, a.embed_dim, std=a.width**-0.5, bias=a.proj_bias, rngs=rngs)
 
-    def __call__(self, tokens: Array, dtype: DType) -> Array:
+    def __call__(self, tokens: Array, dtype: DType, execution: Execution = Execution()) -> Array:
         length = tokens.shape[1]
         x = (self.embed[...][tokens] + self.pos[...][:length]).astype(dtype)
-        for block in self.blocks:
-            x = block(x, causal=self.arch.causal, dtype=dtype)
+        depth = self.arch.depth
+        x = run_blocks(self.blocks, x, (depth,), causal=self.arch.causal, dtype=dtype, execution=execution)[depth]
         return self.proj(self.ln_final(self._pool(x, tokens)), dtype).astype(jnp.float32)
 
     def _pool(self, x: Array, tokens: Array) -> Array:

@@ -1,15 +1,42 @@
-"""The pre-norm transformer block of both towers, and the attention pool that SigLIP reads its images with."""
+"""The pre-norm transformer block of both towers, how a row of them runs, and the attention pool of SigLIP."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from icar_jax.models import ops
 from icar_jax.models.layers import ACTIVATIONS, DType, LayerNorm, Linear, normal
 
 Array = jax.Array
+REMAT = ("none", "dots", "full")
+# Outputs of a block's matrix products with weights, as they are named for remat. The last product is not among them: the
+# backward pass of a block does not need its output.
+_PRODUCTS = ("qkv", "attn_out", "mlp_hidden")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How and where the blocks of a tower run, which changes no value.
+
+    `remat` is what the backward pass computes again: 'none', 'full' (whole blocks: each stores its input alone), or 'dots' (all
+    but the matrix products with weights; the attention weights are computed again). `scan` stacks the parameters of equal
+    blocks, matrices in the compute dtype, and runs one compiled block in a loop. `sharding` lays out x [B, L, W] between
+    blocks: where a mesh axis cuts the parameters and the batch, the compiler would else cut the width of x with it in a loop.
+    """
+
+    remat: str = "none"  # none | dots | full
+    scan: bool = False
+    sharding: jax.sharding.NamedSharding | None = None
+
+    def __post_init__(self):
+        if self.remat not in REMAT:
+            raise ValueError(f"remat {self.remat!r} must be one of {REMAT}")
 
 
 class Attention(nnx.Module):
@@ -24,11 +51,12 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Array, *, causal: bool, dtype: DType) -> Array:
         b, length, width = x.shape
+        qkv = checkpoint_name(self.qkv(x, dtype), "qkv")
         # split, not slices: its gradient is one concatenation, where slices give padded arrays to be added.
         heads = (b, length, self.heads, width // self.heads)
-        q, k, v = (part.reshape(heads) for part in jnp.split(self.qkv(x, dtype), 3, axis=-1))
+        q, k, v = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
         y = ops.attention(q, k, v, causal=causal, dtype=dtype)
-        return self.out(y.reshape(b, length, width), dtype)
+        return checkpoint_name(self.out(y.reshape(b, length, width), dtype), "attn_out")
 
     def read(self, query: Array, x: Array, *, dtype: DType) -> Array:
         """Cross-attention with the same parameters: query [B, M, W] over x [B, L, W] -> [B, M, W]."""
@@ -50,7 +78,8 @@ class Mlp(nnx.Module):
         self.fc2 = Linear(hidden, width, std=(2 * depth * width) ** -0.5, rngs=rngs)
 
     def __call__(self, x: Array, dtype: DType) -> Array:
-        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x, dtype)), dtype)
+        hidden = checkpoint_name(self.fc1(x, dtype), "mlp_hidden")
+        return self.fc2(ACTIVATIONS[self.activation](hidden), dtype)
 
 
 class Block(nnx.Module):
@@ -67,6 +96,45 @@ class Block(nnx.Module):
     def __call__(self, x: Array, *, causal: bool, dtype: DType) -> Array:
         x = x + self.attn(self.ln1(x), causal=causal, dtype=dtype)
         return x + self.mlp(self.ln2(x), dtype)
+
+
+def run_blocks(
+    blocks: Sequence[Block], x: Array, wanted: Iterable[int], *, causal: bool, dtype: DType, execution: Execution
+) -> dict[int, Array]:
+    """x [B, L, W] through the first max(wanted) blocks -> {executed blocks: [B, L, W] after them} for each of `wanted`."""
+    taps, start = {}, 0
+    for stop in sorted(set(wanted)):
+        x = taps[stop] = _run(blocks[start:stop], x, causal=causal, dtype=dtype, execution=execution)
+        start = stop
+    return taps
+
+
+def _run(blocks: Sequence[Block], x: Array, *, causal: bool, dtype: DType, execution: Execution) -> Array:
+    """x through all of these blocks."""
+    split = [nnx.split(block) for block in blocks]
+    graph = split[0][0]
+    params = [nnx.to_pure_dict(state) for _, state in split]
+    scan = execution.scan and len(blocks) > 1
+    place = lambda x: x if execution.sharding is None else jax.lax.with_sharding_constraint(x, execution.sharding)
+    block = lambda x, p: place(nnx.merge(graph, p)(place(x), causal=causal, dtype=dtype))
+    one = _rematerialised(block, execution.remat, scan)
+    if not scan:
+        for p in params:
+            x = one(x, p)
+        return x
+    # Matrices are cast before they are stacked: the stack is a copy, and the blocks would cast them in any case.
+    cast = lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf
+    stacked = jax.tree.map(lambda *leaves: jnp.stack([cast(leaf) for leaf in leaves]), *params)
+    return jax.lax.scan(lambda x, p: (one(x, p), None), x, stacked)[0]
+
+
+def _rematerialised(block: Callable, remat: str, in_loop: bool) -> Callable:
+    if remat == "none":
+        return block
+    # By name, because policies that look for matrix products do not see into the custom_vjp of `ops.dot`; and what is named is
+    # stored in the compute dtype, where the product itself is float32.
+    policy = jax.checkpoint_policies.save_only_these_names(*_PRODUCTS) if remat == "dots" else None
+    return jax.checkpoint(block, policy=policy, prevent_cse=not in_loop)
 
 
 class AttentionPool(nnx.Module):

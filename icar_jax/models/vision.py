@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from icar_jax.models.layers import DType, LayerNorm, Linear, PatchConv, normal
-from icar_jax.models.transformer import AttentionPool, Block
+from icar_jax.models.transformer import AttentionPool, Block, Execution, run_blocks
 
 Array = jax.Array
 POOLS = ("cls", "mean", "first_patch", "map")
@@ -116,7 +116,9 @@ class Vision(nnx.Module):
             self.proj = Linear(a.width, a.embed_dim, std=std, bias=False, rngs=rngs)
         self.exits = nnx.Dict({str(e): ExitHead(a, rngs=rngs) for e in a.exits})
 
-    def __call__(self, images: Array, exits: tuple[int, ...], dtype: DType) -> dict[int, Array]:
+    def __call__(
+        self, images: Array, exits: tuple[int, ...], dtype: DType, execution: Execution = Execution()
+    ) -> dict[int, Array]:
         """Runs max(exits) blocks and no more, so later blocks are absent from the compiled program."""
         x = self.patch(images.astype(dtype), dtype)
         b, _, _, width = x.shape
@@ -126,12 +128,8 @@ class Vision(nnx.Module):
         x = x + self.pos[...].astype(dtype)
         if self.ln_pre is not None:
             x = self.ln_pre(x)
-        out = {}
-        for blocks_run in range(1, max(exits) + 1):
-            x = self.blocks[blocks_run - 1](x, causal=False, dtype=dtype)
-            if blocks_run in exits:
-                out[blocks_run] = self._embed(x, blocks_run, dtype).astype(jnp.float32)
-        return out
+        taps = run_blocks(self.blocks, x, exits, causal=False, dtype=dtype, execution=execution)
+        return {blocks_run: self._embed(x, blocks_run, dtype).astype(jnp.float32) for blocks_run, x in taps.items()}
 
     def _embed(self, x: Array, blocks_run: int, dtype: DType) -> Array:
         if blocks_run != self.arch.depth:

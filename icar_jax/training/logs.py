@@ -7,25 +7,54 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from icar_jax import workdir as files
 from icar_jax.config import ConfigError
+from icar_jax.parallel import distributed
+
+
+def open_log(workdir: Path, steps: int, start: int, tensorboard: bool, title: str) -> RunLog | SilentLog:
+    """The log of a run that continues after `start` steps; of several processes only the first one writes."""
+    return RunLog(workdir, steps, start, tensorboard, title) if distributed.is_main() else SilentLog()
+
+
+class SilentLog:
+    """Takes what a log takes and keeps nothing."""
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def advance(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class RunLog:
     """WORKDIR/metrics.jsonl and the progress bar of one run."""
 
     def __init__(self, workdir: Path, steps: int, start: int, tensorboard: bool, title: str):
-        self._lines = _continued(workdir / "metrics.jsonl", start).open("a", encoding="utf-8")
+        self._path = workdir / "metrics.jsonl"
+        _drop_after(self._path, start)
+        self._lines = self._path.open("a", encoding="utf-8")
         self._bar = tqdm(total=steps, initial=start, desc=title, unit="step", dynamic_ncols=True, mininterval=1.0)
-        self._events = _event_writer(workdir) if tensorboard else None
+        self._events = _event_writer(workdir, start) if tensorboard else None
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Appends one line and shows the losses beside the bar; values are plain floats."""
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
-        self._lines.flush()
+        """Appends one line and shows the losses beside the bar; values are plain floats. Raises OSError naming the file."""
+        try:
+            self._lines.write(json.dumps({"step": step, **values}) + "\n")
+            self._lines.flush()
+        except OSError as error:
+            raise OSError(
+                f"{self._path} cannot be written at step {step}: {error}; make room and run the command again, "
+                "it continues from the last checkpoint"
+            ) from error
         shown = {k: f"{v:.3f}" for k, v in values.items() if k.startswith("loss")}
         if "pairs_per_s" in values:
             shown["pairs/s"] = f"{values['pairs_per_s']:.1f}"
-        self._bar.set_postfix(shown, refresh=False)
+        if shown:
+            self._bar.set_postfix(shown, refresh=False)
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
@@ -35,28 +64,33 @@ class RunLog:
 
     def close(self) -> None:
         self._bar.close()
-        self._lines.close()
+        try:
+            self._lines.close()
+        except OSError:
+            pass  # what could not be written was reported when it was written
         if self._events is not None:
             self._events.close()
 
 
-def _event_writer(workdir: Path):
+def _event_writer(workdir: Path, start: int):
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ConfigError(
             "config.train.tensorboard=True needs tensorboardX: pip install -e '.[tensorboard]', or switch it off"
         ) from error
-    return SummaryWriter(str(workdir / "tensorboard"))
+    return SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
 
-def _continued(path: Path, start: int) -> Path:
-    """Drops lines at or beyond the step a run continues from, so that no step appears twice."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _step(line) is not None and _step(line) <= start]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    return path
+def _drop_after(path: Path, start: int) -> None:
+    """Drops lines beyond the step a run continues from, so that no step appears twice."""
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    kept = [line for line in text.splitlines() if (step := _step(line)) is not None and step <= start]
+    new = "".join(line + "\n" for line in kept)
+    if new != text:
+        files.write_text(path, new)
 
 
 def _step(line: str) -> int | None:

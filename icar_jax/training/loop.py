@@ -1,17 +1,20 @@
-"""The training run: one ordered loop for every task, resumed by the same command."""
+"""The training run: one ordered loop for every task, on any number of processes, resumed by the same command."""
 
 from __future__ import annotations
 
 import contextlib
-import math
+import dataclasses
+import json
+import secrets
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from absl import logging
+from jax.sharding import Mesh
 
 from icar_jax import checkpoint
 from icar_jax import config as cfg
@@ -24,85 +27,125 @@ from icar_jax.data.pipeline import BadFiles, train_batches
 from icar_jax.data.records import Source
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models import registry
-from icar_jax.parallel.mesh import batch_shards, make_mesh
-from icar_jax.training.checkpoints import StateStore
-from icar_jax.training.logs import RunLog
-from icar_jax.training.optimizer import make_optimizer, schedule
-from icar_jax.training.step import State, abstract_state, init_state, make_step, put_batch
+from icar_jax.parallel import distributed
+from icar_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh
+from icar_jax.parallel.rules import shardings
+from icar_jax.training.checkpoints import StateStore, require_space, write_model
+from icar_jax.training.evaluator import Evaluation, MakeEvaluator, Trained, make_evaluation
+from icar_jax.training.initial import load_params, load_tokenizer, place
+from icar_jax.training.logs import RunLog, SilentLog, open_log
+from icar_jax.training.monitor import CutCaptions, Monitor, NonFiniteLoss
+from icar_jax.training.optimizer import make_optimizer
+from icar_jax.training.preemption import Agreement, StopRequest
+from icar_jax.training.step import State, abstract_state, init_state, make_step, model_params, put_batch
 from icar_jax.training.tasks import Task, make_task
+
+__all__ = ["NonFiniteLoss", "train"]
 
 CAPTIONS_FOR_TOKENIZER = 20_000  # images whose captions a tokenizer is trained on
 
 
-class NonFiniteLoss(RuntimeError):
-    """The loss of a step is not finite; the last checkpoint on disk is from before it."""
-
-
-def train(config: ExperimentConfig, workdir: Path, *, stop_after: int | None = None) -> Path:
+def train(
+    config: ExperimentConfig,
+    workdir: Path,
+    *,
+    stop_after: int | None = None,
+    evaluators: tuple[MakeEvaluator, ...] = (),
+) -> Path:
     """Trains to `config.train.steps`, or continues a run that was cut off; returns the finished checkpoint's folder.
 
-    Writes into `workdir`: config.json, tokenizer.json, metrics.jsonl, checkpoints/ and, at the end, model/.
-    `stop_after` ends this call early after that many steps in all, as an interruption would.
-    Raises ConfigError before anything is written; NonFiniteLoss naming the step and the batch's files.
+    Writes into `workdir`: config.json, tokenizer.json, metrics.jsonl, checkpoints/, best/ and, at the end, model/. Called by
+    every process of a run, with a workdir that all of them see; the first one writes.
+    SIGTERM saves the state and returns `workdir`; SIGINT saves and raises KeyboardInterrupt. `stop_after` ends this call early
+    after that many steps in all. `evaluators` are what `config.train.eval_every` asks for.
+    Raises ConfigError before anything is written; NonFiniteLoss naming the step and the batch's files; SaveError or OSError
+    where the disk fails, PeerError where another process does: the checkpoints saved before are intact.
     """
-    config = cfg.validate(config)
-    workdir = Path(workdir)
-    if jax.process_count() > 1:
-        raise cfg.ConfigError(f"training runs in one process in this version, found {jax.process_count()}")
-    mesh = make_mesh(config.mesh)
-    cfg.validate_batch(config.train.batch_size, batch_shards(mesh))
-    _check_architecture(config)
-    source = sources.train_source(config.data)
-    trained_on = sources.fingerprint(source)
-    resumed = files.has_checkpoint(workdir)
-    if resumed:
-        files.require_same_config(workdir, config, files.FREE_ON_RESUME)
-        files.require_same_data(workdir, trained_on)
-    tokenizer = _tokenizer(config, source, workdir if resumed else None) if config.task == "clip" else None
-    task = make_task(config, tokenizer)
-    optimizer = make_optimizer(config.optim, config.train.steps)
-    step_fn = make_step(task, optimizer, mesh, config.train.seed)
-    last = min(config.train.steps, stop_after or config.train.steps)
-    _claim_workdir(config, workdir, trained_on, tokenizer)
+    with StopRequest() as request:
+        run = _open_run(cfg.validate(config), Path(workdir))
+        return _train(run, request, stop_after or run.config.train.steps, evaluators)
 
-    with StateStore(workdir, config.train.keep) as store:
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What is known before the first step; the same on every process."""
+
+    config: ExperimentConfig
+    workdir: Path
+    mesh: Mesh
+    source: Source
+    tokenizer: Tokenizer | None
+    task: Task
+
+
+def _open_run(config: ExperimentConfig, workdir: Path) -> _Run:
+    """Checks everything that can be checked beforehand, then claims the workdir."""
+    with distributed.together("preparing the run"):
+        mesh = make_mesh(config.mesh)
+        cfg.validate_batch(config.train.batch_size, batch_shards(mesh), config.train.accumulate)
+        _check_architecture(config)
+        source = sources.train_source(config.data)
+        trained_on = sources.fingerprint(source)
+        resumed = files.has_checkpoint(workdir)
+        if resumed:
+            files.require_same_config(workdir, config, files.FREE_ON_RESUME)
+            files.require_same_data(workdir, trained_on)
+    distributed.require_same("configuration", _shared_part(config))
+    distributed.require_same("set of training images (config.data.root)", json.dumps(trained_on, sort_keys=True))
+    token = distributed.from_main(secrets.randbits(30))
+    tokenizer = None
+    with distributed.together("claiming the workdir"):
+        if distributed.is_main():
+            if config.task == "clip":
+                tokenizer = _tokenizer(config, source, workdir if resumed else None)
+            task = make_task(config, tokenizer, mesh)  # what does not fit is found before anything is written
+            if config.train.init and not resumed:
+                _initial_params(config, task)  # what does not fit is named now; the values are read later
+            abstract = abstract_state(task, _optimizer(config), mesh, config)
+            require_space(workdir, abstract, config.train.keep, 1 + config.train.keep_best)
+            _claim_workdir(config, workdir, trained_on, tokenizer, token)
+    with distributed.together("reading the workdir"):
+        if not distributed.is_main():
+            files.require_token(workdir, token)
+            tokenizer = Tokenizer.from_file(workdir / checkpoint.TOKENIZER) if config.task == "clip" else None
+            task = make_task(config, tokenizer, mesh)
+    if distributed.is_main():
+        (workdir / files.TOKEN).unlink(missing_ok=True)
+    return _Run(config, workdir, mesh, source, tokenizer, task)
+
+
+def _train(run: _Run, request: StopRequest, stop_after: int, evaluators: tuple[MakeEvaluator, ...]) -> Path:
+    config, workdir, task, t = run.config, run.workdir, run.task, run.config.train
+    optimizer = _optimizer(config)
+    step_fn = make_step(task, optimizer, run.mesh, config)
+    sharding = batch_sharding(run.mesh)
+    part = distributed.batch_part(sharding, t.batch_size)
+    trained = Trained(config, task.kind, task.description, run.tokenizer, sharding, batch_shards(run.mesh), part)
+    with StateStore(workdir, t.keep) as store:
         start = store.latest_step or 0
+        evaluation = make_evaluation(trained, workdir, start, evaluators)
         if start:
-            state = store.restore(start, abstract_state(task, optimizer, mesh))
-            print(f"Continuing {workdir} after step {start} of {config.train.steps}.")
+            state = store.restore(start, abstract_state(task, optimizer, run.mesh, config))
+            _say(f"Continuing {workdir} after step {start} of {t.steps}.")
         else:
-            state = init_state(task, optimizer, mesh, config.train.seed)
-        log = RunLog(workdir, config.train.steps, start, config.train.tensorboard, f"train {config.task}")
-        with _batches(config, task, source, tokenizer, start) as batches, contextlib.closing(log):
-            advance = lambda state, batch: step_fn(state, put_batch(batch, task.fields, mesh))
-            state = _run(config, advance, state, batches, range(start + 1, last + 1), store, log)
-        if last < config.train.steps:
-            return workdir
-        params = jax.device_get(state["params"])
-    description = {**task.description, "source": {"trained_with": "icar_jax", "steps": config.train.steps}}
-    return checkpoint.write(
-        workdir / "model", task.kind, description, params, tokenizer.to_json() if tokenizer else None
-    )
-
-
-def _batches(config: ExperimentConfig, task: Task, source: Source, tokenizer: Tokenizer | None, start: int) -> BatchIterator:
-    """The batches after `start` steps."""
-    data, t = config.data, config.train
-    return train_batches(
-        source,
-        task.preprocess,
-        tokenizer,
-        task.context_length,
-        batch_size=t.batch_size,
-        seed=t.seed,
-        start_position=start * t.batch_size,
-        augment=Augment("crop" if data.crop_scale < 1 else "none", scale=(data.crop_scale, 1.0), flip=data.flip),
-        num_workers=data.workers,
-        num_threads=data.threads,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        with_complexity=config.task == "complexity",
-    )
+            params = place(_initial_params(config, task), shardings(task.shapes, run.mesh)) if t.init else None
+            state = init_state(task, optimizer, run.mesh, config, params)
+        log = open_log(workdir, t.steps, start, t.tensorboard, f"train {config.task}")
+        with _batches(run, start, part) as batches, contextlib.closing(log):
+            advance = lambda state, batch: step_fn(state, put_batch(batch, task.fields, run.mesh))
+            steps = range(start + 1, min(t.steps, stop_after) + 1)
+            with _naming_lost_peers(workdir):
+                state, done, stopped = _run(config, advance, state, batches, steps, store, log, evaluation, request)
+    if done < t.steps:
+        if stopped:
+            _say(f"Stopped by {stopped} after step {done} of {t.steps}; the same command continues.")
+        if stopped == "SIGINT":
+            distributed.end_together()
+            raise KeyboardInterrupt
+        return workdir
+    description = {**task.description, "source": {"trained_with": "icar_jax", "steps": t.steps}}
+    text = run.tokenizer.to_json() if run.tokenizer else None
+    return write_model(workdir / "model", task.kind, description, model_params(state), text)
 
 
 def _run(
@@ -112,85 +155,106 @@ def _run(
     batches: BatchIterator,
     steps: range,
     store: StateStore,
-    log: RunLog,
-) -> State:
-    """Runs `steps`, saving as configured and after the last; unreadable files and cut captions are reported at the end."""
-    bad, cut, monitor = BadFiles(), _CutCaptions(config.clip.context_length), _Monitor(config, log)
+    log: RunLog | SilentLog,
+    evaluation: Evaluation | None,
+    request: StopRequest,
+) -> tuple[State, int, str | None]:
+    """Runs `steps` or until a signal; saves as configured and at the end. Returns (state, last step done, signal).
+
+    Unreadable files and cut captions are reported at the end.
+    """
+    bad, cut, monitor = BadFiles(), CutCaptions(config.clip.context_length), Monitor(config, log)
+    done = saved = steps.start - 1
+    stop, stopped = Agreement(request), None
     try:
         for step in steps:
-            batch = next(batches)
+            if stopped := stop():
+                break
+            try:
+                batch = next(batches)
+            except Exception:
+                # A signal to the whole group has ended the data workers as well.
+                if request.name and jax.process_count() == 1:
+                    stopped = request.name
+                    break
+                raise
             bad.add(batch)
             cut.add(batch)
             state, metrics = advance(state, batch)
+            done = step
             monitor.push(step, metrics, batch["name"])
             log.advance()
-            if step % config.train.checkpoint_every == 0 or step == steps[-1]:
+            store.check()
+            if evaluation is not None and evaluation.due(step):
+                monitor.flush()
+                begun = time.perf_counter()
+                log.metrics(step, evaluation(step, model_params(state)))
+                monitor.exclude(time.perf_counter() - begun)
+            if step % config.train.checkpoint_every == 0:
                 monitor.flush()  # never save a state whose loss has not been seen
                 store.save(step, state)
+                saved = step
+        monitor.flush()
+        if saved < done:
+            store.save(done, state)
+        store.wait()
     finally:
-        if bad.reasons:
+        if bad:
             logging.warning("%s", bad.summary())
         cut.report()
-    return state
+    return state, done, stopped
 
 
-class _Monitor:
-    """Reads metrics one step late, so that the host prepares the next batch while the device works."""
-
-    def __init__(self, config: ExperimentConfig, log: RunLog):
-        self._config, self._log = config, log
-        self._pending: deque = deque()
-        self._share = schedule(config.optim, config.train.steps)
-        self._since: tuple[int, float] | None = None  # the first step includes compilation and is not timed
-
-    def push(self, step: int, metrics: dict[str, jax.Array], names: Any) -> None:
-        self._pending.append((step, metrics, names))
-        if len(self._pending) > 1:
-            self._take()
-
-    def flush(self) -> None:
-        while self._pending:
-            self._take()
-
-    def _take(self) -> None:
-        step, metrics, names = self._pending.popleft()
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not all(math.isfinite(value) for value in values.values()):
-            raise NonFiniteLoss(
-                f"step {step}: not finite: {', '.join(n for n, v in values.items() if not math.isfinite(v))}; "
-                f"files of the batch: {', '.join(map(str, names))}. Checkpoints saved before it are intact; "
-                "lower config.optim.lr or inspect these files, then run the command again."
-            )
-        now = time.perf_counter()
-        if self._since is None:
-            self._since = (step, now)
-        if step % self._config.train.log_every == 0 or step == self._config.train.steps:
-            before, then = self._since
-            if step > before:
-                values["pairs_per_s"] = (step - before) * self._config.train.batch_size / max(now - then, 1e-9)
-                self._since = (step, now)
-            values["lr"] = self._config.optim.lr * float(self._share(step - 1))
-            self._log.metrics(step, values)
+def _optimizer(config: ExperimentConfig) -> optax.GradientTransformation:
+    return make_optimizer(config.optim, config.train.steps, config.train.freeze)
 
 
-class _CutCaptions:
-    """Counts captions that are longer than the context."""
+def _batches(run: _Run, start: int, part: tuple[int, int]) -> BatchIterator:
+    """This process's part of the batches after `start` steps."""
+    data, t = run.config.data, run.config.train
+    return train_batches(
+        run.source,
+        run.task.preprocess,
+        run.tokenizer,
+        run.task.context_length,
+        batch_size=t.batch_size,
+        seed=t.seed,
+        start_position=start * t.batch_size,
+        augment=Augment("crop" if data.crop_scale < 1 else "none", scale=(data.crop_scale, 1.0), flip=data.flip),
+        process_index=part[0],
+        process_count=part[1],
+        with_complexity=run.config.task == "complexity",
+        **sources.loading(data),
+    )
 
-    def __init__(self, context_length: int):
-        self._context_length, self._cut, self._seen = context_length, 0, 0
 
-    def add(self, batch: dict[str, Any]) -> None:
-        truncated = batch.get("truncated", ())
-        self._cut += int(sum(truncated))
-        self._seen += len(truncated)
+@contextlib.contextmanager
+def _naming_lost_peers(workdir: Path):
+    """Says what the runtime's errors mean when the connection to another process breaks."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        text = str(error)
+        signs = ("Gloo", "NCCL", "Connection ", "Socket closed", "UNAVAILABLE", "coordination service", "DEADLINE_EXCEEDED")
+        if jax.process_count() == 1 or not any(sign in text for sign in signs):
+            raise
+        raise distributed.PeerError(
+            f"another process of this run ended or cannot be reached ({text.splitlines()[0]}); its own output says why. "
+            f"The checkpoints in {workdir} are intact: start all processes again, with the same command"
+        ) from error
 
-    def report(self) -> None:
-        if self._cut:
-            logging.warning(
-                "%d of %d captions (%.1f%%) were longer than the context of %s tokens and were cut; "
-                "config.clip.context_length sets it.",
-                self._cut, self._seen, 100 * self._cut / self._seen, self._context_length or "the variant's",
-            )  # fmt: skip
+
+def _shared_part(config: ExperimentConfig) -> str:
+    """What all processes must agree on; where the data lies and who prepares it may differ between machines."""
+    values = dataclasses.asdict(config)
+    for name in ("root", "workers", "threads"):
+        del values["data"][name]
+    return json.dumps(values, sort_keys=True)
+
+
+def _say(text: str) -> None:
+    if distributed.is_main():
+        print(text, flush=True)
 
 
 def _check_architecture(config: ExperimentConfig) -> None:
@@ -201,15 +265,26 @@ def _check_architecture(config: ExperimentConfig) -> None:
         registry.complexity_arch(config.complexity)
 
 
-def _claim_workdir(config: ExperimentConfig, workdir: Path, trained_on: dict[str, Any], tokenizer: Tokenizer | None) -> None:
+def _claim_workdir(
+    config: ExperimentConfig, workdir: Path, trained_on: dict[str, Any], tokenizer: Tokenizer | None, token: int
+) -> None:
     """Writes what the run is; called once everything that can be checked beforehand has been."""
     try:
         files.save_config(workdir, config)
         files.save_data(workdir, trained_on)
         if tokenizer is not None:
             files.write_text(workdir / checkpoint.TOKENIZER, tokenizer.to_json())
+        if jax.process_count() > 1:
+            files.write_token(workdir, token)
+        files.recover(workdir)
     except OSError as error:
         raise cfg.ConfigError(f"--workdir={workdir} cannot be written: {error}; choose a writable folder") from error
+
+
+def _initial_params(config: ExperimentConfig, task: Task) -> Mapping[str, Any]:
+    """The weights of config.train.init, read when asked for. Raises ConfigError where they do not fit the task's model."""
+    fresh = lambda: jax.device_get(task.init(jax.random.key(config.train.seed)))
+    return load_params(config.train.init, task.kind, task.arch, task.shapes, fresh, _say)
 
 
 def _tokenizer(config: ExperimentConfig, source: Source, resumed: Path | None) -> Tokenizer:
@@ -218,6 +293,8 @@ def _tokenizer(config: ExperimentConfig, source: Source, resumed: Path | None) -
         return Tokenizer.from_file(resumed / checkpoint.TOKENIZER)
     if config.data.tokenizer:
         return Tokenizer.from_file(config.data.tokenizer)
+    if config.train.init and (found := load_tokenizer(config.train.init)) is not None:
+        return Tokenizer.from_json(found, f"the tokenizer of {config.train.init}")
     count = min(len(source), CAPTIONS_FOR_TOKENIZER)
     captions = (caption for i in range(count) for caption in source[i].captions)
     return Tokenizer.train(captions, config.data.vocabulary)

@@ -1,9 +1,14 @@
-"""The one contrastive loss, used alike at every exit and at full depth, and the losses of the complexity model."""
+"""The contrastive losses, used alike at every exit and at full depth, and the losses of the complexity model.
+
+Here every device forms its rows of all logits; `ring` has the same losses with a chunk of the logits at a time.
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+
+from icar_jax.config import unknown
 
 Array = jax.Array
 
@@ -14,12 +19,49 @@ def contrastive(image: Array, text: Array, scale: Array, direction: str = "symme
     image, text: [B, D], unit norm, row i of one belongs to row i of the other; scale: scalar. Returns a scalar.
     `direction`: 'symmetric' averages both directions, 'image_to_text' lets each image choose among the texts only.
     """
-    logits = scale * jnp.einsum("id,td->it", image, text, precision=jax.lax.Precision.HIGHEST)
+    logits = scale * _cosines(image, text)
     diagonal = jnp.diagonal(logits)
     image_to_text = jnp.mean(jax.nn.logsumexp(logits, axis=1) - diagonal)
     if direction == "image_to_text":
         return image_to_text
     return (image_to_text + jnp.mean(jax.nn.logsumexp(logits, axis=0) - diagonal)) / 2
+
+
+def sigmoid(image: Array, text: Array, scale: Array, bias: Array) -> Array:
+    """Every image-text pair a decision of its own (SigLIP, Zhai et al. 2023, equation 1).
+
+    image, text: [B, D], unit norm, row i of one belongs to row i of the other; scale, bias: scalars. Returns the scalar
+    -1/B sum_ij log sigmoid(z_ij (scale cos_ij + bias)) with z_ij = 1 for the pairs that belong together and -1 for all others.
+    """
+    logits = scale * _cosines(image, text) + bias
+    signed = jnp.where(jnp.eye(len(logits), dtype=bool), logits, -logits)
+    return -jnp.mean(jnp.sum(jax.nn.log_sigmoid(signed), axis=1))
+
+
+def per_exit(
+    images: dict[int, Array],
+    text: Array,
+    scales: dict[int, Array],
+    biases: dict[int, Array] | None,
+    *,
+    kind: str,
+    direction: str,
+) -> dict[int, Array]:
+    """{executed blocks: scalar loss}: images [B, D] of each exit against the same text [B, D].
+
+    `kind`: 'softmax' (CLIP) or 'sigmoid' (SigLIP), which alone reads `biases` and has no `direction`.
+    """
+    if kind == "softmax":
+        return {e: contrastive(image, text, scales[e], direction) for e, image in images.items()}
+    if kind == "sigmoid":
+        assert biases is not None, "the sigmoid loss needs a bias for each exit"
+        return {e: sigmoid(image, text, scales[e], biases[e]) for e, image in images.items()}
+    raise unknown("config.loss.kind", kind, ("softmax", "sigmoid"))
+
+
+def _cosines(image: Array, text: Array) -> Array:
+    """[B, D], [C, D] -> [B, C]; a device that rounds float32 factors would spoil logits of size 100."""
+    return jnp.einsum("id,td->it", image, text, precision=jax.lax.Precision.HIGHEST)
 
 
 def exit_weights(weights: tuple[float, ...], exits: tuple[int, ...]) -> dict[int, float]:

@@ -1,10 +1,15 @@
-"""AdamW with parameter groups: towers, exit heads and temperatures each have their own rate."""
+"""AdamW with parameter groups: towers, exit heads and temperatures each have their own rate, and groups may be frozen.
+
+Also the moving average of the weights.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -17,10 +22,26 @@ GROUPS: tuple[tuple[str, str], ...] = (
     (r"", "backbone"),
 )
 
+# Frozen is what a model is made of, rates are what is learnt alike: the image tower and the text tower share a rate.
+FREEZE_GROUPS: tuple[tuple[str, str], ...] = (
+    (GROUPS[0][0], "temperature"),
+    (GROUPS[1][0], "exits"),
+    (r"^text/", "text"),
+    (r"", "image"),
+)
+
 
 def group(path: str) -> str:
     """The parameter group of a path: temperature, exit or backbone."""
     return next(name for pattern, name in GROUPS if re.search(pattern, path))
+
+
+def trainable(path: str, freeze: tuple[str, ...]) -> bool:
+    """Whether a parameter of a CLIP learns while the groups `freeze` (image, text, exits, temperature) do not.
+
+    'image' is the vision tower with its own head (ln_post, proj), 'exits' are the heads of its early exits.
+    """
+    return next(name for pattern, name in FREEZE_GROUPS if re.search(pattern, path)) not in freeze
 
 
 def decays(path: str, ndim: int) -> bool:
@@ -41,18 +62,37 @@ def schedule(config: OptimConfig, steps: int):
     return share
 
 
-def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, Adam, decoupled decay, then the group's rate along the schedule."""
+def make_optimizer(config: OptimConfig, steps: int, freeze: tuple[str, ...] = ()) -> optax.GradientTransformation:
+    """Clip by global norm, Adam, decoupled decay, then the group's rate along the schedule.
+
+    Frozen leaves (see `trainable`) are not changed, have no moments, and do not count in the norm that is clipped.
+    """
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts += [
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.dtype(config.mu_dtype)),
         optax.add_decayed_weights(
             config.weight_decay,
-            mask=lambda params: pytree.map_with_path(lambda path, leaf: decays(path, leaf.ndim), params),
+            # A leaf that is masked out because it is frozen has no dimensions.
+            mask=lambda params: pytree.map_with_path(lambda path, leaf: decays(path, getattr(leaf, "ndim", 0)), params),
         ),
         _scale_by_group(config, steps),
     ]
-    return optax.chain(*parts)
+    learn = optax.chain(*parts)
+    if not freeze:
+        return learn
+
+    def labels(params: Any) -> Any:
+        if not isinstance(params, Mapping):  # optax.tree_map_params passes a placeholder for all parameters
+            return "learn"
+        return pytree.map_with_path(lambda path, _: "learn" if trainable(path, freeze) else "frozen", params)
+
+    return optax.partition({"learn": learn, "frozen": _stay()}, labels)
+
+
+def _stay() -> optax.GradientTransformation:
+    """Updates that change no bit: x + -0.0 is x for every x, where 0.0 would turn -0.0 into 0.0."""
+    still = lambda updates, state, params=None: (jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates), state)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), still)
 
 
 def _scale_by_group(config: OptimConfig, steps: int) -> optax.GradientTransformation:
@@ -61,7 +101,40 @@ def _scale_by_group(config: OptimConfig, steps: int) -> optax.GradientTransforma
 
     def update(updates: Any, state: optax.ScaleByScheduleState, params: Any = None):
         now = share(state.count)
-        scaled = pytree.map_with_path(lambda path, u: -rates[group(path)] * now * u, updates)
+        rate = lambda path, u: u if isinstance(u, optax.MaskedNode) else -rates[group(path)] * now * u
+        scaled = pytree.map_with_path(rate, updates)
         return scaled, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32)), update)
+
+
+def state_like(optimizer: optax.GradientTransformation, shapes: pytree.Tree, of_params: pytree.Tree, other: Any) -> Any:
+    """The optimizer's state with each moment replaced by its parameter's entry of `of_params`, anything else by `other`.
+
+    `shapes` are those of the parameters. Frozen parameters have no moment and so no entry.
+    """
+    absent = lambda leaf: isinstance(leaf, optax.MaskedNode)
+    return optax.tree_map_params(
+        optimizer,
+        lambda moment, entry: moment if absent(moment) else entry,
+        jax.eval_shape(optimizer.init, shapes),
+        of_params,
+        transform_non_params=lambda _: other,
+        is_leaf=absent,
+    )
+
+
+def ema_init(params: pytree.Tree) -> pytree.Tree:
+    """The moving average before the first step: a float32 copy of the parameters, in buffers of its own."""
+    return jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+
+
+def ema_update(ema: pytree.Tree, params: pytree.Tree, decay: float, step: jax.Array | int) -> pytree.Tree:
+    """The moving average after an update, e + (1 - d) (p - e), in float32.
+
+    d = min(decay, (1 + step) / (10 + step)), where `step` counts the updates before this one: a fixed decay would hold on to
+    the first weights for some 1 / (1 - decay) steps.
+    """
+    step = jnp.asarray(step, jnp.float32)
+    keep = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda e, p: e + (1 - keep) * (p.astype(jnp.float32) - e), ema, params)

@@ -11,66 +11,101 @@ import optax
 from jax.sharding import Mesh
 
 from icar_jax import pytree
+from icar_jax.config import ExperimentConfig
 from icar_jax.parallel.mesh import batch_sharding, replicated
 from icar_jax.parallel.rules import shardings
+from icar_jax.training import accumulate
+from icar_jax.training.optimizer import ema_init, ema_update, state_like, trainable
 from icar_jax.training.tasks import Task
 
-# {'params': nested dict float32, 'opt_state': optax state, 'step': int32 []}; the position in the data is step x batch,
-# and randomness is folded from (seed, step), so nothing else has to be stored to continue a run exactly.
+# {'params': nested dict float32, 'opt_state': optax state, 'step': int32 [], and with config.optim.ema 'ema' like params}.
+# The position in the data is step x batch, and randomness is folded from (seed, step), so nothing else has to be stored to
+# continue a run exactly.
 State = dict[str, Any]
 
 
-def state_shardings(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
-    """A sharding for each leaf of the state; moments follow their parameters."""
+def state_shardings(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, config: ExperimentConfig) -> State:
+    """A sharding for each leaf of the state; moments and averages follow their parameters."""
     params = shardings(task.shapes, mesh)
-    moments = jax.eval_shape(optimizer.init, task.shapes)
-    opt_state = optax.tree_map_params(
-        optimizer, lambda _, s: s, moments, params, transform_non_params=lambda _: replicated(mesh)
-    )
-    return {"params": params, "opt_state": opt_state, "step": replicated(mesh)}
+    opt_state = state_like(optimizer, task.shapes, params, replicated(mesh))
+    average = {"ema": params} if config.optim.ema else {}
+    return {"params": params, "opt_state": opt_state, "step": replicated(mesh), **average}
 
 
-def init_state(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> State:
-    """Creates parameters and moments already sharded; no device holds the whole model."""
+def init_state(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    config: ExperimentConfig,
+    params: pytree.Tree | None = None,
+) -> State:
+    """Creates parameters and moments already sharded; no device holds the whole model.
 
-    def make(key: jax.Array) -> State:
-        params = task.init(key)
-        return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros([], jnp.int32)}
+    `params`, sharded arrays, replace the random parameters (they are donated).
+    """
+    wanted = state_shardings(task, optimizer, mesh, config)
 
-    return jax.jit(make, out_shardings=state_shardings(task, optimizer, mesh))(jax.random.key(seed))
+    def rest(params: pytree.Tree) -> State:
+        average = {"ema": ema_init(params)} if config.optim.ema else {}
+        return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros([], jnp.int32), **average}
+
+    if params is not None:
+        return jax.jit(rest, out_shardings=wanted, donate_argnums=0)(params)
+    return jax.jit(lambda key: rest(task.init(key)), out_shardings=wanted)(jax.random.key(config.train.seed))
 
 
-def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
+def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, config: ExperimentConfig) -> State:
     """The state as ShapeDtypeStructs with shardings, which is what a checkpoint is restored into."""
     shapes = {
         "params": task.shapes,
         "opt_state": jax.eval_shape(optimizer.init, task.shapes),
         "step": jax.ShapeDtypeStruct([], jnp.int32),
+        **({"ema": jax.eval_shape(ema_init, task.shapes)} if config.optim.ema else {}),
     }
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        state_shardings(task, optimizer, mesh),
+        state_shardings(task, optimizer, mesh, config),
     )
 
 
 def make_step(
-    task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
+    task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, config: ExperimentConfig
 ) -> Callable[[State, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
     """The jitted step: (state, batch) -> (state, metrics); the old state's memory is reused.
 
-    Metrics hold `loss`, what the task adds, and `grad_norm` before clipping, all float32 scalars.
+    Metrics hold `loss`, what the task adds, and `grad_norm` of what learns before clipping, all float32 scalars.
     """
+    frozen = config.train.freeze
+
+    def gradient(params: pytree.Tree, batch: dict[str, jax.Array], key: jax.Array):
+        # Behind stop_gradient the backward pass of a frozen tower is never built.
+        hold = lambda tree: pytree.map_with_path(
+            lambda path, leaf: leaf if trainable(path, frozen) else jax.lax.stop_gradient(leaf), tree
+        )
+        if config.train.accumulate > 1:
+            return accumulate.value_and_grad(
+                lambda p, part: task.embed(hold(p), part),
+                lambda p, embeddings: task.contrast(hold(p), embeddings),
+                params,
+                batch,
+                parts=config.train.accumulate,
+                mesh=mesh,
+            )
+        return jax.value_and_grad(lambda p: task.loss(hold(p), batch, key), has_aux=True)(params)
 
     def step(state: State, batch: dict[str, jax.Array]):
-        key = jax.random.fold_in(jax.random.key(seed), state["step"])
-        (loss, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(state["params"], batch, key)
+        key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
+        (loss, metrics), grads = gradient(state["params"], batch, key)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads)}
-        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+        new = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
+        if config.optim.ema:
+            new["ema"] = ema_update(state["ema"], params, config.optim.ema, state["step"])
+        learning = {path: g for path, g in pytree.flatten(grads).items() if trainable(path, frozen)}
+        return new, {"loss": loss, **metrics, "grad_norm": optax.tree.norm(learning)}
 
-    state_sharding = state_shardings(task, optimizer, mesh)
+    state_sharding = state_shardings(task, optimizer, mesh, config)
     batch = {name: batch_sharding(mesh) for name in task.fields}
     return jax.jit(
         step,
@@ -78,6 +113,11 @@ def make_step(
         out_shardings=(state_sharding, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def model_params(state: State) -> pytree.Tree:
+    """What the run has learned: the averaged weights where they are kept, else the weights."""
+    return state.get("ema", state["params"])
 
 
 def put_batch(batch: dict[str, Any], fields: tuple[str, ...], mesh: Mesh) -> dict[str, jax.Array]:

@@ -8,20 +8,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from icar_jax.config import ExperimentConfig, unknown
 from icar_jax.data import images
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models import registry
-from icar_jax.models.clip import Clip
+from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.complexity import Complexity
 from icar_jax.models.pixels import normalise
-from icar_jax.training import losses
+from icar_jax.models.transformer import Execution
+from icar_jax.parallel.mesh import batch_sharding
+from icar_jax.training import initial, losses, ring
 
 NORMALISE = {
     "half": (images.HALF_MEAN, images.HALF_STD),
@@ -34,21 +38,29 @@ NORMALISE = {
 class Task:
     """A model to train; `fields` names the batch entries that travel to the device."""
 
+    arch: Any  # ClipArch | ComplexityArch
+
     kind: str  # clip | complexity: the kind of the finished checkpoint
     shapes: dict[str, Any]
     init: Callable[[jax.Array], dict[str, Any]]
     loss: Callable[[dict, dict, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+    # The same loss in two halves, for accumulation: embed(params, batch) -> embeddings with one row a pair, and
+    # contrast(params, embeddings) -> (loss, metrics). None where a loss does not compare pairs.
+    embed: Callable[[dict, dict], dict[str, Any]] | None
+    contrast: Callable[[dict, dict], tuple[jax.Array, dict[str, jax.Array]]] | None
     preprocess: Preprocess
     context_length: int  # tokens per caption; 0 where captions are not read
     fields: tuple[str, ...]
     description: dict[str, Any]
 
 
-def make_task(config: ExperimentConfig, tokenizer: Tokenizer | None) -> Task:
-    """The task that `config.task` names. Raises ConfigError for what does not fit the architecture."""
+def make_task(config: ExperimentConfig, tokenizer: Tokenizer | None = None, mesh: Mesh | None = None) -> Task:
+    """The task that `config.task` names. Raises ConfigError for what does not fit the architecture.
+
+    Without a tokenizer the text tower has CLIP's vocabulary. `mesh` is needed where config.loss.chunk passes texts round it.
+    """
     if config.task == "clip":
-        assert tokenizer is not None, "the clip task reads captions and needs a tokenizer"
-        return _clip_task(config, tokenizer)
+        return _clip_task(config, tokenizer, mesh)
     if config.task == "complexity":
         return _complexity_task(config)
     raise unknown("config.task", config.task, ("clip", "complexity"))
@@ -59,29 +71,57 @@ def _preprocess(config: ExperimentConfig, image_size: int, resize: str) -> Prepr
     return Preprocess(image_size, resize, config.data.interpolation, mean, std)
 
 
-def _clip_task(config: ExperimentConfig, tokenizer: Tokenizer) -> Task:
-    arch = registry.clip_arch(config.clip, tokenizer.vocab_size, tokenizer.end_id)
-    clip = Clip(arch)
+def clip_arch(config: ExperimentConfig, tokenizer: Tokenizer | None) -> ClipArch:
+    """The architecture of the clip task: the variant, the tokenizer's vocabulary, and a logit bias for the sigmoid loss."""
+    sizes = (tokenizer.vocab_size, tokenizer.end_id) if tokenizer is not None else ()
+    arch = registry.clip_arch(config.clip, *sizes)
+    if config.train.init:
+        arch = initial.adopt(arch, config.train.init)
+    return dataclasses.replace(arch, logit_bias=config.loss.kind == "sigmoid")
+
+
+def _clip_task(config: ExperimentConfig, tokenizer: Tokenizer | None, mesh: Mesh | None) -> Task:
+    arch = clip_arch(config, tokenizer)
+    # Without it the compiler cuts the width of the activations over fsdp inside a scan.
+    sharding = batch_sharding(mesh) if mesh is not None else None
+    clip = Clip(arch, Execution(config.train.remat, config.train.scan_blocks, sharding))
     exits = arch.vision.all_exits
     weights = losses.exit_weights(config.loss.exit_weights, exits)
     preprocess = _preprocess(config, arch.vision.image_size, config.data.resize)
     dtype = jnp.dtype(config.train.dtype)
 
-    def loss(params, batch, key):
+    form = {"kind": config.loss.kind, "direction": config.loss.direction}
+    compare = partial(losses.per_exit, **form)
+    if config.loss.chunk:
+        assert mesh is not None, "config.loss.chunk passes texts round a mesh"
+        compare = partial(ring.per_exit, **form, mesh=mesh, chunk=config.loss.chunk)
+
+    def embed(params, batch):
         pixels = normalise(batch["image"], preprocess.mean, preprocess.std)
         image = clip.encode_image_exits(params, pixels, dtype=dtype)
-        text = clip.encode_text(params, batch["tokens"], dtype)
+        # Text keys: JAX orders the keys of a dict, and integers and strings cannot be ordered together.
+        return {"image": {str(e): z for e, z in image.items()}, "text": clip.encode_text(params, batch["tokens"], dtype)}
+
+    def contrast(params, embeddings):
+        image = {e: embeddings["image"][str(e)] for e in exits}
         scales = clip.logit_scales(params)
-        per_exit = {e: losses.contrastive(image[e], text, scales[e], config.loss.direction) for e in exits}
+        biases = clip.logit_biases(params) if arch.logit_bias else None
+        per_exit = compare(image, embeddings["text"], scales, biases)
         metrics = {f"loss_{e}": value for e, value in per_exit.items()}
         metrics |= {f"scale_{e}": scales[e] for e in exits}
         return sum(weights[e] * per_exit[e] for e in exits), metrics
 
+    def loss(params, batch, key):
+        return contrast(params, embed(params, batch))
+
     return Task(
+        arch,
         "clip",
         clip.shapes(),
         lambda key: clip.init(key, config.clip.exit_start),
         loss,
+        embed,
+        contrast,
         preprocess,
         arch.text.context_length,
         ("image", "tokens"),
@@ -101,10 +141,13 @@ def _complexity_task(config: ExperimentConfig) -> Task:
         return losses.complexity_loss(logits, batch["complexity"], arch.head, threshold), {}
 
     return Task(
+        arch,
         "complexity",
         model.shapes(),
         model.init,
         loss,
+        None,
+        None,
         preprocess,
         0,
         ("image", "complexity"),

@@ -1,0 +1,291 @@
+"""The weights a run starts from: a checkpoint of this library, fitted to the run's architecture.
+
+What may differ: exits that the checkpoint lacks start from the head of its full tower, position embeddings are resized to
+another image grid or cut to a shorter context, and a backbone of ImageNet gets a fresh head of complexity. Anything else is
+refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from icar_jax import checkpoint, pytree
+from icar_jax.checkpoint import CheckpointError
+from icar_jax.config import ConfigError, from_dict
+from icar_jax.convert.engine import Leaf
+from icar_jax.convert.errors import ConvertError
+from icar_jax.convert.positions import resize_positions
+from icar_jax.convert.tensors import read_weights
+from icar_jax.models import registry
+from icar_jax.models.clip import LOGIT_BIAS_START, SIGMOID_SCALE_START, ClipArch, exit_sources
+from icar_jax.models.complexity import ComplexityArch
+from icar_jax.models.convnext import ConvNeXtArch
+
+KINDS = {"clip": ("clip",), "complexity": ("complexity", "convnext")}
+# What a variant of the registry fixes, and what a checkpoint says beside it: shapes do not tell these, and no field sets them.
+_SIZES = ("width", "depth", "mlp_width", "embed_dim", "patch_size")
+_MANNERS = ("activation", "heads", "norm_eps", "head", "class_token", "patch_bias", "pre_norm", "causal", "proj_bias")
+_SHOWN = 20  # lines of differing parameters
+
+
+def adopt(arch: Any, path: str | os.PathLike) -> Any:
+    """The run's architecture, with what no field of the configuration sets taken from the checkpoint at `path`.
+
+    That is the activation, the number of heads and the like, which OpenAI's and SigLIP's weights have otherwise than the
+    variants of the registry. Reads icar.json alone. Raises ConfigError where the sizes of the towers differ.
+    """
+    if not isinstance(arch, ClipArch):
+        return arch
+    saved = _saved_arch(path, _find(path, KINDS["clip"]), ClipArch)
+    lines = _size_differences(arch, saved)
+    if lines:
+        raise _refusal(path, lines, [_clip_variant(saved)])
+    vision = {name: getattr(saved.vision, name) for name in _MANNERS if hasattr(saved.vision, name)}
+    if saved.vision.head == "map":
+        vision["pool"] = "map"  # the only way its exits can start from its head
+    text = {name: getattr(saved.text, name) for name in (*_MANNERS, "pool") if hasattr(saved.text, name)}
+    if saved.text.pool != "end":
+        text["end_id"] = saved.text.end_id  # not used
+    if saved.text.pool == "last" and arch.text.vocabulary < saved.text.vocabulary:
+        text["vocabulary"] = saved.text.vocabulary  # SigLIP's table has rows that its tokenizer does not use
+    try:
+        return dataclasses.replace(
+            arch, vision=dataclasses.replace(arch.vision, **vision), text=dataclasses.replace(arch.text, **text)
+        )
+    except ValueError as error:
+        raise ConfigError(f"config.train.init={os.fspath(path)}: {error}") from error
+
+
+def load_tokenizer(path: str | os.PathLike) -> str | None:
+    """tokenizer.json of the CLIP checkpoint at `path`; None where it holds none. Raises ConfigError."""
+    file = _find(path, KINDS["clip"]) / checkpoint.TOKENIZER
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def load_params(
+    path: str | os.PathLike,
+    kind: str,
+    arch: Any,
+    shapes: pytree.Tree,
+    fresh: Callable[[], Mapping[str, Any]] | None = None,
+    note: Callable[[str], None] = logging.info,
+) -> pytree.Tree:
+    """Parameters like `shapes` from the checkpoint, bundle or workdir at `path`; leaves are float32 and read when asked for.
+
+    `kind` is 'clip' or 'complexity' and `arch` the run's ClipArch or ComplexityArch. `fresh()` gives initialised parameters and
+    is called only where a complexity model starts from an ImageNet backbone. `note` gets a line for each thing that was
+    adapted. Raises ConfigError naming config.train.init and every difference that was not.
+    """
+    folder = _find(path, KINDS[kind])
+    description = _checked(path, folder)
+    try:
+        tensors = read_weights(folder / checkpoint.WEIGHTS).tensors
+    except ConvertError as error:
+        raise _error(path, error) from error
+    leaves = {name: Leaf(tensor.shape, (name,), tensor.load) for name, tensor in tensors.items()}
+    if kind == "clip":
+        saved = _saved_arch(path, folder, ClipArch)
+        leaves = _fit_clip(path, arch, saved, leaves, shapes, note)
+        lines = _size_differences(arch, saved) + _manner_differences(arch, saved)
+        hints = lambda: _clip_hints(arch, saved, leaves, shapes)
+    elif description["kind"] == "convnext":
+        saved = _saved_arch(path, folder, ConvNeXtArch)
+        leaves = _fit_backbone(leaves, fresh, note)
+        lines, hints = [], lambda: [_backbone_variant(saved)]
+    else:
+        saved = _saved_arch(path, folder, ComplexityArch)
+        lines, hints = [], lambda: _complexity_hints(arch, saved)
+    found = pytree.unflatten(leaves)
+    differing = pytree.differences(shapes, found)
+    if lines or differing:
+        more = [f"... and {len(differing) - _SHOWN} more parameters"] if len(differing) > _SHOWN else []
+        raise _refusal(path, [*lines, *differing[:_SHOWN], *more], hints())
+    return found
+
+
+def place(params: Mapping[str, Any], shardings: Mapping[str, Any]) -> pytree.Tree:
+    """Arrays or `Leaf`s -> float32 device arrays laid out as `shardings` say.
+
+    One leaf at a time is held whole in host memory, and each device receives its part alone; in a run of several processes each
+    calls this with the same parameters.
+    """
+    layout = pytree.flatten(shardings)
+
+    def put(path: str, leaf: Any) -> jax.Array:
+        host = np.asarray(leaf, np.float32)
+        parts = layout[path].addressable_devices_indices_map(host.shape)
+        # A copy for each device: on CPU a device array can be the numpy array itself, and the step writes over its state.
+        pieces = [jax.device_put(np.array(host[index]), device) for device, index in parts.items()]
+        return jax.make_array_from_single_device_arrays(host.shape, layout[path], pieces).block_until_ready()
+
+    return pytree.map_with_path(put, params)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------------
+
+
+def _error(path: str | os.PathLike, error: Exception) -> ConfigError:
+    return ConfigError(f"config.train.init={os.fspath(path)}: {error}")
+
+
+def _find(path: str | os.PathLike, kinds: tuple[str, ...]) -> Path:
+    """The folder of a checkpoint of these kinds: `path` itself, the model of a workdir, or a part of a bundle."""
+    try:
+        try:
+            return checkpoint.find(path, kinds)
+        except CheckpointError:
+            if Path(path).is_dir() and (Path(path) / kinds[0] / checkpoint.DESCRIPTION).is_file():
+                return checkpoint.find(Path(path) / kinds[0], kinds)
+            raise
+    except CheckpointError as error:
+        raise _error(path, error) from error
+
+
+def _checked(path: str | os.PathLike, folder: Path) -> dict[str, Any]:
+    """The description, once the files agree with their hashes."""
+    try:
+        description = checkpoint.describe(folder)
+    except CheckpointError as error:
+        raise _error(path, error) from error
+    for name, expected in description.get("hashes", {}).items():
+        if not (folder / name).is_file():
+            raise _error(path, CheckpointError(f"{folder} lacks {name}; copy the whole folder again"))
+        if checkpoint.sha256(folder / name) != expected:
+            raise _error(path, CheckpointError(f"{folder / name} is damaged (its SHA-256 differs); copy it again"))
+    return description
+
+
+def _saved_arch(path: str | os.PathLike, folder: Path, arch: type) -> Any:
+    try:
+        return from_dict(checkpoint.describe(folder)["arch"], arch, f"{folder}: arch")
+    except (CheckpointError, KeyError, TypeError, ValueError) as error:
+        raise _error(path, error) from error
+
+
+def _refusal(path: str | os.PathLike, lines: Iterable[str], hints: Iterable[str]) -> ConfigError:
+    listed = "\n  ".join(lines)
+    fixes = "\n  ".join(dict.fromkeys(hint for hint in hints if hint))
+    return ConfigError(
+        f"config.train.init={os.fspath(path)} does not fit the model that the configuration describes:\n  {listed}"
+        + (f"\nTo start from these weights:\n  {fixes}" if fixes else "")
+    )
+
+
+# --- fitting -----------------------------------------------------------------------------------------------------------------
+
+
+def _fit_clip(
+    path: str | os.PathLike, arch: ClipArch, saved: ClipArch, leaves: dict[str, Leaf], shapes: pytree.Tree, note: Callable
+) -> dict[str, Any]:
+    """`leaves` with positions of the run's sizes, and the exits and biases that the run has and the checkpoint has not."""
+    leaves, wanted = dict(leaves), pytree.flatten(shapes)
+    where = f"{os.fspath(path)}: "
+    old, new = saved.vision, arch.vision
+    grid, positions = new.image_size // new.patch_size, leaves.get("vision/pos")
+    if positions is not None and grid != old.image_size // old.patch_size and old.class_token == new.class_token:
+        resize = lambda: resize_positions(np.asarray(positions), grid, new.class_token)
+        leaves["vision/pos"] = Leaf((grid * grid + new.class_token, positions.shape[1]), positions.sources, resize)
+        note(f"{where}position embeddings resized from {old.image_size} to {new.image_size} pixels")
+    context, places = arch.text.context_length, leaves.get("text/pos")
+    if places is not None and context < places.shape[0]:
+        leaves["text/pos"] = Leaf((context, places.shape[1]), places.sources, lambda: np.asarray(places)[:context])
+        note(f"{where}text positions cut from {places.shape[0]} to {context}")
+    if "logit_bias" in wanted and "logit_bias" not in leaves:
+        # A scale learnt with a softmax, up to 100, would call every pair a match beside the bias that SigLIP starts from.
+        leaves = {name: leaf for name, leaf in leaves.items() if not name.startswith("exit_logit_scale/")}
+        leaves["logit_scale"] = Leaf((), (), lambda: SIGMOID_SCALE_START)
+        leaves["logit_bias"] = Leaf((), (), lambda: LOGIT_BIAS_START)
+        note(f"{where}it has no logit bias; the logit scales start from {math.exp(SIGMOID_SCALE_START):g} and the biases from "
+             f"{LOGIT_BIAS_START:g}, as SigLIP's")  # fmt: skip
+    started = set()
+    for target, source in exit_sources(shapes).items():
+        if target not in leaves and source in leaves:
+            leaves[target] = leaves[source]
+            started |= {target.split("/")[2]} if target.startswith("vision/exits/") else set()
+    if started:
+        note(f"{where}exits {', '.join(sorted(started, key=int))} start from the head of the full tower")
+    return leaves
+
+
+def _fit_backbone(leaves: dict[str, Leaf], fresh: Callable[[], Mapping[str, Any]] | None, note: Callable) -> dict[str, Any]:
+    """A ConvNeXt without its classes as the backbone, under a fresh head of complexity."""
+    if fresh is None:
+        raise ValueError("a backbone of ImageNet needs `fresh` parameters for the head of complexity")
+    head = pytree.flatten(fresh()["head"], "head")
+    note("the backbone's weights are taken, its classes left out; the head of complexity starts at random")
+    return {f"backbone/{name}": leaf for name, leaf in leaves.items() if not name.startswith("head/fc/")} | head
+
+
+# --- what does not fit, and what to do about it ------------------------------------------------------------------------------
+
+
+def _differing(tower: str, run: Any, saved: Any, names: Iterable[str]) -> list[str]:
+    pairs = {name: (getattr(saved, name), getattr(run, name)) for name in names if hasattr(run, name)}
+    return [f"{tower} {name}: {a!r} in the checkpoint, {b!r} in the run" for name, (a, b) in pairs.items() if a != b]
+
+
+def _size_differences(arch: ClipArch, saved: ClipArch) -> list[str]:
+    return _differing("vision", arch.vision, saved.vision, _SIZES) + _differing("text", arch.text, saved.text, _SIZES)
+
+
+def _manner_differences(arch: ClipArch, saved: ClipArch) -> list[str]:
+    """What shapes do not show: with another activation or pooled token the same weights are another model."""
+    vision, text = (*_MANNERS,), (*_MANNERS, "pool")
+    if set(arch.vision.exits) & set(saved.vision.exits):
+        vision += ("pool",)
+    if saved.text.pool == "end":
+        text += ("end_id",)
+    return _differing("vision", arch.vision, saved.vision, vision) + _differing("text", arch.text, saved.text, text)
+
+
+def _clip_hints(arch: ClipArch, saved: ClipArch, leaves: Mapping[str, Any], shapes: pytree.Tree) -> list[str]:
+    hints = [_clip_variant(saved)] if _size_differences(arch, saved) else []
+    if arch.text.vocabulary != saved.text.vocabulary or arch.text.end_id != saved.text.end_id:
+        hints.append(
+            f"the tokenizer has {arch.text.vocabulary} tokens, the checkpoint's had {saved.text.vocabulary}: leave "
+            "config.data.tokenizer empty, which takes the checkpoint's, or name the file it was trained with"
+        )
+    if arch.text.context_length > saved.text.context_length:
+        hints.append(f"--config.clip.context_length={saved.text.context_length} or less")
+    wanted = pytree.flatten(shapes)
+    extra = [name for name in leaves if name not in wanted]
+    lost = sorted({int(name.split("/")[2]) for name in extra if name.startswith("vision/exits/")})
+    if lost:
+        hints.append(f"--config.clip.exits={tuple(sorted({*lost, *arch.vision.exits}))}: it has exits that the run has not")
+    elif any(name.startswith("exit_logit_scale/") for name in extra):
+        hints.append(f"--config.clip.temperature={saved.temperature}")
+    if "logit_bias" in extra:
+        hints.append("--config.loss.kind=sigmoid: it was trained with a logit bias")
+    if arch.vision.pool != saved.vision.pool and set(arch.vision.exits) & set(saved.vision.exits):
+        hints.append(f"--config.clip.pool={saved.vision.pool}")
+    return hints
+
+
+def _clip_variant(saved: ClipArch) -> str:
+    """The variant with these sizes, as flags."""
+    same = [n for n, a in registry.CLIP.items() if not [x for x in _size_differences(a, saved) if " patch_size" not in x]]
+    if not same:
+        return "no variant of models/registry.py has its sizes; add one"
+    exact = next((n for n in same if registry.CLIP[n].vision.patch_size == saved.vision.patch_size), None)
+    patch = "" if exact else f" --config.clip.patch_size={saved.vision.patch_size}"
+    return f"--config.clip.variant={exact or same[0]}{patch}"
+
+
+def _backbone_variant(saved: ConvNeXtArch) -> str:
+    plain = dataclasses.replace(saved, num_classes=0)
+    name = next((name for name, arch in registry.CONVNEXT.items() if arch == plain), None)
+    return f"--config.complexity.variant={name}" if name else "no variant of models/registry.py has its sizes; add one"
+
+
+def _complexity_hints(arch: ComplexityArch, saved: ComplexityArch) -> list[str]:
+    hints = [_backbone_variant(saved.backbone)] if arch.backbone != saved.backbone else []
+    return hints + ([f"--config.complexity.head={saved.head}"] if arch.head != saved.head else [])

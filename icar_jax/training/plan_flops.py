@@ -1,0 +1,72 @@
+"""Floating-point operations of one training step, counted from the configuration and not from the compiled program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from icar_jax.config import ExperimentConfig
+from icar_jax.models import flops
+from icar_jax.models.clip import ClipArch
+from icar_jax.models.complexity import ComplexityArch
+from icar_jax.models.text import TextArch
+from icar_jax.models.vision import VisionArch
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of a step over all chips. `model` is what the gradient takes, `recomputed` what the options run once more."""
+
+    model: float
+    recomputed: float
+
+    @property
+    def total(self) -> float:
+        return self.model + self.recomputed
+
+
+def step_flops(config: ExperimentConfig, arch: ClipArch | ComplexityArch) -> StepFlops:
+    """Forward and backward of both towers with all exits, and of the logits; a backward pass costs twice its forward pass.
+
+    A tower that is frozen has no backward pass. Computed once more: under remat 'full' the blocks but for their last product,
+    under 'dots' their products of activations with each other; where gradients are accumulated the forward pass of what learns;
+    the logits where the loss goes in chunks.
+    """
+    batch, train = config.train.batch_size, config.train
+    if config.task == "complexity":
+        return StepFlops(3.0 * batch * flops.complexity_flops(arch), 0.0)
+    logits = logit_flops(arch, batch)
+    model, again = 3 * logits, logits if config.loss.chunk else 0
+    heads_learn = bool(arch.vision.exits) and "exits" not in train.freeze
+    for name, tower in (("image", arch.vision), ("text", arch.text)):
+        forward = batch * (image_flops(tower) if name == "image" else flops.text_flops(tower))
+        learns = name not in train.freeze
+        model += forward * (3 if learns else 1)
+        again += batch * recomputed_flops(tower, train.remat) if learns else 0
+        again += forward if train.accumulate > 1 and (learns or (name == "image" and heads_learn)) else 0
+    return StepFlops(float(model), float(again))
+
+
+def image_flops(arch: VisionArch) -> int:
+    """Forward FLOPs of one image, with the heads of all exits."""
+    total = flops.vision_flops(arch)
+    patches = 2 * (arch.tokens - arch.class_token) * 3 * arch.patch_size**2 * arch.width
+    for blocks in arch.exits:
+        block = (flops.vision_flops(arch) - flops.vision_flops(arch, blocks)) // (arch.depth - blocks)
+        total += flops.vision_flops(arch, blocks) - blocks * block - patches
+    return total
+
+
+def recomputed_flops(tower: VisionArch | TextArch, remat: str) -> int:
+    """FLOPs that the backward pass of one image or caption repeats in the blocks of its tower."""
+    if remat == "none":
+        return 0
+    tokens = tower.tokens if isinstance(tower, VisionArch) else tower.context_length
+    macs = 2 * tokens * tokens * tower.width  # q k^T and p v
+    if remat == "full":
+        macs += 4 * tokens * tower.width**2 + tokens * tower.width * tower.mlp_width  # q, k, v, out, the first of the MLP
+    return 2 * tower.depth * macs
+
+
+def logit_flops(arch: ClipArch, batch: int) -> int:
+    """Forward FLOPs of the logits [B, B] of all exits."""
+    return 2 * batch * batch * arch.vision.embed_dim * len(arch.vision.all_exits)
