@@ -260,8 +260,8 @@ def _add_plan(commands) -> None:
     p = commands.add_parser(
         "plan",
         help="what a training configuration needs on a TPU slice, compiled without one",
-        description="Compiles the real training step for a slice and prints memory, FLOPs, collectives and a bound on its speed; "
-        "exit status 0 only if it fits. Needs `pip install libtpu`; --devices compiles for CPU devices instead.",
+        description="Compiles the real training step for a slice and prints memory, FLOPs, collectives and a bound on its "
+        "speed; exit status 0 only if it fits. Needs `pip install libtpu`; --devices compiles for CPU devices instead.",
     )
     p.add_argument("--config", required=True, help="configs/x.py or configs/x.py:argument")
     p.add_argument("--topology", default="", help="slice such as v5e:16x16 or v5p:4x4x4; with --devices a chip such as h100")
