@@ -25,11 +25,11 @@ FLAGS = (
 
 
 def environment(cache, devices=1):
-    """CPU only; every compilation is kept, so that a restart costs seconds."""
+    """CPU only; every compilation is kept, so that a restart costs seconds, and hardly optimised, as it would take longest."""
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -82,6 +82,7 @@ def test_values_and_gradients_are_those_of_unrolled_blocks(arch, execution):
         np.testing.assert_allclose(found_grads[path], expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max(), err_msg=path)
 
 
+@pytest.mark.check
 def test_bfloat16_gradients_of_a_scan_are_as_good_as_unrolled():
     arch = clip_arch(3, (1,))
     flat = lambda grads: np.concatenate([np.ravel(leaf) for leaf in grads.values()])
@@ -146,6 +147,7 @@ def test_remat_stores_less_from_the_forward_for_the_backward_pass(scan):
     assert stored["none"] > 1.8 * stored["dots"] and stored["dots"] > 1.8 * stored["full"]
 
 
+@pytest.mark.check
 def test_remat_takes_less_memory_in_the_compiled_program():
     """Scanned: XLA's CPU backend joins the second computation of unrolled blocks with the first one again."""
     images = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)

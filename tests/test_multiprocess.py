@@ -118,9 +118,9 @@ def test_one_process_agrees_with_itself():
     np.testing.assert_array_equal(distributed.to_main(array), np.arange(6.0))
     request = StopRequest()
     stop = Agreement(request)
-    assert stop() is None
+    assert stop(array) is None
     request.name = "SIGINT"
-    assert stop() == "SIGINT"
+    assert stop(array) == "SIGINT"
 
 
 SCRIPT = """
@@ -181,7 +181,7 @@ stop = Agreement(request)
 for step in range(6):
     if step == 2 and me == 1:
         request.name = "SIGTERM"
-    answers.append(stop())
+    answers.append(stop(leaf))
 assert answers == [None, None, None, "SIGTERM", "SIGTERM", "SIGTERM"], answers
 print("agreed", flush=True)
 

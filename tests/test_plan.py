@@ -294,6 +294,7 @@ def plan_in_a_process(topology, devices):
     return done.stdout
 
 
+@pytest.mark.check
 def test_a_plan_on_eight_cpu_devices():
     report = plan_in_a_process("h100", 8)
     assert "8 x h100, each played by a CPU device" in report and "by the CPU compiler" in report

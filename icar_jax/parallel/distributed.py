@@ -215,10 +215,16 @@ def _flags() -> tuple[NamedSharding, Any]:
     return one_each, jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def greatest_later(value: int) -> jax.Array:
-    """Maximum over the processes, int32 []; returns at once and can be read when the devices have come to it."""
+def greatest_later(value: int, after: jax.Array) -> jax.Array:
+    """Maximum over the processes, int32 []; comes after what computes `after`, and is read when the devices have come to it."""
+    # CPUs run programs that do not depend on each other in any order, another one in each process, and their collectives then
+    # meet the wrong partner; accelerators keep the order of the program.
+    cpu = jax.default_backend() == "cpu"
+    if cpu:
+        jax.block_until_ready(after)
     sharding, largest = _flags()
-    return largest(jax.make_array_from_callback((jax.device_count(),), sharding, lambda _: np.array([value], np.int32)))
+    result = largest(jax.make_array_from_callback((jax.device_count(),), sharding, lambda _: np.array([value], np.int32)))
+    return jax.block_until_ready(result) if cpu else result
 
 
 def to_main(leaf: jax.Array) -> np.ndarray | None:

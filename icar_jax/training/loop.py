@@ -168,7 +168,7 @@ def _run(
     stop, stopped = Agreement(request), None
     try:
         for step in steps:
-            if stopped := stop():
+            if stopped := stop(state["step"]):
                 break
             try:
                 batch = next(batches)

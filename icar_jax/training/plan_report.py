@@ -25,6 +25,7 @@ def run(config: ExperimentConfig, topology: str, devices: int, sweep: bool, out:
     chip, found, compiler = target(topology, devices)
     if sweep:
         plans = []
+        print(f"sweep for {len(found)} x {chip.name}; every line is one compilation", file=out, flush=True)
         for made in sweep_plans(config, found, chip, compiler):
             plans.append(made)
             print(f"  {_choice(made)}: {_outcome(made)}", file=out, flush=True)

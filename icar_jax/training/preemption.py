@@ -58,11 +58,11 @@ class Agreement:
         self._request = request
         self._travelling: jax.Array | None = None
 
-    def __call__(self) -> str | None:
-        """Name of the signal to stop for, or None."""
+    def __call__(self, after: jax.Array) -> str | None:
+        """Name of the signal to stop for, or None. `after` is an output of the last step."""
         name = self._request.name
         if jax.process_count() == 1:
             return name
         heard = 0 if self._travelling is None else int(self._travelling)
-        self._travelling = distributed.greatest_later(SIGNALS[signal.Signals[name]] if name else 0)
+        self._travelling = distributed.greatest_later(SIGNALS[signal.Signals[name]] if name else 0, after)
         return _NAMES.get(heard)
