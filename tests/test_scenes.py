@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from icar_jax.data.records import Record, Source
 from icar_jax.data.scenes import HELDOUT_PAIRS, SPLITS, Scenes, contact_sheet
