@@ -127,6 +127,10 @@ def _join(arguments: dict[str, Any], who: str, timeout_s: int) -> None:
         raise StartError(f"cannot join {who}: {error}; check {FLAGS}, or the launcher") from error
     finally:
         timer.cancel()
+    if jax.default_backend() == "cpu":
+        # A program of the CPU that comes out of the cache has lost the order of its collectives (jaxlib 0.10.2): processes then
+        # abort with "collective mismatch".
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def is_main() -> bool:
