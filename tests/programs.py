@@ -32,6 +32,7 @@ def environment(cache, devices=1):
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_ENABLE_COMPILATION_CACHE": str(devices == 1).lower(),  # see distributed.avoid_cached_collectives
     }
 
 

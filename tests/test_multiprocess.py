@@ -84,7 +84,6 @@ def test_launchers_are_found_by_what_they_set(environ, found):
 def test_what_jax_is_told(environ, flags, arguments, monkeypatch):
     calls = []
     monkeypatch.setattr(distributed.os, "environ", environ | {"TPU_SKIP_MDS_QUERY": "1"})
-    monkeypatch.setattr(distributed.jax.config, "update", lambda *_: None)
     monkeypatch.setattr(jax.distributed, "initialize", lambda initialization_timeout, **kwargs: calls.append(kwargs))
     distributed.start(**flags)
     assert calls == ([] if arguments is None else [arguments])

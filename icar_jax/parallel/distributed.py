@@ -127,9 +127,16 @@ def _join(arguments: dict[str, Any], who: str, timeout_s: int) -> None:
         raise StartError(f"cannot join {who}: {error}; check {FLAGS}, or the launcher") from error
     finally:
         timer.cancel()
-    if jax.default_backend() == "cpu":
-        # A program of the CPU that comes out of the cache has lost the order of its collectives (jaxlib 0.10.2): processes then
-        # abort with "collective mismatch".
+    avoid_cached_collectives()
+
+
+def avoid_cached_collectives() -> None:
+    """Switches the compilation cache off where collectives run on CPUs; call it before the first program is compiled.
+
+    A program of the CPU that was read from the cache has lost the order of its collectives (jaxlib 0.10.2): devices wait for
+    each other for ever, or processes abort with a collective mismatch.
+    """
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
         jax.config.update("jax_enable_compilation_cache", False)
 
 

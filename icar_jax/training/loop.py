@@ -82,6 +82,7 @@ def _open_run(config: ExperimentConfig, workdir: Path) -> _Run:
     """Checks everything that can be checked beforehand, then claims the workdir."""
     with distributed.together("preparing the run"):
         mesh = make_mesh(config.mesh)
+        distributed.avoid_cached_collectives()
         cfg.validate_batch(config.train.batch_size, batch_shards(mesh), config.train.accumulate)
         _check_architecture(config)
         source = sources.train_source(config.data)
