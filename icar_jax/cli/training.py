@@ -1,0 +1,52 @@
+"""Commands around training: plan, scenes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from icar_jax import config as cfg
+from icar_jax.cli.program import config_of
+
+
+def add(commands) -> None:
+    _add_plan(commands)
+    _add_scenes(commands)
+
+
+def _add_plan(commands) -> None:
+    p = commands.add_parser(
+        "plan",
+        help="what a training configuration needs on a TPU slice, compiled without one",
+        description="Compiles the real training step for a slice and prints memory, FLOPs, collectives and a bound on its "
+        "speed; exit status 0 only if it fits. Needs `pip install libtpu`; --devices compiles for CPU devices instead.",
+    )
+    p.add_argument("--config", required=True, help="configs/x.py or configs/x.py:argument")
+    p.add_argument("--topology", default="", help="slice such as v5e:16x16 or v5p:4x4x4; with --devices a chip such as h100")
+    p.add_argument("--devices", type=int, default=0, help="compile for so many CPU devices instead")
+    p.add_argument("--sweep", action="store_true", help="try mesh shapes, remat and scan; list what fits, fastest first")
+    p.set_defaults(run=_plan)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from icar_jax.training.plan_report import run
+
+    sys.exit(run(config_of(args), args.topology, args.devices, args.sweep, sys.stdout))
+
+
+def _add_scenes(commands) -> None:
+    p = commands.add_parser("scenes", help="write a sheet of scenes with their captions, to look at")
+    p.add_argument("out", help="PNG file to write")
+    p.add_argument("--split", default="val", help="train, calibration, val, test, relations or heldout")
+    p.add_argument("-n", type=int, default=20, help="number of pictures")
+    p.set_defaults(run=_scenes)
+
+
+def _scenes(args: argparse.Namespace) -> None:
+    from icar_jax.data.scenes import Scenes, contact_sheet
+
+    if Path(args.out).suffix.lower() != ".png":
+        raise cfg.ConfigError(f"{args.out} must end in .png")
+    contact_sheet(Scenes(args.split, args.n), args.n, args.out)
+    print(f"{args.n} pictures of scenes/{args.split}: {args.out}")

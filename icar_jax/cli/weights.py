@@ -1,0 +1,109 @@
+"""Commands on weights: convert, export, reference."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+
+def add(commands) -> None:
+    _add_convert(commands)
+    _add_export(commands)
+    _add_reference(commands)
+
+
+def _add_convert(commands) -> None:
+    p = commands.add_parser(
+        "convert",
+        help="turn PyTorch CLIP, SigLIP, ConvNeXt or ICAR weights into a checkpoint",
+        description="Reads OpenAI, OpenCLIP and Hugging Face CLIP, Hugging Face SigLIP, timm ConvNeXt and ICAR weights; the "
+        "layout, sizes, activation and preprocessing are detected. docs/weights.md tells which files to get.",
+    )
+    p.add_argument("source", help="file or folder of weights; or a checkpoint, to give it another --tokenizer")
+    p.add_argument("dest", help="folder to write")
+    p.add_argument("--activation", default="", help="gelu, gelu_tanh or quick_gelu, where the source does not say")
+    p.add_argument("--preprocess", default="", help="preset or JSON file, where the source does not say; presets: openai, "
+                   "half, siglip, icar, icc, imagenet")  # fmt: skip
+    p.add_argument("--exits", type=int, nargs="+", default=[], metavar="BLOCKS", help="add early exits after so many blocks")
+    p.add_argument("--pool", default="", help="token the added exits read: cls (default), mean or first_patch")
+    p.add_argument("--heads", type=int, nargs=2, default=[], metavar=("VISION", "TEXT"), help="attention heads, where unknown")
+    p.add_argument("--image-size", type=int, default=0, metavar="PIXELS", help="resize the position embeddings for this size")
+    p.add_argument("--tokenizer", default="", metavar="FILE", help="tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz")
+    p.add_argument("--verify", default="", metavar="NPZ", help="compare with this output of `icar reference` before writing")
+    p.set_defaults(run=_convert)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from icar_jax.convert.convert import Options, convert
+    from icar_jax.convert.verify import format_table
+
+    options = Options(
+        args.activation, args.preprocess, tuple(args.exits), args.pool, tuple(args.heads), args.image_size, args.tokenizer
+    )
+    report = convert(args.source, args.dest, options, args.verify)
+    print(report.summary())
+    if report.differences:
+        print(format_table(report.differences))
+    for note in report.notes:
+        print(f"warning: {note}", file=sys.stderr)
+    print(f"Checkpoint: {report.path}")
+
+
+def _add_export(commands) -> None:
+    p = commands.add_parser(
+        "export",
+        help="write a checkpoint in the layout of a PyTorch library",
+        description="Writes weights with their configuration and tokenizer files into a new folder, offline and without torch.",
+    )
+    p.add_argument("checkpoint", help="checkpoint, bundle or workdir")
+    p.add_argument("dest", nargs="?", help="new folder; CHECKPOINT-LAYOUT by default")
+    p.add_argument("--to", required=True, metavar="LAYOUT", help="openai, open_clip, hf, icar or timm")
+    p.set_defaults(run=_export)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from icar_jax.convert.export import export
+
+    source = Path(args.checkpoint)
+    dest = args.dest or source.resolve().with_name(f"{source.resolve().name}-{args.to}")
+    written = export(source, dest, args.to)
+    for note in written.notes:
+        print(f"warning: {note}", file=sys.stderr)
+    print(f"Exported: {written.path}: {', '.join(written.files)}")
+
+
+def _add_reference(commands) -> None:
+    p = commands.add_parser(
+        "reference",
+        help="run weights in PyTorch and save inputs and embeddings, for `icar convert --verify`",
+        description="Runs the weights with the library they come from (needs torch and that library: the [parity] extra).",
+    )
+    p.add_argument("source", help="file or folder of weights, as given to `icar convert`")
+    p.add_argument("out", help=".npz file to write")
+    p.add_argument("--activation", default="", help="for OpenCLIP state dicts without a config: gelu or quick_gelu")
+    p.add_argument("--heads", type=int, nargs=2, default=[], metavar=("VISION", "TEXT"), help="likewise, attention heads")
+    p.add_argument("--exits", type=int, nargs="+", default=[], metavar="BLOCKS", help="the exit of a bare ICAR state dict")
+    p.add_argument("--image-size", type=int, default=0, metavar="PIXELS", help="as given to `icar convert`")
+    p.add_argument("--model-name", default="", help="the library's name of the model, where nothing beside the weights says it")
+    p.add_argument("--images", type=int, default=4, help="number of images and captions")
+    p.add_argument("--seed", type=int, default=0)
+    p.set_defaults(run=_reference)
+
+
+def _reference(args: argparse.Namespace) -> None:
+    from icar_jax.convert.reference import write_reference
+
+    out = write_reference(
+        args.source,
+        args.out,
+        activation=args.activation,
+        heads=args.heads,
+        exits=args.exits,
+        image_size=args.image_size,
+        model_name=args.model_name,
+        images=args.images,
+        seed=args.seed,
+    )
+    print(f"Reference: {out}; compare with `icar convert {shlex.quote(args.source)} DEST --verify {shlex.quote(str(out))}`")
