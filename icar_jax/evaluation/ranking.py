@@ -1,0 +1,228 @@
+"""Ranks and best items in a gallery that lies on the devices; scores exist for one chunk of queries at a time.
+
+The order of a gallery is by falling score, equal scores by position, the lower one first. Scores are float32 dot products
+whatever the embeddings are held in, and the target's score is read from the same product as its rivals', so that rounding
+never separates equal vectors that the product treats alike.
+
+Positions are those of the gallery's parts laid end to end. Who puts distractors into the first part therefore lets every
+tie with a distractor count against the item: an encoder that maps all inputs to one point gains nothing from them, and
+among the items themselves a group of n ties shares out the ranks 1 to n, which is the average rank if all are asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+SCORE_BYTES = 512 << 20  # of the scores that one device holds at a time
+_MOST_QUERIES = 1024  # in a chunk: more fill no device better
+_BAR_DELAY_S = 3.0  # seconds before a progress bar is shown
+_CHECK_ROWS = 4096  # embeddings checked at a time
+
+
+def one_device() -> Mesh:
+    """A mesh of this process's first device."""
+    return _mesh_of(tuple(jax.local_devices()[:1]))
+
+
+def local_mesh() -> Mesh:
+    """A mesh of all devices of this process."""
+    return _mesh_of(tuple(jax.local_devices()))
+
+
+class Ranker:
+    """A gallery [G, D] on the devices of a mesh, its rows dealt out over all of the mesh's axes.
+
+    parts: embeddings [G_i, D], floating point, laid end to end. Parts that are all bfloat16 stay so on the devices, and meet
+        bfloat16 queries in bfloat16 products with float32 sums (the exact products); anything else is held in float32.
+    mesh: None takes one device. Peak memory of a device is its share of the gallery and `SCORE_BYTES`.
+    query_chunk: queries scored at a time; None takes as many as `SCORE_BYTES` allow.
+
+    Raises ValueError for parts that are empty, not finite or of different widths.
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray], *, mesh: Mesh | None = None, query_chunk: int | None = None):
+        if query_chunk is not None and query_chunk < 1:
+            raise ValueError(f"query_chunk must be at least 1, found {query_chunk}")
+        self.mesh = one_device() if mesh is None else mesh
+        parts = [np.asarray(part) for part in parts]
+        self.size = sum(map(len, parts))
+        half = all(part.dtype == jnp.bfloat16 for part in parts)
+        rows = _bucket(-(-self.size // self.mesh.size))
+        shape = (rows * self.mesh.size, parts[0].shape[1])
+        place = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
+        dtype = np.dtype(jnp.bfloat16 if half else np.float32)
+        self._gallery = jax.make_array_from_callback(shape, place, lambda index: _block(parts, index[0], shape, dtype))
+        fitting = max(1, SCORE_BYTES // (4 * rows))
+        self._chunk = query_chunk or min(_MOST_QUERIES, 1 << (fitting.bit_length() - 1))
+
+    def ranks(self, queries: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """int64 [Q]: the 1-based rank of the best of each query's own items.
+
+        queries: [Q, D]; own: [Q, C] positions in the gallery, at least one a row, -1 where a query has fewer than C.
+        """
+        own = _padded_columns(np.asarray(own, np.int32))
+        return self._run(_ranks_program(self.mesh), queries, (own, -1)) + 1
+
+    def ranks_of_scores(self, queries: np.ndarray, scores: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """int64 [Q]: the rank a query's item would have with another score than it has in the gallery.
+
+        scores: [Q] float32; position: [Q] of the item, whose own entry in the gallery does not count.
+        """
+        arguments = (np.asarray(scores, np.float32), 0), (np.asarray(position, np.int32), 0)
+        return self._run(_given_program(self.mesh), queries, *arguments) + 1
+
+    def best(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """int64 [Q, min(k, G)]: positions of the first k items of each query, in order."""
+        return self._run(_best_program(self.mesh, min(k, self.size)), queries)
+
+    def _run(self, program, queries: np.ndarray, *arguments: tuple[np.ndarray, int]) -> np.ndarray:
+        """The program over chunks of one size; each argument comes with what fills its rows up."""
+        queries = np.asarray(queries)
+        if queries.dtype != jnp.bfloat16 or self._gallery.dtype != jnp.bfloat16:
+            queries = queries.astype(np.float32, copy=False)
+        size = min(self._chunk, _bucket(len(queries)))
+        parts = []
+        for start in tqdm(range(0, len(queries), size), desc="rank", unit="chunk", delay=_BAR_DELAY_S, leave=False):
+            rows = slice(start, start + size)
+            filled = [_padded_rows(a[rows], size, fill) for a, fill in ((queries, 0), *arguments)]
+            found = program(filled[0], self._gallery, np.int32(self.size), *filled[1:])
+            parts.append(np.asarray(found, np.int64)[: len(queries[rows])])
+        return np.concatenate(parts)
+
+
+def require_finite(name: str, array: np.ndarray) -> None:
+    """Raises ValueError where a row is not finite, or so large that a dot product could overflow float32."""
+    bad: list[int] = []
+    for start in range(0, len(array), _CHECK_ROWS):
+        # A finite squared norm proves at once: no NaN, no inf, and no dot product that can overflow.
+        with np.errstate(over="ignore", invalid="ignore"):
+            block = array[start : start + _CHECK_ROWS].astype(np.float32)
+            finite = np.isfinite(np.einsum("nd,nd->n", block, block))
+        bad += (start + np.flatnonzero(~finite)).tolist()
+    if bad:
+        raise ValueError(
+            f"{name}: {len(bad)} of {len(array)} rows hold NaN, inf or values too large for float32 (first: row "
+            f"{bad[0]}). Check the checkpoint and the inputs of these rows; a rank over them would mean nothing"
+        )
+
+
+@functools.lru_cache
+def _mesh_of(devices: tuple) -> Mesh:
+    return jax.make_mesh((len(devices),), ("gallery",), axis_types=(AxisType.Auto,), devices=list(devices))
+
+
+def _bucket(rows: int) -> int:
+    """A length that few galleries differ in, so that few programs are compiled: a power of two, from 4096 a multiple of it."""
+    return 1 << max(6, (rows - 1).bit_length()) if rows < 4096 else -(-rows // 4096) * 4096
+
+
+def _block(parts: Sequence[np.ndarray], rows: slice, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+    """Rows [start:stop] of the parts laid end to end, zero beyond them."""
+    start, stop, _ = rows.indices(shape[0])
+    block = np.zeros((stop - start, shape[1]), dtype)
+    begin = 0
+    for part in parts:
+        low, high = max(start, begin), min(stop, begin + len(part))
+        if low < high:
+            block[low - start : high - start] = part[low - begin : high - begin]
+        begin += len(part)
+    return block
+
+
+def _padded_rows(array: np.ndarray, rows: int, fill: int) -> np.ndarray:
+    if len(array) == rows:
+        return array
+    padded = np.full((rows, *array.shape[1:]), fill, array.dtype)
+    padded[: len(array)] = array
+    return padded
+
+
+def _padded_columns(own: np.ndarray) -> np.ndarray:
+    """[Q, C] with C a power of two: one program for galleries of 5 and of 7 captions an image."""
+    columns = 1 << (own.shape[1] - 1).bit_length()
+    return np.pad(own, ((0, 0), (0, columns - own.shape[1])), constant_values=-1)
+
+
+def _scores(queries: jax.Array, gallery: jax.Array) -> jax.Array:
+    """[Q, D] x [g, D] -> [Q, g] float32; 'highest' keeps accelerators from rounding float32 operands to less."""
+    contract = (((1,), (1,)), ((), ()))
+    if queries.dtype != gallery.dtype:
+        gallery = gallery.astype(queries.dtype)  # float32 queries
+    return jax.lax.dot_general(queries, gallery, contract, precision="highest", preferred_element_type=jnp.float32)
+
+
+def _columns(gallery: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Positions [g] int32 of the rows of this device's share."""
+    return jax.lax.axis_index(axes) * gallery.shape[0] + jnp.arange(gallery.shape[0], dtype=jnp.int32)
+
+
+def _count(scores: jax.Array, columns: jax.Array, score: jax.Array, target: jax.Array, counted: jax.Array) -> jax.Array:
+    """[Q] items of this device's share that come before an item of this score [Q] at position `target` [Q]."""
+    score, target = score[:, None], target[:, None]
+    before = (scores > score) | ((scores == score) & (columns < target))
+    return jnp.sum(before & counted, axis=1, dtype=jnp.int32)
+
+
+def _sharded(mesh: Mesh, local, replicated: int, out: PartitionSpec):
+    """`local(queries, gallery, size, ...)` on every device's share of the gallery, all else whole."""
+    whole = PartitionSpec()
+    specs = (whole, PartitionSpec(mesh.axis_names), *(whole,) * replicated)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out)
+
+
+@functools.lru_cache
+def _ranks_program(mesh: Mesh):
+    axes = mesh.axis_names
+
+    def local(queries, gallery, size, own):
+        scores, columns = _scores(queries, gallery), _columns(gallery, axes)
+        place = own - columns[0]
+        here = (own >= 0) & (place >= 0) & (place < len(columns))
+        own_scores = jnp.take_along_axis(scores, jnp.clip(place, 0, len(columns) - 1), axis=1)
+        own_scores = jnp.where(here, own_scores, -jnp.inf)
+        best = jax.lax.pmax(own_scores.max(axis=1), axes)
+        # Of equally good own items the one at the lowest position is the target.
+        first = jnp.where(here & (own_scores == best[:, None]), own, jnp.iinfo(jnp.int32).max)
+        target = jax.lax.pmin(first.min(axis=1), axes)
+        return jax.lax.psum(_count(scores, columns, best, target, columns < size), axes)
+
+    return jax.jit(_sharded(mesh, local, 2, PartitionSpec()))
+
+
+@functools.lru_cache
+def _given_program(mesh: Mesh):
+    axes = mesh.axis_names
+
+    def local(queries, gallery, size, score, position):
+        scores, columns = _scores(queries, gallery), _columns(gallery, axes)
+        counted = (columns < size) & (columns != position[:, None])
+        return jax.lax.psum(_count(scores, columns, score, position, counted), axes)
+
+    return jax.jit(_sharded(mesh, local, 3, PartitionSpec()))
+
+
+@functools.lru_cache
+def _best_program(mesh: Mesh, k: int):
+    axes = mesh.axis_names
+
+    def local(queries, gallery, size):
+        columns = _columns(gallery, axes)
+        scores = jnp.where(columns < size, _scores(queries, gallery), -jnp.inf)
+        values, places = jax.lax.top_k(scores, min(k, len(columns)))  # of equal scores the lower position comes first
+        return values, columns[places]
+
+    share = _sharded(mesh, local, 1, (PartitionSpec(None, axes),) * 2)
+
+    def program(queries, gallery, size):
+        # The devices' lists stand in the order of their shares, so that ties still fall to the lower position.
+        values, positions = share(queries, gallery, size)
+        return jnp.take_along_axis(positions, jax.lax.top_k(values, k)[1], axis=1)
+
+    return jax.jit(program)
