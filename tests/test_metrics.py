@@ -1,4 +1,4 @@
-"""Ranks equal a plain sorting implementation, exact ties included; faults are named; metrics.json is all or nothing."""
+"""Recall and its summaries; faults are named; metrics.json is all or nothing. The ranks themselves: test_ranking.py."""
 
 import json
 import subprocess
@@ -6,45 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from galleries import sorted_ranks
 
 from icar_jax.evaluation import metrics, table
-
-
-def sorted_ranks(image_embed, text_embed, caption_image):
-    """Slow and plain: a stable sort by falling score keeps equal scores in index order."""
-    scores = text_embed.astype(np.float64) @ image_embed.astype(np.float64).T
-    text_to_image = [
-        1 + list(np.argsort(-scores[c], kind="stable")).index(owner) for c, owner in enumerate(caption_image)
-    ]
-    image_to_text = []
-    for i in range(len(image_embed)):
-        order = list(np.argsort(-scores[:, i], kind="stable"))
-        image_to_text.append(min(1 + order.index(c) for c, owner in enumerate(caption_image) if owner == i))
-    return text_to_image, image_to_text
-
-
-@st.composite
-def galleries(draw):
-    # Small integers: float32 products are exact, so equal scores are exact ties, and ties are common.
-    n_images = draw(st.integers(1, 9))
-    extra = draw(st.lists(st.integers(0, n_images - 1), max_size=20))
-    caption_image = np.array(draw(st.permutations([*range(n_images), *extra])))
-    seed, width, top = draw(st.integers(0, 2**32 - 1)), draw(st.integers(1, 4)), draw(st.integers(0, 3))
-    rng = np.random.default_rng(seed)
-    images = rng.integers(-top, top + 1, (n_images, width)).astype(np.float32)
-    texts = rng.integers(-top, top + 1, (len(caption_image), width)).astype(np.float32)
-    return images, texts, caption_image
-
-
-@settings(max_examples=300, deadline=None)
-@given(galleries(), st.integers(1, 12))
-def test_ranks_equal_sorting(gallery, query_chunk):
-    found = metrics.ranks(*gallery, query_chunk=query_chunk)
-    text_to_image, image_to_text = sorted_ranks(*gallery)
-    assert found.text_to_image.tolist() == text_to_image
-    assert found.image_to_text.tolist() == image_to_text
 
 
 def random_gallery(n_images=60, captions=3, width=16, seed=0):
@@ -57,7 +21,7 @@ def random_gallery(n_images=60, captions=3, width=16, seed=0):
 def test_ranks_of_real_numbers_and_recall():
     images, texts, owner = random_gallery()
     found = metrics.ranks(images, texts, owner, query_chunk=7)
-    text_to_image, image_to_text = map(np.array, sorted_ranks(images, texts, owner))
+    text_to_image, image_to_text = sorted_ranks(images, texts, owner)
     np.testing.assert_array_equal(found.text_to_image, text_to_image)
     np.testing.assert_array_equal(found.image_to_text, image_to_text)
     assert 0 < np.mean(text_to_image <= 5) < 1, "the gallery must be neither solved nor hopeless"

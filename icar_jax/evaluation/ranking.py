@@ -214,7 +214,9 @@ def _best_program(mesh: Mesh, k: int):
 
     def local(queries, gallery, size):
         columns = _columns(gallery, axes)
-        scores = jnp.where(columns < size, _scores(queries, gallery), -jnp.inf)
+        scores = _scores(queries, gallery)
+        scores = jnp.where(scores == 0, 0.0, scores)  # top_k would put 0.0 before -0.0
+        scores = jnp.where(columns < size, scores, -jnp.inf)
         values, places = jax.lax.top_k(scores, min(k, len(columns)))  # of equal scores the lower position comes first
         return values, columns[places]
 
