@@ -48,6 +48,11 @@ FAULTS = {
     "--config.mesh.data=3": ("config.mesh", "3 devices, found 1", "-1"),
     "--config.mesh.fsdp=-1": ("config.mesh.fsdp=-1", "only one axis"),
     "--config.mesh.data=0": ("config.mesh.data=0", "positive"),
+    "--config.eval.distractors.source=folders": ("config.eval.distractors.source='folders'", "did you mean 'folder'"),
+    "--config.eval.distractors.source=folder": ("config.eval.distractors.root=''", "--config.eval.distractors.root=PATH"),
+    "--config.eval.distractors.source=scenes": ("config.eval.distractors.split=''", "size=5000"),
+    "--config.eval.distractors.size=5": ("config.eval.distractors.size=5", "name the source"),
+    "--config.eval.distractors=scenes": ("config.eval.distractors", "override one of source"),
     "--config.eval.early_share=(0.5,0.2)": ("config.eval.early_share=(0.5, 0.2)", "one share for each"),
     "--config.task=clap": ("config.task='clap'", "did you mean 'clip'"),
 }

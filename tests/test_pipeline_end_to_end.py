@@ -13,7 +13,7 @@ from PIL import Image
 
 import icar_jax
 from icar_jax import checkpoint, cli
-from icar_jax.config import ConfigError
+from icar_jax.config import ConfigError, DistractorConfig
 from icar_jax.data.scenes import Scenes
 from icar_jax.evaluation.evaluate import evaluate
 from icar_jax.evaluation.metrics import ranks
@@ -99,6 +99,42 @@ def test_the_routed_recall_is_that_of_the_public_api(bundled, metrics):
     assert 100 * np.mean(found.text_to_image <= 5) == pytest.approx(
         metrics["runs"]["routed"]["text_to_image"]["r5"], abs=1.2
     )
+
+
+def test_category_metrics_and_intervals_are_there(metrics):
+    for name, run in metrics["runs"].items():
+        for direction in DIRECTIONS:
+            found = run["intervals"][direction]
+            assert set(found) == set(run[direction]) >= {"r5", "median_rank", "map10", "map100_standard"}
+            for metric, value in run[direction].items():
+                assert found[metric]["value"]["value"] == pytest.approx(value), (name, metric)
+                assert found[metric]["value"]["low"] <= value <= found[metric]["value"]["high"]
+        assert run["intervals"]["mean"]["r5"]["retention"] == pytest.approx(run["retention"])
+    assert metrics["runs"]["full"]["intervals"]["mean"]["r1"]["difference"] == {"value": 0, "low": 0, "high": 0}
+
+
+def test_distractors_fill_the_galleries(bundled, metrics, tmp_path):
+    config = tiny_config("clip")
+    config.eval.distractors = DistractorConfig("scenes", split="test", size=25)
+    file = tmp_path / "labels.json"
+    file.write_text(json.dumps({record.name: list(record.labels) for record in Scenes("test", 5)}))
+    config.eval.distractors.labels = str(file)
+    found = evaluate(config, bundled)
+    captions = sum(len(record.captions) for record in Scenes("test", 25))
+    before = metrics["gallery"]
+    assert found["gallery"] == before | {
+        "images": 55, "captions": before["captions"] + captions, "distractors": "scenes/test", "queries": before["queries"],
+    }  # fmt: skip
+    assert any("no distractor is also in scenes/val" in note for note in found["notes"])
+    assert any("5 of 25 images have labels" in note for note in found["notes"])
+    for name, run in found["runs"].items():
+        for direction in DIRECTIONS:
+            alone, among = metrics["runs"][name][direction], run[direction]
+            assert among["mean_rank"] > alone["mean_rank"] and among["r10"] <= alone["r10"], (name, direction)
+            assert among["map10"] < alone["map10"]
+    config.eval.distractors = DistractorConfig("scenes", split="val", size=25)
+    with pytest.raises(ConfigError, match="are also in scenes/val"):
+        evaluate(config, bundled)
 
 
 def test_evaluation_bundles_with_the_configured_complexity_model(runs, tmp_path):

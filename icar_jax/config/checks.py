@@ -107,6 +107,7 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     _at_least("config.data.workers", c.data.workers, 0, "0 uses threads of this process")
     for name in ("size", "batch_size", "bootstrap", "random_draws"):
         _at_least(f"config.eval.{name}", getattr(c.eval, name), 1, "raise it")
+    _validate_distractors(c)
     if c.task == "clip":
         _validate_shares(c)
     weights = c.loss.exit_weights
@@ -143,6 +144,25 @@ def _validate_training(c: ExperimentConfig) -> None:
                 raise ConfigError(f"config.{name}={value!r} is for task 'clip' only; leave it {off!r}")
     if c.data.source == "tfds" and not c.data.dataset:
         raise ConfigError("config.data.dataset='' but config.data.source='tfds'; name the dataset, such as coco_captions")
+
+
+def _validate_distractors(c: ExperimentConfig) -> None:
+    d, name = c.eval.distractors, "config.eval.distractors"
+    if not d.source:
+        for other in ("root", "split", "size", "labels"):
+            if getattr(d, other):
+                found = f"{name}.{other}={getattr(d, other)!r}"
+                raise ConfigError(f"{found} but {name}.source=''; name the source, such as 'folder'")
+        return
+    _choice(f"{name}.source", d.source, ("scenes", "folder", "webdataset", "parquet"))
+    _at_least(f"{name}.size", d.size, 0, "0 takes all")
+    if d.source == "scenes" and not (d.split and d.size):
+        raise ConfigError(
+            f"{name}.split={d.split!r} and {name}.size={d.size}: distractors from scenes need both, such as "
+            f"--{name}.split=test --{name}.size=5000"
+        )
+    if d.source != "scenes" and not d.root:
+        raise ConfigError(f"{name}.root='' but {name}.source={d.source!r} reads files; pass --{name}.root=PATH")
 
 
 def _validate_shares(c: ExperimentConfig) -> None:

@@ -122,6 +122,19 @@ class MeshConfig:
 
 
 @dataclass
+class DistractorConfig:
+    """Pictures from elsewhere that fill up the galleries of an evaluation; nobody asks for them."""
+
+    source: str = ""  # scenes | folder | webdataset | parquet; empty: no distractors
+    root: str = ""  # as config.data.root
+    split: str = ""  # scenes: a split; folder: a split, empty takes every image; webdataset, parquet: subfolder, empty is root
+    image_column: str = "image"  # parquet: as config.data.image_column
+    caption_column: str = "caption"  # parquet: as config.data.caption_column
+    size: int = 0  # the first so many pictures; 0 takes all (scenes need a number)
+    labels: str = ""  # JSON of URL or name -> category labels; pictures without any are irrelevant to every query
+
+
+@dataclass
 class EvalConfig:
     """What evaluate.py does with a trained model."""
 
@@ -133,6 +146,8 @@ class EvalConfig:
     dtype: str = "float32"  # of activations: bfloat16 | float32
     bootstrap: int = 2000  # resamples of images behind each interval
     random_draws: int = 100  # random assignments averaged into the run 'random'
+    labels: str = ""  # JSON of URL or name -> category labels of the split; empty takes those of the source, where it has any
+    distractors: DistractorConfig = field(default_factory=DistractorConfig)
 
 
 @dataclass

@@ -83,6 +83,11 @@ class Parquet:
         self.__dict__.update(state)
         self._make_cache()
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Absolute paths of the shards."""
+        return tuple(self._paths)
+
     def __len__(self) -> int:
         return len(self.shards)
 

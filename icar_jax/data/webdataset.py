@@ -63,6 +63,11 @@ class WebDataset:
         if index.left_out:
             logging.warning("%s: %d samples without an image or without txt and json are left out", self.name, index.left_out)
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Absolute paths of the shards."""
+        return tuple(self._paths)
+
     def __len__(self) -> int:
         return len(self.shards)
 

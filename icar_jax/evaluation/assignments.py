@@ -92,9 +92,10 @@ def oracle_exits(alone: Mapping[int, Ranks]) -> np.ndarray:
 def oracle_exits_at_share(alone: Mapping[int, Ranks], counts: Mapping[int, int], k: int = 5) -> np.ndarray:
     """int64 [N]: of all assignments with `counts[exit]` images at each exit the one with the highest recall at k.
 
-    The recall is the mean of both directions, of the ranks alone; images that are equal in hits are told apart by their reciprocal ranks. Exact: a
-    transportation problem, whose linear program has a whole-numbered solution (Dantzig 1951). Compare it with the routed run
-    of the same counts: an upper bound for any router that sees one image at a time, up to the effect of rivals.
+    The recall is the mean of both directions, of the ranks alone; images that are equal in hits are told apart by their
+    reciprocal ranks. Exact: a transportation problem, whose linear program has a whole-numbered solution (Dantzig 1951).
+    Compare it with the routed run of the same counts: an upper bound for any router that sees one image at a time, up to the
+    effect of rivals.
 
     Raises ValueError where the counts do not add up to the N images, or name an exit without ranks.
     """

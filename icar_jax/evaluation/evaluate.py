@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,20 @@ from icar_jax import config as cfg
 from icar_jax import workdir as files
 from icar_jax.config import ExperimentConfig
 from icar_jax.data import sources
+from icar_jax.data.distractors import distractor_source, require_apart, source_urls
 from icar_jax.data.images import Preprocess
+from icar_jax.data.labels import merge_labels, read_labels
 from icar_jax.data.pipeline import BadFiles, eval_batches
 from icar_jax.data.records import Source
 from icar_jax.data.splits import Subset
-from icar_jax.evaluation import figures, table, timing
+from icar_jax.evaluation import bootstrap_metrics, category, figures, table, timing
+from icar_jax.evaluation.assignments import random_exits, take_exits
 from icar_jax.evaluation.bootstrap import Hits, difference, hits_at, mean_hits, retention
 from icar_jax.evaluation.calibration import make_bundle
+from icar_jax.evaluation.category import Precisions
 from icar_jax.evaluation.colour_baseline import colour_histogram_baseline
-from icar_jax.evaluation.metrics import mean_summary, ranks, summarise
+from icar_jax.evaluation.metrics import Distractors, Ranks, mean_summary, ranks, summarise
+from icar_jax.evaluation.ranking import local_mesh
 from icar_jax.inference.model import Model, load
 from icar_jax.models.flops import complexity_flops, vision_flops
 
@@ -34,7 +40,10 @@ BASELINE_IMAGES = 3000  # training images the colour baseline is fitted on
 
 @dataclass(frozen=True)
 class Gallery:
-    """Embeddings of the whole split: one row per image and exit, one per caption, and the routed rows."""
+    """Embeddings of a whole source: one row per image and exit, one per caption, and the routed rows.
+
+    names and index are those of the images in the source; labels are their category labels, () where there are none.
+    """
 
     by_exit: dict[int, np.ndarray]
     texts: np.ndarray
@@ -45,6 +54,9 @@ class Gallery:
     sample: timing.Sample
     captions: list[tuple[str, ...]]
     bad: BadFiles
+    names: list[str]
+    index: np.ndarray
+    labels: list[tuple[str, ...]]
 
 
 def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
@@ -61,12 +73,24 @@ def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
     folder, notes = _model_folder(config, workdir, folder)
     model = load(folder, batch_size=config.eval.batch_size, dtype=config.eval.dtype)
     source = sources.eval_source(config.data, config.eval)
+    far_source, urls, far_urls = None, None, None
+    if config.eval.distractors.source:
+        far_source = distractor_source(config.eval.distractors, config.data)
+        urls, far_urls = source_urls(source), source_urls(far_source)
+        notes += require_apart(source, far_source, urls, far_urls)
+    elif config.eval.labels:
+        urls = source_urls(source)
     gallery = _embed(model, source, config.data)
-    metrics = _measure(config, model, gallery)
+    gallery = _labelled(gallery, urls, config.eval.labels, notes)
+    far = None
+    if far_source is not None:
+        far = _embed(model, far_source, config.data)
+        far = _labelled(far, far_urls, config.eval.distractors.labels, notes)
+    metrics = _measure(config, model, gallery, far)
     metrics["gallery"]["source"] = source.name
+    metrics["gallery"]["distractors"] = far_source.name if far_source is not None else None
     metrics["notes"] = [*notes, _baseline_note(config, source, gallery, metrics)]
-    if gallery.bad:
-        metrics["notes"].append(gallery.bad.summary())
+    metrics["notes"] += [each.bad.summary() for each in (gallery, far) if each is not None and each.bad]
     table.write_metrics(metrics, workdir / "metrics.json")
     table.print_results(metrics)
     figures.retention_against_cost(metrics, workdir / "retention.png")
@@ -134,6 +158,9 @@ def _embed(model: Model, source: Source, data: cfg.DataConfig) -> Gallery:
     towers = {exit: [] for exit in model.exits}
     kept: dict[str, list[np.ndarray]] = {key: [] for key in model.preprocesses}
     captions: list[tuple[str, ...]] = []
+    names: list[str] = []
+    labels: list[tuple[str, ...]] = []
+    index: list[np.ndarray] = []
     bad = BadFiles()
     routing = model.thresholds is not None
 
@@ -150,6 +177,9 @@ def _embed(model: Model, source: Source, data: cfg.DataConfig) -> Gallery:
                 if not len(batch["index"]):
                     continue
                 captions.extend(batch["captions"])
+                names.extend(batch["name"])
+                labels.extend(batch["labels"])
+                index.append(batch["index"])
                 for key, pixels in batch["images"].items():
                     if sum(map(len, kept[key])) < timing.SAMPLE:
                         kept[key].append(pixels)
@@ -176,49 +206,77 @@ def _embed(model: Model, source: Source, data: cfg.DataConfig) -> Gallery:
         sample=timing.Sample(sample["clip"], sample.get("complexity")),
         captions=captions,
         bad=bad,
+        names=names,
+        index=np.concatenate(index),
+        labels=labels,
     )
 
 
-def _measure(config: ExperimentConfig, model: Model, gallery: Gallery) -> dict[str, Any]:
+def _labelled(gallery: Gallery, urls: list[str | None] | None, file: str, notes: list[str]) -> Gallery:
+    """The gallery with the labels of a file, where one is given; notes how many images it knows."""
+    if not file:
+        return gallery
+    own_urls = [urls[i] for i in gallery.index.tolist()] if urls is not None else None
+    labels, note = merge_labels(gallery.names, own_urls, read_labels(file), file)
+    notes.append(note)
+    return dataclasses.replace(gallery, labels=labels)
+
+
+def _measure(config: ExperimentConfig, model: Model, gallery: Gallery, far: Gallery | None) -> dict[str, Any]:
     full = model.exits[-1]
     names = {exit: "full" if exit == full else f"exit_{exit}" for exit in model.exits}
     flops = {exit: vision_flops(model.clip.arch.vision, exit) for exit in model.exits}
-    share = _share(gallery.exits, model.exits) if gallery.exits is not None else None
+    galleries = [gallery, *([far] if far is not None else [])]
+    all_exits = np.concatenate([g.exits for g in galleries]) if gallery.exits is not None else None
+    share = _share(all_exits, model.exits) if all_exits is not None else None
     timed = gallery.exits[: len(gallery.sample.clip)] if gallery.exits is not None else None
     speed = timing.measure(model, gallery.sample, timed)
     runs: dict[str, dict[str, Any]] = {}
     hits: dict[str, Hits] = {}
+    per_image: dict[str, bootstrap_metrics.Run] = {}
 
-    def add(name: str, summary: dict, run_hits: Hits, cost: float, shares: dict[str, float]) -> None:
-        hits[name] = run_hits
+    def add(name: str, draws: list[tuple[Ranks, Precisions | None]], cost: float, shares: dict[str, float]) -> None:
+        hits[name] = mean_hits([hits_at(found, RETENTION_AT) for found, _ in draws])
+        per_image[name] = bootstrap_metrics.mean_run([bootstrap_metrics.collect(*draw) for draw in draws])
         runs[name] = {
-            **summary,
+            **mean_summary([_summary(*draw) for draw in draws]),
             "flops_per_image": cost,
             "images_per_s": speed[name],
             "share": shares,
         }
 
-    def rank(embeddings: np.ndarray):
-        return ranks(embeddings, gallery.texts, gallery.caption_image)
+    mesh = local_mesh()
+
+    def rank(*embeddings: np.ndarray) -> tuple[Ranks, Precisions | None]:
+        """Ranks, and average precisions where there are labels, for embeddings of the base images and the distractors."""
+        given: dict[str, Any] = {"distractors": None, "mesh": mesh}
+        if far is not None:
+            given["distractors"] = Distractors(embeddings[1], far.texts, far.caption_image, far.labels)
+        plain = embeddings[0], gallery.texts, gallery.caption_image
+        return ranks(*plain, **given), category.precisions(*plain, gallery.labels, **given) if any(gallery.labels) else None
 
     for exit in reversed(model.exits):
-        result = rank(gallery.by_exit[exit])
-        add(names[exit], summarise(result), hits_at(result, RETENTION_AT), flops[exit], {str(exit): 1.0})
+        add(names[exit], [rank(*(g.by_exit[exit] for g in galleries))], flops[exit], {str(exit): 1.0})
     if share is not None:
         tower_cost = sum(share[str(exit)] * flops[exit] for exit in model.exits)
-        result = rank(gallery.routed)
         router_cost = complexity_flops(model.scorer.complexity.arch)
-        add("routed", summarise(result), hits_at(result, RETENTION_AT), tower_cost + router_cost, share)
-        draws = [rank(_random_rows(gallery, seed)) for seed in range(config.eval.random_draws)]
-        drawn = mean_hits([hits_at(d, RETENTION_AT) for d in draws])
-        add("random", mean_summary([summarise(d) for d in draws]), drawn, tower_cost, share)
+        add("routed", [rank(*(g.routed for g in galleries))], tower_cost + router_cost, share)
+        draws = (np.split(random_exits(all_exits, s), [len(gallery.captions)]) for s in range(config.eval.random_draws))
+        drawn = [rank(*(take_exits(g.by_exit, part) for g, part in zip(galleries, parts))) for parts in draws]
+        add("random", drawn, tower_cost, share)
     n = config.eval.bootstrap
+    compared = bootstrap_metrics.intervals(per_image, n=n)
     for name, run in runs.items():
         kept = retention(hits[name], hits["full"], n=n)
         run["retention"] = kept.percent().as_dict() if kept else None
+        run["intervals"] = {d: {m: c.as_dict() for m, c in by.items()} for d, by in compared[name].items()}
     metrics: dict[str, Any] = {
         "runs": runs,
-        "gallery": {"images": len(gallery.captions), "captions": len(gallery.texts)},
+        "gallery": {
+            "images": sum(len(g.captions) for g in galleries),
+            "captions": sum(len(g.texts) for g in galleries),
+            "queries": {"images": len(gallery.captions), "captions": len(gallery.texts)},
+        },
         "comparisons": {},
     }
     if share is not None:
@@ -232,13 +290,12 @@ def _share(exits: np.ndarray, known: tuple[int, ...]) -> dict[str, float]:
     return {str(e): float(np.mean(exits == e)) for e in known}
 
 
-def _random_rows(gallery: Gallery, seed: int) -> np.ndarray:
-    """Embeddings [N, D] with the routed exits dealt out at random: the same count of images at each exit."""
-    exits = np.random.default_rng(seed).permutation(gallery.exits)
-    rows = gallery.by_exit[max(gallery.by_exit)].copy()
-    for exit, embeddings in gallery.by_exit.items():
-        rows[exits == exit] = embeddings[exits == exit]
-    return rows
+def _summary(found: Ranks, precisions: Precisions | None) -> dict[str, dict[str, float]]:
+    summary = summarise(found)
+    if precisions is None:
+        return summary
+    extra = category.summarise(precisions)
+    return {direction: summary[direction] | extra[direction] for direction in summary}
 
 
 def _baseline_note(config: ExperimentConfig, source: Source, gallery: Gallery, metrics: dict[str, Any]) -> str:

@@ -140,18 +140,19 @@ def mean_summary(summaries: Sequence[dict[str, dict[str, float]]]) -> dict[str, 
     }
 
 
-def chance_recall(n_images: int, n_captions: int, k: int) -> dict[str, float]:
+def chance_recall(n_images: int, n_captions: int, k: int, own: float | None = None) -> dict[str, float]:
     """Recall at k of a random order, in percent, for a gallery with equally many captions an image.
 
+    own: captions of an image that is asked for, c; None: as many as the gallery has on average, M / N.
     Text-to-image is k / N. Image-to-text is the chance that k draws without replacement from M captions hit one of
-    c = M / N: 1 - prod_{j<k} (M - c - j) / (M - j).
+    the c: 1 - prod_{j<k} (M - c - j) / (M - j).
     """
     if n_images < 1 or n_captions < n_images:
         raise ValueError(
             f"a gallery needs an image and at least one caption an image, found {n_images} images and "
             f"{n_captions} captions"
         )
-    miss, own = 1.0, n_captions / n_images
+    miss, own = 1.0, n_captions / n_images if own is None else own
     for drawn in range(min(k, n_captions)):
         miss *= max(n_captions - own - drawn, 0.0) / (n_captions - drawn)
     return {"text_to_image": 100.0 * min(k / n_images, 1.0), "image_to_text": 100.0 * (1.0 - miss)}

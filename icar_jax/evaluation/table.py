@@ -1,12 +1,16 @@
 """The record of one evaluation: shown as a table, judged in plain sentences, written as metrics.json.
 
 metrics['runs'] maps 'full', 'exit_<blocks>', 'routed' and 'random' to a dict of
-  text_to_image, image_to_text: {'r1', 'r5', 'r10'} in percent;
+  text_to_image, image_to_text: {'r1', 'r5', 'r10'} in percent, 'median_rank' and 'mean_rank'; where there are labels also
+    'map10', 'map50', 'map100' (official denominator) and 'map10_standard', ... in percent;
   flops_per_image: 2 x MACs, the complexity model included where the run uses it;
   images_per_s: measured, None where it was not;
   share: {exit -> fraction of the images};
-  retention: {'value', 'low', 'high'}, R@5 (mean of both directions) in percent of full depth; None where undefined.
-metrics['gallery'] holds the counts 'images' and 'captions'; metrics['comparisons']['routed_minus_random'] holds
+  retention: {'value', 'low', 'high'}, R@5 (mean of both directions) in percent of full depth; None where undefined;
+  intervals: 'text_to_image' | 'image_to_text' | 'mean' -> each of these metrics -> 'value', 'difference' (to full depth) and
+    'retention' (percent of full depth), each {'value', 'low', 'high'} or None, as of bootstrap_metrics.Comparison.
+metrics['gallery'] holds the counts 'images' and 'captions', distractors included, 'queries' with the counts of those asked
+for, and the names 'source' and 'distractors' (None without); metrics['comparisons']['routed_minus_random'] holds
 {'value', 'low', 'high', 'includes_zero'} in points; metrics['notes'] is a list of sentences.
 """
 
@@ -155,10 +159,12 @@ def _mean_r5(run: Mapping[str, Any]) -> float:
 def _against_chance(metrics: Mapping[str, Any]) -> str:
     full, gallery = metrics["runs"]["full"], metrics["gallery"]
     parts, least = [], math.inf
+    asked = gallery.get("queries", gallery)
+    own = asked["captions"] / asked["images"]
     for direction in DIRECTIONS:
         shown = []
         for k in (5, 10):
-            chance = chance_recall(gallery["images"], gallery["captions"], k)[direction]
+            chance = chance_recall(gallery["images"], gallery["captions"], k, own)[direction]
             times = full[direction][f"r{k}"] / chance
             least = min(least, times)
             shown.append(f"R@{k} {full[direction][f'r{k}']:.1f}% ({times:.1f} times chance, {chance:.2g}%)")

@@ -1,0 +1,110 @@
+"""Pictures from elsewhere that fill up the galleries of an evaluation, and the proof that none of them is asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from icar_jax.config import ConfigError, DataConfig, DistractorConfig
+from icar_jax.data.folders import open_folder
+from icar_jax.data.parquet import Parquet
+from icar_jax.data.records import Source
+from icar_jax.data.scenes import Scenes
+from icar_jax.data.shards import retrying
+from icar_jax.data.splits import Subset
+from icar_jax.data.webdataset import WebDataset
+
+_NAMES_SHOWN = 3
+
+
+def distractor_source(distractors: DistractorConfig, data: DataConfig) -> Source:
+    """The first `size` pictures of what `config.eval.distractors` names (all where that is 0), read as those of `data` are.
+
+    Raises ConfigError, ShardError or OSError as the sources do.
+    """
+    d = distractors
+    if d.source == "scenes":
+        return Scenes(d.split, d.size, image_size=data.scenes_pixels)
+    with retrying(data.retries):
+        if d.source == "webdataset":
+            source: Any = WebDataset(d.root, d.split or ".")
+        elif d.source == "parquet":
+            source = Parquet(d.root, d.split or ".", d.image_column, d.caption_column)
+        else:
+            source = open_folder(d.root, d.split or None)
+    if d.size > len(source):
+        raise ConfigError(
+            f"config.eval.distractors.size={d.size}, but {source.name} holds {len(source)} images; lower it, or 0 takes all"
+        )
+    return Subset(source, np.arange(d.size), source.name) if d.size else source
+
+
+def source_urls(source: Source) -> list[str | None] | None:
+    """The URL of every record; None where the source keeps none."""
+    if isinstance(source, Subset):
+        urls = source_urls(source.source)
+        return [urls[i] for i in source.indices.tolist()] if urls is not None else None
+    read = getattr(source, "urls", None)
+    if read is None:
+        return None
+    try:
+        urls = read()
+    except ConfigError:  # Parquet files without a column of URLs
+        return None
+    return urls if any(urls) else None
+
+
+def require_apart(base: Source, far: Source, base_urls: list | None, far_urls: list | None) -> list[str]:
+    """Raises ConfigError where a distractor is also a picture of the base set; returns sentences on how that was checked.
+
+    Compared are the shard files of both, or the names of the pictures where both have names of their own, and the URLs
+    (`source_urls`). The names of records in shards are numbers, so they say nothing about records of other shards.
+    """
+    notes, checked = [], []
+    for what, of in (("shard files", _shard_files), ("names", _names)):
+        ours, theirs = of(base), of(far)
+        if ours is not None and theirs is not None:
+            checked.append(what)
+            _refuse(what, ours & theirs, base, far)
+    if base_urls is not None and far_urls is not None:
+        checked.append("URLs")
+        _refuse("URLs", {u for u in base_urls if u} & {u for u in far_urls if u}, base, far)
+    elif far_urls is not None and (ours := _names(base)) is not None:
+        checked.append("file names in URLs")
+        named = {name.rpartition("/")[2] for name in ours}
+        ends = sorted(u for u in far_urls if u and u.split("?")[0].rpartition("/")[2] in named)
+        if ends:
+            notes.append(
+                f"{len(ends)} distractors come from URLs that end in the name of a picture of {base.name} ({_some(ends)}): if "
+                "these are the same pictures, take them out"
+            )
+    if not checked:
+        notes.append(f"whether {far.name} holds pictures of {base.name} could not be checked: no names or URLs to compare")
+    return notes or [f"no distractor is also in {base.name}, by {' and '.join(checked)}"]
+
+
+def _refuse(what: str, shared: set[str], base: Source, far: Source) -> None:
+    if shared:
+        raise ConfigError(
+            f"config.eval.distractors: {len(shared)} {what} of {far.name} are also in {base.name}, which is evaluated "
+            f"({_some(sorted(shared))}); a query must not meet its own picture as a distractor: take these out"
+        )
+
+
+def _shard_files(source: Source) -> set[str] | None:
+    source = source.source if isinstance(source, Subset) else source
+    paths = getattr(source, "paths", None)
+    return set(paths) if paths is not None else None
+
+
+def _names(source: Source) -> set[str] | None:
+    """Names of the pictures; for scenes that of the split, which their names begin with; None for records in shards."""
+    inner = source.source if isinstance(source, Subset) else source
+    if isinstance(inner, Scenes):
+        return {inner.name}
+    return set(source.names) if hasattr(inner, "names") else None
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
