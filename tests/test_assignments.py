@@ -1,5 +1,6 @@
 """The oracle's ranks equal swapping one image at a time; its assignments equal trying all; random routing keeps the share."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -13,6 +14,7 @@ from icar_jax.evaluation.assignments import (
     oracle_exits_at_share,
     random_exits,
     ranks_alone,
+    ranks_mixed,
     take_exits,
 )
 from icar_jax.evaluation.metrics import Ranks, ranks, recall
@@ -35,6 +37,30 @@ def test_ranks_alone_equal_swapping_one_image_at_a_time(gallery, query_chunk, se
         text_to_image, image_to_text = sorted_ranks(swapped, texts, owner, distractors)
         assert found[3].image_to_text[i] == image_to_text[i]
         assert found[3].text_to_image[owner == i].tolist() == text_to_image[owner == i].tolist()
+
+
+@settings(max_examples=20, deadline=None)
+@given(galleries(most_images=5), st.sampled_from([4, None]), st.integers(0, 2**32 - 1))
+def test_mixed_ranks_equal_one_after_the_other(gallery, query_chunk, seed):
+    images, texts, owner, distractors = gallery
+    rng = np.random.default_rng(seed)
+
+    def exits_of(full):
+        return {e: rng.integers(-2, 3, full.shape).astype(np.float32) for e in (3, 6)} | {12: full}
+
+    by_exit, far = exits_of(images), exits_of(distractors.image_embed) if distractors else None
+    n, n_far = len(images), len(far[12]) if far else 0
+    exits = rng.choice([3, 6, 12], (4, n + n_far))
+    found = ranks_mixed(by_exit, texts, owner, exits, far_by_exit=far, distractors=distractors, query_chunk=query_chunk)
+    assert len(found) == 4
+    for one, row in zip(found, exits):
+        mixed = take_exits(by_exit, row[:n])
+        away = dataclasses.replace(distractors, image_embed=take_exits(far, row[n:])) if far else None
+        text_to_image, image_to_text = sorted_ranks(mixed, texts, owner, away)
+        assert one.text_to_image.tolist() == text_to_image.tolist()
+        assert one.image_to_text.tolist() == image_to_text.tolist()
+    with pytest.raises(ValueError, match=r"exits \[5\], embeddings are there for \[3, 6, 12\]"):
+        ranks_mixed(by_exit, texts, owner, np.full_like(exits, 5), far_by_exit=far, distractors=distractors)
 
 
 def made_up(seed, n=7, exits=(3, 6, 12)):

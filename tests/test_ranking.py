@@ -146,6 +146,10 @@ for mesh in (ranking.local_mesh(), make_mesh(MeshConfig(2, 2, 2))):
     own = np.arange(len(few))
     scores = np.round(plain[1][: len(few), 0])
     assert (several.ranks_of_scores(few, scores, own) == alone.ranks_of_scores(few, scores, own)).all()
+    choice = np.random.default_rng(0).integers(0, 2, (3, len(few)))
+    pair = [[ranking.Ranker((rows,), mesh=m) for rows in (few, few[::-1])] for m in (mesh, None)]
+    mixed = [ranking.mixed_ranks(r, few, own, choice) for r in pair]
+    assert (mixed[0] == mixed[1]).all()
     assert (several.ranks(few, own[:, None]) == alone.ranks(few, own[:, None])).all()
 """
 

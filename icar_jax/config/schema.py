@@ -145,7 +145,7 @@ class EvalConfig:
     batch_size: int = 64  # images in a full batch of the router
     dtype: str = "float32"  # of activations: bfloat16 | float32
     bootstrap: int = 2000  # resamples of images behind each interval
-    random_draws: int = 100  # random assignments averaged into the run 'random'
+    random_draws: int = 100  # random assignments averaged into the run 'random' (its average precision: over the first 10)
     labels: str = ""  # JSON of URL or name -> category labels of the split; empty takes those of the source, where it has any
     distractors: DistractorConfig = field(default_factory=DistractorConfig)
 

@@ -90,13 +90,16 @@ def collect(ranks: Ranks, precisions: Precisions | None = None) -> Run:
 
 
 def mean_run(draws: Sequence[Run]) -> Run:
-    """Mean over draws of one random run (such as random routing) of the same images."""
+    """Mean over draws of one random run (such as random routing) of the same images.
+
+    A metric that only some draws have, such as average precision, is the mean of these.
+    """
     if not draws:
         raise ValueError("mean_run needs at least one draw, found none")
     _require_paired({f"draw {i}": draw for i, draw in enumerate(draws)})
     means = {
         direction: {
-            name: (np.mean([draw.means[direction][name][0] for draw in draws], axis=0), count)
+            name: (np.mean([d.means[direction][name][0] for d in draws if name in d.means[direction]], axis=0), count)
             for name, (_, count) in by_name.items()
         }
         for direction, by_name in draws[0].means.items()

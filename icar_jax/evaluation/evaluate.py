@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from icar_jax.data.pipeline import BadFiles, eval_batches
 from icar_jax.data.records import Source
 from icar_jax.data.splits import Subset
 from icar_jax.evaluation import bootstrap_metrics, category, figures, table, timing
-from icar_jax.evaluation.assignments import random_exits, take_exits
+from icar_jax.evaluation.assignments import random_exits, ranks_mixed, take_exits
 from icar_jax.evaluation.bootstrap import Hits, difference, hits_at, mean_hits, retention
 from icar_jax.evaluation.calibration import make_bundle
 from icar_jax.evaluation.category import Precisions
@@ -35,6 +36,7 @@ from icar_jax.inference.model import Model, load
 from icar_jax.models.flops import complexity_flops, vision_flops
 
 RETENTION_AT = 5  # recall at 5 is what retention and comparisons are about
+CATEGORY_DRAWS = 10  # of the random assignments whose average precision is measured: unlike ranks, each is a run of its own
 BASELINE_IMAGES = 3000  # training images the colour baseline is fitted on
 
 
@@ -247,13 +249,21 @@ def _measure(config: ExperimentConfig, model: Model, gallery: Gallery, far: Gall
 
     mesh = local_mesh()
 
+    asked = gallery.texts, gallery.caption_image
+
+    def among(embeddings: Sequence[np.ndarray]) -> dict[str, Any]:
+        """The distractors, whose embeddings come second."""
+        given = Distractors(embeddings[1], far.texts, far.caption_image, far.labels) if far is not None else None
+        return {"distractors": given, "mesh": mesh}
+
+    def precise(*embeddings: np.ndarray) -> Precisions | None:
+        """Average precisions where there are labels, for embeddings of the base images and the distractors."""
+        if not any(gallery.labels):
+            return None
+        return category.precisions(embeddings[0], *asked, gallery.labels, **among(embeddings))
+
     def rank(*embeddings: np.ndarray) -> tuple[Ranks, Precisions | None]:
-        """Ranks, and average precisions where there are labels, for embeddings of the base images and the distractors."""
-        given: dict[str, Any] = {"distractors": None, "mesh": mesh}
-        if far is not None:
-            given["distractors"] = Distractors(embeddings[1], far.texts, far.caption_image, far.labels)
-        plain = embeddings[0], gallery.texts, gallery.caption_image
-        return ranks(*plain, **given), category.precisions(*plain, gallery.labels, **given) if any(gallery.labels) else None
+        return ranks(embeddings[0], *asked, **among(embeddings)), precise(*embeddings)
 
     for exit in reversed(model.exits):
         add(names[exit], [rank(*(g.by_exit[exit] for g in galleries))], flops[exit], {str(exit): 1.0})
@@ -261,9 +271,12 @@ def _measure(config: ExperimentConfig, model: Model, gallery: Gallery, far: Gall
         tower_cost = sum(share[str(exit)] * flops[exit] for exit in model.exits)
         router_cost = complexity_flops(model.scorer.complexity.arch)
         add("routed", [rank(*(g.routed for g in galleries))], tower_cost + router_cost, share)
-        draws = (np.split(random_exits(all_exits, s), [len(gallery.captions)]) for s in range(config.eval.random_draws))
-        drawn = [rank(*(take_exits(g.by_exit, part) for g, part in zip(galleries, parts))) for parts in draws]
-        add("random", drawn, tower_cost, share)
+        draws = np.stack([random_exits(all_exits, seed) for seed in range(config.eval.random_draws)])
+        far_by_exit = far.by_exit if far is not None else None
+        drawn = ranks_mixed(gallery.by_exit, *asked, draws, far_by_exit=far_by_exit, **among([g.texts[:0] for g in galleries]))
+        parts = [np.split(exits, [len(gallery.captions)]) for exits in draws[:CATEGORY_DRAWS]]
+        found = [precise(*(take_exits(g.by_exit, exits) for g, exits in zip(galleries, part))) for part in parts]
+        add("random", list(itertools.zip_longest(drawn, found)), tower_cost, share)
     n = config.eval.bootstrap
     compared = bootstrap_metrics.intervals(per_image, n=n)
     for name, run in runs.items():

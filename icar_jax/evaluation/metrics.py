@@ -131,11 +131,11 @@ def summarise(ranks: Ranks) -> dict[str, dict[str, float]]:
 
 
 def mean_summary(summaries: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Mean of several results of `summarise`, as for several draws of random routing."""
+    """Mean of several results of `summarise`, as for several draws of random routing; each metric over those that have it."""
     if not summaries:
         raise ValueError("mean_summary needs at least one summary, found none")
     return {
-        name: {key: float(np.mean([s[name][key] for s in summaries])) for key in summaries[0][name]}
+        name: {key: float(np.mean([s[name][key] for s in summaries if key in s[name]])) for key in summaries[0][name]}
         for name in DIRECTIONS
     }
 
