@@ -32,7 +32,7 @@ def test_labels_join_by_url_name_and_last_part(tmp_path):
     ("names", "table", "message"),
     [
         (["a/1.jpg", "b/1.jpg"], {"1.jpg": ("x",)}, r"'1.jpg' fits 2 images.*'a/1.jpg'"),
-        (["a.jpg"], {"0": ("x",), "laion_00000001": ("x",)}, r"none of its 2 entries \(first: '0'\).*a.jpg.*running numbers"),
+        (["a.jpg"], {"0": ("x",), "laion_00000001": ("x",)}, r"none of its 2 entries \(first: '0'\).*a.jpg.*Running numbers"),
         (["a.jpg"], {"b.jpg": ("x",)}, r"none of its 1 entries.*first: 'a.jpg'\)\.$"),
         (["a.jpg"], {}, r"none of its 0 entries"),
     ],
