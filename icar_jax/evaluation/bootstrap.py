@@ -100,6 +100,12 @@ def resample_indices(n_images: int, n: int, seed: int) -> Iterator[np.ndarray]:
         yield rng.integers(0, n_images, size=(min(rows, n - start), n_images))
 
 
+def resample_counts(n_images: int, n: int, seed: int) -> Iterator[np.ndarray]:
+    """Yields chunks [r, n_images] float64, n rows in all: how often each image was drawn in a resample."""
+    for indices in resample_indices(n_images, n, seed):
+        yield _counts(indices)
+
+
 def interval(
     statistic: Callable[..., np.ndarray],
     hits: Sequence[Hits],
@@ -120,7 +126,7 @@ def interval(
             f"the statistic is not finite for {bad} of {n + 1} samples: no interval exists. A ratio needs hits in "
             "every resample (see `retention`)"
         )
-    return _bounds(point, values, level)
+    return bounds(point, values, level)
 
 
 def retention(
@@ -134,7 +140,7 @@ def retention(
     point, values = _sample(_ratio, [run, full], n=n, seed=seed, level=level)
     if not np.isfinite(point) or not np.isfinite(values).all():
         return None
-    return _bounds(point, values, level)
+    return bounds(point, values, level)
 
 
 def difference(run_a: Hits, run_b: Hits, *, n: int = RESAMPLES, seed: int = 0, level: float = LEVEL) -> Interval:
@@ -156,8 +162,7 @@ def _sample(
     n_images = len(hits[0].captions)
     point = statistic(*(_recalls(h, np.ones((1, n_images))) for h in hits))
     values = []
-    for indices in resample_indices(n_images, n, seed):
-        counts = _counts(indices)
+    for counts in resample_counts(n_images, n, seed):
         values.append(statistic(*(_recalls(h, counts) for h in hits)))
     return float(point[0]), np.concatenate(values)
 
@@ -177,7 +182,8 @@ def _recalls(hits: Hits, counts: np.ndarray) -> Recalls:
     )
 
 
-def _bounds(point: float, values: np.ndarray, level: float) -> Interval:
+def bounds(point: float, values: np.ndarray, level: float) -> Interval:
+    """The percentile interval of resampled values [R] around the value of the whole gallery."""
     low, high = np.quantile(values, [(1.0 - level) / 2, (1.0 + level) / 2])
     return Interval(point, float(low), float(high))
 
