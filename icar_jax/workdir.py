@@ -24,7 +24,8 @@ CONFIG, DATA, CHECKPOINTS, TOKEN = "config.json", "data.json", "checkpoints", ".
 # computed (the mesh, remat, ...) change nothing but rounding, so that a run can move to other machines.
 FREE_ON_RESUME = (
     "config.train.log_every", "config.train.checkpoint_every", "config.train.keep", "config.train.tensorboard",
-    "config.train.eval_every", "config.train.keep_best", "config.train.accumulate", "config.train.remat",
+    "config.train.eval_every", "config.train.eval_split", "config.train.keep_best", "config.train.patience",
+    "config.train.accumulate", "config.train.remat", "config.data.ratings", "config.data.bad_share",
     "config.train.scan_blocks", "config.loss.chunk", "config.mesh", "config.eval",
     "config.data.root", "config.data.workers", "config.data.threads", "config.data.retries", "config.data.stall_timeout_s",
 )  # fmt: skip
