@@ -134,7 +134,7 @@ def test_a_paired_interval_is_narrower_than_two_of_its_own():
         ("roc_auc", [0.1, 0.2], [1, 1], "all 2 labels are of class complex"),
         ("youden", [0, 1], [0, 0], "class simple; it needs both"),
         ("balanced_accuracy", [0, 1], [1, 1], "needs both classes"),
-        ("f1", [0.3, 1], [1, 1], "compare scores with a threshold"),
+        ("f1", [0.3, 1], [1, 1], "compare scores to a threshold"),
         ("accuracy", [0, 1], [1, 2], "labels that are 0"),
         ("ece", [0.5, 1.5], [0, 1], "probabilities in"),
         ("rmse", [0.1], [0.1, 0.2], "of one length"),
