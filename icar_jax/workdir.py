@@ -123,7 +123,7 @@ def require_same_data(workdir: Path, fingerprint: dict[str, Any]) -> None:
     if before != fingerprint:
         raise ConfigError(
             f"the training images changed since the run in {workdir} began: {before['images']} images then, "
-            f"{fingerprint['images']} now, or other names; restore them, or start again in a new --workdir"
+            f"{fingerprint['images']} now, or other names or ratings; restore them, or start again in a new --workdir"
         )
 
 

@@ -167,7 +167,7 @@ def _validate_ratings(c: ExperimentConfig) -> None:
             "Parquet file with the columns url and score: --config.data.ratings=FILE"
         )
     if d.source == "scenes" and d.ratings:
-        raise ConfigError(f"config.data.ratings={d.ratings!r}, but scenes know their complexity; use config.data.source=ratings")
+        raise ConfigError(f"config.data.ratings={d.ratings!r}, but scenes know theirs; use config.data.source=ratings")
     if d.resize != "squash":
         raise ConfigError(f"config.data.resize={d.resize!r}: the complexity model sees whole images; use 'squash'")
     if c.complexity.class_weights != "none" and c.complexity.head != "classification":

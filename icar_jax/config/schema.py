@@ -45,7 +45,7 @@ class DataConfig:
     source: str = "scenes"  # scenes | folder (dataset*.json, captions.csv or .jsonl) | webdataset | parquet | tfds | ratings
     root: str = ""  # folder; webdataset, parquet: folder, glob or {000..123} of the shards; tfds: data_dir; unused by scenes
     train_split: str = "train"  # folder, tfds: name of the split; webdataset, parquet: subfolder of root, or . for root itself
-    ratings: str = ""  # complexity: file of scores (.txt .json .csv .parquet); empty: ROOT/train.txt and test.txt, as IC9600 has
+    ratings: str = ""  # complexity: file of scores (.txt .json .csv .parquet); empty: ROOT/train.txt and test.txt (IC9600)
     bad_share: float = 0.01  # share of the lines of a file of scores that may be unusable; more stop the run
     dataset: str = ""  # tfds: name of the dataset, such as coco_captions
     image_column: str = "image"  # parquet: image bytes, a struct with bytes, or a path; tfds: image feature

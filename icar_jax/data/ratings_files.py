@@ -1,6 +1,6 @@
 """Lines of files that rate images: IC9600's text, annotations in JSON, and tables in CSV or Parquet.
 
-A line that cannot be read is handed on with the reason: whoever asked counts them. What makes a whole file unreadable is raised.
+A line that cannot be read is handed on with the reason, to be counted; what makes a whole file unreadable is raised.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def _table(path: Path) -> Lines:
                 place = f"line {reader.line_num}"
                 if None in row or None in row.values():
                     found = len(row.get(None) or ()) + sum(v is not None for k, v in row.items() if k is not None)
-                    lines.append(Line(place, "", fault=f"expected {len(columns)} columns ({', '.join(columns)}), found {found}"))
+                    expected = f"expected {len(columns)} columns ({', '.join(columns)}), found {found}"
+                    lines.append(Line(place, "", fault=expected))
                 else:
                     lines.append(_line(place, row[key], row["score"]))
         except csv.Error as error:
