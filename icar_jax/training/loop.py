@@ -20,8 +20,7 @@ from icar_jax import checkpoint
 from icar_jax import config as cfg
 from icar_jax import workdir as files
 from icar_jax.config import ExperimentConfig
-from icar_jax.data import sources
-from icar_jax.data.images import Augment
+from icar_jax.data import augment, sources
 from icar_jax.data.iterator import Batch, BatchIterator
 from icar_jax.data.pipeline import BadFiles, train_batches
 from icar_jax.data.records import Source
@@ -221,7 +220,7 @@ def _batches(run: _Run, start: int, part: tuple[int, int]) -> BatchIterator:
         batch_size=t.batch_size,
         seed=t.seed,
         start_position=start * t.batch_size,
-        augment=Augment("crop" if data.crop_scale < 1 else "none", scale=(data.crop_scale, 1.0), flip=data.flip),
+        augment=augment.from_config(data, whole_images=run.config.task == "complexity"),
         process_index=part[0],
         process_count=part[1],
         with_complexity=run.config.task == "complexity",
