@@ -6,7 +6,7 @@ human ratings (IC9600). Both begin with a norm of their own after the backbone's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,7 @@ from icar_jax.models.layers import Bridge, DType, LayerNorm, Linear
 
 Array = jax.Array
 HEADS = ("classification", "regression")
+MAP_STAGE = 3
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,30 @@ class RegressionHead(nnx.Module):
         return self.fc3(x, dtype).astype(jnp.float32)
 
 
+HEAD_MODULES = {"classification": ClassificationHead, "regression": RegressionHead}
+
+
+def dropout(rate: float, key: Array | None) -> Callable[[Array, int], Array]:
+    """drop(x, layer): x with a share `rate` of its values zeroed and the rest scaled up; without a key x itself."""
+
+    def drop(x: Array, layer: int) -> Array:
+        if key is None or rate == 0:
+            return x
+        keep = jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate, x.shape)
+        return jnp.where(keep, x / (1 - rate), 0)
+
+    return drop
+
+
+def log_odds(logits: Array, head: str) -> Array:
+    """[B, 2] (classification) or [B, 1] (regression) -> log odds of 'complex' [B], of which the score is the sigmoid."""
+    return logits[:, 1] - logits[:, 0] if head == "classification" else logits[:, 0]
+
+
 class _ComplexityModule(nnx.Module):
     def __init__(self, arch: ComplexityArch, rngs: nnx.Rngs):
-        width = arch.backbone.dims[3]
         self.backbone = ConvNeXt(arch.backbone, rngs=rngs)
-        head = ClassificationHead if arch.head == "classification" else RegressionHead
-        self.head = head(width, rngs=rngs)
+        self.head = HEAD_MODULES[arch.head](arch.backbone.dims[3], rngs=rngs)
 
 
 @dataclass(frozen=True)
@@ -95,20 +114,30 @@ class Complexity:
         self, params: Mapping[str, Any], images: Array, dropout_key: Array | None = None, dtype: DType = jnp.float32
     ) -> Array:
         """images float [B, S, S, 3], normalised -> [B, 2] (classification) or [B, 1] (regression), float32."""
-        rate = self.arch.dropout
-
-        def drop(x: Array, layer: int) -> Array:
-            if dropout_key is None or rate == 0:
-                return x
-            keep = jax.random.bernoulli(jax.random.fold_in(dropout_key, layer), 1 - rate, x.shape)
-            return jnp.where(keep, x / (1 - rate), 0)
-
         module = self._bridge.bind(params)
-        return module.head(module.backbone(images, dtype), dtype, drop)
+        return module.head(module.backbone(images, dtype), dtype, dropout(self.arch.dropout, dropout_key))
 
     def score(self, params: Mapping[str, Any], images: Array, dtype: DType = jnp.float32) -> Array:
         """images float [B, S, S, 3], normalised -> complexity [B] in [0, 1], float32; higher is more complex."""
-        logits = self.logits(params, images, dtype=dtype)
-        if self.arch.head == "classification":
-            return jax.nn.softmax(logits, axis=-1)[:, 1]
-        return jax.nn.sigmoid(logits[:, 0])
+        return jax.nn.sigmoid(self._logit(self.logits(params, images, dtype=dtype)))
+
+    def score_and_map(
+        self, params: Mapping[str, Any], images: Array, stage: int = MAP_STAGE, dtype: DType = jnp.float32
+    ) -> tuple[Array, Array]:
+        """images float [B, S, S, 3], normalised -> complexity [B], as `score`; map [B, h, w], both float32."""
+        module = self._bridge.bind(params)
+        features = module.backbone.feature_map(images, stage, dtype)
+
+        def logit(features: Array) -> Array:
+            pooled = module.backbone.from_feature_map(features, stage, dtype)
+            return self._logit(module.head(pooled, dtype, lambda x, _: x))
+
+        logits, pull_back = jax.vjp(logit, features)
+        (gradient,) = pull_back(jnp.ones_like(logits))
+        height, width = features.shape[1:3]
+        product = features.astype(jnp.float32) * gradient.astype(jnp.float32)
+        return jax.nn.sigmoid(logits), height * width * product.sum(axis=-1)
+
+    def _logit(self, logits: Array) -> Array:
+        """Log odds of 'complex' [B], of which the score is the sigmoid."""
+        return log_odds(logits, self.arch.head)
