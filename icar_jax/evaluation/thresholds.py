@@ -50,8 +50,7 @@ def best_threshold(scores: np.ndarray, labels: np.ndarray, metric: str = "f1") -
     scores [N] in [0, 1]; labels [N] of 0 (simple) and 1 (complex). Of equal values the highest threshold is taken, and a
     rate without images (0/0) counts 0, as in ICAR's own search. Raises ValueError for other metrics, scores and labels.
     """
-    if metric not in METRICS:
-        raise ConfigError(f"metric {metric!r} chooses no threshold; use one of {', '.join(METRICS)}")
+    check_metric(metric)
     scores, labels = _scores(scores), np.asarray(labels)
     if labels.shape != scores.shape or not np.isin(labels, (0, 1)).all():
         raise ValueError(f"a threshold needs one label, 0 or 1, for each of {len(scores)} scores; found {labels.shape}")
@@ -62,6 +61,12 @@ def best_threshold(scores: np.ndarray, labels: np.ndarray, metric: str = "f1") -
     # Equal fractions of different counts may differ by rounding.
     best = np.flatnonzero(values >= values.max() - 1e-12)[-1]
     return float(GRID[best]), float(values[best])
+
+
+def check_metric(metric: str) -> None:
+    """Raises ConfigError for the name of anything but a metric of decisions."""
+    if metric not in METRICS:
+        raise ConfigError(f"metric {metric!r} chooses no threshold; use one of {', '.join(METRICS)}")
 
 
 def full_shares(shares: Sequence[float], exits: Sequence[int]) -> tuple[float, ...]:
