@@ -26,7 +26,7 @@ from icar_jax.evaluation.calibration import make_bundle
 from icar_jax.evaluation.colour_baseline import colour_histogram_baseline
 from icar_jax.evaluation.metrics import mean_summary, ranks, summarise
 from icar_jax.inference.model import Model, load
-from icar_jax.models.flops import complexity_flops, vision_flops
+from icar_jax.models.flops import router_flops, vision_flops
 
 RETENTION_AT = 5  # recall at 5 is what retention and comparisons are about
 BASELINE_IMAGES = 3000  # training images the colour baseline is fitted on
@@ -155,7 +155,7 @@ def _embed(model: Model, source: Source, data: cfg.DataConfig) -> Gallery:
                         kept[key].append(pixels)
                 for exit, parts in towers.items():
                     parts.append(model.towers[exit].submit(batch["images"]["clip"]).result())
-                yield batch["images"]["clip"], batch["images"].get("complexity")
+                yield batch["images"]["clip"], batch["images"].get(model.scored_on)
 
     if routing:
         routed = model.router.embed(prepared(), model.embed_dim)
@@ -173,7 +173,7 @@ def _embed(model: Model, source: Source, data: cfg.DataConfig) -> Gallery:
         routed=routed.embeddings if routing else None,
         scores=routed.scores if routing else None,
         exits=routed.exits if routing else None,
-        sample=timing.Sample(sample["clip"], sample.get("complexity")),
+        sample=timing.Sample(sample["clip"], sample.get(model.scored_on)),
         captions=captions,
         bad=bad,
     )
@@ -207,7 +207,7 @@ def _measure(config: ExperimentConfig, model: Model, gallery: Gallery) -> dict[s
     if share is not None:
         tower_cost = sum(share[str(exit)] * flops[exit] for exit in model.exits)
         result = rank(gallery.routed)
-        router_cost = complexity_flops(model.scorer.complexity.arch)
+        router_cost = router_flops(model.scorer.complexity.arch)
         add("routed", summarise(result), hits_at(result, RETENTION_AT), tower_cost + router_cost, share)
         draws = [rank(_random_rows(gallery, seed)) for seed in range(config.eval.random_draws)]
         drawn = mean_hits([hits_at(d, RETENTION_AT) for d in draws])
