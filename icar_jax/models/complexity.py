@@ -21,7 +21,8 @@ from icar_jax.models.layers import Bridge, DType, LayerNorm, Linear
 
 Array = jax.Array
 HEADS = ("classification", "regression")
-MAP_STAGE = 3
+MAP_STAGES = (2, 3, 4)  # strides 8, 16, 32; stage 1 sees edges, not objects
+MAP_STAGE = 2  # finds the objects of scenes best, see benchmarks/explain.py
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,20 @@ def log_odds(logits: Array, head: str) -> Array:
     return logits[:, 1] - logits[:, 0] if head == "classification" else logits[:, 0]
 
 
+def activation_map(function: Callable[[Array], Array], features: Array) -> tuple[Array, Array]:
+    """features [B, h, w, C] -> function(features) [B], and its class-activation map [B, h, w] float32.
+
+    The features contracted with the gradient of the output by the pooled features, channel by channel (Grad-CAM, Selvaraju et
+    al. 2017, without its ReLU). Where `function` is linear in the average pool this is the map of Zhou et al. 2016: its mean
+    over the positions is the output without the bias.
+    """
+    values, pull_back = jax.vjp(function, features)
+    (gradient,) = pull_back(jnp.ones_like(values))
+    # A pool divides by the number of positions: the sum over them is the gradient by the pooled features.
+    weights = gradient.astype(jnp.float32).sum(axis=(1, 2))
+    return values, jnp.einsum("bhwc,bc->bhw", features.astype(jnp.float32), weights)
+
+
 class _ComplexityModule(nnx.Module):
     def __init__(self, arch: ComplexityArch, rngs: nnx.Rngs):
         self.backbone = ConvNeXt(arch.backbone, rngs=rngs)
@@ -124,19 +139,25 @@ class Complexity:
     def score_and_map(
         self, params: Mapping[str, Any], images: Array, stage: int = MAP_STAGE, dtype: DType = jnp.float32
     ) -> tuple[Array, Array]:
-        """images float [B, S, S, 3], normalised -> complexity [B], as `score`; map [B, h, w], both float32."""
+        """The score, and where in the image it comes from: the class-activation map of the log odds of 'complex'.
+
+        images float [B, S, S, 3], normalised -> complexity [B], as `score`; map [B, h, w], float32, with h = w = S // stride
+        and stride 8, 16, 32 after stage 2, 3, 4. Positive values raise the score, negative ones lower it; the mean of a map is
+        its share of the log odds to first order. The two norms before the head ignore a common scale of all channels, so
+        after stage 4 the mean is close to 0 and the map says what is more complex than the rest of the same image.
+        Raises ValueError for a stage that is none of MAP_STAGES.
+        """
+        if stage not in MAP_STAGES:
+            raise ValueError(f"a map can be taken after stage {', '.join(map(str, MAP_STAGES))}, not {stage}")
         module = self._bridge.bind(params)
         features = module.backbone.feature_map(images, stage, dtype)
 
         def logit(features: Array) -> Array:
             pooled = module.backbone.from_feature_map(features, stage, dtype)
-            return self._logit(module.head(pooled, dtype, lambda x, _: x))
+            return self._logit(module.head(pooled, dtype, dropout(0.0, None)))
 
-        logits, pull_back = jax.vjp(logit, features)
-        (gradient,) = pull_back(jnp.ones_like(logits))
-        height, width = features.shape[1:3]
-        product = features.astype(jnp.float32) * gradient.astype(jnp.float32)
-        return jax.nn.sigmoid(logits), height * width * product.sum(axis=-1)
+        logits, activation = activation_map(logit, features)
+        return jax.nn.sigmoid(logits), activation
 
     def _logit(self, logits: Array) -> Array:
         """Log odds of 'complex' [B], of which the score is the sigmoid."""
