@@ -199,7 +199,7 @@ def test_mistakes_of_routing(bundle, complexity_folder, clip_folder, pictures, t
     assert "must lie in (0, 1]" in fails(capsys, bundle, "--budget", 1.2, *images)
     assert "give 2 numbers" in fails(capsys, bundle, "--share", 0.5, *images)
     assert "lies in no workdir" in fails(capsys, bundle, "--budget", 0.9)
-    assert "no pattern that matches" in fails(capsys, bundle, "--budget", 0.9, "--images", tmp_path / "none*.png")
+    assert "no image file" in fails(capsys, bundle, "--budget", 0.9, "--images", tmp_path / "none*.png")
     config = ["--config", ROOT / "configs/demo.py:clip"]
     assert "use --budget or --share" in fails(capsys, bundle, "--metric", "f1", *config)
     assert "chooses no threshold" in fails(capsys, bundle, "--metric", "auc", *config)

@@ -93,7 +93,8 @@ def _calibrate(args: argparse.Namespace) -> None:
 def _calibration_images(args: argparse.Namespace, folder: Path):
     """(source, its DataConfig or None, boundary of the class 'complex' or None) of what the arguments name."""
     from icar_jax.data import sources
-    from icar_jax.data.image_files import find_image_files, labelled_files
+    from icar_jax.data.image_files import ImageFiles
+    from icar_jax.data.rated import open_rated
 
     named = [name for name in ("images", "labels", "config") if getattr(args, name)]
     if len(named) > 1:
@@ -103,13 +104,14 @@ def _calibration_images(args: argparse.Namespace, folder: Path):
     if args.images:
         if args.metric:
             raise cfg.ConfigError("--metric needs labelled images; --images have no labels: pass --labels FILE --root FOLDER")
-        return find_image_files(args.images), None, None
+        return ImageFiles(args.images), None, None
     if args.labels:
         if not args.root:
             raise cfg.ConfigError("--labels names images below a folder; pass it as --root")
-        source, ratings = labelled_files(args.labels, args.root, args.bad_share)
-        print(ratings.summary())
-        return source, None, args.boundary
+        data = cfg.DataConfig(source="ratings", root=args.root, ratings=args.labels, bad_share=args.bad_share)
+        rated = open_rated(data)
+        print("\n".join(rated.notes))
+        return rated.split("+".join(sorted(rated.counts))), data, args.boundary
     if args.config:
         config = cfg.validate(config_of(args))
     else:
