@@ -135,6 +135,11 @@ def _validate_training(c: ExperimentConfig) -> None:
         raise ConfigError(
             f"config.loss.direction={c.loss.direction!r} has no meaning with config.loss.kind='sigmoid'; leave it 'symmetric'"
         )
+    if c.task == "complexity" and c.complexity.variant == "blocks" and t.init:
+        raise ConfigError(
+            f"config.train.init={t.init!r}: with config.complexity.variant='blocks' the tower's weights come from "
+            "config.complexity.clip, and the head starts at random; leave it empty"
+        )
     if c.task == "complexity":
         for name, value, off in (
             ("train.accumulate", t.accumulate, 1), ("train.freeze", t.freeze, ()),

@@ -30,12 +30,16 @@ class ClipConfig:
 class ComplexityConfig:
     """The complexity model that is trained when task is 'complexity'."""
 
-    variant: str = "convnextv2_nano"  # named ConvNeXt of models/registry.py
+    variant: str = "convnextv2_nano"  # named ConvNeXt of models/registry.py, or blocks: a head on the first blocks of a CLIP
     head: str = "regression"  # regression (score in [0, 1]) | classification (probability of 'complex')
     image_size: int = 224  # pixels, squashed
     dropout: float = 0.2  # of the regression head, while training
     threshold: float = 0.5  # classification: a rated complexity above this is the class 'complex'
     class_weights: str = "none"  # of the cross-entropy: none | balanced (each class weighs as much as the other)
+    # Variant blocks only. The tower's weights stay as they are, and its preprocessing replaces image_size, data.resize,
+    # data.interpolation and data.normalise.
+    clip: str = ""  # checkpoint or workdir of the CLIP that it is to route
+    blocks: int = 0  # blocks of its vision tower that run before the head; at most its first exit
 
 
 @dataclass
