@@ -141,6 +141,20 @@ class Summary:
     empty: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
+    def report(self, threshold: float | None = None) -> str:
+        """Text for the end of a run: speed, distribution, and how many images go where; `threshold` is a classifier's own."""
+        n = len(self.scores)
+        low, middle, high = np.quantile(self.scores, [0.05, 0.5, 0.95])
+        lines = [
+            f"Scored {n:,} images in {self.seconds:.1f} s ({n / self.seconds:.1f} images/s with start-up): mean "
+            f"{self.scores.mean():.3f}, median {middle:.3f}, 90% of them from {low:.3f} to {high:.3f}"
+        ]
+        lines += [f"  {depth} blocks: {count:,} images ({count / n:.1%})" for depth, count in sorted(self.exits.items())]
+        if threshold is not None:
+            count = int((self.scores > np.float32(threshold)).sum())
+            lines.append(f"  complex (score above {threshold:.4g}): {count:,} images ({count / n:.1%})")
+        return "\n".join(lines)
+
 
 def require_writable(path: str | os.PathLike, flag: str, overwrite: bool, suffixes: tuple[str, ...] = ()) -> Path:
     """The path of a file to write. Raises ConfigError for another suffix, a folder, or a file that must not be replaced."""
