@@ -46,7 +46,7 @@ def nuisance(metrics: Mapping[str, Any], path: str | os.PathLike) -> None:
             axes.axvline(edge - 0.5, color="0.8", linewidth=0.8)
     axes.set_ylabel("PCC with the known complexity, 95% interval")
     axes.set_title(f"What varies beside the complexity: {metrics['images']:,} images of {metrics['source']}", fontsize=10.5)
-    axes.legend(loc="lower right", frameon=False, fontsize=8.5)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, fontsize=8.5)  # covers no point
     save(figure, path)
 
 
