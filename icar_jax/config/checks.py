@@ -67,12 +67,12 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
         _choice("config.train.freeze", group, FREEZE)
     for name in ("train", "eval"):
         _choice(f"config.{name}.dtype", getattr(c, name).dtype, ("bfloat16", "float32"))
+    _validate_ratings(c)
     if c.data.source != "scenes" and not c.data.root:
         raise ConfigError(
             f"config.data.root='' but config.data.source={c.data.source!r} reads a folder; "
             "pass --config.data.root=PATH/TO/THE/FOLDER"
         )
-    _validate_ratings(c)
     _validate_augmentation(c.data)
     if list(c.clip.exits) != sorted(set(c.clip.exits)) or any(e < 1 for e in c.clip.exits):
         fixed = tuple(sorted({e for e in c.clip.exits if e >= 1}))
