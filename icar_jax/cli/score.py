@@ -94,7 +94,7 @@ def _score(args: argparse.Namespace) -> None:
         if args.sheet:
             thresholds = model.thresholds or (() if threshold is None else (threshold,))
             exits = model.exits if model.thresholds is not None else ()
-            name = f"{Path(args.checkpoint).resolve().name} at {model.scorer.preprocess.image_size} pixels"
+            name = f"{'/'.join(Path(args.checkpoint).parts[-2:])} at {model.scorer.preprocess.image_size} pixels"
             score_sheet(done.files, done.scores, args.sheet, model=name, exits=exits, thresholds=thresholds,
                         thumbnails=args.thumbnails)  # fmt: skip
             print(f"Sheet: {args.sheet}")

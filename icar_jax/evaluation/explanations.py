@@ -104,7 +104,7 @@ def draw(explained: Explained, explainer: Explainer, name: str, stream: io.Bytes
     picture = explained.picture
     scale = min(_LONGEST / max(picture.size), 4.0)
     size = tuple(max(1, round(side * scale)) for side in picture.size)
-    picture = picture.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
+    picture = picture.resize(size, Image.Resampling.LANCZOS)
     found = np.asarray(Image.fromarray(found).resize(size, Image.Resampling.BILINEAR))
     width, height = size[0] / _DPI, size[1] / _DPI
     gap, bar, top = 0.15, 1.15, 0.45  # inches
@@ -125,7 +125,7 @@ def draw(explained: Explained, explainer: Explainer, name: str, stream: io.Bytes
     place = ((3 * gap + 2 * width) / total[0], (gap + 0.06 * height) / total[1], 0.14 / total[0], 0.88 * height / total[1])
     colours = figure.colorbar(ScalarMappable(Normalize(-largest, largest), _PALETTE), cax=figure.add_axes(place))
     colours.ax.tick_params(labelsize=7)
-    colours.set_label("log odds of complex", fontsize=8)
+    colours.set_label("log odds of complex: red raised the score, blue lowered it", fontsize=8)
     room = int(13 * (2 * width + gap)) - 22
     shown = name if len(name) <= room else f"{name[: room // 2]}…{name[-room // 2 :]}"
     title = f"{shown}: complexity {explained.score:.3f}"

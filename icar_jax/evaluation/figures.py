@@ -83,14 +83,14 @@ def complexity_histogram(
     thresholds: Sequence[float],
     path: str | os.PathLike | BinaryIO,
     *,
-    exits: Sequence[int] | None = None,
+    exits: Sequence[int | str] | None = None,
     title: str = "",
     size_inches: tuple[float, float] = SIZE_INCHES,
 ) -> None:
     """Draws the distribution of complexity scores with the thresholds and the share of the images at each exit.
 
     scores: [N] finite. thresholds: ascending; a score above t goes deeper (strictly), so E thresholds make E + 1 exits.
-    exits: blocks run of each exit, shallow to deep; without it the shares are numbered.
+    exits: blocks run of each exit, shallow to deep, or names of the parts; without it the shares are numbered.
     """
     scores = np.asarray(scores, np.float64)
     limits = np.asarray(thresholds, np.float64)
@@ -110,7 +110,10 @@ def complexity_histogram(
         axes.axvline(limit, color="#D55E00", linewidth=1.5, linestyle="--")
     texts = []
     for i, share in enumerate(shares):
-        name = f"exit {i + 1} of {len(shares)}" if exits is None else f"{exits[i]} blocks"
+        if not len(limits):
+            break  # all images in one part
+        name = f"exit {i + 1} of {len(shares)}" if exits is None else exits[i]
+        name = name if isinstance(name, str) else f"{name} blocks"
         texts.append(
             axes.text(
                 (edges[i] + edges[i + 1]) / 2,
@@ -213,7 +216,7 @@ def _stagger(figure: Figure, texts: Sequence[Text]) -> None:
         placed.append(box)
 
 
-def _check_scores(scores: np.ndarray, limits: np.ndarray, exits: Sequence[int] | None) -> None:
+def _check_scores(scores: np.ndarray, limits: np.ndarray, exits: Sequence[int | str] | None) -> None:
     if scores.ndim != 1 or scores.size == 0:
         raise ValueError(f"scores must be [N] with at least one image, found shape {list(scores.shape)}")
     bad = int(np.count_nonzero(~np.isfinite(scores)))

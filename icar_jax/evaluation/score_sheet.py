@@ -85,7 +85,8 @@ def _histogram(
 ) -> Image.Image:
     stream = io.BytesIO()
     size = (width / figures.DPI, _HISTOGRAM_INCHES)
-    figures.complexity_histogram(scores, thresholds, stream, exits=exits or None, title=title, size_inches=size)
+    parts = exits or ("simple", "complex")[: len(thresholds) + 1]
+    figures.complexity_histogram(scores, thresholds, stream, exits=parts, title=title, size_inches=size)
     return Image.open(stream).convert("RGB")
 
 
