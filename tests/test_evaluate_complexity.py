@@ -155,7 +155,7 @@ def printed(metrics):
 
 def test_what_is_printed(regression, classification):
     text = printed(regression[2])
-    assert "PCC" in text and "all three, linear" in text and "contrast" in text and "% of the counted FLOPs" in text
+    assert "PCC" in text and "gradient" in text and "contrast high" in text and "% of the counted FLOPs" in text
     text = printed(classification[2])
     assert "Youden's J" in text and "decisions are score >" in text
 

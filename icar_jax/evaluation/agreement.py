@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from icar_jax.evaluation import ratings_metrics as m
 
@@ -36,7 +37,13 @@ class Predicted:
 
 def rows(predictors: Mapping[str, Predicted], truth: np.ndarray, metrics: tuple[str, ...], n: int) -> dict[str, dict[str, Any]]:
     """{predictor: {metric: interval}} on all images. Raises MetricError where a metric of all images has no value."""
-    return {name: {metric: _row(metric, p, truth, n) for metric in metrics} for name, p in predictors.items()}
+    with tqdm(total=len(predictors) * len(metrics), desc="bootstrap", unit="interval") as bar:
+
+        def row(metric: str, predicted: Predicted) -> dict[str, float | None]:
+            bar.update()
+            return _row(metric, predicted, truth, n)
+
+        return {name: {metric: row(metric, p) for metric in metrics} for name, p in predictors.items()}
 
 
 def margin(metric: str, model: Predicted, others: Mapping[str, Predicted], truth: np.ndarray, n: int) -> dict[str, Any]:

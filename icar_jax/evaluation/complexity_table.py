@@ -24,41 +24,34 @@ from rich.table import Table
 MODEL = "model"
 TITLES = {
     "pcc": "PCC", "srcc": "SRCC", "rmse": "RMSE", "rmae": "RMAE", "accuracy": "accuracy", "f1": "F1",
-    "balanced_accuracy": "balanced\naccuracy", "youden": "Youden's J", "roc_auc": "ROC AUC", "ece": "ECE",
+    "balanced_accuracy": "bal. accuracy", "youden": "Youden's J", "roc_auc": "ROC AUC", "ece": "ECE",
 }  # fmt: skip
 NAMES = {
     "jpeg_bytes": "JPEG bytes", "edge_density": "edge density", "gradient_entropy": "gradient entropy",
-    "all_classical": "all three, linear",
+    "all_classical": "all three",
 }  # fmt: skip
-_WIDE = 124
+_WIDE = 104  # columns that intervals with three decimals need; rich assumes 80 where the output is a file
 
 
-def results_table(metrics: Mapping[str, Any]) -> Table:
-    """One row a run; each value above its 95% interval."""
-    table = Table(title=f"Complexity of {metrics['images']:,} images of {metrics['source']}", box=box.ROUNDED, show_lines=True)
-    table.add_column("", no_wrap=True)
-    for metric in metrics["runs"][MODEL]:
-        table.add_column(TITLES[metric], justify="right", no_wrap=True)
-    table.add_column("GFLOPs\n(of ViT-L/14)", justify="right", no_wrap=True)
-    table.add_column("ms\n/image", justify="right", no_wrap=True)
-    for name, run in metrics["runs"].items():
-        cost = metrics["cost"][name]
-        flops = cost["flops_per_image"]
-        counted = "-" if flops is None else f"{flops / 1e9:.3g}\n({_percent(cost['share_of_vit_l14'])})"
-        table.add_row(_name(name), *map(_value, run.values()), counted, f"{cost['ms_per_image']:.3g}")
+def results_table(metrics: Mapping[str, Any], *, compact: bool = False) -> Table:
+    """One column a run, one row a metric, each value above its 95% interval; `compact` fits 80 columns."""
+    table = _table(metrics, f"Complexity of {metrics['images']:,} images of {metrics['source']}", compact)
+    runs, cost = metrics["runs"], metrics["cost"]
+    for metric in runs[MODEL]:
+        table.add_row(TITLES[metric], *(_value(run[metric], 2 if compact else 3) for run in runs.values()))
+    table.add_row("GFLOPs/image\nof ViT-L/14", *(_counted(cost[name]) for name in runs))
+    table.add_row("ms/image", *(f"{cost[name]['ms_per_image']:.3g}" for name in runs))
     return table
 
 
-def nuisance_table(metrics: Mapping[str, Any]) -> Table:
+def nuisance_table(metrics: Mapping[str, Any], *, compact: bool = False) -> Table:
     """PCC of each run on thirds of the images by each nuisance."""
-    table = Table(title="PCC by what varies beside the complexity", box=box.ROUNDED)
-    table.add_column("", no_wrap=True)
+    table = _table(metrics, "PCC by what varies beside the complexity", compact)
     for name, levels in metrics["nuisance"].items():
-        for level in levels:
-            table.add_column(f"{name}\n{level}", justify="right", no_wrap=True)
-    cells = [part["pcc"] for levels in metrics["nuisance"].values() for part in levels.values()]
-    for run in metrics["runs"]:
-        table.add_row(_name(run), *("-" if cell[run] is None else f"{cell[run]['value']:.3f}" for cell in cells))
+        for level, part in levels.items():
+            cells = (part["pcc"][run] for run in metrics["runs"])
+            shown = ("-" if cell is None else f"{cell['value']:.3f}" for cell in cells)
+            table.add_row(f"{name} {level}", *shown, end_section=level == "high")
     return table
 
 
@@ -68,11 +61,25 @@ def print_results(metrics: Mapping[str, Any], console: Console | None = None) ->
         console = Console()
         if not console.is_terminal:
             console = Console(width=_WIDE)
-    console.print(results_table(metrics))
+    compact = console.width < _WIDE
+    console.print(results_table(metrics, compact=compact))
     if metrics["nuisance"]:
-        console.print(nuisance_table(metrics))
+        console.print(nuisance_table(metrics, compact=compact))
     for line in [*verdicts(metrics), *metrics["notes"]]:
         console.print(f"- {line}", markup=False, highlight=False, soft_wrap=not console.is_terminal)
+
+
+def _table(metrics: Mapping[str, Any], title: str, compact: bool) -> Table:
+    table = Table(
+        title=title,
+        box=box.SIMPLE_HEAD if compact else box.ROUNDED,
+        padding=(0, 0) if compact else (0, 1),
+        show_edge=not compact,
+    )
+    table.add_column("", no_wrap=True)
+    for name in metrics["runs"]:
+        table.add_column(_name(name).replace(" ", "\n", 1), justify="right", no_wrap=True)
+    return table
 
 
 def verdicts(metrics: Mapping[str, Any]) -> list[str]:
@@ -101,10 +108,16 @@ def _name(run: str) -> str:
     return NAMES.get(run, run)
 
 
-def _value(entry: Mapping[str, float | None]) -> str:
+def _value(entry: Mapping[str, float | None], decimals: int) -> str:
+    shown = f"{entry['value']:.3f}\n"
     if entry["low"] is None:
-        return f"{entry['value']:.3f}\nno interval"
-    return f"{entry['value']:.3f}\n{entry['low']:.3f} to {entry['high']:.3f}"
+        return f"{shown}no interval"
+    return shown + f"{entry['low']:.{decimals}f} to {entry['high']:.{decimals}f}"
+
+
+def _counted(cost: Mapping[str, float | None]) -> str:
+    flops = cost["flops_per_image"]
+    return "-" if flops is None else f"{flops / 1e9:.3g}\n{_percent(cost['share_of_vit_l14'])}"
 
 
 def _percent(share: float) -> str:

@@ -206,7 +206,7 @@ def _notes(
     notes = [
         f"the model is {folder}",
         f"classical measures have no scale of their own: each is a line fitted on {len(fitted.complexity)} images of "
-        f"{calibration.name}, {classical.COMBINED} one linear fit of all, at {classical.SIZE} pixels",
+        f"{calibration.name}, 'all three' one linear fit of them together, at {classical.SIZE} pixels",
         "milliseconds are of prepared images held in memory: the model in batches, a classical measure on one thread",
     ]
     if threshold is not None:

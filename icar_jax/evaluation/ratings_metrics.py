@@ -94,7 +94,8 @@ def ece(scores: Any, labels: Any) -> float:
     """Expected calibration error of p(complex): sum over bins of (share of images) x |mean score - share that is complex|.
 
     15 bins of equal width, (i / 15, (i + 1) / 15], the first closed below (Naeini et al. 2015; for one class as in
-    scikit-learn's calibration_curve). Raises MetricError for scores outside [0, 1].
+    scikit-learn's calibration_curve). Noise adds to it, so few images, and resamples of them, have a higher one: its interval
+    leans upwards. Raises MetricError for scores outside [0, 1].
     """
     return value("ece", scores, labels)
 
