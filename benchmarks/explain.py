@@ -9,6 +9,7 @@ for each stage and both ways of filling deleted pixels. The figure shows the def
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def draw(record: dict, path: str) -> None:
         panel.set_title(f"filled with {_FILLS[fill]}", fontsize=10)
         panel.set_xlabel("deleted pixels, %")
     axes[0].set_ylabel("fall of the score (95% interval)")
-    axes[0].legend(frameon=False, fontsize=8.5)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8.5)
     figure.suptitle(f"Deletion test on {record['images']} scenes, maps of stage {record['default_stage']}", fontsize=10.5)
     figures.save(figure, path)
 
@@ -68,7 +70,7 @@ def main() -> None:
         mass = found["mass"]["objects"]
         inside, area = mass["inside"]["value"], mass["area"]["value"]
         print(f"stage {stage}  of the map inside the objects' boxes {inside:.2f}, of the area {area:.2f}")
-    record["default_stage"] = MAP_STAGE
+    record["default_stage"], record["model"] = MAP_STAGE, dataclasses.asdict(model.scorer.complexity.arch)
     if args.figure:
         more = deletion.measure(model, images=args.images, stages=(MAP_STAGE,), shares=SHARES)
         record["curve"] = more["stages"][str(MAP_STAGE)]["deletion"]

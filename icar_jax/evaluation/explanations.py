@@ -107,8 +107,8 @@ def draw(explained: Explained, explainer: Explainer, name: str, stream: io.Bytes
     picture = picture.resize(size, Image.Resampling.LANCZOS)
     found = np.asarray(Image.fromarray(found).resize(size, Image.Resampling.BILINEAR))
     width, height = size[0] / _DPI, size[1] / _DPI
-    gap, bar, top = 0.15, 1.15, 0.45  # inches
-    total = 2 * width + 3 * gap + bar, height + top + gap
+    gap, bar, top = 0.15, 0.95, 0.55  # inches
+    total = max(2 * width + 3 * gap + bar, 4.0), height + top + gap  # room for the name over a narrow picture
     figure = Figure(figsize=total, dpi=_DPI)
     FigureCanvasAgg(figure)
     largest = float(np.abs(explained.map).max()) or 1.0
@@ -125,9 +125,10 @@ def draw(explained: Explained, explainer: Explainer, name: str, stream: io.Bytes
     place = ((3 * gap + 2 * width) / total[0], (gap + 0.06 * height) / total[1], 0.14 / total[0], 0.88 * height / total[1])
     colours = figure.colorbar(ScalarMappable(Normalize(-largest, largest), _PALETTE), cax=figure.add_axes(place))
     colours.ax.tick_params(labelsize=7)
-    colours.set_label("log odds of complex: red raised the score, blue lowered it", fontsize=8)
-    room = int(13 * (2 * width + gap)) - 22
-    shown = name if len(name) <= room else f"{name[: room // 2]}…{name[-room // 2 :]}"
-    title = f"{shown}: complexity {explained.score:.3f}"
-    figure.text(gap / total[0], 1 - 0.5 * top / total[1], title, fontsize=10, va="center", parse_math=False)
+    colours.ax.locator_params(nbins=5)
+    room = int(11.5 * total[0]) - 20  # characters
+    shown = name if len(name) <= room else f"{name[: room // 2]}…{name[-(room // 2) :]}"
+    note = "red raised the score, blue lowered it (log odds)"
+    for text, place, points in ((f"{shown}: complexity {explained.score:.3f}", 0.33, 10), (note, 0.74, 8)):
+        figure.text(gap / total[0], 1 - place * top / total[1], text, fontsize=points, va="center", parse_math=False)
     figure.savefig(stream, format="png", metadata={"Software": None})
