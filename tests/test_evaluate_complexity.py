@@ -142,9 +142,11 @@ def test_evaluation_needs_the_configuration_of_the_run(regression, part, field, 
         evaluate_complexity(config, regression[1])
 
 
-def test_a_clip_is_no_complexity_model(clip_folder):
-    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint of kind complexity"):
-        evaluate_complexity(tiny_config("complexity"), clip_folder.parent)
+def test_a_clip_is_no_complexity_model(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / checkpoint.DESCRIPTION).write_text(json.dumps({"format": checkpoint.FORMAT, "kind": "clip"}))
+    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint of kind complexity.*clip"):
+        evaluate_complexity(tiny_config("complexity"), tmp_path)
 
 
 def printed(metrics):
