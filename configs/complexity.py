@@ -10,7 +10,7 @@ from icar_jax.config import ComplexityConfig, ConfigError, DataConfig, EvalConfi
 
 ARGUMENTS = ("demo", "atto", "femto", "pico", "nano", "tiny")
 PIXELS = 128
-STEPS = {"demo": 2000, "atto": 1500}  # the others: LONGER
+STEPS = {"demo": 3000, "atto": 750}  # the others: LONGER
 LONGER = 4000
 
 
