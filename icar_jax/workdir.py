@@ -2,6 +2,7 @@
 
     WORKDIR/config.json    the ExperimentConfig
     WORKDIR/data.json      what was trained on: number of images and a hash of their names
+    WORKDIR/splits.json    of a complexity run: the split of every image, and how the ratings are spread
     WORKDIR/tokenizer.json, metrics.jsonl, checkpoints/, best/ where it was asked for, and at the end model/
 """
 

@@ -72,7 +72,6 @@ class WebDataset:
         shard, _ = self.shards.locate(i)
         path = self._paths[shard]
         start, end = (int(v) for v in self._spans[i])
-
         span = attempt(path, lambda: self._files.read(path, start, end - start))
         return _record(span, self.shards.labels[shard], path, start, self._with_captions)
 
@@ -81,13 +80,10 @@ class WebDataset:
 
         Raises ShardError.
         """
-        found: list[str | None] = []
-        with ThreadPoolExecutor(_THREADS) as pool, tqdm(total=len(self._paths), desc="read URLs", disable=None) as bar:
-            read = functools.partial(self._urls_of, retries_now())
-            for part in pool.map(read, range(len(self._paths))):
-                found += part
-                bar.update(1)
-        return found
+        count, read = len(self._paths), functools.partial(self._urls_of, retries_now())
+        with ThreadPoolExecutor(_THREADS) as pool:
+            parts = tqdm(pool.map(read, range(count)), total=count, desc="read URLs", disable=None)
+            return [url for part in parts for url in part]
 
     def _urls_of(self, retries: int, shard: int) -> list[str | None]:
         end = int(self.shards.ends[shard])
