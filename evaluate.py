@@ -1,8 +1,10 @@
-"""Evaluates a trained CLIP on its held-out split: full depth, each exit, routed, and what each costs.
+"""Evaluates a trained model on its held-out split: of CLIP full depth, each exit, routed, and what each costs; of a complexity
+model its agreement with the known complexity, beside classical measures.
 
     python evaluate.py --config=configs/demo.py:clip --workdir=workdir/demo [--config.eval.split=test ...]
 
-Takes the flags of train.py; writes metrics.json, retention.png and complexity.png into the workdir.
+Takes the flags of train.py; writes metrics.json and figures into the workdir: retention.png and complexity.png, or scores.png
+and, on scenes, nuisance.png.
 """
 
 from absl import app, flags
@@ -19,11 +21,13 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides look like --config.eval.split=test")
     from icar_jax.evaluation.evaluate import evaluate
+    from icar_jax.evaluation.evaluate_complexity import evaluate_complexity
     from icar_jax.parallel import distributed
 
     with user_errors():
         distributed.require_single("evaluate.py")
-        evaluate(CONFIG.value, WORKDIR.value)
+        run = evaluate_complexity if CONFIG.value.task == "complexity" else evaluate
+        run(CONFIG.value, WORKDIR.value)
 
 
 if __name__ == "__main__":

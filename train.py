@@ -31,7 +31,7 @@ def main(argv):
 
     with distributed.cut_off(), user_errors():
         distributed.start(COORDINATOR.value, PROCESSES.value, PROCESS.value, timeout_s=START_TIMEOUT.value)
-        folder = train(CONFIG.value, WORKDIR.value, evaluators=(during_training.Retrieval,))
+        folder = train(CONFIG.value, WORKDIR.value, evaluators=(during_training.evaluator(CONFIG.value),))
         if folder != Path(WORKDIR.value) and distributed.is_main():
             print(f"Finished: {folder}")
 

@@ -31,7 +31,8 @@ from shardfiles import sample, write_array_records, write_tar  # noqa: E402
 
 from icar_jax.config import DataConfig  # noqa: E402
 from icar_jax.data import sources  # noqa: E402
-from icar_jax.data.images import Augment, Preprocess  # noqa: E402
+from icar_jax.data.augment import Augment  # noqa: E402
+from icar_jax.data.images import Preprocess  # noqa: E402
 from icar_jax.data.order import examples_at  # noqa: E402
 from icar_jax.data.pipeline import train_batches  # noqa: E402
 from icar_jax.data.tokenizer import Tokenizer  # noqa: E402

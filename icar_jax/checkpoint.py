@@ -101,6 +101,28 @@ def _describe(folder: Path, kind: str, description: Mapping[str, Any]) -> None:
     (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
 
 
+def amend(folder: str | os.PathLike, changes: Mapping[str, Any]) -> None:
+    """Sets entries of a checkpoint's description in one step, weights untouched: a killed writer leaves the old one.
+
+    Raises CheckpointError for what is no checkpoint.
+    """
+    old = describe(folder)
+    if reserved := {"format", "kind", "hashes"} & set(changes):
+        raise ValueError(f"{', '.join(sorted(reserved))} of a description belong to its weights and cannot be amended")
+    target = Path(folder).resolve() / DESCRIPTION
+    text = json.dumps({**old, **changes}, indent=2, allow_nan=False) + "\n"
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{DESCRIPTION}.", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, target.stat().st_mode)  # mkstemp makes it private
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
 def require_replaceable(path: str | os.PathLike, kind: str) -> None:
     """Raises CheckpointError where `path` holds anything but a checkpoint of the same kind: that is never overwritten."""
     path = Path(path)

@@ -2,6 +2,7 @@
 
     WORKDIR/config.json    the ExperimentConfig
     WORKDIR/data.json      what was trained on: number of images and a hash of their names
+    WORKDIR/splits.json    of a complexity run: the split of every image, and how the ratings are spread
     WORKDIR/tokenizer.json, metrics.jsonl, checkpoints/, best/ where it was asked for, and at the end model/
 """
 
@@ -24,7 +25,8 @@ CONFIG, DATA, CHECKPOINTS, TOKEN = "config.json", "data.json", "checkpoints", ".
 # computed (the mesh, remat, ...) change nothing but rounding, so that a run can move to other machines.
 FREE_ON_RESUME = (
     "config.train.log_every", "config.train.checkpoint_every", "config.train.keep", "config.train.tensorboard",
-    "config.train.eval_every", "config.train.keep_best", "config.train.accumulate", "config.train.remat",
+    "config.train.eval_every", "config.train.eval_split", "config.train.keep_best", "config.train.patience",
+    "config.train.accumulate", "config.train.remat", "config.data.ratings", "config.data.bad_share",
     "config.train.scan_blocks", "config.loss.chunk", "config.mesh", "config.eval",
     "config.data.root", "config.data.workers", "config.data.threads", "config.data.retries", "config.data.stall_timeout_s",
 )  # fmt: skip
@@ -38,12 +40,17 @@ FREE_ON_EVALUATION = (
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a file in one step: a reader sees the old text or the whole new one."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """The same of bytes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -122,7 +129,7 @@ def require_same_data(workdir: Path, fingerprint: dict[str, Any]) -> None:
     if before != fingerprint:
         raise ConfigError(
             f"the training images changed since the run in {workdir} began: {before['images']} images then, "
-            f"{fingerprint['images']} now, or other names; restore them, or start again in a new --workdir"
+            f"{fingerprint['images']} now, or other names or ratings; restore them, or start again in a new --workdir"
         )
 
 

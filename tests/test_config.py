@@ -54,7 +54,33 @@ FAULTS = {
     "--config.eval.distractors.size=5": ("config.eval.distractors.size=5", "name the source"),
     "--config.eval.distractors=scenes": ("config.eval.distractors", "override one of source"),
     "--config.eval.early_share=(0.5,0.2)": ("config.eval.early_share=(0.5, 0.2)", "one share for each"),
+    "--config.data.source=ratings": ("config.data.source='ratings'", "task 'complexity' only"),
+    "--config.data.ratings=r.csv": ("config.data.ratings='r.csv'", "task 'complexity' only"),
+    "--config.data.bad_share=1.5": ("config.data.bad_share=1.5", "[0, 1]"),
+    "--config.data.rotate=-1.0": ("config.data.rotate=-1.0", "[0, 180]", "0 switches it off"),
+    "--config.data.translate=2.0": ("config.data.translate=2.0", "[0, 1]"),
+    "--config.data.brightness=-0.1": ("config.data.brightness=-0.1", "[0, 1]"),
+    "--config.data.contrast=3.0": ("config.data.contrast=3.0", "[0, 1]"),
+    "--config.data.saturation=3.0": ("config.data.saturation=3.0", "[0, 1]"),
+    "--config.train.epochs=-1.0": ("config.train.epochs=-1.0", "config.train.steps"),
+    "--config.train.patience=-1": ("config.train.patience=-1", "0 runs all steps"),
+    "--config.train.patience=3": ("config.train.patience=3", "set config.train.eval_every"),
+    "--config.train.eval_every=-2": ("config.train.eval_every=-2", "-1 once an epoch"),
+    "--config.complexity.class_weights=even": ("config.complexity.class_weights='even'", "none", "balanced"),
     "--config.task=clap": ("config.task='clap'", "did you mean 'clip'"),
+}
+
+
+# The same of a run of the complexity model.
+COMPLEXITY_FAULTS = {
+    "--config.data.source=tfds": ("config.data.source='tfds'", "no complexity ratings", "'ratings'"),
+    "--config.data.source=ratings": ("config.data.root=''", "--config.data.root=PATH"),
+    "--config.data.ratings=r.csv": ("config.data.ratings='r.csv'", "scenes know theirs", "source=ratings"),
+    "--config.data.resize=crop": ("config.data.resize='crop'", "use 'squash'"),
+    "--config.complexity.class_weights=balanced": ("class_weights='balanced'", "'regression'", "'classification'"),
+    "--config.complexity.threshold=high": ("config.complexity.threshold", "float"),
+    "--config.train.accumulate=2": ("config.train.accumulate=2", "task 'clip' only"),
+    "--config.train.eval_split=train": ("config.train.eval_split='train'", "not held out"),
 }
 
 
@@ -83,20 +109,24 @@ def outcomes(tmp_path_factory):
         "from absl import flags, app, logging\n"
         "from ml_collections import config_flags\n"
         "from icar_jax import cli, config as cfg\n"
+        "from icar_jax.evaluation import during_training\n"
         "from icar_jax.training.loop import train\n"
         "results = {}\n"
-        f"for flag in {list(FAULTS)!r}:\n"
+        f"tasks = {{'clip': {list(FAULTS)!r}, 'complexity': {list(COMPLEXITY_FAULTS)!r}}}\n"
+        "for task, flag in [(task, flag) for task in tasks for flag in tasks[task]]:\n"
         "    values = flags.FlagValues()\n"
         "    holder = config_flags.DEFINE_config_file('config', None, '', flag_values=values)\n"
-        f"    argv = ['train.py', '--config={ROOT}/configs/demo.py:clip', flag]\n"
+        f"    argv = ['train.py', '--config={ROOT}/configs/demo.py:' + task, flag]\n"
         "    sys.argv = argv\n"
         "    try:\n"
         "        cfg.check_override(flag[2:].partition('=')[0])\n"
         "        values(argv)\n"
-        "        train(values.config, os.path.join(tempfile.mkdtemp(), 'w'), stop_after=1)\n"
-        "        results[flag] = 'no error'\n"
+        "        values.config.train.eval_every += 5 * ('eval_split' in flag)\n"
+        "        run = os.path.join(tempfile.mkdtemp(), 'w')\n"
+        "        train(values.config, run, stop_after=1, evaluators=(during_training.evaluator(values.config),))\n"
+        "        results[task + flag] = 'no error'\n"
         "    except (ValueError, OSError, flags.Error) as error:\n"
-        "        results[flag] = f'{type(error).__name__}: {error}'\n"
+        "        results[task + flag] = f'{type(error).__name__}: {error}'\n"
         "print(json.dumps(results))\n"
     )
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -107,8 +137,14 @@ def outcomes(tmp_path_factory):
 
 @pytest.mark.parametrize("flag", list(FAULTS))
 def test_every_fault_names_field_value_and_fix(flag, outcomes):
-    missing = [part for part in FAULTS[flag] if part not in outcomes[flag]]
-    assert not missing, outcomes[flag]
+    missing = [part for part in FAULTS[flag] if part not in outcomes["clip" + flag]]
+    assert not missing, outcomes["clip" + flag]
+
+
+@pytest.mark.parametrize("flag", list(COMPLEXITY_FAULTS))
+def test_every_fault_of_a_complexity_run_does_too(flag, outcomes):
+    missing = [part for part in COMPLEXITY_FAULTS[flag] if part not in outcomes["complexity" + flag]]
+    assert not missing, outcomes["complexity" + flag]
 
 
 def test_batch_that_does_not_divide_over_the_mesh_as_a_flag(tmp_path, monkeypatch):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from icar_jax.data.images import Augment, ImageError, Preprocess, decode, random_box
+from icar_jax.data.augment import Augment, random_box
+from icar_jax.data.images import ImageError, Preprocess, decode
 
 
 def gradient(width, height):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from icar_jax.data.augment import Augment
 from icar_jax.data.folders import CaptionFolder
-from icar_jax.data.images import Augment, Preprocess
+from icar_jax.data.images import Preprocess
 from icar_jax.data.pipeline import MAX_SUBSTITUTES, BadFiles, eval_batches, train_batches
 from icar_jax.data.records import Record
 from icar_jax.data.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""Commands on models: bundle, describe."""
+"""Commands on models: bundle, calibrate, describe."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 
 from icar_jax import checkpoint, workdir
 from icar_jax import config as cfg
+from icar_jax.cli.program import config_of
 
 
 def add(commands) -> None:
     _add_bundle(commands)
+    _add_calibrate(commands)
     _add_describe(commands)
 
 
@@ -48,6 +50,83 @@ def _bundle(args: argparse.Namespace) -> None:
     )
     routing = checkpoint.describe(out)["routing"]
     print(f"Bundle: {out}: exits {routing['exits']}, thresholds {[round(t, 4) for t in routing['thresholds']]}")
+
+
+def _add_calibrate(commands) -> None:
+    p = commands.add_parser(
+        "calibrate",
+        help="find the thresholds of a bundle or of a classifier on calibration images",
+        description="Finds thresholds and writes them, with how they were found, into the description of a bundle (from a "
+        "budget, from shares, or with one early exit from labels) or of a classifier (from labels). Images: by default the "
+        "calibration images that the workdir of the checkpoint names.",
+    )
+    p.add_argument("checkpoint", help="bundle, complexity classifier, or workdir that holds one")
+    how = p.add_mutually_exclusive_group(required=True)
+    how.add_argument("--budget", type=float, help="mean counted cost, router included, as a share of full depth, such as 0.7")
+    how.add_argument("--share", type=float, nargs="+", default=[], metavar="S", help="share of the images for each early exit")
+    how.add_argument("--metric", help="of labelled images: f1, balanced_accuracy, accuracy or youden")
+    p.add_argument("--images", nargs="+", metavar="PATH", help="files, folders or globs to calibrate on (not with --metric)")
+    p.add_argument("--labels", metavar="FILE", help="labels or ratings of images below --root: .json .csv .txt .parquet")
+    p.add_argument("--root", help="folder of the images of --labels, or where those of the workdir moved to")
+    p.add_argument("--boundary", type=float, help="where images have ratings, not labels: above it they are complex")
+    p.add_argument("--bad-share", type=float, default=0.01, help="share of the lines of --labels that may be unusable")
+    p.add_argument("--config", help="calibration images of configs/x.py:argument, with --config.a.b=value")
+    p.add_argument("--batch-size", type=int, default=64)
+    p.set_defaults(run=_calibrate)
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from icar_jax.data import sources
+    from icar_jax.evaluation.calibration import calibrate, costs_of
+    from icar_jax.evaluation.calibration_table import print_calibration
+
+    folder = checkpoint.find(args.checkpoint, ("bundle", "complexity"))
+    source, data, boundary = _calibration_images(args, folder)
+    description = calibrate(
+        folder, source, budget=args.budget, shares=args.share, metric=args.metric, boundary=boundary,
+        batch_size=args.batch_size, loading=sources.loading(data) if data else None,
+    )  # fmt: skip
+    print_calibration(description, costs_of(folder) if description["kind"] == "bundle" else None)
+    print(f"Written into {folder / checkpoint.DESCRIPTION}")
+
+
+def _calibration_images(args: argparse.Namespace, folder: Path):
+    """(source, its DataConfig or None, boundary of the class 'complex' or None) of what the arguments name."""
+    from icar_jax.data import sources
+    from icar_jax.data.image_files import ImageFiles
+    from icar_jax.data.rated import open_rated
+
+    named = [name for name in ("images", "labels", "config") if getattr(args, name)]
+    if len(named) > 1:
+        raise cfg.ConfigError(f"{' and '.join('--' + name for name in named)} each name the images; give one of them")
+    if args.overrides and not args.config:
+        raise cfg.ConfigError(f"{args.overrides[0]} overrides a field of --config, which is not given")
+    if args.images:
+        if args.metric:
+            raise cfg.ConfigError("--metric needs labelled images; --images have no labels: pass --labels FILE --root FOLDER")
+        return ImageFiles(args.images), None, None
+    if args.labels:
+        if not args.root:
+            raise cfg.ConfigError("--labels names images below a folder; pass it as --root")
+        data = cfg.DataConfig(source="ratings", root=args.root, ratings=args.labels, bad_share=args.bad_share)
+        rated = open_rated(data)
+        print("\n".join(rated.notes))
+        return rated.split("+".join(sorted(rated.counts))), data, args.boundary
+    if args.config:
+        config = cfg.validate(config_of(args))
+    else:
+        workdirs = [path for path in (Path(args.checkpoint), folder.parent) if (path / workdir.CONFIG).is_file()]
+        if not workdirs:
+            raise cfg.ConfigError(
+                f"{folder} lies in no workdir of train.py, which would name its calibration images; pass --images, --labels or "
+                "--config"
+            )
+        config = workdir.load_config(workdirs[0])
+    config.data.root = args.root or config.data.root
+    boundary = args.boundary
+    if boundary is None and config.task == "complexity":
+        boundary = config.complexity.threshold  # what the classifier was trained with
+    return sources.calibration_source(config.data), config.data, boundary
 
 
 def _add_describe(commands) -> None:

@@ -5,7 +5,7 @@ import typing
 from typing import Any
 
 from icar_jax.config.errors import ConfigError, unknown
-from icar_jax.config.schema import FREEZE, MIN_VOCABULARY, REMAT, SOURCES, TASKS, ExperimentConfig
+from icar_jax.config.schema import FREEZE, MIN_VOCABULARY, REMAT, SOURCES, TASKS, DataConfig, ExperimentConfig
 
 
 def _check_types(node: Any, prefix: str) -> None:
@@ -58,6 +58,7 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     _choice("config.clip.exit_start", c.clip.exit_start, ("final", "random"))
     _choice("config.clip.temperature", c.clip.temperature, ("own", "shared"))
     _choice("config.complexity.head", c.complexity.head, ("regression", "classification"))
+    _choice("config.complexity.class_weights", c.complexity.class_weights, ("none", "balanced"))
     _choice("config.loss.direction", c.loss.direction, ("symmetric", "image_to_text"))
     _choice("config.loss.kind", c.loss.kind, ("softmax", "sigmoid"))
     _choice("config.optim.mu_dtype", c.optim.mu_dtype, ("bfloat16", "float32"))
@@ -66,24 +67,22 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
         _choice("config.train.freeze", group, FREEZE)
     for name in ("train", "eval"):
         _choice(f"config.{name}.dtype", getattr(c, name).dtype, ("bfloat16", "float32"))
+    _validate_ratings(c)
     if c.data.source != "scenes" and not c.data.root:
         raise ConfigError(
             f"config.data.root='' but config.data.source={c.data.source!r} reads a folder; "
             "pass --config.data.root=PATH/TO/THE/FOLDER"
         )
-    if c.task == "complexity" and c.data.source != "scenes":
-        raise ConfigError(
-            f"config.data.source={c.data.source!r} holds no complexity ratings; train the complexity model on 'scenes'"
-        )
-    if c.task == "complexity" and c.data.resize != "squash":
-        raise ConfigError(f"config.data.resize={c.data.resize!r}: the complexity model sees whole images; use 'squash'")
+    _validate_augmentation(c.data)
     if list(c.clip.exits) != sorted(set(c.clip.exits)) or any(e < 1 for e in c.clip.exits):
         fixed = tuple(sorted({e for e in c.clip.exits if e >= 1}))
         raise ConfigError(f"config.clip.exits={c.clip.exits} must be ascending block counts from 1; write {fixed}")
     lows = {"seed": 0, "steps": 1, "batch_size": 2, "log_every": 1, "checkpoint_every": 1, "keep": 1, "accumulate": 1}
     for name, low in lows.items():
         _at_least(f"config.train.{name}", getattr(c.train, name), low, "raise it")
-    _at_least("config.train.eval_every", c.train.eval_every, 0, "0 evaluates only with evaluate.py")
+    _at_least("config.train.eval_every", c.train.eval_every, -1, "0 evaluates only with evaluate.py, -1 once an epoch")
+    _at_least("config.train.epochs", c.train.epochs, 0, "0 trains for config.train.steps")
+    _at_least("config.train.patience", c.train.patience, 0, "0 runs all steps")
     _at_least("config.loss.chunk", c.loss.chunk, 0, "0 forms all logits at once")
     _at_least("config.data.retries", c.data.retries, 0, "0 stops at the first fault")
     if not c.data.stall_timeout_s > 0:
@@ -94,8 +93,6 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     for name in ("b1", "b2", "ema"):
         if not 0 <= getattr(c.optim, name) < 1:
             raise ConfigError(f"config.optim.{name}={getattr(c.optim, name)} must lie in [0, 1), for example 0.9")
-    if not 0 < c.data.crop_scale <= 1:
-        raise ConfigError(f"config.data.crop_scale={c.data.crop_scale} must lie in (0, 1]; 1 switches cropping off")
     for name in ("calibration_size", "scenes_size", "threads"):
         _at_least(f"config.data.{name}", getattr(c.data, name), 1, "raise it")
     for name in ("image_size", "patch_size"):
@@ -131,13 +128,22 @@ def _validate_training(c: ExperimentConfig) -> None:
         )
     if t.keep_best and not t.eval_every:
         raise ConfigError("config.train.keep_best=True needs evaluations: set config.train.eval_every to a number of steps")
+    if t.patience and not t.eval_every:
+        raise ConfigError(
+            f"config.train.patience={t.patience} counts evaluations: set config.train.eval_every to a number of steps, or -1"
+        )
     if c.loss.kind == "sigmoid" and c.loss.direction != "symmetric":
         raise ConfigError(
             f"config.loss.direction={c.loss.direction!r} has no meaning with config.loss.kind='sigmoid'; leave it 'symmetric'"
         )
+    if c.task == "complexity" and c.complexity.variant == "blocks" and t.init:
+        raise ConfigError(
+            f"config.train.init={t.init!r}: with config.complexity.variant='blocks' the tower's weights come from "
+            "config.complexity.clip, and the head starts at random; leave it empty"
+        )
     if c.task == "complexity":
         for name, value, off in (
-            ("train.accumulate", t.accumulate, 1), ("train.freeze", t.freeze, ()), ("train.eval_every", t.eval_every, 0),
+            ("train.accumulate", t.accumulate, 1), ("train.freeze", t.freeze, ()),
             ("train.scan_blocks", t.scan_blocks, False), ("train.remat", t.remat, "none"), ("loss.chunk", c.loss.chunk, 0),
         ):  # fmt: skip
             if value != off:
@@ -163,6 +169,46 @@ def _validate_distractors(c: ExperimentConfig) -> None:
         )
     if d.source != "scenes" and not d.root:
         raise ConfigError(f"{name}.root='' but {name}.source={d.source!r} reads files; pass --{name}.root=PATH")
+
+
+def _validate_ratings(c: ExperimentConfig) -> None:
+    """Where the ratings of a complexity run come from, and what is made of them."""
+    d, rated = c.data, ("scenes", "ratings", "webdataset", "parquet")
+    if not 0 <= d.bad_share <= 1:
+        raise ConfigError(f"config.data.bad_share={d.bad_share} must be a share in [0, 1]; 0.01 allows one line in a hundred")
+    if c.task != "complexity":
+        wrong = f"ratings={d.ratings!r}" if d.ratings else "source='ratings'" if d.source == "ratings" else ""
+        if wrong:
+            raise ConfigError(f"config.data.{wrong} is for task 'complexity' only, and config.task is {c.task!r}")
+        return
+    if d.source not in rated:
+        raise ConfigError(
+            f"config.data.source={d.source!r} holds no complexity ratings; use 'scenes', or 'ratings' with "
+            "config.data.root=IMAGES and config.data.ratings=FILE"
+        )
+    if d.source in ("webdataset", "parquet") and not d.ratings:
+        raise ConfigError(
+            f"config.data.ratings='' but config.data.source={d.source!r} holds no complexity ratings itself; give a CSV or "
+            "Parquet file with the columns url and score: --config.data.ratings=FILE"
+        )
+    if d.source == "scenes" and d.ratings:
+        raise ConfigError(f"config.data.ratings={d.ratings!r}, but scenes know theirs; use config.data.source=ratings")
+    if d.resize != "squash":
+        raise ConfigError(f"config.data.resize={d.resize!r}: the complexity model sees whole images; use 'squash'")
+    if c.complexity.class_weights != "none" and c.complexity.head != "classification":
+        raise ConfigError(
+            f"config.complexity.class_weights={c.complexity.class_weights!r} weighs classes, but config.complexity.head is "
+            f"{c.complexity.head!r}; leave it 'none', or use the head 'classification'"
+        )
+
+
+def _validate_augmentation(d: DataConfig) -> None:
+    if not 0 < d.crop_scale <= 1:
+        raise ConfigError(f"config.data.crop_scale={d.crop_scale} must lie in (0, 1]; 1 switches cropping off")
+    highest = {"rotate": 180, "translate": 1, "brightness": 1, "contrast": 1, "saturation": 1}
+    for name, high in highest.items():
+        if not 0 <= getattr(d, name) <= high:
+            raise ConfigError(f"config.data.{name}={getattr(d, name)} must lie in [0, {high}]; 0 switches it off")
 
 
 def _validate_shares(c: ExperimentConfig) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 TASKS = ("clip", "complexity")
 MIN_VOCABULARY = 259  # of a byte-level tokenizer: 256 bytes, pad, start and end
-SOURCES = ("scenes", "folder", "webdataset", "parquet", "tfds")
+SOURCES = ("scenes", "folder", "webdataset", "parquet", "tfds", "ratings")
 FREEZE = ("image", "text", "exits", "temperature")
 REMAT = ("none", "dots", "full")
 
@@ -30,20 +30,27 @@ class ClipConfig:
 class ComplexityConfig:
     """The complexity model that is trained when task is 'complexity'."""
 
-    variant: str = "convnextv2_nano"  # named ConvNeXt of models/registry.py
+    variant: str = "convnextv2_nano"  # named ConvNeXt of models/registry.py, or blocks: a head on the first blocks of a CLIP
     head: str = "regression"  # regression (score in [0, 1]) | classification (probability of 'complex')
     image_size: int = 224  # pixels, squashed
     dropout: float = 0.2  # of the regression head, while training
     threshold: float = 0.5  # classification: a rated complexity above this is the class 'complex'
+    class_weights: str = "none"  # of the cross-entropy: none | balanced (each class weighs as much as the other)
+    # Variant blocks only. The tower's weights stay as they are, and its preprocessing replaces image_size, data.resize,
+    # data.interpolation and data.normalise.
+    clip: str = ""  # checkpoint or workdir of the CLIP that it is to route
+    blocks: int = 0  # blocks of its vision tower that run before the head; at most its first exit
 
 
 @dataclass
 class DataConfig:
     """Where examples come from and how pictures and captions are prepared."""
 
-    source: str = "scenes"  # scenes | folder (dataset*.json, captions.csv or .jsonl) | webdataset | parquet | tfds
+    source: str = "scenes"  # scenes | folder (dataset*.json, captions.csv or .jsonl) | webdataset | parquet | tfds | ratings
     root: str = ""  # folder; webdataset, parquet: folder, glob or {000..123} of the shards; tfds: data_dir; unused by scenes
     train_split: str = "train"  # folder, tfds: name of the split; webdataset, parquet: subfolder of root, or . for root itself
+    ratings: str = ""  # complexity: file of scores (.txt .json .csv .parquet); empty: ROOT/train.txt and test.txt (IC9600)
+    bad_share: float = 0.01  # share of the lines of a file of scores that may be unusable; more stop the run
     dataset: str = ""  # tfds: name of the dataset, such as coco_captions
     image_column: str = "image"  # parquet: image bytes, a struct with bytes, or a path; tfds: image feature
     caption_column: str = "caption"  # parquet, tfds: text, or a list of texts
@@ -55,6 +62,11 @@ class DataConfig:
     normalise: str = "half"  # mean and std of the pixels: half | openai | imagenet
     crop_scale: float = 1.0  # training: smallest share of the picture kept by a random crop; 1 means no crop
     flip: bool = False  # training: random horizontal flip (wrong for captions with left and right)
+    rotate: float = 0.0  # training: degrees up to which a picture is turned either way; 0 switches it off
+    translate: float = 0.0  # training: share of the side up to which it is shifted, across and down; 0 switches it off
+    brightness: float = 0.0  # training: factor drawn from 1 - this to 1 + this; 0 switches it off, as for the next two
+    contrast: float = 0.0
+    saturation: float = 0.0
     tokenizer: str = ""  # tokenizer.json or CLIP merges file; empty trains one on the captions
     vocabulary: int = 4096  # size of a tokenizer trained here
     workers: int = 0  # worker processes that prepare batches; 0 uses threads of this process
@@ -96,6 +108,7 @@ class TrainConfig:
     """Length, batch, precision and bookkeeping of a run."""
 
     steps: int = 1000
+    epochs: float = 0.0  # passes over the training images; above 0 they set `steps`
     batch_size: int = 128  # pairs over all devices
     seed: int = 0
     dtype: str = "bfloat16"  # of activations: bfloat16 | float32; parameters and sums stay float32
@@ -107,8 +120,10 @@ class TrainConfig:
     scan_blocks: bool = False  # one compiled block run in a loop: compiles faster and takes less memory on accelerators
     freeze: tuple[str, ...] = ()  # groups that do not learn: image | text | exits | temperature; ('image',) is LiT
     init: str = ""  # checkpoint or workdir whose weights the run starts from; exits it lacks start from its final head
-    eval_every: int = 0  # steps between evaluations on config.eval.split; 0 evaluates only with evaluate.py
-    keep_best: bool = False  # also keep WORKDIR/best, the model of the evaluation with the highest mean recall at 5
+    eval_every: int = 0  # steps between evaluations while training; 0 evaluates only with evaluate.py, -1 once an epoch
+    eval_split: str = ""  # what they are made on; empty: config.eval.split
+    keep_best: bool = False  # also keep WORKDIR/best: best mean recall at 5 (clip), PCC (regression) or loss (classification)
+    patience: int = 0  # evaluations without a better one after which the run ends; 0 runs all steps
     tensorboard: bool = False  # also write TensorBoard events (needs the [tensorboard] extra)
 
 

@@ -29,6 +29,7 @@ from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.complexity import ComplexityArch
 from icar_jax.models.convnext import ConvNeXtArch
+from icar_jax.models.scorers import scorer_arch
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,9 @@ def _icar(loaded: Checkpoint, folder: Path) -> list[str]:
 
 def _icc(loaded: Checkpoint, folder: Path) -> list[str]:
     d = loaded.description
-    arch = from_dict(d["arch"], ComplexityArch, f"{loaded.path}: arch")
+    arch = scorer_arch(d["arch"], f"{loaded.path}: arch")
+    if not isinstance(arch, ComplexityArch):
+        raise ConvertError(f"{loaded.path} is a head on the blocks of a CLIP; the ICC layout holds a ConvNeXt classifier")
     if arch.head != "classification":
         raise ConvertError(f"{loaded.path} scores by regression; the ICC layout holds a classifier of two classes")
     conv_mlp = d.get("conv_mlp", convnext.uses_conv_mlp(arch.backbone))

@@ -47,7 +47,7 @@ class _Photos:
         self.splits = dict(Counter(e.split for e in entries if e.captions and e.split is not None))
         wanted = _wanted_splits(split, self.splits, where)
         images = root / "images" if (root / "images").is_dir() else root
-        found = _image_files(images)
+        found = image_files(images)
         if not found:
             raise FileNotFoundError(
                 f"{images}: no image files ({', '.join(sorted(IMAGE_SUFFIXES))}); {where.name} lists {len(entries)}"
@@ -96,7 +96,7 @@ class KarpathyFolder(_Photos):
     """
 
     def __init__(self, root: str | Path, split: str | None, json_name: str | None = None):
-        root = _existing_folder(root)
+        root = existing_folder(root)
         where = root / json_name if json_name else _only_karpathy_json(root)
         super().__init__(root, split, _merge(_read_karpathy(where), where), where)
 
@@ -116,7 +116,7 @@ class CaptionFolder(_Photos):
     """
 
     def __init__(self, root: str | Path, split: str | None = None):
-        root = _existing_folder(root)
+        root = existing_folder(root)
         present = [root / name for name in CAPTION_FILES if (root / name).is_file()]
         if not present:
             raise FileNotFoundError(f"{root}: expected {' or '.join(CAPTION_FILES)}, found {_listing(root)}")
@@ -129,7 +129,7 @@ class CaptionFolder(_Photos):
 
 def open_folder(root: str | Path, split: str | None) -> KarpathyFolder | CaptionFolder:
     """The source for a folder, by the caption file in it. Raises where there is none, or more than one kind."""
-    root = _existing_folder(root)
+    root = existing_folder(root)
     karpathy = sorted(p.name for p in root.glob("dataset*.json"))
     plain = [name for name in CAPTION_FILES if (root / name).is_file()]
     if karpathy and plain:
@@ -146,14 +146,14 @@ def _split_by_name(file: str) -> str:
     return "val" if name_hash(file, seed=0) < 2**64 // 10 else "train"
 
 
-def _existing_folder(root: str | Path) -> Path:
+def existing_folder(root: str | Path) -> Path:
     root = Path(root).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(
             f"image folder {root} does not exist" if not root.exists() else f"{root} is not a folder"
         )
     if next(root.iterdir(), None) is None:
-        raise FileNotFoundError(f"image folder {root} is empty; expected images and a caption file")
+        raise FileNotFoundError(f"image folder {root} is empty; expected images in it")
     return root.resolve()
 
 
@@ -175,7 +175,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMES_SHOWN]) + more
 
 
-def _image_files(folder: Path) -> set[str]:
+def image_files(folder: Path) -> set[str]:
     """Relative POSIX paths of all image files; one directory walk instead of a stat per caption."""
     found = set()
     for directory, subfolders, files in os.walk(folder, followlinks=True):

@@ -1,4 +1,4 @@
-"""Image decoding, resizing and augmentation with Pillow; pixels stay uint8, normalisation happens on the device."""
+"""Image decoding and resizing with Pillow; pixels stay uint8, normalisation happens on the device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ HALF_MEAN = HALF_STD = (0.5, 0.5, 0.5)
 
 RESIZES = ("squash", "crop")
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-AUGMENTS = ("none", "crop")
 # Beyond this ratio of sides the long side is cut before resizing: a 1 x 60000 strip would need gigabytes.
 _MAX_ASPECT = 50
 
@@ -139,8 +138,8 @@ class Preprocess:
     def __post_init__(self) -> None:
         if not isinstance(self.image_size, int) or isinstance(self.image_size, bool) or self.image_size < 1:
             raise ValueError(f"preprocess.image_size must be a positive integer (pixels), got {self.image_size!r}")
-        _check_choice("preprocess.resize_mode", self.resize_mode, RESIZES)
-        _check_choice("preprocess.interpolation", self.interpolation, tuple(INTERPOLATIONS))
+        check_choice("preprocess.resize_mode", self.resize_mode, RESIZES)
+        check_choice("preprocess.interpolation", self.interpolation, tuple(INTERPOLATIONS))
         for field in ("mean", "std"):
             value = getattr(self, field)
             try:
@@ -183,7 +182,7 @@ class Preprocess:
         return cls(**values)
 
 
-def _check_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{field} must be one of {', '.join(choices)}, got {value!r}")
 
@@ -195,65 +194,3 @@ def _limit_aspect(image: Image.Image) -> Image.Image:
         return image
     left, top = (width - keep_w) // 2, (height - keep_h) // 2
     return image.crop((left, top, left + keep_w, top + keep_h))
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Training augmentation, drawn from the generator that is passed in.
-
-    Attributes:
-        kind: 'none' keeps the evaluation resize; 'crop' takes a random rectangle and resizes it to S x S.
-        scale: range of the rectangle's share of the image area.
-        ratio: range of its aspect ratio (width / height), drawn log-uniformly.
-        flip: mirror half of the images. Separate and off by default: it makes captions with left and right wrong.
-    """
-
-    kind: str = "none"
-    scale: tuple[float, float] = (0.5, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: bool = False
-
-    def __post_init__(self) -> None:
-        _check_choice("augment.kind", self.kind, AUGMENTS)
-        low, high = self.scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"augment.scale must be (low, high) with 0 < low <= high <= 1, got {self.scale}")
-        low, high = self.ratio
-        if not 0 < low <= high:
-            raise ValueError(f"augment.ratio must be (low, high) with 0 < low <= high, got {self.ratio}")
-
-    def resize(self, image: Image.Image, preprocess: Preprocess, rng: np.random.Generator) -> np.ndarray:
-        """RGB image -> augmented uint8 [S, S, 3]."""
-        if self.kind == "crop":
-            box = random_box(image.size, self.scale, self.ratio, rng)
-            size = (preprocess.image_size, preprocess.image_size)
-            pixels = np.array(image.resize(size, INTERPOLATIONS[preprocess.interpolation], box=box))
-        else:
-            pixels = preprocess.resize(image)
-        if self.flip and rng.random() < 0.5:
-            pixels = np.ascontiguousarray(pixels[:, ::-1])
-        return pixels
-
-
-def random_box(
-    image_size: tuple[int, int],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    rng: np.random.Generator,
-) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a random rectangle, as in Inception training (Szegedy et al., 2015).
-
-    After ten rectangles that do not fit, the largest centred one within the ratio range.
-    """
-    width, height = image_size
-    for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        aspect = np.exp(rng.uniform(*np.log(ratio)))
-        box_w, box_h = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
-        if 0 < box_w <= width and 0 < box_h <= height:
-            left, top = int(rng.integers(width - box_w + 1)), int(rng.integers(height - box_h + 1))
-            return left, top, left + box_w, top + box_h
-    box_w = min(width, max(1, round(height * ratio[1])))
-    box_h = min(height, max(1, round(width / ratio[0])))
-    left, top = (width - box_w) // 2, (height - box_h) // 2
-    return left, top, left + box_w, top + box_h

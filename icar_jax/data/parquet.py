@@ -35,7 +35,7 @@ class Parquet:
         root, split: see `shards.find_shards`.
         image_column: bytes, a struct with `bytes` (and `path`), or a path relative to the file's folder or to `root`.
         caption_column: text or a list of texts; dots lead into structs and lists of them ('sentences.raw'). A row without
-            any is reported as an unreadable image is.
+            any is reported as an unreadable image is. Empty: no captions are read.
         cache_bytes: of the row groups kept in memory, in each process.
 
     Raises:
@@ -54,7 +54,8 @@ class Parquet:
         self.cache_bytes = cache_bytes
         self._paths, labels = find_shards(root, split, ".parquet")
         self.name = f"{Path(root).name}/{split}" if split != "." else Path(root).name
-        self._root, self._image, self._captions = os.path.expanduser(root), image_column, caption_column.split(".")
+        self._root, self._image = os.path.expanduser(root), image_column
+        self._captions = [c for c in caption_column.split(".") if c]
         counts, groups, largest = [], [], 0
         for path in self._paths:
             rows, size = attempt(path, functools.partial(self._describe, path))
@@ -95,10 +96,13 @@ class Parquet:
         shard, row = self.shards.locate(i)
         group = int(np.searchsorted(self._groups[shard], row, side="right"))
         begin = int(self._groups[shard][group - 1]) if group else 0
-        image, captions = (column[row - begin].as_py() for column in self._group(shard, group))
+        image, *read = (column[row - begin].as_py() for column in self._group(shard, group))
+        name = f"{self.shards.labels[shard]}/{row}"
+        if not self._captions:
+            return Record(name, functools.partial(self._open, image, self._paths[shard], name), ())
+        (captions,) = read
         for key in self._captions[1:]:
             captions = _inner(captions, key)
-        name = f"{self.shards.labels[shard]}/{row}"
         if not (found := texts(captions)):
             return Record(name, functools.partial(unusable, name, f"no caption in column {'.'.join(self._captions)!r}"), ())
         return Record(name, functools.partial(self._open, image, self._paths[shard], name), found)
@@ -114,8 +118,12 @@ class Parquet:
         path = beside if os.path.exists(beside) else os.path.join(self._root, image)
         return decode(path, f"{name} ({image})")
 
-    def _group(self, shard: int, group: int) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-        """The image and the caption column of a row group."""
+    def urls(self) -> list[str | None]:
+        """The column `url` of every row. Raises ConfigError where a file has none, ShardError where it is damaged."""
+        return [url for path in self._paths for url in attempt(path, functools.partial(_urls_of, path))]
+
+    def _group(self, shard: int, group: int) -> tuple[pa.ChunkedArray, ...]:
+        """The image and the caption column of a row group; the latter where captions are read."""
         with self._lock:
             if (shard, group) in self._cache:
                 self._cache.move_to_end((shard, group))
@@ -130,16 +138,17 @@ class Parquet:
                 self._cached -= self._cache.popitem(last=False)[1][1]
         return columns
 
-    def _read(self, path: str, group: int) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    def _read(self, path: str, group: int) -> tuple[pa.ChunkedArray, ...]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
             with pq.ParquetFile(path) as file:
-                table = file.read_row_group(group, columns=[self._image, self._captions[0]], use_threads=False)
+                names = [self._image, *self._captions[:1]]
+                table = file.read_row_group(group, columns=names, use_threads=False)
         except pa.ArrowInvalid as error:
             raise ShardError(f"{path}: row group {group} is damaged: {error}") from error
-        return table.column(self._image), table.column(self._captions[0])
+        return tuple(table.column(name) for name in names)
 
     def _describe(self, path: str) -> tuple[list[int], int]:
         """(rows of each row group, bytes of the largest); the columns are checked."""
@@ -157,7 +166,7 @@ class Parquet:
 
     def _check(self, path: str, schema: pa.Schema) -> None:
         found = ", ".join(f"{f.name} ({f.type})"[:80] for f in schema)
-        for field, column in (("image_column", self._image), ("caption_column", self._captions[0])):
+        for field, column in (("image_column", self._image), *(("caption_column", c) for c in self._captions[:1])):
             if column not in schema.names:
                 raise ConfigError(f"config.data.{field}={column!r}: {path} has no such column; it has {found}")
         if not _is_image(schema.field(self._image).type):
@@ -165,11 +174,26 @@ class Parquet:
                 f"config.data.image_column={self._image!r} of {path}: expected bytes, a struct with bytes, or paths; it has "
                 f"{found}"
             )
-        if not _is_text(schema.field(self._captions[0]).type, self._captions[1:]):
+        if self._captions and not _is_text(schema.field(self._captions[0]).type, self._captions[1:]):
             raise ConfigError(
                 f"config.data.caption_column={'.'.join(self._captions)!r} of {path}: expected text or a list of texts; it has "
                 f"{found}"
             )
+
+
+def _urls_of(path: str) -> list[str | None]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            if "url" not in file.schema_arrow.names:
+                raise ConfigError(
+                    f"{path} has no column 'url' to join config.data.ratings by; it has {', '.join(file.schema_arrow.names)}"
+                )
+            return file.read(columns=["url"]).column("url").to_pylist()
+    except pa.ArrowInvalid as error:
+        raise ShardError(f"{path}: damaged: {error}; fetch or write it again") from error
 
 
 def _is_image(kind: pa.DataType) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from icar_jax.data.images import Augment, ImageError, Preprocess
+from icar_jax.data.augment import Augment
+from icar_jax.data.images import ImageError, Preprocess
 from icar_jax.data.iterator import STALL_TIMEOUT_S, Batch, BatchIterator
 from icar_jax.data.order import example_at, examples_at, substitute_position
 from icar_jax.data.records import Record, Source

@@ -18,7 +18,7 @@ class Record:
         name: file name or an address such as ``scenes/train/000123``; unique in its source.
         image: decodes the picture when called and returns an RGB ``PIL.Image``;
             raises on a file that cannot be read.
-        captions: all captions of the image, at least one.
+        captions: all captions of the image; empty only where a source holds ratings.
         complexity: known or measured complexity in [0, 1]; ``nan`` where unknown.
         labels: category labels, possibly empty.
     """

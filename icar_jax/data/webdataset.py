@@ -43,13 +43,15 @@ class WebDataset:
 
     Args:
         root, split: see `shards.find_shards`.
+        captions: False reads none, and so misses none.
 
     Raises:
         ConfigError: no shards there.
         ShardError: shards that are damaged, compressed or unreadable, with names, reasons and their number.
     """
 
-    def __init__(self, root: str, split: str = "."):
+    def __init__(self, root: str, split: str = ".", captions: bool = True):
+        self._with_captions = captions
         self._paths, labels = find_shards(root, split, ".tar")
         self.name = f"{Path(root).name}/{split}" if split != "." else Path(root).name
         self._files = OpenFiles()
@@ -75,12 +77,48 @@ class WebDataset:
         shard, _ = self.shards.locate(i)
         path = self._paths[shard]
         start, end = (int(v) for v in self._spans[i])
-
         span = attempt(path, lambda: self._files.read(path, start, end - start))
-        return _record(span, self.shards.labels[shard], path, start)
+        return _record(span, self.shards.labels[shard], path, start, self._with_captions)
+
+    def urls(self) -> list[str | None]:
+        """The `url` in the json of every sample, None where there is none; reads the jsons, not the pictures.
+
+        Raises ShardError.
+        """
+        count, read = len(self._paths), functools.partial(self._urls_of, retries_now())
+        with ThreadPoolExecutor(_THREADS) as pool:
+            parts = tqdm(pool.map(read, range(count)), total=count, desc="read URLs", disable=None)
+            return [url for part in parts for url in part]
+
+    def _urls_of(self, retries: int, shard: int) -> list[str | None]:
+        end = int(self.shards.ends[shard])
+        spans = [self._spans[i] for i in range(end - int(self.shards.counts[shard]), end)]
+
+        def read() -> list[str | None]:
+            with open(self._paths[shard], "rb", buffering=0) as stream:
+                window = _windowed(stream.fileno())
+                return [_url(window, int(begin), int(stop)) for begin, stop in spans]
+
+        try:
+            with retrying(retries):
+                return attempt(self._paths[shard], read)
+        except TarDamage as error:
+            raise ShardError(f"{self._paths[shard]}: {error}; it changed since it was indexed, or is damaged") from None
 
 
-def _record(span: bytes, label: str, path: str, start: int) -> Record:
+def _url(read: Callable[[int, int], bytes], begin: int, end: int) -> str | None:
+    """The `url` in the json among a sample's members."""
+    for member in members(lambda offset, length: read(begin + offset, length), end - begin, part=True):
+        if _split_name(member.name)[1] == "json":
+            try:
+                url = json.loads(read(begin + member.data, member.size)).get("url")
+            except (ValueError, AttributeError):
+                return None
+            return url if isinstance(url, str) else None
+    return None
+
+
+def _record(span: bytes, label: str, path: str, start: int, with_captions: bool) -> Record:
     """The record in the bytes of one sample's members."""
     found: dict[str, bytes] = {}
     key = ""
@@ -92,8 +130,8 @@ def _record(span: bytes, label: str, path: str, start: int) -> Record:
     except TarDamage as error:
         raise ShardError(f"{path}: {error}, {start} bytes into it; it changed since it was indexed, or is damaged") from None
     name = f"{label}/{key}"
-    captions, reason = _captions(found)
-    if not captions:
+    captions, reason = _captions(found) if with_captions else ((), "")
+    if with_captions and not captions:
         return Record(name, functools.partial(unusable, name, reason), ())
     picture = next(found[e] for e in IMAGES if e in found)
     return Record(name, functools.partial(decode, picture, name), captions)

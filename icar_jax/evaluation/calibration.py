@@ -1,11 +1,13 @@
-"""Thresholds from calibration images, and the bundle that carries them.
+"""Thresholds from calibration images, and the checkpoints that carry them.
 
-Calibration images come from the training split and are never trained on; the evaluated split has no say.
+Calibration images come from the training split and are never trained on; the evaluated split has no say. Whatever finds
+thresholds records how, so that `icar describe` tells it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,55 +16,221 @@ from absl import logging
 from tqdm import tqdm
 
 from icar_jax import checkpoint
-from icar_jax.config import ConfigError
+from icar_jax.config import ConfigError, from_dict
 from icar_jax.data.pipeline import BadFiles, eval_batches
 from icar_jax.data.records import Source
-from icar_jax.inference.model import Model, load_parts
+from icar_jax.data.sources import fingerprint
+from icar_jax.evaluation import ratings_metrics
+from icar_jax.evaluation.thresholds import (
+    Costs,
+    best_threshold,
+    check_metric,
+    full_shares,
+    thresholds_for_budget,
+    thresholds_for_shares,
+)
+from icar_jax.inference.model import Model, load, load_parts
 from icar_jax.inference.router import assign
+from icar_jax.models.clip import ClipArch
+from icar_jax.models.flops import router_flops, vision_flops
+from icar_jax.models.scorers import scorer_arch
+
+CLASSIFICATION = "classification"
 
 
-def full_shares(shares: Sequence[float], exits: Sequence[int]) -> tuple[float, ...]:
-    """One share for every exit, full depth last; empty `shares` divides equally. Raises ConfigError where they misfit."""
-    if not shares:
-        return (1 / len(exits),) * len(exits)
-    if len(shares) != len(exits) - 1 or min(shares) < 0 or sum(shares) > 1:
-        raise ConfigError(
-            f"early shares {tuple(shares)} do not fit the exits {tuple(exits)}: give {len(exits) - 1} numbers in [0, 1] "
-            "that sum to at most 1, one for each exit before full depth"
-        )
-    return (*shares, 1 - sum(shares))
+@dataclass(frozen=True)
+class Scored:
+    """Every readable image of a source: scores and known complexity float32 [n] (nan where unknown), in order."""
+
+    scores: np.ndarray
+    complexity: np.ndarray
+    bad: BadFiles
+    source: Source
+
+    def record(self) -> dict[str, Any]:
+        """Which images these are, for a checkpoint's description."""
+        names = {k: v for k, v in fingerprint(self.source).items() if k != "images"}
+        return {
+            "calibration": self.source.name,
+            "images": len(self.scores),
+            "unreadable": len(self.bad.reasons),
+            **names,
+        }
 
 
-def thresholds_for_shares(scores: np.ndarray, shares: Sequence[float]) -> tuple[float, ...]:
-    """Thresholds at quantiles: scores [N], shares per exit (full depth last) -> one threshold per exit but the last.
+def score_source(model: Model, source: Source, title: str, loading: Mapping[str, Any] | None = None) -> Scored:
+    """Scores every readable image of a source. `loading` are keywords of `eval_batches`: workers, retries and the like.
 
-    A threshold lies midway between two neighbouring scores, so that the shares are met exactly up to one image and
-    ties. A share of 0 puts its threshold below every score.
+    Raises ValueError where none can be read.
     """
-    ordered = np.sort(np.asarray(scores, np.float64))
-    if not len(ordered) or not np.isfinite(ordered).all():
-        raise ValueError(f"thresholds need finite scores of at least one calibration image, found {len(ordered)} scores")
-    # Scores lie in [0, 1]: the outer edges hold for every image, not only for those seen here.
-    edges = np.concatenate([[-1.0], (ordered[:-1] + ordered[1:]) / 2, [2.0]])
-    below = np.rint(np.cumsum(shares)[:-1] * len(ordered)).astype(int)
-    return tuple(float(edges[b]) for b in below)
-
-
-def score_source(
-    model: Model, source: Source, title: str, loading: Mapping[str, Any] | None = None
-) -> tuple[np.ndarray, BadFiles]:
-    """Complexity scores float32 [n] of every readable image of a source, in order, and the unreadable files."""
-    scores, bad = [], BadFiles()
-    preprocess = {"complexity": model.scorer.preprocess}
-    batches = eval_batches(source, preprocess, batch_size=model.batch_size, **(loading or {}))
+    pending, known, bad = [], [], BadFiles()
+    batches = eval_batches(
+        source, {"complexity": model.scorer.preprocess}, batch_size=model.batch_size, **(loading or {})
+    )
     with batches:
         for batch in tqdm(batches, total=-(-len(source) // model.batch_size), desc=title, unit="batch"):
             bad.add(batch)
             if len(batch["index"]):
-                scores.append(model.scorer.forward.submit(batch["images"]["complexity"]))
-    if not scores:
+                pending.append(model.scorer.forward.submit(batch["images"]["complexity"]))
+                known.append(batch["complexity"])
+    if not pending:
         raise ValueError(f"no image of {source.name} could be read:\n{bad.summary()}")
-    return np.concatenate([part.result() for part in scores]), bad
+    return Scored(np.concatenate([part.result() for part in pending]), np.concatenate(known), bad, source)
+
+
+def costs_of(bundle: str | Path) -> Costs:
+    """Counted FLOPs of a bundle's exits and of its router, from the descriptions alone."""
+    bundle = Path(bundle)
+    clip, scorer = (checkpoint.describe(bundle / part)["arch"] for part in ("clip", "complexity"))
+    return costs(from_dict(clip, ClipArch, f"{bundle / 'clip'}: arch"), scorer_arch(scorer, f"{bundle / 'complexity'}: arch"))
+
+
+def costs(clip: ClipArch, scorer: Any) -> Costs:
+    """Counted FLOPs of the exits of a CLIP and of the complexity model that routes to them."""
+    return Costs({e: float(vision_flops(clip.vision, e)) for e in clip.vision.all_exits}, float(router_flops(scorer)))
+
+
+def routing_of(
+    scored: Scored, exits: Sequence[int], costs: Costs, *, shares: Sequence[float] = (), budget: float | None = None
+) -> dict[str, Any]:
+    """Thresholds from a budget, or from shares of the early exits (empty: equal), as the 'routing' of a bundle.
+
+    Returns {'exits', 'thresholds', 'found'}; 'found' says how, on what, and what was reached: the shares of the exits and
+    the counted cost, router included, as a share of full depth. Raises ConfigError for what cannot be met.
+    """
+    if budget is not None:
+        thresholds = thresholds_for_budget(scored.scores, budget, costs)
+        found: dict[str, Any] = {"method": "budget", "budget": budget}
+    else:
+        wanted = full_shares(shares, exits)
+        thresholds = thresholds_for_shares(scored.scores, wanted)
+        found = {"method": "shares", "shares": dict(zip(map(str, exits), wanted))}
+    routing = _routing(scored, exits, costs, thresholds, found)
+    if budget is None:
+        reached = routing["found"]["reached"]
+        if any(abs(reached[str(e)] - share) > 0.05 for e, share in zip(exits, wanted)):
+            logging.warning(
+                "Many images have the same complexity score, so the shares %s were not met: reached %s.", wanted, reached
+            )
+    return routing
+
+
+def _routing(
+    scored: Scored, exits: Sequence[int], costs: Costs, thresholds: Sequence[float], found: Mapping[str, Any]
+) -> dict[str, Any]:
+    taken = assign(scored.scores, exits, thresholds)
+    reached = {e: float(np.mean(taken == e)) for e in exits}
+    result = {"reached": {str(e): share for e, share in reached.items()}, "cost": costs.share_of_full(reached)}
+    return {
+        "exits": list(exits),
+        "thresholds": [float(t) for t in thresholds],
+        "found": {**found, **result, **scored.record()},
+    }
+
+
+def threshold_of(scored: Scored, metric: str, boundary: float | None, *, resamples: int) -> tuple[float, dict[str, Any]]:
+    """The threshold of a classifier, and how it was found, from images whose labels are known.
+
+    `boundary` makes labels of ratings: a complexity above it is the class 'complex'. It may be None where all are 0 or 1.
+    The interval is of the metric at the found threshold. Raises ConfigError where labels are missing or of one class.
+    """
+    labels = labels_of(scored.complexity, boundary, scored.source.name)
+    threshold, value = best_threshold(scored.scores, labels, metric)
+    reached = ratings_metrics.interval(metric, scored.scores > np.float32(threshold), labels, n=resamples)
+    return threshold, {
+        "method": "metric",
+        "metric": metric,
+        **reached.as_dict(),
+        **({} if boundary is None else {"boundary": boundary}),
+        "complex": int(labels.sum()),
+        "called_complex": int((scored.scores > np.float32(threshold)).sum()),
+        **scored.record(),
+    }
+
+
+def labels_of(complexity: np.ndarray, boundary: float | None, where: str) -> np.ndarray:
+    """Known complexity [n] -> labels int [n], 1 above `boundary`. Raises ConfigError where there is no telling."""
+    if missing := int(np.isnan(complexity).sum()):
+        raise ConfigError(f"{missing} of {len(complexity)} images of {where} have no label; pass --labels FILE --root FOLDER")
+    if boundary is None and not np.isin(complexity, (0, 1)).all():
+        other = complexity[~np.isin(complexity, (0, 1))][0]
+        raise ConfigError(
+            f"{where} holds ratings such as {other:g}, not labels 0 and 1; pass --boundary, the rating above which an image is "
+            "complex"
+        )
+    labels = (complexity == 1 if boundary is None else complexity > boundary).astype(int)
+    if labels.min() == labels.max():
+        raise ConfigError(
+            f"all {len(labels)} images of {where} are of class {'complex' if labels[0] else 'simple'}; "
+            "a threshold needs images of both classes"
+        )
+    return labels
+
+
+def calibrate(
+    folder: str | Path,
+    source: Source,
+    *,
+    budget: float | None = None,
+    shares: Sequence[float] = (),
+    metric: str | None = None,
+    boundary: float | None = None,
+    batch_size: int = 64,
+    dtype: str = "float32",
+    loading: Mapping[str, Any] | None = None,
+    resamples: int = ratings_metrics.RESAMPLES,
+) -> dict[str, Any]:
+    """Finds thresholds on `source` and writes them into the description of a bundle or of a classifier.
+
+    Exactly one of `budget`, `shares` and `metric` is given. A bundle takes any of them, `metric` where it has one early
+    exit; a classifier takes `metric`. Weights stay as they are. Returns the new description.
+    Raises ConfigError for what does not fit the checkpoint or cannot be met, CheckpointError for another kind.
+    """
+    if (budget is not None) + bool(shares) + (metric is not None) != 1:
+        raise ConfigError("thresholds are found by one of: a budget, a share for each early exit, a metric of labelled images")
+    folder = checkpoint.find(folder, ("bundle", "complexity"))
+    description = checkpoint.describe(folder)
+    bundle = description["kind"] == "bundle"
+    if metric is not None:
+        check_metric(metric)
+    _check_fits(folder, description, metric)
+    if bundle:
+        exits = description["routing"]["exits"]
+        cost = costs_of(folder)
+        if budget is not None:
+            thresholds_for_budget(np.zeros(1, np.float32), budget, cost)  # known before the images are scored
+        full_shares(shares, exits)
+    scored = score_source(load(folder / "complexity" if bundle else folder, batch_size=batch_size, dtype=dtype),
+                          source, "calibrate", loading)  # fmt: skip
+    if metric is not None:
+        threshold, found = threshold_of(scored, metric, boundary, resamples=resamples)
+        changes = {"threshold": threshold, "threshold_found": found}
+        if bundle:
+            changes = {"routing": _routing(scored, exits, cost, (threshold,), found)}
+    else:
+        changes = {"routing": routing_of(scored, exits, cost, shares=shares, budget=budget)}
+    checkpoint.amend(folder, changes)
+    return checkpoint.describe(folder)
+
+
+def _check_fits(folder: Path, description: Mapping[str, Any], metric: str | None) -> None:
+    if description["kind"] == "bundle":
+        exits = description["routing"]["exits"]
+        if metric is not None and len(exits) != 2:
+            raise ConfigError(
+                f"{folder} has the exits {tuple(exits)}: a metric of labels finds one threshold, for one early exit and full "
+                "depth; use --budget or --share"
+            )
+    elif metric is None:
+        raise ConfigError(
+            f"{folder} is a complexity model alone: budgets and shares are of a bundle's exits; `icar bundle` makes one. "
+            "For the threshold of a classifier pass --metric"
+        )
+    elif description["arch"]["head"] != CLASSIFICATION:
+        raise ConfigError(
+            f"{folder} predicts ratings (head 'regression') and calls nothing complex, so it has no threshold of its own; "
+            "calibrate a classifier, or the bundle that routes with it"
+        )
 
 
 def make_bundle(
@@ -95,32 +263,19 @@ def make_bundle(
     stored = scorer.description.get("threshold")
     if thresholds is not None:
         assign(np.zeros(0), exits, thresholds)
-        found: dict[str, Any] = {"method": "given"}
+        routing = {"thresholds": [float(t) for t in thresholds], "found": {"method": "given"}}
     elif calibration is None and stored is not None and len(exits) == 2 and not shares:
-        thresholds, found = (stored,), {"method": "stored with the complexity model"}
+        routing = {"thresholds": [float(stored)], "found": {"method": "stored with the complexity model"}}
     else:
         if calibration is None:
             raise ConfigError(
                 "a bundle needs thresholds, or calibration images to set them on: pass --thresholds, or as --clip a workdir of "
                 "train.py, which names its calibration images"
             )
-        wanted = full_shares(shares, exits)
-        scores, bad = score_source(scorer, calibration, "calibrate", loading)
-        thresholds = thresholds_for_shares(scores, wanted)
-        reached = {e: float(np.mean(assign(scores, exits, thresholds) == e)) for e in exits}
-        if any(abs(reached[e] - share) > 0.05 for e, share in zip(exits, wanted)):
-            logging.warning(
-                "Many images have the same complexity score, so the shares %s were not met: reached %s.", wanted, reached
-            )
-        found = {
-            "method": "shares",
-            "shares": dict(zip(map(str, exits), wanted)),
-            "reached": {str(e): share for e, share in reached.items()},
-            "calibration": calibration.name,
-            "images": len(scores),
-            "unreadable": len(bad.reasons),
-        }
-    routing = {"exits": list(exits), "thresholds": [float(t) for t in thresholds], "found": found}
+        full_shares(shares, exits)
+        scored = score_source(scorer, calibration, "calibrate", loading)
+        routing = routing_of(scored, exits, costs(clip_model.clip.arch, scorer.scorer.complexity.arch), shares=shares)
+    routing = {"exits": list(exits), **routing}
     logging.info("Thresholds %s for exits %s.", routing["thresholds"], exits)
     return checkpoint.write_bundle(
         out, {"routing": routing}, checkpoint.find(clip, ("clip",)), checkpoint.find(complexity, ("complexity",))

@@ -1,6 +1,6 @@
-"""Recall at 5 of the evaluation split, for weights that are still being trained and lie on a mesh.
+"""Recall at 5, or agreement with ratings, of weights that are still being trained and lie on a mesh.
 
-Every process embeds its part of the images and captions; the embeddings come together on all of them.
+Every process works on its part of the images and captions; embeddings and scores come together on all of them.
 """
 
 from __future__ import annotations
@@ -15,16 +15,73 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from icar_jax.config import from_dict
+from icar_jax.config import ConfigError, ExperimentConfig, from_dict
 from icar_jax.data import sources
 from icar_jax.data.images import Preprocess
 from icar_jax.data.pipeline import BadFiles, eval_batches
+from icar_jax.data.records import Source
 from icar_jax.data.splits import Subset
+from icar_jax.evaluation import ratings_metrics
 from icar_jax.evaluation.metrics import ranks, recall
 from icar_jax.models.clip import Clip, ClipArch
+from icar_jax.models.complexity import log_odds
 from icar_jax.models.pixels import normalise
+from icar_jax.models.scorers import make_scorer, scorer_arch
 
 AT = 5
+_LOOKED_AT = 100  # scenes whose complexity is compared before the run: all have another
+
+
+def evaluator(config: ExperimentConfig) -> type[Retrieval] | type[Ratings]:
+    """What config.train.eval_every measures of a task."""
+    return Retrieval if config.task == "clip" else Ratings
+
+
+class _Gallery:
+    """The images of a split, each read by one process."""
+
+    def __init__(self, trained: Any, source: Source):
+        config = trained.config
+        self.source, self._sharding, self._data = source, trained.batch_sharding, config.data
+        self.preprocess = Preprocess.from_dict(trained.description["preprocess"])
+        part, self._parts = trained.part
+        self.rows = -(-config.eval.batch_size // trained.batch_shards) * trained.batch_shards // self._parts
+        self._own = np.arange(len(source))[part :: self._parts]
+        self.bad = BadFiles()  # lives as long as the run, so that a file is named once
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """This process's batches, as `eval_batches` gives them, with 'id' = index + 1 and 'pixels'; as many as on any other
+        process, the last perhaps empty."""
+        side = self.preprocess.image_size
+        count = -(-len(self.source) // (self.rows * self._parts))
+        if len(self._own):
+            own = Subset(self.source, self._own, self.source.name)
+            reading = sources.loading(self._data)
+            with eval_batches(own, {"model": self.preprocess}, batch_size=self.rows, **reading) as batches:
+                for batch in batches:
+                    self.bad.add(batch)
+                    count -= 1
+                    ids = self._own[batch["index"]].astype(np.int32) + 1
+                    yield {**batch, "id": ids, "pixels": batch["images"]["model"]}
+        nothing = {"id": np.zeros(0, np.int32), "pixels": np.zeros((0, side, side, 3), np.uint8)}
+        for _ in range(count):
+            yield {**nothing, "captions": [], "complexity": np.zeros(0, np.float32)}
+
+    def put(self, values: np.ndarray) -> jax.Array:
+        """[n, ...] of every process as one sharded array; missing rows are zero, and so is their id."""
+        padded = np.zeros((self.rows, *values.shape[1:]), values.dtype)
+        padded[: len(values)] = values
+        return jax.make_array_from_process_local_data(self._sharding, padded)
+
+    def require_some(self, ids: list[np.ndarray]) -> None:
+        """Raises ValueError where no image could be read."""
+        if not any(i.any() for i in ids):
+            raise ValueError(f"no image of {self.source.name} could be read:\n{self.bad.summary()}")
+
+    @property
+    def everywhere(self) -> NamedSharding:
+        """Whole on every device."""
+        return NamedSharding(self._sharding.mesh, PartitionSpec())
 
 
 class Retrieval:
@@ -35,16 +92,10 @@ class Retrieval:
     """
 
     def __init__(self, trained: Any):
-        config = trained.config
-        self._data, self._tokenizer, self._sharding = config.data, trained.tokenizer, trained.batch_sharding
-        self._source = sources.eval_source(config.data, config.eval)
+        self._tokenizer = trained.tokenizer
+        self._gallery = gallery = _Gallery(trained, sources.validation_source(trained.config))
         self._clip = Clip(from_dict(trained.description["arch"], ClipArch, "arch"))
-        self._preprocess = Preprocess.from_dict(trained.description["preprocess"])
-        part, self._parts = trained.part
-        self._rows = -(-config.eval.batch_size // trained.batch_shards) * trained.batch_shards // self._parts
-        self._own = np.arange(len(self._source))[part :: self._parts]
-        self._bad = BadFiles()  # lives as long as the run, so that a file is named once
-        clip, preprocess, dtype = self._clip, self._preprocess, jnp.dtype(config.eval.dtype)
+        clip, preprocess, dtype = self._clip, gallery.preprocess, jnp.dtype(trained.config.eval.dtype)
 
         def images(params, ids, pixels):
             pixels = normalise(pixels, preprocess.mean, preprocess.std)
@@ -53,51 +104,29 @@ class Retrieval:
         def texts(params, ids, tokens):
             return ids, clip.encode_text(params, tokens, dtype)
 
-        everywhere = NamedSharding(self._sharding.mesh, PartitionSpec())
-        self._embed_images = jax.jit(images, out_shardings=everywhere)
-        self._embed_texts = jax.jit(texts, out_shardings=everywhere)
+        self._embed_images = jax.jit(images, out_shardings=gallery.everywhere)
+        self._embed_texts = jax.jit(texts, out_shardings=gallery.everywhere)
 
     def __call__(self, params: Mapping[str, Any]) -> dict[str, float]:
         """Called by every process with sharded parameters; the values are the same on all of them."""
         images: list[tuple[np.ndarray, dict[int, np.ndarray]]] = []
         captions: list[str] = []
         owners: list[int] = []
-        for ids, pixels, groups in self._pictures():
-            images.append(_on_host(self._embed_images(params, self._put(ids), self._put(pixels))))
+        put, rows = self._gallery.put, self._gallery.rows
+        for batch in self._gallery:
+            ids, groups = batch["id"], batch["captions"]
+            images.append(_on_host(self._embed_images(params, put(ids), put(batch["pixels"]))))
             captions += [caption for group in groups for caption in group]
             owners += [i for i, group in zip(ids.tolist(), groups, strict=True) for _ in group]
         length = self._clip.arch.text.context_length
         tokens = self._tokenizer(captions, length) if captions else np.zeros((0, length), np.int32)
         texts: list[tuple[np.ndarray, np.ndarray]] = []
-        for start in range(0, _longest(len(captions)), self._rows):
-            piece = slice(start, start + self._rows)
+        for start in range(0, _longest(len(captions)), rows):
+            piece = slice(start, start + rows)
             ids = np.array(owners[piece], np.int32)
-            texts.append(_on_host(self._embed_texts(params, self._put(ids), self._put(tokens[piece]))))
-        if not any(ids.any() for ids, _ in images):
-            raise ValueError(f"no image of {self._source.name} could be read:\n{self._bad.summary()}")
+            texts.append(_on_host(self._embed_texts(params, put(ids), put(tokens[piece]))))
+        self._gallery.require_some([ids for ids, _ in images])
         return self._recalls(images, texts)
-
-    def _pictures(self) -> Iterator[tuple[np.ndarray, np.ndarray, list[tuple[str, ...]]]]:
-        """(index + 1, pixels, captions) of this process's batches; as many as on any other, the last perhaps empty."""
-        side = self._preprocess.image_size
-        count = -(-len(self._source) // (self._rows * self._parts))
-        if len(self._own):
-            own = Subset(self._source, self._own, self._source.name)
-            reading = sources.loading(self._data)
-            with eval_batches(own, {"clip": self._preprocess}, batch_size=self._rows, **reading) as batches:
-                for batch in batches:
-                    self._bad.add(batch)
-                    count -= 1
-                    ids = self._own[batch["index"]].astype(np.int32) + 1
-                    yield ids, batch["images"]["clip"], list(batch["captions"])
-        for _ in range(count):
-            yield np.zeros(0, np.int32), np.zeros((0, side, side, 3), np.uint8), []
-
-    def _put(self, values: np.ndarray) -> jax.Array:
-        """[n, ...] of every process as one sharded array; missing rows are zero, and so is their index."""
-        padded = np.zeros((self._rows, *values.shape[1:]), values.dtype)
-        padded[: len(values)] = values
-        return jax.make_array_from_process_local_data(self._sharding, padded)
 
     def _recalls(self, images: list, texts: list) -> dict[str, float]:
         image_ids = np.concatenate([ids for ids, _ in images])
@@ -113,6 +142,66 @@ class Retrieval:
             found = recall(ranks(image, text, owner), AT)
             values["eval/full_r5" if e == exits[-1] else f"eval/exit_{e}_r5"] = fmean(found.values())
         return values
+
+
+class Ratings:
+    """The evaluator of a complexity run: params -> values that begin with 'eval/'.
+
+    Regression: loss (mean squared error), pcc, srcc, rmse, rmae; the correlations are 0 while all images score alike.
+    Classification: loss (cross-entropy, without class weights), accuracy, f1 of the likelier class. `trained` is a
+    `training.evaluator.Trained`. Raises ConfigError where the split cannot be read, is not held out, or has ratings all alike.
+    """
+
+    def __init__(self, trained: Any):
+        config = trained.config
+        self._head, self._threshold = config.complexity.head, config.complexity.threshold
+        source = sources.validation_source(config)
+        known = sources.scores(source, _LOOKED_AT)
+        if self._head == "regression" and np.ptp(known) == 0:
+            raise ConfigError(
+                f"{source.name}: all {len(known)} ratings of it are {known[0]:g}, and nothing correlates with that; choose "
+                "another config.train.eval_split, or set config.train.eval_every=0"
+            )
+        self._gallery = gallery = _Gallery(trained, source)
+        arch = scorer_arch(trained.description["arch"], "arch")
+        model, preprocess, dtype = make_scorer(arch), gallery.preprocess, jnp.dtype(config.eval.dtype)
+
+        def judge(params, ids, pixels, rated):
+            pixels = normalise(pixels, preprocess.mean, preprocess.std)
+            return ids, log_odds(model.logits(params, pixels, dtype=dtype), arch.head), rated
+
+        self._judge = jax.jit(judge, out_shardings=gallery.everywhere)
+
+    def __call__(self, params: Mapping[str, Any]) -> dict[str, float]:
+        """Called by every process with sharded parameters; the values are the same on all of them."""
+        put, found = self._gallery.put, []
+        for batch in self._gallery:
+            found.append(_on_host(self._judge(params, put(batch["id"]), put(batch["pixels"]), put(batch["complexity"]))))
+        ids, odds, rated = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        self._gallery.require_some([ids])
+        order = np.argsort(ids, kind="stable")[np.count_nonzero(ids == 0) :]
+        odds, rated = odds[order].astype(np.float64), rated[order].astype(np.float64)
+        if self._head == "regression":
+            values = _agreement(1 / (1 + np.exp(-odds)), rated)
+        else:
+            values = _decisions(odds, rated > np.float32(self._threshold))
+        return {f"eval/{name}": value for name, value in values.items()}
+
+
+def _agreement(scores: np.ndarray, rated: np.ndarray) -> dict[str, float]:
+    values = {name: getattr(ratings_metrics, name)(scores, rated) for name in ("rmse", "rmae")}
+    try:
+        values |= {name: getattr(ratings_metrics, name)(scores, rated) for name in ("pcc", "srcc")}
+    except ratings_metrics.MetricError:  # all scores alike, as those of a fresh head may be
+        values |= {"pcc": 0.0, "srcc": 0.0}
+    return {"loss": values["rmse"] ** 2, **values}
+
+
+def _decisions(odds: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """`odds` are log odds of the class 'complex'; the cross-entropy is that of a softmax over both classes."""
+    loss = float(np.mean(np.logaddexp(0, np.where(labels, -odds, odds))))
+    decided = odds > 0
+    return {"loss": loss, **{name: getattr(ratings_metrics, name)(decided, labels) for name in ("accuracy", "f1")}}
 
 
 def _on_host(tree: Any) -> Any:

@@ -33,7 +33,7 @@ from icar_jax.evaluation.colour_baseline import colour_histogram_baseline
 from icar_jax.evaluation.metrics import Distractors, Ranks, mean_summary, ranks, summarise
 from icar_jax.evaluation.ranking import local_mesh
 from icar_jax.inference.model import Model, load
-from icar_jax.models.flops import complexity_flops, vision_flops
+from icar_jax.models.flops import router_flops, vision_flops
 
 RETENTION_AT = 5  # recall at 5 is what retention and comparisons are about
 CATEGORY_DRAWS = 10  # of the random assignments whose average precision is measured: unlike ranks, each is a run of its own
@@ -187,7 +187,7 @@ def _embed(model: Model, source: Source, data: cfg.DataConfig) -> Gallery:
                         kept[key].append(pixels)
                 for exit, parts in towers.items():
                     parts.append(model.towers[exit].submit(batch["images"]["clip"]).result())
-                yield batch["images"]["clip"], batch["images"].get("complexity")
+                yield batch["images"]["clip"], batch["images"].get(model.scored_on)
 
     if routing:
         routed = model.router.embed(prepared(), model.embed_dim)
@@ -205,7 +205,7 @@ def _embed(model: Model, source: Source, data: cfg.DataConfig) -> Gallery:
         routed=routed.embeddings if routing else None,
         scores=routed.scores if routing else None,
         exits=routed.exits if routing else None,
-        sample=timing.Sample(sample["clip"], sample.get("complexity")),
+        sample=timing.Sample(sample["clip"], sample.get(model.scored_on)),
         captions=captions,
         bad=bad,
         names=names,
@@ -269,7 +269,7 @@ def _measure(config: ExperimentConfig, model: Model, gallery: Gallery, far: Gall
         add(names[exit], [rank(*(g.by_exit[exit] for g in galleries))], flops[exit], {str(exit): 1.0})
     if share is not None:
         tower_cost = sum(share[str(exit)] * flops[exit] for exit in model.exits)
-        router_cost = complexity_flops(model.scorer.complexity.arch)
+        router_cost = router_flops(model.scorer.complexity.arch)
         add("routed", [rank(*(g.routed for g in galleries))], tower_cost + router_cost, share)
         draws = np.stack([random_exits(all_exits, seed) for seed in range(config.eval.random_draws)])
         far_by_exit = far.by_exit if far is not None else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ def retention_against_cost(metrics: Mapping[str, Any], path: str | os.PathLike) 
     runs, gallery = metrics["runs"], metrics["gallery"]
     if "full" not in runs:
         raise ValueError(f"metrics['runs'] must hold 'full', the unit of both axes; found {sorted(runs)}")
-    figure, axes = _figure()
+    figure, axes = new_figure()
     axes.margins(x=0.12, y=0.14)
     axes.axhline(100, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
     full_flops = runs["full"]["flops_per_image"]
@@ -75,20 +75,22 @@ def retention_against_cost(metrics: Mapping[str, Any], path: str | os.PathLike) 
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False, fontsize=8.5)
     figure.canvas.draw()  # fixes the layout, so that labels are placed in final pixels
     _place_labels(axes, points, static)
-    _save(figure, path)
+    save(figure, path)
 
 
 def complexity_histogram(
     scores: np.ndarray,
     thresholds: Sequence[float],
-    path: str | os.PathLike,
+    path: str | os.PathLike | BinaryIO,
     *,
-    exits: Sequence[int] | None = None,
+    exits: Sequence[int | str] | None = None,
+    title: str = "",
+    size_inches: tuple[float, float] = SIZE_INCHES,
 ) -> None:
     """Draws the distribution of complexity scores with the thresholds and the share of the images at each exit.
 
     scores: [N] finite. thresholds: ascending; a score above t goes deeper (strictly), so E thresholds make E + 1 exits.
-    exits: blocks run of each exit, shallow to deep; without it the shares are numbered.
+    exits: blocks run of each exit, shallow to deep, or names of the parts; without it the shares are numbered.
     """
     scores = np.asarray(scores, np.float64)
     limits = np.asarray(thresholds, np.float64)
@@ -100,7 +102,7 @@ def complexity_histogram(
     pad = 0.04 * (high - low) or 0.05
     edges = np.concatenate([[low - pad], limits, [high + pad]])
 
-    figure, axes = _figure()
+    figure, axes = new_figure(size_inches)
     span = (low, high) if high > low else None
     axes.hist(scores, bins=40, range=span, color="#56B4E9", edgecolor="white", linewidth=0.4)
     axes.set_xlim(edges[0], edges[-1])
@@ -108,7 +110,10 @@ def complexity_histogram(
         axes.axvline(limit, color="#D55E00", linewidth=1.5, linestyle="--")
     texts = []
     for i, share in enumerate(shares):
-        name = f"exit {i + 1} of {len(shares)}" if exits is None else f"{exits[i]} blocks"
+        if not len(limits):
+            break  # all images in one part
+        name = f"exit {i + 1} of {len(shares)}" if exits is None else exits[i]
+        name = name if isinstance(name, str) else f"{name} blocks"
         texts.append(
             axes.text(
                 (edges[i] + edges[i + 1]) / 2,
@@ -125,21 +130,22 @@ def complexity_histogram(
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("images")
     # A figure title, because the layout then keeps it above the shares.
-    figure.suptitle(f"Complexity scores of {len(scores):,} images", fontsize=10.5)
-    _save(figure, path)
+    figure.suptitle(title or f"Complexity scores of {len(scores):,} images", fontsize=10.5)
+    save(figure, path)
 
 
-def _figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
+def new_figure(size_inches: tuple[float, float] = SIZE_INCHES) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size_inches, dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def _save(figure: Figure, path: str | os.PathLike) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+def save(figure: Figure, path: str | os.PathLike | BinaryIO) -> None:
+    if isinstance(path, (str, os.PathLike)):
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
     # Without matplotlib's version in the file, equal figures are equal bytes.
     figure.savefig(path, format="png", metadata={"Software": None})
 
@@ -210,7 +216,7 @@ def _stagger(figure: Figure, texts: Sequence[Text]) -> None:
         placed.append(box)
 
 
-def _check_scores(scores: np.ndarray, limits: np.ndarray, exits: Sequence[int] | None) -> None:
+def _check_scores(scores: np.ndarray, limits: np.ndarray, exits: Sequence[int | str] | None) -> None:
     if scores.ndim != 1 or scores.size == 0:
         raise ValueError(f"scores must be [N] with at least one image, found shape {list(scores.shape)}")
     bad = int(np.count_nonzero(~np.isfinite(scores)))

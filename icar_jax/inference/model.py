@@ -22,23 +22,33 @@ from icar_jax.data.images import ImageLike, Preprocess, decode
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.inference.forward import Forward, bucket_sizes
 from icar_jax.inference.router import Routed, Router
+from icar_jax.inference.same_tower import require_fits
+from icar_jax.inference.shared import SharedRouter, SharedTower
+from icar_jax.models.blocks_scorer import BlocksArch, BlocksScorer
 from icar_jax.models.clip import Clip, ClipArch
-from icar_jax.models.complexity import Complexity, ComplexityArch
 from icar_jax.models.pixels import normalise
+from icar_jax.models.scorers import make_scorer, scorer_arch
 
 
 class Scorer:
-    """A complexity model with its preprocessing."""
+    """A complexity model with its preprocessing.
 
-    def __init__(self, loaded: Checkpoint, batch_size: int, dtype: Any):
+    `clip_params`, of the CLIP it is a head on, replace the equal ones of `loaded`, so that they lie in memory once.
+    """
+
+    def __init__(self, loaded: Checkpoint, batch_size: int, dtype: Any, clip_params: dict[str, Any] | None = None):
         self.path = loaded.path
-        self.complexity = Complexity(from_dict(loaded.description["arch"], ComplexityArch, f"{loaded.path}: arch"))
+        self.complexity = make_scorer(scorer_arch(loaded.description["arch"], f"{loaded.path}: arch"))
         pytree.require_same(self.complexity.shapes(), loaded.params, str(loaded.path))
+        params = loaded.params
+        if clip_params is not None:
+            shared, ours = self.complexity.shared_paths(), pytree.flatten(clip_params)
+            params = pytree.map_with_path(lambda path, leaf: ours[shared[path]] if path in shared else leaf, params)
         self.preprocess = Preprocess.from_dict(loaded.description["preprocess"])
         p = self.preprocess
         self.forward = Forward(
             lambda params, images: self.complexity.score(params, normalise(images, p.mean, p.std), dtype),
-            jax.device_put(loaded.params),
+            jax.device_put(params),
             bucket_sizes(batch_size),
         )
 
@@ -69,7 +79,13 @@ class Model:
         self.clip: Clip | None = None
         if clip is not None:
             self._open_clip(clip)
-        self.scorer = Scorer(complexity, batch_size, self._dtype) if complexity is not None else None
+        self.scorer: Scorer | None = None
+        if complexity is not None:
+            arch = scorer_arch(complexity.description["arch"], f"{complexity.path}: arch")
+            if clip is not None:
+                require_fits(clip, self.clip.arch, complexity, arch)
+            shares = clip is not None and isinstance(arch, BlocksArch)
+            self.scorer = Scorer(complexity, batch_size, self._dtype, self._params if shares else None)
         if clip is not None and complexity is not None:
             self.thresholds = tuple(description["routing"]["thresholds"])
             exits = tuple(description["routing"]["exits"])
@@ -141,27 +157,49 @@ class Model:
     def route(self, images: Sequence[ImageLike]) -> Routed:
         """Embeddings with the score and the exit of each image; needs a bundle."""
         batches = self._prepare(images, self.preprocesses)
-        return self.router.embed(((b["clip"], b["complexity"]) for b in batches), self.embed_dim)
+        return self.router.embed(((b["clip"], b[self.scored_on]) for b in batches), self.embed_dim)
+
+    @property
+    def scored_on(self) -> str | None:
+        """The entry of `preprocesses` that the complexity model takes; 'clip' where it is a head on the CLIP's own blocks."""
+        if self.scorer is None:
+            return None
+        return "clip" if self._shares_tower else "complexity"
 
     @property
     def preprocesses(self) -> dict[str, Preprocess]:
-        """How images are prepared for each part: 'clip' and, where there is one, 'complexity'."""
+        """How images are prepared for each part: 'clip' and, where there is one that needs pixels of its own, 'complexity'."""
         made = {"clip": self.preprocess} if self.clip is not None else {}
-        return made | ({"complexity": self.scorer.preprocess} if self.scorer is not None else {})
+        return made | ({"complexity": self.scorer.preprocess} if self.scored_on == "complexity" else {})
+
+    @property
+    def _shares_tower(self) -> bool:
+        return self.clip is not None and self.scorer is not None and isinstance(self.scorer.complexity, BlocksScorer)
 
     @cached_property
-    def router(self) -> Router:
+    def router(self) -> Router | SharedRouter:
         """The router over this bundle's towers. Raises CheckpointError for anything but a bundle."""
         if self.thresholds is None:
             raise CheckpointError("routing needs thresholds: make a bundle with `icar bundle`, then load that")
+        if self._shares_tower:
+            scorer = self.scorer
+            buckets = bucket_sizes(self.batch_size)
+            return SharedRouter(
+                SharedTower(
+                    self.clip, scorer.complexity, self._params, scorer.forward.params, self.preprocess, buckets, self._dtype
+                ),
+                self.thresholds,
+            )
         return Router(self.towers, self.scorer.forward, self.thresholds, self.batch_size)
 
     def warm_up(self) -> None:
         """Compiles every forward for every batch shape, so that nothing compiles later."""
-        for key, p in self.preprocesses.items():
-            shape = (p.image_size, p.image_size, 3)
-            for forward in self.towers.values() if key == "clip" else (self.scorer.forward,):
-                forward.warm_up(shape, np.uint8)
+        towers = [(self.preprocess, tower) for tower in self.towers.values()] if self.clip is not None else []
+        scorers = [(self.scorer.preprocess, self.scorer.forward)] if self.scorer is not None else []
+        for p, forward in (*towers, *scorers):
+            forward.warm_up((p.image_size, p.image_size, 3), np.uint8)
+        if self.thresholds is not None:
+            self.router.warm_up()
         if self.clip is not None:
             self._text.warm_up((self.clip.arch.text.context_length,), np.int32)
 
@@ -208,6 +246,14 @@ def load(path: str | os.PathLike, *, batch_size: int = 64, dtype: str = "float32
 def load_parts(
     clip: str | os.PathLike, complexity: str | os.PathLike, *, batch_size: int, dtype: str
 ) -> tuple[Model, Model]:
-    """The CLIP and the complexity checkpoint of a bundle to be. Raises CheckpointError where one is of the wrong kind."""
-    paths = checkpoint.find(clip, ("clip",)), checkpoint.find(complexity, ("complexity",))
-    return load(paths[0], batch_size=batch_size, dtype=dtype), load(paths[1], batch_size=batch_size, dtype=dtype)
+    """The CLIP and the complexity checkpoint of a bundle to be.
+
+    Raises CheckpointError where one is of the wrong kind, or the complexity model is a head on another CLIP.
+    """
+    parts = checkpoint.find(clip, ("clip",)), checkpoint.find(complexity, ("complexity",))
+    first, second = checkpoint.read(parts[0], "clip"), checkpoint.read(parts[1], "complexity")
+    models = (
+        Model(first, None, first.description, batch_size, dtype), Model(None, second, second.description, batch_size, dtype)
+    )  # fmt: skip
+    require_fits(first, models[0].clip.arch, second, models[1].scorer.complexity.arch)
+    return models

@@ -53,6 +53,33 @@ class Routed:
         return {str(e): float(np.mean(self.exits == e)) for e in exits}
 
 
+class InFlight:
+    """Batches handed to the device, and the rows that have come back, by the position of their images."""
+
+    def __init__(self):
+        self._flying: list[tuple[list[int], Pending]] = []
+        self._done: dict[int, np.ndarray] = {}
+
+    def add(self, positions: list[int], pending: Pending) -> None:
+        """Takes one more batch; waits for the oldest where too many are under way."""
+        self._flying.append((positions, pending))
+        while len(self._flying) > MAX_IN_FLIGHT:
+            self._land()
+
+    def embeddings(self, count: int, embed_dim: int) -> np.ndarray:
+        """Waits for all of them: float32 [count, embed_dim], in the order of the positions."""
+        while self._flying:
+            self._land()
+        out = np.zeros((count, embed_dim), np.float32)
+        for position, row in self._done.items():
+            out[position] = row
+        return out
+
+    def _land(self) -> None:
+        positions, pending = self._flying.pop(0)
+        self._done.update(zip(positions, pending.result(), strict=True))
+
+
 class Router:
     """Routes batches of prepared images through `scorer` and then through one of `towers`.
 
@@ -72,22 +99,22 @@ class Router:
         self.thresholds = tuple(float(t) for t in thresholds)
         self._batch_size = batch_size
 
+    def warm_up(self) -> None:
+        """Nothing to compile: the towers and the scorer are compiled on their own."""
+
     def embed(self, batches: Iterable[tuple[np.ndarray, np.ndarray]], embed_dim: int) -> Routed:
         """batches of (tower pixels [n, S, S, 3], scorer pixels [n, T, T, 3]), uint8 -> Routed over all of them.
 
         The score of a batch is computed while the towers still work on earlier ones.
         """
         queues: dict[int, list[tuple[int, np.ndarray]]] = {e: [] for e in self.exits}
-        flying: list[tuple[list[int], Pending]] = []
-        done: dict[int, np.ndarray] = {}
+        flying = InFlight()
         scores: list[np.ndarray] = []
         seen = 0
 
         def send(exit: int, items: list[tuple[int, np.ndarray]]) -> None:
             positions = [position for position, _ in items]
-            flying.append((positions, self._towers[exit].submit(np.stack([pixels for _, pixels in items]))))
-            while len(flying) > MAX_IN_FLIGHT:
-                _land(flying, done)
+            flying.add(positions, self._towers[exit].submit(np.stack([pixels for _, pixels in items])))
 
         for tower_pixels, scorer_pixels in batches:
             if not len(tower_pixels):
@@ -104,15 +131,5 @@ class Router:
         for exit, queue in queues.items():
             if queue:
                 send(exit, queue)
-        while flying:
-            _land(flying, done)
-        embeddings = np.zeros((seen, embed_dim), np.float32)
-        for position, row in done.items():
-            embeddings[position] = row
         all_scores = np.concatenate(scores) if scores else np.zeros(0, np.float32)
-        return Routed(embeddings, all_scores, assign(all_scores, self.exits, self.thresholds))
-
-
-def _land(flying: list[tuple[list[int], Pending]], done: dict[int, np.ndarray]) -> None:
-    positions, pending = flying.pop(0)
-    done.update(zip(positions, pending.result(), strict=True))
+        return Routed(flying.embeddings(seen, embed_dim), all_scores, assign(all_scores, self.exits, self.thresholds))

@@ -95,6 +95,16 @@ class Clip:
         embeds = self._bridge.bind(params).vision(images, exits, dtype, self.execution)
         return {blocks_run: unit_norm(z) for blocks_run, z in embeds.items()}
 
+    def encode_tokens(
+        self, params: Mapping[str, Any], tokens: Array, start: int, exit: int | None = None, dtype: DType = jnp.float32
+    ) -> Array:
+        """The rest of `encode_image`: tokens [B, L, W] of the vision tower after `start` blocks -> [B, D], unit norm."""
+        blocks_run = self.arch.vision.check_exit(exit)
+        if start > blocks_run:
+            raise ValueError(f"tokens after {start} blocks are past the exit after {blocks_run}")
+        embeds = self._bridge.bind(params).vision.resume(tokens, start, (blocks_run,), dtype, self.execution)
+        return unit_norm(embeds[blocks_run])
+
     def encode_text(self, params: Mapping[str, Any], tokens: Array, dtype: DType = jnp.float32) -> Array:
         """tokens int32 [B, L] -> [B, D], unit norm."""
         return unit_norm(self._bridge.bind(params).text(tokens, dtype, self.execution))

@@ -6,7 +6,7 @@ human ratings (IC9600). Both begin with a norm of their own after the backbone's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,8 @@ from icar_jax.models.layers import Bridge, DType, LayerNorm, Linear
 
 Array = jax.Array
 HEADS = ("classification", "regression")
+MAP_STAGES = (2, 3, 4)  # strides 8, 16, 32; stage 1 sees edges, not objects
+MAP_STAGE = 2  # finds the objects of scenes best, see benchmarks/explain.py
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,44 @@ class RegressionHead(nnx.Module):
         return self.fc3(x, dtype).astype(jnp.float32)
 
 
+HEAD_MODULES = {"classification": ClassificationHead, "regression": RegressionHead}
+
+
+def dropout(rate: float, key: Array | None) -> Callable[[Array, int], Array]:
+    """drop(x, layer): x with a share `rate` of its values zeroed and the rest scaled up; without a key x itself."""
+
+    def drop(x: Array, layer: int) -> Array:
+        if key is None or rate == 0:
+            return x
+        keep = jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate, x.shape)
+        return jnp.where(keep, x / (1 - rate), 0)
+
+    return drop
+
+
+def log_odds(logits: Array, head: str) -> Array:
+    """[B, 2] (classification) or [B, 1] (regression) -> log odds of 'complex' [B], of which the score is the sigmoid."""
+    return logits[:, 1] - logits[:, 0] if head == "classification" else logits[:, 0]
+
+
+def activation_map(function: Callable[[Array], Array], features: Array) -> tuple[Array, Array]:
+    """features [B, h, w, C] -> function(features) [B], and its class-activation map [B, h, w] float32.
+
+    The features contracted with the gradient of the output by the pooled features, channel by channel (Grad-CAM, Selvaraju et
+    al. 2017, without its ReLU). Where `function` is linear in the average pool this is the map of Zhou et al. 2016: its mean
+    over the positions is the output without the bias.
+    """
+    values, pull_back = jax.vjp(function, features)
+    (gradient,) = pull_back(jnp.ones_like(values))
+    # A pool divides by the number of positions: the sum over them is the gradient by the pooled features.
+    weights = gradient.astype(jnp.float32).sum(axis=(1, 2))
+    return values, jnp.einsum("bhwc,bc->bhw", features.astype(jnp.float32), weights)
+
+
 class _ComplexityModule(nnx.Module):
     def __init__(self, arch: ComplexityArch, rngs: nnx.Rngs):
-        width = arch.backbone.dims[3]
         self.backbone = ConvNeXt(arch.backbone, rngs=rngs)
-        head = ClassificationHead if arch.head == "classification" else RegressionHead
-        self.head = head(width, rngs=rngs)
+        self.head = HEAD_MODULES[arch.head](arch.backbone.dims[3], rngs=rngs)
 
 
 @dataclass(frozen=True)
@@ -95,20 +129,36 @@ class Complexity:
         self, params: Mapping[str, Any], images: Array, dropout_key: Array | None = None, dtype: DType = jnp.float32
     ) -> Array:
         """images float [B, S, S, 3], normalised -> [B, 2] (classification) or [B, 1] (regression), float32."""
-        rate = self.arch.dropout
-
-        def drop(x: Array, layer: int) -> Array:
-            if dropout_key is None or rate == 0:
-                return x
-            keep = jax.random.bernoulli(jax.random.fold_in(dropout_key, layer), 1 - rate, x.shape)
-            return jnp.where(keep, x / (1 - rate), 0)
-
         module = self._bridge.bind(params)
-        return module.head(module.backbone(images, dtype), dtype, drop)
+        return module.head(module.backbone(images, dtype), dtype, dropout(self.arch.dropout, dropout_key))
 
     def score(self, params: Mapping[str, Any], images: Array, dtype: DType = jnp.float32) -> Array:
         """images float [B, S, S, 3], normalised -> complexity [B] in [0, 1], float32; higher is more complex."""
-        logits = self.logits(params, images, dtype=dtype)
-        if self.arch.head == "classification":
-            return jax.nn.softmax(logits, axis=-1)[:, 1]
-        return jax.nn.sigmoid(logits[:, 0])
+        return jax.nn.sigmoid(self._logit(self.logits(params, images, dtype=dtype)))
+
+    def score_and_map(
+        self, params: Mapping[str, Any], images: Array, stage: int = MAP_STAGE, dtype: DType = jnp.float32
+    ) -> tuple[Array, Array]:
+        """The score, and where in the image it comes from: the class-activation map of the log odds of 'complex'.
+
+        images float [B, S, S, 3], normalised -> complexity [B], as `score`; map [B, h, w], float32, with h = w = S // stride
+        and stride 8, 16, 32 after stage 2, 3, 4. Positive values raise the score, negative ones lower it; the mean of a map is
+        its share of the log odds to first order. The two norms before the head ignore a common scale of all channels, so
+        after stage 4 the mean is close to 0 and the map says what is more complex than the rest of the same image.
+        Raises ValueError for a stage that is none of MAP_STAGES.
+        """
+        if stage not in MAP_STAGES:
+            raise ValueError(f"a map can be taken after stage {', '.join(map(str, MAP_STAGES))}, not {stage}")
+        module = self._bridge.bind(params)
+        features = module.backbone.feature_map(images, stage, dtype)
+
+        def logit(features: Array) -> Array:
+            pooled = module.backbone.from_feature_map(features, stage, dtype)
+            return self._logit(module.head(pooled, dtype, dropout(0.0, None)))
+
+        logits, activation = activation_map(logit, features)
+        return jax.nn.sigmoid(logits), activation
+
+    def _logit(self, logits: Array) -> Array:
+        """Log odds of 'complex' [B], of which the score is the sigmoid."""
+        return log_odds(logits, self.arch.head)

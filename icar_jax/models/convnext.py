@@ -148,9 +148,19 @@ class ConvNeXt(nnx.Module):
         self.head = Head(dims[3], arch.num_classes, rngs=rngs)
 
     def __call__(self, images: Array, dtype: DType) -> Array:
+        return self.from_feature_map(self.feature_map(images, len(self.stages), dtype), len(self.stages), dtype)
+
+    def feature_map(self, images: Array, stage: int, dtype: DType) -> Array:
+        """images [B, H, W, 3], normalised -> what stage 1 to 4 hands on, [B, H / s, W / s, C] with s = 2 ** (stage + 1)."""
         x = self.stem(images.astype(dtype), dtype)
-        for stage in self.stages:
-            x = stage(x, dtype)
+        for part in self.stages[:stage]:
+            x = part(x, dtype)
+        return x
+
+    def from_feature_map(self, x: Array, stage: int, dtype: DType) -> Array:
+        """The rest of the network on the feature map of a stage; the two together are `__call__`."""
+        for part in self.stages[stage:]:
+            x = part(x, dtype)
         return self.head(x, dtype)
 
 

@@ -5,6 +5,7 @@ Counted are the matrix products and convolutions, as the field does; norms, acti
 
 from __future__ import annotations
 
+from icar_jax.models.blocks_scorer import BlocksArch
 from icar_jax.models.complexity import ComplexityArch
 from icar_jax.models.convnext import ConvNeXtArch
 from icar_jax.models.text import TextArch
@@ -20,14 +21,18 @@ def _block_macs(tokens: int, width: int, mlp_width: int) -> int:
 def vision_flops(arch: VisionArch, blocks_run: int | None = None) -> int:
     """FLOPs of one image through `blocks_run` blocks (None: all), patch embedding and the exit's projection included."""
     blocks = arch.check_exit(blocks_run)
-    patches = arch.tokens - arch.class_token
-    macs = patches * 3 * arch.patch_size**2 * arch.width
-    macs += blocks * _block_macs(arch.tokens, arch.width, arch.mlp_width)
     if arch.head == "map":  # k and v of all tokens, q and output of the probe, its attention and its MLP
         head = 2 * (arch.tokens + 1) * arch.width**2 + 2 * arch.tokens * arch.width + 2 * arch.width * arch.mlp_width
     else:
         head = arch.width * arch.embed_dim
-    return 2 * (macs + head)
+    return trunk_flops(arch, blocks) + 2 * head
+
+
+def trunk_flops(arch: VisionArch, blocks: int) -> int:
+    """FLOPs of one image through the patch embedding and the first `blocks` blocks, without a head."""
+    patches = arch.tokens - arch.class_token
+    macs = patches * 3 * arch.patch_size**2 * arch.width
+    return 2 * (macs + blocks * _block_macs(arch.tokens, arch.width, arch.mlp_width))
 
 
 def text_flops(arch: TextArch) -> int:
@@ -48,8 +53,17 @@ def convnext_flops(arch: ConvNeXtArch, image_size: int) -> int:
     return 2 * (macs + arch.dims[3] * arch.num_classes)
 
 
-def complexity_flops(arch: ComplexityArch) -> int:
-    """FLOPs of one score: backbone and head."""
-    width = arch.backbone.dims[3]
-    head = width * 2 if arch.head == "classification" else width * 512 + 512 * 256 + 256
-    return convnext_flops(arch.backbone, arch.image_size) + 2 * head
+def complexity_flops(arch: ComplexityArch | BlocksArch) -> int:
+    """FLOPs of one score on its own: all that lies below the head, and the head."""
+    if isinstance(arch, BlocksArch):
+        return trunk_flops(arch.vision, arch.blocks) + router_flops(arch)
+    return convnext_flops(arch.backbone, arch.image_size) + _head_flops(arch.head, arch.backbone.dims[3])
+
+
+def router_flops(arch: ComplexityArch | BlocksArch) -> int:
+    """FLOPs of one score beyond those of the tower it routes: a head on the tower's own blocks shares them."""
+    return _head_flops(arch.head, arch.features) if isinstance(arch, BlocksArch) else complexity_flops(arch)
+
+
+def _head_flops(head: str, width: int) -> int:
+    return 2 * (width * 2 if head == "classification" else width * 512 + 512 * 256 + 256)

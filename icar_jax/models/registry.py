@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 
+from icar_jax import checkpoint
 from icar_jax import config as cfg
+from icar_jax.models.blocks_scorer import BlocksArch
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.complexity import ComplexityArch
 from icar_jax.models.convnext import ConvNeXtArch
+from icar_jax.models.scorers import ScorerArch
 from icar_jax.models.text import TextArch
 from icar_jax.models.vision import VisionArch
 
@@ -57,6 +60,8 @@ CONVNEXT: dict[str, ConvNeXtArch] = {
     for size, (depths, width) in _CONVNEXT.items()
 }
 
+BLOCKS = "blocks"  # beside the ConvNeXts: a head on the first blocks of a CLIP's vision tower
+
 
 def clip_arch(config: cfg.ClipConfig, vocabulary: int | None = None, end_id: int | None = None) -> ClipArch:
     """The architecture that `config.clip` asks for; the tokenizer's size and end token replace CLIP's where given.
@@ -89,12 +94,43 @@ def clip_arch(config: cfg.ClipConfig, vocabulary: int | None = None, end_id: int
     return ClipArch(vision, text, config.temperature)
 
 
-def complexity_arch(config: cfg.ComplexityConfig) -> ComplexityArch:
-    """The architecture that `config.complexity` asks for. Raises ConfigError for an unknown variant or a bad size."""
-    if config.variant not in CONVNEXT:
-        raise cfg.unknown("config.complexity.variant", config.variant, CONVNEXT)
-    if config.image_size < 32:
-        raise cfg.ConfigError(f"config.complexity.image_size={config.image_size} must be at least 32 pixels")
+def complexity_arch(config: cfg.ComplexityConfig) -> ScorerArch:
+    """The architecture that `config.complexity` asks for; of variant 'blocks' the CLIP's description says the rest.
+
+    Raises ConfigError for an unknown variant, a bad size, or a CLIP that cannot be read or lacks these blocks.
+    """
+    if config.variant not in (*CONVNEXT, BLOCKS):
+        raise cfg.unknown("config.complexity.variant", config.variant, (*CONVNEXT, BLOCKS))
     if not 0 <= config.dropout < 1:
         raise cfg.ConfigError(f"config.complexity.dropout={config.dropout} must lie in [0, 1)")
+    if config.variant == BLOCKS:
+        return _blocks_arch(config)
+    for name, off in (("clip", ""), ("blocks", 0)):
+        if getattr(config, name) != off:
+            raise cfg.ConfigError(
+                f"config.complexity.{name}={getattr(config, name)!r} is for config.complexity.variant='{BLOCKS}' only, found "
+                f"{config.variant!r}; leave it {off!r}"
+            )
+    if config.image_size < 32:
+        raise cfg.ConfigError(f"config.complexity.image_size={config.image_size} must be at least 32 pixels")
     return ComplexityArch(CONVNEXT[config.variant], config.head, config.image_size, config.dropout)
+
+
+def _blocks_arch(config: cfg.ComplexityConfig) -> BlocksArch:
+    if not config.clip:
+        raise cfg.ConfigError(
+            f"config.complexity.clip='' but config.complexity.variant='{BLOCKS}' puts a head on the vision tower of a CLIP; "
+            "name its checkpoint or workdir"
+        )
+    try:
+        folder = checkpoint.find(config.clip, ("clip",))
+        clip = cfg.from_dict(checkpoint.describe(folder)["arch"], ClipArch, f"{folder}: arch")
+    except checkpoint.CheckpointError as error:
+        raise cfg.ConfigError(f"config.complexity.clip={config.clip}: {error}") from error
+    if not 1 <= config.blocks <= clip.vision.all_exits[0]:
+        raise cfg.ConfigError(
+            f"config.complexity.blocks={config.blocks} must lie in 1 to {clip.vision.all_exits[0]}, the first exit of "
+            f"{config.clip}: an image that leaves there has to be scored before"
+        )
+    vision = dataclasses.replace(clip.vision, exits=(), pool=VisionArch.pool)  # it has no exits of its own
+    return BlocksArch(vision, config.blocks, config.head, config.dropout)

@@ -99,10 +99,20 @@ class Block(nnx.Module):
 
 
 def run_blocks(
-    blocks: Sequence[Block], x: Array, wanted: Iterable[int], *, causal: bool, dtype: DType, execution: Execution
+    blocks: Sequence[Block],
+    x: Array,
+    wanted: Iterable[int],
+    *,
+    causal: bool,
+    dtype: DType,
+    execution: Execution,
+    start: int = 0,
 ) -> dict[int, Array]:
-    """x [B, L, W] through the first max(wanted) blocks -> {executed blocks: [B, L, W] after them} for each of `wanted`."""
-    taps, start = {}, 0
+    """x [B, L, W] through the first max(wanted) blocks -> {executed blocks: [B, L, W] after them} for each of `wanted`.
+
+    `start` blocks have been executed already, and none of `wanted` lies before.
+    """
+    taps = {}
     for stop in sorted(set(wanted)):
         x = taps[stop] = _run(blocks[start:stop], x, causal=causal, dtype=dtype, execution=execution)
         start = stop
@@ -111,6 +121,8 @@ def run_blocks(
 
 def _run(blocks: Sequence[Block], x: Array, *, causal: bool, dtype: DType, execution: Execution) -> Array:
     """x through all of these blocks."""
+    if not blocks:
+        return x
     split = [nnx.split(block) for block in blocks]
     graph = split[0][0]
     params = [nnx.to_pure_dict(state) for _, state in split]

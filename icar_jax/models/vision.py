@@ -6,6 +6,7 @@ the space that the full tower and the text tower share. Full depth is always an 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import jax
@@ -95,10 +96,10 @@ class ExitHead(nnx.Module):
         return self.proj(self.ln(_pool(x, self.pool, self.class_token)), dtype)
 
 
-class Vision(nnx.Module):
-    """images [B, S, S, 3], normalised -> {executed blocks: [B, D] before normalisation, float32}."""
+class Trunk(nnx.Module):
+    """What lies below the heads: patches, class token, positions, norm, and the first `blocks` blocks (None: all)."""
 
-    def __init__(self, arch: VisionArch, *, rngs: nnx.Rngs):
+    def __init__(self, arch: VisionArch, blocks: int | None = None, *, rngs: nnx.Rngs):
         a, std = arch, arch.width**-0.5
         self.arch = arch
         patch_std = (3 * a.patch_size**2) ** -0.5
@@ -107,28 +108,52 @@ class Vision(nnx.Module):
         self.pos = normal(rngs, (a.tokens, a.width), std)
         self.ln_pre = LayerNorm(a.width, a.norm_eps) if a.pre_norm else None
         self.blocks = nnx.List(
-            [Block(a.width, a.heads, a.mlp_width, a.depth, a.activation, a.norm_eps, rngs=rngs) for _ in range(a.depth)]
+            [
+                Block(a.width, a.heads, a.mlp_width, a.depth, a.activation, a.norm_eps, rngs=rngs)
+                for _ in range(a.depth if blocks is None else blocks)
+            ]
         )
-        self.ln_post = LayerNorm(a.width, a.norm_eps)
-        if a.head == "map":
-            self.map = _attention_pool(a, rngs)
-        else:
-            self.proj = Linear(a.width, a.embed_dim, std=std, bias=False, rngs=rngs)
-        self.exits = nnx.Dict({str(e): ExitHead(a, rngs=rngs) for e in a.exits})
 
-    def __call__(
-        self, images: Array, exits: tuple[int, ...], dtype: DType, execution: Execution = Execution()
-    ) -> dict[int, Array]:
-        """Runs max(exits) blocks and no more, so later blocks are absent from the compiled program."""
+    def embed(self, images: Array, dtype: DType) -> Array:
+        """images [B, S, S, 3], normalised -> tokens [B, L, W] before the first block, in `dtype`."""
         x = self.patch(images.astype(dtype), dtype)
         b, _, _, width = x.shape
         x = x.reshape(b, -1, width)
         if self.cls is not None:
             x = jnp.concatenate([jnp.broadcast_to(self.cls[...].astype(dtype), (b, 1, width)), x], axis=1)
         x = x + self.pos[...].astype(dtype)
-        if self.ln_pre is not None:
-            x = self.ln_pre(x)
-        taps = run_blocks(self.blocks, x, exits, causal=False, dtype=dtype, execution=execution)
+        return x if self.ln_pre is None else self.ln_pre(x)
+
+    def run(
+        self, x: Array, wanted: Iterable[int], dtype: DType, start: int = 0, execution: Execution = Execution()
+    ) -> dict[int, Array]:
+        """Tokens [B, L, W] after `start` blocks -> {executed blocks: tokens after them} for each of `wanted`."""
+        return run_blocks(self.blocks, x, wanted, causal=False, dtype=dtype, execution=execution, start=start)
+
+
+class Vision(Trunk):
+    """images [B, S, S, 3], normalised -> {executed blocks: [B, D] before normalisation, float32}."""
+
+    def __init__(self, arch: VisionArch, *, rngs: nnx.Rngs):
+        super().__init__(arch, rngs=rngs)
+        self.ln_post = LayerNorm(arch.width, arch.norm_eps)
+        if arch.head == "map":
+            self.map = _attention_pool(arch, rngs)
+        else:
+            self.proj = Linear(arch.width, arch.embed_dim, std=arch.width**-0.5, bias=False, rngs=rngs)
+        self.exits = nnx.Dict({str(e): ExitHead(arch, rngs=rngs) for e in arch.exits})
+
+    def __call__(
+        self, images: Array, exits: tuple[int, ...], dtype: DType, execution: Execution = Execution()
+    ) -> dict[int, Array]:
+        """Runs max(exits) blocks and no more, so later blocks are absent from the compiled program."""
+        return self.resume(self.embed(images, dtype), 0, exits, dtype, execution)
+
+    def resume(
+        self, x: Array, start: int, exits: tuple[int, ...], dtype: DType, execution: Execution = Execution()
+    ) -> dict[int, Array]:
+        """The rest of the tower: tokens [B, L, W] after `start` blocks -> what `__call__` gives, for exits from `start` on."""
+        taps = self.run(x, exits, dtype, start, execution)
         return {blocks_run: self._embed(x, blocks_run, dtype).astype(jnp.float32) for blocks_run, x in taps.items()}
 
     def _embed(self, x: Array, blocks_run: int, dtype: DType) -> Array:

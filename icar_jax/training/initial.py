@@ -29,6 +29,7 @@ from icar_jax.models import registry
 from icar_jax.models.clip import LOGIT_BIAS_START, SIGMOID_SCALE_START, ClipArch, exit_sources
 from icar_jax.models.complexity import ComplexityArch
 from icar_jax.models.convnext import ConvNeXtArch
+from icar_jax.models.scorers import ScorerArch, scorer_arch
 
 KINDS = {"clip": ("clip",), "complexity": ("complexity", "convnext")}
 # What a variant of the registry fixes, and what a checkpoint says beside it: shapes do not tell these, and no field sets them.
@@ -102,7 +103,7 @@ def load_params(
         leaves = _fit_backbone(leaves, fresh, note)
         lines, hints = [], lambda: [_backbone_variant(saved)]
     else:
-        saved = _saved_arch(path, folder, ComplexityArch)
+        saved = _saved_arch(path, folder, ScorerArch)
         lines, hints = [], lambda: _complexity_hints(arch, saved)
     found = pytree.unflatten(leaves)
     differing = pytree.differences(shapes, found)
@@ -166,7 +167,8 @@ def _checked(path: str | os.PathLike, folder: Path) -> dict[str, Any]:
 
 def _saved_arch(path: str | os.PathLike, folder: Path, arch: type) -> Any:
     try:
-        return from_dict(checkpoint.describe(folder)["arch"], arch, f"{folder}: arch")
+        values = checkpoint.describe(folder)["arch"]
+        return scorer_arch(values, f"{folder}: arch") if arch is ScorerArch else from_dict(values, arch, f"{folder}: arch")
     except (CheckpointError, KeyError, TypeError, ValueError) as error:
         raise _error(path, error) from error
 
@@ -286,6 +288,8 @@ def _backbone_variant(saved: ConvNeXtArch) -> str:
     return f"--config.complexity.variant={name}" if name else "no variant of models/registry.py has its sizes; add one"
 
 
-def _complexity_hints(arch: ComplexityArch, saved: ComplexityArch) -> list[str]:
+def _complexity_hints(arch: ScorerArch, saved: ScorerArch) -> list[str]:
+    if not isinstance(saved, ComplexityArch):
+        return ["it is a head on the blocks of a CLIP; start from a ConvNeXt"]
     hints = [_backbone_variant(saved.backbone)] if arch.backbone != saved.backbone else []
     return hints + ([f"--config.complexity.head={saved.head}"] if arch.head != saved.head else [])

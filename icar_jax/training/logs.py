@@ -11,6 +11,8 @@ from icar_jax import workdir as files
 from icar_jax.config import ConfigError
 from icar_jax.parallel import distributed
 
+METRICS = "metrics.jsonl"
+
 
 def open_log(workdir: Path, steps: int, start: int, tensorboard: bool, title: str) -> RunLog | SilentLog:
     """The log of a run that continues after `start` steps; of several processes only the first one writes."""
@@ -34,7 +36,7 @@ class RunLog:
     """WORKDIR/metrics.jsonl and the progress bar of one run."""
 
     def __init__(self, workdir: Path, steps: int, start: int, tensorboard: bool, title: str):
-        self._path = workdir / "metrics.jsonl"
+        self._path = workdir / METRICS
         _drop_after(self._path, start)
         self._lines = self._path.open("a", encoding="utf-8")
         self._bar = tqdm(total=steps, initial=start, desc=title, unit="step", dynamic_ncols=True, mininterval=1.0)

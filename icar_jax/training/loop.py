@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -20,8 +21,7 @@ from icar_jax import checkpoint
 from icar_jax import config as cfg
 from icar_jax import workdir as files
 from icar_jax.config import ExperimentConfig
-from icar_jax.data import sources
-from icar_jax.data.images import Augment
+from icar_jax.data import augment, sources
 from icar_jax.data.iterator import Batch, BatchIterator
 from icar_jax.data.pipeline import BadFiles, train_batches
 from icar_jax.data.records import Source
@@ -30,6 +30,7 @@ from icar_jax.models import registry
 from icar_jax.parallel import distributed
 from icar_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh
 from icar_jax.parallel.rules import shardings
+from icar_jax.training import tower
 from icar_jax.training.checkpoints import StateStore, require_space, write_model
 from icar_jax.training.evaluator import Evaluation, MakeEvaluator, Trained, make_evaluation
 from icar_jax.training.initial import load_params, load_tokenizer, place
@@ -37,6 +38,7 @@ from icar_jax.training.logs import RunLog, SilentLog, open_log
 from icar_jax.training.monitor import CutCaptions, Monitor, NonFiniteLoss
 from icar_jax.training.optimizer import make_optimizer
 from icar_jax.training.preemption import Agreement, StopRequest
+from icar_jax.training.rated_run import RatedRun, look_at
 from icar_jax.training.step import State, abstract_state, init_state, make_step, model_params, put_batch
 from icar_jax.training.tasks import Task, make_task
 
@@ -54,8 +56,9 @@ def train(
 ) -> Path:
     """Trains to `config.train.steps`, or continues a run that was cut off; returns the finished checkpoint's folder.
 
-    Writes into `workdir`: config.json, tokenizer.json, metrics.jsonl, checkpoints/, best/ and, at the end, model/. Called by
-    every process of a run, with a workdir that all of them see; the first one writes.
+    Writes into `workdir`: config.json, tokenizer.json, splits.json (complexity), metrics.jsonl, checkpoints/, best/ and, at the
+    end, model/. Called by every process of a run, with a workdir that all of them see; the first one writes.
+    A run that config.train.patience ends is finished: model/ holds its last weights, best/ the best ones.
     SIGTERM saves the state and returns `workdir`; SIGINT saves and raises KeyboardInterrupt. `stop_after` ends this call early
     after that many steps in all. `evaluators` are what `config.train.eval_every` asks for.
     Raises ConfigError before anything is written; NonFiniteLoss naming the step and the batch's files; SaveError or OSError
@@ -87,10 +90,15 @@ def _open_run(config: ExperimentConfig, workdir: Path) -> _Run:
         _check_architecture(config)
         source = sources.train_source(config.data)
         trained_on = sources.fingerprint(source)
+        config = _with_length(config, len(source))
         resumed = files.has_checkpoint(workdir)
         if resumed:
-            files.require_same_config(workdir, config, files.FREE_ON_RESUME)
+            # Steps that follow from the number of images: where that has changed, the images are what to complain of.
+            free = (*files.FREE_ON_RESUME, "config.train.steps") if config.train.epochs else files.FREE_ON_RESUME
+            files.require_same_config(workdir, config, free)
             files.require_same_data(workdir, trained_on)
+        rated = look_at(config, source) if config.task == "complexity" else None
+        counts = rated.class_counts if rated else (1, 1)
     distributed.require_same("configuration", _shared_part(config))
     distributed.require_same("set of training images (config.data.root)", json.dumps(trained_on, sort_keys=True))
     token = distributed.from_main(secrets.randbits(30))
@@ -99,20 +107,30 @@ def _open_run(config: ExperimentConfig, workdir: Path) -> _Run:
         if distributed.is_main():
             if config.task == "clip":
                 tokenizer = _tokenizer(config, source, workdir if resumed else None)
-            task = make_task(config, tokenizer, mesh)  # what does not fit is found before anything is written
-            if config.train.init and not resumed:
+            task = make_task(config, tokenizer, mesh, counts)  # what does not fit is found before anything is written
+            if _starts_from_weights(config) and not resumed:
                 _initial_params(config, task)  # what does not fit is named now; the values are read later
             abstract = abstract_state(task, _optimizer(config), mesh, config)
             require_space(workdir, abstract, config.train.keep, 1 + config.train.keep_best)
-            _claim_workdir(config, workdir, trained_on, tokenizer, token)
+            _claim_workdir(config, workdir, trained_on, tokenizer, rated, token)
     with distributed.together("reading the workdir"):
         if not distributed.is_main():
             files.require_token(workdir, token)
             tokenizer = Tokenizer.from_file(workdir / checkpoint.TOKENIZER) if config.task == "clip" else None
-            task = make_task(config, tokenizer, mesh)
+            task = make_task(config, tokenizer, mesh, counts)
     if distributed.is_main():
         (workdir / files.TOKEN).unlink(missing_ok=True)
+    for line in rated.lines if rated else ():
+        _say(line)
     return _Run(config, workdir, mesh, source, tokenizer, task)
+
+
+def _with_length(config: ExperimentConfig, images: int) -> ExperimentConfig:
+    """The config with steps, and steps between evaluations, where these are given in epochs."""
+    t, epoch = config.train, images / config.train.batch_size
+    steps = math.ceil(t.epochs * epoch) if t.epochs else t.steps
+    every = max(1, round(epoch)) if t.eval_every < 0 else t.eval_every
+    return dataclasses.replace(config, train=dataclasses.replace(t, steps=steps, eval_every=every))
 
 
 def _train(run: _Run, request: StopRequest, stop_after: int, evaluators: tuple[MakeEvaluator, ...]) -> Path:
@@ -129,7 +147,8 @@ def _train(run: _Run, request: StopRequest, stop_after: int, evaluators: tuple[M
             state = store.restore(start, abstract_state(task, optimizer, run.mesh, config))
             _say(f"Continuing {workdir} after step {start} of {t.steps}.")
         else:
-            params = place(_initial_params(config, task), shardings(task.shapes, run.mesh)) if t.init else None
+            given = _starts_from_weights(config)
+            params = place(_initial_params(config, task), shardings(task.shapes, run.mesh)) if given else None
             state = init_state(task, optimizer, run.mesh, config, params)
         log = open_log(workdir, t.steps, start, t.tensorboard, f"train {config.task}")
         with _batches(run, start, part) as batches, contextlib.closing(log):
@@ -137,14 +156,16 @@ def _train(run: _Run, request: StopRequest, stop_after: int, evaluators: tuple[M
             steps = range(start + 1, min(t.steps, stop_after) + 1)
             with _naming_lost_peers(workdir):
                 state, done, stopped = _run(config, advance, state, batches, steps, store, log, evaluation, request)
-    if done < t.steps:
+    if done < t.steps and evaluation is not None and evaluation.exhausted:
+        _say(f"The last {t.patience} evaluations were no better (config.train.patience): ended after step {done} of {t.steps}.")
+    elif done < t.steps:
         if stopped:
             _say(f"Stopped by {stopped} after step {done} of {t.steps}; the same command continues.")
         if stopped == "SIGINT":
             distributed.end_together()
             raise KeyboardInterrupt
         return workdir
-    description = {**task.description, "source": {"trained_with": "icar_jax", "steps": t.steps}}
+    description = {**task.description, "source": {"trained_with": "icar_jax", "steps": done}}
     text = run.tokenizer.to_json() if run.tokenizer else None
     return write_model(workdir / "model", task.kind, description, model_params(state), text)
 
@@ -160,7 +181,9 @@ def _run(
     evaluation: Evaluation | None,
     request: StopRequest,
 ) -> tuple[State, int, str | None]:
-    """Runs `steps` or until a signal; saves as configured and at the end. Returns (state, last step done, signal).
+    """Runs `steps`, or until a signal or the end of patience; saves as configured and at the end.
+
+    Returns (state, last step done, signal).
 
     Unreadable files and cut captions are reported at the end.
     """
@@ -169,6 +192,8 @@ def _run(
     stop, stopped = Agreement(request), None
     try:
         for step in steps:
+            if evaluation is not None and evaluation.exhausted:
+                break
             if stopped := stop(state["step"]):
                 break
             try:
@@ -207,7 +232,7 @@ def _run(
 
 
 def _optimizer(config: ExperimentConfig) -> optax.GradientTransformation:
-    return make_optimizer(config.optim, config.train.steps, config.train.freeze)
+    return make_optimizer(config.optim, config.train.steps, tower.frozen_groups(config))
 
 
 def _batches(run: _Run, start: int, part: tuple[int, int]) -> BatchIterator:
@@ -221,7 +246,7 @@ def _batches(run: _Run, start: int, part: tuple[int, int]) -> BatchIterator:
         batch_size=t.batch_size,
         seed=t.seed,
         start_position=start * t.batch_size,
-        augment=Augment("crop" if data.crop_scale < 1 else "none", scale=(data.crop_scale, 1.0), flip=data.flip),
+        augment=augment.from_config(data, run.config.task == "complexity" and run.task.preprocess.resize_mode == "squash"),
         process_index=part[0],
         process_count=part[1],
         with_complexity=run.config.task == "complexity",
@@ -267,12 +292,19 @@ def _check_architecture(config: ExperimentConfig) -> None:
 
 
 def _claim_workdir(
-    config: ExperimentConfig, workdir: Path, trained_on: dict[str, Any], tokenizer: Tokenizer | None, token: int
+    config: ExperimentConfig,
+    workdir: Path,
+    trained_on: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    rated: RatedRun | None,
+    token: int,
 ) -> None:
     """Writes what the run is; called once everything that can be checked beforehand has been."""
     try:
         files.save_config(workdir, config)
         files.save_data(workdir, trained_on)
+        if rated is not None:
+            rated.write(workdir)
         if tokenizer is not None:
             files.write_text(workdir / checkpoint.TOKENIZER, tokenizer.to_json())
         if jax.process_count() > 1:
@@ -282,9 +314,18 @@ def _claim_workdir(
         raise cfg.ConfigError(f"--workdir={workdir} cannot be written: {error}; choose a writable folder") from error
 
 
+def _starts_from_weights(config: ExperimentConfig) -> bool:
+    return bool(config.train.init) or tower.has_tower(config)
+
+
 def _initial_params(config: ExperimentConfig, task: Task) -> Mapping[str, Any]:
-    """The weights of config.train.init, read when asked for. Raises ConfigError where they do not fit the task's model."""
+    """The weights of config.train.init, read when asked for, or the tower of config.complexity.clip under a fresh head.
+
+    Raises ConfigError where they do not fit the task's model.
+    """
     fresh = lambda: jax.device_get(task.init(jax.random.key(config.train.seed)))
+    if tower.has_tower(config):
+        return tower.params(config, task.shapes, fresh)
     return load_params(config.train.init, task.kind, task.arch, task.shapes, fresh, _say)
 
 

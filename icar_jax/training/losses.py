@@ -71,12 +71,27 @@ def exit_weights(weights: tuple[float, ...], exits: tuple[int, ...]) -> dict[int
     return {blocks: w / total for blocks, w in zip(exits, weights, strict=True)}
 
 
-def complexity_loss(logits: Array, complexity: Array, head: str, threshold: float) -> Array:
+def class_weights(kind: str, counts: tuple[int, int]) -> tuple[float, float]:
+    """Weights of the classes (simple, complex) for `complexity_loss`, from the counts of their training images.
+
+    'none': 1 and 1. 'balanced': n / (2 n_class), so that both classes weigh alike in sum and an image weighs 1 on average
+    (King and Zeng 2001; scikit-learn's 'balanced').
+    """
+    if kind == "none":
+        return (1.0, 1.0)
+    return tuple(sum(counts) / (2 * count) for count in counts)
+
+
+def complexity_loss(
+    logits: Array, complexity: Array, head: str, threshold: float, weights: tuple[float, float] = (1.0, 1.0)
+) -> Array:
     """logits [B, 1] or [B, 2], complexity [B] in [0, 1] -> scalar.
 
-    Regression: mean squared error of the sigmoid. Classification: cross-entropy with the class complexity > threshold.
+    Regression: mean squared error of the sigmoid. Classification: cross-entropy with the class complexity > threshold, each
+    image weighed by its class; the mean is over the images, so that a batch of few rare ones counts as much as any.
     """
     if head == "regression":
         return jnp.mean(jnp.square(jax.nn.sigmoid(logits[:, 0]) - complexity))
     labels = (complexity > threshold).astype(jnp.int32)
-    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1))
+    found = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
+    return jnp.mean(found if weights == (1.0, 1.0) else found * jnp.asarray(weights, jnp.float32)[labels])

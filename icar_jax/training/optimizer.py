@@ -27,6 +27,7 @@ FREEZE_GROUPS: tuple[tuple[str, str], ...] = (
     (GROUPS[0][0], "temperature"),
     (GROUPS[1][0], "exits"),
     (r"^text/", "text"),
+    (r"^tower/", "tower"),  # of a complexity model: part of the CLIP that it routes
     (r"", "image"),
 )
 

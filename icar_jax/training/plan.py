@@ -26,6 +26,7 @@ from icar_jax.training.plan_cost import Collective
 from icar_jax.training.plan_flops import step_flops
 from icar_jax.training.step import abstract_state, make_step
 from icar_jax.training.tasks import Task, make_task
+from icar_jax.training.tower import frozen_groups
 
 GIB = 2**30
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -138,7 +139,7 @@ def plan(config: ExperimentConfig, devices: list, chip: Chip, compiler: str = "T
     mesh = make_mesh(config.mesh, devices)
     cfg.validate_batch(config.train.batch_size, batch_shards(mesh))
     task = make_task(config, mesh=mesh)
-    optimizer = make_optimizer(config.optim, config.train.steps, config.train.freeze)
+    optimizer = make_optimizer(config.optim, config.train.steps, frozen_groups(config))
     state, batch = abstract_state(task, optimizer, mesh, config), abstract_batch(config, task, mesh)
     work = step_flops(config, task.arch)
     memory = Memory(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from icar_jax.config import ExperimentConfig
 from icar_jax.models import flops
 from icar_jax.models.clip import ClipArch
-from icar_jax.models.complexity import ComplexityArch
+from icar_jax.models.scorers import ScorerArch
 from icar_jax.models.text import TextArch
 from icar_jax.models.vision import VisionArch
 
@@ -24,7 +24,7 @@ class StepFlops:
         return self.model + self.recomputed
 
 
-def step_flops(config: ExperimentConfig, arch: ClipArch | ComplexityArch) -> StepFlops:
+def step_flops(config: ExperimentConfig, arch: ClipArch | ScorerArch) -> StepFlops:
     """Forward and backward of both towers with all exits, and of the logits; a backward pass costs twice its forward pass.
 
     A tower that is frozen has no backward pass. Computed once more: under remat 'full' the blocks but for their last product,
@@ -33,7 +33,8 @@ def step_flops(config: ExperimentConfig, arch: ClipArch | ComplexityArch) -> Ste
     """
     batch, train = config.train.batch_size, config.train
     if config.task == "complexity":
-        return StepFlops(3.0 * batch * flops.complexity_flops(arch), 0.0)
+        learns = flops.router_flops(arch)  # all of a ConvNeXt; of a head on a frozen tower the head alone
+        return StepFlops(batch * (flops.complexity_flops(arch) + 2.0 * learns), 0.0)
     logits = logit_flops(arch, batch)
     model, again = 3 * logits, logits if config.loss.chunk else 0
     heads_learn = bool(arch.vision.exits) and "exits" not in train.freeze

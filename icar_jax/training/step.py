@@ -17,6 +17,7 @@ from icar_jax.parallel.rules import shardings
 from icar_jax.training import accumulate
 from icar_jax.training.optimizer import ema_init, ema_update, state_like, trainable
 from icar_jax.training.tasks import Task
+from icar_jax.training.tower import frozen_groups
 
 # {'params': nested dict float32, 'opt_state': optax state, 'step': int32 [], and with config.optim.ema 'ema' like params}.
 # The position in the data is step x batch, and randomness is folded from (seed, step), so nothing else has to be stored to
@@ -76,7 +77,7 @@ def make_step(
 
     Metrics hold `loss`, what the task adds, and `grad_norm` of what learns before clipping, all float32 scalars.
     """
-    frozen = config.train.freeze
+    frozen = frozen_groups(config)
 
     def gradient(params: pytree.Tree, batch: dict[str, jax.Array], key: jax.Array):
         # Behind stop_gradient the backward pass of a frozen tower is never built.

@@ -21,11 +21,11 @@ from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models import registry
 from icar_jax.models.clip import Clip, ClipArch
-from icar_jax.models.complexity import Complexity
 from icar_jax.models.pixels import normalise
+from icar_jax.models.scorers import make_scorer
 from icar_jax.models.transformer import Execution
 from icar_jax.parallel.mesh import batch_sharding
-from icar_jax.training import initial, losses, ring
+from icar_jax.training import initial, losses, ring, tower
 
 NORMALISE = {
     "half": (images.HALF_MEAN, images.HALF_STD),
@@ -38,7 +38,7 @@ NORMALISE = {
 class Task:
     """A model to train; `fields` names the batch entries that travel to the device."""
 
-    arch: Any  # ClipArch | ComplexityArch
+    arch: Any  # ClipArch | ComplexityArch | BlocksArch
 
     kind: str  # clip | complexity: the kind of the finished checkpoint
     shapes: dict[str, Any]
@@ -54,15 +54,21 @@ class Task:
     description: dict[str, Any]
 
 
-def make_task(config: ExperimentConfig, tokenizer: Tokenizer | None = None, mesh: Mesh | None = None) -> Task:
+def make_task(
+    config: ExperimentConfig,
+    tokenizer: Tokenizer | None = None,
+    mesh: Mesh | None = None,
+    class_counts: tuple[int, int] = (1, 1),
+) -> Task:
     """The task that `config.task` names. Raises ConfigError for what does not fit the architecture.
 
     Without a tokenizer the text tower has CLIP's vocabulary. `mesh` is needed where config.loss.chunk passes texts round it.
+    `class_counts` are the simple and complex training images, which config.complexity.class_weights weighs by.
     """
     if config.task == "clip":
         return _clip_task(config, tokenizer, mesh)
     if config.task == "complexity":
-        return _complexity_task(config)
+        return _complexity_task(config, class_counts)
     raise unknown("config.task", config.task, ("clip", "complexity"))
 
 
@@ -129,16 +135,22 @@ def _clip_task(config: ExperimentConfig, tokenizer: Tokenizer | None, mesh: Mesh
     )
 
 
-def _complexity_task(config: ExperimentConfig) -> Task:
+def _complexity_task(config: ExperimentConfig, class_counts: tuple[int, int]) -> Task:
     arch = registry.complexity_arch(config.complexity)
-    model = Complexity(arch)
-    preprocess = _preprocess(config, arch.image_size, config.data.resize)
+    model = make_scorer(arch)
+    described = {"arch": dataclasses.asdict(arch)}
+    if tower.has_tower(config):
+        preprocess = tower.preprocess(config)
+        described["tower"] = tower.origin(config)
+    else:
+        preprocess = _preprocess(config, arch.image_size, config.data.resize)
     dtype, threshold = jnp.dtype(config.train.dtype), config.complexity.threshold
+    weights = losses.class_weights(config.complexity.class_weights, class_counts)
 
     def loss(params, batch, key):
         pixels = normalise(batch["image"], preprocess.mean, preprocess.std)
         logits = model.logits(params, pixels, key, dtype)
-        return losses.complexity_loss(logits, batch["complexity"], arch.head, threshold), {}
+        return losses.complexity_loss(logits, batch["complexity"], arch.head, threshold, weights), {}
 
     return Task(
         arch,
@@ -151,5 +163,5 @@ def _complexity_task(config: ExperimentConfig) -> Task:
         preprocess,
         0,
         ("image", "complexity"),
-        {"arch": dataclasses.asdict(arch), "preprocess": preprocess.to_dict()},
+        {**described, "preprocess": preprocess.to_dict()},
     )

@@ -1,0 +1,110 @@
+"""Paths of images as a person names them: files, folders, patterns and lists; walked while they are used, never held."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+from icar_jax.data.folders import IMAGE_SUFFIXES
+
+STDIN = "-"
+
+
+class NoImages(ValueError):
+    """Nothing that was named is, or holds, an image file."""
+
+
+class ImagePaths:
+    """Image files in the order named, each path once; iterating walks the disk anew.
+
+    Args:
+        named: files (taken whatever their suffix), folders (walked with all below them, image suffixes only, in order of their
+            names, hidden folders left out), patterns with *, ? or [ ] (sorted), and '-' for `lines`. A name that exists is no
+            pattern, and one that does not exist is handed on, to be reported by whoever opens it.
+        lines: what '-' stands for: files and folders, one a line, without patterns; read once and as they come.
+
+    Attributes:
+        duplicates: paths met again and left out, by the iteration in progress or the last one.
+        empty: folders and patterns that gave no image file, likewise.
+    """
+
+    def __init__(self, named: Sequence[str], lines: Iterable[str] = ()):
+        self.named, self._lines = [os.fspath(name) for name in named], lines
+        self.duplicates = 0
+        self.empty: list[str] = []
+
+    def __iter__(self) -> Iterator[str]:
+        self.duplicates, self.empty = 0, []
+        # 16 bytes a path find the duplicates among millions; the paths themselves would take several times as much.
+        seen: set[bytes] = set()
+        for path in self._all():
+            key = hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=16).digest()
+            if key in seen:
+                self.duplicates += 1
+            else:
+                seen.add(key)
+                yield path
+        if not seen:
+            listed = ", ".join(self.named) or "nothing"
+            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+            raise NoImages(f"no image file found: looked in {listed} for files that end in {suffixes}; name a folder or files")
+
+    def count(self) -> int | None:
+        """Number of paths, duplicates included, from a walk of its own; None where a list is still to be read."""
+        if STDIN in self.named:
+            return None
+        return sum(1 for _ in self._all())
+
+    def _all(self) -> Iterator[str]:
+        for name in self.named:
+            if name == STDIN:
+                for line in self._lines:
+                    if line := line.rstrip("\r\n"):
+                        yield from self._below(line)
+            elif not os.path.lexists(name) and glob.has_magic(name):
+                yield from self._matches(name)
+            else:
+                yield from self._below(os.path.expanduser(name))
+
+    def _matches(self, pattern: str) -> Iterator[str]:
+        matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        if not matches:
+            self.empty.append(pattern)
+        for match in matches:
+            if "**" not in pattern or not os.path.isdir(match):  # ** has matched the files below a folder too
+                yield from self._below(match)
+
+    def _below(self, path: str) -> Iterator[str]:
+        if not os.path.isdir(path):
+            yield path
+            return
+        none = True
+        for file in walk(path):
+            none = False
+            yield file
+        if none:
+            self.empty.append(path)
+
+
+def walk(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Image files in and below a folder, in order of their names; links are followed, but never round in a circle.
+
+    Holds the names of one folder at each depth. Raises OSError for a folder that cannot be read.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    with os.scandir(folder) as entries:
+        found = sorted((e.name, e.is_dir()) for e in entries if e.is_dir() or _is_image(e.name))
+    for name, is_folder in found:
+        path = os.path.join(folder, name)
+        if not is_folder:
+            yield path
+        elif not name.startswith("."):
+            yield from walk(path, above | {real})
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES

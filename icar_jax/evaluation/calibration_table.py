@@ -1,0 +1,77 @@
+"""What a calibration found, for people: a table and plain sentences, from the description it was written into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from icar_jax.evaluation.thresholds import Costs
+
+
+def print_calibration(description: Mapping[str, Any], costs: Costs | None, console: Console | None = None) -> None:
+    """Prints the thresholds of a bundle (with its `costs`) or of a classifier, and how they were found."""
+    console = console or Console()
+    bundle = "routing" in description
+    found = description["routing"]["found"] if bundle else description["threshold_found"]
+    console.print(_exits(description["routing"], costs) if bundle else _classifier(description["threshold"], found))
+    for line in sentences(found, costs):
+        console.print(f"- {line}", markup=False, highlight=False, soft_wrap=not console.is_terminal)
+
+
+def sentences(found: Mapping[str, Any], costs: Costs | None) -> list[str]:
+    """How the thresholds were found and what they reached."""
+    unreadable = f", {found['unreadable']} more could not be read" if found["unreadable"] else ""
+    lines = [f"found on {found['images']:,} images of {found['calibration']}{unreadable}"]
+    if found["method"] == "budget":
+        lines.append(f"budget: {_percent(found['budget'])} of full depth; several exits share it as evenly as it allows")
+    if costs is not None:
+        router = _percent(costs.router / costs.full)
+        lines.append(f"mean counted cost {_percent(found['cost'])} of full depth, {router} of it for the complexity model")
+        if found["cost"] >= 1:
+            lines.append("routing saves nothing here: it costs at least as much as full depth for every image")
+    if found["method"] == "metric":
+        lines.append(
+            f"{found['metric']} {found['value']:.4f}, 95% interval [{found['low']:.4f}, {found['high']:.4f}], is of the images "
+            f"that chose the threshold: expect less of others ({found['complex']} of {found['images']} are complex, "
+            f"{found['called_complex']} are called so)"
+        )
+    return lines
+
+
+def _exits(routing: Mapping[str, Any], costs: Costs) -> Table:
+    table = Table(title="Calibrated exits", box=box.ROUNDED)
+    for header in ("blocks", "scores", "share", "GFLOPs\n/image", "% of\nfull depth"):
+        table.add_column(header, justify="right", no_wrap=True)
+    limits = [None, *routing["thresholds"], None]
+    for exit, low, high in zip(routing["exits"], limits, limits[1:]):
+        cost = costs.exits[exit] + costs.router
+        table.add_row(
+            str(exit),
+            _range(low, high),
+            _percent(routing["found"]["reached"][str(exit)]),
+            f"{cost / 1e9:.3g}",
+            f"{100 * cost / costs.full:.1f}",
+        )
+    return table
+
+
+def _classifier(threshold: float, found: Mapping[str, Any]) -> Table:
+    table = Table(title="Calibrated classifier", box=box.ROUNDED)
+    for header in ("threshold", found["metric"], "95% interval", "called complex"):
+        table.add_column(header, justify="right", no_wrap=True)
+    share = found["called_complex"] / found["images"]
+    table.add_row(f"{threshold:.3f}", f"{found['value']:.4f}", f"{found['low']:.4f} to {found['high']:.4f}", _percent(share))
+    return table
+
+
+def _range(low: float | None, high: float | None) -> str:
+    parts = [f"above {low:.4f}"] if low is not None else []
+    return ", ".join([*parts, *([f"to {high:.4f}"] if high is not None else [])])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"

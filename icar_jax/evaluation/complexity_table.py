@@ -1,0 +1,124 @@
+"""The record of a complexity model's evaluation: shown as one table, judged in plain sentences, written as metrics.json.
+
+metrics['head'] is 'regression' or 'classification'; 'source' and 'images' say what it was evaluated on.
+metrics['runs'] maps 'model' and the classical measures to {metric: {'value', 'low', 'high'}}, the bounds None where there is no
+  interval. Regression: pcc, srcc, rmse, rmae. Classification: accuracy, f1, balanced_accuracy, youden, roc_auc, ece.
+metrics['margin'] is the model's margin over the best classical measure: {'metric', 'over', 'value', 'low', 'high',
+  'includes_zero'}, paired.
+metrics['nuisance'] maps noise, blur and contrast (of scenes) to {level: {'from', 'to', 'images', 'pcc': {run: interval}}}.
+metrics['cost'] maps each run to 'flops_per_image' (2 x MACs), 'share_of_vit_l14' (of its vision tower) and 'ms_per_image'; the
+  model's 'routing_flops' is what it adds to a tower whose blocks it shares.
+A classifier also has 'threshold', 'confusion' and 'boundary', the rating above which an image is complex. metrics['notes'] is a
+list of sentences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+MODEL = "model"
+TITLES = {
+    "pcc": "PCC", "srcc": "SRCC", "rmse": "RMSE", "rmae": "RMAE", "accuracy": "accuracy", "f1": "F1",
+    "balanced_accuracy": "bal. accuracy", "youden": "Youden's J", "roc_auc": "ROC AUC", "ece": "ECE",
+}  # fmt: skip
+NAMES = {
+    "jpeg_bytes": "JPEG bytes", "edge_density": "edge density", "gradient_entropy": "gradient entropy",
+    "all_classical": "all three",
+}  # fmt: skip
+_WIDE = 104  # columns that intervals with three decimals need; rich assumes 80 where the output is a file
+
+
+def results_table(metrics: Mapping[str, Any], *, compact: bool = False) -> Table:
+    """One column a run, one row a metric, each value above its 95% interval; `compact` fits 80 columns."""
+    table = _table(metrics, f"Complexity of {metrics['images']:,} images of {metrics['source']}", compact)
+    runs, cost = metrics["runs"], metrics["cost"]
+    for metric in runs[MODEL]:
+        table.add_row(TITLES[metric], *(_value(run[metric], 2 if compact else 3) for run in runs.values()))
+    table.add_row("GFLOPs/image\nof ViT-L/14", *(_counted(cost[name]) for name in runs))
+    table.add_row("ms/image", *(f"{cost[name]['ms_per_image']:.3g}" for name in runs))
+    return table
+
+
+def nuisance_table(metrics: Mapping[str, Any], *, compact: bool = False) -> Table:
+    """PCC of each run on thirds of the images by each nuisance."""
+    table = _table(metrics, "PCC by what varies beside the complexity", compact)
+    for name, levels in metrics["nuisance"].items():
+        for level, part in levels.items():
+            cells = (part["pcc"][run] for run in metrics["runs"])
+            shown = ("-" if cell is None else f"{cell['value']:.3f}" for cell in cells)
+            table.add_row(f"{name} {level}", *shown, end_section=level == "high")
+    return table
+
+
+def print_results(metrics: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints the tables, the verdicts and the notes."""
+    if console is None:
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=_WIDE)
+    compact = console.width < _WIDE
+    console.print(results_table(metrics, compact=compact))
+    if metrics["nuisance"]:
+        console.print(nuisance_table(metrics, compact=compact))
+    for line in [*verdicts(metrics), *metrics["notes"]]:
+        console.print(f"- {line}", markup=False, highlight=False, soft_wrap=not console.is_terminal)
+
+
+def _table(metrics: Mapping[str, Any], title: str, compact: bool) -> Table:
+    table = Table(
+        title=title,
+        box=box.SIMPLE_HEAD if compact else box.ROUNDED,
+        padding=(0, 0) if compact else (0, 1),
+        show_edge=not compact,
+    )
+    table.add_column("", no_wrap=True)
+    for name in metrics["runs"]:
+        table.add_column(_name(name).replace(" ", "\n", 1), justify="right", no_wrap=True)
+    return table
+
+
+def verdicts(metrics: Mapping[str, Any]) -> list[str]:
+    """What the numbers show, as plain sentences."""
+    margin, cost = metrics["margin"], metrics["cost"][MODEL]
+    title = TITLES[margin["metric"]]
+    line = (
+        f"{title} of the model - of the best classical measure ({_name(margin['over'])}) = {margin['value']:+.3f}, paired 95% "
+        f"interval [{margin['low']:.3f}, {margin['high']:.3f}]"
+    )
+    if margin["includes_zero"]:
+        lines = [f"{line}: includes zero, so the model is not shown to beat a few lines of numpy here"]
+    elif margin["value"] > 0:
+        lines = [f"{line}: above zero, so the model beats them"]
+    else:
+        lines = [f"{line}: below zero, so a few lines of numpy do better"]
+    lines.append(f"a score costs {_percent(cost['share_of_vit_l14'])} of the counted FLOPs of ViT-L/14's vision tower")
+    if cost["routing_flops"] != cost["flops_per_image"]:
+        lines.append(
+            f"as the router of the tower whose blocks it shares, a score adds {cost['routing_flops'] / 1e9:.3g} GFLOPs only"
+        )
+    return lines
+
+
+def _name(run: str) -> str:
+    return NAMES.get(run, run)
+
+
+def _value(entry: Mapping[str, float | None], decimals: int) -> str:
+    shown = f"{entry['value']:.3f}\n"
+    if entry["low"] is None:
+        return f"{shown}no interval"
+    return shown + f"{entry['low']:.{decimals}f} to {entry['high']:.{decimals}f}"
+
+
+def _counted(cost: Mapping[str, float | None]) -> str:
+    flops = cost["flops_per_image"]
+    return "-" if flops is None else f"{flops / 1e9:.3g}\n{_percent(cost['share_of_vit_l14'])}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"

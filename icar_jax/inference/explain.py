@@ -1,0 +1,106 @@
+"""Where an image is complex: activation maps of a loaded model, laid over the picture they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from icar_jax.checkpoint import CheckpointError
+from icar_jax.data.images import ImageLike, Preprocess, decode
+from icar_jax.inference.forward import Forward, bucket_sizes
+from icar_jax.inference.model import Model
+from icar_jax.inference.scoring import require_scorer
+from icar_jax.models.complexity import MAP_STAGE, MAP_STAGES, Complexity
+from icar_jax.models.pixels import normalise
+
+
+@dataclass(frozen=True)
+class Explained:
+    """An image's score and where it comes from.
+
+    Attributes:
+        picture: the decoded RGB picture, in its own size.
+        score: complexity in [0, 1].
+        map: float32 [h, w] over the square that the model saw, in log odds of 'complex'; see Complexity.score_and_map.
+    """
+
+    picture: Image.Image
+    score: float
+    map: np.ndarray
+
+
+class Explainer:
+    """Scores with maps, on the static batch shapes of the model.
+
+    Args:
+        model: as loaded; a bundle is explained by its complexity model.
+        stage: the ConvNeXt stage whose features are mapped, one of MAP_STAGES: 2, 3, 4 have a stride of 8, 16, 32 pixels.
+        dtype: of activations; gradients of bfloat16 ones are coarse, so float32 is the default whatever the model runs in.
+
+    Raises CheckpointError for a model that cannot score, or whose scores have no such map, and ValueError for another stage.
+    """
+
+    def __init__(self, model: Model, stage: int = MAP_STAGE, dtype: Any = jnp.float32):
+        require_scorer(model)
+        complexity, self.preprocess = model.scorer.complexity, model.scorer.preprocess
+        if not isinstance(complexity, Complexity):
+            raise CheckpointError(
+                f"{model.scorer.path} scores tokens of a vision tower; maps are made of ConvNeXt complexity models only"
+            )
+        if stage not in MAP_STAGES:
+            raise ValueError(f"a map can be taken after stage {', '.join(map(str, MAP_STAGES))}, not {stage}")
+        side = self.preprocess.image_size // 2 ** (stage + 1)
+        self._shape, self._batch = (side, side), min(model.batch_size, 8)  # gradients hold activations of every block
+        p = self.preprocess
+
+        def packed(params, images):  # one array, as Forward hands over
+            score, found = complexity.score_and_map(params, normalise(images, p.mean, p.std), stage, dtype)
+            return jnp.concatenate([score[:, None], found.reshape(len(found), -1)], axis=1)
+
+        self._forward = Forward(packed, model.scorer.forward.params, bucket_sizes(self._batch))
+
+    def maps(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Prepared uint8 [N, S, S, 3] -> scores float32 [N], maps float32 [N, h, w]."""
+        parts = [self._forward(pixels[i : i + self._batch]) for i in range(0, len(pixels), self._batch)]
+        rows = np.concatenate(parts) if parts else np.zeros((0, 1 + self._shape[0] * self._shape[1]), np.float32)
+        return rows[:, 0], rows[:, 1:].reshape(-1, *self._shape)
+
+    def explain(self, images: Sequence[ImageLike]) -> list[Explained]:
+        """Scores and maps of N paths, PIL images or arrays, which are all held; raises as `decode` for one it cannot read."""
+        pictures = [decode(image) for image in images]
+        side = self.preprocess.image_size
+        pixels = np.array([self.preprocess.resize(picture) for picture in pictures], np.uint8).reshape(-1, side, side, 3)
+        return [Explained(*each) for each in zip(pictures, *_listed(*self.maps(pixels)), strict=True)]
+
+
+def _listed(scores: np.ndarray, maps: np.ndarray) -> tuple[list[float], list[np.ndarray]]:
+    return [float(s) for s in scores], list(maps)
+
+
+def enlarge(found: np.ndarray, side: int) -> np.ndarray:
+    """map [h, w] -> [side, side], bilinear between the centres of its cells."""
+    return np.asarray(Image.fromarray(found.astype(np.float32)).resize((side, side), Image.Resampling.BILINEAR))
+
+
+def seen_box(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of the part of a picture of `size` (width, height) that the model saw."""
+    width, height = size
+    if preprocess.resize_mode == "squash":
+        return 0, 0, width, height
+    side = min(size)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    return left, top, left + side, top + side
+
+
+def over_picture(explained: Explained, preprocess: Preprocess) -> np.ndarray:
+    """The map in the pixels of the picture, float32 [height, width]; 0 where the model did not look."""
+    left, top, right, bottom = seen_box(explained.picture.size, preprocess)
+    found = Image.fromarray(explained.map.astype(np.float32))
+    out = np.zeros(explained.picture.size[::-1], np.float32)
+    out[top:bottom, left:right] = np.asarray(found.resize((right - left, bottom - top), Image.Resampling.BILINEAR))
+    return out

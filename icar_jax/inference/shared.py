@@ -1,0 +1,168 @@
+"""Routing on the tower's own tokens: the first blocks run once for every image, are scored, and the tower goes on from them.
+
+Tokens stay on the device. Each exit has a buffer of one full batch there; the tokens of a batch are written into the buffers
+row by row, and a full buffer goes through the rest of the tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from icar_jax.data.images import Preprocess
+from icar_jax.inference.forward import Pending, cut
+from icar_jax.inference.router import InFlight, Routed, assign, check_thresholds
+from icar_jax.models.blocks_scorer import BlocksScorer
+from icar_jax.models.clip import Clip
+from icar_jax.models.pixels import normalise
+
+
+@dataclass
+class SharedTower:
+    """The jitted parts: `begin` pixels -> (tokens, scores), `rest` tokens -> embeddings, and the moves between buffers.
+
+    Batches have the shapes `buckets`; the last of them is a full batch.
+    """
+
+    clip: Clip
+    scorer: BlocksScorer
+    clip_params: Any
+    scorer_params: Any
+    preprocess: Preprocess
+    buckets: tuple[int, ...]
+    dtype: Any
+    _begin: Any = field(init=False, repr=False)
+    _rest: dict[int, Any] = field(init=False, repr=False)
+
+    def __post_init__(self):
+        clip, scorer, p, dtype = self.clip, self.scorer, self.preprocess, self.dtype
+        vision = clip.arch.vision
+        self.shape = (vision.tokens, vision.width)
+
+        def begin(params, pixels):
+            tokens = scorer.tokens(params, normalise(pixels, p.mean, p.std), dtype)
+            return tokens, scorer.score_of_tokens(params, tokens, dtype)
+
+        def rest(exit):
+            return jax.jit(lambda params, tokens: clip.encode_tokens(params, tokens, scorer.arch.blocks, exit, dtype))
+
+        self._begin = jax.jit(begin)
+        self._rest = {exit: rest(exit) for exit in vision.all_exits}
+        self._put = jax.jit(_put, donate_argnums=0)
+        self._take = jax.jit(_take, static_argnums=2)
+
+    def begin(self, pixels: np.ndarray) -> list[tuple[jax.Array, jax.Array, int]]:
+        """uint8 [n, S, S, 3] -> (tokens, scores, rows that count) for each piece of a static shape."""
+        pieces = []
+        for start, rows, bucket in cut(len(pixels), self.buckets):
+            piece = pixels[start : start + rows]
+            if rows < bucket:
+                piece = np.concatenate([piece, np.zeros((bucket - rows, *piece.shape[1:]), piece.dtype)])
+            pieces.append((*self._begin(self.scorer_params, piece), rows))
+        return pieces
+
+    def buffer(self) -> jax.Array:
+        """Room for one full batch of tokens."""
+        return jnp.zeros((self.buckets[-1], *self.shape), self.dtype)
+
+    def put(self, buffer: jax.Array, tokens: jax.Array, rows: Sequence[int], places: Sequence[int]) -> jax.Array:
+        """`buffer` with tokens[rows] at `places`; the old buffer's memory is reused."""
+        source, target = np.zeros((2, len(tokens)), np.int32)
+        target[:] = len(buffer)  # out of range, and so dropped
+        source[: len(rows)], target[: len(rows)] = rows, places
+        return self._put(buffer, tokens, source, target)
+
+    def rest(self, exit: int, buffer: jax.Array, rows: int) -> Pending:
+        """Starts the rest of the tower on the first `rows` rows of a buffer."""
+        parts = []
+        for start, n, bucket in cut(rows, self.buckets):
+            piece = buffer if bucket == len(buffer) else self._take(buffer, np.int32(start), bucket)
+            parts.append((self._rest[exit](self.clip_params, piece), n))
+        return Pending(parts)
+
+    def warm_up(self) -> None:
+        """Compiles every part for every batch shape."""
+        side = self.preprocess.image_size
+        for bucket in self.buckets:
+            tokens, _ = self._begin(self.scorer_params, np.zeros((bucket, side, side, 3), np.uint8))
+            buffer = self.put(self.buffer(), tokens, [0], [0])
+            piece = buffer if bucket == len(buffer) else self._take(buffer, np.int32(0), bucket)
+            jax.block_until_ready([rest(self.clip_params, piece) for rest in self._rest.values()])
+
+
+def _put(buffer: jax.Array, tokens: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
+    return buffer.at[target].set(tokens[source], mode="drop")
+
+
+def _take(buffer: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    # Rows past the end repeat the last one: they are padding.
+    return jnp.take(buffer, start + jnp.arange(size), axis=0, mode="clip")
+
+
+@dataclass
+class _Queue:
+    """The images that wait for one exit: their tokens on the device, and which images they are."""
+
+    buffer: jax.Array
+    positions: list[int] = field(default_factory=list)
+
+
+class SharedRouter:
+    """As `Router`, for a complexity model that is a head on the tower's first blocks.
+
+    Args:
+        tower: the jitted parts.
+        thresholds: as for `assign`.
+    """
+
+    def __init__(self, tower: SharedTower, thresholds: Sequence[float]):
+        self.exits = tower.clip.arch.vision.all_exits
+        check_thresholds(self.exits, thresholds)
+        self._tower = tower
+        self.thresholds = tuple(float(t) for t in thresholds)
+
+    def warm_up(self) -> None:
+        """Compiles everything that routing runs."""
+        self._tower.warm_up()
+
+    def embed(self, batches: Iterable[tuple[np.ndarray, Any]], embed_dim: int) -> Routed:
+        """batches of (tower pixels uint8 [n, S, S, 3], ignored) -> Routed over all of them, in the order they came in."""
+        tower, full = self._tower, self._tower.buckets[-1]
+        queues: dict[int, _Queue] = {}
+        flying = InFlight()
+        scores: list[np.ndarray] = []
+        seen = 0
+
+        def send(exit: int) -> None:
+            queue = queues[exit]
+            flying.add(queue.positions, tower.rest(exit, queue.buffer, len(queue.positions)))
+            queue.positions = []
+
+        def enqueue(exit: int, tokens: jax.Array, rows: list[int], first: int) -> None:
+            queue = queues.setdefault(exit, _Queue(tower.buffer()))
+            while rows:
+                now, rows = rows[: full - len(queue.positions)], rows[full - len(queue.positions) :]
+                places = range(len(queue.positions), len(queue.positions) + len(now))
+                queue.buffer = tower.put(queue.buffer, tokens, now, places)
+                queue.positions += [first + row for row in now]
+                if len(queue.positions) == full:
+                    send(exit)
+
+        for pixels, _ in batches:
+            for tokens, raw, rows in tower.begin(pixels) if len(pixels) else ():
+                found = np.asarray(raw, np.float32)[:rows]
+                scores.append(found)
+                exits = assign(found, self.exits, self.thresholds)
+                for exit in np.unique(exits).tolist():
+                    enqueue(exit, tokens, np.flatnonzero(exits == exit).tolist(), seen)
+                seen += rows
+        for exit, queue in queues.items():
+            if queue.positions:
+                send(exit)
+        all_scores = np.concatenate(scores) if scores else np.zeros(0, np.float32)
+        return Routed(flying.embeddings(seen, embed_dim), all_scores, assign(all_scores, self.exits, self.thresholds))

@@ -1,0 +1,123 @@
+"""Complexity from the tokens after the first blocks of a CLIP vision tower, so that routing shares the tower's own work.
+
+The tower's part is a copy of the CLIP's weights and does not learn; a head on pooled tokens does. The copy makes the model
+complete without the CLIP; beside it the tokens are computed once, and the tower goes on from them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from icar_jax import pytree
+from icar_jax.models.complexity import HEAD_MODULES, HEADS, dropout, log_odds
+from icar_jax.models.layers import Bridge, DType
+from icar_jax.models.vision import Trunk, VisionArch
+
+Array = jax.Array
+TOWER = "tower"  # parameters of the copied part; the others are the head's
+
+
+@dataclass(frozen=True)
+class BlocksArch:
+    """The whole vision tower's shape, the blocks that run before the head, and the head."""
+
+    vision: VisionArch
+    blocks: int
+    head: str
+    dropout: float = 0.2  # regression head only, while training
+    type: str = "blocks"
+
+    def __post_init__(self):
+        if self.head not in HEADS:
+            raise ValueError(f"complexity head {self.head!r} must be one of {HEADS}")
+        if not 1 <= self.blocks <= self.vision.depth:
+            raise ValueError(f"blocks={self.blocks} must lie in 1 to {self.vision.depth}, the depth of the vision tower")
+        if self.type != "blocks":
+            raise ValueError(f"type {self.type!r} must be 'blocks'")
+
+    @property
+    def image_size(self) -> int:
+        """Pixels, prepared as the CLIP's own."""
+        return self.vision.image_size
+
+    @property
+    def features(self) -> int:
+        """Width of the pooled tokens: mean and deviation of the patches and, where there is one, the class token."""
+        return (2 + self.vision.class_token) * self.vision.width
+
+
+class _BlocksModule(nnx.Module):
+    def __init__(self, arch: BlocksArch, rngs: nnx.Rngs):
+        self.tower = Trunk(arch.vision, arch.blocks, rngs=rngs)
+        self.head = HEAD_MODULES[arch.head](arch.features, rngs=rngs)
+
+
+@dataclass(frozen=True)
+class BlocksScorer:
+    """Pure functions of one architecture, as those of `Complexity`, and both halves of them."""
+
+    arch: BlocksArch
+
+    @cached_property
+    def _bridge(self) -> Bridge:
+        return Bridge(lambda rngs: _BlocksModule(self.arch, rngs))
+
+    def shapes(self) -> pytree.Tree:
+        return self._bridge.shapes()
+
+    def init(self, key: Array) -> pytree.Tree:
+        """Random parameters, those of the tower included: `shared_paths` says what to replace them with."""
+        return self._bridge.init(key)
+
+    def shared_paths(self) -> dict[str, str]:
+        """{path of a parameter of the copied part: its path in the CLIP's parameters}."""
+        return shared_paths(self.shapes())
+
+    def tokens(self, params: Mapping[str, Any], images: Array, dtype: DType = jnp.float32) -> Array:
+        """images float [B, S, S, 3], normalised -> tokens [B, L, W] after `arch.blocks` blocks, in `dtype`."""
+        tower, blocks = self._bridge.bind(params).tower, self.arch.blocks
+        return tower.run(tower.embed(images, dtype), (blocks,), dtype)[blocks]
+
+    def logits_of_tokens(
+        self, params: Mapping[str, Any], tokens: Array, dropout_key: Array | None = None, dtype: DType = jnp.float32
+    ) -> Array:
+        """tokens [B, L, W] -> [B, 2] (classification) or [B, 1] (regression), float32."""
+        pooled = pool_tokens(tokens, self.arch.vision.class_token)
+        return self._bridge.bind(params).head(pooled, dtype, dropout(self.arch.dropout, dropout_key))
+
+    def logits(
+        self, params: Mapping[str, Any], images: Array, dropout_key: Array | None = None, dtype: DType = jnp.float32
+    ) -> Array:
+        """images float [B, S, S, 3], normalised -> [B, 2] (classification) or [B, 1] (regression), float32."""
+        return self.logits_of_tokens(params, self.tokens(params, images, dtype), dropout_key, dtype)
+
+    def score_of_tokens(self, params: Mapping[str, Any], tokens: Array, dtype: DType = jnp.float32) -> Array:
+        """tokens [B, L, W] -> complexity [B] in [0, 1], float32; higher is more complex."""
+        return jax.nn.sigmoid(log_odds(self.logits_of_tokens(params, tokens, dtype=dtype), self.arch.head))
+
+    def score(self, params: Mapping[str, Any], images: Array, dtype: DType = jnp.float32) -> Array:
+        """images float [B, S, S, 3], normalised -> complexity [B] in [0, 1], float32; higher is more complex."""
+        return self.score_of_tokens(params, self.tokens(params, images, dtype), dtype)
+
+
+def pool_tokens(tokens: Array, class_token: bool) -> Array:
+    """tokens [B, L, W] -> float32 [B, 3 W or 2 W]: the class token, and mean and standard deviation over the patches."""
+    x = tokens.astype(jnp.float32)
+    patches = x[:, 1:] if class_token else x
+    mean = patches.mean(axis=1)
+    variance = jnp.square(patches - mean[:, None]).mean(axis=1)
+    # The gradient of sqrt at 0 is infinite; the patches of a flat image are told apart by their positions alone.
+    return jnp.concatenate([*([x[:, 0]] if class_token else []), mean, jnp.sqrt(variance + 1e-12)], axis=-1)
+
+
+def shared_paths(shapes: Mapping[str, Any]) -> dict[str, str]:
+    """{path of a parameter of the copied part: its path in the CLIP's parameters}, from parameters or their shapes."""
+    return {path: re.sub(f"^{TOWER}/", "vision/", path) for path in pytree.flatten(shapes) if path.startswith(f"{TOWER}/")}

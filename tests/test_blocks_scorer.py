@@ -1,0 +1,230 @@
+"""A complexity head on the first blocks of a CLIP: training leaves the tower alone, and routing shares it."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+import icar_jax
+from icar_jax import checkpoint, pytree
+from icar_jax.checkpoint import CheckpointError
+from icar_jax.config import ConfigError, from_dict, validate
+from icar_jax.data.images import Preprocess
+from icar_jax.evaluation.calibration import make_bundle, thresholds_for_shares
+from icar_jax.inference.forward import count_compilations
+from icar_jax.inference.router import assign
+from icar_jax.inference.shared import SharedRouter
+from icar_jax.models import registry
+from icar_jax.models.blocks_scorer import BlocksArch, BlocksScorer, pool_tokens
+from icar_jax.models.clip import ClipArch
+from icar_jax.models.complexity import ComplexityArch
+from icar_jax.models.flops import complexity_flops, router_flops, trunk_flops, vision_flops
+from icar_jax.models.scorers import make_scorer, scorer_arch
+from icar_jax.training.loop import train
+
+
+def pictures(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, size=(40, 40, 3), dtype=np.uint8) // np.uint8(rng.integers(1, 6)) for _ in range(n)]
+
+
+def write_scorer(folder, clip_folder, blocks, head="regression", change=lambda flat: flat, spread=30.0):
+    """A head on `clip_folder`'s first blocks, random, with scores that differ between images."""
+    clip = checkpoint.read(clip_folder, "clip")
+    vision = from_dict(clip.description["arch"], ClipArch).vision
+    arch = BlocksArch(dataclasses.replace(vision, exits=()), blocks, head)
+    scorer = BlocksScorer(arch)
+    flat, weights = pytree.flatten(scorer.init(jax.random.key(3))), pytree.flatten(clip.params)
+    flat |= {path: weights[source] for path, source in scorer.shared_paths().items()}
+    last = "head/fc3/kernel" if head == "regression" else "head/fc/kernel"
+    flat[last] = flat[last] * spread
+    description = {
+        "arch": dataclasses.asdict(arch),
+        "preprocess": clip.description["preprocess"],
+        "tower": {"clip": "clips/first", "sha256": clip.description["hashes"][checkpoint.WEIGHTS]},
+    }
+    return checkpoint.write(folder, "complexity", description, pytree.unflatten(change(flat)))
+
+
+@pytest.fixture(scope="module")
+def scorer_folder(clip_folder, tmp_path_factory):
+    return write_scorer(tmp_path_factory.mktemp("blocks") / "model", clip_folder, 1)
+
+
+@pytest.fixture(scope="module")
+def bundle(clip_folder, scorer_folder, tmp_path_factory):
+    scores = icar_jax.load(scorer_folder).score(pictures(60))
+    thresholds = thresholds_for_shares(scores, (0.3, 0.3, 0.4))
+    return make_bundle(clip_folder, scorer_folder, tmp_path_factory.mktemp("shared") / "bundle", thresholds=thresholds)
+
+
+@pytest.fixture(scope="module")
+def model(bundle):
+    return icar_jax.load(bundle, batch_size=8)
+
+
+def test_routing_on_the_towers_tokens_equals_each_exit_run_alone(model):
+    images = pictures(37, seed=3)
+    assert isinstance(model.router, SharedRouter) and set(model.preprocesses) == {"clip"}
+    routed = model.route(images)
+    assert len(set(routed.exits.tolist())) == 3, "the fixture should reach every exit, also the one at block 1 itself"
+    np.testing.assert_array_equal(routed.exits, assign(routed.scores, model.exits, model.thresholds))
+    for exit in model.exits:
+        alone = model.encode_image(images, exit=exit)
+        np.testing.assert_allclose(routed.embeddings[routed.exits == exit], alone[routed.exits == exit], atol=1e-5)
+    np.testing.assert_allclose(model.score(images), routed.scores, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(routed.embeddings, axis=1), 1, atol=1e-5)
+
+
+def test_the_scorer_alone_scores_as_in_its_bundle(model, scorer_folder):
+    images = pictures(11, seed=4)
+    np.testing.assert_allclose(icar_jax.load(scorer_folder, batch_size=8).score(images), model.score(images), atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(), (1,), (3, 0, 8), (8, 8, 8, 8, 5), (7, 2, 8, 1, 6, 8, 3)])
+def test_order_is_kept_over_ragged_batches_of_one_exit(model, sizes):
+    """All images to one exit fill its buffer across batches; whatever is cut, rows come back to their images."""
+    rng = np.random.default_rng(len(sizes))
+    side = model.preprocess.image_size
+    batches = [rng.integers(0, 256, (n, side, side, 3), dtype=np.uint8) for n in sizes]
+    for thresholds, exit in (((-1.0, 2.0), 2), ((2.0, 2.0), 1), ((-1.0, -1.0), 3)):
+        routed = SharedRouter(model.router._tower, thresholds).embed([(b, b) for b in batches], model.embed_dim)
+        assert routed.embeddings.shape == (sum(sizes), model.embed_dim) and set(routed.exits.tolist()) <= {exit}
+        if sum(sizes):
+            np.testing.assert_allclose(routed.embeddings, model.towers[exit](np.concatenate(batches)), atol=1e-5)
+
+
+def test_nothing_compiles_after_warm_up(model):
+    model.warm_up()
+    with count_compilations() as compiled:
+        for n in (1, 3, 8, 9, 20, 41):
+            model.route(pictures(n, seed=n))
+            model.score(pictures(n, seed=n))
+    assert compiled() == 0
+
+
+def test_bfloat16_follows_float32(bundle, model):
+    images = pictures(16, seed=9)
+    low = icar_jax.load(bundle, batch_size=8, dtype="bfloat16")
+    exit = model.exits[-1]
+    routed = SharedRouter(low.router._tower, (-1.0, -1.0)).embed(
+        [(batch["clip"], None) for batch in low._prepare(images, low.preprocesses)], low.embed_dim
+    )  # fmt: skip
+    np.testing.assert_allclose(routed.embeddings, low.encode_image(images, exit=exit), atol=0.02)
+
+
+def test_a_bundle_with_another_tower_is_refused(clip_folder, tmp_path):
+    def nudge(flat):
+        kernel = np.array(flat["tower/blocks/0/mlp/fc1/kernel"])
+        kernel[0, 0] = np.nextafter(kernel[0, 0], 1)
+        return flat | {"tower/blocks/0/mlp/fc1/kernel": kernel}
+
+    other = write_scorer(tmp_path / "other", clip_folder, 1, change=nudge)
+    with pytest.raises(CheckpointError, match=r"another tower \(vision/blocks/0/mlp/fc1/kernel\).*trained on \(clips/first"):
+        make_bundle(clip_folder, other, tmp_path / "bundle", thresholds=(0.3, 0.6))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_an_edited_bundle_is_refused_when_loaded(bundle, clip_folder, tmp_path):
+    shutil.copytree(bundle, tmp_path / "bundle")
+    shutil.rmtree(tmp_path / "bundle" / "complexity")
+    write_scorer(tmp_path / "bundle" / "complexity", clip_folder, 2)
+    with pytest.raises(CheckpointError, match="exit after block 1, which would leave before it is scored"):
+        icar_jax.load(tmp_path / "bundle")
+
+
+def test_other_preprocessing_is_refused(clip_folder, scorer_folder, tmp_path):
+    read = checkpoint.read(scorer_folder, "complexity")
+    description = {**read.description, "preprocess": Preprocess(32, "crop").to_dict()}
+    other = checkpoint.write(tmp_path / "other", "complexity", description, read.params)
+    with pytest.raises(CheckpointError, match="another tower .the preprocessing."):
+        make_bundle(clip_folder, other, tmp_path / "bundle", thresholds=(0.3, 0.6))
+
+
+def test_counted_cost_of_the_router_is_its_head():
+    vision = registry.CLIP["vit_l14"].vision
+    arch = BlocksArch(vision, 2, "classification")
+    assert router_flops(arch) == 2 * 3 * 1024 * 2
+    assert complexity_flops(arch) == trunk_flops(vision, 2) + router_flops(arch)
+    assert trunk_flops(vision, 24) + 2 * 1024 * 768 == vision_flops(vision)
+    assert router_flops(arch) < 1e-6 * vision_flops(vision)
+
+
+def test_an_architecture_without_type_is_a_convnext():
+    arch = ComplexityArch(registry.CONVNEXT["convnextv2_demo"], "regression", 32)
+    assert scorer_arch(json.loads(json.dumps(dataclasses.asdict(arch))), "arch") == arch
+    blocks = BlocksArch(registry.CLIP["vit_demo"].vision, 2, "regression")
+    read = scorer_arch(json.loads(json.dumps(dataclasses.asdict(blocks))), "arch")
+    assert read == blocks and isinstance(make_scorer(read), BlocksScorer)
+    with pytest.raises(ConfigError, match="arch.type='resnet'"):
+        scorer_arch({"type": "resnet"}, "arch")
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_pooled_tokens(class_token):
+    x = np.random.default_rng(0).normal(size=(3, 10, 4)).astype(np.float32)
+    patches = x[:, 1:] if class_token else x
+    expected = np.concatenate([*([x[:, 0]] if class_token else []), patches.mean(1), patches.std(1)], axis=1)
+    np.testing.assert_allclose(pool_tokens(x, class_token), expected, atol=1e-6)
+    flat = jax.grad(lambda t: pool_tokens(t, class_token).sum())(np.ones((1, 5, 2), np.float32))
+    assert np.isfinite(flat).all()
+
+
+def blocks_config(clip_folder, **train_fields):
+    config = tiny_config("complexity", **train_fields)
+    config.complexity.variant, config.complexity.head = "blocks", "regression"
+    config.complexity.clip, config.complexity.blocks = str(clip_folder), 1
+    config.data.scenes_pixels = 32
+    return config
+
+
+def test_training_lowers_the_loss_and_leaves_the_tower_alone(clip_folder, tmp_path):
+    config = blocks_config(clip_folder, steps=30, checkpoint_every=30)
+    config.complexity.dropout, config.optim.lr, config.optim.ema = 0.0, 3e-3, 0.9
+    folder = train(validate(config), tmp_path / "run")
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    trained, clip = checkpoint.read(folder, "complexity"), checkpoint.read(clip_folder, "clip")
+    have, want = pytree.flatten(trained.params), pytree.flatten(clip.params)
+    shared = BlocksScorer(scorer_arch(trained.description["arch"], "arch")).shared_paths()
+    assert len(shared) > 15
+    for path, source in shared.items():
+        np.testing.assert_array_equal(have[path], want[source])
+    assert trained.description["preprocess"] == clip.description["preprocess"]
+    assert trained.description["tower"]["sha256"] == clip.description["hashes"][checkpoint.WEIGHTS]
+    make_bundle(clip_folder, folder, tmp_path / "bundle", thresholds=(0.4, 0.6))
+    assert icar_jax.load(tmp_path / "bundle", batch_size=8).route(pictures(5)).embeddings.shape == (5, 24)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"clip": ""}, "config.complexity.clip='' but config.complexity.variant='blocks'"),
+        ({"clip": "nowhere"}, "config.complexity.clip=nowhere: nowhere does not exist"),
+        ({"blocks": 0}, "config.complexity.blocks=0 must lie in 1 to 1, the first exit of"),
+        ({"blocks": 2}, "config.complexity.blocks=2 must lie in 1 to 1"),
+        ({"variant": "convnextv2_demo", "blocks": 0}, "config.complexity.clip='.*' is for config.complexity.variant='blocks'"),
+        ({"variant": "convnextv2_demo", "clip": ""}, "config.complexity.blocks=1 is for config.complexity.variant='blocks'"),
+    ],
+)
+def test_faults_are_named_before_anything_is_written(fields, message, clip_folder, tmp_path):
+    config = blocks_config(clip_folder)
+    for name, value in fields.items():
+        setattr(config.complexity, name, value)
+    with pytest.raises(ConfigError, match=message):
+        train(validate(config), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_complexity_model_is_no_clip_to_read(complexity_folder, tmp_path):
+    with pytest.raises(ConfigError, match="no checkpoint of kind clip in"):
+        train(validate(blocks_config(complexity_folder)), tmp_path / "run")
+
+
+def test_initial_weights_have_one_source(clip_folder):
+    with pytest.raises(ConfigError, match="config.train.init='x'.*come from config.complexity.clip"):
+        validate(blocks_config(clip_folder, init="x"))
