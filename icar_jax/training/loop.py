@@ -85,13 +85,17 @@ def _open_run(config: ExperimentConfig, workdir: Path) -> _Run:
         distributed.avoid_cached_collectives()
         cfg.validate_batch(config.train.batch_size, batch_shards(mesh), config.train.accumulate)
         _check_architecture(config)
-        source = sources.train_source(config.data)
+    distributed.require_same("configuration", _shared_part(config))
+    open_data = lambda: sources.train_source(config.data)
+    # What process 0 has indexed the others read; sources without an index are opened by all at the same time.
+    source = distributed.main_first("indexing the shards", open_data) if sources.keeps_index(config.data) else None
+    with distributed.together("opening the data"):
+        source = open_data() if source is None else source
         trained_on = sources.fingerprint(source)
         resumed = files.has_checkpoint(workdir)
         if resumed:
             files.require_same_config(workdir, config, files.FREE_ON_RESUME)
             files.require_same_data(workdir, trained_on)
-    distributed.require_same("configuration", _shared_part(config))
     distributed.require_same("set of training images (config.data.root)", json.dumps(trained_on, sort_keys=True))
     token = distributed.from_main(secrets.randbits(30))
     tokenizer = None
@@ -123,7 +127,7 @@ def _train(run: _Run, request: StopRequest, stop_after: int, evaluators: tuple[M
     part = distributed.batch_part(sharding, t.batch_size)
     trained = Trained(config, task.kind, task.description, run.tokenizer, sharding, batch_shards(run.mesh), part)
     with StateStore(workdir, t.keep) as store:
-        start = store.latest_step or 0
+        start = distributed.from_main(store.latest_step or 0)  # a network file system may show the newest one late elsewhere
         evaluation = make_evaluation(trained, workdir, start, evaluators)
         if start:
             state = store.restore(start, abstract_state(task, optimizer, run.mesh, config))
