@@ -296,10 +296,24 @@ def _tokenizer(config: ExperimentConfig, source: Source, resumed: Path | None) -
     """The tokenizer of the run: the one a resumed run began with, the configured file, or one trained on the captions."""
     if resumed is not None:
         return Tokenizer.from_file(resumed / checkpoint.TOKENIZER)
-    if config.data.tokenizer:
-        return Tokenizer.from_file(config.data.tokenizer)
-    if config.train.init and (found := load_tokenizer(config.train.init)) is not None:
-        return Tokenizer.from_json(found, f"the tokenizer of {config.train.init}")
+    init, file = config.train.init, config.data.tokenizer
+    kept = load_tokenizer(init) if init else None
+    theirs = Tokenizer.from_json(kept, f"the tokenizer of {init}") if kept is not None else None
+    if file:
+        given = Tokenizer.from_file(file)
+        if theirs is not None and not given.same_ids(theirs):
+            raise cfg.ConfigError(
+                f"config.data.tokenizer={file} gives other ids than the tokenizer in config.train.init={init}, which its text "
+                "tower was trained with; leave config.data.tokenizer empty, which takes that one"
+            )
+        return given
+    if theirs is not None:
+        return theirs
+    if init:
+        raise cfg.ConfigError(
+            f"config.train.init={init} holds no tokenizer, and one trained on the captions would not fit its text tower; pass "
+            "the one it was trained with: --config.data.tokenizer=PATH"
+        )
     count = min(len(source), CAPTIONS_FOR_TOKENIZER)
     captions = (caption for i in range(count) for caption in source[i].captions)
     return Tokenizer.train(captions, config.data.vocabulary)
