@@ -32,7 +32,7 @@ from icar_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh
 from icar_jax.parallel.rules import shardings
 from icar_jax.training.checkpoints import StateStore, require_space, write_model
 from icar_jax.training.evaluator import Evaluation, MakeEvaluator, Trained, make_evaluation
-from icar_jax.training.initial import load_params, load_tokenizer, place
+from icar_jax.training.initial import load_params, load_tokenizer, note_preprocessing, place
 from icar_jax.training.logs import RunLog, SilentLog, open_log
 from icar_jax.training.monitor import CutCaptions, Monitor, NonFiniteLoss
 from icar_jax.training.optimizer import make_optimizer
@@ -105,7 +105,7 @@ def _open_run(config: ExperimentConfig, workdir: Path) -> _Run:
                 tokenizer = _tokenizer(config, source, workdir if resumed else None)
             task = make_task(config, tokenizer, mesh)  # what does not fit is found before anything is written
             if config.train.init and not resumed:
-                _initial_params(config, task)  # what does not fit is named now; the values are read later
+                _initial_params(config, task, _quiet)  # what does not fit is named now; the values are read later
             abstract = abstract_state(task, _optimizer(config), mesh, config)
             require_space(workdir, abstract, config.train.keep, 1 + config.train.keep_best)
             _claim_workdir(config, workdir, trained_on, tokenizer, token)
@@ -286,10 +286,15 @@ def _claim_workdir(
         raise cfg.ConfigError(f"--workdir={workdir} cannot be written: {error}; choose a writable folder") from error
 
 
-def _initial_params(config: ExperimentConfig, task: Task) -> Mapping[str, Any]:
+def _quiet(text: str) -> None:
+    pass
+
+
+def _initial_params(config: ExperimentConfig, task: Task, note: Callable[[str], None] = _say) -> Mapping[str, Any]:
     """The weights of config.train.init, read when asked for. Raises ConfigError where they do not fit the task's model."""
     fresh = lambda: jax.device_get(task.init(jax.random.key(config.train.seed)))
-    return load_params(config.train.init, task.kind, task.arch, task.shapes, fresh, _say)
+    note_preprocessing(config.train.init, task.kind, task.preprocess, note)
+    return load_params(config.train.init, task.kind, task.arch, task.shapes, fresh, note)
 
 
 def _tokenizer(config: ExperimentConfig, source: Source, resumed: Path | None) -> Tokenizer:

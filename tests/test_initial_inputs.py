@@ -1,4 +1,4 @@
-"""The tokenizer of a run that starts from a checkpoint is the one its text tower was trained with."""
+"""A run that starts from a checkpoint: its own tokenizer, and a word where pictures are prepared otherwise."""
 
 import shutil
 
@@ -7,7 +7,9 @@ from conftest import CAPTIONS, tiny_config
 
 from icar_jax import checkpoint
 from icar_jax.config import ConfigError
+from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
+from icar_jax.training.initial import note_preprocessing
 from icar_jax.training.loop import _tokenizer
 
 
@@ -45,3 +47,14 @@ def test_a_checkpoint_without_one_asks_for_it(config, clip_folder, tmp_path):
         _tokenizer(config, None, None)
     config.data.tokenizer = str(clip_folder / checkpoint.TOKENIZER)
     assert _tokenizer(config, None, None).vocab_size
+
+
+def test_other_preprocessing_than_that_of_the_checkpoint_is_said(clip_folder):
+    notes = []
+    note_preprocessing(clip_folder, "clip", Preprocess(64, "squash"), notes.append)
+    assert notes == []
+    note_preprocessing(clip_folder, "clip", Preprocess(32, "crop", "bilinear"), notes.append)
+    assert notes == [
+        f"{clip_folder}: its pictures were prepared otherwise: resize_mode 'squash' there, 'crop' here; "
+        "interpolation 'bicubic' there, 'bilinear' here (config.data)"
+    ]
