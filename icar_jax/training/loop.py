@@ -63,7 +63,7 @@ def train(
     """
     with StopRequest() as request:
         run = _open_run(cfg.validate(config), Path(workdir))
-        return _train(run, request, stop_after or run.config.train.steps, evaluators)
+        return _train(run, request, run.config.train.steps if stop_after is None else stop_after, evaluators)
 
 
 @dataclasses.dataclass(frozen=True)
