@@ -138,10 +138,10 @@ def write_token(workdir: Path, token: int) -> None:
     write_text(workdir / TOKEN, str(token))
 
 
-def require_token(workdir: Path, token: int, wait_s: float = 30.0) -> None:
+def require_token(workdir: Path, token: int, wait_s: float = 90.0) -> None:
     """Raises ConfigError where the number that process 0 left is not seen: then this is not the same folder.
 
-    Waits a while, since a network file system may show new files late.
+    Waits a while: NFS looks again for a name that it did not find after up to 60 s.
     """
     file, until = workdir / TOKEN, time.monotonic() + wait_s
     while True:

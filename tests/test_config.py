@@ -41,6 +41,8 @@ FAULTS = {
     "--config.data.tokenizer=nowhere.json": ("nowhere.json", "not found"),
     "--config.data.scenes_pixels=8": ("config.data.scenes_pixels=8", "32 to 512"),
     "--config.clip.patch_size=-8": ("config.clip.patch_size=-8", "at least 0"),
+    "--config.train.freeze=('image','text','exits','temperature')": ("config.train.freeze", "nothing to train"),
+    "--config.data.stall_timeout_s=inf": ("config.data.stall_timeout_s=inf", "positive number of seconds"),
     "--config.train.seed=-1": ("config.train.seed=-1", "at least 0"),
     "--config.optim.b1=2.0": ("config.optim.b1=2.0", "[0, 1)"),
     "--config.optim.lr=-1.0": ("config.optim.lr=-1.0", "at least 0"),

@@ -126,6 +126,7 @@ def test_one_process_agrees_with_itself():
 SCRIPT = """
 import os, sys, time
 import jax, numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
 from icar_jax.config import ConfigError, MeshConfig
 from icar_jax.parallel import distributed
@@ -154,6 +155,11 @@ except OSError as error:
     assert me == 1 and str(error) == "broken disk"
 except distributed.PeerError as error:
     assert me == 0 and str(error).startswith("process 1 of 2 failed while reading"), error
+if me == 0:
+    time.sleep(1.0)
+begun = distributed.main_first("indexing", lambda: (time.sleep(0.5 * (1 - me)), time.time())[1])
+times = multihost_utils.process_allgather(np.float32(begun % 1e4))
+assert times[0] < times[1], times  # process 1 began when process 0 had ended
 
 # data x fsdp over the processes: each has its half. A tensor axis across them: both read everything.
 assert distributed.batch_part(batch_sharding(make_mesh(MeshConfig(4, 1, 1))), 8) == (me, 2)
@@ -210,6 +216,30 @@ def test_two_processes_agree(tmp_path):
     (code, out, err), (alone, other, traceback) = [programs.finish(p, timeout=120) for p in pair]
     assert code == 0 and "agreed" in out, err[-3000:]
     assert alone == 1 and "agreed" in other and "ValueError: alone" in traceback, traceback[-3000:]
+
+
+SLOW = """
+import os, sys, time
+from icar_jax.parallel import distributed
+
+me = int(sys.argv[2])
+distributed.start(sys.argv[1], 2, me, timeout_s=60)
+with distributed.together("opening the data"):
+    time.sleep(0 if me else 33)
+print("agreed", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.check
+def test_a_process_may_keep_the_others_waiting_at_the_start(tmp_path):
+    """CPUs wait 30 s for each other's first collective, which indexing shards or training a tokenizer may take longer than."""
+    address, environ = programs.free_address(), programs.environment(tmp_path)
+    command = [sys.executable, "-c", SLOW, address]
+    pipes = {"cwd": programs.ROOT, "env": environ, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pair = [subprocess.Popen([*command, str(i)], **pipes) for i in range(2)]
+    for code, out, err in [programs.finish(p, timeout=120) for p in pair]:
+        assert code == 0 and "agreed" in out, err[-3000:]
 
 
 @pytest.mark.check

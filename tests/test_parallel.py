@@ -1,5 +1,6 @@
 """Sharding rules by path, and one step on eight fake devices against one device."""
 
+import dataclasses
 import json
 import os
 import re
@@ -46,6 +47,13 @@ def test_every_large_leaf_of_the_large_model_is_cut():
     shapes = pytree.flatten(Clip(registry.CLIP["vit_l14"]).shapes())
     whole = [p for p, leaf in shapes.items() if spec_for(p, leaf.shape, SHAPE) == P() and leaf.size >= 1 << 20]
     assert whole == []
+
+
+def test_no_leaf_of_the_large_model_is_unmatched():
+    """ViT-L/14 with exits and both losses' scalars: a rule of the table for every parameter, and so for its moments."""
+    arch = registry.clip_arch(registry.cfg.ClipConfig(variant="vit_l14", exits=(6, 12)))
+    paths = list(pytree.flatten(Clip(dataclasses.replace(arch, logit_bias=True)).shapes()))
+    assert len(paths) > 400 and [p for p in paths if not any(re.search(pattern, p) for pattern, _ in RULES)] == []
 
 
 def test_every_rule_is_used():

@@ -1,6 +1,7 @@
 """What a configuration must satisfy, checked after the flags and before anything else."""
 
 import dataclasses
+import math
 import typing
 from typing import Any
 
@@ -85,8 +86,10 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     _at_least("config.train.patience", c.train.patience, 0, "0 runs all steps")
     _at_least("config.loss.chunk", c.loss.chunk, 0, "0 forms all logits at once")
     _at_least("config.data.retries", c.data.retries, 0, "0 stops at the first fault")
-    if not c.data.stall_timeout_s > 0:
-        raise ConfigError(f"config.data.stall_timeout_s={c.data.stall_timeout_s} must be positive (seconds)")
+    if not 0 < c.data.stall_timeout_s < math.inf:
+        raise ConfigError(
+            f"config.data.stall_timeout_s={c.data.stall_timeout_s} must be a positive number of seconds; 86400 waits for a day"
+        )
     _validate_training(c)
     for name in ("lr", "exit_lr", "temperature_lr", "weight_decay", "clip_norm", "warmup_steps", "eps", "final_lr"):
         _at_least(f"config.optim.{name}", getattr(c.optim, name), 0, "use zero or a positive number")
@@ -126,6 +129,8 @@ def _validate_training(c: ExperimentConfig) -> None:
             f"config.train.accumulate={t.accumulate} does not divide config.train.batch_size={t.batch_size}; "
             "choose a divisor"
         )
+    if set(t.freeze) >= set(FREEZE):
+        raise ConfigError(f"config.train.freeze={t.freeze} leaves nothing to train; take one of its groups out")
     if t.keep_best and not t.eval_every:
         raise ConfigError("config.train.keep_best=True needs evaluations: set config.train.eval_every to a number of steps")
     if t.patience and not t.eval_every:

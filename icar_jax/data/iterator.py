@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from icar_jax.data.watch import StalledData, Watched, WorkerDied, Workers, set_worker
+from icar_jax.data.watch import StalledData, Watched, WorkerDied, Workers, outlive_signals_not_the_parent, set_worker
 
 STALL_TIMEOUT_S = 600.0
 # A worker reports a stall itself, as it knows what it was reading; Grain waits up to 25 s for its end before passing that on.
@@ -219,3 +219,4 @@ def _init_worker(folder: str, worker_index: int, worker_count: int) -> None:
     if (jax := sys.modules.get("jax")) is not None:  # grain has imported it: the variable was read already
         jax.config.update("jax_platforms", "cpu")
     set_worker(folder, worker_index, worker_count)
+    outlive_signals_not_the_parent()

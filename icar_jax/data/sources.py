@@ -110,6 +110,11 @@ def open_split(data: DataConfig, split: str) -> Any:
         return open_folder(data.root, split)
 
 
+def keeps_index(data: DataConfig) -> bool:
+    """Whether the first to open the data may take long and leaves beside it what the next ones need."""
+    return data.source == "webdataset"
+
+
 def loading(data: DataConfig) -> dict[str, Any]:
     """How batches are read, as keywords of `train_batches` and `eval_batches`."""
     return {

@@ -207,6 +207,15 @@ class Tokenizer:
         stop = ids.index(self.end_id) if self.end_id in ids else len(ids)
         return self._backend.decode(ids[begin:stop], skip_special_tokens=True).strip()
 
+    def same_ids(self, other: Tokenizer) -> bool:
+        """Whether both give the same ids to the same tokens, whatever the start and end tokens are called."""
+        special = [(t.start_id, t.end_id, t.pad_id) for t in (self, other)]
+        words = [
+            {i: token for token, i in t._backend.get_vocab(with_added_tokens=True).items() if i not in (t.start_id, t.end_id)}
+            for t in (self, other)
+        ]
+        return special[0] == special[1] and words[0] == words[1]
+
     def token(self, id: int) -> str:
         """The token with this id, as the vocabulary spells it."""
         return self._backend.id_to_token(id)

@@ -36,6 +36,24 @@ def set_worker(folder: str, index: int, count: int) -> None:
     Path(folder, f"worker-{index}").write_text(str(os.getpid()), encoding="utf-8")
 
 
+def outlive_signals_not_the_parent() -> None:
+    """Called in a worker process: it ends when it is told to or when its parent is gone, and for no other request.
+
+    Schedulers and terminals signal the whole group of processes, and the parent needs batches until all processes of the run
+    have agreed at which step to stop. A parent that was killed closes nothing: its workers would wait for it for ever, with
+    what they hold in memory.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
 @dataclass
 class Watched:
     """`make`, each call in a daemon thread; raises StalledData where one takes longer than `timeout_s`."""

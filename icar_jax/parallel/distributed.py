@@ -14,9 +14,9 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from icar_jax.config import ConfigError
 
+_T = TypeVar("_T")
 FLAGS = "--coordinator=HOST:PORT --processes=N --process=I"
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # set by srun only
 _MPI_SIZE, _MPI_RANK, _MPI_ADDRESS = "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_MCA_orte_hnp_uri"
@@ -128,6 +129,9 @@ def _join(arguments: dict[str, Any], who: str, timeout_s: int) -> None:
     finally:
         timer.cancel()
     avoid_cached_collectives()
+    # CPUs connect at the first collective and wait 30 s for that, but for ever in later ones: here all come at the same time,
+    # while later one of them may open data or train a tokenizer for long.
+    multihost_utils.process_allgather(np.int32(0))
 
 
 def avoid_cached_collectives() -> None:
@@ -168,6 +172,16 @@ def together(what: str) -> Iterator[None]:
         raise failure
     if len(failed):
         raise PeerError(f"process {failed[0]} of {jax.process_count()} failed while {what}; the reason is in its output")
+
+
+def main_first(what: str, make: Callable[[], _T]) -> _T:
+    """`make()` in process 0 and then in the others, which find what it left on disk; fails everywhere if it fails in one."""
+    made = []
+    for turn in (True, False):
+        with together(what):
+            if is_main() == turn:
+                made.append(make())
+    return made[0]
 
 
 def end_together() -> None:

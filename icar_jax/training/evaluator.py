@@ -85,7 +85,7 @@ class Trained:
 
 
 Evaluate = Callable[[Mapping[str, Any]], dict[str, float]]  # sharded parameters -> values, the same on every process
-MakeEvaluator = Callable[[Trained], Evaluate]
+MakeEvaluator = Callable[[Trained], Evaluate]  # called in one process after the other, so it must not wait for the others
 
 
 class Evaluation:
@@ -146,7 +146,9 @@ def make_evaluation(
             "config.train.eval_every needs an evaluator: train(..., evaluators=(during_training.evaluator(config),)) as in "
             "train.py, or set it to 0"
         )
-    return Evaluation(trained, workdir, start, [make(trained) for make in evaluators])
+    # Process 0 first: what it indexes of the evaluation split the others read.
+    made = [distributed.main_first("preparing the evaluation", lambda make=make: make(trained)) for make in evaluators]
+    return Evaluation(trained, workdir, start, made)
 
 
 def _history(file: Path, start: int, chosen_by: Criterion) -> list[float]:

@@ -25,6 +25,7 @@ from icar_jax.convert.engine import Leaf
 from icar_jax.convert.errors import ConvertError
 from icar_jax.convert.positions import resize_positions
 from icar_jax.convert.tensors import read_weights
+from icar_jax.data.images import Preprocess
 from icar_jax.models import registry
 from icar_jax.models.clip import LOGIT_BIAS_START, SIGMOID_SCALE_START, ClipArch, exit_sources
 from icar_jax.models.complexity import ComplexityArch
@@ -70,6 +71,19 @@ def load_tokenizer(path: str | os.PathLike) -> str | None:
     """tokenizer.json of the CLIP checkpoint at `path`; None where it holds none. Raises ConfigError."""
     file = _find(path, KINDS["clip"]) / checkpoint.TOKENIZER
     return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def note_preprocessing(path: str | os.PathLike, kind: str, preprocess: Preprocess, note: Callable[[str], None]) -> None:
+    """Notes how pictures are prepared otherwise than for the checkpoint at `path`, its image size aside. Raises ConfigError."""
+    try:
+        theirs = checkpoint.describe(_find(path, KINDS[kind])).get("preprocess", {})
+    except CheckpointError as error:
+        raise _error(path, error) from error
+    ours = preprocess.to_dict()
+    shared = [name for name in theirs if name in ours and name != "image_size" and theirs[name] != ours[name]]
+    differing = [f"{name} {theirs[name]!r} there, {ours[name]!r} here" for name in shared]
+    if differing:
+        note(f"{os.fspath(path)}: its pictures were prepared otherwise: {'; '.join(differing)} (config.data)")
 
 
 def load_params(

@@ -33,7 +33,7 @@ from icar_jax.parallel.rules import shardings
 from icar_jax.training import tower
 from icar_jax.training.checkpoints import StateStore, require_space, write_model
 from icar_jax.training.evaluator import Evaluation, MakeEvaluator, Trained, make_evaluation
-from icar_jax.training.initial import load_params, load_tokenizer, place
+from icar_jax.training.initial import load_params, load_tokenizer, note_preprocessing, place
 from icar_jax.training.logs import RunLog, SilentLog, open_log
 from icar_jax.training.monitor import CutCaptions, Monitor, NonFiniteLoss
 from icar_jax.training.optimizer import make_optimizer
@@ -66,7 +66,7 @@ def train(
     """
     with StopRequest() as request:
         run = _open_run(cfg.validate(config), Path(workdir))
-        return _train(run, request, stop_after or run.config.train.steps, evaluators)
+        return _train(run, request, run.config.train.steps if stop_after is None else stop_after, evaluators)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,12 @@ def _open_run(config: ExperimentConfig, workdir: Path) -> _Run:
         distributed.avoid_cached_collectives()
         cfg.validate_batch(config.train.batch_size, batch_shards(mesh), config.train.accumulate)
         _check_architecture(config)
-        source = sources.train_source(config.data)
+    distributed.require_same("configuration", _shared_part(config))
+    open_data = lambda: sources.train_source(config.data)
+    # What process 0 has indexed the others read; sources without an index are opened by all at the same time.
+    source = distributed.main_first("indexing the shards", open_data) if sources.keeps_index(config.data) else None
+    with distributed.together("opening the data"):
+        source = open_data() if source is None else source
         trained_on = sources.fingerprint(source)
         config = _with_length(config, len(source))
         resumed = files.has_checkpoint(workdir)
@@ -99,7 +104,6 @@ def _open_run(config: ExperimentConfig, workdir: Path) -> _Run:
             files.require_same_data(workdir, trained_on)
         rated = look_at(config, source) if config.task == "complexity" else None
         counts = rated.class_counts if rated else (1, 1)
-    distributed.require_same("configuration", _shared_part(config))
     distributed.require_same("set of training images (config.data.root)", json.dumps(trained_on, sort_keys=True))
     token = distributed.from_main(secrets.randbits(30))
     tokenizer = None
@@ -109,7 +113,7 @@ def _open_run(config: ExperimentConfig, workdir: Path) -> _Run:
                 tokenizer = _tokenizer(config, source, workdir if resumed else None)
             task = make_task(config, tokenizer, mesh, counts)  # what does not fit is found before anything is written
             if _starts_from_weights(config) and not resumed:
-                _initial_params(config, task)  # what does not fit is named now; the values are read later
+                _initial_params(config, task, _quiet)  # what does not fit is named now; the values are read later
             abstract = abstract_state(task, _optimizer(config), mesh, config)
             require_space(workdir, abstract, config.train.keep, 1 + config.train.keep_best)
             _claim_workdir(config, workdir, trained_on, tokenizer, rated, token)
@@ -141,7 +145,7 @@ def _train(run: _Run, request: StopRequest, stop_after: int, evaluators: tuple[M
     part = distributed.batch_part(sharding, t.batch_size)
     trained = Trained(config, task.kind, task.description, run.tokenizer, sharding, batch_shards(run.mesh), part)
     with StateStore(workdir, t.keep) as store:
-        start = store.latest_step or 0
+        start = distributed.from_main(store.latest_step or 0)  # a network file system may show the newest one late elsewhere
         evaluation = make_evaluation(trained, workdir, start, evaluators)
         if start:
             state = store.restore(start, abstract_state(task, optimizer, run.mesh, config))
@@ -314,11 +318,15 @@ def _claim_workdir(
         raise cfg.ConfigError(f"--workdir={workdir} cannot be written: {error}; choose a writable folder") from error
 
 
+def _quiet(text: str) -> None:
+    pass
+
+
 def _starts_from_weights(config: ExperimentConfig) -> bool:
     return bool(config.train.init) or tower.has_tower(config)
 
 
-def _initial_params(config: ExperimentConfig, task: Task) -> Mapping[str, Any]:
+def _initial_params(config: ExperimentConfig, task: Task, note: Callable[[str], None] = _say) -> Mapping[str, Any]:
     """The weights of config.train.init, read when asked for, or the tower of config.complexity.clip under a fresh head.
 
     Raises ConfigError where they do not fit the task's model.
@@ -326,17 +334,32 @@ def _initial_params(config: ExperimentConfig, task: Task) -> Mapping[str, Any]:
     fresh = lambda: jax.device_get(task.init(jax.random.key(config.train.seed)))
     if tower.has_tower(config):
         return tower.params(config, task.shapes, fresh)
-    return load_params(config.train.init, task.kind, task.arch, task.shapes, fresh, _say)
+    note_preprocessing(config.train.init, task.kind, task.preprocess, note)
+    return load_params(config.train.init, task.kind, task.arch, task.shapes, fresh, note)
 
 
 def _tokenizer(config: ExperimentConfig, source: Source, resumed: Path | None) -> Tokenizer:
     """The tokenizer of the run: the one a resumed run began with, the configured file, or one trained on the captions."""
     if resumed is not None:
         return Tokenizer.from_file(resumed / checkpoint.TOKENIZER)
-    if config.data.tokenizer:
-        return Tokenizer.from_file(config.data.tokenizer)
-    if config.train.init and (found := load_tokenizer(config.train.init)) is not None:
-        return Tokenizer.from_json(found, f"the tokenizer of {config.train.init}")
+    init, file = config.train.init, config.data.tokenizer
+    kept = load_tokenizer(init) if init else None
+    theirs = Tokenizer.from_json(kept, f"the tokenizer of {init}") if kept is not None else None
+    if file:
+        given = Tokenizer.from_file(file)
+        if theirs is not None and not given.same_ids(theirs):
+            raise cfg.ConfigError(
+                f"config.data.tokenizer={file} gives other ids than the tokenizer in config.train.init={init}, which its text "
+                "tower was trained with; leave config.data.tokenizer empty, which takes that one"
+            )
+        return given
+    if theirs is not None:
+        return theirs
+    if init:
+        raise cfg.ConfigError(
+            f"config.train.init={init} holds no tokenizer, and one trained on the captions would not fit its text tower; pass "
+            "the one it was trained with: --config.data.tokenizer=PATH"
+        )
     count = min(len(source), CAPTIONS_FOR_TOKENIZER)
     captions = (caption for i in range(count) for caption in source[i].captions)
     return Tokenizer.train(captions, config.data.vocabulary)
