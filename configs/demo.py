@@ -30,9 +30,9 @@ def get_config(task: str = "clip") -> ExperimentConfig:
     if task == "complexity":
         return ExperimentConfig(
             task="complexity",
-            complexity=ComplexityConfig(variant="convnextv2_demo", head="regression", image_size=64),
+            complexity=ComplexityConfig(variant="convnextv2_demo", head="regression", image_size=64, dropout=0.0),
             data=DataConfig(source="scenes", normalise="imagenet"),
-            optim=OptimConfig(lr=2e-3, warmup_steps=50),
-            train=TrainConfig(steps=800, batch_size=64, checkpoint_every=200),
+            optim=OptimConfig(lr=1e-3, warmup_steps=100),
+            train=TrainConfig(steps=1200, batch_size=64, checkpoint_every=400, dtype="float32"),
         )
     raise ConfigError(f"configs/demo.py:{task}: unknown; use configs/demo.py:clip or configs/demo.py:complexity")

@@ -26,7 +26,8 @@ from icar_jax.evaluation import during_training, ratings_metrics
 from icar_jax.models import registry
 from icar_jax.models.convnext import Classifier
 from icar_jax.training import evaluator, losses
-from icar_jax.training.loop import _with_length, train
+from icar_jax.training.loop import train
+from icar_jax.training.opening import with_length
 
 ROOT = Path(__file__).parent.parent
 
@@ -215,11 +216,11 @@ def test_balanced_weights_need_both_classes(tmp_path):
 
 def test_length_in_epochs():
     config = tiny_config("complexity")
-    assert _with_length(config, 1000).train == config.train
+    assert with_length(config, 1000).train == config.train
     config.train.epochs, config.train.eval_every, config.train.batch_size = 1.5, -1, 32
-    now = _with_length(config, 100).train
+    now = with_length(config, 100).train
     assert (now.steps, now.eval_every) == (5, 3) and config.train.eval_every == -1
-    assert _with_length(config, 6720).train.steps == 315
+    assert with_length(config, 6720).train.steps == 315
 
 
 def test_other_images_are_named_when_a_run_in_epochs_continues(tmp_path):
@@ -227,7 +228,7 @@ def test_other_images_are_named_when_a_run_in_epochs_continues(tmp_path):
     config = small(config_file("ic9600"), root)
     workdir, source = tmp_path / "w", sources.train_source(config.data)
     (workdir / files.CHECKPOINTS / "1").mkdir(parents=True)  # as after a first step
-    files.save_config(workdir, _with_length(config, len(source)))
+    files.save_config(workdir, with_length(config, len(source)))
     files.save_data(workdir, sources.fingerprint(source))
     (root / "train.txt").write_text("".join((root / "train.txt").read_text().splitlines(keepends=True)[:-9]))
     with pytest.raises(ConfigError, match="the training images changed since the run"):

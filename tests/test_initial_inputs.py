@@ -10,7 +10,7 @@ from icar_jax.config import ConfigError
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.training.initial import note_preprocessing
-from icar_jax.training.loop import _tokenizer
+from icar_jax.training.opening import tokenizer_of
 
 
 @pytest.fixture
@@ -22,11 +22,11 @@ def config(clip_folder):
 
 def test_the_one_of_the_checkpoint_and_an_equal_file_are_taken(config, clip_folder, tmp_path):
     theirs = (clip_folder / checkpoint.TOKENIZER).read_text()
-    assert _tokenizer(config, None, None).to_json() == theirs
+    assert tokenizer_of(config, None, None).to_json() == theirs
     config.data.tokenizer = str(tmp_path / "same.json")
     renamed = theirs.replace("<|startoftext|>", "<start_of_text>").replace("<|endoftext|>", "<end_of_text>")
     (tmp_path / "same.json").write_text(renamed)
-    assert _tokenizer(config, None, None).vocab_size == Tokenizer.from_json(theirs).vocab_size
+    assert tokenizer_of(config, None, None).vocab_size == Tokenizer.from_json(theirs).vocab_size
 
 
 def test_another_one_of_the_same_size_is_refused(config, clip_folder, tmp_path):
@@ -36,7 +36,7 @@ def test_another_one_of_the_same_size_is_refused(config, clip_folder, tmp_path):
     other.save(tmp_path / "other.json")
     config.data.tokenizer = str(tmp_path / "other.json")
     with pytest.raises(ConfigError, match=r"config.data.tokenizer=.*other.json gives other ids .* leave config.data.tokenizer"):
-        _tokenizer(config, None, None)
+        tokenizer_of(config, None, None)
 
 
 def test_a_checkpoint_without_one_asks_for_it(config, clip_folder, tmp_path):
@@ -44,9 +44,9 @@ def test_a_checkpoint_without_one_asks_for_it(config, clip_folder, tmp_path):
     (bare / checkpoint.TOKENIZER).unlink()
     config.train.init = str(bare)
     with pytest.raises(ConfigError, match=r"config.train.init=.*bare holds no tokenizer.*--config.data.tokenizer=PATH"):
-        _tokenizer(config, None, None)
+        tokenizer_of(config, None, None)
     config.data.tokenizer = str(clip_folder / checkpoint.TOKENIZER)
-    assert _tokenizer(config, None, None).vocab_size
+    assert tokenizer_of(config, None, None).vocab_size
 
 
 def test_other_preprocessing_than_that_of_the_checkpoint_is_said(clip_folder):

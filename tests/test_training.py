@@ -205,7 +205,8 @@ def test_the_best_model_is_kept_also_across_a_resume(tmp_path):
     make, later = scripted([20.0, 30.0])
     train(config, tmp_path, evaluators=(make,))
     best = checkpoint.read(tmp_path / "best", "clip")
-    assert best.description["evaluation"] == {"steps": 2, "mean_r5": 30.0, "eval/full_r5": 30.0, "eval/other": 1e9}
+    found = {"steps": 2, "split": ["val", config.eval.size], "mean_r5": 30.0, "eval/full_r5": 30.0, "eval/other": 1e9}
+    assert best.description["evaluation"] == found
     for path, leaf in pytree.flatten(best.params).items():
         np.testing.assert_array_equal(leaf, calls[1][path])
     icar_jax.load(tmp_path / "best")
@@ -220,6 +221,26 @@ def test_a_best_model_of_an_earlier_start_is_forgotten(tmp_path):
     shutil.rmtree(tmp_path / "checkpoints")  # as if the run had been killed before its first checkpoint
     train(config, tmp_path, stop_after=1, evaluators=(scripted([10.0])[0],))
     assert checkpoint.describe(tmp_path / "best")["evaluation"]["mean_r5"] == 10.0
+
+
+def test_a_best_model_of_another_split_is_not_compared(tmp_path):
+    config = tiny_config(eval_every=1, keep_best=True)
+    train(config, tmp_path, stop_after=1, evaluators=(scripted([90.0])[0],))
+    config.eval.split = "test"
+    with pytest.raises(ConfigError, match=r"best was chosen on split and size \['val', .*now names \['test'"):
+        train(config, tmp_path, stop_after=2, evaluators=(scripted([10.0])[0],))
+
+
+def test_a_run_goes_on_without_the_weights_it_started_from(tmp_path):
+    first = train(tiny_config(steps=1), tmp_path / "first")
+    config = tiny_config(steps=2)
+    config.train.init = str(first)
+    train(config, tmp_path / "run", stop_after=1)
+    first.rename(tmp_path / "moved")
+    model = train(config, tmp_path / "run")
+    assert checkpoint.describe(model)["source"]["steps"] == 2
+    with pytest.raises(ConfigError, match="does not exist"):
+        train(config, tmp_path / "another")
 
 
 def test_evaluation_while_training_needs_an_evaluator(tmp_path):

@@ -95,7 +95,8 @@ class Evaluation:
         self._trained, self._workdir, self._evaluators = trained, workdir, evaluators
         self._criterion, self._patience = criterion(trained.config), trained.config.train.patience
         self._keep_best = trained.config.train.keep_best
-        self._best = _remembered(workdir / BEST, start, self._criterion) if self._keep_best else None
+        on = _measured_on(trained.config)
+        self._best = _remembered(workdir / BEST, start, self._criterion, on) if self._keep_best else None
         self._top: float | None = None
         self._stale = 0  # evaluations since the last better one
         for score in _history(workdir / METRICS, start, self._criterion) if self._patience else ():
@@ -127,7 +128,7 @@ class Evaluation:
             if self._criterion.better(score, self._best):
                 self._best = score
                 t = self._trained
-                found = {"steps": step, self._criterion.name: score, **values}
+                found = {"steps": step, "split": _measured_on(t.config), self._criterion.name: score, **values}
                 source = {"trained_with": "icar_jax", "steps": step}
                 description = {**t.description, "source": source, "evaluation": found}
                 text = t.tokenizer.to_json() if t.tokenizer else None
@@ -166,7 +167,12 @@ def _history(file: Path, start: int, chosen_by: Criterion) -> list[float]:
     return scores
 
 
-def _remembered(folder: Path, start: int, chosen_by: Criterion) -> float | None:
+def _measured_on(config: ExperimentConfig) -> list[Any]:
+    """What the scores of two evaluations must share to be compared."""
+    return [config.train.eval_split or config.eval.split, config.eval.size]
+
+
+def _remembered(folder: Path, start: int, chosen_by: Criterion, measured_on: list[Any]) -> float | None:
     """The score to beat. A run that starts anew forgets the best model of one that ended before its first checkpoint.
 
     A continued run may find a best model from beyond its start: those steps come again, with the same score.
@@ -179,6 +185,14 @@ def _remembered(folder: Path, start: int, chosen_by: Criterion) -> float | None:
     if not (folder / checkpoint.DESCRIPTION).is_file():
         return None
     try:
-        return float(checkpoint.describe(folder)["evaluation"][chosen_by.name])
+        found = checkpoint.describe(folder)["evaluation"]
+        if found.get("split", measured_on) != measured_on:
+            raise ConfigError(
+                f"{folder} was chosen on split and size {found['split']}, and the configuration now names {measured_on}: their "
+                "scores do not compare; use the config.eval.split and size the run began with, or move the folder away"
+            )
+        return float(found[chosen_by.name])
+    except ConfigError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder} holds no score of an earlier evaluation ({error}); move it away") from error

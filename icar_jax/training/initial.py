@@ -47,7 +47,7 @@ def adopt(arch: Any, path: str | os.PathLike) -> Any:
     """
     if not isinstance(arch, ClipArch):
         return arch
-    saved = _saved_arch(path, _find(path, KINDS["clip"]), ClipArch)
+    saved = _saved_arch(path, find(path, "clip"), ClipArch)
     lines = _size_differences(arch, saved)
     if lines:
         raise _refusal(path, lines, [_clip_variant(saved)])
@@ -69,14 +69,14 @@ def adopt(arch: Any, path: str | os.PathLike) -> Any:
 
 def load_tokenizer(path: str | os.PathLike) -> str | None:
     """tokenizer.json of the CLIP checkpoint at `path`; None where it holds none. Raises ConfigError."""
-    file = _find(path, KINDS["clip"]) / checkpoint.TOKENIZER
+    file = find(path, "clip") / checkpoint.TOKENIZER
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def note_preprocessing(path: str | os.PathLike, kind: str, preprocess: Preprocess, note: Callable[[str], None]) -> None:
     """Notes how pictures are prepared otherwise than for the checkpoint at `path`, its image size aside. Raises ConfigError."""
     try:
-        theirs = checkpoint.describe(_find(path, KINDS[kind])).get("preprocess", {})
+        theirs = checkpoint.describe(find(path, kind)).get("preprocess", {})
     except CheckpointError as error:
         raise _error(path, error) from error
     ours = preprocess.to_dict()
@@ -100,7 +100,7 @@ def load_params(
     is called only where a complexity model starts from an ImageNet backbone. `note` gets a line for each thing that was
     adapted. Raises ConfigError naming config.train.init and every difference that was not.
     """
-    folder = _find(path, KINDS[kind])
+    folder = find(path, kind)
     description = _checked(path, folder)
     try:
         tensors = read_weights(folder / checkpoint.WEIGHTS).tensors
@@ -152,8 +152,9 @@ def _error(path: str | os.PathLike, error: Exception) -> ConfigError:
     return ConfigError(f"config.train.init={os.fspath(path)}: {error}")
 
 
-def _find(path: str | os.PathLike, kinds: tuple[str, ...]) -> Path:
-    """The folder of a checkpoint of these kinds: `path` itself, the model of a workdir, or a part of a bundle."""
+def find(path: str | os.PathLike, task: str) -> Path:
+    """The folder of a checkpoint such a task can start from: `path` itself, the model of a workdir, or a part of a bundle."""
+    kinds = KINDS[task]
     try:
         try:
             return checkpoint.find(path, kinds)

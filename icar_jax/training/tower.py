@@ -40,7 +40,7 @@ def params(config: ExperimentConfig, shapes: pytree.Tree, fresh: Callable[[], Ma
     Raises ConfigError naming config.complexity.clip where the checkpoint is damaged or of other shapes.
     """
     try:
-        clip = pytree.flatten(checkpoint.read(_folder(config), "clip").params)
+        clip = pytree.flatten(checkpoint.read(folder(config), "clip").params)
     except CheckpointError as error:
         raise _error(config, error) from error
     shared = shared_paths(shapes)
@@ -54,7 +54,8 @@ def params(config: ExperimentConfig, shapes: pytree.Tree, fresh: Callable[[], Ma
     return found
 
 
-def _folder(config: ExperimentConfig) -> Path:
+def folder(config: ExperimentConfig) -> Path:
+    """The folder of the CLIP checkpoint. Raises ConfigError."""
     try:
         return checkpoint.find(config.complexity.clip, ("clip",))
     except CheckpointError as error:
@@ -62,7 +63,7 @@ def _folder(config: ExperimentConfig) -> Path:
 
 
 def _describe(config: ExperimentConfig) -> dict[str, Any]:
-    return checkpoint.describe(_folder(config))
+    return checkpoint.describe(folder(config))
 
 
 def _error(config: ExperimentConfig, error: Any) -> ConfigError:

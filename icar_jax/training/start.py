@@ -1,0 +1,46 @@
+"""What a run started from, remembered in its workdir: a continued run does not need the first weights any more.
+
+    WORKDIR/start/icar.json    description of the checkpoint that config.train.init or config.complexity.clip names
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from icar_jax import checkpoint
+from icar_jax import workdir as files
+from icar_jax.config import ExperimentConfig
+from icar_jax.training import initial, tower
+
+START = "start"
+
+
+def remember(config: ExperimentConfig, workdir: Path) -> None:
+    """Writes WORKDIR/start where the run starts from weights and the folder is not there yet. Raises OSError, ConfigError."""
+    copy = workdir / START / checkpoint.DESCRIPTION
+    if copy.is_file():
+        return
+    if config.train.init:
+        origin = initial.find(config.train.init, config.task)
+    elif tower.has_tower(config):
+        origin = tower.folder(config)
+    else:
+        return
+    files.write_text(copy, (origin / checkpoint.DESCRIPTION).read_text(encoding="utf-8"))
+
+
+def recall(config: ExperimentConfig, workdir: Path) -> ExperimentConfig:
+    """The configuration, with WORKDIR/start for a checkpoint that is no longer where the run found it.
+
+    Only the architecture is read from there: a run that has saved a state needs no other weights.
+    """
+    kept = workdir / START
+    if not (files.has_checkpoint(workdir) and (kept / checkpoint.DESCRIPTION).is_file()):
+        return config
+    train, complexity = config.train, config.complexity
+    if train.init and not Path(train.init).exists():
+        train = dataclasses.replace(train, init=str(kept))
+    if tower.has_tower(config) and not Path(complexity.clip).exists():
+        complexity = dataclasses.replace(complexity, clip=str(kept))
+    return dataclasses.replace(config, train=train, complexity=complexity)
