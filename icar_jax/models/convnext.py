@@ -57,8 +57,9 @@ class ConvMlp(nnx.Module):
         self.fc2 = Linear(4 * width, width, std=INIT_STD, rngs=rngs)
 
     def __call__(self, x: Array, dtype: DType) -> Array:
-        x = ops.gelu_erf(self.fc1(x, dtype))
-        return self.fc2(x if self.grn is None else self.grn(x), dtype)
+        # XLA on CPU would keep half of the GELU, then finish it once for the norm of GRN and once more for its product.
+        x = ops.stored(ops.gelu_erf(ops.stored(self.fc1(x, dtype))))
+        return self.fc2(x if self.grn is None else ops.stored(self.grn(x)), dtype)
 
 
 class ConvNeXtBlock(nnx.Module):

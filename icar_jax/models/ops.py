@@ -232,6 +232,15 @@ def depthwise_conv(x: Array, kernel: Array, bias: Array | None = None, *, dtype)
     return y if bias is None else (y.astype(jnp.float32) + bias).astype(dtype)
 
 
+def stored(x: Array) -> Array:
+    """x itself, which XLA on CPU then computes once and keeps.
+
+    Between cheap operations it would rather compute x again in each use, or keep a part of it and x's own inputs. Other
+    platforms fuse x into its neighbours, and gain by it.
+    """
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+
+
 # --- normalisation and activations -----------------------------------------------------------------------------------------
 
 

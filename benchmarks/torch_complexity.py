@@ -1,0 +1,47 @@
+"""timm's ConvNeXt as a yardstick for the complexity models on the same machine: one forward pass, float32 or bf16 autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from icar_jax.convert.reference import declare_torchvision_operators
+
+MODES = ("f32", "f32 channels_last", "bf16", "bf16 channels_last")
+
+
+def import_timm():
+    """Return `(torch, timm)`. Raises ImportError saying what to install."""
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError("the PyTorch rows need torch: pip install torch timm") from error
+    declare_torchvision_operators(torch)
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"the PyTorch rows need timm and torchvision ({error}): pip install timm") from error
+    return torch, timm
+
+
+def make_forward(name: str, images: np.ndarray, mode: str) -> Callable[[], None]:
+    """A function that runs timm's model `name`, random weights and no classes, on images float32 [B, S, S, 3].
+
+    `mode` is one of MODES; on an accelerator it runs there, and the function returns once the result is ready.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} must be one of {MODES}")
+    torch, timm = import_timm()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layout = torch.channels_last if mode.endswith("channels_last") else torch.contiguous_format
+    model = timm.create_model(name, pretrained=False, num_classes=0).eval().to(device, memory_format=layout)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device).contiguous(memory_format=layout)
+
+    def forward() -> None:
+        with torch.inference_mode(), torch.autocast(device, dtype=torch.bfloat16, enabled=mode.startswith("bf16")):
+            model(pixels)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return forward
