@@ -228,6 +228,13 @@ def read(folder: str | os.PathLike, kind: str) -> Checkpoint:
     return Checkpoint(folder, kind, description, params, tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None)
 
 
+def identity(description: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of what images are embedded or scored with: weights, architecture and preprocessing."""
+    what = {key: description.get(key) for key in ("kind", "arch", "preprocess")}
+    what["weights"] = description.get("hashes", {}).get(WEIGHTS)
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
 def sha256(file: str | os.PathLike) -> str:
     """Hex SHA-256 of a file, read in pieces."""
     with open(file, "rb") as stream:

@@ -84,7 +84,7 @@ def _score(args: argparse.Namespace) -> None:
         bad_shown=_BAD_SHOWN,
     )
     bad = args.bad or f"{args.out}.bad.csv"
-    _report_bad(done, bad)
+    report_bad(done, bad)
     if not len(done.scores):
         sys.exit(f"error: none of the {done.bad} images could be scored, so there is no table; reasons are in {bad}")
     threshold = model.description.get("threshold") if model.thresholds is None else None  # a classifier's own
@@ -107,13 +107,14 @@ def _score(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def _report_bad(done, bad: str) -> None:
+def report_bad(done, bad: str | Path, what: str = "scored") -> None:
+    """Says on stderr what became of paths that were named in vain; `done` is a Summary or an Embedded."""
     for name in done.empty:
         print(f"warning: {name}: no image file", file=sys.stderr)
     if done.duplicates:
-        print(f"{done.duplicates} paths were named or found again and scored once", file=sys.stderr)
+        print(f"{done.duplicates} paths were named or found again and {what} once", file=sys.stderr)
     if done.bad:
-        print(f"{done.bad} images could not be scored; all are listed in {bad}:", file=sys.stderr)
+        print(f"{done.bad} images could not be {what}; all are listed in {bad}:", file=sys.stderr)
         for item in done.first_bad:
             print(f"  {item.file}: {item.reason}", file=sys.stderr)
         if done.bad > len(done.first_bad):

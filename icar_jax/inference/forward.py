@@ -35,6 +35,11 @@ def cut(n: int, buckets: tuple[int, ...]) -> list[tuple[int, int, int]]:
     return pieces
 
 
+def padded_rows(n: int, buckets: tuple[int, ...]) -> int:
+    """Rows of padding that n rows are computed with."""
+    return sum(bucket - rows for _, rows, bucket in cut(n, buckets))
+
+
 @dataclass
 class Pending:
     """Work handed to the device; `result` waits for it."""

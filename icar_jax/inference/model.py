@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import jax
@@ -21,7 +22,8 @@ from icar_jax.config import from_dict
 from icar_jax.data.images import ImageLike, Preprocess, decode
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.inference.forward import Forward, bucket_sizes
-from icar_jax.inference.router import Routed, Router
+from icar_jax.inference.reading import in_order
+from icar_jax.inference.router import OneExit, Routed, Router
 from icar_jax.inference.same_tower import require_fits
 from icar_jax.inference.shared import SharedRouter, SharedTower
 from icar_jax.models.blocks_scorer import BlocksArch, BlocksScorer
@@ -52,6 +54,10 @@ class Scorer:
             bucket_sizes(batch_size),
         )
 
+    def warm_up(self) -> None:
+        """Compiles every batch shape."""
+        self.forward.warm_up((self.preprocess.image_size, self.preprocess.image_size, 3), np.uint8)
+
 
 class Model:
     """A CLIP checkpoint, a complexity checkpoint, or a bundle of both; made by `load`.
@@ -61,6 +67,8 @@ class Model:
         thresholds: complexity above thresholds[i] runs past exits[i]; None where nothing was calibrated.
         embed_dim: width D of the embeddings.
         description: icar.json of the checkpoint.
+        identity: {'clip' and 'complexity': SHA-256 of its weights, architecture and preprocessing}; equal ones embed and score
+            alike.
     """
 
     def __init__(
@@ -72,6 +80,7 @@ class Model:
         dtype: str = "float32",
     ):
         self.description = description
+        self.identity = {part.kind: checkpoint.identity(part.description) for part in (clip, complexity) if part is not None}
         self.batch_size = batch_size
         self._dtype = jnp.dtype(dtype)
         self.exits: tuple[int, ...] = ()
@@ -140,11 +149,9 @@ class Model:
         CLIP checkpoint, which cannot score images, runs full depth.
         """
         self._need_clip("encode_image")
-        if exit is None and self.thresholds is not None:
-            return self.route(images).embeddings
-        tower = self.towers[self.clip.arch.vision.check_exit(exit)]
-        parts = [tower.submit(batch["clip"]) for batch in self._prepare(images, {"clip": self.preprocess})]
-        return np.concatenate([p.result() for p in parts]) if parts else np.zeros((0, self.embed_dim), np.float32)
+        depth = self.fixed_exit(exit)
+        preprocesses = self.preprocesses if depth is None else {"clip": self.preprocess}
+        return self.embed(self._prepare(images, preprocesses), depth).embeddings
 
     def score(self, images: Sequence[ImageLike]) -> np.ndarray:
         """N paths, PIL images or uint8 arrays -> complexity float32 [N] in [0, 1]; higher is more complex."""
@@ -154,9 +161,31 @@ class Model:
         parts = [self.scorer.forward.submit(batch["complexity"]) for batch in batches]
         return np.concatenate([p.result() for p in parts]) if parts else np.zeros(0, np.float32)
 
+    @property
+    def dtype(self) -> str:
+        """Of activations: 'float32' or 'bfloat16'."""
+        return self._dtype.name
+
+    def fixed_exit(self, exit: int | None) -> int | None:
+        """The depth every image runs to: `exit`, checked, or full depth where images cannot be routed; None where they are."""
+        self._need_clip("embedding images")
+        return None if exit is None and self.thresholds is not None else self.clip.arch.vision.check_exit(exit)
+
     def route(self, images: Sequence[ImageLike]) -> Routed:
         """Embeddings with the score and the exit of each image; needs a bundle."""
-        batches = self._prepare(images, self.preprocesses)
+        self._need_bundle()
+        return self.embed(self._prepare(images, self.preprocesses))
+
+    def embed(self, batches: Iterable[Mapping[str, np.ndarray]], exit: int | None = None) -> Routed:
+        """Prepared batches of uint8 pixels by the names of `preprocesses` -> Routed over all of them, in order.
+
+        Without `exit` images are routed, which needs a bundle; with it only 'clip' is read, and scores are nan.
+        """
+        if exit is not None:
+            self._need_clip("embed")
+            exit = self.clip.arch.vision.check_exit(exit)
+            return OneExit(exit, self.towers[exit]).embed(((b["clip"], None) for b in batches), self.embed_dim)
+        self._need_bundle()
         return self.router.embed(((b["clip"], b[self.scored_on]) for b in batches), self.embed_dim)
 
     @property
@@ -179,8 +208,7 @@ class Model:
     @cached_property
     def router(self) -> Router | SharedRouter:
         """The router over this bundle's towers. Raises CheckpointError for anything but a bundle."""
-        if self.thresholds is None:
-            raise CheckpointError("routing needs thresholds: make a bundle with `icar bundle`, then load that")
+        self._need_bundle()
         if self._shares_tower:
             scorer = self.scorer
             buckets = bucket_sizes(self.batch_size)
@@ -194,14 +222,30 @@ class Model:
 
     def warm_up(self) -> None:
         """Compiles every forward for every batch shape, so that nothing compiles later."""
-        towers = [(self.preprocess, tower) for tower in self.towers.values()] if self.clip is not None else []
-        scorers = [(self.scorer.preprocess, self.scorer.forward)] if self.scorer is not None else []
-        for p, forward in (*towers, *scorers):
-            forward.warm_up((p.image_size, p.image_size, 3), np.uint8)
+        for exit in self.exits:
+            self.warm_up_embed(exit)
         if self.thresholds is not None:
-            self.router.warm_up()
+            self.warm_up_embed()
+        elif self.scorer is not None:
+            self.scorer.warm_up()
         if self.clip is not None:
             self._text.warm_up((self.clip.arch.text.context_length,), np.int32)
+
+    def warm_up_embed(self, exit: int | None = None) -> None:
+        """Compiles what `embed` runs with this `exit`, and no more."""
+        side = self.preprocess.image_size
+        if exit is not None:
+            self.towers[self.clip.arch.vision.check_exit(exit)].warm_up((side, side, 3), np.uint8)
+            return
+        self.router.warm_up()
+        if not self._shares_tower:
+            for tower in self.towers.values():
+                tower.warm_up((side, side, 3), np.uint8)
+        self.scorer.warm_up()
+
+    def _need_bundle(self) -> None:
+        if self.thresholds is None:
+            raise CheckpointError("routing needs thresholds: make a bundle with `icar bundle`, then load that")
 
     def _need_clip(self, what: str) -> None:
         if self.clip is None:
@@ -217,9 +261,8 @@ class Model:
             picture = decode(image)
             return {key: p.resize(picture) for key, p in preprocess.items()}
 
-        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-            for start in range(0, len(images), self.batch_size):
-                rows = list(pool.map(one, images[start : start + self.batch_size]))
+        with closing(in_order(one, images, ahead=2 * self.batch_size)) as prepared:
+            while rows := list(islice(prepared, self.batch_size)):
                 yield {key: np.stack([row[key] for row in rows]) for key in preprocess}
 
 

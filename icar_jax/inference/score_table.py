@@ -22,7 +22,8 @@ from tqdm import tqdm
 from icar_jax.config import ConfigError
 from icar_jax.data.image_paths import ImagePaths
 from icar_jax.inference.model import Model
-from icar_jax.inference.scoring import Bad, Row, score_files
+from icar_jax.inference.reading import Bad
+from icar_jax.inference.scoring import Row, score_files
 
 COLUMNS = ("file", "score", "exit", "milliseconds")
 ROW_GROUP = 65_536  # rows of a Parquet file that are held in memory

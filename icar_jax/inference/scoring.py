@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 
 from icar_jax.checkpoint import CheckpointError
-from icar_jax.data.images import ImageError, Preprocess, decode
+from icar_jax.data.images import Preprocess, decode
 from icar_jax.inference.forward import Forward, count_compilations
 from icar_jax.inference.model import Model
+from icar_jax.inference.reading import Bad, in_order, readable
 from icar_jax.inference.router import assign
 
 
@@ -35,14 +33,6 @@ class Row:
     score: float
     exit: int | None
     milliseconds: float
-
-
-@dataclass(frozen=True)
-class Bad:
-    """A file that could not be scored, and why."""
-
-    file: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -71,7 +61,12 @@ def score_files(model: Model, paths: Iterable[str | os.PathLike], *, threads: in
     require_scorer(model)
     waiting: list[_Prepared | Bad] = []  # in order, until the next batch is full
     ready = 0
-    for item in _prepared(paths, model.scorer.preprocess, threads, 2 * model.batch_size):
+    preprocess = model.scorer.preprocess
+
+    def read(path: str | os.PathLike) -> _Prepared | Bad:
+        return readable(os.fspath(path), lambda path: _prepare(path, preprocess))
+
+    for item in in_order(read, paths, ahead=2 * model.batch_size, threads=threads):
         waiting.append(item)
         ready += isinstance(item, _Prepared)
         # Where only bad files come they do not wait for a batch.
@@ -81,35 +76,9 @@ def score_files(model: Model, paths: Iterable[str | os.PathLike], *, threads: in
     yield from _scored(model, waiting)
 
 
-def _prepared(
-    paths: Iterable[str | os.PathLike], preprocess: Preprocess, threads: int, ahead: int
-) -> Iterator[_Prepared | Bad]:
-    paths = iter(paths)
-    pool = ThreadPoolExecutor(max_workers=threads or min(8, os.cpu_count() or 1), thread_name_prefix="decode")
-    flying: deque[Future] = deque()
-    try:
-        while True:
-            for path in islice(paths, ahead - len(flying)):
-                flying.append(pool.submit(_prepare, os.fspath(path), preprocess))
-            if not flying:
-                return
-            yield flying.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # of a run that was stopped, too
-
-
-def _prepare(path: str, preprocess: Preprocess) -> _Prepared | Bad:
+def _prepare(path: str, preprocess: Preprocess) -> _Prepared:
     start = time.perf_counter()
-    try:
-        path.encode()
-    except UnicodeEncodeError:  # no table could hold it
-        return Bad(path.encode("utf-8", "backslashreplace").decode(), "the file's name is not valid UTF-8; rename it")
-    try:
-        pixels = preprocess.resize(decode(path))
-    except (OSError, ImageError) as error:
-        return Bad(path, str(error).removeprefix(f"{path}: ") or type(error).__name__)
-    except MemoryError:
-        return Bad(path, "not enough memory to decode it; shrink the picture")
+    pixels = preprocess.resize(decode(path))
     return _Prepared(path, pixels, time.perf_counter() - start)
 
 

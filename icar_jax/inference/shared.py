@@ -6,7 +6,9 @@ row by row, and a full buffer goes through the rest of the tower.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy as np
 
 from icar_jax.data.images import Preprocess
 from icar_jax.inference.forward import Pending, cut
-from icar_jax.inference.router import InFlight, Routed, assign, check_thresholds
+from icar_jax.inference.router import SCORES_AHEAD, Routed, Run, assign, check_thresholds
 from icar_jax.models.blocks_scorer import BlocksScorer
 from icar_jax.models.clip import Clip
 from icar_jax.models.pixels import normalise
@@ -134,35 +136,38 @@ class SharedRouter:
         """batches of (tower pixels uint8 [n, S, S, 3], ignored) -> Routed over all of them, in the order they came in."""
         tower, full = self._tower, self._tower.buckets[-1]
         queues: dict[int, _Queue] = {}
-        flying = InFlight()
-        scores: list[np.ndarray] = []
         seen = 0
 
         def send(exit: int) -> None:
             queue = queues[exit]
-            flying.add(queue.positions, tower.rest(exit, queue.buffer, len(queue.positions)))
+            run.send(exit, queue.positions, lambda: tower.rest(exit, queue.buffer, len(queue.positions)), tower.buckets)
             queue.positions = []
 
-        def enqueue(exit: int, tokens: jax.Array, rows: list[int], first: int) -> None:
-            queue = queues.setdefault(exit, _Queue(tower.buffer()))
-            while rows:
-                now, rows = rows[: full - len(queue.positions)], rows[full - len(queue.positions) :]
-                places = range(len(queue.positions), len(queue.positions) + len(now))
-                queue.buffer = tower.put(queue.buffer, tokens, now, places)
-                queue.positions += [first + row for row in now]
-                if len(queue.positions) == full:
-                    send(exit)
+        def enqueue(tokens: jax.Array, submitted: Future) -> None:
+            nonlocal seen
+            exits = assign(run.scores(submitted), self.exits, self.thresholds)
+            for exit in np.unique(exits).tolist():
+                rows = np.flatnonzero(exits == exit).tolist()
+                queue = queues.setdefault(exit, _Queue(tower.buffer()))
+                while rows:
+                    now, rows = rows[: full - len(queue.positions)], rows[full - len(queue.positions) :]
+                    places = range(len(queue.positions), len(queue.positions) + len(now))
+                    queue.buffer = tower.put(queue.buffer, tokens, now, places)
+                    queue.positions += [seen + row for row in now]
+                    if len(queue.positions) == full:
+                        send(exit)
+            seen += len(exits)
 
-        for pixels, _ in batches:
-            for tokens, raw, rows in tower.begin(pixels) if len(pixels) else ():
-                found = np.asarray(raw, np.float32)[:rows]
-                scores.append(found)
-                exits = assign(found, self.exits, self.thresholds)
-                for exit in np.unique(exits).tolist():
-                    enqueue(exit, tokens, np.flatnonzero(exits == exit).tolist(), seen)
-                seen += rows
-        for exit, queue in queues.items():
-            if queue.positions:
-                send(exit)
-        all_scores = np.concatenate(scores) if scores else np.zeros(0, np.float32)
-        return Routed(flying.embeddings(seen, embed_dim), all_scores, assign(all_scores, self.exits, self.thresholds))
+        with Run() as run:
+            ahead: deque[tuple[jax.Array, Future]] = deque()
+            for pixels, _ in run.inputs(batches):
+                for tokens, raw, rows in tower.begin(pixels) if len(pixels) else ():
+                    ahead.append((tokens, run.score(Pending([(raw, rows)]), (len(raw),))))
+                    if len(ahead) > SCORES_AHEAD:
+                        enqueue(*ahead.popleft())
+            while ahead:
+                enqueue(*ahead.popleft())
+            for exit, queue in queues.items():
+                if queue.positions:
+                    send(exit)
+            return run.finish(embed_dim)

@@ -1,0 +1,65 @@
+"""Command on image collections: embed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from icar_jax.cli.errors import user_errors
+from icar_jax.cli.score import report_bad
+
+
+def add(commands) -> None:
+    p = commands.add_parser(
+        "embed",
+        help="embed images into a corpus on disk",
+        description="Writes float16 embeddings and a Parquet table of path, sha256, complexity, exit and milliseconds into a "
+        "folder, which icar_jax.inference.corpus.open_corpus reads. A bundle routes each image; a CLIP alone runs full depth. "
+        "The same command continues a run that was stopped, and adds images that are new. The exit status is 0 only where "
+        "every image was embedded, or with --skip-bad.",
+    )
+    p.add_argument("paths", nargs="+", metavar="PATH", help="image, folder (with all below it) or pattern; - reads a list of "
+                   "images and folders from standard input, one a line")  # fmt: skip
+    p.add_argument("--checkpoint", required=True, help="bundle, CLIP checkpoint or workdir")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder of the corpus, new or begun by this command")
+    p.add_argument("--exit", type=int, metavar="BLOCKS", help="run every image to this depth instead of routing")
+    p.add_argument("--shard-rows", type=_positive, default=4096, metavar="N", help="images a shard; a kill costs one (4096)")
+    p.add_argument("--skip-bad", action="store_true", help="exit status 0 although images could not be embedded")
+    p.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images of one depth run at a time (64)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations (float32)")
+    p.add_argument("--threads", type=_positive, default=0, metavar="N", help="threads that decode; one a core by default")
+    p.set_defaults(run=_embed)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, found {value}")
+    return value
+
+
+def _lines() -> Iterator[str]:
+    return (os.fsdecode(line) for line in sys.stdin.buffer)
+
+
+def _embed(args: argparse.Namespace) -> None:
+    from icar_jax.data.image_paths import ImagePaths
+    from icar_jax.inference.corpus import BAD
+    from icar_jax.inference.embedding import embed_files
+    from icar_jax.inference.model import load
+
+    paths = ImagePaths(args.paths, _lines())
+    model = load(args.checkpoint, batch_size=args.batch_size, dtype=args.dtype)
+    with user_errors(f"stopped; the same command continues what {args.out} holds"):
+        done = embed_files(model, paths, args.out, exit=args.exit, shard_rows=args.shard_rows, threads=args.threads)
+    bad = Path(args.out) / BAD
+    report_bad(done, bad, "embedded")
+    if not done.total:
+        sys.exit(f"error: none of the {done.bad} images could be embedded; reasons are in {bad}")
+    print(done.report())
+    print(f"Corpus: {args.out}: {done.total:,} images, float16 [{done.total}, {model.embed_dim}]")
+    if done.bad and not args.skip_bad:
+        sys.exit(1)
