@@ -54,21 +54,35 @@ def _convert(args: argparse.Namespace) -> None:
 def _add_export(commands) -> None:
     p = commands.add_parser(
         "export",
-        help="write a checkpoint in the layout of a PyTorch library",
-        description="Writes weights with their configuration and tokenizer files into a new folder, offline and without torch.",
+        help="write a checkpoint in the layout of a PyTorch library, or as programs in StableHLO",
+        description="Writes weights with their configuration and tokenizer files into a new folder, offline and without torch. "
+        "With --to stablehlo each exit, the text tower and the complexity model become programs that JAX runs without this "
+        "package.",
     )
     p.add_argument("checkpoint", help="checkpoint, bundle or workdir")
     p.add_argument("dest", nargs="?", help="new folder; CHECKPOINT-LAYOUT by default")
-    p.add_argument("--to", required=True, metavar="LAYOUT", help="openai, open_clip, hf, icar or timm")
+    p.add_argument("--to", required=True, metavar="LAYOUT", help="openai, open_clip, hf, icar, timm or stablehlo")
+    p.add_argument("--platforms", nargs="+", metavar="NAME", help="stablehlo: cpu, cuda, rocm, tpu (default: cpu cuda tpu)")
+    p.add_argument("--batch", type=int, metavar="N", help="stablehlo: fixes the batch size; by default any fits")
+    p.add_argument("--dtype", metavar="NAME", help="stablehlo: of activations, float32 (default) or bfloat16")
     p.set_defaults(run=_export)
 
 
 def _export(args: argparse.Namespace) -> None:
+    from icar_jax.convert.errors import ConvertError
     from icar_jax.convert.export import export
 
     source = Path(args.checkpoint)
     dest = args.dest or source.resolve().with_name(f"{source.resolve().name}-{args.to}")
-    written = export(source, dest, args.to)
+    options = {name: getattr(args, name) for name in ("platforms", "batch", "dtype") if getattr(args, name) is not None}
+    if args.to == "stablehlo":
+        from icar_jax.convert.stablehlo import export_programs
+
+        written = export_programs(source, dest, **options)
+    elif options:
+        raise ConvertError(f"--{', --'.join(options)}: only --to stablehlo takes them")
+    else:
+        written = export(source, dest, args.to)
     for note in written.notes:
         print(f"warning: {note}", file=sys.stderr)
     print(f"Exported: {written.path}: {', '.join(written.files)}")

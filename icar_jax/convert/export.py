@@ -11,7 +11,8 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,21 +48,26 @@ def export(source: str | os.PathLike, dest: str | os.PathLike, layout: str) -> E
     Raises ConvertError for an unknown layout, a model that the layout cannot express, or a `dest` that exists already.
     """
     if layout not in WRITERS:
-        raise ConvertError(f"--to={layout} must be one of {', '.join(WRITERS)}")
-    dest = Path(dest)
+        raise ConvertError(f"--to={layout} must be one of {', '.join(WRITERS)}, stablehlo")
+    writer, dest = WRITERS[layout], Path(dest)
+    with new_folder(dest) as staging:
+        notes = writer(_open(Path(source), layout), staging) + _left_behind(Path(source), layout)
+    return Exported(dest, sorted(file.name for file in dest.iterdir()), notes)
+
+
+@contextmanager
+def new_folder(dest: Path) -> Iterator[Path]:
+    """A folder to fill, moved to `dest` at the end; after an error nothing is left. Raises ConvertError where `dest` exists."""
     if dest.exists():
         raise ConvertError(f"{dest} exists already; remove it or name another folder")
-    writer = WRITERS[layout]
-    loaded = _open(Path(source), layout)
     dest.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
     try:
-        notes = writer(loaded, staging) + _left_behind(Path(source), layout)
+        yield staging
         staging.chmod(0o755)  # mkdtemp makes it private
         os.replace(staging, dest)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return Exported(dest, sorted(file.name for file in dest.iterdir()), notes)
 
 
 def _open(source: Path, layout: str) -> Checkpoint:
