@@ -87,6 +87,8 @@ def test_verdicts_on_retention_time_and_chance(record):
     assert "97.1%" in verdict(record, "routed keeps") and "includes 100" in verdict(record, "routed keeps")
     assert verdict(record, "time:").startswith("routing loses time: 290.0 images/s")
     assert verdict(record, "saves no FLOPs") is None
+    assert "and no slower" in verdict(record, "exit_12 for every image is at least as good")
+    record["runs"]["exit_12"]["images_per_s"] = 280.0
     assert verdict(record, "for every image is at least as good") is None
     routed = record["runs"]["routed"]
     routed.update(images_per_s=620.0, flops_per_image=0.7e9, share={"6": 0.001, "12": 0.999})

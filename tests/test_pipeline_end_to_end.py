@@ -49,16 +49,17 @@ def metrics(bundled):
 
 def check_schema(metrics, exits, images):
     assert metrics["gallery"]["images"] == images and metrics["gallery"]["captions"] >= images
-    names = {"full", "routed", "random", *(f"exit_{e}" for e in exits[:-1])}
+    names = {"full", "routed", "random", "oracle", "lossless", *(f"exit_{e}" for e in exits[:-1])}
     assert set(metrics["runs"]) == names
     for name, run in metrics["runs"].items():
         for direction in DIRECTIONS:
             assert 0 <= run[direction]["r1"] <= run[direction]["r5"] <= run[direction]["r10"] <= 100
-        assert run["flops_per_image"] > 0 and run["images_per_s"] > 0, name
+        assert run["flops_per_image"] > 0, name
+        assert (run["images_per_s"] is None) == (name in ("oracle", "lossless")), name
         assert sum(run["share"].values()) == pytest.approx(1)
     routed = metrics["runs"]["routed"]
     assert set(routed["share"]) == {str(e) for e in exits}
-    assert metrics["runs"]["random"]["share"] == routed["share"]
+    assert metrics["runs"]["random"]["share"] == metrics["runs"]["oracle"]["share"] == routed["share"]
     assert {"value", "low", "high", "includes_zero"} <= metrics["comparisons"]["routed_minus_random"].keys()
 
 
@@ -150,7 +151,9 @@ def test_without_a_complexity_model_the_report_says_so(tmp_path):
     train(config, tmp_path)
     config.eval.complexity = str(tmp_path / "nowhere")
     metrics = evaluate(config, tmp_path)
-    assert set(metrics["runs"]) == {"full", "exit_2"}
+    assert set(metrics["runs"]) == {"full", "exit_2", "lossless"} and "frontier" not in metrics
+    page = (tmp_path / "report/index.html").read_text()
+    assert "not routed" in page and "lossless" in page and "Rank change by exit" in page
     assert any("not routed" in note and "nowhere" in note for note in metrics["notes"])
 
 

@@ -110,6 +110,7 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     _validate_distractors(c)
     if c.task == "clip":
         _validate_shares(c)
+    _validate_budgets(c)
     weights = c.loss.exit_weights
     if weights and len(weights) != len(c.clip.exits) + 1:
         raise ConfigError(
@@ -225,6 +226,14 @@ def _validate_shares(c: ExperimentConfig) -> None:
         )
     if any(not 0 <= s <= 1 for s in shares) or sum(shares) > 1:
         raise ConfigError(f"config.eval.early_share={shares} must be shares in [0, 1] that sum to at most 1")
+
+
+def _validate_budgets(c: ExperimentConfig) -> None:
+    budgets = c.eval.budgets
+    if any(not 0 < b <= 1 for b in budgets) or len(set(budgets)) < len(budgets):
+        raise ConfigError(
+            f"config.eval.budgets={budgets} must be different shares in (0, 1] of what full depth costs, such as (0.6, 0.8)"
+        )
 
 
 def validate_depth(exits: tuple[int, ...], depth: int, name: str = "config.clip.exits") -> None:

@@ -157,6 +157,8 @@ class EvalConfig:
     size: int = 500  # scenes: pictures in the gallery
     complexity: str = ""  # complexity checkpoint or workdir that routes a plain CLIP; empty evaluates without
     early_share: tuple[float, ...] = ()  # share of calibration images for each early exit; empty: equal for all exits
+    budgets: tuple[float, ...] = ()  # shares of full depth's counted cost that routing is tried at too, such as (0.6, 0.8)
+    static: str = ""  # checkpoint or workdir of a smaller CLIP to compare with, run at its full depth
     batch_size: int = 64  # images in a full batch of the router
     dtype: str = "float32"  # of activations: bfloat16 | float32
     bootstrap: int = 2000  # resamples of images behind each interval

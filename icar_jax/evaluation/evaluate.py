@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
-from tqdm import tqdm
 
 from icar_jax import checkpoint
 from icar_jax import config as cfg
@@ -20,49 +16,21 @@ from icar_jax.config import ExperimentConfig
 from icar_jax.data import sources
 from icar_jax.data.distractors import distractor_source, require_apart, source_urls
 from icar_jax.data.images import Preprocess
-from icar_jax.data.labels import merge_labels, read_labels
-from icar_jax.data.pipeline import BadFiles, eval_batches
+from icar_jax.data.pipeline import eval_batches
 from icar_jax.data.records import Source
 from icar_jax.data.splits import Subset
-from icar_jax.evaluation import bootstrap_metrics, category, figures, table, timing
-from icar_jax.evaluation.assignments import random_exits, ranks_mixed, take_exits
-from icar_jax.evaluation.bootstrap import Hits, difference, hits_at, mean_hits, retention
-from icar_jax.evaluation.calibration import make_bundle
-from icar_jax.evaluation.category import Precisions
+from icar_jax.evaluation import figures, report, table, timing
+from icar_jax.evaluation.calibration import costs, make_bundle, routing_of, score_source
 from icar_jax.evaluation.colour_baseline import colour_histogram_baseline
-from icar_jax.evaluation.metrics import Distractors, Ranks, mean_summary, ranks, summarise
-from icar_jax.evaluation.ranking import local_mesh
+from icar_jax.evaluation.gallery import Gallery, embed, labelled
+from icar_jax.evaluation.runs import Static, measure
 from icar_jax.inference.model import Model, load
-from icar_jax.models.flops import router_flops, vision_flops
 
-RETENTION_AT = 5  # recall at 5 is what retention and comparisons are about
-CATEGORY_DRAWS = 10  # of the random assignments whose average precision is measured: unlike ranks, each is a run of its own
 BASELINE_IMAGES = 3000  # training images the colour baseline is fitted on
 
 
-@dataclass(frozen=True)
-class Gallery:
-    """Embeddings of a whole source: one row per image and exit, one per caption, and the routed rows.
-
-    names and index are those of the images in the source; labels are their category labels, () where there are none.
-    """
-
-    by_exit: dict[int, np.ndarray]
-    texts: np.ndarray
-    caption_image: np.ndarray
-    routed: np.ndarray | None
-    scores: np.ndarray | None
-    exits: np.ndarray | None
-    sample: timing.Sample
-    captions: list[tuple[str, ...]]
-    bad: BadFiles
-    names: list[str]
-    index: np.ndarray
-    labels: list[tuple[str, ...]]
-
-
 def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
-    """Evaluates the model in `workdir` and writes metrics.json, retention.png and complexity.png there.
+    """Evaluates the model in `workdir` and writes metrics.json, retention.png, complexity.png and report/ there.
 
     Makes WORKDIR/bundle where there is none and `config.eval.complexity` names a complexity model.
     Returns the metrics as documented in evaluation/table.py. Raises ConfigError or CheckpointError.
@@ -74,6 +42,7 @@ def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
         files.require_same_config(workdir, config, files.FREE_ON_EVALUATION)
     folder, notes = _model_folder(config, workdir, folder)
     model = load(folder, batch_size=config.eval.batch_size, dtype=config.eval.dtype)
+    small = _static_model(config)
     source = sources.eval_source(config.data, config.eval)
     far_source, urls, far_urls = None, None, None
     if config.eval.distractors.source:
@@ -82,13 +51,19 @@ def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
         notes += require_apart(source, far_source, urls, far_urls)
     elif config.eval.labels:
         urls = source_urls(source)
-    gallery = _embed(model, source, config.data)
-    gallery = _labelled(gallery, urls, config.eval.labels, notes)
+    warm = timing.warm_up(model)
+    settings, found = _budgets(config, model, notes)
+    gallery = embed(model, source, config.data)
+    gallery = labelled(gallery, urls, config.eval.labels, notes)
     far = None
     if far_source is not None:
-        far = _embed(model, far_source, config.data)
-        far = _labelled(far, far_urls, config.eval.distractors.labels, notes)
-    metrics = _measure(config, model, gallery, far)
+        far = embed(model, far_source, config.data)
+        far = labelled(far, far_urls, config.eval.distractors.labels, notes)
+    static = _embed_static(config, small, source, far_source, gallery, far)
+    metrics, evidence = measure(config, model, source, gallery, far, static, settings)
+    metrics["timing"] |= warm
+    for name, routing in found.items():
+        metrics["runs"][name]["found"] = routing["found"]
     metrics["gallery"]["source"] = source.name
     metrics["gallery"]["distractors"] = far_source.name if far_source is not None else None
     metrics["notes"] = [*notes, _baseline_note(config, source, gallery, metrics)]
@@ -98,7 +73,52 @@ def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
     figures.retention_against_cost(metrics, workdir / "retention.png")
     if gallery.scores is not None:
         figures.complexity_histogram(gallery.scores, model.thresholds, workdir / "complexity.png", exits=model.exits)
+    page = report.write_report(metrics, evidence, source, workdir / "report", title=workdir.resolve().name)
+    print(f"Report: {page}")
     return metrics
+
+
+def _budgets(config: ExperimentConfig, model: Model, notes: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Thresholds of each of config.eval.budgets, set on the calibration images: by name of the run, and how they were found."""
+    if not config.eval.budgets:
+        return {}, {}
+    if model.thresholds is None:
+        notes.append(f"no run for config.eval.budgets={config.eval.budgets}: a budget needs a complexity model to route with")
+        return {}, {}
+    calibration = sources.calibration_source(config.data)
+    scored = score_source(model, calibration, "score calibration images", sources.loading(config.data))
+    cost = costs(model.clip.arch, model.scorer.complexity.arch)
+    found = {f"budget_{b:g}": routing_of(scored, model.exits, cost, budget=b) for b in config.eval.budgets}
+    return {name: tuple(routing["thresholds"]) for name, routing in found.items()}, found
+
+
+def _static_model(config: ExperimentConfig) -> Model | None:
+    if not config.eval.static:
+        return None
+    folder = checkpoint.find(config.eval.static, ("clip",))
+    return load(folder, batch_size=config.eval.batch_size, dtype=config.eval.dtype)
+
+
+def _embed_static(
+    config: ExperimentConfig,
+    small: Model | None,
+    source: Source,
+    far_source: Source | None,
+    gallery: Gallery,
+    far: Gallery | None,
+) -> Static | None:
+    """The smaller model on the same images. Raises ConfigError where other files could be read this time."""
+    if small is None:
+        return None
+    depth = small.exits[-1:]
+    made = [embed(small, each, config.data, exits=depth) for each in (source, far_source) if each is not None]
+    for own, theirs in zip(made, (gallery, far)):
+        if not np.array_equal(own.index, theirs.index):
+            raise cfg.ConfigError(
+                f"config.eval.static={config.eval.static!r} read {len(own.index)} images where the other model read "
+                f"{len(theirs.index)}: the files changed between the two passes; evaluate again"
+            )
+    return Static(small, made[0], made[1] if len(made) > 1 else None)
 
 
 def _model_folder(config: ExperimentConfig, workdir: Path, folder: Path) -> tuple[Path, list[str]]:
@@ -153,162 +173,6 @@ def _check_shares(config: ExperimentConfig, bundle: Path) -> None:
             f"config.eval.early_share={wanted}, but the thresholds of {bundle} were set by {found}; make it again with "
             "`icar bundle --share` or remove it"
         )
-
-
-def _embed(model: Model, source: Source, data: cfg.DataConfig) -> Gallery:
-    """One pass over the split: every exit of every image, the routed rows, and every caption."""
-    towers = {exit: [] for exit in model.exits}
-    kept: dict[str, list[np.ndarray]] = {key: [] for key in model.preprocesses}
-    captions: list[tuple[str, ...]] = []
-    names: list[str] = []
-    labels: list[tuple[str, ...]] = []
-    index: list[np.ndarray] = []
-    bad = BadFiles()
-    routing = model.thresholds is not None
-
-    def prepared():
-        batches = eval_batches(
-            source,
-            model.preprocesses,
-            batch_size=model.batch_size,
-            **sources.loading(data),
-        )
-        with batches:
-            for batch in tqdm(batches, total=-(-len(source) // model.batch_size), desc="embed images", unit="batch"):
-                bad.add(batch)
-                if not len(batch["index"]):
-                    continue
-                captions.extend(batch["captions"])
-                names.extend(batch["name"])
-                labels.extend(batch["labels"])
-                index.append(batch["index"])
-                for key, pixels in batch["images"].items():
-                    if sum(map(len, kept[key])) < timing.SAMPLE:
-                        kept[key].append(pixels)
-                for exit, parts in towers.items():
-                    parts.append(model.towers[exit].submit(batch["images"]["clip"]).result())
-                yield batch["images"]["clip"], batch["images"].get(model.scored_on)
-
-    if routing:
-        routed = model.router.embed(prepared(), model.embed_dim)
-    else:
-        for _ in prepared():
-            pass
-    if not captions:
-        raise ValueError(f"no image of {source.name} could be read:\n{bad.summary()}")
-    flat = [caption for group in captions for caption in group]
-    sample = {key: np.concatenate(parts)[: timing.SAMPLE] for key, parts in kept.items()}
-    return Gallery(
-        by_exit={exit: np.concatenate(parts) for exit, parts in towers.items()},
-        texts=model.encode_text(flat),
-        caption_image=np.repeat(np.arange(len(captions)), [len(group) for group in captions]),
-        routed=routed.embeddings if routing else None,
-        scores=routed.scores if routing else None,
-        exits=routed.exits if routing else None,
-        sample=timing.Sample(sample["clip"], sample.get(model.scored_on)),
-        captions=captions,
-        bad=bad,
-        names=names,
-        index=np.concatenate(index),
-        labels=labels,
-    )
-
-
-def _labelled(gallery: Gallery, urls: list[str | None] | None, file: str, notes: list[str]) -> Gallery:
-    """The gallery with the labels of a file, where one is given; notes how many images it knows."""
-    if not file:
-        return gallery
-    own_urls = [urls[i] for i in gallery.index.tolist()] if urls is not None else None
-    labels, note = merge_labels(gallery.names, own_urls, read_labels(file), file)
-    notes.append(note)
-    return dataclasses.replace(gallery, labels=labels)
-
-
-def _measure(config: ExperimentConfig, model: Model, gallery: Gallery, far: Gallery | None) -> dict[str, Any]:
-    full = model.exits[-1]
-    names = {exit: "full" if exit == full else f"exit_{exit}" for exit in model.exits}
-    flops = {exit: vision_flops(model.clip.arch.vision, exit) for exit in model.exits}
-    galleries = [gallery, *([far] if far is not None else [])]
-    all_exits = np.concatenate([g.exits for g in galleries]) if gallery.exits is not None else None
-    share = _share(all_exits, model.exits) if all_exits is not None else None
-    timed = gallery.exits[: len(gallery.sample.clip)] if gallery.exits is not None else None
-    speed = timing.measure(model, gallery.sample, timed)
-    runs: dict[str, dict[str, Any]] = {}
-    hits: dict[str, Hits] = {}
-    per_image: dict[str, bootstrap_metrics.Run] = {}
-
-    def add(name: str, draws: list[tuple[Ranks, Precisions | None]], cost: float, shares: dict[str, float]) -> None:
-        hits[name] = mean_hits([hits_at(found, RETENTION_AT) for found, _ in draws])
-        per_image[name] = bootstrap_metrics.mean_run([bootstrap_metrics.collect(*draw) for draw in draws])
-        runs[name] = {
-            **mean_summary([_summary(*draw) for draw in draws]),
-            "flops_per_image": cost,
-            "images_per_s": speed[name],
-            "share": shares,
-        }
-
-    mesh = local_mesh()
-
-    asked = gallery.texts, gallery.caption_image
-
-    def among(embeddings: Sequence[np.ndarray]) -> dict[str, Any]:
-        """The distractors, whose embeddings come second."""
-        given = Distractors(embeddings[1], far.texts, far.caption_image, far.labels) if far is not None else None
-        return {"distractors": given, "mesh": mesh}
-
-    def precise(*embeddings: np.ndarray) -> Precisions | None:
-        """Average precisions where there are labels, for embeddings of the base images and the distractors."""
-        if not any(gallery.labels):
-            return None
-        return category.precisions(embeddings[0], *asked, gallery.labels, **among(embeddings))
-
-    def rank(*embeddings: np.ndarray) -> tuple[Ranks, Precisions | None]:
-        return ranks(embeddings[0], *asked, **among(embeddings)), precise(*embeddings)
-
-    for exit in reversed(model.exits):
-        add(names[exit], [rank(*(g.by_exit[exit] for g in galleries))], flops[exit], {str(exit): 1.0})
-    if share is not None:
-        tower_cost = sum(share[str(exit)] * flops[exit] for exit in model.exits)
-        router_cost = router_flops(model.scorer.complexity.arch)
-        add("routed", [rank(*(g.routed for g in galleries))], tower_cost + router_cost, share)
-        draws = np.stack([random_exits(all_exits, seed) for seed in range(config.eval.random_draws)])
-        far_by_exit = far.by_exit if far is not None else None
-        drawn = ranks_mixed(gallery.by_exit, *asked, draws, far_by_exit=far_by_exit, **among([g.texts[:0] for g in galleries]))
-        parts = [np.split(exits, [len(gallery.captions)]) for exits in draws[:CATEGORY_DRAWS]]
-        found = [precise(*(take_exits(g.by_exit, exits) for g, exits in zip(galleries, part))) for part in parts]
-        add("random", list(itertools.zip_longest(drawn, found)), tower_cost, share)
-    n = config.eval.bootstrap
-    compared = bootstrap_metrics.intervals(per_image, n=n)
-    for name, run in runs.items():
-        kept = retention(hits[name], hits["full"], n=n)
-        run["retention"] = kept.percent().as_dict() if kept else None
-        run["intervals"] = {d: {m: c.as_dict() for m, c in by.items()} for d, by in compared[name].items()}
-    metrics: dict[str, Any] = {
-        "runs": runs,
-        "gallery": {
-            "images": sum(len(g.captions) for g in galleries),
-            "captions": sum(len(g.texts) for g in galleries),
-            "queries": {"images": len(gallery.captions), "captions": len(gallery.texts)},
-        },
-        "comparisons": {},
-    }
-    if share is not None:
-        delta = difference(hits["routed"], hits["random"], n=n)
-        metrics["comparisons"]["routed_minus_random"] = {**delta.as_dict(), "includes_zero": delta.includes_zero}
-        metrics["routing"] = {**model.description["routing"], "router_flops": router_cost}
-    return metrics
-
-
-def _share(exits: np.ndarray, known: tuple[int, ...]) -> dict[str, float]:
-    return {str(e): float(np.mean(exits == e)) for e in known}
-
-
-def _summary(found: Ranks, precisions: Precisions | None) -> dict[str, dict[str, float]]:
-    summary = summarise(found)
-    if precisions is None:
-        return summary
-    extra = category.summarise(precisions)
-    return {direction: summary[direction] | extra[direction] for direction in summary}
 
 
 def _baseline_note(config: ExperimentConfig, source: Source, gallery: Gallery, metrics: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ _STYLES = {
     "exit": {"color": "#0072B2", "marker": "s", "label": "one exit for all images"},
     "routed": {"color": "#D55E00", "marker": "D", "label": "routed by complexity (router counted)"},
     "random": {"color": "#009E73", "marker": "^", "label": "random routing, same share"},
+    "oracle": {"color": "#882255", "marker": "*", "label": "ranks known (upper bound)"},
     "other": {"color": "#CC79A7", "marker": "v", "label": "other"},
 }
 
@@ -74,8 +75,14 @@ def retention_against_cost(metrics: Mapping[str, Any], path: str | os.PathLike) 
         # Below the axes, where it can cover no point.
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False, fontsize=8.5)
     figure.canvas.draw()  # fixes the layout, so that labels are placed in final pixels
-    _place_labels(axes, points, static)
+    styled = {name: (exit_label(name), _STYLES[_kind(name)]["color"]) for name in points}
+    place_labels(axes, points, static, styled, paper="white")
     save(figure, path)
+
+
+def exit_label(name: str) -> str:
+    """A run's name as it stands in figures and tables."""
+    return f"exit {exit_depth(name)}" if name.startswith("exit_") else name.replace("_", " ")
 
 
 def complexity_histogram(
@@ -151,15 +158,22 @@ def save(figure: Figure, path: str | os.PathLike | BinaryIO) -> None:
 
 
 def _kind(name: str) -> str:
-    return "exit" if name.startswith("exit_") else name if name in _STYLES else "other"
+    kind = name.partition("_")[0]
+    return {"budget": "routed", "lossless": "oracle"}.get(kind, kind if kind in _STYLES else "other")
 
 
-def _place_labels(
+def place_labels(
     axes: Axes,
     points: Mapping[str, tuple[float, Mapping[str, float]]],
     line: Sequence[tuple[float, float]],
+    styled: Mapping[str, tuple[str, str]],
+    paper: str,
 ) -> None:
-    """Puts each label at the nearest of several places round its point that covers no marker, bar, line or label."""
+    """Puts each label at the nearest of several places round its point that covers no marker, bar, line or label.
+
+    points: name -> (x, interval); line: points joined by a line; styled: name -> (label, colour); paper: colour behind a label.
+    The figure was drawn before, so that its layout is fixed.
+    """
     to_pixels = axes.transData.transform
     taken = []
     for cost, kept in points.values():
@@ -174,14 +188,14 @@ def _place_labels(
     frame = axes.get_window_extent(renderer)
     for name, (cost, kept) in points.items():
         label = axes.annotate(
-            f"exit {exit_depth(name)}" if _kind(name) == "exit" else name,
+            styled[name][0],
             (cost, kept["value"]),
             (0, 0),
             textcoords="offset points",
             fontsize=9,
             va="center",
-            color=_STYLES[_kind(name)]["color"],
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+            color=styled[name][1],
+            bbox={"facecolor": paper, "edgecolor": "none", "pad": 0.6},
             zorder=2.5,
         )
         best = None

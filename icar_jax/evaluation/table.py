@@ -1,6 +1,9 @@
 """The record of one evaluation: shown as a table, judged in plain sentences, written as metrics.json.
 
-metrics['runs'] maps 'full', 'exit_<blocks>', 'routed' and 'random' to a dict of
+metrics['runs'] maps the names of runs to a dict each. 'full' and 'exit_<blocks>' take every image out at one exit, 'routed' by
+the bundle's thresholds, 'budget_<share>' by thresholds set on calibration images for that share of full depth's counted cost,
+'random' by dice at the share of 'routed', 'oracle' by known ranks at that share, 'lossless' by known ranks as early as no rank
+falls; 'static' is a smaller model. Each dict holds
   text_to_image, image_to_text: {'r1', 'r5', 'r10'} in percent, 'median_rank' and 'mean_rank'; where there are labels also
     'map10', 'map50', 'map100' (official denominator) and 'map10_standard', ... in percent;
   flops_per_image: 2 x MACs, the complexity model included where the run uses it;
@@ -8,7 +11,11 @@ metrics['runs'] maps 'full', 'exit_<blocks>', 'routed' and 'random' to a dict of
   share: {exit -> fraction of the images};
   retention: {'value', 'low', 'high'}, R@5 (mean of both directions) in percent of full depth; None where undefined;
   intervals: 'text_to_image' | 'image_to_text' | 'mean' -> each of these metrics -> 'value', 'difference' (to full depth) and
-    'retention' (percent of full depth), each {'value', 'low', 'high'} or None, as of bootstrap_metrics.Comparison.
+    'retention' (percent of full depth), each {'value', 'low', 'high'} or None, as of bootstrap_metrics.Comparison;
+  of budgets also 'thresholds', and 'found': how, on which images, and what was reached there.
+metrics['timing'] is that of timing.split and timing.warm_up; metrics['flops'] holds 'exits' {exit -> 'counted', 'compiler'},
+'router' and 'text'; metrics['frontier'] is a list of frontier.Point with 'kept', R@5 in percent of full depth: a sweep of
+thresholds on the evaluated images, from which nothing was chosen.
 metrics['gallery'] holds the counts 'images' and 'captions', distractors included, 'queries' with the counts of those asked
 for, and the names 'source' and 'distractors' (None without); metrics['comparisons']['routed_minus_random'] holds
 {'value', 'low', 'high', 'includes_zero'} in points; metrics['notes'] is a list of sentences.
@@ -27,16 +34,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from icar_jax.evaluation.metrics import DIRECTIONS, RECALL_AT, chance_recall
+from icar_jax.evaluation.metrics import DIRECTIONS, RECALL_AT
+from icar_jax.evaluation.verdicts import verdicts
 from icar_jax.workdir import write_text
 
+BUDGET = "budget_"  # and the share of full depth's cost
 _WIDE = 124  # columns the one-line rows need; rich assumes 80 where the output is a file
 
 
 def run_order(runs: Mapping[str, Any]) -> list[str]:
-    """Names of the runs as they are shown: full, static exits by depth, routed, random, then any other."""
+    """Names of the runs as they are shown: full, exits by depth, a smaller model, routed, budgets, random, oracles, others."""
     exits = sorted((name for name in runs if name.startswith("exit_")), key=exit_depth)
-    known = ["full", *exits, "routed", "random"]
+    budgets = sorted((name for name in runs if name.startswith(BUDGET)), key=lambda name: float(name.removeprefix(BUDGET)))
+    known = ["full", *exits, "static", "routed", *budgets, "random", "oracle", "lossless"]
     return [name for name in known if name in runs] + sorted(name for name in runs if name not in known)
 
 
@@ -99,20 +109,6 @@ def print_results(metrics: Mapping[str, Any], console: Console | None = None) ->
         console.print(f"- {line}", markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
-def verdicts(metrics: Mapping[str, Any]) -> list[str]:
-    """What the numbers show and what they do not, as plain sentences; only about the runs that were made."""
-    runs, comparisons = metrics["runs"], metrics.get("comparisons", {})
-    lines = [_against_chance(metrics)]
-    if "routed" in runs:
-        lines.append(_retention(runs["routed"], runs["full"]))
-        if "routed_minus_random" in comparisons:
-            lines.append(_against_random(comparisons["routed_minus_random"]))
-        lines += _time(runs["routed"], runs["full"])
-        lines += _one_exit(runs["routed"])
-        lines += _static_rivals(runs)
-    return lines
-
-
 def format_share(share: Mapping[str, float]) -> str:
     """{'12': .48, '6': .52} -> '6: 52%  12: 48%'."""
     return "  ".join(f"{name}: {100 * share[name]:.0f}%" for name in sorted(share, key=int))
@@ -150,91 +146,3 @@ def _plain(value: Any, where: tuple[str, ...]) -> Any:
     if value is None or isinstance(value, (str, int, float)):
         return value
     raise ValueError(f"metrics: {place} is a {type(value).__name__}, expected a number, text, list, dict or None")
-
-
-def _mean_r5(run: Mapping[str, Any]) -> float:
-    return sum(run[direction]["r5"] for direction in DIRECTIONS) / len(DIRECTIONS)
-
-
-def _against_chance(metrics: Mapping[str, Any]) -> str:
-    full, gallery = metrics["runs"]["full"], metrics["gallery"]
-    parts, least = [], math.inf
-    asked = gallery.get("queries", gallery)
-    own = asked["captions"] / asked["images"]
-    for direction in DIRECTIONS:
-        shown = []
-        for k in (5, 10):
-            chance = chance_recall(gallery["images"], gallery["captions"], k, own)[direction]
-            times = full[direction][f"r{k}"] / chance
-            least = min(least, times)
-            shown.append(f"R@{k} {full[direction][f'r{k}']:.1f}% ({times:.1f} times chance, {chance:.2g}%)")
-        parts.append(f"{direction.replace('_', ' ')} {', '.join(shown)}")
-    line = f"full depth: {'; '.join(parts)}"
-    if least < 2:
-        line += ": less than twice chance, so the comparisons below say little"
-    return line
-
-
-def _retention(routed: Mapping[str, Any], full: Mapping[str, Any]) -> str:
-    kept = routed["retention"]
-    if kept is None:
-        return "what routing keeps is undefined: full depth has too few hits at R@5"
-    flops = 100 * routed["flops_per_image"] / full["flops_per_image"]
-    line = (
-        f"routed keeps {kept['value']:.1f}% of full-depth R@5 (mean of both directions) at {flops:.0f}% of its FLOPs, "
-        f"router included; 95% interval [{kept['low']:.1f}, {kept['high']:.1f}]"
-    )
-    if kept["low"] > 100:
-        return f"{line}: above 100, so routing retrieves better than full depth here"
-    if kept["high"] < 100:
-        return f"{line}: below 100, so routing does lose retrieval quality"
-    return f"{line}: includes 100, so neither a loss nor a gain against full depth is shown in this gallery"
-
-
-def _against_random(delta: Mapping[str, Any]) -> str:
-    line = (
-        f"routed - random = {delta['value']:+.1f} points R@5, 95% interval [{delta['low']:.1f}, {delta['high']:.1f}]"
-    )
-    if delta["includes_zero"]:
-        return f"{line}: includes zero, so routing is not shown to beat random at this share"
-    if delta["value"] > 0:
-        return f"{line}: above zero, so routing beats random at this share"
-    return f"{line}: below zero, so routing is worse than random at this share"
-
-
-def _time(routed: Mapping[str, Any], full: Mapping[str, Any]) -> list[str]:
-    lines = []
-    if routed["images_per_s"] is not None and full["images_per_s"] is not None:
-        ratio = routed["images_per_s"] / full["images_per_s"]
-        word = "loses" if ratio < 1 else "saves"
-        lines.append(
-            f"routing {word} time: {routed['images_per_s']:.1f} images/s, router included, against "
-            f"{full['images_per_s']:.1f} at full depth ({ratio:.2f} times the speed)"
-        )
-    if routed["flops_per_image"] >= full["flops_per_image"]:
-        lines.append("routing saves no FLOPs: with the router counted it costs at least as much as full depth")
-    return lines
-
-
-def _one_exit(routed: Mapping[str, Any]) -> list[str]:
-    name, share = max(routed["share"].items(), key=lambda item: item[1])
-    if share < 0.995:
-        return []
-    return [f"{100 * share:.1f}% of the images take exit {name}: this is a static exit with the router's cost on top"]
-
-
-def _static_rivals(runs: Mapping[str, Any]) -> list[str]:
-    """Static exits that are at least as good as the routed run and no dearer: routing is then pointless."""
-    routed = runs["routed"]
-    rivals = [
-        name
-        for name in run_order(runs)
-        if name.startswith("exit_")
-        and runs[name]["flops_per_image"] <= routed["flops_per_image"]
-        and _mean_r5(runs[name]) >= _mean_r5(routed)
-    ]
-    return [
-        f"{name} for every image is at least as good as routing at no more FLOPs (mean R@5 "
-        f"{_mean_r5(runs[name]):.1f}% against {_mean_r5(routed):.1f}%)"
-        for name in rivals
-    ]

@@ -1,0 +1,264 @@
+"""The runs of one evaluation side by side: ranked in the same galleries, compared on the same resamples, costed alike."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from icar_jax.config import ExperimentConfig
+from icar_jax.data.records import Source
+from icar_jax.evaluation import bootstrap_metrics, category, timing
+from icar_jax.evaluation.assignments import (
+    oracle_exits,
+    oracle_exits_at_share,
+    random_exits,
+    ranks_alone,
+    ranks_mixed,
+    take_exits,
+)
+from icar_jax.evaluation.bootstrap import Hits, difference, hits_at, mean_hits, retention
+from icar_jax.evaluation.calibration import costs
+from icar_jax.evaluation.category import Precisions
+from icar_jax.evaluation.frontier import Bench, sweep
+from icar_jax.evaluation.gallery import Gallery
+from icar_jax.evaluation.metrics import Distractors, Ranks, mean_summary, ranks, summarise
+from icar_jax.evaluation.ranking import local_mesh
+from icar_jax.inference.model import Model
+from icar_jax.inference.router import assign
+from icar_jax.models.flops import text_flops, vision_flops
+
+RETENTION_AT = 5  # recall at 5 is what retention and comparisons are about
+CATEGORY_DRAWS = 10  # of the random assignments whose average precision is measured: unlike ranks, each is a run of its own
+
+Draw = tuple[Ranks, Precisions | None]
+
+
+@dataclass(frozen=True)
+class Static:
+    """A smaller model on the same images: embeddings of the base set and of the distractors (None without)."""
+
+    model: Model
+    gallery: Gallery
+    far: Gallery | None
+
+
+@dataclass
+class Evidence:
+    """What the report shows beyond the metrics. ranks: run -> `Ranks`, of runs with one assignment; exits: run -> [N]."""
+
+    gallery: Gallery
+    ranks: dict[str, Ranks] = field(default_factory=dict)
+    exits: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class Runs:
+    """Collects the runs of a gallery, `far` being its distractors (None without)."""
+
+    def __init__(self, config: ExperimentConfig, model: Model, gallery: Gallery, far: Gallery | None):
+        self.config, self.model, self.gallery, self.far = config, model, gallery, far
+        self.galleries = [gallery, *([far] if far is not None else [])]
+        self.mesh = local_mesh()
+        self.flops = {e: float(vision_flops(model.clip.arch.vision, e)) for e in model.exits}
+        self.costs = costs(model.clip.arch, model.scorer.complexity.arch) if gallery.exits is not None else None
+        self.records: dict[str, dict[str, Any]] = {}
+        self.evidence = Evidence(gallery)
+        self._hits: dict[str, Hits] = {}
+        self._per_image: dict[str, bootstrap_metrics.Run] = {}
+
+    def add(self, name: str, draws: Sequence[Draw], flops: float, share: Mapping[str, float]) -> None:
+        """A run from its ranks (several draws are averaged), its counted FLOPs per image and its share per exit."""
+        self._hits[name] = mean_hits([hits_at(found, RETENTION_AT) for found, _ in draws])
+        self._per_image[name] = bootstrap_metrics.mean_run([bootstrap_metrics.collect(*draw) for draw in draws])
+        self.records[name] = {
+            **mean_summary([_summary(*draw) for draw in draws]),
+            "flops_per_image": flops,
+            "images_per_s": None,
+            "share": dict(share),
+        }
+        if len(draws) == 1:
+            self.evidence.ranks[name] = draws[0][0]
+
+    def add_exits(self, name: str, exits: Sequence[np.ndarray], *, router: bool) -> None:
+        """A run of one assignment: exits [N] of the base images, then those [A] of the distractors."""
+        share = _share(np.concatenate(exits), self.model.exits)
+        if max(share.values()) == 1.0 and not router:
+            share = {exit: part for exit, part in share.items() if part}
+        rows = [take_exits(g.by_exit, e) for g, e in zip(self.galleries, exits)]
+        self.add(name, [self.rank(*rows)], self._cost(share, router), share)
+        self.evidence.exits[name] = exits[0]
+
+    def add_random(self, exits: Sequence[np.ndarray]) -> None:
+        """The same exits dealt out at random, without the router's cost."""
+        everyone = np.concatenate(exits)
+        n = len(exits[0])
+        draws = np.stack([random_exits(everyone, seed) for seed in range(self.config.eval.random_draws)])
+        drawn = ranks_mixed(self.gallery.by_exit, *self.asked, draws, **self.mixed())
+        found = [
+            self.precise(*(take_exits(g.by_exit, e) for g, e in zip(self.galleries, np.split(each, [n]))))
+            for each in draws[:CATEGORY_DRAWS]
+        ]
+        share = _share(everyone, self.model.exits)
+        self.add("random", list(itertools.zip_longest(drawn, found)), self._cost(share, False), share)
+
+    def add_oracles(self, exits: Sequence[np.ndarray] | None) -> None:
+        """'lossless', the cheapest exit at which no rank of an image falls; 'oracle', the best choice at the share of `exits`.
+
+        Both know the ranks, so neither pays for a router: they bound what a better one could reach. Distractors take the exits
+        they have under routing, or full depth without.
+        """
+        full = self.model.exits[-1]
+        alone = ranks_alone(self.gallery.by_exit, *self.asked, **self.among([g.by_exit[full] for g in self.galleries]))
+        others = list(exits[1:]) if exits else [np.full(len(g.captions), full) for g in self.galleries[1:]]
+        if exits:
+            counts = {e: int(np.sum(exits[0] == e)) for e in self.model.exits}
+            self.add_exits("oracle", [oracle_exits_at_share(alone, counts, RETENTION_AT), *others], router=False)
+        self.add_exits("lossless", [oracle_exits(alone), *others], router=False)
+
+    def add_static(self, static: Static) -> None:
+        """The smaller model at its full depth, on the same images and captions."""
+        own, exit = static.gallery, static.model.exits[-1]
+        far = None
+        if static.far is not None:
+            far = Distractors(static.far.by_exit[exit], static.far.texts, static.far.caption_image, self.far.labels)
+        given = {"distractors": far, "mesh": self.mesh}
+        found = ranks(own.by_exit[exit], own.texts, own.caption_image, **given)
+        precise = None
+        if any(self.gallery.labels):
+            precise = category.precisions(own.by_exit[exit], own.texts, own.caption_image, self.gallery.labels, **given)
+        self.add("static", [(found, precise)], float(vision_flops(static.model.clip.arch.vision)), {str(exit): 1.0})
+        self.records["static"]["images_per_s"] = timing.static_speed(static.model, own.sample)
+
+    @property
+    def asked(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.gallery.texts, self.gallery.caption_image
+
+    def among(self, embeddings: Sequence[np.ndarray]) -> dict[str, Any]:
+        """The distractors, whose embeddings come second, as keywords of the functions that rank."""
+        given, far = None, self.far
+        if far is not None:
+            given = Distractors(embeddings[1], far.texts, far.caption_image, far.labels)
+        return {"distractors": given, "mesh": self.mesh}
+
+    def mixed(self) -> dict[str, Any]:
+        """The same for `ranks_mixed`."""
+        far = self.far.by_exit if self.far is not None else None
+        return {"far_by_exit": far, **self.among([g.texts[:0] for g in self.galleries])}
+
+    def precise(self, *embeddings: np.ndarray) -> Precisions | None:
+        """Average precisions where there are labels, for embeddings of the base images and the distractors."""
+        if not any(self.gallery.labels):
+            return None
+        return category.precisions(embeddings[0], *self.asked, self.gallery.labels, **self.among(embeddings))
+
+    def rank(self, *embeddings: np.ndarray) -> Draw:
+        return ranks(embeddings[0], *self.asked, **self.among(embeddings)), self.precise(*embeddings)
+
+    def compare(self) -> dict[str, Any]:
+        """Intervals and retention into the records; returns the comparisons."""
+        n = self.config.eval.bootstrap
+        compared = bootstrap_metrics.intervals(self._per_image, n=n)
+        for name, record in self.records.items():
+            kept = retention(self._hits[name], self._hits["full"], n=n)
+            record["retention"] = kept.percent().as_dict() if kept else None
+            record["intervals"] = {d: {m: c.as_dict() for m, c in by.items()} for d, by in compared[name].items()}
+        if "random" not in self.records:
+            return {}
+        delta = difference(self._hits["routed"], self._hits["random"], n=n)
+        return {"routed_minus_random": {**delta.as_dict(), "includes_zero": delta.includes_zero}}
+
+    def _cost(self, share: Mapping[str, float], router: bool) -> float:
+        return sum(part * self.flops[int(exit)] for exit, part in share.items()) + (self.costs.router if router else 0.0)
+
+
+def measure(
+    config: ExperimentConfig,
+    model: Model,
+    source: Source,
+    gallery: Gallery,
+    far: Gallery | None = None,
+    static: Static | None = None,
+    settings: Mapping[str, Sequence[float]] | None = None,
+) -> tuple[dict[str, Any], Evidence]:
+    """The metrics of `table`, and what the report shows besides.
+
+    settings: further thresholds to route with, name of the run -> thresholds.
+    """
+    texts = [caption for group in gallery.captions for caption in group]
+    n = len(gallery.sample.clip)
+    where = timing.split(model, gallery.sample, source, texts, gallery.exits[:n] if gallery.exits is not None else None)
+    speed = timing.measure(model, gallery.sample, gallery.exits[:n] if gallery.exits is not None else None, settings)
+    runs = Runs(config, model, gallery, far)
+    for exit in reversed(model.exits):
+        name = "full" if exit == model.exits[-1] else f"exit_{exit}"
+        runs.add_exits(name, [np.full(len(g.captions), exit) for g in runs.galleries], router=False)
+    taken = None
+    if gallery.exits is not None:
+        taken = [g.exits for g in runs.galleries]
+        share = _share(np.concatenate(taken), model.exits)
+        runs.add("routed", [runs.rank(*(g.routed for g in runs.galleries))], runs._cost(share, True), share)
+        runs.evidence.exits["routed"] = gallery.exits
+        for name, limits in (settings or {}).items():
+            runs.add_exits(name, [assign(g.scores, model.exits, limits) for g in runs.galleries], router=True)
+        runs.add_random(taken)
+    if len(model.exits) > 1:
+        runs.add_oracles(taken)
+    for name, value in speed.items():
+        runs.records[name]["images_per_s"] = value
+    if static is not None:
+        runs.add_static(static)
+    comparisons = runs.compare()
+    metrics: dict[str, Any] = {
+        "runs": runs.records,
+        "gallery": {
+            "images": sum(len(g.captions) for g in runs.galleries),
+            "captions": sum(len(g.texts) for g in runs.galleries),
+            "queries": {"images": len(gallery.captions), "captions": len(gallery.texts)},
+        },
+        "comparisons": comparisons,
+        "timing": where,
+        "flops": _flops(model, runs),
+    }
+    if taken is not None:
+        metrics["routing"] = {**model.description["routing"], "router_flops": runs.costs.router}
+        for name, limits in (settings or {}).items():
+            runs.records[name]["thresholds"] = list(limits)
+        metrics["frontier"] = _frontier(runs)
+    return metrics, runs.evidence
+
+
+def _flops(model: Model, runs: Runs) -> dict[str, Any]:
+    """Counted FLOPs of each exit beside the compiler's, and those of a caption and of a score."""
+    return {
+        "exits": {str(e): {"counted": runs.flops[e], "compiler": timing.compiler_flops(model, e)} for e in model.exits},
+        "router": runs.costs.router if runs.costs else None,
+        "text": float(text_flops(model.clip.arch.text)),
+    }
+
+
+def _frontier(runs: Runs) -> list[dict[str, Any]]:
+    """What other thresholds would do on the evaluated images: a sweep, from which nothing is chosen."""
+    gallery, far = runs.gallery, runs.far
+    measured = timing.measured_costs(runs.model, gallery.sample)
+    bench = Bench(
+        gallery.by_exit, *runs.asked, gallery.scores, {"counted": runs.costs, "measured": measured},
+        far_scores=far.scores if far is not None else None, **runs.mixed(),
+    )  # fmt: skip
+    full = runs.records["full"]
+    whole = (full["text_to_image"]["r5"] + full["image_to_text"]["r5"]) / 2
+    return [{**p.as_dict(), "kept": 100 * p.recall / whole if whole else None} for p in sweep(bench)]
+
+
+def _share(exits: np.ndarray, known: Sequence[int]) -> dict[str, float]:
+    return {str(e): float(np.mean(exits == e)) for e in known}
+
+
+def _summary(found: Ranks, precisions: Precisions | None) -> dict[str, dict[str, float]]:
+    summary = summarise(found)
+    if precisions is None:
+        return summary
+    extra = category.summarise(precisions)
+    return {direction: summary[direction] | extra[direction] for direction in summary}
