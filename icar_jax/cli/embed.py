@@ -25,7 +25,10 @@ def add(commands) -> None:
                    "images and folders from standard input, one a line")  # fmt: skip
     p.add_argument("--checkpoint", required=True, help="bundle, CLIP checkpoint or workdir")
     p.add_argument("--out", required=True, metavar="DIR", help="folder of the corpus, new or begun by this command")
-    p.add_argument("--exit", type=int, metavar="BLOCKS", help="run every image to this depth instead of routing")
+    how = p.add_mutually_exclusive_group()
+    how.add_argument("--budget", type=float, metavar="B", help="mean counted cost, router included, as a share of full depth; "
+                     "by default the thresholds of the bundle hold")  # fmt: skip
+    how.add_argument("--exit", type=int, metavar="BLOCKS", help="run every image to this depth instead of routing")
     p.add_argument("--shard-rows", type=_positive, default=4096, metavar="N", help="images a shard; a kill costs one (4096)")
     p.add_argument("--skip-bad", action="store_true", help="exit status 0 although images could not be embedded")
     p.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images of one depth run at a time (64)")
@@ -54,7 +57,9 @@ def _embed(args: argparse.Namespace) -> None:
     paths = ImagePaths(args.paths, _lines())
     model = load(args.checkpoint, batch_size=args.batch_size, dtype=args.dtype)
     with user_errors(f"stopped; the same command continues what {args.out} holds"):
-        done = embed_files(model, paths, args.out, exit=args.exit, shard_rows=args.shard_rows, threads=args.threads)
+        done = embed_files(
+            model, paths, args.out, exit=args.exit, budget=args.budget, shard_rows=args.shard_rows, threads=args.threads
+        )
     bad = Path(args.out) / BAD
     report_bad(done, bad, "embedded")
     if not done.total:

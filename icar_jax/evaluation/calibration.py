@@ -29,10 +29,10 @@ from icar_jax.evaluation.thresholds import (
     thresholds_for_budget,
     thresholds_for_shares,
 )
+from icar_jax.inference.budgets import counted_costs, pack_quantiles
 from icar_jax.inference.model import Model, load, load_parts
 from icar_jax.inference.router import assign
 from icar_jax.models.clip import ClipArch
-from icar_jax.models.flops import router_flops, vision_flops
 from icar_jax.models.scorers import scorer_arch
 
 CLASSIFICATION = "classification"
@@ -87,7 +87,7 @@ def costs_of(bundle: str | Path) -> Costs:
 
 def costs(clip: ClipArch, scorer: Any) -> Costs:
     """Counted FLOPs of the exits of a CLIP and of the complexity model that routes to them."""
-    return Costs({e: float(vision_flops(clip.vision, e)) for e in clip.vision.all_exits}, float(router_flops(scorer)))
+    return counted_costs(clip, scorer)
 
 
 def routing_of(
@@ -95,8 +95,9 @@ def routing_of(
 ) -> dict[str, Any]:
     """Thresholds from a budget, or from shares of the early exits (empty: equal), as the 'routing' of a bundle.
 
-    Returns {'exits', 'thresholds', 'found'}; 'found' says how, on what, and what was reached: the shares of the exits and
-    the counted cost, router included, as a share of full depth. Raises ConfigError for what cannot be met.
+    Returns {'exits', 'thresholds', 'found', 'scores'}. 'found' says how, on what, and what was reached: the shares of the
+    exits and the counted cost, router included, as a share of full depth; 'scores' are quantiles, as of `pack_quantiles`.
+    Raises ConfigError for what cannot be met.
     """
     if budget is not None:
         thresholds = thresholds_for_budget(scored.scores, budget, costs)
@@ -125,6 +126,7 @@ def _routing(
         "exits": list(exits),
         "thresholds": [float(t) for t in thresholds],
         "found": {**found, **result, **scored.record()},
+        "scores": pack_quantiles(scored.scores),
     }
 
 

@@ -7,9 +7,10 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,6 +23,7 @@ from icar_jax.inference.corpus import BAD, CorpusWriter, path_key
 from icar_jax.inference.landing import Stats
 from icar_jax.inference.model import Model
 from icar_jax.inference.reading import Bad, in_order, readable
+from icar_jax.inference.router import Routed
 
 SHARD_ROWS = 4096
 
@@ -84,6 +86,7 @@ def embed_files(
     out: str | os.PathLike,
     *,
     exit: int | None = None,
+    budget: float | None = None,
     shard_rows: int = SHARD_ROWS,
     threads: int = 0,
     bad_shown: int = 20,
@@ -93,14 +96,19 @@ def embed_files(
     Rows stand in the order of `paths`, by their absolute path; those that the corpus holds are not read again, whatever became
     of the file. Files that cannot be used are tried in every run. `milliseconds` of a row is the wall time of reading, decoding
     and resizing on its thread, plus its share of the time in which the device was busy with its batches. With `exit` every
-    image runs to that depth, and none is scored; without it a bundle routes, and a CLIP alone runs full depth.
+    image runs to that depth, and none is scored; without it a bundle routes, and a CLIP alone runs full depth. `budget` as for
+    `Model.encode_image`.
 
     Some ten batches of pixels are held: read ahead, waiting for their scores, for an exit, and for the device. Beyond that
     memory grows with `shard_rows` embeddings, and with some 80 bytes for each image of the corpus.
     Raises CorpusError for a corpus of another model or other options, NoImages where `paths` names none.
     """
-    exit = model.fixed_exit(exit)
-    encoding = {"exit": exit} if exit is not None else {"exits": list(model.exits), "thresholds": list(model.thresholds)}
+    thresholds = model.thresholds if budget is None else model.thresholds_for(budget)
+    if budget is None:
+        exit = model.fixed_exit(exit)
+    elif exit is not None:
+        raise ValueError("exit and budget exclude each other")
+    encoding = {"exit": exit} if exit is not None else {"exits": list(model.exits), "thresholds": list(thresholds)}
     manifest = {
         "model": model.identity if exit is None else {"clip": model.identity["clip"]},
         "encoding": {**encoding, "dtype": model.dtype},
@@ -123,7 +131,8 @@ def embed_files(
         )
         with bar, closing(read), _BadFiles(Path(out), done, bad_shown) as bad:
             corpus.note(complete=False)
-            while _shard(model, exit, corpus, _good(read, bad, bar), shard_rows, done):
+            embed = partial(model.embed, exit=exit, thresholds=None if exit is not None else thresholds)
+            while _shard(embed, model.batch_size, corpus, _good(read, bad, bar), shard_rows, done):
                 bar.set_postfix_str(", ".join(f"{e} blocks {c / done.images:.0%}" for e, c in sorted(done.exits.items())))
                 bad.flush()
         if corpus.images:
@@ -194,7 +203,12 @@ def _good(items: Iterable[_Read | Bad], bad: _BadFiles, bar: tqdm) -> Iterator[_
 
 
 def _shard(
-    model: Model, exit: int | None, corpus: CorpusWriter, items: Iterator[_Read], shard_rows: int, done: Embedded
+    embed: Callable[..., Routed],
+    batch_size: int,
+    corpus: CorpusWriter,
+    items: Iterator[_Read],
+    shard_rows: int,
+    done: Embedded,
 ) -> bool:
     """Embeds the next `shard_rows` items and writes them; False where none was left."""
     rows: list[tuple[str, str, float]] = []
@@ -205,13 +219,13 @@ def _shard(
             for item in items:
                 batch.append(item.pixels)
                 rows.append((item.path, item.sha256, item.seconds))
-                if len(batch) == model.batch_size or len(rows) == shard_rows:
+                if len(batch) == batch_size or len(rows) == shard_rows:
                     break
             if not batch:
                 return
             yield {name: np.stack([pixels[name] for pixels in batch]) for name in batch[0]}
 
-    routed = model.embed(batches(), exit)
+    routed = embed(batches())
     if not rows:
         return False
     paths, hashes, seconds = zip(*rows, strict=True)

@@ -21,6 +21,7 @@ from icar_jax.checkpoint import Checkpoint, CheckpointError
 from icar_jax.config import from_dict
 from icar_jax.data.images import ImageLike, Preprocess, decode
 from icar_jax.data.tokenizer import Tokenizer
+from icar_jax.inference.budgets import counted_costs, thresholds_for_budget, unpack_quantiles
 from icar_jax.inference.forward import Forward, bucket_sizes
 from icar_jax.inference.reading import in_order
 from icar_jax.inference.router import OneExit, Routed, Router
@@ -142,13 +143,20 @@ class Model:
             logging.warning("%d of %d texts are longer than %d tokens and were cut.", truncated.sum(), len(texts), length)
         return self._text(tokens) if len(tokens) else np.zeros((0, self.embed_dim), np.float32)
 
-    def encode_image(self, images: Sequence[ImageLike], exit: int | None = None) -> np.ndarray:
+    def encode_image(
+        self, images: Sequence[ImageLike], exit: int | None = None, budget: float | None = None
+    ) -> np.ndarray:
         """N paths, PIL images or uint8 arrays [H, W, 3] -> float32 [N, D], unit norm, in the same order.
 
         `exit` is the number of executed blocks. Without it a bundle routes each image by its complexity, and a plain
-        CLIP checkpoint, which cannot score images, runs full depth.
+        CLIP checkpoint, which cannot score images, runs full depth. `budget` routes with the thresholds of
+        `thresholds_for`, instead of those of the bundle.
         """
         self._need_clip("encode_image")
+        if exit is not None and budget is not None:
+            raise ValueError("exit and budget exclude each other: a budget is met by routing, an exit is for every image")
+        if budget is not None:
+            return self.route(images, budget).embeddings
         depth = self.fixed_exit(exit)
         preprocesses = self.preprocesses if depth is None else {"clip": self.preprocess}
         return self.embed(self._prepare(images, preprocesses), depth).embeddings
@@ -171,22 +179,44 @@ class Model:
         self._need_clip("embedding images")
         return None if exit is None and self.thresholds is not None else self.clip.arch.vision.check_exit(exit)
 
-    def route(self, images: Sequence[ImageLike]) -> Routed:
-        """Embeddings with the score and the exit of each image; needs a bundle."""
+    def route(self, images: Sequence[ImageLike], budget: float | None = None) -> Routed:
+        """Embeddings with the score and the exit of each image; needs a bundle. `budget` as for `encode_image`."""
         self._need_bundle()
-        return self.embed(self._prepare(images, self.preprocesses))
+        thresholds = None if budget is None else self.thresholds_for(budget)
+        return self.embed(self._prepare(images, self.preprocesses), thresholds=thresholds)
 
-    def embed(self, batches: Iterable[Mapping[str, np.ndarray]], exit: int | None = None) -> Routed:
+    def thresholds_for(self, budget: float) -> tuple[float, ...]:
+        """Thresholds under which the calibration images cost `budget` times full depth, router included, in counted FLOPs.
+
+        They hold on average over images like those; one batch may cost more or less. Raises ConfigError for a budget that
+        cannot be met, naming the lowest one, and CheckpointError for a bundle without calibration scores.
+        """
+        self._need_bundle()
+        if "scores" not in self.description["routing"]:
+            raise CheckpointError(
+                "a budget needs the scores of calibration images, and this bundle was made without any; add them with "
+                f"`icar calibrate BUNDLE --images FOLDER --budget {budget:g}`"
+            )
+        costs = counted_costs(self.clip.arch, self.scorer.complexity.arch)
+        return thresholds_for_budget(unpack_quantiles(self.description["routing"]["scores"]), budget, costs)
+
+    def embed(
+        self,
+        batches: Iterable[Mapping[str, np.ndarray]],
+        exit: int | None = None,
+        thresholds: Sequence[float] | None = None,
+    ) -> Routed:
         """Prepared batches of uint8 pixels by the names of `preprocesses` -> Routed over all of them, in order.
 
-        Without `exit` images are routed, which needs a bundle; with it only 'clip' is read, and scores are nan.
+        Without `exit` images are routed, by the bundle's thresholds or others; with it only 'clip' is read, and scores are nan.
         """
         if exit is not None:
             self._need_clip("embed")
             exit = self.clip.arch.vision.check_exit(exit)
             return OneExit(exit, self.towers[exit]).embed(((b["clip"], None) for b in batches), self.embed_dim)
         self._need_bundle()
-        return self.router.embed(((b["clip"], b[self.scored_on]) for b in batches), self.embed_dim)
+        router = self.router if thresholds is None else self.router.at(thresholds)
+        return router.embed(((b["clip"], b[self.scored_on]) for b in batches), self.embed_dim)
 
     @property
     def scored_on(self) -> str | None:

@@ -175,6 +175,10 @@ class Router:
         self.thresholds = tuple(float(t) for t in thresholds)
         self._batch_size = batch_size
 
+    def at(self, thresholds: Sequence[float]) -> Router:
+        """The same with other thresholds; it shares everything that was compiled."""
+        return Router(self._towers, self._scorer, thresholds, self._batch_size)
+
     def warm_up(self) -> None:
         """Nothing to compile: the towers and the scorer are compiled on their own."""
 

@@ -128,6 +128,10 @@ class SharedRouter:
         self._tower = tower
         self.thresholds = tuple(float(t) for t in thresholds)
 
+    def at(self, thresholds: Sequence[float]) -> SharedRouter:
+        """The same with other thresholds; it shares everything that was compiled."""
+        return SharedRouter(self._tower, thresholds)
+
     def warm_up(self) -> None:
         """Compiles everything that routing runs."""
         self._tower.warm_up()
