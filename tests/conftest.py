@@ -10,7 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _CACHE = tempfile.TemporaryDirectory(prefix="icar_jax_tests_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
 
-import jax
+import drawn
 import pytest
 
 from icar_jax import checkpoint
@@ -56,7 +56,7 @@ def clip_folder(tmp_path_factory):
     text = TextArch(16, tokenizer.vocab_size, 16, 1, 2, 32, 24, end_id=tokenizer.end_id)
     arch = ClipArch(vision, text)
     description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(32, "squash").to_dict()}
-    params = Clip(arch).init(jax.random.key(0), "random")
+    params = drawn.params(Clip(arch).shapes(), 0)
     folder = tmp_path_factory.mktemp("clip") / "model"
     return checkpoint.write(folder, "clip", description, params, tokenizer.to_json())
 
@@ -66,7 +66,7 @@ def complexity_folder(tmp_path_factory):
     """A random complexity checkpoint."""
     arch = ComplexityArch(ConvNeXtArch((1, 1, 1, 1), (8, 8, 8, 8)), "regression", 32)
     description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(32, "squash").to_dict()}
-    params = Complexity(arch).init(jax.random.key(1))
+    params = drawn.params(Complexity(arch).shapes(), 3)
     # A fresh head scores nearly all images alike; a steeper last layer spreads them.
-    params["head"]["fc3"]["kernel"] = params["head"]["fc3"]["kernel"] * 30
+    params["head"]["fc3"]["kernel"] = params["head"]["fc3"]["kernel"] * 8
     return checkpoint.write(tmp_path_factory.mktemp("complexity") / "model", "complexity", description, params)

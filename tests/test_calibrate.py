@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-import jax
+import drawn
 import numpy as np
 import pytest
 from conftest import tiny_config
@@ -45,8 +45,8 @@ def bundle(clip_folder, complexity_folder, tmp_path):
 def classifier_weights(tmp_path_factory):
     arch = ComplexityArch(ConvNeXtArch((1, 1, 1, 1), (8, 8, 8, 8)), "classification", 32)
     description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(32, "squash").to_dict()}
-    params = Complexity(arch).init(jax.random.key(2))
-    params["head"]["fc"]["kernel"] = params["head"]["fc"]["kernel"] * 10
+    params = drawn.params(Complexity(arch).shapes(), 2)
+    params["head"]["fc"]["kernel"] = params["head"]["fc"]["kernel"] * 2
     return arch, description, params
 
 
@@ -171,10 +171,10 @@ def test_the_workdir_names_the_calibration_images(classifier_weights, tmp_path):
 
 
 def test_a_config_names_the_calibration_images(bundle, monkeypatch):
-    words = ["--budget", "0.9", "--config", str(ROOT / "configs/demo.py:clip"), "--config.data.calibration_size=24"]
+    words = ["--budget", "0.9", "--config", str(ROOT / "configs/demo.py:clip"), "--config.data.calibration_size=36"]
     monkeypatch.setattr(sys, "argv", ["icar", "calibrate", str(bundle), *words])  # where overrides are read from
     cli.main()
-    assert checkpoint.describe(bundle)["routing"]["found"]["images"] == 24
+    assert checkpoint.describe(bundle)["routing"]["found"]["images"] == 36
 
 
 def test_a_killed_writer_leaves_the_old_description(bundle, pictures, monkeypatch):
