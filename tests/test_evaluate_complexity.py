@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-import jax
+import drawn
 import numpy as np
 import pytest
 from conftest import tiny_config
@@ -30,7 +30,7 @@ def finished_run(folder, head):
     config.complexity.head = head
     config.eval.size = 60
     arch = ComplexityArch(ConvNeXtArch((1, 1, 1, 1), (8, 8, 8, 8)), head, 32)
-    params = Complexity(arch).init(jax.random.key(2))
+    params = drawn.params(Complexity(arch).shapes(), 2)
     last = params["head"]["fc3" if head == "regression" else "fc"]
     last["kernel"] = last["kernel"] * 10
     description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(32, "squash").to_dict()}
@@ -52,7 +52,7 @@ def classification(tmp_path_factory):
     config = finished_run(folder, "classification")
     with pytest.raises(checkpoint.CheckpointError, match="without a threshold.*icar calibrate .*--metric f1"):
         evaluate_complexity(config, folder)  # never a silent 0.5
-    cli.main(["calibrate", str(folder), "--metric", "youden"])
+    cli.main(["calibrate", str(folder), "--metric", "youden", "--batch-size", "8"])
     return config, folder, evaluate_complexity(config, folder)
 
 
@@ -64,7 +64,7 @@ def test_a_regression_is_reported_beside_every_baseline(regression):
     config, folder, metrics = regression
     assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     assert list(metrics["runs"]) == ["model", *classical.MEASURES, classical.COMBINED]
-    scores = icar_jax.load(folder).score([r.image() for r in Scenes("val", config.eval.size)])
+    scores = icar_jax.load(folder, batch_size=8).score([r.image() for r in Scenes("val", config.eval.size)])
     for metric in m.OF_RATINGS:
         found = metrics["runs"]["model"][metric]
         assert found["value"] == pytest.approx(m.value(metric, scores, known(config)), abs=1e-5)
@@ -110,7 +110,7 @@ def test_nuisances_come_in_thirds(regression):
 def test_a_classifier_decides_by_its_stored_threshold(classification):
     config, folder, metrics = classification
     threshold = checkpoint.describe(folder / "model")["threshold"]
-    scores = icar_jax.load(folder).score([r.image() for r in Scenes("val", config.eval.size)])
+    scores = icar_jax.load(folder, batch_size=8).score([r.image() for r in Scenes("val", config.eval.size)])
     labels = known(config) > config.complexity.threshold
     assert metrics["threshold"] == threshold
     decided = scores > threshold
@@ -128,7 +128,7 @@ def test_the_best_model_of_the_run_is_evaluated(tmp_path):
     shifted.params["head"]["fc3"]["bias"] = shifted.params["head"]["fc3"]["bias"] + 3
     checkpoint.write(tmp_path / "best", "complexity", shifted.description, shifted.params)
     metrics = evaluate_complexity(config, tmp_path)
-    scores = icar_jax.load(tmp_path / "best").score([r.image() for r in Scenes("val", config.eval.size)])
+    scores = icar_jax.load(tmp_path / "best", batch_size=8).score([r.image() for r in Scenes("val", config.eval.size)])
     assert metrics["runs"]["model"]["rmse"]["value"] == pytest.approx(m.rmse(scores, known(config)), abs=1e-5)
     assert f"the model is {tmp_path / 'best'}" in metrics["notes"]
 
@@ -185,3 +185,11 @@ def test_a_row_without_an_interval_keeps_its_value():
     labels = np.array([1] + [0] * 9)
     row = agreement.rows({"a": Predicted(np.linspace(1, 0, 10), 0.5)}, labels, ("roc_auc",), 100)["a"]["roc_auc"]
     assert row == {"value": 1.0, "low": None, "high": None}
+
+
+def test_a_margin_without_an_interval_keeps_its_value(regression):
+    labels = np.array([1] + [0] * 9)
+    model, other = Predicted(np.linspace(1, 0, 10), 0.5), Predicted(np.linspace(0, 1, 10), 0.5)
+    margin = agreement.margin("roc_auc", model, {"jpeg_bytes": other}, labels, 100)
+    assert (margin["value"], margin["low"], margin["high"], margin["includes_zero"]) == (1.0, None, None, None)
+    assert "too few images" in complexity_table.verdicts({**regression[2], "margin": margin})[0]

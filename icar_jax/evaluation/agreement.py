@@ -49,11 +49,17 @@ def rows(predictors: Mapping[str, Predicted], truth: np.ndarray, metrics: tuple[
 def margin(metric: str, model: Predicted, others: Mapping[str, Predicted], truth: np.ndarray, n: int) -> dict[str, Any]:
     """The best of the others by a metric, and the model's margin over it on the same resamples.
 
-    Returns {'metric', 'over', 'value', 'low', 'high', 'includes_zero'}. The best is chosen on these very images, which
-    favours it.
+    Returns {'metric', 'over', 'value', 'low', 'high', 'includes_zero'}, the last three None where there is no interval. The
+    best is chosen on these very images, which favours it.
     """
     best = max(others, key=lambda name: m.value(metric, others[name].input_of(metric), truth))
-    found = m.difference(metric, model.input_of(metric), others[best].input_of(metric), truth, n=n)
+    first, second = model.input_of(metric), others[best].input_of(metric)
+    try:
+        found = m.difference(metric, first, second, truth, n=n)
+    except m.MetricError:
+        # Raises again where there is not even a value.
+        apart = m.value(metric, first, truth) - m.value(metric, second, truth)
+        return {"metric": metric, "over": best, "value": apart, "low": None, "high": None, "includes_zero": None}
     return {"metric": metric, "over": best, **found.as_dict(), "includes_zero": found.includes_zero}
 
 

@@ -4,7 +4,7 @@ metrics['head'] is 'regression' or 'classification'; 'source' and 'images' say w
 metrics['runs'] maps 'model' and the classical measures to {metric: {'value', 'low', 'high'}}, the bounds None where there is no
   interval. Regression: pcc, srcc, rmse, rmae. Classification: accuracy, f1, balanced_accuracy, youden, roc_auc, ece.
 metrics['margin'] is the model's margin over the best classical measure: {'metric', 'over', 'value', 'low', 'high',
-  'includes_zero'}, paired.
+  'includes_zero'}, paired; the last three None where there is no interval.
 metrics['nuisance'] maps noise, blur and contrast (of scenes) to {level: {'from', 'to', 'images', 'pcc': {run: interval}}}.
 metrics['cost'] maps each run to 'flops_per_image' (2 x MACs), 'share_of_vit_l14' (of its vision tower) and 'ms_per_image'; the
   model's 'routing_flops' is what it adds to a tower whose blocks it shares.
@@ -86,11 +86,12 @@ def verdicts(metrics: Mapping[str, Any]) -> list[str]:
     """What the numbers show, as plain sentences."""
     margin, cost = metrics["margin"], metrics["cost"][MODEL]
     title = TITLES[margin["metric"]]
-    line = (
-        f"{title} of the model - of the best classical measure ({_name(margin['over'])}) = {margin['value']:+.3f}, paired 95% "
-        f"interval [{margin['low']:.3f}, {margin['high']:.3f}]"
-    )
-    if margin["includes_zero"]:
+    line = f"{title} of the model - of the best classical measure ({_name(margin['over'])}) = {margin['value']:+.3f}"
+    if margin["low"] is not None:
+        line += f", paired 95% interval [{margin['low']:.3f}, {margin['high']:.3f}]"
+    if margin["low"] is None:
+        lines = [f"{line}: too few images, or too few of one class, for an interval, so nothing is shown"]
+    elif margin["includes_zero"]:
         lines = [f"{line}: includes zero, so the model is not shown to beat a few lines of numpy here"]
     elif margin["value"] > 0:
         lines = [f"{line}: above zero, so the model beats them"]
