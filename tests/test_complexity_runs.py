@@ -203,13 +203,21 @@ def test_class_weights():
     assert found == pytest.approx(float(each[:3].mean() + each[3]) / 2, rel=1e-6), "each class counts for half"
 
 
-def test_balanced_weights_need_both_classes(tmp_path):
+def test_a_split_that_is_trained_on_is_refused_before_anything_is_written(tmp_path):
+    config = tiny_config("complexity", eval_every=1, eval_split="train")
+    with pytest.raises(ConfigError, match="config.train.eval_split='train' is not held out: train is used for training"):
+        train(config, tmp_path / "w", evaluators=evaluators(config))
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("weights", ["none", "balanced"])
+def test_a_classifier_needs_both_classes(tmp_path, weights):
     root = ratedfiles.annotations(tmp_path / "icc")
     labels = {name: 1 for name in json.loads((root / "labels.json").read_text())}
     (root / "labels.json").write_text(json.dumps(labels))
     config = small(config_file("icc"), root, str(root / "labels.json"))
-    config.complexity.class_weights = "balanced"
-    with pytest.raises(ConfigError, match="class_weights='balanced', but of .* 0 are simple"):
+    config.complexity.class_weights = weights
+    with pytest.raises(ConfigError, match="head='classification', but of .* 0 are simple"):
         train(config, tmp_path / "w")
     assert not (tmp_path / "w").exists()
 

@@ -81,6 +81,7 @@ COMPLEXITY_FAULTS = {
     "--config.data.resize=crop": ("config.data.resize='crop'", "use 'squash'"),
     "--config.complexity.class_weights=balanced": ("class_weights='balanced'", "'regression'", "'classification'"),
     "--config.complexity.threshold=high": ("config.complexity.threshold", "float"),
+    "--config.complexity.threshold=1.0": ("config.complexity.threshold=1.0", "[0, 1)"),
     "--config.train.accumulate=2": ("config.train.accumulate=2", "task 'clip' only"),
     "--config.train.eval_split=train": ("config.train.eval_split='train'", "not held out"),
 }

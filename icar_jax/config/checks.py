@@ -138,6 +138,13 @@ def _validate_training(c: ExperimentConfig) -> None:
         raise ConfigError(
             f"config.train.patience={t.patience} counts evaluations: set config.train.eval_every to a number of steps, or -1"
         )
+    evaluated = "config.train.eval_split" if t.eval_split else "config.eval.split"
+    split = t.eval_split or c.eval.split
+    if t.eval_every and (shared := {*split.split("+")} & {*c.data.train_split.split("+")}):
+        raise ConfigError(
+            f"{evaluated}={split!r} is not held out: {', '.join(sorted(shared))} is used for training, and "
+            f"config.train.eval_every={t.eval_every} evaluates on it; choose another split"
+        )
     if c.loss.kind == "sigmoid" and c.loss.direction != "symmetric":
         raise ConfigError(
             f"config.loss.direction={c.loss.direction!r} has no meaning with config.loss.kind='sigmoid'; leave it 'symmetric'"
@@ -201,6 +208,11 @@ def _validate_ratings(c: ExperimentConfig) -> None:
         raise ConfigError(f"config.data.ratings={d.ratings!r}, but scenes know theirs; use config.data.source=ratings")
     if d.resize != "squash":
         raise ConfigError(f"config.data.resize={d.resize!r}: the complexity model sees whole images; use 'squash'")
+    if not 0 <= c.complexity.threshold < 1:
+        raise ConfigError(
+            f"config.complexity.threshold={c.complexity.threshold} must lie in [0, 1): an image rated above it is complex, and "
+            "ratings lie in [0, 1]"
+        )
     if c.complexity.class_weights != "none" and c.complexity.head != "classification":
         raise ConfigError(
             f"config.complexity.class_weights={c.complexity.class_weights!r} weighs classes, but config.complexity.head is "

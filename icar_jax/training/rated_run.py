@@ -31,12 +31,12 @@ class RatedRun:
 
 
 def look_at(config: ExperimentConfig, source: Source) -> RatedRun:
-    """Counts the ratings of the training images. Raises ConfigError where class weights need a class that has no images."""
+    """Counts the ratings of the training images. Raises ConfigError where a classifier has images of one class only."""
     c = config.complexity
     found = balance(sources.scores(source, LOOKED_AT), c.head, c.threshold, len(source))
-    if c.class_weights == "balanced" and 0 in found.classes:
+    if c.head == "classification" and 0 in found.classes:
         raise ConfigError(
-            f"config.complexity.class_weights='balanced', but of {sum(found.counts)} training images {found.classes[0]} are "
+            f"config.complexity.head='classification', but of {sum(found.counts)} training images {found.classes[0]} are "
             f"simple and {found.classes[1]} complex: both classes are needed; see config.complexity.threshold={c.threshold}"
         )
     rated = sources.rated(config.data)
