@@ -138,6 +138,26 @@ def test_distractors_fill_the_galleries(bundled, metrics, tmp_path):
         evaluate(config, bundled)
 
 
+def test_budgets_and_a_smaller_model_stand_beside_the_rest(bundled, metrics):
+    config = tiny_config("clip")
+    config.eval.budgets = (0.95,)
+    config.eval.static = str(bundled / "model")  # the same model: its run must be that of full depth
+    found = evaluate(config, bundled)
+    assert set(found["runs"]) == {*metrics["runs"], "budget_0.95", "static"}
+    budget, runs = found["runs"]["budget_0.95"], found["runs"]
+    assert budget["found"]["calibration"] == "scenes/calibration" and budget["found"]["cost"] <= 0.95
+    assert budget["images_per_s"] > 0 and sum(budget["share"].values()) == pytest.approx(1)
+    for key in (*DIRECTIONS, "flops_per_image", "share", "retention", "intervals"):
+        assert runs["static"][key] == runs["full"][key], key
+    for part in ("decode_ms", "preprocess_ms", "router_ms", "text_ms", "compile_s"):
+        assert found["timing"][part] > 0, part
+    assert set(found["timing"]["tower_ms"]) == {"2", "6"} and found["timing"]["padding"]["rows"] >= 0
+    at = {tuple(p["thresholds"]): p for p in found["frontier"]}
+    full = next(p for p in at.values() if p["share"]["6"] == 1.0)
+    assert full["kept"] == pytest.approx(100) and full["cost"]["counted"] > 1, "the sweep counts the router"
+    assert all(p["cost"]["measured"] > 0 for p in at.values())
+
+
 def test_evaluation_bundles_with_the_configured_complexity_model(runs, tmp_path):
     config = tiny_config("clip")
     train(config, tmp_path)

@@ -57,15 +57,20 @@ def _add_calibrate(commands) -> None:
         "calibrate",
         help="find the thresholds of a bundle or of a classifier on calibration images",
         description="Finds thresholds and writes them, with how they were found, into the description of a bundle (from a "
-        "budget, from shares, or with one early exit from labels) or of a classifier (from labels). Images: by default the "
-        "calibration images that the workdir of the checkpoint names.",
+        "budget, a recall drop, shares, or with one early exit from labels) or of a classifier (from labels). Images: by "
+        "default the calibration images that the workdir of the checkpoint names.",
     )
     p.add_argument("checkpoint", help="bundle, complexity classifier, or workdir that holds one")
     how = p.add_mutually_exclusive_group(required=True)
-    how.add_argument("--budget", type=float, help="mean counted cost, router included, as a share of full depth, such as 0.7")
+    how.add_argument("--budget", type=float, help="mean cost, router included, as a share of full depth, such as 0.7")
+    how.add_argument("--max-recall-drop", type=float, metavar="POINTS", help="cheapest thresholds, and with them which exits "
+                     "are used, that lose at most so many points of mean R@5 on the images; they need captions")
     how.add_argument("--share", type=float, nargs="+", default=[], metavar="S", help="share of the images for each early exit")
     how.add_argument("--metric", help="of labelled images: f1, balanced_accuracy, accuracy or youden")
-    p.add_argument("--images", nargs="+", metavar="PATH", help="files, folders or globs to calibrate on (not with --metric)")
+    p.add_argument("--cost", choices=["counted", "measured"], help="what --budget (default counted) or --max-recall-drop "
+                   "(default measured) goes by: FLOPs, or time on this machine")  # fmt: skip
+    p.add_argument("--plot", metavar="PNG", help="of --max-recall-drop: where the frontier is drawn; else BUNDLE_frontier.png")
+    p.add_argument("--images", nargs="+", metavar="PATH", help="files, folders or globs, for --budget and --share")
     p.add_argument("--labels", metavar="FILE", help="labels or ratings of images below --root: .json .csv .txt .parquet")
     p.add_argument("--root", help="folder of the images of --labels, or where those of the workdir moved to")
     p.add_argument("--boundary", type=float, help="where images have ratings, not labels: above it they are complex")
@@ -81,10 +86,13 @@ def _calibrate(args: argparse.Namespace) -> None:
     from icar_jax.evaluation.calibration_table import print_calibration
 
     folder = checkpoint.find(args.checkpoint, ("bundle", "complexity"))
+    if args.plot and args.max_recall_drop is None:
+        raise cfg.ConfigError("--plot draws what --max-recall-drop tried; leave it out")
     source, data, boundary = _calibration_images(args, folder)
     description = calibrate(
-        folder, source, budget=args.budget, shares=args.share, metric=args.metric, boundary=boundary,
-        batch_size=args.batch_size, loading=sources.loading(data) if data else None,
+        folder, source, budget=args.budget, shares=args.share, metric=args.metric, max_recall_drop=args.max_recall_drop,
+        cost=args.cost, boundary=boundary, batch_size=args.batch_size, loading=sources.loading(data) if data else None,
+        plot=args.plot,
     )  # fmt: skip
     print_calibration(description, costs_of(folder) if description["kind"] == "bundle" else None)
     print(f"Written into {folder / checkpoint.DESCRIPTION}")
@@ -102,6 +110,8 @@ def _calibration_images(args: argparse.Namespace, folder: Path):
     if args.overrides and not args.config:
         raise cfg.ConfigError(f"{args.overrides[0]} overrides a field of --config, which is not given")
     if args.images:
+        if args.max_recall_drop is not None:
+            raise cfg.ConfigError("--max-recall-drop needs captions; --images have none: pass --config, or give a workdir")
         if args.metric:
             raise cfg.ConfigError("--metric needs labelled images; --images have no labels: pass --labels FILE --root FOLDER")
         return ImageFiles(args.images), None, None

@@ -20,7 +20,7 @@ from icar_jax.config import ConfigError, from_dict
 from icar_jax.data.pipeline import BadFiles, eval_batches
 from icar_jax.data.records import Source
 from icar_jax.data.sources import fingerprint
-from icar_jax.evaluation import ratings_metrics
+from icar_jax.evaluation import dial, ratings_metrics
 from icar_jax.evaluation.thresholds import (
     Costs,
     best_threshold,
@@ -176,42 +176,80 @@ def calibrate(
     budget: float | None = None,
     shares: Sequence[float] = (),
     metric: str | None = None,
+    max_recall_drop: float | None = None,
+    cost: str | None = None,
     boundary: float | None = None,
     batch_size: int = 64,
     dtype: str = "float32",
     loading: Mapping[str, Any] | None = None,
     resamples: int = ratings_metrics.RESAMPLES,
+    plot: str | Path | None = None,
 ) -> dict[str, Any]:
     """Finds thresholds on `source` and writes them into the description of a bundle or of a classifier.
 
-    Exactly one of `budget`, `shares` and `metric` is given. A bundle takes any of them, `metric` where it has one early
-    exit; a classifier takes `metric`. Weights stay as they are. Returns the new description.
+    Exactly one of `budget`, `shares`, `metric` and `max_recall_drop` is given. A bundle takes any of them, `metric` where it
+    has one early exit; a classifier takes `metric`. Weights stay as they are. Returns the new description.
+    cost: of budgets (default 'counted') and of drops (default 'measured'), which is given in points of mean R@5: see `dial`.
+    plot: PNG of the settings that `max_recall_drop` tried; by default beside the bundle, as BUNDLE_frontier.png.
     Raises ConfigError for what does not fit the checkpoint or cannot be met, CheckpointError for another kind.
     """
-    if (budget is not None) + bool(shares) + (metric is not None) != 1:
-        raise ConfigError("thresholds are found by one of: a budget, a share for each early exit, a metric of labelled images")
+    if sum((budget is not None, bool(shares), metric is not None, max_recall_drop is not None)) != 1:
+        raise ConfigError(
+            "thresholds are found by one of: a budget, a share for each early exit, a metric of labelled images, a recall drop"
+        )
+    if cost is not None:
+        dial.check_cost(cost)
+        if budget is None and max_recall_drop is None:
+            raise ConfigError(f"cost {cost!r} is for a budget or a recall drop; shares and metrics are found without costs")
     folder = checkpoint.find(folder, ("bundle", "complexity"))
     description = checkpoint.describe(folder)
     bundle = description["kind"] == "bundle"
     if metric is not None:
         check_metric(metric)
     _check_fits(folder, description, metric)
+    if max_recall_drop is not None:
+        return _calibrate_recall(folder, source, max_recall_drop, cost or "measured", plot, batch_size, dtype, loading)
     if bundle:
         exits = description["routing"]["exits"]
-        cost = costs_of(folder)
-        if budget is not None:
-            thresholds_for_budget(np.zeros(1, np.float32), budget, cost)  # known before the images are scored
+        counted = costs_of(folder)
+        if budget is not None and cost != "measured":
+            thresholds_for_budget(np.zeros(1, np.float32), budget, counted)  # known before the images are scored
         full_shares(shares, exits)
+        if cost == "measured":
+            whole = load(folder, batch_size=batch_size, dtype=dtype)
+            measured = dial.measure_costs(whole, source, loading)
+            thresholds_for_budget(np.zeros(1, np.float32), budget, measured[0])
     scored = score_source(load(folder / "complexity" if bundle else folder, batch_size=batch_size, dtype=dtype),
                           source, "calibrate", loading)  # fmt: skip
     if metric is not None:
         threshold, found = threshold_of(scored, metric, boundary, resamples=resamples)
         changes = {"threshold": threshold, "threshold_found": found}
         if bundle:
-            changes = {"routing": _routing(scored, exits, cost, (threshold,), found)}
+            changes = {"routing": _routing(scored, exits, counted, (threshold,), found)}
+    elif cost == "measured":
+        found = {"method": "budget", "budget": budget, "cost_by": cost}
+        routing = _routing(scored, exits, counted, thresholds_for_budget(scored.scores, budget, measured[0]), found)
+        reached = {int(e): share for e, share in routing["found"]["reached"].items()}
+        routing["found"]["measured"] = dial.describe_costs(measured[0], reached, measured[1])
+        changes = {"routing": routing}
     else:
-        changes = {"routing": routing_of(scored, exits, cost, shares=shares, budget=budget)}
+        changes = {"routing": routing_of(scored, exits, counted, shares=shares, budget=budget)}
     checkpoint.amend(folder, changes)
+    return checkpoint.describe(folder)
+
+
+def _calibrate_recall(
+    folder: Path, source: Source, max_drop: float, cost: str, plot: str | Path | None, batch_size: int, dtype: str,
+    loading: Mapping[str, Any] | None,
+) -> dict[str, Any]:  # fmt: skip
+    dial.check_drop(max_drop)
+    model = load(folder, batch_size=batch_size, dtype=dtype)
+    plot = plot or folder.resolve().with_name(f"{folder.resolve().name}_frontier.png")
+    gallery, thresholds, found = dial.find(
+        model, source, costs_of(folder), max_drop, cost=cost, loading=loading, plot=plot
+    )  # fmt: skip
+    scored = Scored(gallery.scores, np.full(len(gallery.scores), np.nan, np.float32), gallery.bad, source)
+    checkpoint.amend(folder, {"routing": _routing(scored, model.exits, costs_of(folder), thresholds, found)})
     return checkpoint.describe(folder)
 
 

@@ -27,17 +27,53 @@ def sentences(found: Mapping[str, Any], costs: Costs | None) -> list[str]:
     unreadable = f", {found['unreadable']} more could not be read" if found["unreadable"] else ""
     lines = [f"found on {found['images']:,} images of {found['calibration']}{unreadable}"]
     if found["method"] == "budget":
-        lines.append(f"budget: {_percent(found['budget'])} of full depth; several exits share it as evenly as it allows")
+        budget = f"{_percent(found['budget'])} of full depth, {found.get('cost_by', 'counted')} cost"
+        lines.append(f"budget: {budget}; several exits share it as evenly as it allows")
+    if found["method"] == "max_recall_drop":
+        lines += _recall(found)
+    if "measured" in found:
+        took = found["measured"]
+        exits = ", ".join(f"{e} blocks {ms:.3g} ms" for e, ms in took["exit_ms"].items())
+        lines.append(
+            f"mean measured cost {_percent(took['cost'])} of full depth: {exits}, router {took['router_ms']:.3g} ms an image "
+            f"(medians of {took['repeats']} timings of {took['images']} images, on this machine)"
+        )
+        if took["cost"] >= 1:
+            lines.append("routing saves no time here: it takes at least as long as full depth for every image")
     if costs is not None:
         router = _percent(costs.router / costs.full)
         lines.append(f"mean counted cost {_percent(found['cost'])} of full depth, {router} of it for the complexity model")
         if found["cost"] >= 1:
-            lines.append("routing saves nothing here: it costs at least as much as full depth for every image")
+            lines.append("routing saves no FLOPs here: it costs at least as much as full depth for every image")
     if found["method"] == "metric":
         lines.append(
             f"{found['metric']} {found['value']:.4f}, 95% interval [{found['low']:.4f}, {found['high']:.4f}], is of the images "
             f"that chose the threshold: expect less of others ({found['complex']} of {found['images']} are complex, "
             f"{found['called_complex']} are called so)"
+        )
+    return lines
+
+
+def _recall(found: Mapping[str, Any]) -> list[str]:
+    drop = found["drop"]
+    how = "every combination on a grid" if found["search"] == "exhaustive" else "coordinate search, so perhaps not the best"
+    lines = [
+        f"cheapest {found['cost_by']} cost of {found['settings']:,} settings ({how}) that loses at most "
+        f"{found['max_recall_drop']:g} points of mean R@5",
+        f"mean R@5 {found['recall']:.2f}% against {found['full_recall']:.2f}% at full depth: a drop of {drop['value']:.2f} "
+        f"points, 95% interval [{drop['low']:.2f}, {drop['high']:.2f}], in a gallery of {found['images']:,} images and "
+        f"{found['captions']:,} captions",
+        "the drop is of the images that chose the setting, so it is optimistic, and drops grow with the gallery: evaluate.py "
+        "measures it on the held-out split",
+    ]
+    unused = [e for e, share in found["reached"].items() if not share]
+    if unused:
+        lines.append(f"exits not used: {', '.join(unused)}")
+    if alone := found["exit_alone"]:
+        lines.append(
+            f"exit {alone['exit']} for every image, without a router, meets the bound too and is cheaper: "
+            f"{_percent(alone['cost'])} of full depth's {found['cost_by']} cost at mean R@5 {alone['recall']:.2f}%, so routing "
+            "gains nothing here"
         )
     return lines
 

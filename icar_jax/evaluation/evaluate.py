@@ -51,13 +51,14 @@ def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
         notes += require_apart(source, far_source, urls, far_urls)
     elif config.eval.labels:
         urls = source_urls(source)
+    loading = sources.loading(config.data)
     warm = timing.warm_up(model)
     settings, found = _budgets(config, model, notes)
-    gallery = embed(model, source, config.data)
+    gallery = embed(model, source, loading)
     gallery = labelled(gallery, urls, config.eval.labels, notes)
     far = None
     if far_source is not None:
-        far = embed(model, far_source, config.data)
+        far = embed(model, far_source, loading)
         far = labelled(far, far_urls, config.eval.distractors.labels, notes)
     static = _embed_static(config, small, source, far_source, gallery, far)
     metrics, evidence = measure(config, model, source, gallery, far, static, settings)
@@ -111,7 +112,7 @@ def _embed_static(
     if small is None:
         return None
     depth = small.exits[-1:]
-    made = [embed(small, each, config.data, exits=depth) for each in (source, far_source) if each is not None]
+    made = [embed(small, each, sources.loading(config.data), exits=depth) for each in (source, far_source) if each is not None]
     for own, theirs in zip(made, (gallery, far)):
         if not np.array_equal(own.index, theirs.index):
             raise cfg.ConfigError(

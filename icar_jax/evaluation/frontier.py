@@ -92,6 +92,16 @@ class Bench:
         return Point(limits, share, cost, sum(both.values()) / len(both))
 
     @property
+    def full(self) -> Point:
+        """Every image at full depth, the router's cost included."""
+        return self.points([self.thresholds([0.0] * (len(self.exits) - 1))])[0]
+
+    @property
+    def known(self) -> list[Point]:
+        """All points so far."""
+        return list(self._known.values())
+
+    @property
     def tried(self) -> int:
         return len(self._known)
 
@@ -129,7 +139,7 @@ def cheapest(bench: Bench, max_drop: float, cost: str) -> Point:
     is among the settings, so there is always an answer.
     """
     early = len(bench.exits) - 1
-    full = bench.points([bench.thresholds([0.0] * early)])[0]
+    full = bench.full
 
     def best(points: Sequence[Point]) -> Point:
         kept = [p for p in points if p.recall >= full.recall - max_drop - 1e-9]

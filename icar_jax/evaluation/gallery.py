@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from icar_jax import config as cfg
-from icar_jax.data import sources
 from icar_jax.data.labels import merge_labels, read_labels
 from icar_jax.data.pipeline import BadFiles, eval_batches
 from icar_jax.data.records import Source
@@ -39,10 +38,13 @@ class Gallery:
     labels: list[tuple[str, ...]]
 
 
-def embed(model: Model, source: Source, data: cfg.DataConfig, *, exits: Sequence[int] | None = None) -> Gallery:
+def embed(
+    model: Model, source: Source, loading: Mapping[str, Any] | None = None, *, exits: Sequence[int] | None = None
+) -> Gallery:
     """One pass over the source: every exit of every image, the routed rows, and every caption.
 
-    exits: only these, without routing. Raises ValueError where no image can be read.
+    loading: keywords of `eval_batches`: workers, retries and the like. exits: only these, without routing.
+    Raises ValueError where no image can be read.
     """
     towers = {exit: [] for exit in exits or model.exits}
     kept: dict[str, list[np.ndarray]] = {key: [] for key in model.preprocesses}
@@ -58,7 +60,7 @@ def embed(model: Model, source: Source, data: cfg.DataConfig, *, exits: Sequence
             source,
             model.preprocesses,
             batch_size=model.batch_size,
-            **sources.loading(data),
+            **(loading or {}),
         )
         with batches:
             for batch in tqdm(batches, total=-(-len(source) // model.batch_size), desc="embed images", unit="batch"):

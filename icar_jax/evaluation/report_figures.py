@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from icar_jax.evaluation.figures import exit_label, place_labels
-from icar_jax.evaluation.frontier import frontier
+from icar_jax.evaluation.frontier import Point, frontier
 from icar_jax.evaluation.metrics import Ranks
 from icar_jax.evaluation.table import run_order
 
@@ -116,6 +116,24 @@ def kept_against_cost(metrics: Mapping[str, Any], cost: str) -> Drawing:
             axes.legend(frameon=False, fontsize=9, labelcolor=theme.ink, loc="lower right")
         styled = {name: (exit_label(name), theme.of(name)) for name in points}
         return lambda: place_labels(axes, points, (), styled, theme.paper)
+
+    return draw
+
+
+def dial(points: Sequence[Point], chosen: Point, full: Point, max_drop: float, cost: str) -> Drawing:
+    """Mean R@5 of every setting tried against its cost in percent of full depth, the bound and the setting chosen."""
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        axes.plot([100 * p.cost[cost] for p in points], [p.recall for p in points], ".", color=theme.faint, alpha=0.5,
+                  markersize=4, label="settings tried")  # fmt: skip
+        best = frontier(points, cost)
+        axes.plot([100 * p.cost[cost] for p in best], [p.recall for p in best], color=theme.exit, label="their frontier")
+        axes.axhline(full.recall - max_drop, color=theme.random, linestyle="--", label=f"{max_drop:g} points below full depth")
+        axes.plot(100 * full.cost[cost], full.recall, "o", color=theme.full, label="full depth, router included")
+        axes.plot(100 * chosen.cost[cost], chosen.recall, "D", color=theme.routed, markersize=8, label="chosen")
+        axes.set_xlabel(f"{cost} cost, router included, % of full depth")
+        axes.set_ylabel("R@5, %, mean of both directions\n(on the images it was chosen on)")
+        axes.legend(frameon=False, fontsize=9, labelcolor=theme.ink, loc="lower right")
 
     return draw
 

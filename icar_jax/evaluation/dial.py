@@ -1,0 +1,138 @@
+"""The budget dial by recall and by measured cost: the cheapest thresholds that lose at most so much, on calibration images.
+
+What is chosen on images looks better on them than on others, so the drop that is found here is optimistic; evaluate.py shows
+that of the held-out split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icar_jax import workdir
+from icar_jax.config import ConfigError
+from icar_jax.data.pipeline import eval_batches
+from icar_jax.data.records import Source
+from icar_jax.evaluation import report_figures, timing
+from icar_jax.evaluation.bootstrap import difference, hits_at
+from icar_jax.evaluation.frontier import EXHAUSTIVE, RECALL_AT, Bench, Point, cheapest
+from icar_jax.evaluation.gallery import Gallery, embed
+from icar_jax.evaluation.ranking import local_mesh
+from icar_jax.evaluation.thresholds import Costs
+from icar_jax.inference.model import Model
+
+KINDS = ("counted", "measured")
+
+
+def check_cost(kind: str) -> None:
+    """Raises ConfigError for anything but a kind of cost."""
+    if kind not in KINDS:
+        raise ConfigError(f"cost {kind!r} is unknown; use one of {', '.join(KINDS)}")
+
+
+def check_drop(max_drop: float) -> None:
+    """Raises ConfigError for a drop that is no number of points."""
+    if not 0 <= max_drop <= 100:
+        raise ConfigError(f"a recall drop of {max_drop} must lie in [0, 100]: points of mean R@{RECALL_AT}, such as 0.5")
+
+
+def require_captions(gallery: Gallery, source: Source) -> None:
+    """Raises ConfigError where recall cannot be measured."""
+    if bare := sum(not captions for captions in gallery.captions):
+        raise ConfigError(
+            f"{bare} of {len(gallery.captions)} images of {source.name} have no caption, and recall needs them; pass --config, "
+            "or a workdir whose calibration images have captions"
+        )
+
+
+def find(
+    model: Model,
+    source: Source,
+    counted: Costs,
+    max_drop: float,
+    *,
+    cost: str = "measured",
+    loading: Mapping[str, Any] | None = None,
+    plot: str | Path | None = None,
+) -> tuple[Gallery, tuple[float, ...], dict[str, Any]]:
+    """The cheapest thresholds whose mean R@5 is at most `max_drop` points below that of full depth, on the images of `source`.
+
+    counted: FLOPs of the exits and the router; cost: which one is made small, 'counted' or 'measured' (seconds, of which the
+    medians of repeated timings count, router included). plot: PNG of all settings tried.
+    Returns the images with their scores, the thresholds, and how they were found: 'drop' with the 95% interval of that one
+    setting (paired bootstrap), which does not know that the setting was chosen, 'recall', 'full_recall', 'settings' tried,
+    'search', 'exit_alone' (a single exit that would do at less cost, or None), and 'measured', as of `describe_costs`.
+    Raises ConfigError where images have no captions.
+    """
+    gallery = embed(model, source, loading)
+    require_captions(gallery, source)
+    measured = timing.measured_costs(model, gallery.sample)
+    bench = Bench(
+        gallery.by_exit, gallery.texts, gallery.caption_image, gallery.scores, {"counted": counted, "measured": measured},
+        mesh=local_mesh(),
+    )  # fmt: skip
+    full, best = bench.full, cheapest(bench, max_drop, cost)
+    alone = _exit_alone(bench, full.recall - max_drop, cost)
+    (found,) = bench.ranks([best.thresholds])
+    (whole,) = bench.ranks([full.thresholds])
+    # Where the interval runs past zero to below, the setting may be no worse than full depth at all.
+    drop = difference(hits_at(whole, RECALL_AT), hits_at(found, RECALL_AT))
+    if plot is not None:
+        drawing = report_figures.dial(bench.known, best, full, max_drop, cost)
+        workdir.write_bytes(plot, report_figures.render(drawing, report_figures.LIGHT, "png"))
+    return gallery, best.thresholds, {
+        "method": "max_recall_drop",
+        "max_recall_drop": max_drop,
+        "cost_by": cost,
+        "drop": drop.as_dict(),
+        "recall": best.recall,
+        "full_recall": full.recall,
+        "captions": len(gallery.texts),
+        "settings": bench.tried,
+        "search": "exhaustive" if len(model.exits) - 1 <= EXHAUSTIVE else "coordinates",
+        "exit_alone": alone if alone is not None and alone["cost"] < best.cost[cost] else None,
+        "measured": describe_costs(measured, best, len(gallery.sample.clip)),
+    }  # fmt: skip
+
+
+def _exit_alone(bench: Bench, lowest: float, cost: str) -> dict[str, Any] | None:
+    """The first early exit that keeps the recall with every image at it, which needs no router."""
+    early = len(bench.exits) - 1
+    costs = bench.costs[cost]
+    for place, exit in enumerate(bench.exits[:-1]):
+        (point,) = bench.points([bench.thresholds([0.0] * place + [1.0] * (early - place))])
+        if point.recall >= lowest - 1e-9:
+            return {"exit": exit, "cost": costs.exits[exit] / costs.full, "recall": point.recall}
+    return None
+
+
+def measure_costs(model: Model, source: Source, loading: Mapping[str, Any] | None = None) -> tuple[Costs, int]:
+    """Measured costs on the first images of a source that can be read, and how many these were."""
+    kept: dict[str, list[np.ndarray]] = {key: [] for key in model.preprocesses}
+    with eval_batches(source, model.preprocesses, batch_size=model.batch_size, **(loading or {})) as batches:
+        for batch in batches:
+            for key, pixels in batch["images"].items():
+                kept[key].append(pixels)
+            if sum(map(len, kept["clip"])) >= timing.SAMPLE:
+                break
+    sample = {key: np.concatenate(parts)[: timing.SAMPLE] for key, parts in kept.items()}
+    if not len(sample["clip"]):
+        raise ValueError(f"no image of {source.name} could be read")
+    made = timing.Sample(sample["clip"], sample.get(model.scored_on))
+    return timing.measured_costs(model, made), len(made.clip)
+
+
+def describe_costs(costs: Costs, setting: Point | Mapping[int, float], images: int) -> dict[str, Any]:
+    """Measured costs for a description: 'cost' of a setting (or of shares per exit) as a share of full depth, and
+    milliseconds per image of the router and of every exit."""
+    share = setting.share if isinstance(setting, Point) else dict(setting)
+    return {
+        "cost": costs.share_of_full(share),
+        "router_ms": 1e3 * costs.router,
+        "exit_ms": {str(e): 1e3 * seconds for e, seconds in costs.exits.items()},
+        "images": images,
+        "repeats": timing.COST_REPEATS,
+    }
