@@ -9,13 +9,49 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from icar_jax.parallel.mesh import batch_sharding, batch_shards, replicated
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
-def bucket_sizes(batch_size: int) -> tuple[int, ...]:
-    """Batch shapes that are compiled: 1, an eighth of a full batch, and a full batch."""
-    return tuple(sorted({1, max(1, batch_size // 8), batch_size}))
+def bucket_sizes(batch_size: int, shards: int = 1) -> tuple[int, ...]:
+    """Batch shapes that are compiled: 1, an eighth of a full batch, and a full batch; all are multiples of `shards`.
+
+    Raises ValueError for a batch size that is none.
+    """
+    if batch_size % shards:
+        raise ValueError(f"batch_size={batch_size} must be a multiple of the {shards} parts that the mesh cuts a batch into")
+    return tuple(sorted({shards, max(1, batch_size // shards // 8) * shards, batch_size}))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where arrays lie: on the default device, or on a mesh, parameters whole everywhere and batches cut over its batch axes.
+
+    All devices of the mesh belong to this process.
+    """
+
+    mesh: Mesh | None = None
+
+    @property
+    def shards(self) -> int:
+        """Parts that a batch is cut into."""
+        return 1 if self.mesh is None else batch_shards(self.mesh)
+
+    def params(self, tree: Any) -> Any:
+        """Parameters, whole on every device."""
+        return jax.device_put(tree) if self.mesh is None else jax.device_put(tree, replicated(self.mesh))
+
+    @property
+    def rows(self) -> NamedSharding | None:
+        """Sharding of a batch; None on the default device."""
+        return None if self.mesh is None else batch_sharding(self.mesh)
+
+    def batch(self, rows: Any) -> Any:
+        """A batch [n, ...], n a multiple of `shards`. Without a mesh the array itself: a jitted call takes it over faster."""
+        return rows if self.mesh is None else jax.device_put(rows, self.rows)
 
 
 def cut(n: int, buckets: tuple[int, ...]) -> list[tuple[int, int, int]]:
@@ -53,11 +89,15 @@ class Pending:
 
 @dataclass
 class Forward:
-    """`fn(params, rows)` jitted for each bucket size; rows is an array [n, ...] of any length n >= 1."""
+    """`fn(params, rows)` jitted for each bucket size; rows is an array [n, ...] of any length n >= 1.
+
+    `params` lie where `placement.params` puts them.
+    """
 
     fn: Callable[[Any, jax.Array], jax.Array]
     params: Any
     buckets: tuple[int, ...]
+    placement: Placement = Placement()
     _jitted: Callable = field(init=False, repr=False)
 
     def __post_init__(self):
@@ -70,7 +110,7 @@ class Forward:
             piece = rows[start : start + n]
             if n < bucket:
                 piece = np.concatenate([piece, np.zeros((bucket - n, *piece.shape[1:]), piece.dtype)])
-            parts.append((self._jitted(self.params, piece), n))
+            parts.append((self._jitted(self.params, self.placement.batch(piece)), n))
         return Pending(parts)
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
@@ -79,7 +119,7 @@ class Forward:
     def warm_up(self, shape: tuple[int, ...], dtype: Any) -> None:
         """Compiles every bucket for rows of `shape`."""
         for bucket in self.buckets:
-            jax.block_until_ready(self._jitted(self.params, np.zeros((bucket, *shape), dtype)))
+            jax.block_until_ready(self._jitted(self.params, self.placement.batch(np.zeros((bucket, *shape), dtype))))
 
 
 class _CompileCount:

@@ -10,10 +10,10 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 from PIL import Image
 
 from icar_jax import checkpoint, pytree
@@ -22,42 +22,16 @@ from icar_jax.config import from_dict
 from icar_jax.data.images import ImageLike, Preprocess, decode
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.inference.budgets import counted_costs, thresholds_for_budget, unpack_quantiles
-from icar_jax.inference.forward import Forward, bucket_sizes
+from icar_jax.inference.forward import Forward, Placement, bucket_sizes
 from icar_jax.inference.reading import in_order
 from icar_jax.inference.router import OneExit, Routed, Router
 from icar_jax.inference.same_tower import require_fits
+from icar_jax.inference.scorer import Scorer
 from icar_jax.inference.shared import SharedRouter, SharedTower
 from icar_jax.models.blocks_scorer import BlocksArch, BlocksScorer
 from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.pixels import normalise
-from icar_jax.models.scorers import make_scorer, scorer_arch
-
-
-class Scorer:
-    """A complexity model with its preprocessing.
-
-    `clip_params`, of the CLIP it is a head on, replace the equal ones of `loaded`, so that they lie in memory once.
-    """
-
-    def __init__(self, loaded: Checkpoint, batch_size: int, dtype: Any, clip_params: dict[str, Any] | None = None):
-        self.path = loaded.path
-        self.complexity = make_scorer(scorer_arch(loaded.description["arch"], f"{loaded.path}: arch"))
-        pytree.require_same(self.complexity.shapes(), loaded.params, str(loaded.path))
-        params = loaded.params
-        if clip_params is not None:
-            shared, ours = self.complexity.shared_paths(), pytree.flatten(clip_params)
-            params = pytree.map_with_path(lambda path, leaf: ours[shared[path]] if path in shared else leaf, params)
-        self.preprocess = Preprocess.from_dict(loaded.description["preprocess"])
-        p = self.preprocess
-        self.forward = Forward(
-            lambda params, images: self.complexity.score(params, normalise(images, p.mean, p.std), dtype),
-            jax.device_put(params),
-            bucket_sizes(batch_size),
-        )
-
-    def warm_up(self) -> None:
-        """Compiles every batch shape."""
-        self.forward.warm_up((self.preprocess.image_size, self.preprocess.image_size, 3), np.uint8)
+from icar_jax.models.scorers import scorer_arch
 
 
 class Model:
@@ -79,8 +53,10 @@ class Model:
         description: dict[str, Any],
         batch_size: int = 64,
         dtype: str = "float32",
+        mesh: Mesh | None = None,
     ):
         self.description = description
+        self._placement = Placement(mesh)
         self.identity = {part.kind: checkpoint.identity(part.description) for part in (clip, complexity) if part is not None}
         self.batch_size = batch_size
         self._dtype = jnp.dtype(dtype)
@@ -95,7 +71,9 @@ class Model:
             if clip is not None:
                 require_fits(clip, self.clip.arch, complexity, arch)
             shares = clip is not None and isinstance(arch, BlocksArch)
-            self.scorer = Scorer(complexity, batch_size, self._dtype, self._params if shares else None)
+            self.scorer = Scorer(
+                complexity, batch_size, self._dtype, self._params if shares else None, self._placement
+            )
         if clip is not None and complexity is not None:
             self.thresholds = tuple(description["routing"]["thresholds"])
             exits = tuple(description["routing"]["exits"])
@@ -111,11 +89,11 @@ class Model:
         self.tokenizer = Tokenizer.from_json(loaded.tokenizer) if loaded.tokenizer is not None else None
         self.exits = arch.vision.all_exits
         self.embed_dim = arch.vision.embed_dim
-        self._params = jax.device_put(loaded.params)
+        self._params = self._placement.params(loaded.params)
         self.towers = {exit: self._tower(exit) for exit in self.exits}
         clip, dtype = self.clip, self._dtype
         self._text = Forward(
-            lambda params, tokens: clip.encode_text(params, tokens, dtype), self._params, bucket_sizes(self.batch_size)
+            lambda params, tokens: clip.encode_text(params, tokens, dtype), self._params, self._buckets, self._placement
         )
 
     def _tower(self, exit: int) -> Forward:
@@ -123,8 +101,13 @@ class Model:
         return Forward(
             lambda params, images: clip.encode_image(params, normalise(images, p.mean, p.std), exit, dtype),
             self._params,
-            bucket_sizes(self.batch_size),
+            self._buckets,
+            self._placement,
         )
+
+    @property
+    def _buckets(self) -> tuple[int, ...]:
+        return bucket_sizes(self.batch_size, self._placement.shards)
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
         """list of N strings -> float32 [N, D], unit norm. Captions beyond the context are cut, with a warning."""
@@ -241,11 +224,11 @@ class Model:
         self._need_bundle()
         if self._shares_tower:
             scorer = self.scorer
-            buckets = bucket_sizes(self.batch_size)
             return SharedRouter(
                 SharedTower(
-                    self.clip, scorer.complexity, self._params, scorer.forward.params, self.preprocess, buckets, self._dtype
-                ),
+                    self.clip, scorer.complexity, self._params, scorer.forward.params, self.preprocess, self._buckets,
+                    self._dtype, self._placement,
+                ),  # fmt: skip
                 self.thresholds,
             )
         return Router(self.towers, self.scorer.forward, self.thresholds, self.batch_size)
@@ -296,10 +279,14 @@ class Model:
                 yield {key: np.stack([row[key] for row in rows]) for key in preprocess}
 
 
-def load(path: str | os.PathLike, *, batch_size: int = 64, dtype: str = "float32") -> Model:
+def load(
+    path: str | os.PathLike, *, batch_size: int = 64, dtype: str = "float32", mesh: Mesh | None = None
+) -> Model:
     """Opens a bundle, a CLIP or complexity checkpoint, or a workdir of train.py; nothing else is needed.
 
-    `batch_size` is the largest static batch, `dtype` that of activations ('float32' or 'bfloat16').
+    `batch_size` is the largest static batch, `dtype` that of activations ('float32' or 'bfloat16'). With a `mesh` of this
+    process's devices (`icar_jax.parallel.mesh.make_mesh(MeshConfig(data=-1))`) each batch is cut over its data axes, which must
+    divide it; parameters lie whole on every device.
     Raises CheckpointError saying what was expected at `path` and what was found.
     """
     folder = checkpoint.find(path)
@@ -313,7 +300,7 @@ def load(path: str | os.PathLike, *, batch_size: int = 64, dtype: str = "float32
     else:
         loaded = checkpoint.read(folder, description["kind"])
         clip, complexity = (loaded, None) if loaded.kind == "clip" else (None, loaded)
-    return Model(clip, complexity, description, batch_size, dtype)
+    return Model(clip, complexity, description, batch_size, dtype, mesh)
 
 
 def load_parts(

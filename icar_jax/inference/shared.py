@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from icar_jax.data.images import Preprocess
-from icar_jax.inference.forward import Pending, cut
+from icar_jax.inference.forward import Pending, Placement, cut
 from icar_jax.inference.router import SCORES_AHEAD, Routed, Run, assign, check_thresholds
 from icar_jax.models.blocks_scorer import BlocksScorer
 from icar_jax.models.clip import Clip
@@ -38,6 +38,7 @@ class SharedTower:
     preprocess: Preprocess
     buckets: tuple[int, ...]
     dtype: Any
+    placement: Placement = Placement()
     _begin: Any = field(init=False, repr=False)
     _rest: dict[int, Any] = field(init=False, repr=False)
 
@@ -55,8 +56,8 @@ class SharedTower:
 
         self._begin = jax.jit(begin)
         self._rest = {exit: rest(exit) for exit in vision.all_exits}
-        self._put = jax.jit(_put, donate_argnums=0)
-        self._take = jax.jit(_take, static_argnums=2)
+        self._put = jax.jit(_put, donate_argnums=0, out_shardings=self.placement.rows)
+        self._take = jax.jit(_take, static_argnums=2, out_shardings=self.placement.rows)
 
     def begin(self, pixels: np.ndarray) -> list[tuple[jax.Array, jax.Array, int]]:
         """uint8 [n, S, S, 3] -> (tokens, scores, rows that count) for each piece of a static shape."""
@@ -65,12 +66,12 @@ class SharedTower:
             piece = pixels[start : start + rows]
             if rows < bucket:
                 piece = np.concatenate([piece, np.zeros((bucket - rows, *piece.shape[1:]), piece.dtype)])
-            pieces.append((*self._begin(self.scorer_params, piece), rows))
+            pieces.append((*self._begin(self.scorer_params, self.placement.batch(piece)), rows))
         return pieces
 
     def buffer(self) -> jax.Array:
         """Room for one full batch of tokens."""
-        return jnp.zeros((self.buckets[-1], *self.shape), self.dtype)
+        return jnp.zeros((self.buckets[-1], *self.shape), self.dtype, device=self.placement.rows)
 
     def put(self, buffer: jax.Array, tokens: jax.Array, rows: Sequence[int], places: Sequence[int]) -> jax.Array:
         """`buffer` with tokens[rows] at `places`; the old buffer's memory is reused."""
@@ -91,7 +92,8 @@ class SharedTower:
         """Compiles every part for every batch shape."""
         side = self.preprocess.image_size
         for bucket in self.buckets:
-            tokens, _ = self._begin(self.scorer_params, np.zeros((bucket, side, side, 3), np.uint8))
+            pixels = self.placement.batch(np.zeros((bucket, side, side, 3), np.uint8))
+            tokens, _ = self._begin(self.scorer_params, pixels)
             buffer = self.put(self.buffer(), tokens, [0], [0])
             piece = buffer if bucket == len(buffer) else self._take(buffer, np.int32(0), bucket)
             jax.block_until_ready([rest(self.clip_params, piece) for rest in self._rest.values()])

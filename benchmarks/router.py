@@ -1,0 +1,168 @@
+"""Routed images per second against full depth, and against what the counted FLOPs of towers and router allow.
+
+    python benchmarks/router.py [--quick] [--towers vit_b16 vit_l14] [--batch 16] [--images 128] [--repeats 3]
+        [--dtype bfloat16] [--scorer convnextv2_nano] [--json docs/results/router.json]
+
+Random weights, prepared pixels in memory, one early exit (after 6 of 12 blocks, 13 of 24). The complexity model runs, but drawn
+scores replace its own, which random weights make all alike; half the images leave early. Everything is compiled first. The ways
+of one tower take turns, and the fastest pass of each counts: other work on the machine only adds time.
+
+Two bounds: `ideal by FLOPs` is full depth's counted cost over that of the routed images with their scores, and `ideal by parts`
+is the speed at which each part alone, on full batches, would do the same work. Their difference is how much slower a FLOP of
+the complexity model is; the distance from the second is what queues, copies, padding and waiting cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from icar_jax.config.schema import ClipConfig
+from icar_jax.inference.budgets import counted_costs
+from icar_jax.inference.forward import Forward
+from icar_jax.inference.router import OneExit, Routed, Router
+from icar_jax.models import registry
+from icar_jax.models.clip import Clip
+from icar_jax.models.complexity import Complexity, ComplexityArch
+from icar_jax.models.pixels import normalise
+
+EXITS = {"vit_b32": 6, "vit_b16": 6, "vit_l14": 13}
+MEAN = STD = (0.5, 0.5, 0.5)
+
+
+def drawn(shapes: Any) -> Any:
+    """Weights of no meaning; those of linear layers are small enough for activations to stay finite."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape, np.float32) * 0.02), shapes)
+
+
+def in_turns(runs: dict[str, Callable[[], Routed]], repeats: int, title: str) -> dict[str, tuple[float, Routed]]:
+    """The fastest pass of each in seconds, and what it returned; the first pass of each does not count."""
+    best: dict[str, tuple[float, Routed]] = {}
+    for repeat in tqdm(range(repeats + 1), desc=title, unit="round"):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            result = run()
+            taken = time.perf_counter() - start
+            if repeat and (name not in best or taken < best[name][0]):
+                best[name] = taken, result
+    return best
+
+
+def measure(name: str, scorer_name: str, batch: int, images: int, repeats: int, dtype: Any) -> dict[str, Any]:
+    """Times one tower; returns a record of speeds in images/s, speed-ups and efficiencies."""
+    arch = registry.clip_arch(ClipConfig(variant=name, exits=(EXITS[name],)))
+    scorer_arch = ComplexityArch(registry.CONVNEXT[scorer_name], "regression", 224)
+    clip, scorer = Clip(arch), Complexity(scorer_arch)
+    params, scorer_params = drawn(clip.shapes()), drawn(scorer.shapes())
+    early, full = arch.vision.all_exits
+
+    def tower(exit: int) -> Forward:
+        fn = lambda params, pixels: clip.encode_image(params, normalise(pixels, MEAN, STD), exit, dtype)
+        return Forward(fn, params, (batch,))
+
+    towers = {exit: tower(exit) for exit in (early, full)}
+
+    def drawn_score(params: Any, pixels: jax.Array) -> jax.Array:
+        number = jnp.sum(pixels.astype(jnp.int32), axis=(1, 2, 3)) % 1009
+        # A float times zero may be NaN, so that the compiler cannot leave the score out.
+        return number / 1009 + 0 * scorer.score(params, normalise(pixels, MEAN, STD), dtype)
+
+    score = Forward(drawn_score, scorer_params, (batch,))
+    side, dim = arch.vision.image_size, arch.vision.embed_dim
+    rng = np.random.default_rng(1)
+    pixels = rng.integers(0, 256, (images, side, side, 3), dtype=np.uint8)
+    parts = [pixels[i : i + batch] for i in range(0, images, batch)]
+    batches = [(part, part) for part in parts]
+    for forward in (*towers.values(), score):
+        forward.warm_up((side, side, 3), np.uint8)
+    router = Router(towers, score, (float(np.median(np.concatenate([score(part) for part in parts]))),), batch)
+
+    def scores() -> None:
+        for pending in [score.submit(part) for part in parts]:
+            pending.result()
+
+    best = in_turns(
+        {
+            "full": lambda: OneExit(full, towers[full]).embed(batches, dim),
+            "early": lambda: OneExit(early, towers[early]).embed(batches, dim),
+            "scores": scores,
+            "routed": lambda: router.embed(batches, dim),
+        },
+        repeats,
+        name,
+    )
+    seconds = {run: taken for run, (taken, _) in best.items()}
+    routed = best["routed"][1]
+    share = float(np.mean(routed.exits == early))
+    costs = counted_costs(arch, scorer_arch)
+    by_flops = 1 / costs.share_of_full({early: share, full: 1 - share})
+    by_parts = seconds["full"] / (share * seconds["early"] + (1 - share) * seconds["full"] + seconds["scores"])
+    speed_up = seconds["full"] / seconds["routed"]
+    return {
+        "tower": name, "exit": early, "scorer": scorer_name, "batch": batch, "images": images, "dtype": jnp.dtype(dtype).name,
+        "share_early": share,
+        "images_per_s": {run: images / taken for run, taken in seconds.items()},
+        "flops_per_s": {
+            "full": costs.full * images / seconds["full"],
+            "early": costs.exits[early] * images / seconds["early"],
+            "scores": costs.router * images / seconds["scores"],
+        },
+        "speed_up": speed_up, "ideal_by_flops": by_flops, "ideal_by_parts": by_parts,
+        "efficiency_by_flops": speed_up / by_flops, "efficiency_by_parts": speed_up / by_parts,
+        "stats": routed.stats.as_dict(),
+    }  # fmt: skip
+
+
+def report(r: dict[str, Any]) -> str:
+    """Lines of text for a record of `measure`."""
+    speed, rate, s = r["images_per_s"], r["flops_per_s"], r["stats"]
+    rows = sum(s["rows"].values())
+    return "\n".join(
+        [
+            f"{r['tower']}, exit after {r['exit']} blocks, {r['scorer']}, {r['dtype']}, batch {r['batch']}: "
+            f"{r['share_early']:.0%} of {r['images']} images leave early",
+            f"  images/s: full {speed['full']:.2f}, early {speed['early']:.2f}, scores {speed['scores']:.2f}, "
+            f"routed {speed['routed']:.2f} ({r['speed_up']:.3f} times full depth)",
+            "  GFLOP/s: " + ", ".join(f"{name} {value / 1e9:.0f}" for name, value in rate.items()),
+            f"  ideal by FLOPs {r['ideal_by_flops']:.3f}: efficiency {r['efficiency_by_flops']:.1%}; "
+            f"ideal by parts {r['ideal_by_parts']:.3f}: efficiency {r['efficiency_by_parts']:.1%}",
+            f"  padding {sum(s['padding'].values()) / rows:.1%} of the images' rows, waiting for images "
+            f"{s['input_s'] / s['total_s']:.1%} of the time, {s['compilations']} compilations",
+        ]
+    )
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    p.add_argument("--towers", nargs="+", choices=sorted(EXITS), default=["vit_b16", "vit_l14"])
+    p.add_argument("--scorer", choices=sorted(registry.CONVNEXT), default="convnextv2_nano")
+    p.add_argument("--batch", type=int, default=16)
+    p.add_argument("--images", type=int, default=128)
+    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    p.add_argument("--quick", action="store_true", help="ViT-B/32, two batches: whether it runs")
+    p.add_argument("--json")
+    args = p.parse_args()
+    if args.quick:
+        args.towers, args.batch, args.images, args.repeats = ["vit_b32"], 8, 32, 1
+    records = []
+    for name in args.towers:
+        records.append(measure(name, args.scorer, args.batch, args.images, args.repeats, jnp.dtype(args.dtype)))
+        print(report(records[-1]), flush=True)
+    if args.json:
+        about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "runs": records}
+        Path(args.json).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
