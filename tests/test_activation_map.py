@@ -13,7 +13,7 @@ from icar_jax.models.complexity import Complexity, ComplexityArch, activation_ma
 from icar_jax.models.convnext import Classifier, ConvNeXtArch
 
 # Compiling the depthwise convolutions is what takes time here: few blocks, and each program serves several tests.
-BACKBONE = ConvNeXtArch((1, 0, 1, 1), (8, 8, 12, 16))
+BACKBONE = ConvNeXtArch((0, 1, 0, 1), (8, 8, 12, 16))
 
 
 @functools.cache
