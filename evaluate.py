@@ -3,8 +3,8 @@ model its agreement with the known complexity, beside classical measures.
 
     python evaluate.py --config=configs/demo.py:clip --workdir=workdir/demo [--config.eval.split=test ...]
 
-Takes the flags of train.py; writes metrics.json and figures into the workdir: retention.png and complexity.png, or scores.png
-and, on scenes, nuisance.png.
+Takes the flags of train.py; writes metrics.json and figures into the workdir: retention.png, complexity.png and the page
+report/index.html, or scores.png and, on scenes, nuisance.png.
 """
 
 from absl import app, flags

@@ -55,6 +55,7 @@ FAULTS = {
     "--config.eval.distractors.source=scenes": ("config.eval.distractors.split=''", "size=5000"),
     "--config.eval.distractors.size=5": ("config.eval.distractors.size=5", "name the source"),
     "--config.eval.distractors=scenes": ("config.eval.distractors", "override one of source"),
+    "--config.eval.budgets=(0.6,1.2)": ("config.eval.budgets=(0.6, 1.2)", "such as (0.6, 0.8)"),
     "--config.eval.early_share=(0.5,0.2)": ("config.eval.early_share=(0.5, 0.2)", "one share for each"),
     "--config.data.source=ratings": ("config.data.source='ratings'", "task 'complexity' only"),
     "--config.data.ratings=r.csv": ("config.data.ratings='r.csv'", "task 'complexity' only"),

@@ -1,4 +1,4 @@
-"""Evaluation on a held-out split: full depth, each exit, routed and random routing, with what each costs."""
+"""Evaluation on a held-out split: every way of running a model side by side, with what each costs; see docs/evaluation.md."""
 
 from __future__ import annotations
 

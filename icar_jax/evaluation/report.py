@@ -271,11 +271,11 @@ def _falls(evidence: Evidence, source: Source) -> list[html.Fall]:
     for i in order:
         q = query[i]
         before, after = ((r.image_to_text[i] if q < 0 else r.text_to_image[q]) for r in (full, run))
-        asked = f"its own captions, such as: {gallery.captions[i][0]}" if q < 0 else texts[q]
+        asked = gallery.captions[i][0] if q < 0 else texts[q]
         score = float(gallery.scores[i]) if gallery.scores is not None else None
         thumbnail = _thumbnail(source, int(gallery.index[i]))
         found.append(
-            html.Fall(gallery.names[i], thumbnail, asked, int(before), int(after), int(evidence.exits[name][i]), score)
+            html.Fall(gallery.names[i], thumbnail, asked, int(before), int(after), int(evidence.exits[name][i]), score, q < 0)
         )
     return found
 

@@ -49,11 +49,11 @@ class Theme:
 
 LIGHT = Theme(
     "#ffffff", "#1c2330", "#5c6675", "#e3e7ee", "#1c2330", "#0b62a4", "#c2410c", "#0f7b5f", "#8a3b8f", "#7a6200",
-    ("#a9d3f0", "#0b4f86"),
+    ("#86bce6", "#083c68"),
 )  # fmt: skip
 DARK = Theme(
     "#18202b", "#e8ebf1", "#a3adbd", "#2b3444", "#e8ebf1", "#6cb6f0", "#ff9a62", "#4fd1a8", "#dc9ae0", "#e3c64d",
-    ("#24507a", "#9ad0ff"),
+    ("#3a76ad", "#b5dcff"),
 )  # fmt: skip
 THEMES = {"light": LIGHT, "dark": DARK}
 _MARKERS = {"full": "o", "exit": "s", "routed": "D", "random": "^", "oracle": "*", "static": "P"}

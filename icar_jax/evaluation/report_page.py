@@ -80,7 +80,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Fall:
-    """An image whose rank fell by leaving early. thumbnail: JPEG, or None where it can no longer be read."""
+    """An image whose rank fell by leaving early. thumbnail: JPEG, or None where it can no longer be read; query: a caption that
+    asked for it, or the first of its captions where the image asked for them (`by_image`)."""
 
     name: str
     thumbnail: bytes | None
@@ -89,6 +90,7 @@ class Fall:
     after: int
     exit: int
     score: float | None
+    by_image: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,7 @@ def falls(items: Sequence[Fall]) -> str:
         score = f" · score {each.score:.3f}" if each.score is not None else ""
         made.append(
             f'<li>{picture}<div><span class="move">rank {each.before:,} \N{RIGHTWARDS ARROW} {each.after:,}</span>'
+            f"{'asking for its captions, such as ' if each.by_image else 'asked for by '}"
             f'<q>{text(each.query)}</q><span class="faint">{each.exit} blocks{score}<br>{text(each.name)}</span></div></li>'
         )
     return f'<ul class="falls">{"".join(made)}</ul>'
