@@ -173,15 +173,20 @@ def _keep_strangers(old: Path, new: Path) -> None:
 def find(path: str | os.PathLike, kinds: tuple[str, ...] = KINDS) -> Path:
     """The checkpoint folder meant by `path`: itself, or bundle/ or model/ of a workdir, in that order.
 
+    Of a finished complexity run that kept its best model, best/ goes before model/: it was chosen on images that are neither
+    trained nor reported on. A CLIP's best/ was chosen on the evaluated split, so it has to be asked for by name.
     Raises CheckpointError where there is none of the wanted kinds, saying what is there.
     """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; expected a bundle, a checkpoint or a workdir of train.py")
     seen = []
-    for folder in (path, path / "bundle", path / "model"):
+    finished = (path / "model" / DESCRIPTION).is_file()
+    for folder in (path, path / "bundle", path / "best", path / "model"):
         if (folder / DESCRIPTION).is_file():
             kind = describe(folder)["kind"]
+            if folder.name == "best" and folder != path and not (finished and kind == "complexity"):
+                continue
             if kind in kinds:
                 return folder
             seen.append(f"{folder} ({kind})")

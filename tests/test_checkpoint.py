@@ -108,3 +108,18 @@ def test_find_says_what_is_missing(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(CheckpointError, match="has not finished"):
         checkpoint.find(tmp_path)
+
+
+def test_the_best_model_of_a_finished_complexity_run_goes_first(tmp_path):
+    best = checkpoint.write(tmp_path / "best", "complexity", {}, PARAMS)
+    with pytest.raises(CheckpointError):
+        checkpoint.find(tmp_path)  # not finished
+    model = checkpoint.write(tmp_path / "model", "complexity", {}, PARAMS)
+    assert checkpoint.find(tmp_path) == best and checkpoint.find(model) == model
+    assert checkpoint.find(best) == best
+
+
+def test_the_best_model_of_a_clip_run_is_asked_for_by_name(tmp_path):
+    best = checkpoint.write(tmp_path / "best", "clip", {}, PARAMS)
+    model = checkpoint.write(tmp_path / "model", "clip", {}, PARAMS)
+    assert checkpoint.find(tmp_path) == model and checkpoint.find(best) == best

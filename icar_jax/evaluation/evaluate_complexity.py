@@ -35,7 +35,6 @@ NUISANCES = ("noise", "blur", "contrast")  # of scenes: varied independently of 
 TIMED = 256  # images whose scoring is timed
 REPEATS = 3  # the fastest counts: other work on the machine only ever adds time
 REFERENCE = "vit_l14"  # the tower whose cost a router is measured against
-BEST = "best"
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def evaluate_complexity(config: ExperimentConfig, workdir: str | Path) -> dict[s
     """
     config = cfg.validate(config)
     workdir = Path(workdir)
-    folder = checkpoint.find(workdir / BEST if (workdir / BEST).is_dir() else workdir, ("complexity",))
+    folder = checkpoint.find(workdir, ("complexity",))
     if (workdir / files.CONFIG).is_file():
         free = [field for field in files.FREE_ON_EVALUATION if field != "config.complexity"]
         files.require_same_config(workdir, config, free)
