@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
+from icar_jax.cli.arguments import positive, stdin_paths
 from icar_jax.cli.errors import user_errors
 from icar_jax.cli.score import report_bad
 
@@ -29,23 +28,12 @@ def add(commands) -> None:
     how.add_argument("--budget", type=float, metavar="B", help="mean counted cost, router included, as a share of full depth; "
                      "by default the thresholds of the bundle hold")  # fmt: skip
     how.add_argument("--exit", type=int, metavar="BLOCKS", help="run every image to this depth instead of routing")
-    p.add_argument("--shard-rows", type=_positive, default=4096, metavar="N", help="images a shard; a kill costs one (4096)")
+    p.add_argument("--shard-rows", type=positive, default=4096, metavar="N", help="images a shard; a kill costs one (4096)")
     p.add_argument("--skip-bad", action="store_true", help="exit status 0 although images could not be embedded")
-    p.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images of one depth run at a time (64)")
+    p.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images of one depth run at a time (64)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations (float32)")
-    p.add_argument("--threads", type=_positive, default=0, metavar="N", help="threads that decode; one a core by default")
+    p.add_argument("--threads", type=positive, default=0, metavar="N", help="threads that decode; one a core by default")
     p.set_defaults(run=_embed)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, found {value}")
-    return value
-
-
-def _lines() -> Iterator[str]:
-    return (os.fsdecode(line) for line in sys.stdin.buffer)
 
 
 def _embed(args: argparse.Namespace) -> None:
@@ -54,7 +42,7 @@ def _embed(args: argparse.Namespace) -> None:
     from icar_jax.inference.embedding import embed_files
     from icar_jax.inference.model import load
 
-    paths = ImagePaths(args.paths, _lines())
+    paths = ImagePaths(args.paths, stdin_paths())
     model = load(args.checkpoint, batch_size=args.batch_size, dtype=args.dtype)
     with user_errors(f"stopped; the same command continues what {args.out} holds"):
         done = embed_files(

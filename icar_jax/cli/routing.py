@@ -8,6 +8,7 @@ from pathlib import Path
 
 from icar_jax import checkpoint, workdir
 from icar_jax import config as cfg
+from icar_jax.cli.arguments import positive
 from icar_jax.cli.program import config_of
 
 
@@ -74,9 +75,9 @@ def _add_calibrate(commands) -> None:
     p.add_argument("--labels", metavar="FILE", help="labels or ratings of images below --root: .json .csv .txt .parquet")
     p.add_argument("--root", help="folder of the images of --labels, or where those of the workdir moved to")
     p.add_argument("--boundary", type=float, help="where images have ratings, not labels: above it they are complex")
-    p.add_argument("--bad-share", type=float, default=0.01, help="share of the lines of --labels that may be unusable")
+    p.add_argument("--bad-share", type=float, help="share of the lines of --labels that may be unusable (0.01)")
     p.add_argument("--config", help="calibration images of configs/x.py:argument, with --config.a.b=value")
-    p.add_argument("--batch-size", type=int, default=64)
+    p.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images scored at a time (64)")
     p.set_defaults(run=_calibrate)
 
 
@@ -109,6 +110,12 @@ def _calibration_images(args: argparse.Namespace, folder: Path):
         raise cfg.ConfigError(f"{' and '.join('--' + name for name in named)} each name the images; give one of them")
     if args.overrides and not args.config:
         raise cfg.ConfigError(f"{args.overrides[0]} overrides a field of --config, which is not given")
+    if args.boundary is not None and not args.metric:
+        raise cfg.ConfigError("--boundary makes labels of ratings for --metric; leave it out")
+    if args.bad_share is not None and not (args.labels and 0 <= args.bad_share <= 1):
+        raise cfg.ConfigError(f"--bad-share {args.bad_share:g} belongs to --labels and lies in [0, 1]")
+    if args.images and args.root:
+        raise cfg.ConfigError("--root belongs to --labels or to a workdir; name the folder in --images")
     if args.images:
         if args.max_recall_drop is not None:
             raise cfg.ConfigError("--max-recall-drop needs captions; --images have none: pass --config, or give a workdir")
@@ -118,7 +125,8 @@ def _calibration_images(args: argparse.Namespace, folder: Path):
     if args.labels:
         if not args.root:
             raise cfg.ConfigError("--labels names images below a folder; pass it as --root")
-        data = cfg.DataConfig(source="ratings", root=args.root, ratings=args.labels, bad_share=args.bad_share)
+        share = 0.01 if args.bad_share is None else args.bad_share
+        data = cfg.DataConfig(source="ratings", root=args.root, ratings=args.labels, bad_share=share)
         rated = open_rated(data)
         print("\n".join(rated.notes))
         return rated.split("+".join(sorted(rated.counts))), data, args.boundary

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
+from icar_jax.cli.arguments import positive, stdin_paths
 from icar_jax.cli.errors import user_errors
 
 _BAD_SHOWN = 20
@@ -29,28 +28,16 @@ def add(commands) -> None:
     p.add_argument("--skip-bad", action="store_true", help="exit status 0 although images could not be scored")
     p.add_argument("--overwrite", action="store_true", help="replace files that exist")
     p.add_argument("--sheet", metavar="PNG", help="contact sheet in the order of the scores, with their histogram")
-    p.add_argument("--thumbnails", type=_positive, default=60, metavar="N", help="images on the sheet (60)")
+    p.add_argument("--thumbnails", type=positive, default=60, metavar="N", help="images on the sheet (60)")
     p.add_argument("--explain", metavar="DIR", help="folder for pictures of where complexity was seen, most complex first")
-    p.add_argument("--explain-limit", type=_positive, default=50, metavar="N", help="images that are explained (50)")
+    p.add_argument("--explain-limit", type=positive, default=50, metavar="N", help="images that are explained (50)")
     p.add_argument("--explain-stage", type=int, choices=(2, 3, 4), help="ConvNeXt stage of the maps: a cell of 8, 16 or 32 "
                    "pixels of the model's input (8)")  # fmt: skip
     p.add_argument("--explain-npy", action="store_true", help="write the maps as .npy too")
-    p.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images scored at a time (32)")
+    p.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images scored at a time (32)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations (float32)")
-    p.add_argument("--threads", type=_positive, default=0, metavar="N", help="threads that decode; one a core by default")
+    p.add_argument("--threads", type=positive, default=0, metavar="N", help="threads that decode; one a core by default")
     p.set_defaults(run=_score)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, found {value}")
-    return value
-
-
-def _lines() -> Iterator[str]:
-    # As the file system spells names: a list may hold names that are not valid UTF-8.
-    return (os.fsdecode(line) for line in sys.stdin.buffer)
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -63,7 +50,7 @@ def _score(args: argparse.Namespace) -> None:
     from icar_jax.inference.scoring import require_scorer
 
     # What is wrong with the command is said before anything is loaded or scored.
-    paths = ImagePaths(args.paths, _lines())
+    paths = ImagePaths(args.paths, stdin_paths())
     if args.sheet:
         require_writable(args.sheet, "--sheet", args.overwrite, (".png",))
     if args.explain:

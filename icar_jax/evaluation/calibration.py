@@ -134,18 +134,23 @@ def threshold_of(scored: Scored, metric: str, boundary: float | None, *, resampl
     """The threshold of a classifier, and how it was found, from images whose labels are known.
 
     `boundary` makes labels of ratings: a complexity above it is the class 'complex'. It may be None where all are 0 or 1.
-    The interval is of the metric at the found threshold. Raises ConfigError where labels are missing or of one class.
+    The interval is of the metric at the found threshold; its bounds are None where the images are too few for one.
+    Raises ConfigError where labels are missing or of one class.
     """
     labels = labels_of(scored.complexity, boundary, scored.source.name)
     threshold, value = best_threshold(scored.scores, labels, metric)
-    reached = ratings_metrics.interval(metric, scored.scores > np.float32(threshold), labels, n=resamples)
+    called = scored.scores > np.float32(threshold)
+    try:
+        reached = ratings_metrics.interval(metric, called, labels, n=resamples).as_dict()
+    except ratings_metrics.MetricError:
+        reached = {"value": value, "low": None, "high": None}
     return threshold, {
         "method": "metric",
         "metric": metric,
-        **reached.as_dict(),
+        **reached,
         **({} if boundary is None else {"boundary": boundary}),
         "complex": int(labels.sum()),
-        "called_complex": int((scored.scores > np.float32(threshold)).sum()),
+        "called_complex": int(called.sum()),
         **scored.record(),
     }
 

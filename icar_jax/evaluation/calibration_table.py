@@ -46,8 +46,10 @@ def sentences(found: Mapping[str, Any], costs: Costs | None) -> list[str]:
         if found["cost"] >= 1:
             lines.append("routing saves no FLOPs here: it costs at least as much as full depth for every image")
     if found["method"] == "metric":
+        known = found["low"] is not None
+        interval = f"95% interval [{found['low']:.4f}, {found['high']:.4f}]" if known else "too few images for an interval"
         lines.append(
-            f"{found['metric']} {found['value']:.4f}, 95% interval [{found['low']:.4f}, {found['high']:.4f}], is of the images "
+            f"{found['metric']} {found['value']:.4f}, {interval}, is of the images "
             f"that chose the threshold: expect less of others ({found['complex']} of {found['images']} are complex, "
             f"{found['called_complex']} are called so)"
         )
@@ -100,7 +102,8 @@ def _classifier(threshold: float, found: Mapping[str, Any]) -> Table:
     for header in ("threshold", found["metric"], "95% interval", "called complex"):
         table.add_column(header, justify="right", no_wrap=True)
     share = found["called_complex"] / found["images"]
-    table.add_row(f"{threshold:.3f}", f"{found['value']:.4f}", f"{found['low']:.4f} to {found['high']:.4f}", _percent(share))
+    interval = f"{found['low']:.4f} to {found['high']:.4f}" if found["low"] is not None else "none"
+    table.add_row(f"{threshold:.3f}", f"{found['value']:.4f}", interval, _percent(share))
     return table
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +57,7 @@ def measure(
         name = "full" if exit == model.exits[-1] else f"exit_{exit}"
         runs[name] = lambda tower=model.towers[exit]: tower(sample.clip)
     if exits is not None:
-        routers = {"routed": model.router, **{name: router_at(model, limits) for name, limits in (settings or {}).items()}}
+        routers = {"routed": model.router, **{name: model.router.at(limits) for name, limits in (settings or {}).items()}}
         limits = np.cumsum([np.mean(exits == e) for e in model.exits])[:-1]
         rng = np.random.default_rng(0)
         dice = Router(model.towers, lambda pixels: rng.random(len(pixels), np.float32), limits, model.batch_size)
@@ -74,13 +73,6 @@ def static_speed(model: Model, sample: Sample) -> float:
     return len(sample.clip) / min(_in_turns({"full": lambda: model.towers[model.exits[-1]](sample.clip)}, REPEATS)["full"])
 
 
-def router_at(model: Model, thresholds: Sequence[float]) -> Any:
-    """The model's router with other thresholds; it shares everything that was compiled."""
-    router = copy.copy(model.router)
-    router.thresholds = tuple(float(t) for t in thresholds)
-    return router
-
-
 def measured_costs(model: Model, sample: Sample) -> Costs:
     """Seconds per image of every exit and of the router, medians over repetitions that take turns.
 
@@ -89,7 +81,7 @@ def measured_costs(model: Model, sample: Sample) -> Costs:
     """
     model.warm_up()
     batches = _batches(sample, model.batch_size)
-    first = router_at(model, (ABOVE_ALL,) * (len(model.exits) - 1))
+    first = model.router.at((ABOVE_ALL,) * (len(model.exits) - 1))
     runs: dict[str, Callable[[], object]] = {str(e): lambda e=e: model.towers[e](sample.clip) for e in model.exits}
     runs["router"] = lambda: first.embed(batches, model.embed_dim)
     median = {name: float(np.median(taken)) / len(sample.clip) for name, taken in _in_turns(runs, COST_REPEATS).items()}
