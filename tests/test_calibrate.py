@@ -242,3 +242,17 @@ def test_amending_keeps_the_rest(bundle):
     assert checkpoint.describe(bundle) == {**before, "note": "mine"}
     with pytest.raises(ValueError, match="kind of a description belong"):
         checkpoint.amend(bundle, {"kind": "clip"})
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--share", 0.5, "--images", ".", "--root", "."), "--root belongs to --labels"),
+        (("--share", 0.5, "--images", ".", "--boundary", 0.5), "--boundary makes labels of ratings for --metric"),
+        (("--budget", 0.7, "--images", ".", "--bad-share", 0.1), "--bad-share 0.1 belongs to --labels"),
+        (("--metric", "f1", "--labels", "x.json", "--root", ".", "--bad-share", 2), "--bad-share 2 belongs"),
+        (("--share", 0.5, "--images", ".", "--batch-size", 0), "at least 1, found '0'"),
+    ],
+)
+def test_flags_that_nothing_would_read_are_refused(bundle, capsys, flags, message):
+    assert message in fails(capsys, bundle, *flags)
