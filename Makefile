@@ -11,7 +11,7 @@ demo: .venv/installed
 	$(BIN)/icar bundle --clip $(DEMO) --complexity $(DEMO)/complexity --out $(DEMO)/bundle
 	$(BIN)/python evaluate.py --config=configs/demo.py:clip --workdir=$(DEMO)
 
-# What these tests compile runs for a moment: the compiler's effort would take longer than it saves.
+# Programs that run for a moment: optimising them would take longer than it saves. `make check` and `make parity` do.
 test: .venv/installed
 	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0" $(BIN)/python -m pytest -q -n 2 -m "not check and not parity"
 

@@ -114,6 +114,7 @@ def test_category_metrics_and_intervals_are_there(metrics):
     assert metrics["runs"]["full"]["intervals"]["mean"]["r1"]["difference"] == {"value": 0, "low": 0, "high": 0}
 
 
+@pytest.mark.check
 def test_distractors_fill_the_galleries(bundled, metrics, tmp_path):
     config = tiny_config("clip")
     config.eval.distractors = DistractorConfig("scenes", split="test", size=25)
@@ -138,6 +139,7 @@ def test_distractors_fill_the_galleries(bundled, metrics, tmp_path):
         evaluate(config, bundled)
 
 
+@pytest.mark.check
 def test_budgets_and_a_smaller_model_stand_beside_the_rest(bundled, metrics):
     config = tiny_config("clip")
     config.eval.budgets = (0.95,)
@@ -158,6 +160,7 @@ def test_budgets_and_a_smaller_model_stand_beside_the_rest(bundled, metrics):
     assert all(p["cost"]["measured"] > 0 for p in at.values())
 
 
+@pytest.mark.check
 def test_evaluation_bundles_with_the_configured_complexity_model(runs, tmp_path):
     config = tiny_config("clip")
     train(config, tmp_path)
@@ -166,6 +169,7 @@ def test_evaluation_bundles_with_the_configured_complexity_model(runs, tmp_path)
     assert checkpoint.find(tmp_path) == tmp_path / "bundle"
 
 
+@pytest.mark.check
 def test_without_a_complexity_model_the_report_says_so(tmp_path):
     config = tiny_config("clip")
     train(config, tmp_path)
@@ -189,6 +193,7 @@ def test_a_stale_bundle_is_refused(bundled, metrics, tmp_path):
         evaluate(tiny_config("clip"), copy)
 
 
+@pytest.mark.check
 def test_another_complexity_model_than_the_bundled_one_is_refused(bundled, metrics, complexity_folder):
     config = tiny_config("clip")
     config.eval.complexity = str(complexity_folder)
@@ -245,6 +250,7 @@ def test_bundle_mistakes(runs, arguments, message, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.check
 def test_a_clip_without_exits_cannot_be_bundled(runs, tmp_path):
     from icar_jax.evaluation.calibration import make_bundle
 

@@ -40,6 +40,7 @@ def bundle(clip_folder, complexity_folder, tmp_path_factory):
     return make_bundle(clip_folder, complexity_folder, tmp_path_factory.mktemp("bundle") / "bundle", thresholds=(0.3, 0.6))
 
 
+@pytest.mark.check
 def test_a_process_without_this_package_gets_the_same_numbers(bundle, tmp_path, capsys):
     out = tmp_path / "programs"
     cli.main(["export", str(bundle), str(out), "--to", "stablehlo"])

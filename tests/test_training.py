@@ -83,6 +83,7 @@ def test_another_configuration_in_the_same_workdir_is_refused(tmp_path):
     train(relaxed, tmp_path)
 
 
+@pytest.mark.check
 def test_a_non_finite_loss_names_step_and_files_and_keeps_the_checkpoint(tmp_path, monkeypatch):
     real = losses.contrastive
     config = tiny_config()
@@ -96,6 +97,7 @@ def test_a_non_finite_loss_names_step_and_files_and_keeps_the_checkpoint(tmp_pat
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
 
 
+@pytest.mark.check
 def test_training_on_a_folder_with_a_broken_picture_names_and_counts_it(tmp_path, caplog):
     root = tmp_path / "photos"
     (root / "images").mkdir(parents=True)
@@ -159,6 +161,7 @@ def test_a_damaged_config_is_named(tmp_path):
         train(tiny_config(), tmp_path)
 
 
+@pytest.mark.check
 def test_cut_captions_are_counted(tmp_path, caplog):
     config = tiny_config(steps=2)
     config.clip.context_length = 4
@@ -215,6 +218,7 @@ def test_the_best_model_is_kept_also_across_a_resume(tmp_path):
     assert len(later) == 2 and [line["step"] for line in lines(tmp_path) if "loss" in line] == [1, 2, 3, 4]
 
 
+@pytest.mark.check
 def test_a_best_model_of_an_earlier_start_is_forgotten(tmp_path):
     config = tiny_config(eval_every=1, keep_best=True)
     train(config, tmp_path, stop_after=1, evaluators=(scripted([90.0])[0],))
@@ -231,6 +235,7 @@ def test_a_best_model_of_another_split_is_not_compared(tmp_path):
         train(config, tmp_path, stop_after=2, evaluators=(scripted([10.0])[0],))
 
 
+@pytest.mark.check
 def test_a_run_goes_on_without_the_weights_it_started_from(tmp_path):
     first = train(tiny_config(steps=1), tmp_path / "first")
     config = tiny_config(steps=2)
@@ -248,6 +253,7 @@ def test_evaluation_while_training_needs_an_evaluator(tmp_path):
         train(tiny_config(eval_every=2), tmp_path)
 
 
+@pytest.mark.check
 def test_retrieval_while_training_is_that_of_the_finished_model(tmp_path):
     """Every third step and the last; the values of the last are those of the written model, image by image."""
     config = tiny_config(eval_every=3)
@@ -266,6 +272,7 @@ def test_retrieval_while_training_is_that_of_the_finished_model(tmp_path):
         assert found[-1][name] == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.check
 def test_a_signal_stops_the_run_after_the_step_and_saves(tmp_path, capsys):
     """Set while the third step is evaluated; the same command continues with the fourth."""
     config = tiny_config(checkpoint_every=100, eval_every=3)
