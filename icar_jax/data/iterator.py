@@ -156,6 +156,9 @@ def _close_all(running: list[Any], requests: queue.SimpleQueue, closing: threadi
         folder.cleanup()
 
 
+_loading = threading.Lock()
+
+
 @dataclass
 class _FromFile:
     """A callable that each worker reads from a file when it is first called.
@@ -177,9 +180,10 @@ class _FromFile:
         return cls(path)
 
     def __call__(self, step: int) -> Batch:
-        if self.loaded is None:
-            with open(self.path, "rb") as stream:
-                self.loaded = pickle.load(stream)  # written by this program a moment ago
+        with _loading:  # threads of a worker share what is loaded
+            if self.loaded is None:
+                with open(self.path, "rb") as stream:
+                    self.loaded = pickle.load(stream)  # written by this program a moment ago
         return _packed(self.loaded(step))
 
 

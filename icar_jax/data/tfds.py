@@ -15,6 +15,8 @@ from icar_jax.data.images import decode
 from icar_jax.data.records import Record
 from icar_jax.data.shards import Shards, attempt, texts, unusable
 
+_importing = threading.Lock()
+
 
 class Tfds:
     """A split of a prepared data set; nothing is downloaded.
@@ -86,7 +88,7 @@ class Tfds:
             raise OSError(str(error)) from error
 
     def _open(self) -> Any:
-        import tensorflow_datasets as tfds
+        tfds = _tfds()
 
         decoders: Any = tfds.decode.SkipDecoding()
         for key in reversed(self._image):
@@ -104,7 +106,7 @@ class Tfds:
                 f"{where}: no prepared data set at {folder} (the root holds {', '.join(there[:8]) or 'nothing'}). "
                 f"Prepare it with: tfds build {self._dataset} --file_format=array_record --data_dir={self._root}"
             )
-        import tensorflow_datasets as tfds
+        tfds = _tfds()
 
         try:
             builder = tfds.builder(self._dataset, data_dir=self._root)
@@ -118,6 +120,13 @@ class Tfds:
                 f"tfds build {self._dataset} --file_format=array_record"
             )
         return builder
+
+
+def _tfds() -> Any:
+    """The package, imported by one thread at a time: its lazy modules and Python's import lock can wait for one another."""
+    with _importing:
+        import tensorflow_datasets
+    return tensorflow_datasets
 
 
 def _check_feature(features: Any, path: list[str], where: str, dataset: str) -> None:
