@@ -1,6 +1,7 @@
 """Small trained pieces that several tests share; made once a session."""
 
 import dataclasses
+import json
 import os
 import tempfile
 
@@ -32,6 +33,11 @@ from icar_jax.models.text import TextArch
 from icar_jax.models.vision import VisionArch
 
 CAPTIONS = ["a small red circle on the left", "two blue squares above a large green star", "stripes"]
+
+
+def metric_lines(workdir):
+    """What a run has logged, a dict a line."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def tiny_config(task="clip", **train):

@@ -8,7 +8,7 @@ import pytest
 from icar_jax.evaluation.assignments import take_exits
 from icar_jax.evaluation.frontier import Bench, cheapest, frontier, sweep
 from icar_jax.evaluation.metrics import Distractors, ranks, recall
-from icar_jax.evaluation.thresholds import Costs
+from icar_jax.inference.budgets import Costs
 from icar_jax.inference.router import assign
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from icar_jax.config import ConfigError
 from icar_jax.evaluation import thresholds as th
+from icar_jax.inference import budgets as bg
 from icar_jax.inference.router import assign
 
 quick = settings(max_examples=60, deadline=None)
@@ -75,7 +76,7 @@ def test_what_has_no_threshold(scores, labels, metric, message):
 @st.composite
 def budgets(draw, most_exits=4):
     exits = sorted(draw(st.sets(st.integers(1, 24), min_size=2, max_size=most_exits)))
-    costs = th.Costs({e: 3.0 + e for e in exits}, draw(st.floats(0, 3)))
+    costs = bg.Costs({e: 3.0 + e for e in exits}, draw(st.floats(0, 3)))
     budget = draw(st.floats(0.05, 1))
     assume(budget >= costs.lowest_budget)
     return costs, budget
@@ -86,7 +87,7 @@ def budgets(draw, most_exits=4):
 def test_a_budget_is_kept(case, scores):
     costs, budget = case
     scores, exits = np.array(scores, np.float32), sorted(costs.exits)
-    limits = th.thresholds_for_budget(scores, budget, costs)
+    limits = bg.thresholds_for_budget(scores, budget, costs)
     taken = assign(scores, exits, limits)  # also checks that the thresholds ascend
     assert costs.share_of_full({e: np.mean(taken == e) for e in exits}) <= budget + 1e-9
 
@@ -101,16 +102,16 @@ def test_of_two_exits_no_other_threshold_spends_more_of_the_budget(case, scores)
         taken = assign(scores, exits, (threshold,))
         return costs.share_of_full({e: np.mean(taken == e) for e in exits})
 
-    every = [cost(t) for t in [th.BELOW_ALL, *scores.tolist()]]
+    every = [cost(t) for t in [bg.BELOW_ALL, *scores.tolist()]]
     best = max((c for c in every if c <= budget + 1e-9), default=None)
-    assert cost(th.thresholds_for_budget(scores, budget, costs)[0]) == pytest.approx(best)
+    assert cost(bg.thresholds_for_budget(scores, budget, costs)[0]) == pytest.approx(best)
 
 
 @quick
 @given(budgets())
 def test_shares_meet_the_budget_and_are_the_most_even_that_do(case):
     costs, budget = case
-    shares = np.array(th.shares_for_budget(budget, costs))
+    shares = np.array(bg.shares_for_budget(budget, costs))
     exits = sorted(costs.exits)
     assert shares.sum() == pytest.approx(1) and shares.min() >= 0
     reachable = min(budget, costs.share_of_full({e: float(e == exits[-1]) for e in exits}))
@@ -124,31 +125,31 @@ def test_shares_meet_the_budget_and_are_the_most_even_that_do(case):
 
 
 def test_equal_shares_cost_what_they_cost():
-    costs = th.Costs({4: 1.0, 8: 2.0, 12: 3.0}, 0.3)
-    assert th.shares_for_budget(2.3 / 3, costs) == pytest.approx([1 / 3] * 3)
+    costs = bg.Costs({4: 1.0, 8: 2.0, 12: 3.0}, 0.3)
+    assert bg.shares_for_budget(2.3 / 3, costs) == pytest.approx([1 / 3] * 3)
     scores = np.linspace(0, 1, 300, dtype=np.float32)
-    limits = th.thresholds_for_budget(scores, 2.3 / 3, costs)
+    limits = bg.thresholds_for_budget(scores, 2.3 / 3, costs)
     assert np.bincount(assign(scores, (4, 8, 12), limits))[[4, 8, 12]].tolist() == [100, 100, 100]
 
 
 @pytest.mark.parametrize("budget, message", [(0.3, "at least 0.4334"), (1.01, "must lie in"), (0.0, "must lie in")])
 def test_a_budget_out_of_reach_says_the_lowest_one(budget, message):
-    costs = th.Costs({4: 1.0, 12: 3.0}, 0.3)
+    costs = bg.Costs({4: 1.0, 12: 3.0}, 0.3)
     with pytest.raises(ConfigError, match=message):
-        th.thresholds_for_budget(np.array([0.5]), budget, costs)
-    th.thresholds_for_budget(np.array([0.5]), 0.4334, costs)  # what the message says can be met
+        bg.thresholds_for_budget(np.array([0.5]), budget, costs)
+    bg.thresholds_for_budget(np.array([0.5]), 0.4334, costs)  # what the message says can be met
 
 
 def test_no_router_and_the_whole_budget_is_full_depth():
-    costs = th.Costs({4: 1.0, 8: 2.0, 12: 3.0}, 0.0)
-    assert th.shares_for_budget(1.0, costs) == (0, 0, 1)
-    assert th.thresholds_for_budget(np.array([0.1, 0.9]), 1.0, costs) == (th.BELOW_ALL, th.BELOW_ALL)
+    costs = bg.Costs({4: 1.0, 8: 2.0, 12: 3.0}, 0.0)
+    assert bg.shares_for_budget(1.0, costs) == (0, 0, 1)
+    assert bg.thresholds_for_budget(np.array([0.1, 0.9]), 1.0, costs) == (bg.BELOW_ALL, bg.BELOW_ALL)
 
 
 def test_shares_meet_their_quantiles():
     scores = np.arange(10) / 10
     assert th.thresholds_for_shares(scores, (0.3, 0.2, 0.5)) == pytest.approx((0.25, 0.45))
-    assert th.thresholds_for_shares(scores, (0.0, 1.0)) == (th.BELOW_ALL,)
+    assert th.thresholds_for_shares(scores, (0.0, 1.0)) == (bg.BELOW_ALL,)
     assert th.full_shares((), (4, 8)) == (0.5, 0.5) and th.full_shares((0.2,), (4, 8)) == (0.2, 0.8)
     for wrong in ((0.5, 0.4), (1.2,), (-0.1,)):
         with pytest.raises(ConfigError, match="do not fit"):

@@ -17,12 +17,13 @@ from PIL import Image
 from shardfiles import picture, sample, write_shards, write_tar
 
 from icar_jax.config import ConfigError, DataConfig, EvalConfig
-from icar_jax.data import sources, webdataset
+from icar_jax.data import sources, tar_index
 from icar_jax.data.images import ImageError, Preprocess
 from icar_jax.data.pipeline import BadFiles, eval_batches, train_batches
 from icar_jax.data.shards import ShardError
 from icar_jax.data.tar import TarDamage, members
-from icar_jax.data.webdataset import WebDataset, group
+from icar_jax.data.tar_index import group
+from icar_jax.data.webdataset import WebDataset
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def test_grouping_agrees_with_the_standard_library(tmp_path_factory, names, form
         return
     assert [m.name for m in members(read, len(raw))] == names
     usable = [rows for _, rows in expected
-              if {r[1] for r in rows} & set(webdataset.IMAGES) and {r[1] for r in rows} & {"txt", "json"}]  # fmt: skip
+              if {r[1] for r in rows} & set(tar_index.IMAGES) and {r[1] for r in rows} & {"txt", "json"}]  # fmt: skip
     spans, left_out = group(members(read, len(raw)))
     assert left_out == len(expected) - len(usable)
     assert spans == [(rows[0][2], rows[-1][3]) for rows in usable]
@@ -241,8 +242,8 @@ def test_members_apart_and_kinds_without_random_access(tmp_path):
 def scans(monkeypatch):
     """Names of the shards that are scanned, in any order."""
     seen = []
-    scan = webdataset.scan
-    monkeypatch.setattr(webdataset, "scan", lambda path: (seen.append(os.path.basename(path)), scan(path))[1])
+    scan = tar_index.scan
+    monkeypatch.setattr(tar_index, "scan", lambda path: (seen.append(os.path.basename(path)), scan(path))[1])
     return seen
 
 
@@ -267,7 +268,7 @@ def test_only_new_and_changed_shards_are_scanned(tmp_path, scans):
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, scans):
     write_shards(tmp_path, 2, 3)
     refuse = lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
-    monkeypatch.setattr(webdataset.os, "replace", refuse)
+    monkeypatch.setattr(tar_index.os, "replace", refuse)
     mode = tmp_path.stat().st_mode
     tmp_path.chmod(stat.S_IREAD | stat.S_IEXEC)
     try:

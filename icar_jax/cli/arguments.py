@@ -1,4 +1,4 @@
-"""Values of flags that several commands take."""
+"""Flags that several commands take, and their values."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
     return value
+
+
+def add_images(p: argparse.ArgumentParser, done: str, batch_size: int) -> None:
+    """Flags of a command that reads images of any number: which, how many at a time, and what the unreadable ones do."""
+    p.add_argument("paths", nargs="+", metavar="PATH", help="image, folder (with all below it) or pattern; - reads a list of "
+                   "images and folders from standard input, one a line")  # fmt: skip
+    p.add_argument("--skip-bad", action="store_true", help=f"exit status 0 although images could not be {done}")
+    p.add_argument("--batch-size", type=positive, default=batch_size, metavar="N", help=f"images at a time ({batch_size})")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations (float32)")
+    p.add_argument("--threads", type=positive, default=0, metavar="N", help="threads that decode; one a core by default")
 
 
 def stdin_paths() -> Iterator[str]:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from icar_jax.cli.arguments import positive, stdin_paths
+from icar_jax.cli.arguments import add_images, positive, stdin_paths
 from icar_jax.cli.errors import user_errors
 from icar_jax.cli.score import report_bad
 
@@ -20,8 +20,7 @@ def add(commands) -> None:
         "The same command continues a run that was stopped, and adds images that are new. The exit status is 0 only where "
         "every image was embedded, or with --skip-bad.",
     )
-    p.add_argument("paths", nargs="+", metavar="PATH", help="image, folder (with all below it) or pattern; - reads a list of "
-                   "images and folders from standard input, one a line")  # fmt: skip
+    add_images(p, "embedded", 64)
     p.add_argument("--checkpoint", required=True, help="bundle, CLIP checkpoint or workdir")
     p.add_argument("--out", required=True, metavar="DIR", help="folder of the corpus, new or begun by this command")
     how = p.add_mutually_exclusive_group()
@@ -29,10 +28,6 @@ def add(commands) -> None:
                      "by default the thresholds of the bundle hold")  # fmt: skip
     how.add_argument("--exit", type=int, metavar="BLOCKS", help="run every image to this depth instead of routing")
     p.add_argument("--shard-rows", type=positive, default=4096, metavar="N", help="images a shard; a kill costs one (4096)")
-    p.add_argument("--skip-bad", action="store_true", help="exit status 0 although images could not be embedded")
-    p.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images of one depth run at a time (64)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations (float32)")
-    p.add_argument("--threads", type=positive, default=0, metavar="N", help="threads that decode; one a core by default")
     p.set_defaults(run=_embed)
 
 

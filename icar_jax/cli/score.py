@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from icar_jax.cli.arguments import positive, stdin_paths
+from icar_jax.cli.arguments import add_images, positive, stdin_paths
 from icar_jax.cli.errors import user_errors
 
 _BAD_SHOWN = 20
@@ -20,12 +20,10 @@ def add(commands) -> None:
         "blocks that its thresholds select. The exit status is 0 only where every image was scored, or with --skip-bad. "
         "A run that is stopped writes no table.",
     )
-    p.add_argument("paths", nargs="+", metavar="PATH", help="image, folder (with all below it) or pattern; - reads a list of "
-                   "images and folders from standard input, one a line")  # fmt: skip
+    add_images(p, "scored", 32)
     p.add_argument("--checkpoint", required=True, help="complexity checkpoint, bundle or workdir")
     p.add_argument("--out", required=True, metavar="FILE", help="table to write: .csv, .json, .jsonl or .parquet")
     p.add_argument("--bad", metavar="FILE", help="CSV of the images that could not be scored; FILE.bad.csv by default")
-    p.add_argument("--skip-bad", action="store_true", help="exit status 0 although images could not be scored")
     p.add_argument("--overwrite", action="store_true", help="replace files that exist")
     p.add_argument("--sheet", metavar="PNG", help="contact sheet in the order of the scores, with their histogram")
     p.add_argument("--thumbnails", type=positive, default=60, metavar="N", help="images on the sheet (60)")
@@ -34,9 +32,6 @@ def add(commands) -> None:
     p.add_argument("--explain-stage", type=int, choices=(2, 3, 4), help="ConvNeXt stage of the maps: a cell of 8, 16 or 32 "
                    "pixels of the model's input (8)")  # fmt: skip
     p.add_argument("--explain-npy", action="store_true", help="write the maps as .npy too")
-    p.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images scored at a time (32)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations (float32)")
-    p.add_argument("--threads", type=positive, default=0, metavar="N", help="threads that decode; one a core by default")
     p.set_defaults(run=_score)
 
 

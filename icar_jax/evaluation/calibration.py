@@ -21,15 +21,8 @@ from icar_jax.data.pipeline import BadFiles, eval_batches
 from icar_jax.data.records import Source
 from icar_jax.data.sources import fingerprint
 from icar_jax.evaluation import dial, ratings_metrics
-from icar_jax.evaluation.thresholds import (
-    Costs,
-    best_threshold,
-    check_metric,
-    full_shares,
-    thresholds_for_budget,
-    thresholds_for_shares,
-)
-from icar_jax.inference.budgets import counted_costs, pack_quantiles
+from icar_jax.evaluation.thresholds import best_threshold, check_metric, full_shares, thresholds_for_shares
+from icar_jax.inference.budgets import Costs, counted_costs, pack_quantiles, thresholds_for_budget
 from icar_jax.inference.model import Model, load, load_parts
 from icar_jax.inference.router import assign
 from icar_jax.models.clip import ClipArch

@@ -9,7 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from icar_jax.evaluation.thresholds import Costs
+from icar_jax.evaluation.table import print_sentences
+from icar_jax.inference.budgets import Costs
 
 
 def print_calibration(description: Mapping[str, Any], costs: Costs | None, console: Console | None = None) -> None:
@@ -18,8 +19,7 @@ def print_calibration(description: Mapping[str, Any], costs: Costs | None, conso
     bundle = "routing" in description
     found = description["routing"]["found"] if bundle else description["threshold_found"]
     console.print(_exits(description["routing"], costs) if bundle else _classifier(description["threshold"], found))
-    for line in sentences(found, costs):
-        console.print(f"- {line}", markup=False, highlight=False, soft_wrap=not console.is_terminal)
+    print_sentences(sentences(found, costs), console)
 
 
 def sentences(found: Mapping[str, Any], costs: Costs | None) -> list[str]:

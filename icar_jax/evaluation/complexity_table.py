@@ -21,6 +21,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from icar_jax.evaluation.table import print_sentences, wide_console
+
 MODEL = "model"
 TITLES = {
     "pcc": "PCC", "srcc": "SRCC", "rmse": "RMSE", "rmae": "RMAE", "accuracy": "accuracy", "f1": "F1",
@@ -30,7 +32,8 @@ NAMES = {
     "jpeg_bytes": "JPEG bytes", "edge_density": "edge density", "gradient_entropy": "gradient entropy",
     "all_classical": "all three",
 }  # fmt: skip
-_WIDE = 104  # columns that intervals with three decimals need; rich assumes 80 where the output is a file
+
+_WIDE = 104  # columns that intervals with three decimals need
 
 
 def results_table(metrics: Mapping[str, Any], *, compact: bool = False) -> Table:
@@ -57,16 +60,12 @@ def nuisance_table(metrics: Mapping[str, Any], *, compact: bool = False) -> Tabl
 
 def print_results(metrics: Mapping[str, Any], console: Console | None = None) -> None:
     """Prints the tables, the verdicts and the notes."""
-    if console is None:
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=_WIDE)
+    console = console or wide_console(_WIDE)
     compact = console.width < _WIDE
     console.print(results_table(metrics, compact=compact))
     if metrics["nuisance"]:
         console.print(nuisance_table(metrics, compact=compact))
-    for line in [*verdicts(metrics), *metrics["notes"]]:
-        console.print(f"- {line}", markup=False, highlight=False, soft_wrap=not console.is_terminal)
+    print_sentences([*verdicts(metrics), *metrics["notes"]], console)
 
 
 def _table(metrics: Mapping[str, Any], title: str, compact: bool) -> Table:

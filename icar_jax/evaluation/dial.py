@@ -21,7 +21,7 @@ from icar_jax.evaluation.bootstrap import difference, hits_at
 from icar_jax.evaluation.frontier import EXHAUSTIVE, RECALL_AT, Bench, Point, cheapest
 from icar_jax.evaluation.gallery import Gallery, embed
 from icar_jax.evaluation.ranking import local_mesh
-from icar_jax.evaluation.thresholds import Costs
+from icar_jax.inference.budgets import Costs
 from icar_jax.inference.model import Model
 
 KINDS = ("counted", "measured")

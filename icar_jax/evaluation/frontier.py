@@ -15,7 +15,8 @@ import numpy as np
 
 from icar_jax.evaluation.assignments import ranks_mixed
 from icar_jax.evaluation.metrics import Distractors, Ranks, recall
-from icar_jax.evaluation.thresholds import Costs, thresholds_for_shares
+from icar_jax.evaluation.thresholds import thresholds_for_shares
+from icar_jax.inference.budgets import Costs
 from icar_jax.inference.router import assign
 
 RECALL_AT = 5

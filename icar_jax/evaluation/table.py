@@ -26,7 +26,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ from icar_jax.evaluation.verdicts import verdicts
 from icar_jax.workdir import write_text
 
 BUDGET = "budget_"  # and the share of full depth's cost
-_WIDE = 124  # columns the one-line rows need; rich assumes 80 where the output is a file
+_WIDE = 124  # columns the one-line rows need
 
 
 def run_order(runs: Mapping[str, Any]) -> list[str]:
@@ -99,14 +99,22 @@ def results_table(metrics: Mapping[str, Any], *, compact: bool = False) -> Table
 
 def print_results(metrics: Mapping[str, Any], console: Console | None = None) -> None:
     """Prints the table, the verdicts and the notes; wide rows where the terminal has room or the output is a file."""
-    if console is None:
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=_WIDE)
+    console = console or wide_console(_WIDE)
     console.print(results_table(metrics, compact=console.width < _WIDE))
-    for line in [*verdicts(metrics), *metrics.get("notes", [])]:
+    print_sentences([*verdicts(metrics), *metrics.get("notes", [])], console)
+
+
+def wide_console(width: int) -> Console:
+    """The terminal at its own width, or a file at `width` columns: rich assumes 80 there."""
+    console = Console()
+    return console if console.is_terminal else Console(width=width)
+
+
+def print_sentences(sentences: Iterable[str], console: Console) -> None:
+    """Prints plain sentences below a table."""
+    for sentence in sentences:
         # markup=False: an interval in brackets is not a style tag. soft_wrap: a sentence stays one line in a log.
-        console.print(f"- {line}", markup=False, highlight=False, soft_wrap=not console.is_terminal)
+        console.print(f"- {sentence}", markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def format_share(share: Mapping[str, float]) -> str:

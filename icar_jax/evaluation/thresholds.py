@@ -12,20 +12,7 @@ import numpy as np
 
 from icar_jax.config import ConfigError
 from icar_jax.evaluation.ratings_metrics import OF_DECISIONS, rate
-from icar_jax.inference.budgets import (
-    ABOVE_ALL,
-    BELOW_ALL,
-    Costs,
-    between,
-    checked_scores,
-    shares_for_budget,
-    thresholds_for_budget,
-)
-
-__all__ = [
-    "ABOVE_ALL", "BELOW_ALL", "GRID", "METRICS", "Costs", "best_threshold", "check_metric", "full_shares",
-    "shares_for_budget", "thresholds_for_budget", "thresholds_for_shares",
-]  # fmt: skip
+from icar_jax.inference.budgets import between, checked_scores
 
 METRICS = OF_DECISIONS
 GRID = np.arange(1001) / 1000

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from icar_jax.data.records import Source
-from icar_jax.evaluation.thresholds import ABOVE_ALL, Costs
+from icar_jax.inference.budgets import ABOVE_ALL, Costs
 from icar_jax.inference.forward import bucket_sizes, count_compilations, cut
 from icar_jax.inference.model import Model
 from icar_jax.inference.router import Router

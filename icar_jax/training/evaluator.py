@@ -184,15 +184,13 @@ def _remembered(folder: Path, start: int, chosen_by: Criterion, measured_on: lis
         return None
     if not (folder / checkpoint.DESCRIPTION).is_file():
         return None
+    found = checkpoint.describe(folder).get("evaluation", {})
+    if (chosen_on := found.get("split", measured_on)) != measured_on:
+        raise ConfigError(
+            f"{folder} was chosen on split and size {chosen_on}, and the configuration now names {measured_on}: their "
+            "scores do not compare; use the config.eval.split and size the run began with, or move the folder away"
+        )
     try:
-        found = checkpoint.describe(folder)["evaluation"]
-        if found.get("split", measured_on) != measured_on:
-            raise ConfigError(
-                f"{folder} was chosen on split and size {found['split']}, and the configuration now names {measured_on}: their "
-                "scores do not compare; use the config.eval.split and size the run began with, or move the folder away"
-            )
         return float(found[chosen_by.name])
-    except ConfigError:
-        raise
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder} holds no score of an earlier evaluation ({error}); move it away") from error
