@@ -21,9 +21,13 @@ ALLOWED = {
     "inference": {"config", "pytree", "checkpoint", "workdir", "models", "parallel", "data"},
     "training": {"config", "pytree", "checkpoint", "workdir", "models", "parallel", "data", "convert"},
     "evaluation": {"config", "pytree", "checkpoint", "workdir", "models", "data", "inference"},
-    "cli": {"config", "pytree", "checkpoint", "workdir", "models", "data", "convert", "inference", "training", "evaluation"},
+    "search": {"config", "pytree", "checkpoint", "workdir", "models", "parallel", "data", "inference", "evaluation"},
+    "cli": {
+        "config", "pytree", "checkpoint", "workdir", "models", "data", "convert", "inference", "training", "evaluation",
+        "search", "parallel",
+    },
     "__init__": {"inference"},
-}
+}  # fmt: skip
 
 
 def imported_modules(file: Path) -> set[str]:

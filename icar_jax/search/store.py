@@ -1,0 +1,408 @@
+"""The store of a searchable collection: a LanceDB database with a row an image, on a disk or in an object store.
+
+    STORE/
+      images.lance      a row an image by its absolute path: what the file was, how it was embedded, and its vector
+      bad.lance         files that could not be embedded, and why
+      returned.lance    how often searches returned an image
+      meta.lance        format, identity of the models, exits; written last, so a store without it is none
+      .lock             held while a local store is written to; absent in object stores
+
+Embeddings of all exits lie in one space, so rows of different exits and budgets stand side by side. Those of another CLIP do
+not, nor can scores of another complexity model be compared, so both are refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from icar_jax.search import MissingExtra, extra
+from icar_jax.search.tables import (
+    BAD,
+    FORMAT,
+    RETURNED,
+    STATE,
+    TABLES,
+    TIME,
+    filter_in,
+    image_schema,
+    meta_table,
+    now,
+    pieces,
+    vector_column,
+    vectors,
+    where_in,
+)  # fmt: skip
+
+__all__ = [
+    "Store", "StoreError", "TIME", "Upserted", "address", "create", "exists", "image_schema", "is_local", "now", "open_store",
+    "vector_column", "vectors",
+]  # fmt: skip
+
+LOCK = ".lock"
+# Versions of a table that are replaced stay readable for so long, for searches that opened them.
+KEEP_VERSIONS = timedelta(hours=1)
+SMALL_FRAGMENTS = 8  # pieces that small commits leave in a table before it is compacted
+_ATTEMPTS = 8  # of a commit to an object store, where writers meet without a lock
+
+
+class StoreError(ValueError):
+    """A store is missing, damaged, of another format or of another model; the message names it and the fix."""
+
+
+@dataclass(frozen=True)
+class Upserted:
+    """What became of the rows of an `upsert`: `written`, or `kept` as another run had stored them meanwhile."""
+
+    written: int
+    kept: int
+
+
+class Store:
+    """A store as `create` or `open_store` give it.
+
+    Attributes:
+        uri: absolute folder, or the address in an object store.
+        meta: format, model (as Model.identity), embed_dim, exits, checkpoint, created_at.
+        images: the LanceDB table of images; `refresh` brings it to the newest version.
+    """
+
+    def __init__(self, uri: str, database: Any, meta: Mapping[str, Any], tables: Mapping[str, Any]):
+        self.uri, self._database, self.meta = uri, database, dict(meta)
+        self.embed_dim: int = self.meta["embed_dim"]
+        self.exits: tuple[int, ...] = tuple(self.meta["exits"])
+        self.images, self._bad, self._returned = (tables[name] for name in ("images", "bad", "returned"))
+        self._meta = tables["meta"]
+        self._known_version = -1  # of images, as this process last read or wrote it
+
+    @property
+    def is_local(self) -> bool:
+        return is_local(self.uri)
+
+    def refresh(self) -> None:
+        """Lets every table show what others have written since."""
+        for table in (self.images, self._bad, self._returned, self._meta):
+            table.checkout_latest()
+
+    def version(self) -> int:
+        """Newest version of `images`: another number after every change."""
+        self.images.checkout_latest()
+        return self.images.version
+
+    def versions(self) -> dict[str, int]:
+        """Newest version of every table."""
+        self.refresh()
+        tables = (self.images, self._bad, self._returned, self._meta)
+        return {name: table.version for name, table in zip(TABLES, tables, strict=True)}
+
+    def count(self) -> int:
+        """Number of images, now."""
+        self.images.checkout_latest()
+        return self.images.count_rows()
+
+    def state(self, *more: str) -> pa.Table:
+        """The columns of STATE, and `more`, of every image; one scan, without the vectors."""
+        self.images.checkout_latest()
+        self._known_version = self.images.version
+        with self._reported("reading it"):
+            return self.images.search().select([*STATE, *more]).to_arrow()
+
+    def rows(self, column: str, values: Iterable[Any], columns: Sequence[str] | None = None) -> pa.Table:
+        """The images whose `column` is one of `values`, in no order; all columns, or some."""
+        self.images.checkout_latest()
+        with self._reported("reading it"):
+            return where_in(self.images, column, values, columns)
+
+    # Writing. Every change below is one commit: whole, or not there after a kill.
+
+    @contextmanager
+    def commit_lock(self) -> Iterator[None]:
+        """Held around a commit: local writers go one after the other. Object stores have no locks, only commits that fail."""
+        with _locked(self.uri):
+            yield
+
+    def upsert(self, rows: pa.Table) -> Upserted:
+        """Writes images, columns of `image_schema`, each path once: new ones are added, others replaced.
+
+        A row that another run has stored meanwhile is kept where that run read the file later, or embedded the same content
+        deeper. Raises ValueError for vectors that are not finite and for paths named twice.
+        """
+        rows = rows.select(image_schema(self.embed_dim).names).cast(image_schema(self.embed_dim))
+        if len(set(rows["path"].to_pylist())) != len(rows):
+            raise ValueError("an upsert names a path twice")
+        finite = np.isfinite(vectors(rows["vector"])).all(axis=1)
+        if not finite.all():
+            raise ValueError(f"the embedding of {rows['path'][int(np.argmin(finite))]} is not finite; the model is broken")
+        if not len(rows):
+            return Upserted(0, 0)
+        with self.commit_lock():
+            self.images.checkout_latest()
+            wanted = rows
+            if not (self.is_local and self.images.version == self._known_version):
+                wanted = rows.filter(self._newer_than_stored(rows))
+            if len(wanted):
+                self._merge(self.images, wanted)
+            self._known_version = self.images.version
+        return Upserted(len(wanted), len(rows) - len(wanted))
+
+    def _newer_than_stored(self, rows: pa.Table) -> pa.Array:
+        columns = ["path", "sha256", "exit", "embedded_at"]
+        stored = {row["path"]: row for row in where_in(self.images, "path", rows["path"].to_pylist(), columns).to_pylist()}
+
+        def newer(row: dict[str, Any]) -> bool:
+            other = stored.get(row["path"])
+            if other is None:
+                return True
+            deeper = other["sha256"] == row["sha256"] and other["exit"] > row["exit"]
+            return not deeper and other["embedded_at"] <= row["embedded_at"]
+
+        return pa.array([newer(row) for row in rows.select(columns).to_pylist()], pa.bool_())
+
+    def delete(self, paths: Sequence[str], unless: Any = None) -> int:
+        """Removes images; returns how many there were. `unless(path)` is asked under the lock, and True keeps the row."""
+        removed = 0
+        for some in pieces(paths):
+            with self.commit_lock():
+                self.images.checkout_latest()
+                some = [path for path in some if unless is None or not unless(path)]
+                if some:
+                    others = self.images.version != self._known_version
+                    removed += self._retry(lambda: self.images.delete(filter_in("path", some)).num_deleted_rows)
+                    # What others wrote before stays unread: `upsert` must still look.
+                    self._known_version = -1 if others else self.images.version
+        return removed
+
+    def bad_rows(self) -> pa.Table:
+        """Files that could not be embedded: path, size and mtime_ns (null where they could not be read), reason, found_at."""
+        self._bad.checkout_latest()
+        with self._reported("reading it"):
+            return self._bad.search().select(BAD.names).to_arrow().cast(BAD)
+
+    def set_bad(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Notes files by path, with size, mtime_ns and reason; a reason noted before is replaced."""
+        latest = {row["path"]: {"found_at": now(), **row} for row in rows}
+        if latest:
+            with self.commit_lock():
+                self._merge(self._bad, pa.Table.from_pylist(list(latest.values()), BAD))
+
+    def clear_bad(self, paths: Sequence[str]) -> None:
+        """Forgets that these files were bad."""
+        for some in pieces(paths):
+            with self.commit_lock():
+                self._bad.checkout_latest()
+                self._retry(lambda some=some: self._bad.delete(filter_in("path", some)))
+
+    def note_returned(self, paths: Iterable[str]) -> None:
+        """Counts images that searches returned, once for each time a path is named; call it in batches: each is a commit."""
+        times: dict[str, int] = {}
+        for path in paths:
+            times[path] = times.get(path, 0) + 1
+        if times:
+            with self.commit_lock():
+                self._returned.checkout_latest()
+                for row in where_in(self._returned, "path", list(times)).to_pylist():
+                    times[row["path"]] += row["times"]
+                self._merge(self._returned, pa.table({"path": list(times), "times": list(times.values())}, RETURNED))
+
+    def returned(self) -> dict[str, int]:
+        """Path -> times that a search returned it."""
+        self._returned.checkout_latest()
+        table = self._returned.search().select(RETURNED.names).to_arrow()
+        return dict(zip(table["path"].to_pylist(), table["times"].to_pylist(), strict=True))
+
+    def set_meta(self, **entries: Any) -> None:
+        """Changes entries of `meta`; nothing is written where they are so already."""
+        changed = {key: value for key, value in entries.items() if self.meta.get(key) != value or key not in self.meta}
+        if changed:
+            with self.commit_lock():
+                self._merge(self._meta, meta_table(changed), on="key")
+            self.meta |= json.loads(json.dumps(changed))
+
+    def compact(self, keep: timedelta = KEEP_VERSIONS) -> None:
+        """Joins what many commits left in pieces, brings indices up to date and frees versions older than `keep`."""
+        with self.commit_lock():
+            others = self.version() != self._known_version
+            for table in (self.images, self._bad, self._returned, self._meta):
+                if table.stats()["fragment_stats"]["num_small_fragments"] > SMALL_FRAGMENTS:
+                    self._retry(lambda table=table: table.optimize(cleanup_older_than=keep))
+            self._known_version = -1 if others else self.version()
+
+    def require_model(self, identity: Mapping[str, str], where: str) -> None:
+        """Raises StoreError where rows of a model with this Model.identity, opened at `where`, do not belong here.
+
+        The CLIP has to be the store's. A complexity model has to be, where both have one.
+        """
+        for part, name in (("clip", "CLIP"), ("complexity", "complexity model")):
+            mine, other = self.meta["model"].get(part), identity.get(part)
+            if part == "clip" and other is None:
+                raise StoreError(f"{where} holds no CLIP model, which the store {self.uri} needs; pass a bundle or a CLIP")
+            if mine is not None and other is not None and mine != other:
+                raise StoreError(
+                    f"the store {self.uri} is of another {name}, and what the two give cannot be compared: the store is of "
+                    f"{mine} (from {self.meta['checkpoint']}), {where} is {other}; pass the checkpoint of the store, or index "
+                    "into another one"
+                )
+
+    def _merge(self, table: Any, rows: pa.Table, on: str = "path") -> None:
+        self._retry(
+            lambda: table.merge_insert(on).when_matched_update_all().when_not_matched_insert_all().execute(rows)
+        )
+
+    def _retry(self, commit: Any) -> Any:
+        """commit(); again after a while where, in an object store, another writer came in between."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                with self._reported("writing to it"):
+                    return commit()
+            except StoreError as error:
+                if self.is_local or "conflict" not in str(error).lower() or attempt == _ATTEMPTS - 1:
+                    raise
+            self.refresh()
+            time.sleep(0.1 * 2**attempt)
+
+    @contextmanager
+    def _reported(self, doing: str) -> Iterator[None]:
+        with _reported(self.uri, doing):
+            yield
+
+
+def is_local(uri: str) -> bool:
+    """Whether a store's address is a folder of this machine, not an object store's such as s3://bucket/name."""
+    return "://" not in uri
+
+
+def address(uri: str | os.PathLike) -> str:
+    """The address in full: of a folder its absolute path."""
+    uri = os.fspath(uri)
+    return os.path.abspath(os.path.expanduser(uri)) if is_local(uri) else uri
+
+
+def create(
+    uri: str | os.PathLike, model_identity: Mapping[str, str], embed_dim: int, exits: Sequence[int], checkpoint: str
+) -> Store:
+    """Makes an empty store; `model_identity` and `exits` as of Model, `checkpoint` where the model was loaded from.
+
+    Raises StoreError where there is a store, or a folder with anything else in it.
+    """
+    uri = address(uri)
+    lancedb = extra("lancedb")
+    meta = {
+        "format": FORMAT, "model": dict(model_identity), "embed_dim": int(embed_dim), "exits": [int(e) for e in exits],
+        "checkpoint": str(checkpoint), "created_at": now().isoformat(timespec="seconds"),
+    }  # fmt: skip
+    if is_local(uri):
+        _require_own_folder(Path(uri))
+    with _locked(uri), _reported(uri, "creating it"):
+        database = lancedb.connect(uri)
+        if "meta" in _table_names(database):
+            raise StoreError(f"{uri} is a store already; open it, or choose another address")
+        schemas = {"images": image_schema(embed_dim), "bad": BAD, "returned": RETURNED}
+        tables = {name: _table(database, uri, name, schema) for name, schema in schemas.items()}
+        # Its rows come with it in one commit: there is no store before that, and a whole one afterwards.
+        tables["meta"] = database.create_table("meta", meta_table(meta))
+    return Store(uri, database, meta, tables)
+
+
+def open_store(uri: str | os.PathLike) -> Store:
+    """Opens a store, also while it is written to. Raises StoreError where there is none, or it cannot be used."""
+    uri = address(uri)
+    lancedb = extra("lancedb")
+    missing = f"there is no store at {uri}; `icar index FOLDER --checkpoint C --store {uri}` makes one"
+    if is_local(uri) and not Path(uri).is_dir():
+        raise StoreError(missing)
+    with _reported(uri, "opening it"):
+        database = lancedb.connect(uri)
+        names = _table_names(database)
+        if "meta" not in names:
+            raise StoreError(missing)
+        if absent := sorted(set(TABLES) - set(names)):
+            raise StoreError(f"the store {uri} is damaged: it lacks {', '.join(absent)}; restore it from a copy, or index anew")
+        tables = {name: database.open_table(name) for name in TABLES}
+        rows = tables["meta"].search().to_arrow().to_pylist()
+    try:
+        meta = {row["key"]: json.loads(row["value"]) for row in rows}
+        if meta["format"] != FORMAT:
+            raise StoreError(f"the store {uri} has format {meta['format']!r}; this version reads format {FORMAT}")
+        expected = image_schema(meta["embed_dim"])
+        store = Store(uri, database, meta, tables)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"the store {uri} is damaged: its table meta holds {rows!r:.200}; index anew") from error
+    if absent := [field.name for field in expected if field not in store.images.schema]:
+        raise StoreError(f"the store {uri} is damaged: its table images lacks {', '.join(absent)}; index anew")
+    return store
+
+
+def exists(uri: str | os.PathLike) -> bool:
+    """Whether there is a store at an address, usable or not."""
+    uri = address(uri)
+    if is_local(uri):
+        return Path(uri, "meta.lance").is_dir()
+    with _reported(uri, "opening it"):
+        return "meta" in _table_names(extra("lancedb").connect(uri))
+
+
+@contextmanager
+def _locked(uri: str) -> Iterator[None]:
+    """Holds the lock of a local store, waiting for it. Object stores have none: there commits fail where two meet."""
+    if not is_local(uri):
+        yield
+        return
+    descriptor = os.open(Path(uri) / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # ends with the process, however it ends
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _reported(uri: str, doing: str) -> Iterator[None]:
+    """Turns what LanceDB raises into a StoreError that names the store."""
+    try:
+        yield
+    except (StoreError, MissingExtra):
+        raise
+    except (ValueError, RuntimeError, OSError) as error:
+        raise StoreError(f"the store {uri}: {doing} failed: {error}") from error
+
+
+def _require_own_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"{folder} is a file; name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    ours = {LOCK, *(f"{name}.lance" for name in TABLES)}
+    if strangers := sorted(entry.name for entry in folder.iterdir() if entry.name not in ours):
+        raise StoreError(
+            f"{folder} is no store and holds other files ({', '.join(strangers[:3])}); name a new folder for the store"
+        )
+
+
+def _table_names(database: Any) -> list[str]:
+    names, token = [], None
+    while True:
+        page = database.list_tables(page_token=token)
+        names += page.tables
+        token = page.page_token
+        if not token:
+            return names
+
+
+def _table(database: Any, uri: str, name: str, schema: pa.Schema) -> Any:
+    """A new table, or the empty one that a killed `create` left."""
+    table = database.create_table(name, schema=schema, exist_ok=True)
+    if table.count_rows() or any(field not in table.schema for field in schema):
+        raise StoreError(f"{uri} holds a table {name} of another store without its meta; remove it, or choose another address")
+    return table

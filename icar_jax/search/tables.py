@@ -1,0 +1,74 @@
+"""The tables of a store: their columns, vectors to and from them, and filters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+FORMAT = 1
+TIME = pa.timestamp("us", tz="UTC")
+STATE = ("path", "size", "mtime_ns", "sha256", "exit", "complexity")  # columns of `Store.state`
+BAD = pa.schema(
+    [("path", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64()), ("reason", pa.string()), ("found_at", TIME)]
+)
+RETURNED = pa.schema([("path", pa.string()), ("times", pa.int64())])
+META = pa.schema([("key", pa.string()), ("value", pa.string())])
+TABLES = ("images", "bad", "returned", "meta")
+_NAMES = 2000  # paths named in one filter
+
+
+def image_schema(embed_dim: int) -> pa.Schema:
+    """Columns of `images`. `exit` is in executed blocks; `milliseconds` of wall time; `vector` float16 [D], unit norm."""
+    return pa.schema(
+        [
+            ("path", pa.string()), ("sha256", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64()),
+            ("caption", pa.string()), ("complexity", pa.float32()), ("exit", pa.int32()), ("milliseconds", pa.float32()),
+            ("embedded_at", TIME), ("vector", pa.list_(pa.float16(), embed_dim)),
+        ]
+    )  # fmt: skip
+
+
+def vectors(array: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A `vector` column of n rows -> float16 [n, D]."""
+    chunks = array.chunks if isinstance(array, pa.ChunkedArray) else [array]
+    parts = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), -1) for chunk in chunks]
+    return np.concatenate(parts) if parts else np.zeros((0, array.type.list_size), np.float16)
+
+
+def vector_column(values: np.ndarray) -> pa.FixedSizeListArray:
+    """float [n, D] -> a `vector` column of float16."""
+    values = np.ascontiguousarray(values, np.float16)
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+
+
+def now() -> datetime:
+    """The time, as tables hold it."""
+    return datetime.now(UTC)
+
+
+def meta_table(entries: Mapping[str, Any]) -> pa.Table:
+    return pa.table({"key": list(entries), "value": [json.dumps(value) for value in entries.values()]}, META)
+
+
+def where_in(table: Any, column: str, values: Iterable[Any], columns: Sequence[str] | None = None) -> pa.Table:
+    columns = list(columns or table.schema.names)
+    parts = [table.search().where(filter_in(column, some)).select(columns).to_arrow() for some in pieces(list(values))]
+    return pa.concat_tables(parts) if parts else pa.schema([table.schema.field(name) for name in columns]).empty_table()
+
+
+def filter_in(column: str, values: Sequence[str]) -> str:
+    """SQL that holds for rows whose text `column` is one of `values`."""
+    return f"{column} IN ({', '.join(_quoted(value) for value in values)})"
+
+
+def _quoted(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"
+
+
+def pieces(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    return (values[start : start + _NAMES] for start in range(0, len(values), _NAMES))
