@@ -240,6 +240,14 @@ def identity(description: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
+def identities(path: str | os.PathLike) -> dict[str, str]:
+    """{'clip' and 'complexity': identity} of the checkpoint or bundle that `path` means, from descriptions alone."""
+    folder = find(path)
+    kind = describe(folder)["kind"]
+    parts = {"clip": folder / "clip", "complexity": folder / "complexity"} if kind == "bundle" else {kind: folder}
+    return {kind: identity(describe(part)) for kind, part in parts.items()}
+
+
 def sha256(file: str | os.PathLike) -> str:
     """Hex SHA-256 of a file, read in pieces."""
     with open(file, "rb") as stream:

@@ -201,6 +201,11 @@ class Model:
         router = self.router if thresholds is None else self.router.at(thresholds)
         return router.embed(((b["clip"], b[self.scored_on]) for b in batches), self.embed_dim)
 
+    def embed_known(self, batches: Iterable[tuple[np.ndarray, np.ndarray]], thresholds: Sequence[float]) -> Routed:
+        """As `embed`, of batches (pixels of 'clip' uint8 [n, S, S, 3], complexity float32 [n]): nothing is scored again."""
+        self._need_bundle()
+        return Router(self.towers, lambda scores: scores, thresholds, self.batch_size).embed(batches, self.embed_dim)
+
     @property
     def scored_on(self) -> str | None:
         """The entry of `preprocesses` that the complexity model takes; 'clip' where it is a head on the CLIP's own blocks."""

@@ -17,10 +17,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Bad:
-    """A file that could not be used, and why."""
+    """A file that could not be used, and why; `unread` where not even its bytes were to be had."""
 
     file: str
     reason: str
+    unread: bool = False
 
 
 def in_order(function: Callable[[T], object], items: Iterable[T], *, ahead: int, threads: int = 0) -> Iterator:
@@ -51,6 +52,6 @@ def readable(path: str, read: Callable[[str], T]) -> T | Bad:
     try:
         return read(path)
     except (OSError, ImageError) as error:
-        return Bad(path, str(error).removeprefix(f"{path}: ") or type(error).__name__)
+        return Bad(path, str(error).removeprefix(f"{path}: ") or type(error).__name__, isinstance(error, OSError))
     except MemoryError:
         return Bad(path, "not enough memory to decode it; shrink the picture")
