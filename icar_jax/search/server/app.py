@@ -1,0 +1,213 @@
+"""The HTTP application: the page, the JSON API, health and metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Annotated
+
+import anyio
+from fastapi import FastAPI, Path, Query, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.responses import RedirectResponse
+
+from icar_jax.search.server import pages, schemas
+from icar_jax.search.server.backend import Backend, ImageQuery, TextQuery
+from icar_jax.search.server.errors import Refused, add_handlers
+from icar_jax.search.server.guards import LOGIN, Guard, Login
+from icar_jax.search.server.metrics import Metrics
+from icar_jax.search.server.pictures import ID, SIDES, Pictures, open_picture
+from icar_jax.search.server.settings import ServerSettings
+from icar_jax.search.server.uploads import OPENAPI, read_upload
+
+_FORGOT_S = 86_400  # a browser keeps a picture for a day: its address names its content, which never changes
+_WAITING_PER_THREAD = 32
+
+ImageId = Annotated[str, Path(pattern=f"^{ID}$", description="SHA-256 of the image's file.")]
+
+
+def _problems(*statuses: int) -> dict:
+    return {status: {"model": schemas.Problem} for status in (*statuses, 401, 403, 421)}
+
+
+def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | None = None) -> Guard:
+    """The application over a store, ready for an ASGI server; its lifespan starts and stops the backend.
+
+    `guard.api` is the FastAPI application inside.
+    """
+    metrics = metrics or backend.metrics
+    pictures = Pictures(backend.paths_of, settings.max_pixels, settings.preview_cache_bytes, settings.follow_links)
+    threads = anyio.CapacityLimiter(settings.preview_threads)
+    uploads = anyio.CapacityLimiter(1)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        backend.start()
+        try:
+            yield
+        finally:
+            await anyio.to_thread.run_sync(backend.stop)
+
+    # Their own pages of documentation would load scripts from another host.
+    api = FastAPI(
+        title="icar search", version="1", description="Search a store of images by words or by an image.",
+        lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json",
+    )  # fmt: skip
+    add_handlers(api, lambda kind: metrics.refused.labels(kind).inc())
+    _add_pages(api, settings)
+    metrics.gauge("icar_previews_cached_share", "Previews answered from memory, of all asked for", lambda: _share(pictures))
+
+    async def answer(kind: str, query: TextQuery | ImageQuery, start: float, decode_s: float = 0.0) -> schemas.Answer:
+        found, queue_s = await backend.worker.run(kind, query, settings.timeout_s)
+        pictures.remember((hit.sha256, hit.path) for hit in found.hits)
+        parts = {"queue": queue_s, "decode": decode_s, **found.latency_s, "total": time.perf_counter() - start}
+        metrics.search(kind, parts)
+        return backend.answer(found, parts)
+
+    failures = _problems(400, 422, 503, 504)
+
+    @api.get("/api/search", responses=failures, tags=["search"])
+    async def search(
+        q: Annotated[schemas.Query, Query(description="What to look for, in words.")],
+        k: schemas.Count = 24,
+        min_complexity: schemas.Share | None = None,
+        max_complexity: schemas.Share | None = None,
+        exit: Annotated[list[schemas.Exit], Query(max_length=64, description="Only these exits; may be repeated.")] = [],
+        exact: bool = False,
+    ) -> schemas.Answer:
+        """Searches by words."""
+        filters = schemas.Filters(k=k, min_complexity=min_complexity, max_complexity=max_complexity, exits=exit, exact=exact)
+        return await answer("text", TextQuery(q, k, filters.where(), exact), time.perf_counter())
+
+    @api.post("/api/search", responses=failures, tags=["search"])
+    async def search_by_json(body: schemas.TextSearch) -> schemas.Answer:
+        """Searches by words; for queries that do not belong into an address, which is logged and remembered."""
+        return await answer("text", TextQuery(body.query, body.k, body.where(), body.exact), time.perf_counter())
+
+    @api.post("/api/search/image", responses=_problems(400, 408, 413, 422, 503, 504), openapi_extra=OPENAPI, tags=["search"])
+    async def search_by_image(
+        request: Request,
+        k: schemas.Count = 24,
+        min_complexity: schemas.Share | None = None,
+        max_complexity: schemas.Share | None = None,
+        exit: Annotated[list[schemas.Exit], Query(max_length=64, description="Only these exits; may be repeated.")] = [],
+        exact: bool = False,
+    ) -> schemas.Answer:
+        """Searches by an image; the upload is not kept."""
+        filters = schemas.Filters(k=k, min_complexity=min_complexity, max_complexity=max_complexity, exits=exit, exact=exact)
+        start = time.perf_counter()
+        data = await read_upload(request, settings.max_upload_bytes, settings.timeout_s)
+        decoding = time.perf_counter()
+        if uploads.statistics().tasks_waiting >= settings.queue:
+            raise _busy("images are being decoded")
+        # One at a time: an image at the limit of pixels takes hundreds of megabytes.
+        picture = await anyio.to_thread.run_sync(
+            partial(open_picture, data, "image", settings.max_pixels, backend.image_side), limiter=uploads
+        )
+        decode_s = time.perf_counter() - decoding
+        return await answer("image", ImageQuery(picture, k, filters.where(), exact), start, decode_s)
+
+    async def picture(work) -> tuple:
+        if threads.statistics().tasks_waiting >= _WAITING_PER_THREAD * settings.preview_threads:
+            raise _busy("pictures are being read")
+        return await anyio.to_thread.run_sync(work, limiter=threads)
+
+    @api.get(
+        "/api/images/{id}/thumbnail", tags=["images"], response_class=Response,
+        responses=_problems(404, 422, 503) | {200: {"content": {"image/jpeg": {}}}, 304: {"description": "As it was."}},
+    )  # fmt: skip
+    async def thumbnail(
+        request: Request,
+        id: ImageId,
+        size: Annotated[int, Query(description=f"Longest side in pixels: one of {SIDES}.")] = SIDES[0],
+    ) -> Response:
+        """A JPEG of the image, upright and without metadata."""
+        if size not in SIDES:
+            raise Refused(422, "invalid", f"size: one of {', '.join(map(str, SIDES))} pixels, found {size}")
+        headers = _cached(f"{id}-{size}")
+        if request.headers.get("if-none-match") == headers["ETag"]:
+            return Response(status_code=304, headers=headers)
+        start = time.perf_counter()
+        made = await picture(partial(pictures.preview, id, size))
+        metrics.preview.observe(time.perf_counter() - start)
+        return Response(made, media_type="image/jpeg", headers=headers)
+
+    @api.get(
+        "/api/images/{id}", tags=["images"], response_class=Response,
+        responses=_problems(404, 503) | {200: {"content": {"image/*": {}}}, 304: {"description": "As it was."}},
+    )  # fmt: skip
+    async def image(request: Request, id: ImageId) -> Response:
+        """The file, byte for byte as it was indexed."""
+        headers = _cached(id) | {"Content-Security-Policy": "default-src 'none'; sandbox"}
+        if request.headers.get("if-none-match") == headers["ETag"]:
+            return Response(status_code=304, headers=headers)
+        data, media_type = await picture(partial(pictures.original, id))
+        return Response(data, media_type=media_type, headers=headers)
+
+    @api.get("/api/store", responses=_problems(503), tags=["store"])
+    async def store() -> schemas.StoreInfo:
+        """What is searched, and the limits of this server."""
+        limits = schemas.Limits(k=schemas.MAX_K, upload_bytes=settings.max_upload_bytes, pixels=settings.max_pixels)
+        return await anyio.to_thread.run_sync(backend.info, limits)
+
+    @api.get("/healthz", tags=["health"])
+    async def healthz() -> schemas.Status:
+        """The process answers."""
+        return schemas.Status(status="ok")
+
+    @api.get("/readyz", responses={503: {"model": schemas.Problem}}, tags=["health"])
+    async def readyz() -> schemas.Status:
+        """The model is loaded and the store can be read."""
+        if reason := await anyio.to_thread.run_sync(backend.unready):
+            raise Refused(503, "unready", reason, {"Retry-After": "5"})
+        return schemas.Status(status="ready")
+
+    @api.get("/metrics", include_in_schema=False)
+    async def prometheus() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @api.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"detail": "the server failed; its log says why"}, 500)
+
+    guard = Guard(
+        api, settings, lambda kind: metrics.refused.labels(kind).inc(), lambda *labels: metrics.requests.labels(*labels).inc()
+    )
+    guard.api = api
+    return guard
+
+
+def _busy(what: str) -> Refused:
+    return Refused(503, "busy", f"too many {what} already; try again in a moment", {"Retry-After": "1"})
+
+
+def _cached(tag: str) -> dict[str, str]:
+    return {"ETag": f'"{tag}"', "Cache-Control": f"private, max-age={_FORGOT_S}, immutable"}
+
+
+def _share(pictures: Pictures) -> float:
+    return pictures.hits / max(1, pictures.hits + pictures.misses)
+
+
+def _add_pages(api: FastAPI, settings: ServerSettings) -> None:
+    """The page and its files: a fixed list held in memory, so that no address can name another file."""
+    for name, page in pages.load().items():
+        headers = {"ETag": f'"{page.sha256}"', "Cache-Control": "no-cache"}
+
+        async def static(request: Request, page=page, headers=headers) -> Response:
+            if request.headers.get("if-none-match") == headers["ETag"]:
+                return Response(status_code=304, headers=headers)
+            return Response(page.content, media_type=page.media_type, headers=headers)
+
+        api.add_api_route("/" if name == "index.html" else f"/static/{name}", static, methods=["GET"], include_in_schema=False)
+    login = Login(pages.read("login.html").content.decode("utf-8"), settings.token)
+
+    @api.get(LOGIN, include_in_schema=False)
+    async def form() -> Response:
+        return login.form() if settings.token is not None else RedirectResponse("/", 303)
+
+    @api.post(LOGIN, include_in_schema=False)
+    async def sign_in(request: Request) -> Response:
+        return await login.submit(await request.body(), request.url.query, request.url.scheme == "https")

@@ -1,0 +1,167 @@
+"""Between the requests and the search: the worker that calls the model, what the store says of itself, and which hits to note."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from absl import logging
+from PIL import Image
+
+from icar_jax.inference.forward import count_compilations
+from icar_jax.search.server import schemas
+from icar_jax.search.server.metrics import Metrics
+from icar_jax.search.server.worker import Worker
+from icar_jax.search.store import Store, StoreError
+
+TEXT_BATCH = 8  # queries encoded together: the largest batch that `icar serve` loads the model for
+NOTE_EVERY_S = 30.0
+
+
+@dataclass(frozen=True)
+class TextQuery:
+    """Words to search by; `where` filters the store's columns."""
+
+    text: str
+    k: int
+    where: str | None
+    exact: bool
+
+
+@dataclass(frozen=True)
+class ImageQuery:
+    """A decoded RGB picture to search by."""
+
+    image: Image.Image
+    k: int
+    where: str | None
+    exact: bool
+
+
+class Backend:
+    """The search behind a server.
+
+    Args:
+        searcher: is called from the worker's thread alone.
+        store: opened for this object alone: other threads look files and counts up in it while a search runs.
+        queue: searches that may wait.
+    """
+
+    def __init__(self, searcher: Any, store: Store, queue: int, note_every_s: float = NOTE_EVERY_S):
+        self._searcher, self._store, self._note_every_s = searcher, store, note_every_s
+        self.metrics = Metrics()
+        self.worker = Worker(
+            self._handle, queue, {"text": TEXT_BATCH}, lambda kind, n: self.metrics.batch.labels(kind).observe(n)
+        )
+        self.image_side: int = searcher.model.preprocess.image_size
+        self._lock = threading.Lock()  # of the store
+        self._info: tuple[int, dict[str, Any]] | None = None  # by version
+        self._returned: list[str] = []
+        self._returned_lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._noting = threading.Thread(target=self._note_returned, name="icar-notes", daemon=True)
+        self.metrics.gauge("icar_queue_depth", "Searches that wait", lambda: self.worker.waiting)
+        self.metrics.gauge("icar_store_rows", "Images in the store", self._count)
+
+    def start(self) -> None:
+        """Starts the threads."""
+        self.worker.start()
+        self._noting.start()
+
+    def stop(self) -> None:
+        """Ends them: the search that runs is finished, those that wait are refused, and hits are noted."""
+        self.worker.stop()
+        self._stopping.set()
+        self._noting.join(10.0)
+
+    def unready(self) -> str | None:
+        """Why searches cannot be answered, or None."""
+        try:
+            self._count()
+        except StoreError as error:
+            return str(error)
+        return None
+
+    def paths_of(self, sha256: str) -> list[str]:
+        """Where files with this hash lay when they were indexed."""
+        with self._lock:
+            return sorted(self._store.rows("sha256", [sha256], ["path"])["path"].to_pylist())
+
+    def info(self, limits: schemas.Limits) -> schemas.StoreInfo:
+        """What the store holds now; counted anew only where it has changed."""
+        with self._lock:
+            version = self._store.version()
+            if self._info is None or self._info[0] != version:
+                self._info = version, self._counts()
+            meta, counts = self._store.meta, self._info[1]
+        images = counts["images"]
+        shares = [
+            schemas.ExitShare(exit=exit, images=n, share=n / max(1, images)) for exit, n in sorted(counts["exits"].items())
+        ]
+        return schemas.StoreInfo(
+            images=images, scored=counts["scored"], exits=shares, embed_dim=self._store.embed_dim, model=meta["model"],
+            checkpoint=meta["checkpoint"], created_at=meta["created_at"], version=version, limits=limits,
+        )  # fmt: skip
+
+    def _counts(self) -> dict[str, Any]:
+        count = self._store.images.count_rows
+        exits = {exit: count(f"exit = {exit}") for exit in self._store.exits}
+        return {"images": count(), "scored": count("complexity IS NOT NULL"), "exits": exits}
+
+    def _count(self) -> int:
+        with self._lock:
+            return self._store.count()
+
+    def answer(self, found: Any, parts_s: Mapping[str, float]) -> schemas.Answer:
+        """A Result of the searcher as the API gives it."""
+        hits = [
+            schemas.Hit(
+                id=hit.sha256, name=os.path.basename(hit.path), path=hit.path, caption=hit.caption, score=hit.score,
+                cosine=hit.cosine, complexity=hit.complexity, exit=hit.exit,
+            )
+            for hit in found.hits
+        ]  # fmt: skip
+        latency = schemas.Latency(**{name: 1000 * seconds for name, seconds in parts_s.items()})
+        return schemas.Answer(hits=hits, verdict=_verdict(found), truncated=found.truncated, latency_ms=latency)
+
+    def _handle(self, kind: str, queries: Sequence[Any]) -> list[Any]:
+        with count_compilations() as compiled:
+            results = [self._search(kind, query) for query in queries]
+            if compiled():
+                self.metrics.compilations.inc(compiled())
+        paths = [hit.path for found in results if not isinstance(found, Exception) for hit in found.hits]
+        with self._returned_lock:
+            self._returned += paths
+        return results
+
+    def _search(self, kind: str, query: Any) -> Any:
+        options = {"k": query.k, "where": query.where, "exact": query.exact}
+        try:
+            if kind == "text":
+                return self._searcher.search_text(query.text, **options)
+            return self._searcher.search_image(query.image, **options)
+        except Exception as error:
+            return error
+
+    def _note_returned(self) -> None:
+        """Tells the store what was returned: each note is a commit, so they are gathered."""
+        while True:
+            last = self._stopping.wait(self._note_every_s)
+            with self._returned_lock:
+                paths, self._returned = self._returned, []
+            if paths:
+                try:
+                    with self._lock:
+                        self._store.note_returned(paths)
+                except (StoreError, OSError) as error:
+                    logging.warning("hits are not noted, so that refining cannot begin with them: %s", error)
+            if last:
+                return
+
+
+def _verdict(found: Any) -> schemas.Verdict:
+    verdict = found.nothing_here
+    return schemas.Verdict(nothing_here=verdict.verdict, statistic=verdict.statistic, threshold=verdict.threshold)

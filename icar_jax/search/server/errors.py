@@ -1,0 +1,50 @@
+"""Failures of a request: a status, and a reason that a person can act upon."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+
+class ServerError(ValueError):
+    """A server that must not or cannot be started as asked."""
+
+
+class Refused(Exception):
+    """A request that is answered with `status` and {"detail": reason}; `kind` counts it in the metrics."""
+
+    def __init__(self, status: int, kind: str, reason: str, headers: Mapping[str, str] | None = None):
+        super().__init__(reason)
+        self.status, self.kind, self.reason, self.headers = status, kind, reason, dict(headers or {})
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        return JSONResponse({"detail": self.reason}, self.status, self.headers)
+
+
+def add_handlers(app: FastAPI, count_refusal) -> None:
+    """Every failure of `app` becomes {"detail": "one line"}; `count_refusal(kind)` is told of each that was refused."""
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> JSONResponse:
+        count_refusal(error.kind)
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        count_refusal("invalid")
+        return JSONResponse({"detail": "; ".join(_line(each) for each in error.errors())}, 422)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse({"detail": str(error.detail)}, error.status_code, error.headers)
+
+
+def _line(error: Mapping) -> str:
+    # The first part of the place is 'query', 'path' or 'body'.
+    place = ".".join(str(part) for part in error["loc"][1:]) or str(error["loc"][0])
+    return f"{place}: {error['msg']}"

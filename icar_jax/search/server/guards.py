@@ -1,0 +1,224 @@
+"""What stands in front of every request: host names, origins, the token, body sizes; and the headers of every answer."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+from collections.abc import Callable
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import parse_qs, quote
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from icar_jax.search.server.errors import Refused
+from icar_jax.search.server.settings import ServerSettings
+
+COOKIE = "icar_session"
+LOGIN = "/login"
+OPEN_PATHS = frozenset({"/healthz", "/readyz", LOGIN, "/static/app.css", "/static/icon.svg"})  # nothing of the store
+PAGES = frozenset({"/", LOGIN})
+FORM_BYTES = 100_000  # of a body that is no upload, and what the wrapping of an upload may add to it
+_DRAIN_S = 2.0  # a client that still sends would otherwise meet a closed connection before it reads why
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_FAILURE_S = 0.5  # between two wrong tokens
+
+_SECURITY = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+}
+
+
+class Guard:
+    """ASGI middleware around the whole server.
+
+    `refused(kind)` is told of each request that it turns away, `answered(route, method, status)` of every one.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: ServerSettings,
+        refused: Callable[[str], None],
+        answered: Callable[[str, str, str], None],
+    ):
+        self._app, self._settings, self._refused, self._answered = app, settings, refused, answered
+        self._hosts = settings.hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _SECURITY.items():
+                    headers.setdefault(name, value)
+                headers.setdefault("Cache-Control", "no-store")
+                # By route, not by path: addresses that do not exist must not fill the metrics.
+                route = getattr(scope.get("route"), "path", "other")
+                method = scope["method"] if scope["method"] in _METHODS else "other"
+                self._answered(route, method, str(message["status"]))
+            await send(message)
+
+        try:
+            answer = self._check(scope)
+            limit = self._limit(scope)
+            body = _Body(receive, limit)
+            body.check_declared(Headers(scope=scope))
+        except Refused as error:
+            self._refused(error.kind)
+            await _drain(receive)
+            answer = error.response()
+        if answer is not None:
+            await answer(scope, receive, with_headers)
+            return
+        await self._limited(scope, body, with_headers)
+
+    def _check(self, scope: Scope) -> Response | None:
+        """None for a request that may go on, or where it is sent instead. Raises Refused."""
+        headers, path = Headers(scope=scope), scope["path"]
+        host = headers.get("host", "")
+        if self._hosts is not None and _name(host) not in self._hosts:
+            raise Refused(421, "host", f"this server answers to {', '.join(sorted(self._hosts))}, not to {host[:100]!r}")
+        # Browsers say where a request comes from; a page of another site may link to this one, and do nothing else.
+        if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+            followed = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
+            if not (followed and scope["method"] == "GET" and path in PAGES):
+                raise Refused(403, "cross-site", "pages of other sites may not use this server")
+        if self._settings.token is None or path in OPEN_PATHS or authorised(headers, self._settings.token):
+            return None
+        if path == "/" and scope["method"] == "GET":
+            query = scope["query_string"].decode("latin-1")
+            return RedirectResponse(LOGIN + (f"?{quote(query, safe='=&%+')}" if query else ""), 303)
+        raise Refused(
+            401, "token", "this server needs its token: send `Authorization: Bearer TOKEN`, or open the page and sign in",
+            {"WWW-Authenticate": "Bearer"},
+        )  # fmt: skip
+
+    def _limit(self, scope: Scope) -> int:
+        return FORM_BYTES + (self._settings.max_upload_bytes if scope["path"] == "/api/search/image" else 0)
+
+    async def _limited(self, scope: Scope, body: _Body, send: Send) -> None:
+        """The app's answer, or 413 where it read more than it may: it takes the cut for a damaged body."""
+        replaced = False
+
+        async def unless_cut(message: Message) -> None:
+            nonlocal replaced
+            if body.cut and message["type"] == "http.response.start" and not replaced:
+                replaced = True
+                self._refused("upload-bytes")
+                await _drain(body.receive_all)
+                await _too_large(body.limit).response()(scope, body.receive_all, send)
+            elif not replaced:
+                await send(message)
+
+        await self._app(scope, body.receive, unless_cut)
+
+
+class _Body:
+    """The body of a request, which ends early once it is longer than `limit` bytes."""
+
+    def __init__(self, receive: Receive, limit: int):
+        self.receive_all, self.limit = receive, limit
+        self.cut, self._seen = False, 0
+
+    def check_declared(self, headers: Headers) -> None:
+        declared = headers.get("content-length", "")
+        if declared.isascii() and declared.isdigit() and int(declared) > self.limit:
+            raise _too_large(self.limit)
+
+    async def receive(self) -> Message:
+        if self.cut:
+            return {"type": "http.request", "body": b"", "more_body": False}
+        message = await self.receive_all()
+        if message["type"] == "http.request":
+            self._seen += len(message.get("body", b""))
+            if self._seen > self.limit:
+                self.cut = True
+                return {"type": "http.request", "body": b"", "more_body": False}
+        return message
+
+
+def _too_large(limit: int) -> Refused:
+    return Refused(413, "upload-bytes", f"the body is larger than {limit:,} bytes, which is all that is read; send a smaller file")
+
+
+async def _drain(receive: Receive) -> None:
+    """Reads what a client still sends, for a moment."""
+    try:
+        async with asyncio.timeout(_DRAIN_S):
+            while True:
+                message = await receive()
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    return
+    except TimeoutError:
+        return
+
+
+def _name(host: str) -> str:
+    """The name of a Host header, without the port."""
+    host = host.strip().lower()
+    name, colon, port = host.rpartition(":")
+    return name if colon and port.isdigit() and (not host.startswith("[") or name.endswith("]")) else host
+
+
+def session(token: str) -> str:
+    """The cookie's value: proof of the token from which the token cannot be found."""
+    return hmac.new(token.encode(), b"icar serve session", hashlib.sha256).hexdigest()
+
+
+def _same(given: str, expected: str) -> bool:
+    return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), expected.encode())
+
+
+def authorised(headers: Headers, token: str) -> bool:
+    """Whether a request carries the token, as a bearer or as the cookie of the login; compared in constant time."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and _same(given.strip(), token):
+        return True
+    try:
+        cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+    except CookieError:
+        return False
+    return cookie is not None and _same(cookie.value, session(token))
+
+
+class Login:
+    """The form that trades the token for a cookie. `page` is its HTML, with a mark where a message goes."""
+
+    MARK = "<!--message-->"
+
+    def __init__(self, page: str, token: str | None):
+        self._page, self._token = page, token
+        self._failures = asyncio.Lock()
+
+    def form(self, message: str = "", status: int = 200) -> HTMLResponse:
+        """The page; `message` is text of this program, never of a request."""
+        said = f'<p class="wrong" role="alert">{message}</p>' if message else ""
+        return HTMLResponse(self._page.replace(self.MARK, said), status)
+
+    async def submit(self, body: bytes, query: str, secure: bool) -> Response:
+        """Signs in and leads to the search that was asked for, which is always on the page itself."""
+        if self._token is None:
+            return RedirectResponse("/", 303)
+        try:
+            given = parse_qs(body.decode("utf-8", "replace"), max_num_fields=4).get("token", [""])[0].strip()
+        except ValueError:  # more fields than the form has
+            given = ""
+        if not _same(given, self._token):
+            async with self._failures:  # one after the other, whoever guesses
+                await asyncio.sleep(_FAILURE_S)
+            return self.form("That is not the token. It was given to <code>icar serve</code> with --token or --token-file.", 401)
+        answer = RedirectResponse("/" + (f"?{quote(query, safe='=&%+')}" if query else ""), 303)
+        answer.set_cookie(COOKIE, session(self._token), httponly=True, samesite="strict", secure=secure, path="/")
+        return answer

@@ -1,0 +1,34 @@
+"""The page's own files, which lie beside this module."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+
+_TYPES = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8",
+          "svg": "image/svg+xml"}  # fmt: skip
+_FILES = ("index.html", "app.css", "app.js", "view.js", "icon.svg")
+
+
+@dataclass(frozen=True)
+class Page:
+    """A file as it is sent."""
+
+    content: bytes
+    media_type: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+
+def read(name: str) -> Page:
+    """A file of the page, by name."""
+    content = resources.files(__package__).joinpath("static", name).read_bytes()
+    return Page(content, _TYPES[name.rpartition(".")[2]])
+
+
+def load() -> dict[str, Page]:
+    """Every file that browsers may ask for."""
+    return {name: read(name) for name in _FILES}

@@ -1,0 +1,61 @@
+"""Listening and ending: uvicorn over the application, until SIGINT or SIGTERM."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from icar_jax.search.server.app import create_app
+from icar_jax.search.server.backend import Backend
+from icar_jax.search.server.errors import ServerError
+from icar_jax.search.server.settings import ServerSettings, address
+
+_GRACE_S = 10  # for answers that are under way when the server is told to stop
+_CONNECTIONS = 512
+
+
+def bind(settings: ServerSettings) -> socket.socket:
+    """The socket, bound but not yet listening: a taken port is found before a model is loaded. Raises ServerError."""
+    host, port = settings.host, settings.port
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(where)
+    except OSError as error:
+        raise ServerError(f"cannot listen at {host} port {port}: {error.strerror}; choose another --host or --port") from None
+    return bound
+
+
+def serve(backend: Backend, settings: ServerSettings, bound: socket.socket, say: Callable[[str], None] = print) -> None:
+    """Answers requests at a socket of `bind` until the process is told to stop; then it finishes those under way.
+
+    A second SIGINT ends it at once. `say` is told the page's address once it can be opened.
+    """
+    config = uvicorn.Config(
+        create_app(backend, settings), log_level="warning", access_log=False, server_header=False, proxy_headers=False,
+        timeout_graceful_shutdown=_GRACE_S, timeout_keep_alive=10, limit_concurrency=_CONNECTIONS, ws="none", lifespan="on",
+    )  # fmt: skip
+    server = _Server(config, lambda: say(f"Serving {address(settings.host, bound.getsockname()[1])}  (Ctrl+C stops)"))
+    # uvicorn raises the signals it was ended by again once it is done; this command has ended as it should.
+    kept = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        server.run([bound])
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+        bound.close()
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, started: Callable[[], None]):
+        super().__init__(config)
+        self._say_started = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._say_started()

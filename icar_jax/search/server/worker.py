@@ -1,0 +1,145 @@
+"""One thread that calls the model, behind a bounded queue; jobs of a kind that wait together are handed over together."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from icar_jax.search.server.errors import Refused
+
+_STOP = object()
+
+
+@dataclass
+class Job:
+    """A call that waits: `kind` says which handler takes it, `queued_s` how long it waited."""
+
+    kind: str
+    payload: Any
+    future: Future = field(default_factory=Future)
+    submitted: float = field(default_factory=time.perf_counter)
+    queued_s: float = 0.0
+
+
+class Worker:
+    """Runs jobs one batch at a time.
+
+    Args:
+        handle: (kind, payloads) -> results in their order; a result that is an exception fails its own job alone. It is only
+            ever called from the worker's thread.
+        limit: jobs that may wait.
+        batch: {kind: most jobs of it that are handed over together}; 1 for other kinds.
+        started: is told the kind and the number of jobs whenever a batch starts.
+    """
+
+    def __init__(
+        self,
+        handle: Callable[[str, Sequence[Any]], Sequence[Any]],
+        limit: int,
+        batch: dict[str, int],
+        started: Callable[[str, int], None] = lambda kind, jobs: None,
+    ):
+        self._handle, self._batch, self._started = handle, batch, started
+        self._queue: queue.Queue = queue.Queue(limit)
+        self._held: Any = None  # taken from the queue, but not of the kind that was being gathered
+        self._thread = threading.Thread(target=self._loop, name="icar-model", daemon=True)
+        self._stopping = False
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that wait."""
+        return self._queue.qsize() + (self._held is not None)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """Ends the thread after the batch that runs; jobs that wait are refused."""
+        self._stopping = True
+        while True:
+            try:
+                self._queue.put_nowait(_STOP)
+                break
+            except queue.Full:
+                self._refuse(self._queue.get_nowait())
+        self._thread.join(timeout_s)
+
+    def submit(self, kind: str, payload: Any) -> Job:
+        """Queues a job. Raises Refused (503) where the queue is full or the server is stopping."""
+        if self._stopping:
+            raise _stopping()
+        job = Job(kind, payload)
+        try:
+            self._queue.put_nowait(job)
+        except queue.Full:
+            raise Refused(
+                503, "queue", f"{self._queue.maxsize} searches are waiting already; try again in a moment", {"Retry-After": "1"}
+            ) from None
+        return job
+
+    async def run(self, kind: str, payload: Any, timeout_s: float) -> tuple[Any, float]:
+        """(result, seconds it waited). Raises Refused: 503 as `submit`, 504 after `timeout_s`; and what the handler raised.
+
+        A job that still waits when its time is over never runs.
+        """
+        job = self.submit(kind, payload)
+        try:
+            result = await asyncio.wait_for(asyncio.wrap_future(job.future), timeout_s)
+        except TimeoutError:
+            raise Refused(504, "timeout", f"no answer within {timeout_s:g} s; try again when the server is less busy") from None
+        return result, job.queued_s
+
+    def _loop(self) -> None:
+        while True:
+            first, self._held = (self._queue.get() if self._held is None else self._held), None
+            if first is _STOP or self._stopping:
+                self._refuse(first)
+                break
+            jobs = [first]
+            while len(jobs) < self._batch.get(first.kind, 1):
+                try:
+                    job = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+                if job is _STOP or job.kind != first.kind:
+                    self._held = job
+                    break
+                jobs.append(job)
+            self._run([job for job in jobs if job.future.set_running_or_notify_cancel()])
+        while not self._queue.empty():
+            self._refuse(self._queue.get_nowait())
+        if self._held is not None:
+            self._refuse(self._held)
+
+    def _run(self, jobs: list[Job]) -> None:
+        if not jobs:
+            return
+        now = time.perf_counter()
+        for job in jobs:
+            job.queued_s = now - job.submitted
+        self._started(jobs[0].kind, len(jobs))
+        try:
+            results = self._handle(jobs[0].kind, [job.payload for job in jobs])
+        except Exception as error:
+            results = [error] * len(jobs)
+        for job, result in zip(jobs, results, strict=True):
+            if isinstance(result, Exception):
+                job.future.set_exception(result)
+            else:
+                job.future.set_result(result)
+
+    @staticmethod
+    def _refuse(job: Any) -> None:
+        if job is not _STOP and job.future.set_running_or_notify_cancel():
+            job.future.set_exception(_stopping())
+
+
+def _stopping() -> Refused:
+    return Refused(503, "stopping", "the server is stopping", {"Retry-After": "5"})

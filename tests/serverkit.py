@@ -1,0 +1,64 @@
+"""A store of drawn pictures and a server over it, for tests that need a real one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from icar_jax.search import store as stores
+
+
+def fill(uri, model, files, captions=None):
+    """A new store of `files`, routed by a bundle; `captions` by path."""
+    files = [str(file) for file in files]
+    routed = model.route(files)
+    store = stores.create(uri, model.identity, model.embed_dim, model.exits, str(model.path))
+    contents = [Path(file).read_bytes() for file in files]
+    columns = {
+        "path": files,
+        "sha256": [hashlib.sha256(content).hexdigest() for content in contents],
+        "size": [len(content) for content in contents],
+        "mtime_ns": [Path(file).stat().st_mtime_ns for file in files],
+        "caption": [(captions or {}).get(file) for file in files],
+        "complexity": np.asarray(routed.scores, np.float32),
+        "exit": np.asarray(routed.exits, np.int32),
+        "milliseconds": np.ones(len(files), np.float32),
+        "embedded_at": [stores.now()] * len(files),
+        "vector": stores.vector_column(routed.embeddings),
+    }
+    schema = stores.image_schema(model.embed_dim)
+    store.upsert(pa.table([pa.array(columns[f.name], f.type) if isinstance(columns[f.name], list) else columns[f.name]
+                           for f in schema], schema=schema))  # fmt: skip
+    return store
+
+
+@contextlib.contextmanager
+def running(backend, settings):
+    """Address of a server over `backend` on a free port, in a thread of this process."""
+    import uvicorn
+
+    from icar_jax.search.server.app import create_app
+    from icar_jax.search.server.run import bind
+
+    bound = bind(settings)
+    guard = create_app(backend, settings)
+    config = uvicorn.Config(guard, log_level="warning", access_log=False, server_header=False, lifespan="on", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([bound],))
+    thread.start()
+    try:
+        until = time.monotonic() + 30
+        while not server.started:
+            assert thread.is_alive() and time.monotonic() < until, "the server did not start"
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive(), "the server did not stop"
