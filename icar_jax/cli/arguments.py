@@ -19,9 +19,9 @@ def positive(text: str) -> int:
     return value
 
 
-def add_images(p: argparse.ArgumentParser, done: str, batch_size: int) -> None:
+def add_images(p: argparse.ArgumentParser, done: str, batch_size: int, nargs: str = "+") -> None:
     """Flags of a command that reads images of any number: which, how many at a time, and what the unreadable ones do."""
-    p.add_argument("paths", nargs="+", metavar="PATH", help="image, folder (with all below it) or pattern; - reads a list of "
+    p.add_argument("paths", nargs=nargs, metavar="PATH", help="image, folder (with all below it) or pattern; - reads a list of "
                    "images and folders from standard input, one a line")  # fmt: skip
     p.add_argument("--skip-bad", action="store_true", help=f"exit status 0 although images could not be {done}")
     p.add_argument("--batch-size", type=positive, default=batch_size, metavar="N", help=f"images at a time ({batch_size})")

@@ -141,6 +141,20 @@ def open_folder(root: str | Path, split: str | None) -> KarpathyFolder | Caption
     return KarpathyFolder(root, split) if karpathy else CaptionFolder(root, split)
 
 
+def read_captions(where: str | Path) -> tuple[Path, dict[str, tuple[str, ...]]]:
+    """(folder of the images, captions by relative POSIX path) of Karpathy's JSON, a .csv or a .jsonl, as the sources read them.
+
+    Raises FileNotFoundError, ValueError: with the file, the line, what was expected and what was found.
+    """
+    where = Path(where).expanduser().absolute()
+    readers = {".json": _read_karpathy, ".csv": _read_csv, ".jsonl": _read_jsonl}
+    if where.suffix.lower() not in readers:
+        raise ValueError(f"{where}: expected captions in a .json of Karpathy's layout, a .csv or a .jsonl")
+    entries = _merge(readers[where.suffix.lower()](where), where)
+    folder = where.parent / "images" if (where.parent / "images").is_dir() else where.parent
+    return folder, {entry.file: entry.captions for entry in entries if entry.captions}
+
+
 def _split_by_name(file: str) -> str:
     """'val' for a tenth of the names, else 'train'; a pure function of the name, so that adding files moves none."""
     return "val" if name_hash(file, seed=0) < 2**64 // 10 else "train"

@@ -102,7 +102,7 @@ def embed_files(
                 bar.set_postfix_str(done.shares())
                 bad.flush()
 
-            embed_stream(encoding, _good(read, bad, bar), shard_rows, write, done)
+            embed_stream(encoding, _good(read, bad, bar), shard_rows, write, done, bar.unpause)
         if corpus.images:
             corpus.note(complete=True, images=corpus.images, bad=done.bad)
         done.total = corpus.images

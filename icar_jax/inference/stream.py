@@ -71,6 +71,7 @@ class Encoding:
         if sum((exit is not None, budget is not None, cheap)) > 1:
             raise ValueError("exit, budget and a cheap pass exclude each other")
         self.model, self._known = model, known
+        natural = model.fixed_exit(exit)
         if (cheap or known) and model.thresholds is None:
             raise CheckpointError(
                 f"{model.path} cannot score images, as passes over a collection need; make a bundle with `icar bundle`"
@@ -80,7 +81,7 @@ class Encoding:
         elif budget is not None:
             self.exit, self.thresholds = None, model.thresholds_for(budget)
         else:
-            self.exit = model.fixed_exit(exit)
+            self.exit = natural
             self.thresholds = model.thresholds if self.exit is None else None
         self.preprocesses = {"clip": model.preprocess} if known or self.exit is not None else model.preprocesses
 
@@ -142,15 +143,18 @@ def embed_stream(
     rows: int,
     write: Callable[[Sequence[ReadImage], Routed], None],
     done: Embedding,
+    compiled: Callable[[], None] = lambda: None,
 ) -> None:
     """Embeds all images and calls `write` for every `rows` of them, in their order; `done` is brought up to date before.
 
-    Nothing is compiled where no image comes. Some ten batches of pixels are held, and beyond them `rows` embeddings.
+    Nothing is compiled where no image comes; `compiled()` is called after that, so that a progress bar can leave it out. Some ten
+    batches of pixels are held, and beyond them `rows` embeddings.
     """
     first = next(images, None)
     if first is None:
         return
     done.warm_up_s += encoding.warm_up()
+    compiled()
     images = itertools.chain([first], images)
     while _shard(encoding, images, rows, write, done):
         pass

@@ -232,6 +232,12 @@ def greatest(values: np.ndarray) -> np.ndarray:
     return values if jax.process_count() == 1 else multihost_utils.process_allgather(values).max(axis=0)
 
 
+def total(values: np.ndarray) -> np.ndarray:
+    """Elementwise sum over the processes of integers of any shape, each below 2^31."""
+    values = np.asarray(values, np.int32)
+    return values if jax.process_count() == 1 else multihost_utils.process_allgather(values).sum(axis=0, dtype=np.int64)
+
+
 @functools.lru_cache(maxsize=1)
 def _flags() -> tuple[NamedSharding, Any]:
     devices = jax.devices()

@@ -19,7 +19,6 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -40,14 +39,15 @@ from icar_jax.search.tables import (
     meta_table,
     now,
     pieces,
+    quoted,
     vector_column,
     vectors,
     where_in,
-)  # fmt: skip
+)
 
 __all__ = [
-    "Store", "StoreError", "TIME", "Upserted", "address", "create", "exists", "image_schema", "is_local", "now", "open_store",
-    "vector_column", "vectors",
+    "Store", "StoreError", "StoreExists", "TIME", "address", "create", "exists", "image_schema", "is_local", "now",
+    "open_store", "vector_column", "vectors",
 ]  # fmt: skip
 
 LOCK = ".lock"
@@ -61,12 +61,8 @@ class StoreError(ValueError):
     """A store is missing, damaged, of another format or of another model; the message names it and the fix."""
 
 
-@dataclass(frozen=True)
-class Upserted:
-    """What became of the rows of an `upsert`: `written`, or `kept` as another run had stored them meanwhile."""
-
-    written: int
-    kept: int
+class StoreExists(StoreError):
+    """There is a store already where one was to be made."""
 
 
 class Store:
@@ -90,6 +86,11 @@ class Store:
     def is_local(self) -> bool:
         return is_local(self.uri)
 
+    @property
+    def database(self) -> Any:
+        """The LanceDB connection, for tables that are derived from the images and may be made anew at any time."""
+        return self._database
+
     def refresh(self) -> None:
         """Lets every table show what others have written since."""
         for table in (self.images, self._bad, self._returned, self._meta):
@@ -110,6 +111,13 @@ class Store:
         """Number of images, now."""
         self.images.checkout_latest()
         return self.images.count_rows()
+
+    def count_below(self, folder: str) -> int:
+        """Number of images in and below an absolute folder."""
+        prefix = folder.rstrip("/")
+        self.images.checkout_latest()
+        with self._reported("reading it"):  # '0' comes after '/'
+            return self.images.count_rows(f"path >= {quoted(prefix + '/')} AND path < {quoted(prefix + '0')}")
 
     def state(self, *more: str) -> pa.Table:
         """The columns of STATE, and `more`, of every image; one scan, without the vectors."""
@@ -132,11 +140,12 @@ class Store:
         with _locked(self.uri):
             yield
 
-    def upsert(self, rows: pa.Table) -> Upserted:
-        """Writes images, columns of `image_schema`, each path once: new ones are added, others replaced.
+    def upsert(self, rows: pa.Table) -> np.ndarray:
+        """Writes n images, columns of `image_schema`, each path once: new ones are added, others replaced.
 
         A row that another run has stored meanwhile is kept where that run read the file later, or embedded the same content
-        deeper. Raises ValueError for vectors that are not finite and for paths named twice.
+        deeper. Returns bool [n]: which were written. Raises ValueError for vectors that are not finite, and for a path that is
+        named twice.
         """
         rows = rows.select(image_schema(self.embed_dim).names).cast(image_schema(self.embed_dim))
         if len(set(rows["path"].to_pylist())) != len(rows):
@@ -145,18 +154,18 @@ class Store:
         if not finite.all():
             raise ValueError(f"the embedding of {rows['path'][int(np.argmin(finite))]} is not finite; the model is broken")
         if not len(rows):
-            return Upserted(0, 0)
+            return np.zeros(0, bool)
         with self.commit_lock():
             self.images.checkout_latest()
-            wanted = rows
+            newer = np.ones(len(rows), bool)
             if not (self.is_local and self.images.version == self._known_version):
-                wanted = rows.filter(self._newer_than_stored(rows))
-            if len(wanted):
-                self._merge(self.images, wanted)
-            self._known_version = self.images.version
-        return Upserted(len(wanted), len(rows) - len(wanted))
+                newer = self._newer_than_stored(rows)
+            if newer.any():
+                self._merge(self.images, rows.filter(pa.array(newer)))
+                self._known_version = self.images.version
+        return newer
 
-    def _newer_than_stored(self, rows: pa.Table) -> pa.Array:
+    def _newer_than_stored(self, rows: pa.Table) -> np.ndarray:
         columns = ["path", "sha256", "exit", "embedded_at"]
         stored = {row["path"]: row for row in where_in(self.images, "path", rows["path"].to_pylist(), columns).to_pylist()}
 
@@ -167,7 +176,7 @@ class Store:
             deeper = other["sha256"] == row["sha256"] and other["exit"] > row["exit"]
             return not deeper and other["embedded_at"] <= row["embedded_at"]
 
-        return pa.array([newer(row) for row in rows.select(columns).to_pylist()], pa.bool_())
+        return np.array([newer(row) for row in rows.select(columns).to_pylist()], bool)
 
     def delete(self, paths: Sequence[str], unless: Any = None) -> int:
         """Removes images; returns how many there were. `unless(path)` is asked under the lock, and True keeps the row."""
@@ -306,7 +315,7 @@ def create(
     with _locked(uri), _reported(uri, "creating it"):
         database = lancedb.connect(uri)
         if "meta" in _table_names(database):
-            raise StoreError(f"{uri} is a store already; open it, or choose another address")
+            raise StoreExists(f"{uri} is a store already; open it, or choose another address")
         schemas = {"images": image_schema(embed_dim), "bad": BAD, "returned": RETURNED}
         tables = {name: _table(database, uri, name, schema) for name, schema in schemas.items()}
         # Its rows come with it in one commit: there is no store before that, and a whole one afterwards.

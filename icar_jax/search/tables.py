@@ -63,10 +63,11 @@ def where_in(table: Any, column: str, values: Iterable[Any], columns: Sequence[s
 
 def filter_in(column: str, values: Sequence[str]) -> str:
     """SQL that holds for rows whose text `column` is one of `values`."""
-    return f"{column} IN ({', '.join(_quoted(value) for value in values)})"
+    return f"{column} IN ({', '.join(quoted(value) for value in values)})"
 
 
-def _quoted(value: str) -> str:
+def quoted(value: str) -> str:
+    """A text as SQL spells it."""
     return "'" + value.replace("'", "''") + "'"
 
 

@@ -1,0 +1,270 @@
+"""Files into a store: what is new or changed is embedded and written in small commits, so that a run may be stopped anywhere.
+
+The files are the truth and the store follows them. A run that was killed left whole commits, and the next one finds what is
+missing by comparing again. Content that the store holds, under this path or another, is not embedded twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from icar_jax import checkpoint as ckpt
+from icar_jax.data.image_paths import STDIN, ImagePaths, NoImages, walk
+from icar_jax.inference.model import Model
+from icar_jax.inference.reading import Bad, in_order
+from icar_jax.inference.stream import Embedding, Encoding, embed_stream
+from icar_jax.parallel import distributed
+from icar_jax.search import store as stores
+from icar_jax.search.captions import Captions
+from icar_jax.search.scan import Scan, share
+from icar_jax.search.store import Store
+from icar_jax.search.writing import Writer, read_found
+
+COMMIT_ROWS = 1000
+
+
+class IndexingError(ValueError):
+    """A run that would do harm, or cannot be meant; the message says how to mean it."""
+
+
+@dataclass
+class Indexed(Embedding):
+    """What a run of `index_files` did, summed over its processes.
+
+    Attributes:
+        images: run through the model; exits, warm_up_s, seconds, stats: as of Embedding, of this process.
+        added, updated: paths that are new to the store, or whose content changed; whether or not the model had to run.
+        copied: of these, content that the store held already: files moved or copied.
+        touched: content unchanged, but not the modified time. captioned: only the caption changed.
+        unchanged: not read, or read and found equal. removed: rows of vanished files, with `prune`; gone: without.
+        kept: rows that another run had written meanwhile. bad, still_bad: files that cannot be used, found now or before.
+        total: images in the store now. duplicates, empty: as of ImagePaths.
+    """
+
+    added: int = 0
+    updated: int = 0
+    copied: int = 0
+    touched: int = 0
+    captioned: int = 0
+    unchanged: int = 0
+    removed: int = 0
+    gone: int = 0
+    kept: int = 0
+    bad: int = 0
+    still_bad: int = 0
+    total: int = 0
+    first_bad: list[Bad] = field(default_factory=list)
+    duplicates: int = 0
+    empty: list[str] = field(default_factory=list)
+
+    def report(self) -> str:
+        """Text for the end of a run: speed, shares, and what became of the files."""
+        speed = f" ({self.images / max(self.seconds, 1e-9):.1f} images/s)" if self.images else ""
+        compiled = f", after {self.warm_up_s:.1f} s of compilation" if self.warm_up_s else ""
+        counts = [f"added {self.added:,}", f"updated {self.updated:,}", f"removed {self.removed:,}",
+                  f"unchanged {self.unchanged:,}", f"bad {self.bad + self.still_bad:,}"]  # fmt: skip
+        rare = {
+            "touched (same content)": self.touched, "new captions": self.captioned, "written by another run": self.kept,
+            "vanished files whose rows stay (--prune removes them)": self.gone,
+        }  # fmt: skip
+        counts += [f"{what} {count:,}" for what, count in rare.items() if count]
+        copied = f" ({self.copied:,} of them had content that was embedded already)" if self.copied else ""
+        return "\n".join(
+            [f"Embedded {self.images:,} images in {self.seconds:.1f} s{speed}{compiled}", *self.details(),
+             f"  {', '.join(counts)}{copied}"]
+        )  # fmt: skip
+
+
+_SUMMED = tuple(f.name for f in fields(Indexed) if f.type == "int" and f.name != "total")
+
+
+def index_files(
+    uri: str | os.PathLike,
+    paths: ImagePaths,
+    checkpoint: str | os.PathLike | None,
+    load: Callable[[str | os.PathLike], Model],
+    *,
+    exit: int | None = None,
+    budget: float | None = None,
+    cheap: bool = False,
+    prune: bool = False,
+    prune_missing: bool = False,
+    rehash: bool = False,
+    retry_bad: bool = False,
+    captions: str | os.PathLike | None = None,
+    may_be_empty: bool = False,
+    commit_rows: int = COMMIT_ROWS,
+    threads: int = 0,
+    bad_shown: int = 20,
+) -> Indexed:
+    """Brings the store at `uri` up to date with files, with a progress bar; makes it where there is none.
+
+    `load(checkpoint)` gives the model; it is not called where no file has to be read. A store knows its checkpoint, so that
+    `checkpoint` may be None from the second run on. `exit`, `budget`, `cheap` are as of Encoding, for what is embedded now.
+    With `prune` rows at or below the named folders whose files vanished are removed. Files that were bad are read again when
+    they change, or with `retry_bad`. `captions` is a file as `search.captions` reads it; without it captions stay as they are.
+    `may_be_empty`: no file at all is no error.
+
+    Under jax.distributed each process embeds and commits the paths whose hash is its share; all call this alike.
+    Memory grows with some 250 bytes for each image of the store.
+    Raises StoreError, CheckpointError, NoImages, and IndexingError for names that do not exist.
+    """
+    roots, missing = named_roots(paths.named)
+    if missing and not (prune and prune_missing):
+        raise IndexingError(
+            f"{', '.join(missing[:3])} does not exist; is its disk mounted? To remove the rows of files that are really gone, "
+            "use --prune with --prune-missing"
+        )
+    if prune and not roots:
+        raise IndexingError("--prune compares folders with the store; name the folders, not patterns or a list")
+    store, model = open_or_create(uri, checkpoint, load, _peek(paths, missing))
+    if prune and not prune_missing:
+        _refuse_empty(store, roots)
+    new_captions = Captions(captions, [root for root in roots if os.path.isdir(root)]) if captions is not None else None
+    done, start = Indexed(), time.perf_counter()
+    with distributed.together("indexing"):
+        scan = Scan(
+            store.state(), store.bad_rows(), rehash=rehash, retry_bad=retry_bad,
+            mine=share(jax.process_index(), jax.process_count()),
+        )  # fmt: skip
+        writer = Writer(store, scan, new_captions, done, commit_rows, bad_shown)
+        files = _without(paths, missing, may_be_empty or (prune and prune_missing))
+        encoding = None
+        bar = tqdm(total=paths.count(), desc="index", unit=" images", disable=not distributed.is_main())
+
+        def passed() -> None:  # counted, but no part of the images/s
+            bar.initial += 1
+            bar.update()
+
+        with bar:
+            found = scan.to_read(files, passed)
+            while True:
+                first = next(found, None)
+                if first is None:
+                    break
+                encoding = encoding or Encoding(model(), exit=exit, budget=budget, cheap=cheap)
+                _embed(encoding, itertools.chain([first], found), writer, bar, threads, commit_rows)
+                found = iter(writer.take_again())  # whose source was removed by another run before it was copied
+        writer.recaption()
+        gone = [path for path in scan.gone(roots) if not os.path.lexists(path)]
+        if prune:
+            done.removed = store.delete(gone, unless=os.path.lexists)
+        done.gone = len(gone) - done.removed
+        store.clear_bad([name for name in scan.bad_gone(roots) if not os.path.lexists(name)])
+        done.unchanged = len(scan.unchanged) - done.captioned
+        done.still_bad = len(scan.still_bad)
+    for name, value in zip(_SUMMED, distributed.total([getattr(done, name) for name in _SUMMED]), strict=True):
+        setattr(done, name, int(value))
+    if distributed.is_main() and done.added + done.updated + done.touched + done.captioned + done.removed:
+        store.compact()
+    done.seconds = time.perf_counter() - start - done.warm_up_s
+    done.total, done.duplicates, done.empty = store.count(), paths.duplicates, list(paths.empty)
+    if new_captions is not None and not new_captions.used:
+        raise IndexingError(
+            f"{new_captions.where}: none of its files is among the images; its names are looked for below its own folder "
+            f"and below {', '.join(roots) or 'no other'}"
+        )
+    return done
+
+
+def open_or_create(
+    uri: str | os.PathLike, checkpoint: str | os.PathLike | None, load: Callable, before_creating: Callable[[], None]
+) -> tuple[Store, Callable[[], Model]]:
+    """A store that fits the checkpoint, and what gives the model: it is loaded once, when it is first asked for.
+
+    Nothing but the checkpoint's description is read where the store exists. Raises StoreError for one of another model.
+    """
+    known = stores.open_store(uri) if stores.exists(uri) else None
+    if checkpoint is None:
+        if known is None:
+            raise IndexingError(f"there is no store at {stores.address(uri)} yet; pass --checkpoint to make one")
+        checkpoint = known.meta["checkpoint"]
+    where = os.fspath(checkpoint)
+    model = functools.cache(lambda: load(where))
+    identity = ckpt.identities(where)
+
+    def make() -> Store:
+        if not stores.exists(uri):
+            before_creating()
+            made = model()
+            try:
+                return stores.create(uri, made.identity, made.embed_dim, made.exits, str(Path(where).absolute()))
+            except stores.StoreExists:
+                pass  # another run was faster
+        store = stores.open_store(uri)
+        store.require_model(identity, where)
+        return store
+
+    if known is not None:
+        known.require_model(identity, where)
+    store = distributed.main_first("opening the store", make)
+    if distributed.is_main():
+        store.set_meta(checkpoint=str(Path(where).absolute()), model={**store.meta["model"], **identity})
+    return store, model
+
+
+def named_roots(named: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(absolute paths of the files and folders among the names, those of them that do not exist).
+
+    Patterns and lists are neither: what they named before is not known.
+    """
+    names = [name for name in named if name != STDIN and (os.path.lexists(name) or not glob.has_magic(name))]
+    roots = [os.path.abspath(os.path.expanduser(name)) for name in names]
+    return roots, [root for root in roots if not os.path.lexists(root)]
+
+
+def _peek(paths: ImagePaths, missing: Sequence[str]) -> Callable[[], None]:
+    """What raises NoImages before a store is made for nothing; a list is read once, and so cannot be looked at."""
+    return lambda: None if STDIN in paths.named or missing else (next(iter(paths)), None)[1]
+
+
+def _refuse_empty(store: Store, roots: Sequence[str]) -> None:
+    for root in roots:
+        if os.path.isdir(root) and next(walk(root), None) is None and store.count_below(root):
+            raise IndexingError(
+                f"{root} holds no image, and the store has {store.count_below(root):,} from there: is its disk mounted? To "
+                "remove them all, use --prune with --prune-missing"
+            )
+
+
+def _without(paths: ImagePaths, missing: Sequence[str], none_is_fine: bool) -> Iterator[str]:
+    """The paths, without names that do not exist."""
+    left_out = set(missing)
+    try:
+        yield from (path for path in paths if os.path.abspath(path) not in left_out)
+    except NoImages:
+        if not none_is_fine:
+            raise
+
+
+def _embed(encoding: Encoding, found, writer: Writer, bar: tqdm, threads: int, commit_rows: int) -> None:
+    read = in_order(
+        lambda each: read_found(each, encoding.preprocesses, writer.is_known),
+        found,
+        ahead=2 * encoding.model.batch_size,
+        threads=threads,
+    )
+    with closing(read):
+
+        def images():
+            for item in read:
+                bar.update()
+                yield item
+
+        def write(images, routed) -> None:
+            writer.write(images, routed)
+            bar.set_postfix_str(writer.done.shares())
+
+        embed_stream(encoding, writer.to_embed(images()), commit_rows, write, writer.done, bar.unpause)
+        writer.finish()

@@ -1,0 +1,221 @@
+"""The second pass over a store: images whose score asks for more depth than they were run at are embedded again, deeper.
+
+A row's exit is all the state there is: what was upgraded needs nothing any more, so a run may be stopped and started anywhere,
+and searches see each upgrade with its commit.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from icar_jax import checkpoint as ckpt
+from icar_jax.checkpoint import CheckpointError
+from icar_jax.data.image_paths import STDIN, ImagePaths
+from icar_jax.data.images import Preprocess
+from icar_jax.inference.model import Model
+from icar_jax.inference.reading import Bad, in_order, readable
+from icar_jax.inference.router import Routed, assign
+from icar_jax.inference.stream import SCORE, Embedding, Encoding, ReadImage, embed_stream, read_image
+from icar_jax.parallel import distributed
+from icar_jax.search.indexing import COMMIT_ROWS, Indexed, IndexingError, index_files, open_or_create
+from icar_jax.search.scan import Found, is_below, share
+from icar_jax.search.store import Store
+from icar_jax.search.tables import now
+from icar_jax.search.writing import ReadFile, image_rows
+
+
+@dataclass
+class Refined(Embedding):
+    """What a run of `refine` did; counts are summed over its processes.
+
+    Attributes:
+        images: run deeper, of `wanted` whose score asked for it; exits, warm_up_s, seconds, stats: as of Embedding.
+        deep: rows that are deep enough. unscored: rows that were embedded without a score; no threshold tells what they need.
+        gone: rows whose file vanished. changed: files that are not what was embedded, and what became of them.
+        kept: rows that another run had written meanwhile. bad, still_bad, first_bad, duplicates, empty: as of Indexed.
+        total: images in the store.
+    """
+
+    wanted: int = 0
+    deep: int = 0
+    unscored: int = 0
+    gone: int = 0
+    kept: int = 0
+    changed: int = 0
+    bad: int = 0
+    still_bad: int = 0
+    total: int = 0
+    changes: Indexed | None = None
+    first_bad: list[Bad] = field(default_factory=list)
+    duplicates: int = 0
+    empty: list[str] = field(default_factory=list)
+
+    def report(self) -> str:
+        """Text for the end of a run."""
+        speed = f" ({self.images / max(self.seconds, 1e-9):.1f} images/s)" if self.images else ""
+        compiled = f", after {self.warm_up_s:.1f} s of compilation" if self.warm_up_s else ""
+        rare = {
+            "without a score, left as they are": self.unscored, "vanished": self.gone, "changed and indexed anew": self.changed,
+            "written by another run": self.kept, "bad": self.bad,
+        }  # fmt: skip
+        counts = [f"deep enough before {self.deep:,}", *(f"{what} {count:,}" for what, count in rare.items() if count)]
+        return "\n".join(
+            [f"Refined {self.images:,} of {self.wanted:,} images in {self.seconds:.1f} s{speed}{compiled}", *self.details(),
+             f"  {', '.join(counts)}"]
+        )  # fmt: skip
+
+
+_SUMMED = ("images", "wanted", "deep", "unscored", "gone", "kept", "changed", "bad")
+
+
+def refine(
+    uri: str | os.PathLike,
+    named: Sequence[str],
+    checkpoint: str | os.PathLike | None,
+    load: Callable[[str | os.PathLike], Model],
+    *,
+    order: str = "oldest",
+    budget: float | None = None,
+    commit_rows: int = COMMIT_ROWS,
+    threads: int = 0,
+    bad_shown: int = 20,
+) -> Refined:
+    """Runs images of a store deeper where their stored score asks for it; none is scored again, and none is made shallower.
+
+    The thresholds are those of the bundle, or those that meet `budget`. `named` are folders or files to keep to; none means
+    the whole store. `order`: 'oldest' vectors first, or those of images that searches 'returned' most. Files that changed are
+    indexed as changed files are. Nothing is loaded or compiled where no row wants more depth. `checkpoint`, `load`, processes:
+    as for `index_files`. Raises StoreError, and CheckpointError for a checkpoint that is no bundle.
+    """
+    store, model = open_or_create(uri, checkpoint, load, _no_store)
+    where = os.fspath(checkpoint if checkpoint is not None else store.meta["checkpoint"])
+    exits, thresholds = _routing(where)
+    if budget is not None:
+        thresholds = model().thresholds_for(budget)
+    done, start = Refined(), time.perf_counter()
+    roots = [os.path.abspath(os.path.expanduser(name)) for name in named]
+    with distributed.together("refining"):
+        mine = share(jax.process_index(), jax.process_count())
+        wanted = _wanted(store, roots, mine, exits, thresholds, order, done)
+        changed: list[str] = []
+        if len(wanted):
+            encoding = Encoding(model(), budget=budget, known=True)
+            _embed(store, wanted, encoding, done, changed, commit_rows, threads)
+    done.changed = len(changed)
+    done.bad, done.first_bad = 0, []
+    if distributed.total([len(changed)])[0]:
+        done.changes = _index_changed(uri, changed, where, model, budget, commit_rows, threads, bad_shown)
+        done.first_bad = done.changes.first_bad
+    for name, value in zip(_SUMMED, distributed.total([getattr(done, name) for name in _SUMMED]), strict=True):
+        setattr(done, name, int(value))
+    if done.changes is not None:
+        done.bad, done.still_bad = done.changes.bad, done.changes.still_bad
+    if distributed.is_main() and done.images:
+        store.compact()
+    done.seconds, done.total = time.perf_counter() - start - done.warm_up_s, store.count()
+    return done
+
+
+def _no_store() -> None:
+    raise IndexingError("there is no store yet, and so nothing to refine; index a folder first")
+
+
+def _routing(checkpoint: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    folder = ckpt.find(checkpoint)
+    description = ckpt.describe(folder)
+    if description["kind"] != "bundle":
+        raise CheckpointError(f"{folder} is of kind {description['kind']!r}; refining needs the thresholds of a bundle")
+    return tuple(description["routing"]["exits"]), tuple(description["routing"]["thresholds"])
+
+
+def _wanted(
+    store: Store, roots: Sequence[str], mine: Callable[[str], bool], exits: Sequence[int], thresholds: Sequence[float],
+    order: str, done: Refined,
+) -> pa.Table:  # fmt: skip
+    """The rows whose score asks for a deeper exit, in the order they are to be run."""
+    state = store.state("embedded_at")
+    if roots:
+        state = state.filter(pa.array([is_below(path, roots) for path in state["path"].to_pylist()], pa.bool_()))
+    state = state.filter(pa.array([mine(path) for path in state["path"].to_pylist()], pa.bool_()))
+    scored = state.filter(state["complexity"].is_valid())
+    done.unscored = len(state) - len(scored)
+    deeper = assign(scored["complexity"].to_numpy(), exits, thresholds) > scored["exit"].to_numpy()
+    rows = scored.filter(pa.array(deeper))
+    done.wanted, done.deep = len(rows), len(scored) - len(rows)
+    times = store.returned() if order == "returned" else {}
+    rows = rows.append_column("times", pa.array([times.get(path, 0) for path in rows["path"].to_pylist()], pa.int64()))
+    return rows.sort_by([("times", "descending"), ("embedded_at", "ascending"), ("path", "ascending")])
+
+
+def _embed(
+    store: Store, rows: pa.Table, encoding: Encoding, done: Refined, changed: list[str], commit_rows: int, threads: int
+) -> None:  # fmt: skip
+    flying: dict[str, ReadFile] = {}
+    bar = tqdm(total=len(rows), desc="refine", unit=" images", disable=not distributed.is_main())
+    read = in_order(
+        lambda row: _read(row, encoding.preprocesses), _each(rows), ahead=2 * encoding.model.batch_size, threads=threads
+    )
+
+    def images() -> Iterator[ReadImage]:
+        for file, row in read:
+            bar.update()
+            if file.found.size is None:
+                done.gone += 1
+            elif isinstance(file.result, Bad) or file.result.sha256 != row["sha256"]:
+                changed.append(file.found.path)
+            else:
+                image = file.result
+                flying[image.path] = ReadFile(file.found, file.at, ReadImage(image.path, image.sha256, {}, image.seconds))
+                yield ReadImage(
+                    image.path, image.sha256, {**image.pixels, SCORE: np.float32(row["complexity"])}, image.seconds
+                )
+
+    def write(images: Sequence[ReadImage], routed: Routed) -> None:
+        files = [flying.pop(image.path) for image in images]
+        paths = [image.path for image in images]
+        stored = {row["path"]: row for row in store.rows("path", paths, ["path", "sha256", "caption"]).to_pylist()}
+        captions = [stored[path]["caption"] if path in stored else None for path in paths]
+        # A row that another run removed meanwhile stays removed, and one that it gave other content is that run's.
+        still = [image.path in stored and stored[image.path]["sha256"] == image.sha256 for image in images]
+        written = store.upsert(image_rows(files, routed, captions).filter(pa.array(still, pa.bool_())))
+        done.kept += len(images) - int(written.sum())
+        bar.set_postfix_str(done.shares())
+
+    with bar, closing(read):
+        embed_stream(encoding, images(), commit_rows, write, done, bar.unpause)
+
+
+def _each(rows: pa.Table) -> Iterator[Mapping]:
+    for batch in rows.to_batches(max_chunksize=1024):
+        yield from batch.to_pylist()
+
+
+def _read(row: Mapping, preprocesses: Mapping[str, Preprocess]) -> tuple[ReadFile, Mapping]:
+    path, at = row["path"], now()
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        return ReadFile(Found(path, None, None, None), at, Bad(path, "vanished", True)), row
+    known = lambda sha256: sha256 != row["sha256"]  # what changed is not decoded here
+    result = readable(path, lambda path: read_image(path, preprocesses, known))
+    return ReadFile(Found(path, stat.st_size, stat.st_mtime_ns, None), at, result), row
+
+
+def _index_changed(
+    uri: str | os.PathLike, changed: Sequence[str], checkpoint: str, model: Callable[[], Model], budget: float | None,
+    commit_rows: int, threads: int, bad_shown: int,
+) -> Indexed:  # fmt: skip
+    """Indexes the files that changed, routed as the others; every process takes part, also one that found none."""
+    return index_files(
+        uri, ImagePaths([STDIN], changed), checkpoint, lambda _: model(), budget=budget, rehash=True, retry_bad=True,
+        may_be_empty=True, commit_rows=commit_rows, threads=threads, bad_shown=bad_shown,
+    )  # fmt: skip
