@@ -41,6 +41,7 @@ class Model:
         exits: depths an image embedding can be taken at, in executed blocks, full depth last; empty without CLIP.
         thresholds: complexity above thresholds[i] runs past exits[i]; None where nothing was calibrated.
         embed_dim: width D of the embeddings.
+        temperature: what the CLIP was trained to multiply cosines by before the softmax, e to its logit scale.
         description: icar.json of the checkpoint.
         identity: {'clip' and 'complexity': SHA-256 of its weights, architecture and preprocessing}; equal ones embed and score
             alike.
@@ -89,6 +90,7 @@ class Model:
         self.tokenizer = Tokenizer.from_json(loaded.tokenizer) if loaded.tokenizer is not None else None
         self.exits = arch.vision.all_exits
         self.embed_dim = arch.vision.embed_dim
+        self.temperature = float(np.exp(loaded.params["logit_scale"]))
         self._params = self._placement.params(loaded.params)
         self.towers = {exit: self._tower(exit) for exit in self.exits}
         clip, dtype = self.clip, self._dtype

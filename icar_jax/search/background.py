@@ -1,0 +1,166 @@
+"""What queries are compared with, so that a score means the same for every query and "nothing here matches" can be said.
+
+The cosine of a text and an image is comparable within one query only: some texts lie close to every image, some images close
+to every text, and shallow exits lie lower. So each hit is asked how much better the query fits it than a fixed set of other
+texts does, by the softmax that the model was trained with. For image x, query q, K background texts b and temperature t:
+
+    lift(q, x) = t cos(q, x) - log mean_b exp(t cos(b, x))        score = e^lift / (e^lift + REFERENCE)
+
+so the score is the model's probability that x goes with q rather than with one of REFERENCE background texts. Everything an
+image (or its exit) does to all texts cancels. The background is a sample of the store's own captions and a list of plain ones.
+A query's statistic is the best lift among its first hits; below a threshold nothing matches. The threshold comes from the
+store: where captions are known, all but MISSED of them find their match, their own image among the candidates; where none are, it
+is the median of the plain captions, of which most collections show few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from absl import logging
+from tqdm import tqdm
+
+from icar_jax.inference.model import Model
+from icar_jax.search.plain import PLAIN
+from icar_jax.search.store import Store, StoreError
+from icar_jax.search.tables import vector_column, vectors
+
+TABLE = "background"
+OWN = 128  # captions of the store in the background
+FEW = 32  # with fewer captions than this the threshold is that of the plain ones
+REFERENCE = 256
+TOP = 10  # hits of which the best one decides
+MISSED = 0.05  # share of the store's own captions that the threshold may call absent
+SEED = 0
+_GROWN = 1.5  # a store this many times larger, or smaller, is sampled again
+
+SCHEMA_TEXT = [("text", pa.string()), ("path", pa.string()), ("images", pa.int64()), ("model", pa.string())]
+Nearest = Callable[[np.ndarray], tuple[np.ndarray, Sequence[str]]]
+
+
+@dataclass(frozen=True)
+class Background:
+    """Texts that queries are compared with.
+
+    Attributes:
+        vectors: [K, D], unit norm. paths: of the image that a text is the caption of; '' for plain ones.
+        temperature: t of the module's formula, the model's own. threshold: of a query's statistic; None before `calibrate`.
+    """
+
+    vectors: np.ndarray
+    paths: np.ndarray
+    temperature: float
+    threshold: float | None = None
+
+    def lifts(
+        self, cosines: np.ndarray, embeddings: np.ndarray, paths: Sequence[str], leave_out: int | None = None
+    ) -> np.ndarray:
+        """Of n hits: cosines with the query [n], embeddings [n, D] and paths -> lift [n].
+
+        A caption never stands against its own image. `leave_out` takes one text out of the background.
+        """
+        if not len(cosines):
+            return np.zeros(0)
+        logits = self.temperature * (self.vectors.astype(np.float32) @ np.asarray(embeddings, np.float32).T)  # [K, n]
+        counted = self.paths[:, None] != np.asarray(paths, object)[None, :]
+        if leave_out is not None:
+            counted[leave_out] = False
+        top = logits.max(axis=0)
+        mean = np.where(counted, np.exp(logits - top), 0.0).sum(axis=0) / np.maximum(1, counted.sum(axis=0))
+        return self.temperature * np.asarray(cosines, np.float64) - top - np.log(np.maximum(mean, 1e-30))
+
+    def score(self, lifts: np.ndarray) -> np.ndarray:
+        """lift [n] -> score [n] in (0, 1)."""
+        return 1 / (1 + REFERENCE * np.exp(-np.asarray(lifts)))
+
+
+def threshold_of(own: np.ndarray, plain: np.ndarray) -> float:
+    """The least statistic of a query that is found, from those of captions known to be here and those of plain captions."""
+    return float(np.quantile(own, MISSED) if len(own) >= FEW else np.median(plain))
+
+
+def calibrate(background: Background, nearest: Nearest, progress: bool = True) -> Background:
+    """The background with its threshold. `nearest(vector)` -> embeddings [n, D] and paths of the TOP images of a query."""
+    own, plain = [], []
+    for i, vector in enumerate(tqdm(background.vectors, "Comparing captions", unit="query", disable=not progress, leave=False)):
+        embeddings, paths = nearest(vector)
+        cosines = np.asarray(embeddings, np.float32) @ np.asarray(vector, np.float32)
+        lift = background.lifts(cosines, embeddings, paths, leave_out=i)
+        if len(lift):
+            (own if background.paths[i] else plain).append(lift.max())
+    if not plain:
+        raise StoreError("a store without images has no background")
+    threshold = threshold_of(np.array(own), np.array(plain))
+    return Background(background.vectors, background.paths, background.temperature, threshold)
+
+
+def open_background(store: Store, model: Model, nearest: Nearest, progress: bool = True) -> Background:
+    """The background of a store: as stored, or made and stored where there is none, or the store has grown or shrunk since."""
+    images, identity = store.count(), model.identity["clip"]
+    stored = _read(store, images, identity, model.temperature)
+    if stored is not None:
+        return stored
+    texts, paths = sample_captions(store)
+    embedded = encode([*texts, *PLAIN], model, progress).astype(np.float16).astype(np.float32)  # as they are stored
+    paths = np.array([*paths, *[""] * len(PLAIN)], object)
+    made = calibrate(Background(embedded, paths, model.temperature), nearest, progress)
+    try:
+        _write(store, made, [*texts, *PLAIN], images, identity)
+    except (StoreError, OSError, RuntimeError, ValueError) as error:
+        logging.warning("the background of %s could not be kept there and is made again next time: %s", store.uri, error)
+    return made
+
+
+def sample_captions(store: Store) -> tuple[list[str], list[str]]:
+    """Up to OWN different captions of the store at random, and the paths of their images."""
+    count = store.count()
+    if not count:
+        return [], []
+    offsets = np.random.default_rng(SEED).permutation(count)[: 8 * OWN]
+    rows = store.images.take_offsets(sorted(map(int, offsets))).select(["path", "caption"]).to_arrow().to_pylist()
+    # Of several captions, one a line, the first.
+    rows = {row["caption"].strip().splitlines()[0]: row["path"] for row in rows if row["caption"] and row["caption"].strip()}
+    chosen = np.random.default_rng(SEED).permutation(sorted(rows))[:OWN]
+    return [str(text) for text in chosen], [rows[text] for text in chosen]
+
+
+def encode(texts: Sequence[str], model: Model, progress: bool = True) -> np.ndarray:
+    """Texts -> float32 [n, D], a batch at a time."""
+    size = model.batch_size
+    starts = range(0, len(texts), size)
+    starts = tqdm(starts, "Encoding captions to compare with", unit="batch", disable=not progress, leave=False)
+    previous = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # that a caption of the store is long is nothing the searcher can change
+    try:
+        return np.concatenate([model.encode_text(texts[start : start + size]) for start in starts])
+    finally:
+        logging.set_verbosity(previous)
+
+
+def _read(store: Store, images: int, identity: str, temperature: float) -> Background | None:
+    if TABLE not in store.database.list_tables().tables:
+        return None
+    table = store.database.open_table(TABLE).search().to_arrow()
+    first = table.slice(0, 1).to_pylist()
+    current = [text for text, path in zip(table["text"].to_pylist(), table["path"].to_pylist(), strict=True) if not path]
+    if not first or first[0]["model"] != identity or tuple(current) != PLAIN:
+        return None
+    if not images / _GROWN <= first[0]["images"] <= images * _GROWN:
+        return None
+    paths = np.array(table["path"].to_pylist(), object)
+    return Background(vectors(table["vector"]).astype(np.float32), paths, temperature, first[0]["threshold"])
+
+
+def _write(store: Store, background: Background, texts: Sequence[str], images: int, identity: str) -> None:
+    n = len(texts)
+    columns = {
+        "text": list(texts), "path": background.paths.tolist(), "images": [images] * n, "model": [identity] * n,
+        "threshold": [background.threshold] * n, "vector": vector_column(background.vectors),
+    }  # fmt: skip
+    width = background.vectors.shape[1]
+    schema = pa.schema([*SCHEMA_TEXT, ("threshold", pa.float64()), ("vector", pa.list_(pa.float16(), width))])
+    with store.commit_lock():
+        store.database.create_table(TABLE, pa.table(columns, schema), mode="overwrite")

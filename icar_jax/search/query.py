@@ -1,0 +1,228 @@
+"""Searching a store by words or by an image: ranked hits with comparable scores, and whether anything matches at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from icar_jax import checkpoint as ckpt
+from icar_jax.checkpoint import CheckpointError
+from icar_jax.data.images import ImageLike
+from icar_jax.inference.model import Model, load
+from icar_jax.search import vector_index
+from icar_jax.search.background import SEED, TOP, Background, open_background
+from icar_jax.search.store import Store, StoreError, open_store
+from icar_jax.search.tables import vectors
+
+COLUMNS = ("path", "caption", "exit", "complexity", "sha256")
+IMAGES_COMPARED = 256  # of the store, which the hits of an image query are compared with
+
+
+class QueryError(ValueError):
+    """A query or a filter that means nothing; the message says why."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An image that was found.
+
+    Attributes:
+        path: absolute. caption, complexity: None where unknown. exit: executed blocks of its embedding. sha256: of the file.
+        cosine: of query and image; hits are ranked by it, and it can be compared within one query only.
+        score: in (0, 1), comparable between queries, exits and stores of one CLIP: the model's probability that the image goes
+            with the query rather than with one of 256 other texts; for an image as the query, other images of the store.
+    """
+
+    path: str
+    caption: str | None
+    cosine: float
+    score: float
+    exit: int
+    complexity: float | None
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether nothing in the store matches.
+
+    Attributes:
+        verdict: True where nothing does.
+        statistic: the query's best lift among its first hits (see icar_jax.search.background); None without hits, and for an
+            image as the query: images have a nearest neighbour, and no caption to be true or false.
+        threshold: of the statistic, below which the verdict is True; None where it was not asked.
+    """
+
+    verdict: bool
+    statistic: float | None = None
+    threshold: float | None = None
+
+    def __bool__(self) -> bool:
+        return self.verdict
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a search gives.
+
+    Attributes:
+        hits: best first. truncated: whether the query was longer than the model reads, and was cut.
+        latency_s: seconds of 'encode' (the query) and 'search' (the store, and the scores).
+    """
+
+    hits: list[Hit]
+    truncated: bool
+    nothing_here: Verdict
+    latency_s: dict[str, float]
+
+
+class Searcher:
+    """Searches a store. Not for several threads at once: give each its own.
+
+    Raises StoreError where the model is not the store's.
+    """
+
+    def __init__(self, store: Store, model: Model, progress: bool = False):
+        store.require_model(model.identity, getattr(model, "path", "this model"))
+        self.store, self.model, self._progress = store, model, progress
+        self._background: tuple[int, Background] | None = None  # by the number of images then
+        self._images: tuple[int, Background] | None = None
+
+    def search_text(self, text: str, k: int = 20, where: str | None = None, exact: bool = False) -> Result:
+        """The k images closest to a text; fewer where the store, or what `where` leaves of it, is smaller.
+
+        Args:
+            where: SQL over the columns of the store, such as "complexity < 0.4 AND exit = 6"; only rows that satisfy it count.
+            exact: compares every row even where there is a vector index.
+
+        Raises:
+            QueryError: an empty text, or a filter that cannot be used. StoreError: the store cannot be read.
+        """
+        if not text.strip():
+            raise QueryError("the query is empty; say in a few words what the image shows")
+        start = time.perf_counter()
+        embedding = self.model.encode_text([text])[0]
+        length = self.model.clip.arch.text.context_length
+        truncated = bool(self.model.tokenizer.encode([text], length)[1][0])
+        encoded = time.perf_counter()
+        rows = self._nearest(embedding, max(k, TOP), where, exact, k)
+        if not len(rows):
+            return _result(rows, [], [], k, Verdict(True), truncated, start, encoded)
+        background = self._text_background()
+        cosines = _cosines(rows)
+        lifts = background.lifts(cosines, vectors(rows["vector"]), rows["path"].to_pylist())
+        statistic = float(lifts[:TOP].max())
+        verdict = Verdict(statistic < background.threshold, statistic, background.threshold)
+        return _result(rows, cosines, background.score(lifts), k, verdict, truncated, start, encoded)
+
+    def search_image(self, image: ImageLike, k: int = 20, where: str | None = None, exact: bool = False) -> Result:
+        """The k images closest to an image (a path, bytes, an array or a PIL image), which is embedded at full depth.
+
+        `where`, `exact` and errors as for `search_text`, and what icar_jax.data.images.decode raises. There is no verdict.
+        """
+        start = time.perf_counter()
+        embedding = self.model.encode_image([image], exit=self.model.exits[-1])[0]
+        encoded = time.perf_counter()
+        rows = self._nearest(embedding, k, where, exact, k)
+        if not len(rows):
+            return _result(rows, [], [], k, Verdict(True), False, start, encoded)
+        background, cosines = self._image_background(), _cosines(rows)
+        lifts = background.lifts(cosines, vectors(rows["vector"]), rows["path"].to_pylist())
+        return _result(rows, cosines, background.score(lifts), k, Verdict(False), False, start, encoded)
+
+    def warm_up(self, images: bool = True) -> None:
+        """Compiles what one query runs, and opens the background, so that the first search is as fast as the others."""
+        self.model.encode_text(["warm up"])
+        if images:
+            side = self.model.preprocess.image_size
+            self.model.encode_image([np.zeros((side, side, 3), np.uint8)], exit=self.model.exits[-1])
+        if self.store.count():
+            self._text_background()
+
+    def _nearest(self, embedding: np.ndarray, n: int, where: str | None, exact: bool, k: int) -> pa.Table:
+        if k < 1:
+            raise QueryError(f"k must be at least 1, found {k}")
+        self.store.images.checkout_latest()
+        query = vector_index.prepare(self.store.images.search(embedding.astype(np.float32), vector_column_name="vector"), exact)
+        query = query.limit(n).select([*COLUMNS, "vector", "_distance"])
+        try:
+            return (query if where is None else query.where(where)).to_arrow()
+        except (ValueError, RuntimeError, OSError) as error:
+            message = _plain(error)
+            if where is None:
+                raise StoreError(f"the store {self.store.uri}: searching it failed: {message}") from error
+            known = ", ".join(name for name in self.store.images.schema.names if name != "vector")
+            raise QueryError(f"the filter {where!r} cannot be used: {message}; the columns are {known}") from error
+
+    def _text_background(self) -> Background:
+        count = self.store.images.count_rows()
+        if self._background is None or not self._background[0] / 1.5 <= count <= self._background[0] * 1.5:
+            self._background = count, open_background(self.store, self.model, self._first, self._progress)
+        return self._background[1]
+
+    def _first(self, embedding: np.ndarray) -> tuple[np.ndarray, Sequence[str]]:
+        rows = self._nearest(embedding, TOP, None, False, TOP)
+        return vectors(rows["vector"]), rows["path"].to_pylist()
+
+    def _image_background(self) -> Background:
+        count = self.store.images.count_rows()
+        if self._images is None or self._images[0] != count:
+            offsets = np.random.default_rng(SEED).permutation(count)[:IMAGES_COMPARED]
+            rows = self.store.images.take_offsets(sorted(map(int, offsets))).select(["path", "vector"]).to_arrow()
+            paths = np.array(rows["path"].to_pylist(), object)
+            self._images = count, Background(vectors(rows["vector"]).astype(np.float32), paths, self.model.temperature)
+        return self._images[1]
+
+
+def open_searcher(
+    uri: str | os.PathLike, checkpoint: str | os.PathLike | None = None, *, batch_size: int = 64, dtype: str = "float32",
+    progress: bool = False,
+) -> Searcher:  # fmt: skip
+    """Opens a store with the CLIP it was indexed with; of a bundle the complexity model stays unread, queries need none.
+
+    Args:
+        checkpoint: where the model lies now, if not where it was when the store was made. batch_size, dtype: as of `load`.
+        progress: shows bars for what takes long: the captions that a new store is compared with are encoded once.
+
+    Raises:
+        StoreError: there is no store, or its model is not there or another one. CheckpointError: `checkpoint` is none.
+    """
+    store = open_store(uri)
+    path = store.meta["checkpoint"] if checkpoint is None else checkpoint
+    try:
+        folder = ckpt.find(path)
+        if ckpt.describe(folder)["kind"] == "bundle":
+            folder = folder / "clip"
+        model = load(folder, batch_size=batch_size, dtype=dtype)
+    except (CheckpointError, OSError) as error:
+        if checkpoint is not None:
+            raise
+        raise StoreError(
+            f"the store {store.uri} was indexed with {path}, which cannot be opened: {error}; say with --checkpoint where the "
+            "model lies now"
+        ) from error
+    store.require_model(model.identity, str(path))
+    return Searcher(store, model, progress)
+
+
+def _cosines(rows: pa.Table) -> np.ndarray:
+    return np.clip(1 - rows["_distance"].to_numpy().astype(np.float64), -1, 1)
+
+
+def _result(rows, cosines, scores, k, verdict, truncated, start, encoded) -> Result:
+    hits = [
+        Hit(cosine=float(cosine), score=float(score), **row)
+        for row, cosine, score in zip(rows.select(COLUMNS).slice(0, k).to_pylist(), cosines[:k], scores[:k], strict=True)
+    ]
+    return Result(hits, truncated, verdict, {"encode": encoded - start, "search": time.perf_counter() - encoded})
+
+
+def _plain(error: Exception) -> str:
+    """The first line of what LanceDB says, without the places in its source."""
+    return re.sub(r",? ?\S+\.rs:\d+(:\d+)?.*", "", str(error).strip().splitlines()[0] if str(error).strip() else repr(error))
