@@ -147,8 +147,8 @@ def embed_stream(
 ) -> None:
     """Embeds all images and calls `write` for every `rows` of them, in their order; `done` is brought up to date before.
 
-    Nothing is compiled where no image comes; `compiled()` is called after that, so that a progress bar can leave it out. Some ten
-    batches of pixels are held, and beyond them `rows` embeddings.
+    Nothing is compiled where no image comes; `compiled()` is called after that, so that a progress bar can leave it out.
+    Some ten batches of pixels are held, and beyond them `rows` embeddings.
     """
     first = next(images, None)
     if first is None:

@@ -265,7 +265,12 @@ class Store:
 
     def _merge(self, table: Any, rows: pa.Table, on: str = "path") -> None:
         self._retry(
-            lambda: table.merge_insert(on).when_matched_update_all().when_not_matched_insert_all().execute(rows)
+            # Two writers of one new path conflict only where the primary key is compared, which a merge through an index skips.
+            lambda: table.merge_insert(on)
+            .use_index(False)
+            .when_matched_update_all()
+            .when_not_matched_insert_all()
+            .execute(rows)
         )
 
     def _retry(self, commit: Any) -> Any:

@@ -10,14 +10,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+
+def _key(name: str) -> pa.Field:
+    """A text that is the primary key of its table: Lance refuses a commit whose new keys another writer has just added."""
+    return pa.field(name, pa.string(), nullable=False, metadata={"lance-schema:unenforced-primary-key": "true"})
+
+
 FORMAT = 1
 TIME = pa.timestamp("us", tz="UTC")
 STATE = ("path", "size", "mtime_ns", "sha256", "exit", "complexity")  # columns of `Store.state`
 BAD = pa.schema(
-    [("path", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64()), ("reason", pa.string()), ("found_at", TIME)]
+    [_key("path"), ("size", pa.int64()), ("mtime_ns", pa.int64()), ("reason", pa.string()), ("found_at", TIME)]
 )
-RETURNED = pa.schema([("path", pa.string()), ("times", pa.int64())])
-META = pa.schema([("key", pa.string()), ("value", pa.string())])
+RETURNED = pa.schema([_key("path"), ("times", pa.int64())])
+META = pa.schema([_key("key"), ("value", pa.string())])
 TABLES = ("images", "bad", "returned", "meta")
 _NAMES = 2000  # paths named in one filter
 
@@ -26,7 +32,7 @@ def image_schema(embed_dim: int) -> pa.Schema:
     """Columns of `images`. `exit` is in executed blocks; `milliseconds` of wall time; `vector` float16 [D], unit norm."""
     return pa.schema(
         [
-            ("path", pa.string()), ("sha256", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64()),
+            _key("path"), ("sha256", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64()),
             ("caption", pa.string()), ("complexity", pa.float32()), ("exit", pa.int32()), ("milliseconds", pa.float32()),
             ("embedded_at", TIME), ("vector", pa.list_(pa.float16(), embed_dim)),
         ]
@@ -36,7 +42,7 @@ def image_schema(embed_dim: int) -> pa.Schema:
 def vectors(array: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """A `vector` column of n rows -> float16 [n, D]."""
     chunks = array.chunks if isinstance(array, pa.ChunkedArray) else [array]
-    parts = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), -1) for chunk in chunks]
+    parts = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), array.type.list_size) for chunk in chunks]
     return np.concatenate(parts) if parts else np.zeros((0, array.type.list_size), np.float16)
 
 
