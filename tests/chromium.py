@@ -147,7 +147,7 @@ class Page:
         """Presses and releases a key."""
         code, number, text = _KEYS[key]
         common = {"key": key, "code": code, "windowsVirtualKeyCode": number, "modifiers": 8 if shift else 0}
-        self.call("Input.dispatchKeyEvent", {"type": "keyDown", "text": text, **common} if text else {"type": "keyDown", **common})
+        self.call("Input.dispatchKeyEvent", {"type": "keyDown", **({"text": text} if text else {}), **common})
         self.call("Input.dispatchKeyEvent", {"type": "keyUp", **common})
 
     def choose(self, selector, *files):

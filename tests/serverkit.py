@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
+from icar_jax.evaluation import calibration
 from icar_jax.search import store as stores
 
 
@@ -62,3 +65,38 @@ def running(backend, settings):
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive(), "the server did not stop"
+
+
+def draw(folder, n=24, seed=0):
+    """n pictures of different sizes and complexity, half of them JPEG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    files = []
+    for i in range(n):
+        height, width = rng.integers(40, 160, size=2)
+        coarse = Image.fromarray(rng.integers(0, 256, (int(rng.integers(1, 12)), 6, 3), np.uint8))
+        files.append(folder / f"{i:03}.{'jpg' if i % 2 else 'png'}")
+        coarse.resize((int(width), int(height)), Image.Resampling.NEAREST).save(files[-1])
+    return files
+
+
+def make_bundle(clip_folder, complexity_folder, folder):
+    """A bundle of tiny random models; its images leave at all three exits, more or less."""
+    return calibration.make_bundle(clip_folder, complexity_folder, folder, thresholds=(0.4, 0.6))
+
+
+def backend(uri, model, queue=8, note_every_s=3600.0):
+    """The search behind a server."""
+    from icar_jax.search.query import Searcher
+    from icar_jax.search.server.backend import Backend
+
+    made = Backend(Searcher(stores.open_store(uri), model), stores.open_store(uri), queue, note_every_s)
+    made.warm_up()
+    return made
+
+
+def sent(image, kind="PNG", **options):
+    """Bytes of an image file."""
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()

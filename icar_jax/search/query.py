@@ -94,12 +94,15 @@ class Searcher:
         self._background: tuple[int, Background] | None = None  # by the number of images then
         self._images: tuple[int, Background] | None = None
 
-    def search_text(self, text: str, k: int = 20, where: str | None = None, exact: bool = False) -> Result:
+    def search_text(
+        self, text: str, k: int = 20, where: str | None = None, exact: bool = False, embedding: np.ndarray | None = None
+    ) -> Result:
         """The k images closest to a text; fewer where the store, or what `where` leaves of it, is smaller.
 
         Args:
             where: SQL over the columns of the store, such as "complexity < 0.4 AND exit = 6"; only rows that satisfy it count.
             exact: compares every row even where there is a vector index.
+            embedding: of the text, where it was encoded before, together with others.
 
         Raises:
             QueryError: an empty text, or a filter that cannot be used. StoreError: the store cannot be read.
@@ -107,7 +110,8 @@ class Searcher:
         if not text.strip():
             raise QueryError("the query is empty; say in a few words what the image shows")
         start = time.perf_counter()
-        embedding = self.model.encode_text([text])[0]
+        if embedding is None:
+            embedding = self.model.encode_text([text])[0]
         length = self.model.clip.arch.text.context_length
         truncated = bool(self.model.tokenizer.encode([text], length)[1][0])
         encoded = time.perf_counter()

@@ -1,18 +1,22 @@
-"""Between the requests and the search: the worker that calls the model, what the store says of itself, and which hits to note."""
+"""Between requests and search: the worker that calls the model, what the store says of itself, and which hits to note."""
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from absl import logging
 from PIL import Image
 
 from icar_jax.inference.forward import count_compilations
+from icar_jax.search.query import QueryError, Result, Searcher
 from icar_jax.search.server import schemas
+from icar_jax.search.server.errors import Refused
 from icar_jax.search.server.metrics import Metrics
 from icar_jax.search.server.worker import Worker
 from icar_jax.search.store import Store, StoreError
@@ -45,12 +49,12 @@ class Backend:
     """The search behind a server.
 
     Args:
-        searcher: is called from the worker's thread alone.
+        searcher: is called from the worker's thread alone, once this is started.
         store: opened for this object alone: other threads look files and counts up in it while a search runs.
         queue: searches that may wait.
     """
 
-    def __init__(self, searcher: Any, store: Store, queue: int, note_every_s: float = NOTE_EVERY_S):
+    def __init__(self, searcher: Searcher, store: Store, queue: int, note_every_s: float = NOTE_EVERY_S):
         self._searcher, self._store, self._note_every_s = searcher, store, note_every_s
         self.metrics = Metrics()
         self.worker = Worker(
@@ -65,6 +69,13 @@ class Backend:
         self._noting = threading.Thread(target=self._note_returned, name="icar-notes", daemon=True)
         self.metrics.gauge("icar_queue_depth", "Searches that wait", lambda: self.worker.waiting)
         self.metrics.gauge("icar_store_rows", "Images in the store", self._count)
+
+    def warm_up(self) -> None:
+        """Compiles all that searches will run, before `start`."""
+        self._searcher.warm_up(images=True)
+        self._searcher.model.encode_text(["warm up"] * TEXT_BATCH)
+        if self._store.count():
+            self._searcher.search_image(np.zeros((self.image_side, self.image_side, 3), np.uint8), k=1)
 
     def start(self) -> None:
         """Starts the threads."""
@@ -115,7 +126,7 @@ class Backend:
         with self._lock:
             return self._store.count()
 
-    def answer(self, found: Any, parts_s: Mapping[str, float]) -> schemas.Answer:
+    def answer(self, found: Result, parts_s: Mapping[str, float]) -> schemas.Answer:
         """A Result of the searcher as the API gives it."""
         hits = [
             schemas.Hit(
@@ -125,25 +136,41 @@ class Backend:
             for hit in found.hits
         ]  # fmt: skip
         latency = schemas.Latency(**{name: 1000 * seconds for name, seconds in parts_s.items()})
-        return schemas.Answer(hits=hits, verdict=_verdict(found), truncated=found.truncated, latency_ms=latency)
+        nothing = found.nothing_here
+        verdict = schemas.Verdict(nothing_here=nothing.verdict, statistic=nothing.statistic, threshold=nothing.threshold)
+        return schemas.Answer(hits=hits, verdict=verdict, truncated=found.truncated, latency_ms=latency)
 
-    def _handle(self, kind: str, queries: Sequence[Any]) -> list[Any]:
+    def _handle(self, kind: str, queries: Sequence[TextQuery] | Sequence[ImageQuery]) -> list[Result | Exception]:
         with count_compilations() as compiled:
-            results = [self._search(kind, query) for query in queries]
+            encoded = None
+            if kind == "text":
+                start = time.perf_counter()
+                encoded = self._searcher.model.encode_text([query.text for query in queries])
+                encode_s = time.perf_counter() - start
+            results = [self._search(query, None if encoded is None else encoded[i]) for i, query in enumerate(queries)]
             if compiled():
                 self.metrics.compilations.inc(compiled())
-        paths = [hit.path for found in results if not isinstance(found, Exception) for hit in found.hits]
+        if encoded is not None:
+            for found in results:
+                if isinstance(found, Result):
+                    found.latency_s["encode"] += encode_s
+        paths = [hit.path for found in results if isinstance(found, Result) for hit in found.hits]
         with self._returned_lock:
             self._returned += paths
         return results
 
-    def _search(self, kind: str, query: Any) -> Any:
+    def _search(self, query: TextQuery | ImageQuery, embedding: np.ndarray | None) -> Result | Exception:
         options = {"k": query.k, "where": query.where, "exact": query.exact}
         try:
-            if kind == "text":
-                return self._searcher.search_text(query.text, **options)
-            return self._searcher.search_image(query.image, **options)
-        except Exception as error:
+            if embedding is None:
+                return self._searcher.search_image(query.image, **options)
+            return self._searcher.search_text(query.text, embedding=embedding, **options)
+        except QueryError as error:
+            return Refused(422, "query", str(error))
+        except StoreError as error:
+            logging.error("%s", error)
+            return Refused(503, "store", "the store cannot be read; the server's log says why", {"Retry-After": "5"})
+        except Exception as error:  # fails this query, not those that were encoded with it
             return error
 
     def _note_returned(self) -> None:
@@ -160,8 +187,3 @@ class Backend:
                     logging.warning("hits are not noted, so that refining cannot begin with them: %s", error)
             if last:
                 return
-
-
-def _verdict(found: Any) -> schemas.Verdict:
-    verdict = found.nothing_here
-    return schemas.Verdict(nothing_here=verdict.verdict, statistic=verdict.statistic, threshold=verdict.threshold)

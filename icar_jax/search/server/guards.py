@@ -150,7 +150,7 @@ class _Body:
 
 
 def _too_large(limit: int) -> Refused:
-    return Refused(413, "upload-bytes", f"the body is larger than {limit:,} bytes, which is all that is read; send a smaller file")
+    return Refused(413, "upload-bytes", f"the body is larger than {limit:,} bytes, the most that is read; send a smaller file")
 
 
 async def _drain(receive: Receive) -> None:
@@ -218,7 +218,7 @@ class Login:
         if not _same(given, self._token):
             async with self._failures:  # one after the other, whoever guesses
                 await asyncio.sleep(_FAILURE_S)
-            return self.form("That is not the token. It was given to <code>icar serve</code> with --token or --token-file.", 401)
+            return self.form("That is not the token that <code>icar serve</code> was given with --token or --token-file.", 401)
         answer = RedirectResponse("/" + (f"?{quote(query, safe='=&%+')}" if query else ""), 303)
         answer.set_cookie(COOKIE, session(self._token), httponly=True, samesite="strict", secure=secure, path="/")
         return answer

@@ -1,9 +1,9 @@
 """Pictures that a browser may have: opened within limits, shrunk to previews, and only ever those of the store.
 
-A client names a picture by the SHA-256 of its file, never by a path. The store tells where that file lay when it was indexed, and
-what is read there is sent only if it is a regular file whose bytes still have that hash. So whatever became of the path since
-(another file, a link to elsewhere), nothing is sent that was not indexed. A name that is a link out of its own folder is
-refused even so, as who may read the folder's pictures need not be meant to read what lies elsewhere.
+A client names a picture by the SHA-256 of its file, never by a path. The store tells where that file lay when it was indexed,
+and what is read there is sent only if it is a regular file whose bytes still have that hash. So whatever became of the path
+since (another file, a link to elsewhere), nothing is sent that was not indexed. A name that is a link out of its own folder is
+refused even so: who may see the folder's pictures need not be meant to see what lies elsewhere.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from icar_jax.data.images import ImageError, decode
 from icar_jax.search.server.errors import Refused
 
 # Formats that are opened, by Pillow's names. Some others run programs of their own (EPS) or have no picture until drawn.
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "AVIF", "TIFF")
+Image.init()
+FORMATS = tuple(name for name in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "AVIF", "TIFF") if name in Image.OPEN)
 SIDES = (320, 1280)  # of previews, in pixels: in the grid and enlarged
 _QUALITY = 85
 _PATHS_KEPT = 50_000
 _MAX_FILE_BYTES = 1 << 29
+_UPDATE = "`icar index` brings the store up to date"
 ID = r"[0-9a-f]{64}"
 
 
@@ -34,7 +36,7 @@ def open_picture(data: bytes, name: str, max_pixels: int, side: int | None = Non
     """The bytes of an image file -> RGB picture, upright.
 
     With `side` a JPEG may be decoded at a fraction of its size, down to twice `side`.
-    Raises Refused (422) for anything but a whole image of FORMATS with at most `max_pixels`; the size is read before the pixels.
+    Raises Refused (422) for anything but a whole image of FORMATS with at most `max_pixels`; the size is read before them.
     """
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -43,8 +45,7 @@ def open_picture(data: bytes, name: str, max_pixels: int, side: int | None = Non
             picture.draft("RGB", (2 * side, 2 * side))
         return decode(picture, name)
     except Image.UnidentifiedImageError:
-        kinds = ", ".join(kind for kind in FORMATS if kind != "MPO")
-        raise Refused(422, "image", f"{name}: not an image that can be read; send a whole file of {kinds}") from None
+        raise Refused(422, "image", f"{name}: no image that can be read; send a whole file of {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombError, MemoryError):
         raise _too_many(name, max_pixels) from None
     except ImageError as error:
@@ -156,19 +157,20 @@ def read_indexed(path: str, sha256: str, follow_links: bool = False) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not be waited for
     except OSError as error:
         reason = "no longer exists" if isinstance(error, (FileNotFoundError, NotADirectoryError)) else "cannot be read"
-        raise Refused(404, "image-gone", f"{name} {reason}; `icar index` brings the store up to date") from None
+        raise Refused(404, "image-gone", f"{name} {reason}; {_UPDATE}") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise Refused(404, "image-changed", f"{name} is no longer a file")
     with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise Refused(404, "image-changed", f"{name} is no longer a file")
         if status.st_size > _MAX_FILE_BYTES:
-            raise Refused(404, "image-large", f"{name} has {status.st_size:,} bytes; files up to {_MAX_FILE_BYTES:,} are served")
+            raise Refused(404, "image-large", f"{name} is larger than {_MAX_FILE_BYTES:,} bytes, and not served")
         try:
             data = file.read(_MAX_FILE_BYTES)
         except OSError as error:
             raise Refused(404, "image-gone", f"{name} cannot be read: {error.strerror}") from None
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise Refused(404, "image-changed", f"{name} has changed since it was indexed; `icar index` brings the store up to date")
+        raise Refused(404, "image-changed", f"{name} has changed since it was indexed; {_UPDATE}")
     return data
 
 

@@ -17,8 +17,8 @@ class Filters(BaseModel):
     """Which images a search looks at, and how."""
 
     k: Count = 24
-    min_complexity: Share | None = Field(None, description="Only images at least so complex; those without a score are left out.")
-    max_complexity: Share | None = Field(None, description="Only images at most so complex; those without a score are left out.")
+    min_complexity: Share | None = Field(None, description="Only images at least so complex; unscored ones are left out.")
+    max_complexity: Share | None = Field(None, description="Only images at most so complex; unscored ones are left out.")
     exits: list[Exit] = Field([], max_length=64, description="Only images embedded at one of these exits, in executed blocks.")
     exact: bool = Field(False, description="Compare with every image, although the store has a vector index.")
 
@@ -47,7 +47,7 @@ class Hit(BaseModel):
     name: str = Field(description="Name of the file.")
     path: str
     caption: str | None
-    score: float = Field(description="Comparable between queries; higher is better.")
+    score: float = Field(description="In (0, 1), comparable between queries: how much better the query fits than others do.")
     cosine: float = Field(description="Of query and image; comparable within one query only.")
     complexity: float | None = Field(description="In [0, 1]; null where it was not scored.")
     exit: int = Field(description="Blocks that were executed to embed the image.")
@@ -57,7 +57,7 @@ class Verdict(BaseModel):
     """Whether the store seems to hold nothing that the query describes."""
 
     nothing_here: bool
-    statistic: float | None = Field(description="What was measured; below the threshold nothing matches. Null where it was not.")
+    statistic: float | None = Field(description="What was measured; below the threshold nothing matches.")
     threshold: float | None
 
 

@@ -207,7 +207,8 @@ $('viewer').addEventListener('close', () => focusCard(shown));
 $('viewer').addEventListener('click', (event) => {
   if (event.target === $('viewer')) $('viewer').close(); // the backdrop
 });
-$('viewer').addEventListener('keydown', (event) => {
+addEventListener('keydown', (event) => {
+  if (!$('viewer').open) return;
   if (event.key === 'ArrowLeft') enlarge(shown - 1);
   if (event.key === 'ArrowRight') enlarge(shown + 1);
 });
