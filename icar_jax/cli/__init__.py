@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from absl import logging
 
-from icar_jax.cli import embed, index, routing, score, search, training, weights
+from icar_jax.cli import embed, index, routing, score, search, serve, training, weights
 from icar_jax.cli.errors import user_errors
 from icar_jax.cli.program import run_program
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The console script `icar`."""
     parser = argparse.ArgumentParser(prog="icar", description="Image complexity-aware retrieval in JAX.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for group in (weights, routing, training, score, embed, index, search):
+    for group in (weights, routing, training, score, embed, index, search, serve):
         group.add(commands)
     args, rest = parser.parse_known_args(argv)
     args.overrides = [word for word in rest if word.startswith("--config.")]
