@@ -159,8 +159,9 @@ def index_files(
         writer.recaption()
         gone = [path for path in scan.gone(roots) if not os.path.lexists(path)]
         if prune:
-            done.removed = store.delete(gone, unless=os.path.lexists)
-        done.gone = len(gone) - done.removed
+            done.removed += store.delete(gone, unless=os.path.lexists)
+        else:
+            done.gone = len(gone)
         store.clear_bad([name for name in scan.bad_gone(roots) if not os.path.lexists(name)])
         done.unchanged = len(scan.unchanged) - done.captioned
         done.still_bad = len(scan.still_bad)
