@@ -9,8 +9,8 @@ texts does, by the softmax that the model was trained with. For image x, query q
 so the score is the model's probability that x goes with q rather than with one of REFERENCE background texts. Everything an
 image (or its exit) does to all texts cancels. The background is a sample of the store's own captions and a list of plain ones.
 A query's statistic is the best lift among its first hits; below a threshold nothing matches. The threshold comes from the
-store: where captions are known, all but MISSED of them find their match, their own image among the candidates; where none are, it
-is the median of the plain captions, of which most collections show few.
+store: where captions are known, all but MISSED of them find their match, their own image among the candidates; where none
+are, it is the median of the plain captions, of which most collections show few.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def encode(texts: Sequence[str], model: Model, progress: bool = True) -> np.ndar
 
 
 def _read(store: Store, images: int, identity: str, temperature: float) -> Background | None:
-    if TABLE not in store.database.list_tables().tables:
+    if TABLE not in _tables(store):
         return None
     table = store.database.open_table(TABLE).search().to_arrow()
     first = table.slice(0, 1).to_pylist()
@@ -154,6 +154,10 @@ def _read(store: Store, images: int, identity: str, temperature: float) -> Backg
     return Background(vectors(table["vector"]).astype(np.float32), paths, temperature, first[0]["threshold"])
 
 
+def _tables(store: Store) -> list[str]:
+    return store.database.list_tables().tables
+
+
 def _write(store: Store, background: Background, texts: Sequence[str], images: int, identity: str) -> None:
     n = len(texts)
     columns = {
@@ -163,4 +167,5 @@ def _write(store: Store, background: Background, texts: Sequence[str], images: i
     width = background.vectors.shape[1]
     schema = pa.schema([*SCHEMA_TEXT, ("threshold", pa.float64()), ("vector", pa.list_(pa.float16(), width))])
     with store.commit_lock():
-        store.database.create_table(TABLE, pa.table(columns, schema), mode="overwrite")
+        mode = "overwrite" if TABLE in _tables(store) else "create"
+        store.database.create_table(TABLE, pa.table(columns, schema), mode=mode)

@@ -119,7 +119,7 @@ class Searcher:
         if not len(rows):
             return _result(rows, [], [], k, Verdict(True), truncated, start, encoded)
         background = self._text_background()
-        cosines = _cosines(rows)
+        cosines = rows["cosine"].to_numpy()
         lifts = background.lifts(cosines, vectors(rows["vector"]), rows["path"].to_pylist())
         statistic = float(lifts[:TOP].max())
         verdict = Verdict(statistic < background.threshold, statistic, background.threshold)
@@ -136,7 +136,7 @@ class Searcher:
         rows = self._nearest(embedding, k, where, exact, k)
         if not len(rows):
             return _result(rows, [], [], k, Verdict(True), False, start, encoded)
-        background, cosines = self._image_background(), _cosines(rows)
+        background, cosines = self._image_background(), rows["cosine"].to_numpy()
         lifts = background.lifts(cosines, vectors(rows["vector"]), rows["path"].to_pylist())
         return _result(rows, cosines, background.score(lifts), k, Verdict(False), False, start, encoded)
 
@@ -156,7 +156,7 @@ class Searcher:
         query = vector_index.prepare(self.store.images.search(embedding.astype(np.float32), vector_column_name="vector"), exact)
         query = query.limit(n).select([*COLUMNS, "vector", "_distance"])
         try:
-            return (query if where is None else query.where(where)).to_arrow()
+            return _by_cosine((query if where is None else query.where(where)).to_arrow(), embedding)
         except (ValueError, RuntimeError, OSError) as error:
             message = _plain(error)
             if where is None:
@@ -215,8 +215,14 @@ def open_searcher(
     return Searcher(store, model, progress)
 
 
-def _cosines(rows: pa.Table) -> np.ndarray:
-    return np.clip(1 - rows["_distance"].to_numpy().astype(np.float64), -1, 1)
+def _by_cosine(rows: pa.Table, embedding: np.ndarray) -> pa.Table:
+    """Rows with their `cosine`, best first. LanceDB rounds the query to float16, as the vectors are, which is off by 1e-4."""
+    if not len(rows):
+        return rows.append_column("cosine", pa.array([], pa.float64()))
+    found = vectors(rows["vector"]).astype(np.float64)
+    cosines = np.clip(found @ embedding / np.linalg.norm(found, axis=1) / np.linalg.norm(embedding), -1, 1)
+    order = np.argsort(-cosines, kind="stable")
+    return rows.append_column("cosine", pa.array(cosines)).take(order)
 
 
 def _result(rows, cosines, scores, k, verdict, truncated, start, encoded) -> Result:

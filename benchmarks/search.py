@@ -1,0 +1,270 @@
+"""Stores of synthetic vectors at scale, and how well "nothing here matches" tells what is in a gallery from what is not.
+
+    python benchmarks/search.py [--quick] [--rows 10000 100000 1000000] [--dims 512 768] [--queries 100] [--exact-queries 20]
+        [--dir DIR] [--json docs/results/search.json]
+    python benchmarks/search.py --verdict BUNDLE [--scenes 2500] [--json docs/results/search_verdict.json]
+
+The vectors are unit float16, as embeddings are, and clustered, as collections are: a centre for every 100 rows, drawn on the
+sphere, clusters of uneven size (Zipf, exponent 1/2), and within a cluster a normal deviation of norm 0.8 before the row is
+scaled to 1. Queries are further draws that no row equals. A row has all columns of a store. Other work on the machine adds to
+every time; p50 and p99 are those of all queries.
+
+The verdict: BUNDLE embeds scenes, routed. For each kind of thing that is taken out of a gallery (every image with one of four
+pairs of colour and shape; every image with one colour) the same captions are asked of a gallery with their images and of one
+of the same size without any. Captions of other subjects are asked against captions whose image is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+import icar_jax
+from icar_jax.data.scenes import Scenes
+from icar_jax.search import vector_index
+from icar_jax.search.background import OWN, TOP, Background, calibrate
+from icar_jax.search.plain import PLAIN
+from icar_jax.search.store import Store, create, image_schema, now, vector_column
+
+BATCH = 20_000  # rows a write
+OTHER_SUBJECTS = (
+    "two dogs on a beach", "a red car in the street", "a tax form", "a man riding a horse", "people at a table",
+    "a cat on the stairs", "snow on the mountains", "a bowl of rice", "a child with a balloon", "a newspaper",
+    "a bridge at night",     "tulips in a jug", "a tram in the city", "a ship in the harbour", "a tennis match", "a birthday party", "a keyboard",
+    "an owl in the dark", "a choir singing", "a plate of sausages", "a lighthouse", "a woman reading a letter",
+    "a scooter by a wall", "a globe", "an old factory", "goats on a rock", "an airport at dawn", "a path through the wheat",
+    "a canal with houses", "a circuit board",
+)  # fmt: skip
+
+
+class Clusters:
+    """Draws of unit vectors [n, dim]."""
+
+    def __init__(self, rows: int, dim: int, seed: int = 0):
+        self._rng = np.random.default_rng(seed)
+        centres = self._rng.standard_normal((max(10, rows // 100), dim), np.float32)
+        self._centres = centres / np.linalg.norm(centres, axis=1, keepdims=True)
+        weights = np.arange(1, len(centres) + 1) ** -0.5
+        self._shares = weights / weights.sum()
+
+    def draw(self, n: int) -> np.ndarray:
+        dim = self._centres.shape[1]
+        x = self._centres[self._rng.choice(len(self._centres), n, p=self._shares)]
+        x = x + 0.8 / dim**0.5 * self._rng.standard_normal((n, dim), np.float32)
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def batches(clusters: Clusters, rows: int, dim: int) -> Iterator[pa.Table]:
+    """All rows of a store, some at a time."""
+    for start in range(0, rows, BATCH):
+        n = min(BATCH, rows - start)
+        yield pa.table(
+            {
+                "path": [f"/photographs/of/somebody/{start + i:09}.jpg" for i in range(n)],
+                "sha256": [f"{start + i:064x}" for i in range(n)], "size": [200_000] * n, "mtime_ns": [start] * n,
+                "caption": [None] * n, "complexity": np.random.default_rng(start).random(n, np.float32),
+                "exit": [13] * n, "milliseconds": [10.0] * n, "embedded_at": [now()] * n,
+                "vector": vector_column(clusters.draw(n)),
+            },
+            image_schema(dim),
+        )  # fmt: skip
+
+
+def megabytes(folder: str, below: str = "") -> float:
+    files = (Path(at) / name for at, _, names in os.walk(Path(folder) / below) for name in names)
+    return sum(file.stat().st_size for file in files) / 1e6
+
+
+def timed(store: Store, queries: np.ndarray, exact: bool) -> tuple[list[set[str]], dict[str, float]]:
+    """Paths of the 10 nearest of each query, and percentiles of wall time in ms; one more query goes first."""
+    found, times = [], []
+    for i, vector in enumerate(tqdm([queries[0], *queries], "exact" if exact else "approximate", unit="query", leave=False)):
+        start = time.perf_counter()
+        query = vector_index.prepare(store.images.search(vector, vector_column_name="vector"), exact).limit(10)
+        paths = query.select(["path", "_distance"]).to_arrow()["path"].to_pylist()
+        if i:
+            times.append(1000 * (time.perf_counter() - start))
+            found.append(set(paths))
+    return found, {f"p{p}": float(np.percentile(times, p)) for p in (50, 99)}
+
+
+def measure(rows: int, dim: int, queries: int, exact_queries: int, folder: str) -> dict[str, Any]:
+    """Writes, builds and searches one store; returns a record, sizes in MB and times in s, of queries in ms."""
+    clusters = Clusters(rows, dim)
+    store = create(folder, {"clip": "0" * 64}, dim, (13, 24), "none")
+    writing = 0.0
+    for batch in tqdm(batches(clusters, rows, dim), f"{rows:,} x {dim}", total=-(-rows // BATCH), unit="write", leave=False):
+        start = time.perf_counter()
+        store.images.add(batch)
+        writing += time.perf_counter() - start
+    drawn = clusters.draw(queries)
+    plain = megabytes(folder, "images.lance")
+    truth, exact_ms = timed(store, drawn[:exact_queries], exact=True)
+    start = time.perf_counter()
+    store.images.create_index("vector", config=vector_index.config(rows, dim), name=vector_index.NAME)
+    building = time.perf_counter() - start
+    found, approximate_ms = timed(store, drawn, exact=False)
+    recall = np.mean([len(a & b) / len(a) for a, b in zip(truth, found, strict=False)])
+    return {
+        "rows": rows, "dim": dim, "mb": plain, "index_mb": megabytes(folder, "images.lance/_indices"), "write_s": writing,
+        "build_s": building, "exact_ms": exact_ms, "approximate_ms": approximate_ms, "recall_at_10": float(recall),
+        "exact_queries": exact_queries, "queries": queries, "partitions": vector_index.partitions_for(rows),
+    }  # fmt: skip
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown rows for records of `measure`."""
+    lines = [
+        "| Rows | Width | Store, MB | Index, MB | Write, s | Build, s | Exact p50 / p99, ms | By index p50 / p99, ms | Recall@10 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in records:
+        exact, near = r["exact_ms"], r["approximate_ms"]
+        lines.append(
+            f"| {r['rows']:,} | {r['dim']} | {r['mb']:,.0f} | {r['index_mb']:,.1f} | {r['write_s']:.1f} | {r['build_s']:.0f} | "
+            f"{exact['p50']:.0f} / {exact['p99']:.0f} | {near['p50']:.0f} / {near['p99']:.0f} | {r['recall_at_10']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def auc(here: np.ndarray, gone: np.ndarray) -> float:
+    """Chance that a query with an answer has the higher statistic; a half for ties."""
+    return float(np.mean((here[:, None] > gone[None]) + 0.5 * (here[:, None] == gone[None])))
+
+
+class Gallery:
+    """Embeddings [n, D] of images with a caption each, and the statistics of queries against them."""
+
+    def __init__(self, embeddings: np.ndarray, captions: np.ndarray, plain: np.ndarray, temperature: float, seed: int):
+        self.embeddings, self._rng = embeddings, np.random.default_rng(seed)
+        chosen = self._rng.permutation(len(captions))[:OWN]
+        own = np.concatenate([captions[chosen], plain])
+        paths = np.array([*map(str, chosen), *[""] * len(plain)], object)
+        no_paths = np.array([""] * len(plain), object)
+        self.backgrounds = {
+            "lift": calibrate(Background(own, paths, temperature), self.nearest, progress=False),
+            "lift, plain captions alone": calibrate(Background(plain, no_paths, temperature), self.nearest, progress=False),
+        }
+
+    def nearest(self, query: np.ndarray) -> tuple[np.ndarray, list[str]]:
+        best = np.argsort(-(self.embeddings @ query))[:TOP]
+        return self.embeddings[best], [str(i) for i in best]
+
+    def statistics(self, queries: np.ndarray) -> dict[str, np.ndarray]:
+        """Candidates for the statistic of a query, each [queries]."""
+        cosines = queries @ self.embeddings.T
+        best = cosines.max(axis=1)
+        sample = cosines[:, self._rng.permutation(cosines.shape[1])[:512]]
+        # Against the best of n draws of the query's own cosines, by the extreme-value law of a normal sample.
+        expected = np.sqrt(2 * np.log(cosines.shape[1]))
+        z = (best - sample.mean(axis=1)) / sample.std(axis=1)
+        lifts = {name: self._lifts(background, queries) for name, background in self.backgrounds.items()}
+        return {"cosine": best, "z against the gallery": (z - expected) * expected} | lifts
+
+    def _lifts(self, background: Background, queries: np.ndarray) -> np.ndarray:
+        def one(query: np.ndarray) -> float:
+            embeddings, paths = self.nearest(query)
+            return float(background.lifts(embeddings @ query, embeddings, paths).max())
+
+        return np.array([one(query) for query in queries])
+
+
+def verdicts(bundle: str, scenes: int, galleries: int = 3) -> list[dict[str, Any]]:
+    """Records by what was taken out and size of gallery: AUC by statistic, and both rates at the thresholds of the lifts."""
+    model = icar_jax.load(bundle)
+    source = Scenes("test", scenes, seed=7, heldout=False)
+    records = [source[i] for i in tqdm(range(scenes), "drawing", unit="scene")]
+    embeddings = model.route([np.asarray(record.image()) for record in tqdm(records, "decoding", unit="image")]).embeddings
+    texts = [model.encode_text([record.captions[i] for record in records]) for i in (0, 1)]
+    plain, others = model.encode_text(PLAIN), model.encode_text(OTHER_SUBJECTS)
+    drawn = [source.scene(i) for i in range(scenes)]
+    pairs = [{(item.colour, item.shape) for item in scene.items} for scene in drawn]
+    colours = [{item.colour for item in scene.items} | set(scene.background.colours) for scene in drawn]
+    kinds: dict[str, tuple[list[set] | None, int]] = {
+        "four pairs of colour and shape": (pairs, 4), "a colour": (colours, 1), "other subjects": (None, 0),
+    }  # fmt: skip
+    results = []
+    for kind, (attributes, taken) in kinds.items():
+        for size in (200, 1000):
+            runs = []
+            for seed in range(galleries):
+                rng = np.random.default_rng(seed)
+                make = lambda rows, seed=seed: Gallery(embeddings[rows], texts[1][rows], plain, model.temperature, seed)
+                runs.append(_one(rng, make, texts[0], attributes, taken, size, scenes, others))
+            means = {key: {name: float(np.mean([run[key][name] for run in runs])) for name in runs[0][key]} for key in runs[0]}
+            results.append({"taken_out": kind, "gallery": size, "galleries": galleries, **means})
+            print(results[-1], flush=True)
+    return results
+
+
+def _one(
+    rng: np.random.Generator, make: Callable[[np.ndarray], Gallery], queries: np.ndarray, attributes: list[set] | None,
+    taken: int, size: int, scenes: int, others: np.ndarray,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    if attributes is None:
+        rows = rng.permutation(scenes)[:size]
+        full = empty = make(rows)
+        here, gone = full.statistics(queries[rows[:150]]), empty.statistics(others)
+    else:
+        every = sorted(set().union(*attributes))
+        out = {every[i] for i in rng.permutation(len(every))[:taken]}
+        has = np.array([bool(each & out) for each in attributes])
+        asked, rest = rng.permutation(np.flatnonzero(has))[: min(150, size // 2)], rng.permutation(np.flatnonzero(~has))
+        full, empty = make(np.concatenate([asked, rest[: size - len(asked)]])), make(rest[:size])
+        here, gone = full.statistics(queries[asked]), empty.statistics(queries[asked])
+    missed = {name: float(np.mean(here[name] < b.threshold)) for name, b in full.backgrounds.items()}
+    said = {name: float(np.mean(gone[name] < b.threshold)) for name, b in empty.backgrounds.items()}
+    return {"auc": {name: auc(here[name], gone[name]) for name in here}, "false_nothing": missed, "true_nothing": said}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    p.add_argument("--rows", nargs="+", type=int, default=[10_000, 100_000, 1_000_000])
+    p.add_argument("--dims", nargs="+", type=int, default=[512, 768])
+    p.add_argument("--queries", type=int, default=100)
+    p.add_argument("--exact-queries", type=int, default=20)
+    p.add_argument("--dir", help="folder for the stores; a temporary one by default. What is made in it is removed")
+    p.add_argument("--verdict", metavar="BUNDLE", help="measure the verdict instead, with this bundle")
+    p.add_argument("--scenes", type=int, default=2500)
+    p.add_argument("--quick", action="store_true", help="2,000 rows, few queries: whether it runs")
+    p.add_argument("--json")
+    args = p.parse_args()
+    if args.quick:
+        args.rows, args.dims, args.queries, args.exact_queries, args.scenes = [2000], [64], 10, 5, 1300
+    records = []
+    if args.verdict:
+        records = verdicts(args.verdict, args.scenes, 1 if args.quick else 3)
+    else:
+        for dim in args.dims:
+            for rows in args.rows:
+                folder = tempfile.mkdtemp(prefix="search-", dir=args.dir)
+                try:
+                    records.append(measure(rows, dim, args.queries, args.exact_queries, folder))
+                finally:
+                    shutil.rmtree(folder)
+                print(table(records), flush=True)
+                _write(args.json, records)
+    _write(args.json, records)
+
+
+def _write(file: str | None, records: list[dict[str, Any]]) -> None:
+    if file:
+        import lancedb
+
+        about = {"cpus": os.cpu_count(), "lancedb": lancedb.__version__, "runs": records}
+        Path(file).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
