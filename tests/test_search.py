@@ -31,7 +31,7 @@ def rows(embeddings, exits, captions=CAPTIONS, prefix="/pictures"):
         {
             "path": [f"{prefix}/{i:03}.png" for i in range(n)], "sha256": [f"{i:064x}" for i in range(n)],
             "size": [100 + i for i in range(n)], "mtime_ns": [i for i in range(n)],
-            "caption": [captions[i % len(captions)] for i in range(n)], 
+            "caption": [captions[i % len(captions)] for i in range(n)],
             "complexity": [None if i % 5 == 4 else i / n for i in range(n)],
             "exit": [exits[i % len(exits)] for i in range(n)], "milliseconds": [1.0] * n, "embedded_at": [now()] * n,
             "vector": vector_column(embeddings),

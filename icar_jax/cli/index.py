@@ -77,6 +77,8 @@ def _run(args: argparse.Namespace) -> None:
     from icar_jax.parallel import distributed
     from icar_jax.search.indexing import index_files
     from icar_jax.search.refine import refine
+    from icar_jax.search.store import open_store
+    from icar_jax.search.vector_index import maintain
 
     def model(path):
         return load(path, batch_size=args.batch_size, dtype=args.dtype)
@@ -99,6 +101,8 @@ def _run(args: argparse.Namespace) -> None:
             print(f"{done.still_bad} images {again}", file=sys.stderr)
         print(done.report())
         print(f"Store: {args.store}: {done.total:,} images")
+        if (work := maintain(open_store(args.store))) is not None:
+            print(work.report())
     if (done.bad or done.still_bad) and not args.skip_bad:
         distributed.end_together()
         sys.exit(1)
