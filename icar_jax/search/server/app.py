@@ -160,8 +160,7 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
     @api.get("/readyz", responses={503: {"model": schemas.Problem}}, tags=["health"])
     async def readyz() -> schemas.Status:
         """The model is loaded and the store can be read."""
-        if reason := await anyio.to_thread.run_sync(backend.unready):
-            raise Refused(503, "unready", reason, {"Retry-After": "5"})
+        await anyio.to_thread.run_sync(backend.require_ready)
         return schemas.Status(status="ready")
 
     @api.get("/metrics", include_in_schema=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -16,7 +17,7 @@ from PIL import Image
 from icar_jax.inference.forward import count_compilations
 from icar_jax.search.query import QueryError, Result, Searcher
 from icar_jax.search.server import schemas
-from icar_jax.search.server.errors import Refused
+from icar_jax.search.server.errors import Refused, store_unreadable
 from icar_jax.search.server.metrics import Metrics
 from icar_jax.search.server.worker import Worker
 from icar_jax.search.store import Store, StoreError
@@ -88,13 +89,10 @@ class Backend:
         self._stopping.set()
         self._noting.join(10.0)
 
-    def unready(self) -> str | None:
-        """Why searches cannot be answered, or None."""
-        try:
-            self._count()
-        except StoreError as error:
-            return str(error)
-        return None
+    def require_ready(self) -> None:
+        """Raises StoreError where the store cannot be read."""
+        with self._lock:
+            self._store.count()
 
     def paths_of(self, sha256: str) -> list[str]:
         """Where files with this hash lay when they were indexed."""
@@ -122,9 +120,12 @@ class Backend:
         exits = {exit: count(f"exit = {exit}") for exit in self._store.exits}
         return {"images": count(), "scored": count("complexity IS NOT NULL"), "exits": exits}
 
-    def _count(self) -> int:
-        with self._lock:
-            return self._store.count()
+    def _count(self) -> float:
+        try:
+            with self._lock:
+                return self._store.count()
+        except StoreError:  # the other numbers are wanted then more than ever
+            return math.nan
 
     def answer(self, found: Result, parts_s: Mapping[str, float]) -> schemas.Answer:
         """A Result of the searcher as the API gives it."""
@@ -168,8 +169,7 @@ class Backend:
         except QueryError as error:
             return Refused(422, "query", str(error))
         except StoreError as error:
-            logging.error("%s", error)
-            return Refused(503, "store", "the store cannot be read; the server's log says why", {"Retry-After": "5"})
+            return store_unreadable(error)
         except Exception as error:  # fails this query, not those that were encoded with it
             return error
 

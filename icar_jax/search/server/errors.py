@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from absl import logging
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+
+from icar_jax.search.store import StoreError
 
 
 class ServerError(ValueError):
@@ -26,6 +29,12 @@ class Refused(Exception):
         return JSONResponse({"detail": self.reason}, self.status, self.headers)
 
 
+def store_unreadable(error: StoreError) -> Refused:
+    """503; where the store lies, and what is wrong with it, is for the log alone."""
+    logging.error("%s", error)
+    return Refused(503, "store", "the store cannot be read; the server's log says why", {"Retry-After": "5"})
+
+
 def add_handlers(app: FastAPI, count_refusal) -> None:
     """Every failure of `app` becomes {"detail": "one line"}; `count_refusal(kind)` is told of each that was refused."""
 
@@ -33,6 +42,11 @@ def add_handlers(app: FastAPI, count_refusal) -> None:
     async def refused(request: Request, error: Refused) -> JSONResponse:
         count_refusal(error.kind)
         return error.response()
+
+    @app.exception_handler(StoreError)
+    async def store(request: Request, error: StoreError) -> JSONResponse:
+        count_refusal("store")
+        return store_unreadable(error).response()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -1,0 +1,169 @@
+"""Latency of searches through the API of `icar serve`, at 1, 8 and 32 clients; and a picture of its page.
+
+    python benchmarks/serve.py --store STORE [--checkpoint C] [--quick] [--seconds 10] [--json docs/results/serve.json]
+    python benchmarks/serve.py --store STORE --screenshot docs/search_page.png [--query "a red circle"] [--width 1280] [--dark]
+
+Starts the server as a process of its own, on loopback. Each client is a thread with a connection of its own that asks again as
+soon as it has its answer: captions of the store where it holds any, else plain phrases; previews of the store as images. Answers
+that refuse (503) stand in a column of their own. The clients share the machine, and so take processor time from the server.
+`batch` is the mean number of queries that were encoded together. A picture needs Chromium.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+CLIENTS = (1, 8, 32)
+PHRASES = ("two dogs playing in the snow", "a child on a swing", "a man riding a bicycle", "people at a table", "a red car",
+           "a boat on a lake", "a woman in a blue dress", "a mountain under clouds")  # fmt: skip
+
+
+@contextlib.contextmanager
+def server(store: str, checkpoint: str | None, queue: int) -> Iterator[str]:
+    """Address of an `icar serve` of its own."""
+    command = [sys.executable, "-m", "icar_jax.cli", "serve", "--store", store, "--port", "0", "--queue", str(queue)]
+    command += ["--checkpoint", checkpoint] if checkpoint else []
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        found = None
+        while found is None:
+            line = process.stdout.readline()
+            if not line:
+                sys.exit("the server did not start; what it said is above")
+            found = re.search(r"Serving (http://\S+?)/\s", line)
+        yield found[1]
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def measure(ask: Callable[[httpx.Client, int], httpx.Response], address: str, clients: int, seconds: float) -> dict[str, float]:
+    """Milliseconds of the answers (status 200) that `clients` threads got in a while, and how many were refused."""
+    taken, refused, until = [], [], time.perf_counter() + seconds
+
+    def run(number: int) -> None:
+        with httpx.Client(base_url=address, timeout=120) as client:
+            asked = number
+            while time.perf_counter() < until:
+                start = time.perf_counter()
+                answer = ask(client, asked)
+                spent = time.perf_counter() - start
+                if answer.status_code == 503:
+                    refused.append(spent)
+                    time.sleep(0.05)
+                else:
+                    answer.raise_for_status()
+                    taken.append(spent)
+                asked += clients
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(clients)]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wall = time.perf_counter() - start
+    p50, p90, p99 = np.percentile(1000 * np.array(taken), (50, 90, 99)) if taken else [float("nan")] * 3
+    return {"requests": len(taken), "refused": len(refused), "requests_per_s": len(taken) / wall, "p50_ms": p50, "p90_ms": p90,
+            "p99_ms": p99}  # fmt: skip
+
+
+def counted(client: httpx.Client, kind: str) -> tuple[float, float]:
+    """(queries, batches) so far."""
+    text = client.get("/metrics").text
+    numbers = [re.search(rf'icar_batch_queries_{part}{{kind="{kind}"}} (\S+)', text) for part in ("sum", "count")]
+    return tuple(float(number[1]) if number else 0.0 for number in numbers)
+
+
+def kinds(client: httpx.Client) -> dict[str, Callable[[httpx.Client, int], httpx.Response]]:
+    """How each kind of request is made, with queries that vary."""
+    hits = client.get("/api/search", params={"q": PHRASES[0], "k": 200}).raise_for_status().json()["hits"]
+    texts = [hit["caption"] for hit in hits if hit["caption"]] or list(PHRASES)
+    ids = [hit["id"] for hit in hits]
+    images = [client.get(f"/api/images/{id}/thumbnail").raise_for_status().content for id in ids[:16]]
+    return {
+        "text": lambda c, i: c.get("/api/search", params={"q": texts[i % len(texts)]}),
+        "image": lambda c, i: c.post("/api/search/image", files={"image": ("a.jpg", images[i % len(images)])}),
+        "preview": lambda c, i: c.get(f"/api/images/{ids[i % len(ids)]}/thumbnail"),
+    }
+
+
+def screenshot(address: str, file: Path, query: str, width: int, height: int, dark: bool) -> None:
+    """A picture of the page with the results of a query."""
+    sys.path.append(str(ROOT / "tests"))  # the driver of the page's tests
+    import chromium
+
+    if chromium.PATH is None:
+        sys.exit("no Chromium is installed; it takes the picture")
+    with chromium.Browser() as browser:
+        page = browser.page(f"{address}/?{httpx.QueryParams({'q': query})}", width, height, dark)
+        page.wait("document.querySelectorAll('.card').length > 0 && !document.querySelector('[aria-busy]')")
+        page.wait("[...document.querySelectorAll('.card img')].filter((e) => e.getBoundingClientRect().top < innerHeight)"
+                  ".every((e) => e.complete)")  # fmt: skip
+        page.eval("document.activeElement.blur()")
+        file.write_bytes(page.picture())
+    print(f"wrote {file}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", required=True, help="store made by `icar index`")
+    parser.add_argument("--checkpoint", help="as of `icar serve`")
+    parser.add_argument("--quick", action="store_true", help="a second of text alone at 1 and 8 clients; writes no JSON")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
+    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "serve.json")
+    parser.add_argument("--screenshot", type=Path, metavar="PNG", help="takes a picture of the page, and measures nothing")
+    parser.add_argument("--query", default="a red circle", help="of the picture")
+    parser.add_argument("--width", type=int, default=1280)
+    parser.add_argument("--height", type=int, default=900)
+    parser.add_argument("--dark", action="store_true")
+    args = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        address = stack.enter_context(server(args.store, args.checkpoint, 2 * max(CLIENTS)))
+        client = stack.enter_context(httpx.Client(base_url=address, timeout=120))
+        if args.screenshot:
+            screenshot(address, args.screenshot, args.query, args.width, args.height, args.dark)
+            return
+        info = client.get("/api/store").raise_for_status().json()
+        print(f"{info['images']:,} images, {info['embed_dim']} dimensions, {os.cpu_count()} processor cores")
+        print(f"{'kind':>8} {'clients':>8} {'requests':>9} {'503':>5} {'per s':>7}", end=" ")
+        print(f"{'p50 ms':>8} {'p90 ms':>8} {'p99 ms':>8} {'batch':>6}")
+        rows = []
+        for kind, ask in kinds(client).items():
+            if args.quick and kind != "text":
+                continue
+            for clients in CLIENTS[:2] if args.quick else CLIENTS:
+                before = counted(client, kind)
+                found = measure(ask, address, clients, 1.0 if args.quick else args.seconds)
+                queries, batches = np.subtract(counted(client, kind), before)
+                row = {"kind": kind, "clients": clients, **found, "batch": queries / batches if batches else None}
+                rows.append(row)
+                print(
+                    f"{kind:>8} {clients:8} {row['requests']:9} {row['refused']:5} {row['requests_per_s']:7.1f} "
+                    f"{row['p50_ms']:8.1f} {row['p90_ms']:8.1f} {row['p99_ms']:8.1f} "
+                    f"{'' if row['batch'] is None else format(row['batch'], '6.2f'):>6}", flush=True,
+                )  # fmt: skip
+        compiled = re.search(r"icar_compilations_total (\S+)", client.get("/metrics").text)[1]
+        print(f"programs compiled while searching: {float(compiled):.0f}")
+    if not args.quick:
+        about = {"images": info["images"], "embed_dim": info["embed_dim"], "cores": os.cpu_count(), "compiled": float(compiled)}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"store": about, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
