@@ -126,7 +126,7 @@ def measure(rows: int, dim: int, queries: int, exact_queries: int, folder: str) 
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown rows for records of `measure`."""
     lines = [
-        "| Rows | Width | Store, MB | Index, MB | Write, s | Build, s | Exact p50 / p99, ms | Index p50 / p99, ms | Recall@10 |",
+        "| Rows | Width | Store, MB | Index, MB | Write, s | Build, s | Exact p50 / p99, ms | Index p50 / p99, ms | R@10 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in records:
@@ -180,15 +180,23 @@ class Gallery:
         return np.array([one(query) for query in queries])
 
 
-def verdicts(bundle: str, scenes: int, galleries: int = 3) -> list[dict[str, Any]]:
-    """Records by what was taken out and size of gallery: AUC by statistic, and both rates at the thresholds of the lifts."""
+def embed(bundle: str, scenes: int) -> dict[str, Any]:
+    """What `verdicts` needs: scenes, their embeddings, two captions of each, and other texts, [n, D]."""
     model = icar_jax.load(bundle)
     source = Scenes("test", scenes, seed=7, heldout=False)
-    records = [source[i] for i in tqdm(range(scenes), "drawing", unit="scene")]
-    embeddings = model.route([np.asarray(record.image()) for record in tqdm(records, "decoding", unit="image")]).embeddings
+    records = [source[i] for i in range(scenes)]
+    embeddings = model.route([np.asarray(record.image()) for record in tqdm(records, "drawing", unit="image")]).embeddings
     texts = [model.encode_text([record.captions[i] for record in records]) for i in (0, 1)]
-    plain, others = model.encode_text(PLAIN), model.encode_text(OTHER_SUBJECTS)
-    drawn = [source.scene(i) for i in range(scenes)]
+    return {
+        "embeddings": embeddings, "queries": texts[0], "captions": texts[1], "plain": model.encode_text(PLAIN),
+        "others": model.encode_text(OTHER_SUBJECTS), "temperature": model.temperature,
+        "scenes": [source.scene(i) for i in range(scenes)],
+    }  # fmt: skip
+
+
+def verdicts(given: dict[str, Any], galleries: int = 3) -> list[dict[str, Any]]:
+    """Records by what was taken out and size of gallery: AUC by statistic, and both rates at the thresholds of the lifts."""
+    drawn, captions = given["scenes"], given["captions"]
     pairs = [{(item.colour, item.shape) for item in scene.items} for scene in drawn]
     colours = [{item.colour for item in scene.items} | set(scene.background.colours) for scene in drawn]
     kinds: dict[str, tuple[list[set] | None, int]] = {
@@ -200,8 +208,10 @@ def verdicts(bundle: str, scenes: int, galleries: int = 3) -> list[dict[str, Any
             runs = []
             for seed in range(galleries):
                 rng = np.random.default_rng(seed)
-                make = lambda rows, seed=seed: Gallery(embeddings[rows], texts[1][rows], plain, model.temperature, seed)
-                runs.append(_one(rng, make, texts[0], attributes, taken, size, scenes, others))
+                make = lambda rows, seed=seed: Gallery(
+                    given["embeddings"][rows], captions[rows], given["plain"], given["temperature"], seed
+                )
+                runs.append(_one(rng, make, given["queries"], attributes, taken, size, given["others"]))
             means = {key: {name: float(np.mean([run[key][name] for run in runs])) for name in runs[0][key]} for key in runs[0]}
             results.append({"taken_out": kind, "gallery": size, "galleries": galleries, **means})
             print(results[-1], flush=True)
@@ -210,10 +220,10 @@ def verdicts(bundle: str, scenes: int, galleries: int = 3) -> list[dict[str, Any
 
 def _one(
     rng: np.random.Generator, make: Callable[[np.ndarray], Gallery], queries: np.ndarray, attributes: list[set] | None,
-    taken: int, size: int, scenes: int, others: np.ndarray,
+    taken: int, size: int, others: np.ndarray,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     if attributes is None:
-        rows = rng.permutation(scenes)[:size]
+        rows = rng.permutation(len(queries))[:size]
         full = empty = make(rows)
         here, gone = full.statistics(queries[rows[:150]]), empty.statistics(others)
     else:
@@ -244,7 +254,7 @@ def main() -> None:
         args.rows, args.dims, args.queries, args.exact_queries, args.scenes = [2000], [64], 10, 5, 1300
     records = []
     if args.verdict:
-        records = verdicts(args.verdict, args.scenes, 1 if args.quick else 3)
+        records = verdicts(embed(args.verdict, args.scenes), 1 if args.quick else 3)
     else:
         for dim in args.dims:
             for rows in args.rows:

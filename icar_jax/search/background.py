@@ -26,7 +26,7 @@ from tqdm import tqdm
 from icar_jax.inference.model import Model
 from icar_jax.search.plain import PLAIN
 from icar_jax.search.store import Store, StoreError
-from icar_jax.search.tables import vector_column, vectors
+from icar_jax.search.tables import vector_column
 
 TABLE = "background"
 OWN = 128  # captions of the store in the background
@@ -35,7 +35,7 @@ REFERENCE = 256
 TOP = 10  # hits of which the best one decides
 MISSED = 0.05  # share of the store's own captions that the threshold may call absent
 SEED = 0
-_GROWN = 1.5  # a store this many times larger, or smaller, is sampled again
+GROWN = 1.5  # a store this many times larger, or smaller, is sampled again
 
 SCHEMA_TEXT = [("text", pa.string()), ("path", pa.string()), ("images", pa.int64()), ("model", pa.string())]
 Nearest = Callable[[np.ndarray], tuple[np.ndarray, Sequence[str]]]
@@ -100,15 +100,22 @@ def calibrate(background: Background, nearest: Nearest, progress: bool = True) -
 def open_background(store: Store, model: Model, nearest: Nearest, progress: bool = True) -> Background:
     """The background of a store: as stored, or made and stored where there is none, or the store has grown or shrunk since."""
     images, identity = store.count(), model.identity["clip"]
-    stored = _read(store, images, identity, model.temperature)
-    if stored is not None:
-        return stored
+    rows = _rows(store, identity)
+    if rows and images / GROWN <= rows[0]["images"] <= images * GROWN and _plain(rows) == PLAIN:
+        paths = np.array([row["path"] for row in rows], object)
+        vectors = np.array([row["vector"] for row in rows], np.float32)
+        return Background(vectors, paths, model.temperature, rows[0]["threshold"])
     texts, paths = sample_captions(store)
-    embedded = encode([*texts, *PLAIN], model, progress).astype(np.float16).astype(np.float32)  # as they are stored
-    paths = np.array([*paths, *[""] * len(PLAIN)], object)
-    made = calibrate(Background(embedded, paths, model.temperature), nearest, progress)
+    texts, paths = [*texts, *PLAIN], np.array([*paths, *[""] * len(PLAIN)], object)
+    embedded = {row["text"]: row["vector"] for row in rows}
+    unknown = [text for text in texts if text not in embedded]
+    if unknown:
+        encoded = encode(unknown, model, progress).astype(np.float16)  # as they are stored
+        embedded |= dict(zip(unknown, encoded, strict=True))
+    vectors = np.array([embedded[text] for text in texts], np.float32)
+    made = calibrate(Background(vectors, paths, model.temperature), nearest, progress)
     try:
-        _write(store, made, [*texts, *PLAIN], images, identity)
+        _write(store, made, texts, images, identity)
     except (StoreError, OSError, RuntimeError, ValueError) as error:
         logging.warning("the background of %s could not be kept there and is made again next time: %s", store.uri, error)
     return made
@@ -140,18 +147,16 @@ def encode(texts: Sequence[str], model: Model, progress: bool = True) -> np.ndar
         logging.set_verbosity(previous)
 
 
-def _read(store: Store, images: int, identity: str, temperature: float) -> Background | None:
+def _rows(store: Store, identity: str) -> list[dict]:
+    """What is stored for this CLIP, in its order; empty where nothing is."""
     if TABLE not in _tables(store):
-        return None
-    table = store.database.open_table(TABLE).search().to_arrow()
-    first = table.slice(0, 1).to_pylist()
-    current = [text for text, path in zip(table["text"].to_pylist(), table["path"].to_pylist(), strict=True) if not path]
-    if not first or first[0]["model"] != identity or tuple(current) != PLAIN:
-        return None
-    if not images / _GROWN <= first[0]["images"] <= images * _GROWN:
-        return None
-    paths = np.array(table["path"].to_pylist(), object)
-    return Background(vectors(table["vector"]).astype(np.float32), paths, temperature, first[0]["threshold"])
+        return []
+    rows = store.database.open_table(TABLE).search().to_arrow().to_pylist()
+    return rows if rows and rows[0]["model"] == identity else []
+
+
+def _plain(rows: Sequence[dict]) -> tuple[str, ...]:
+    return tuple(row["text"] for row in rows if not row["path"])
 
 
 def _tables(store: Store) -> list[str]:

@@ -16,7 +16,7 @@ from icar_jax.checkpoint import CheckpointError
 from icar_jax.data.images import ImageLike
 from icar_jax.inference.model import Model, load
 from icar_jax.search import vector_index
-from icar_jax.search.background import SEED, TOP, Background, open_background
+from icar_jax.search.background import GROWN, SEED, TOP, Background, open_background
 from icar_jax.search.store import Store, StoreError, open_store
 from icar_jax.search.tables import vectors
 
@@ -166,7 +166,7 @@ class Searcher:
 
     def _text_background(self) -> Background:
         count = self.store.images.count_rows()
-        if self._background is None or not self._background[0] / 1.5 <= count <= self._background[0] * 1.5:
+        if self._background is None or not self._background[0] / GROWN <= count <= self._background[0] * GROWN:
             self._background = count, open_background(self.store, self.model, self._first, self._progress)
         return self._background[1]
 
