@@ -1,7 +1,6 @@
 """Passes over a collection: cheap first, and deeper where the score asks for it."""
 
 import os
-import shutil
 
 import collected
 import numpy as np
@@ -12,6 +11,7 @@ from PIL import Image
 import icar_jax
 from icar_jax import cli
 from icar_jax.checkpoint import CheckpointError
+from icar_jax.evaluation.calibration import make_bundle
 from icar_jax.search.indexing import IndexingError
 from icar_jax.search.refine import refine
 from icar_jax.search.store import open_store
@@ -159,21 +159,15 @@ def test_rows_without_a_score_and_checkpoints_that_are_no_bundle(model, clip_fol
         index(icar_jax.load(clip_folder), pictures, tmp_path / "new", checkpoint=clip_folder, cheap=True)
 
 
-def test_a_higher_budget_goes_deeper_and_a_lower_one_never_back(clip_folder, complexity_folder, pictures, tmp_path):
-    from icar_jax.data.image_files import ImageFiles
-    from icar_jax.evaluation.calibration import calibrate
-
-    folder = shutil.copytree(
-        collected.bundle(clip_folder, complexity_folder, tmp_path / "made", np.linspace(0, 1, 30)), tmp_path / "bundle"
-    )
-    calibrate(folder, ImageFiles([str(pictures)]), shares=(0.5, 0.3), batch_size=8)
-    model = icar_jax.load(folder, batch_size=8)
-    index(model, pictures, tmp_path / "store", cheap=True)
-    first = run(model, tmp_path / "store").images
-    lowest = run(model, tmp_path / "store", budget=0.999).images
-    assert first > 0 and lowest > 0
-    deep = rows(tmp_path / "store", "exit")
-    assert run(model, tmp_path / "store").images == 0 and rows(tmp_path / "store", "exit") == deep
+def test_other_thresholds_go_deeper_and_never_back(model, clip_folder, complexity_folder, store, tmp_path):
+    first = run(model, store).images
+    deeper = make_bundle(clip_folder, complexity_folder, tmp_path / "deeper", thresholds=(-1.0, -1.0))
+    shallow = sum(exit < 3 for (exit,) in rows(store, "exit").values())
+    done = refine(store, (), deeper, lambda path: icar_jax.load(path, batch_size=8), commit_rows=5)
+    assert first > 0 and done.images == shallow > 0 and {exit for (exit,) in rows(store, "exit").values()} == {3}
+    assert refine(store, (), model.path.parent, never).wanted == 0
+    with pytest.raises(CheckpointError, match="icar calibrate"):  # a budget needs the scores of calibration images
+        refine(store, (), deeper, lambda path: model, budget=0.9)
 
 
 def test_the_commands(bundle, pictures, tmp_path, capsys):

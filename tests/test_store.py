@@ -81,6 +81,7 @@ def test_an_older_reading_or_a_shallower_one_does_not_replace_what_another_run_w
     other.upsert(table([("a", "new", 1), ("b", "same", 2), ("c", "same", 1)]))
     assert mine.upsert(table([("a", "old", 1), ("b", "same", 2), ("d", "x", 1)], at=early)).tolist() == [False, False, True]
     assert other.upsert(table([("b", "same", 1), ("c", "same", 2)])).tolist() == [False, True], "read later, but shallower"
+    assert mine.upsert(table([("a", "old", 1)], at=early)).tolist() == [False], "and of every later batch"
     assert stored(other) == {"a": ("new", 1), "b": ("same", 2), "c": ("same", 2), "d": ("x", 1)}
 
 

@@ -111,7 +111,7 @@ class Encoding:
 
 @dataclass
 class Embedding:
-    """What a run of `embed_stream` did: images, executed blocks -> images, wall time of compilation, sums of the router's."""
+    """What a run of `embed_stream` did: images, executed blocks -> images, wall time, sums of the router's."""
 
     images: int = 0
     exits: Counter = field(default_factory=Counter)
@@ -123,10 +123,14 @@ class Embedding:
         """Share of each exit, for a progress bar."""
         return ", ".join(f"{depth} blocks {count / max(1, self.images):.0%}" for depth, count in sorted(self.exits.items()))
 
+    def share_exits(self, depths: Sequence[int], counts: Sequence[int]) -> None:
+        """Takes over images per exit that were summed over processes."""
+        self.exits = Counter({depth: int(count) for depth, count in zip(depths, counts, strict=True) if count})
+
     def details(self) -> list[str]:
         """Lines for the end of a run: shares of the exits, and where the time went."""
         s, n = self.stats, max(1, self.images)
-        padding = sum(s.padding.values()) / max(1, self.images + sum(s.padding.values()))
+        padding = sum(s.padding.values()) / max(1, sum(s.rows.values()) + sum(s.padding.values()))
         share = lambda seconds: f"{100 * seconds / max(s.total_s, 1e-9):.0f}%"
         lines = [f"  {depth} blocks: {count:,} images ({count / n:.1%})" for depth, count in sorted(self.exits.items())]
         if self.images:

@@ -167,11 +167,12 @@ def index_files(
         done.still_bad = len(scan.still_bad)
     for name, value in zip(_SUMMED, distributed.total([getattr(done, name) for name in _SUMMED]), strict=True):
         setattr(done, name, int(value))
-    if distributed.is_main() and done.added + done.updated + done.touched + done.captioned + done.removed:
+    done.share_exits(store.exits, distributed.total([done.exits[exit] for exit in store.exits]))
+    if distributed.is_main():
         store.compact()
     done.seconds = time.perf_counter() - start - done.warm_up_s
     done.total, done.duplicates, done.empty = store.count(), paths.duplicates, list(paths.empty)
-    if new_captions is not None and not new_captions.used:
+    if new_captions is not None and not distributed.total([new_captions.used])[0]:
         raise IndexingError(
             f"{new_captions.where}: none of its files is among the images; its names are looked for below its own folder "
             f"and below {', '.join(roots) or 'no other'}"

@@ -119,7 +119,8 @@ def refine(
         setattr(done, name, int(value))
     if done.changes is not None:
         done.bad, done.still_bad = done.changes.bad, done.changes.still_bad
-    if distributed.is_main() and done.images:
+    done.share_exits(store.exits, distributed.total([done.exits[exit] for exit in store.exits]))
+    if distributed.is_main():
         store.compact()
     done.seconds, done.total = time.perf_counter() - start - done.warm_up_s, store.count()
     return done

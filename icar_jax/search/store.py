@@ -157,12 +157,12 @@ class Store:
             return np.zeros(0, bool)
         with self.commit_lock():
             self.images.checkout_latest()
-            newer = np.ones(len(rows), bool)
-            if not (self.is_local and self.images.version == self._known_version):
-                newer = self._newer_than_stored(rows)
+            # Once others wrote, every later batch has to be compared as well: it may hold what they wrote.
+            others = not self.is_local or self.images.version != self._known_version
+            newer = self._newer_than_stored(rows) if others else np.ones(len(rows), bool)
             if newer.any():
                 self._merge(self.images, rows.filter(pa.array(newer)))
-                self._known_version = self.images.version
+                self._known_version = -1 if others else self.images.version
         return newer
 
     def _newer_than_stored(self, rows: pa.Table) -> np.ndarray:
@@ -223,6 +223,7 @@ class Store:
                 for row in where_in(self._returned, "path", list(times)).to_pylist():
                     times[row["path"]] += row["times"]
                 self._merge(self._returned, pa.table({"path": list(times), "times": list(times.values())}, RETURNED))
+                self._tidy(self._returned, KEEP_VERSIONS)
 
     def returned(self) -> dict[str, int]:
         """Path -> times that a search returned it."""
@@ -243,9 +244,12 @@ class Store:
         with self.commit_lock():
             others = self.version() != self._known_version
             for table in (self.images, self._bad, self._returned, self._meta):
-                if table.stats()["fragment_stats"]["num_small_fragments"] > SMALL_FRAGMENTS:
-                    self._retry(lambda table=table: table.optimize(cleanup_older_than=keep))
+                self._tidy(table, keep)
             self._known_version = -1 if others else self.version()
+
+    def _tidy(self, table: Any, keep: timedelta) -> None:
+        if table.stats()["fragment_stats"]["num_small_fragments"] > SMALL_FRAGMENTS:
+            self._retry(lambda: table.optimize(cleanup_older_than=keep))
 
     def require_model(self, identity: Mapping[str, str], where: str) -> None:
         """Raises StoreError where rows of a model with this Model.identity, opened at `where`, do not belong here.
