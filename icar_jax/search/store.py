@@ -13,7 +13,6 @@ not, nor can scores of another complexity model be compared, so both are refused
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -26,7 +25,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from icar_jax.search import MissingExtra, extra
+from icar_jax.search import extra
+from icar_jax.search.access import LOCK, StoreError, StoreExists, address, is_local, locked, reported
 from icar_jax.search.tables import (
     BAD,
     FORMAT,
@@ -50,19 +50,10 @@ __all__ = [
     "open_store", "vector_column", "vectors",
 ]  # fmt: skip
 
-LOCK = ".lock"
 # Versions of a table that are replaced stay readable for so long, for searches that opened them.
 KEEP_VERSIONS = timedelta(hours=1)
 SMALL_FRAGMENTS = 8  # pieces that small commits leave in a table before it is compacted
 _ATTEMPTS = 8  # of a commit to an object store, where writers meet without a lock
-
-
-class StoreError(ValueError):
-    """A store is missing, damaged, of another format or of another model; the message names it and the fix."""
-
-
-class StoreExists(StoreError):
-    """There is a store already where one was to be made."""
 
 
 class Store:
@@ -137,7 +128,7 @@ class Store:
     @contextmanager
     def commit_lock(self) -> Iterator[None]:
         """Held around a commit: local writers go one after the other. Object stores have no locks, only commits that fail."""
-        with _locked(self.uri):
+        with locked(self.uri):
             yield
 
     def upsert(self, rows: pa.Table) -> np.ndarray:
@@ -291,19 +282,8 @@ class Store:
 
     @contextmanager
     def _reported(self, doing: str) -> Iterator[None]:
-        with _reported(self.uri, doing):
+        with reported(self.uri, doing):
             yield
-
-
-def is_local(uri: str) -> bool:
-    """Whether a store's address is a folder of this machine, not an object store's such as s3://bucket/name."""
-    return "://" not in uri
-
-
-def address(uri: str | os.PathLike) -> str:
-    """The address in full: of a folder its absolute path."""
-    uri = os.fspath(uri)
-    return os.path.abspath(os.path.expanduser(uri)) if is_local(uri) else uri
 
 
 def create(
@@ -321,7 +301,7 @@ def create(
     }  # fmt: skip
     if is_local(uri):
         _require_own_folder(Path(uri))
-    with _locked(uri), _reported(uri, "creating it"):
+    with locked(uri), reported(uri, "creating it"):
         database = lancedb.connect(uri)
         if "meta" in _table_names(database):
             raise StoreExists(f"{uri} is a store already; open it, or choose another address")
@@ -339,7 +319,7 @@ def open_store(uri: str | os.PathLike) -> Store:
     missing = f"there is no store at {uri}; `icar index FOLDER --checkpoint C --store {uri}` makes one"
     if is_local(uri) and not Path(uri).is_dir():
         raise StoreError(missing)
-    with _reported(uri, "opening it"):
+    with reported(uri, "opening it"):
         database = lancedb.connect(uri)
         names = _table_names(database)
         if "meta" not in names:
@@ -368,33 +348,8 @@ def exists(uri: str | os.PathLike) -> bool:
     uri = address(uri)
     if is_local(uri):
         return Path(uri, "meta.lance").is_dir()
-    with _reported(uri, "opening it"):
+    with reported(uri, "opening it"):
         return "meta" in _table_names(extra("lancedb").connect(uri))
-
-
-@contextmanager
-def _locked(uri: str) -> Iterator[None]:
-    """Holds the lock of a local store, waiting for it. Object stores have none: there commits fail where two meet."""
-    if not is_local(uri):
-        yield
-        return
-    descriptor = os.open(Path(uri) / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # ends with the process, however it ends
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _reported(uri: str, doing: str) -> Iterator[None]:
-    """Turns what LanceDB raises into a StoreError that names the store."""
-    try:
-        yield
-    except (StoreError, MissingExtra):
-        raise
-    except (ValueError, RuntimeError, OSError) as error:
-        raise StoreError(f"the store {uri}: {doing} failed: {error}") from error
 
 
 def _require_own_folder(folder: Path) -> None:

@@ -1,0 +1,57 @@
+"""Ways into a store: its address, the lock that local writers take in turn, and errors that name it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from icar_jax.search import MissingExtra
+
+LOCK = ".lock"
+
+
+class StoreError(ValueError):
+    """A store is missing, damaged, of another format or of another model; the message names it and the fix."""
+
+
+class StoreExists(StoreError):
+    """There is a store already where one was to be made."""
+
+
+def is_local(uri: str) -> bool:
+    """Whether a store's address is a folder of this machine, not an object store's such as s3://bucket/name."""
+    return "://" not in uri
+
+
+def address(uri: str | os.PathLike) -> str:
+    """The address in full: of a folder its absolute path."""
+    uri = os.fspath(uri)
+    return os.path.abspath(os.path.expanduser(uri)) if is_local(uri) else uri
+
+
+@contextmanager
+def locked(uri: str) -> Iterator[None]:
+    """Holds the lock of a local store, waiting for it. Object stores have none: there commits fail where two meet."""
+    if not is_local(uri):
+        yield
+        return
+    descriptor = os.open(Path(uri) / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # ends with the process, however it ends
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def reported(uri: str, doing: str) -> Iterator[None]:
+    """Turns what LanceDB raises into a StoreError that names the store."""
+    try:
+        yield
+    except (StoreError, MissingExtra):
+        raise
+    except (ValueError, RuntimeError, OSError) as error:
+        raise StoreError(f"the store {uri}: {doing} failed: {error}") from error
