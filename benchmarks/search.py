@@ -153,8 +153,8 @@ class Gallery:
         paths = np.array([*map(str, chosen), *[""] * len(plain)], object)
         no_paths = np.array([""] * len(plain), object)
         self.backgrounds = {
-            "lift": calibrate(Background(own, paths, temperature), self.nearest, progress=False),
-            "lift, plain captions alone": calibrate(Background(plain, no_paths, temperature), self.nearest, progress=False),
+            "fit": calibrate(Background(own, paths, temperature), self.nearest, progress=False),
+            "fit, plain captions alone": calibrate(Background(plain, no_paths, temperature), self.nearest, progress=False),
         }
 
     def nearest(self, query: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -169,15 +169,23 @@ class Gallery:
         # Against the best of n draws of the query's own cosines, by the extreme-value law of a normal sample.
         expected = np.sqrt(2 * np.log(cosines.shape[1]))
         z = (best - sample.mean(axis=1)) / sample.std(axis=1)
-        lifts = {name: self._lifts(background, queries) for name, background in self.backgrounds.items()}
-        return {"cosine": best, "z against the gallery": (z - expected) * expected} | lifts
+        lift, fit = self._fits(self.backgrounds["fit"], queries)
+        plain = self._fits(self.backgrounds["fit, plain captions alone"], queries)[1]
+        return {
+            "cosine": best, "z against the gallery": (z - expected) * expected, "lift": lift, "fit": fit,
+            "fit, plain captions alone": plain,
+        }  # fmt: skip
 
-    def _lifts(self, background: Background, queries: np.ndarray) -> np.ndarray:
-        def one(query: np.ndarray) -> float:
+    def _fits(self, background: Background, queries: np.ndarray) -> np.ndarray:
+        """[2, queries]: the best lift alone, and the statistic of the search, which is that with the cosine."""
+
+        def one(query: np.ndarray) -> tuple[float, float]:
             embeddings, paths = self.nearest(query)
-            return float(background.lifts(embeddings @ query, embeddings, paths).max())
+            cosines = embeddings @ query
+            lifts = background.lifts(cosines, embeddings, paths)
+            return float(lifts.max()), background.statistic(cosines, lifts)
 
-        return np.array([one(query) for query in queries])
+        return np.array([one(query) for query in queries]).T
 
 
 def embed(bundle: str, scenes: int) -> dict[str, Any]:

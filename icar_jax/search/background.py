@@ -8,9 +8,10 @@ texts does, by the softmax that the model was trained with. For image x, query q
 
 so the score is the model's probability that x goes with q rather than with one of REFERENCE background texts. Everything an
 image (or its exit) does to all texts cancels. The background is a sample of the store's own captions and a list of plain ones.
-A query's statistic is the best lift among its first hits; below a threshold nothing matches. The threshold comes from the
-store: where captions are known, all but MISSED of them find their match, their own image among the candidates; where none
-are, it is the median of the plain captions, of which most collections show few.
+A query's statistic is the best lift + t cos among its first hits: the lift alone tells other subjects best, the cosine alone
+details (docs/search.md measures both). Below a threshold nothing matches. The threshold comes from the store: where captions
+are known, all but MISSED of them find their match, their own image among the candidates; where none are, it is the median of
+the plain captions, of which most collections show few.
 """
 
 from __future__ import annotations
@@ -72,6 +73,10 @@ class Background:
         mean = np.where(counted, np.exp(logits - top), 0.0).sum(axis=0) / np.maximum(1, counted.sum(axis=0))
         return self.temperature * np.asarray(cosines, np.float64) - top - np.log(np.maximum(mean, 1e-30))
 
+    def statistic(self, cosines: np.ndarray, lifts: np.ndarray) -> float:
+        """Of a query, from all that is known of its first TOP hits, of which there is one at least."""
+        return float(np.max((lifts + self.temperature * np.asarray(cosines))[:TOP]))
+
     def score(self, lifts: np.ndarray) -> np.ndarray:
         """lift [n] -> score [n] in (0, 1)."""
         return 1 / (1 + REFERENCE * np.exp(-np.asarray(lifts)))
@@ -88,9 +93,9 @@ def calibrate(background: Background, nearest: Nearest, progress: bool = True) -
     for i, vector in enumerate(tqdm(background.vectors, "Comparing captions", unit="query", disable=not progress, leave=False)):
         embeddings, paths = nearest(vector)
         cosines = np.asarray(embeddings, np.float32) @ np.asarray(vector, np.float32)
-        lift = background.lifts(cosines, embeddings, paths, leave_out=i)
-        if len(lift):
-            (own if background.paths[i] else plain).append(lift.max())
+        if len(paths):
+            lifts = background.lifts(cosines, embeddings, paths, leave_out=i)
+            (own if background.paths[i] else plain).append(background.statistic(cosines, lifts))
     if not plain:
         raise StoreError("a store without images has no background")
     threshold = threshold_of(np.array(own), np.array(plain))

@@ -54,8 +54,8 @@ class Verdict:
 
     Attributes:
         verdict: True where nothing does.
-        statistic: the query's best lift among its first hits (see icar_jax.search.background); None without hits, and for an
-            image as the query: images have a nearest neighbour, and no caption to be true or false.
+        statistic: how well the query fits the best of its first hits (see icar_jax.search.background); None without hits, and
+            for an image as the query: images have a nearest neighbour, and no caption to be true or false.
         threshold: of the statistic, below which the verdict is True; None where it was not asked.
     """
 
@@ -121,7 +121,7 @@ class Searcher:
         background = self._text_background()
         cosines = rows["cosine"].to_numpy()
         lifts = background.lifts(cosines, vectors(rows["vector"]), rows["path"].to_pylist())
-        statistic = float(lifts[:TOP].max())
+        statistic = background.statistic(cosines, lifts)
         verdict = Verdict(statistic < background.threshold, statistic, background.threshold)
         return _result(rows, cosines, background.score(lifts), k, verdict, truncated, start, encoded)
 
