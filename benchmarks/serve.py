@@ -4,7 +4,7 @@
     python benchmarks/serve.py --store STORE --screenshot docs/search_page.png [--query "a red circle"] [--width 1280] [--dark]
 
 Starts the server as a process of its own, on loopback. Each client is a thread with a connection of its own that asks again as
-soon as it has its answer: captions of the store where it holds any, else plain phrases; previews of the store as images. Answers
+soon as it has its answer: captions of the store where it holds any, else plain phrases; previews of it as images. Answers
 that refuse (503) stand in a column of their own. The clients share the machine, and so take processor time from the server.
 `batch` is the mean number of queries that were encoded together. A picture needs Chromium.
 """

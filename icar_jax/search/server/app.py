@@ -136,7 +136,7 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
 
     @api.get(
         "/api/images/{id}", tags=["images"], response_class=Response,
-        responses=_problems(404, 503) | {200: {"content": {"image/*": {}}}, 304: {"description": "As it was."}},
+        responses=_problems(404, 422, 503) | {200: {"content": {"image/*": {}}}, 304: {"description": "As it was."}},
     )  # fmt: skip
     async def image(request: Request, id: ImageId) -> Response:
         """The file, byte for byte as it was indexed."""
