@@ -338,7 +338,8 @@ def open_store(uri: str | os.PathLike) -> Store:
         if isinstance(error, StoreError):
             raise
         raise StoreError(f"the store {uri} is damaged: its table meta holds {rows!r:.200}; index anew") from error
-    if absent := [field.name for field in expected if field not in store.images.schema]:
+    held = {field.name: field.type for field in store.images.schema}
+    if absent := [f"{field.name} ({field.type})" for field in expected if held.get(field.name) != field.type]:
         raise StoreError(f"the store {uri} is damaged: its table images lacks {', '.join(absent)}; index anew")
     return store
 
