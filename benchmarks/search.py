@@ -1,7 +1,7 @@
 """Stores of synthetic vectors at scale, and how well "nothing here matches" tells what is in a gallery from what is not.
 
     python benchmarks/search.py [--quick] [--rows 10000 100000 1000000] [--dims 512 768] [--queries 100] [--exact-queries 20]
-        [--dir DIR] [--json docs/results/search.json]
+        [--kind pq] [--dir DIR] [--json docs/results/search.json]
     python benchmarks/search.py --verdict BUNDLE [--scenes 2500] [--json docs/results/search_verdict.json]
 
 The vectors are unit float16, as embeddings are, and clustered, as collections are: a centre for every 100 rows, drawn on the
@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lancedb.index
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
@@ -38,6 +39,7 @@ from icar_jax.search.plain import PLAIN
 from icar_jax.search.store import Store, create, image_schema, now, vector_column
 
 BATCH = 20_000  # rows a write
+KINDS = {"rq": "IvfRq", "pq": "IvfPq", "sq": "IvfSq", "hnsw": "HnswSq"}
 OTHER_SUBJECTS = (
     "two dogs on a beach", "a red car in the street", "a tax form", "a man riding a horse", "people at a table",
     "a cat on the stairs", "snow on the mountains", "a bowl of rice", "a child with a balloon", "a newspaper",
@@ -99,7 +101,9 @@ def timed(store: Store, queries: np.ndarray, exact: bool) -> tuple[list[set[str]
     return found, {f"p{p}": float(np.percentile(times, p)) for p in (50, 99)}
 
 
-def measure(rows: int, dim: int, queries: int, exact_queries: int, folder: str) -> dict[str, Any]:
+def measure(
+    rows: int, dim: int, queries: int, exact_queries: int, folder: str, kind: str | None = None
+) -> dict[str, Any]:
     """Writes, builds and searches one store; returns a record, sizes in MB and times in s, of queries in ms."""
     clusters = Clusters(rows, dim)
     store = create(folder, {"clip": "0" * 64}, dim, (13, 24), "none")
@@ -112,7 +116,11 @@ def measure(rows: int, dim: int, queries: int, exact_queries: int, folder: str) 
     plain = megabytes(folder, "images.lance")
     truth, exact_ms = timed(store, drawn[:exact_queries], exact=True)
     start = time.perf_counter()
-    store.images.create_index("vector", config=vector_index.config(rows, dim), name=vector_index.NAME)
+    how = vector_index.config(rows, dim)
+    if kind is not None:
+        same = {name: getattr(how, name) for name in ("distance_type", "num_partitions", "sample_rate", "max_iterations")}
+        how = getattr(lancedb.index, KINDS[kind])(**same, **({"num_sub_vectors": dim // 8} if kind == "pq" else {}))
+    store.images.create_index("vector", config=how, name=vector_index.NAME)
     building = time.perf_counter() - start
     found, approximate_ms = timed(store, drawn, exact=False)
     recall = np.mean([len(a & b) / len(a) for a, b in zip(truth, found, strict=False)])
@@ -252,6 +260,7 @@ def main() -> None:
     p.add_argument("--dims", nargs="+", type=int, default=[512, 768])
     p.add_argument("--queries", type=int, default=100)
     p.add_argument("--exact-queries", type=int, default=20)
+    p.add_argument("--kind", choices=sorted(KINDS), help="another kind of index than the one that `icar index` builds")
     p.add_argument("--dir", help="folder for the stores; a temporary one by default. What is made in it is removed")
     p.add_argument("--verdict", metavar="BUNDLE", help="measure the verdict instead, with this bundle")
     p.add_argument("--scenes", type=int, default=2500)
@@ -268,7 +277,7 @@ def main() -> None:
             for rows in args.rows:
                 folder = tempfile.mkdtemp(prefix="search-", dir=args.dir)
                 try:
-                    records.append(measure(rows, dim, args.queries, args.exact_queries, folder))
+                    records.append(measure(rows, dim, args.queries, args.exact_queries, folder, args.kind))
                 finally:
                     shutil.rmtree(folder)
                 print(table(records), flush=True)
@@ -278,8 +287,6 @@ def main() -> None:
 
 def _write(file: str | None, records: list[dict[str, Any]]) -> None:
     if file:
-        import lancedb
-
         about = {"cpus": os.cpu_count(), "lancedb": lancedb.__version__, "runs": records}
         Path(file).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
