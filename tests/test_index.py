@@ -236,7 +236,7 @@ def test_models_that_do_not_belong_are_refused_before_anything_is_read(
     before = open_store(store).versions()
     with pytest.raises(StoreError, match=f"another CLIP.*from {model.path.parent}"):
         index_files(store, ImagePaths([str(pictures)]), other, never)
-    with pytest.raises(StoreError, match="holds no CLIP"):
+    with pytest.raises(IndexingError, match="holds no CLIP"):
         index_files(store, ImagePaths([str(pictures)]), complexity_folder, never)
     assert open_store(store).versions() == before
     # Another bundle of the same two models belongs: all exits share one space.
@@ -247,12 +247,14 @@ def test_models_that_do_not_belong_are_refused_before_anything_is_read(
     assert open_store(store).meta["checkpoint"] == str(again)
 
 
-def test_no_store_is_made_for_nothing(model, store, tmp_path):
+def test_no_store_is_made_for_nothing(model, store, complexity_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(NoImages):
         index(model, tmp_path / "empty", store)
     with pytest.raises(IndexingError, match="pass --checkpoint"):
         index_files(store, ImagePaths([str(tmp_path)]), None, never)
+    with pytest.raises(IndexingError, match="holds no CLIP"):
+        index_files(store, ImagePaths([str(tmp_path)]), complexity_folder, never)
     assert not exists(store)
 
 

@@ -195,6 +195,8 @@ def open_or_create(
     where = os.fspath(checkpoint)
     model = functools.cache(lambda: load(where))
     identity = ckpt.identities(where)
+    if "clip" not in identity:
+        raise IndexingError(f"{where} holds no CLIP model, and so cannot embed images; pass a bundle or a CLIP checkpoint")
 
     def make() -> Store:
         if not stores.exists(uri):
