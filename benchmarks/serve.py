@@ -157,7 +157,7 @@ def main() -> None:
                     f"{row['p50_ms']:8.1f} {row['p90_ms']:8.1f} {row['p99_ms']:8.1f} "
                     f"{'' if row['batch'] is None else format(row['batch'], '6.2f'):>6}", flush=True,
                 )  # fmt: skip
-        compiled = re.search(r"icar_compilations_total (\S+)", client.get("/metrics").text)[1]
+        compiled = re.search(r"^icar_compilations_total (\S+)", client.get("/metrics").text, re.M)[1]
         print(f"programs compiled while searching: {float(compiled):.0f}")
     if not args.quick:
         about = {"images": info["images"], "embed_dim": info["embed_dim"], "cores": os.cpu_count(), "compiled": float(compiled)}
