@@ -53,11 +53,13 @@ def server(store: str, checkpoint: str | None, queue: int) -> Iterator[str]:
 
 def measure(ask: Callable[[httpx.Client, int], httpx.Response], address: str, clients: int, seconds: float) -> dict[str, float]:
     """Milliseconds of the answers (status 200) that `clients` threads got in a while, and how many were refused."""
-    taken, refused, until = [], [], time.perf_counter() + seconds
+    taken, refused, ready = [], [], threading.Barrier(clients + 1)
 
     def run(number: int) -> None:
         with httpx.Client(base_url=address, timeout=120) as client:
-            asked = number
+            client.get("/healthz")  # connects
+            ready.wait()
+            asked, until = number, time.perf_counter() + seconds
             while time.perf_counter() < until:
                 start = time.perf_counter()
                 answer = ask(client, asked)
@@ -71,9 +73,10 @@ def measure(ask: Callable[[httpx.Client, int], httpx.Response], address: str, cl
                 asked += clients
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(clients)]
-    start = time.perf_counter()
     for thread in threads:
         thread.start()
+    ready.wait()
+    start = time.perf_counter()
     for thread in threads:
         thread.join()
     wall = time.perf_counter() - start
