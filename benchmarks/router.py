@@ -147,7 +147,7 @@ def report(r: dict[str, Any]) -> str:
     )
 
 
-def scorer(text: str) -> str:
+def router_name(text: str) -> str:
     """A router by name, 'atto@112'."""
     size, _, side = text.partition("@")
     if f"convnextv2_{size}" not in registry.CONVNEXT or not side.isdecimal() or not 32 <= int(side) <= 224:
@@ -158,7 +158,7 @@ def scorer(text: str) -> str:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     p.add_argument("--towers", nargs="+", choices=sorted(EXITS), default=["vit_b16", "vit_l14"])
-    p.add_argument("--scorers", nargs="+", type=scorer, default=["atto@112", "nano@224"], metavar="SIZE@PIXELS",
+    p.add_argument("--scorers", nargs="+", type=router_name, default=["atto@112", "nano@224"], metavar="SIZE@PIXELS",
                    help="ConvNeXt V2 routers")  # fmt: skip
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--images", type=int, default=128)
