@@ -5,8 +5,8 @@
 
 Trains every router through train.py and configs/complexity.py, for about twenty CPU-minutes each, and evaluates it with
 evaluate.py on 1,000 scenes of `test`. ConvNeXts of 112 pixels start from the same model at 64. Run again, it goes on where it
-was stopped. With --clip there is also a head on that CLIP's first blocks. Small routers see more scenes in their twenty minutes:
-the table says what a router learns for a given cost, not what it could learn.
+was stopped. With --clip there is also a head on that CLIP's first blocks. Small routers see more scenes for their cost:
+the table says what a router learns in a given time, not what it could learn.
 """
 
 from __future__ import annotations
