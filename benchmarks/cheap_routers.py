@@ -42,13 +42,18 @@ class Stage:
     def name(self) -> str:
         return self.argument.replace(",", "-") if not self.flags else "blocks"
 
+    @property
+    def title(self) -> str:
+        variant, _, size = self.argument.partition(",")
+        return f"{variant}@{size or 64}" if not self.flags else "head on two blocks"
+
 
 ROUTERS: dict[str, tuple[Stage, ...]] = {
-    "demo@64": (Stage("demo", 4000),),
-    "atto@112": (Stage("atto", 1000), Stage("atto,112", 150)),
-    "femto@112": (Stage("femto", 700), Stage("femto,112", 100)),
-    "pico@112": (Stage("pico", 450), Stage("pico,112", 70)),
-    "nano@112": (Stage("nano", 280), Stage("nano,112", 40)),
+    "atto": (Stage("atto", 1000), Stage("atto,112", 150)),
+    "femto": (Stage("femto", 700), Stage("femto,112", 100)),
+    "pico": (Stage("pico", 450), Stage("pico,112", 70)),
+    "nano": (Stage("nano", 280), Stage("nano,112", 40)),
+    "demo": (Stage("demo", 4000),),
 }
 HEAD_STEPS = 1500
 
@@ -100,20 +105,23 @@ def evaluate(stage: Stage, folder: Path, quick: bool) -> dict:
     return json.loads(found.read_text(encoding="utf-8"))
 
 
-def measure(name: str, stages: tuple[Stage, ...], folder: Path, quick: bool) -> dict:
-    """One row: quality on held-out scenes with intervals, cost, and the CPU time of the training."""
-    seconds, before = 0.0, None
+def measure(stages: tuple[Stage, ...], folder: Path, quick: bool) -> list[dict]:
+    """A row a stage: quality on held-out scenes with intervals, cost, and the CPU time of the training up to there."""
+    rows, seconds, scenes, before = [], 0.0, 0, None
     for stage in stages:
         workdir = folder / stage.name
         seconds += train(stage, workdir, before, quick)
+        scenes += BATCH * (4 if quick else stage.steps)
         before = workdir
-    metrics = evaluate(stages[-1], before, quick)
+        rows.append({"router": stage.title, "scenes_seen": scenes, "training_cpu_s": seconds, **quality(stage, workdir, quick)})
+    return rows
+
+
+def quality(stage: Stage, workdir: Path, quick: bool) -> dict:
+    metrics = evaluate(stage, workdir, quick)
     model, cost = metrics["runs"]["model"], metrics["cost"]["model"]
     added = cost.get("routing_flops", cost["flops_per_image"]) / cost["flops_per_image"]  # of a head on the tower's own blocks
     return {
-        "router": name,
-        "scenes_seen": BATCH * sum(4 if quick else stage.steps for stage in stages),
-        "training_cpu_s": seconds,
         "images": metrics["images"],
         **{metric: model[metric] for metric in ("pcc", "srcc", "rmse")},
         "margin": metrics["margin"],
@@ -183,21 +191,22 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--workdir", type=Path, required=True, help="folder of the runs")
     p.add_argument("--clip", help="workdir or checkpoint of a CLIP of 64 pixels, for a head on its first blocks")
-    p.add_argument("--only", nargs="+", choices=[name.split("@")[0] for name in ROUTERS], help="some of the ConvNeXts")
+    p.add_argument("--only", nargs="+", choices=list(ROUTERS), help="some of the ConvNeXts")
     p.add_argument("--speed", type=Path, help="what benchmarks/complexity.py --tower --json wrote, for the share of wall time")
     p.add_argument("--quick", action="store_true", help="four steps and 100 scenes each, to see that it runs")
     p.add_argument("--json", type=Path)
     p.add_argument("--figure")
     args = p.parse_args()
-    routers = {name: stages for name, stages in ROUTERS.items() if not args.only or name.split("@")[0] in args.only}
+    routers = [stages for name, stages in ROUTERS.items() if not args.only or name in args.only]
     if args.clip:
-        routers["head on two blocks"] = (head(args.clip),)
+        routers.append((head(args.clip),))
     shares = wall_shares(args.speed)
     args.workdir.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name, stages in routers.items():
-        row = measure(name, stages, args.workdir, args.quick)
-        rows.append(row | ({"wall_share_of_vit_l14": shares[name]} if name in shares else {}))
+    for stages in routers:
+        for row in measure(stages, args.workdir, args.quick):
+            share = shares.get(row["router"])
+            rows.append(row if share is None else row | {"wall_share_of_vit_l14": share})
     print_table(rows)
     if args.figure:
         draw(rows, args.figure)
