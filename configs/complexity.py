@@ -3,7 +3,7 @@
     python train.py --config=configs/complexity.py:demo --workdir=workdir/complexity
     python train.py --config=configs/complexity.py:atto,112 --workdir=workdir/atto112 --config.train.init=workdir/atto
 
-Variants by size: demo, atto, femto, pico, nano, tiny (ConvNeXt V2, from scratch). Two CPU cores train demo in about twelve
+Variants by size: demo, atto, femto, pico, nano, tiny (ConvNeXt V2, from scratch). Two CPU cores train demo in about twenty
 minutes; the larger ones want an accelerator, or the few steps of benchmarks/cheap_routers.py. A size above 64 pixels learns
 fastest from the weights of the small one. The best model by PCC on `val` is kept; evaluate.py reports on `test`.
 """
@@ -27,7 +27,7 @@ def get_config(argument: str = "demo") -> ExperimentConfig:
         data=DataConfig(source="scenes", scenes_pixels=pixels, normalise="imagenet"),
         optim=OptimConfig(lr=1e-3, warmup_steps=100),
         train=TrainConfig(
-            steps=4000,
+            steps=7000 if variant == "demo" else 4000,
             batch_size=64,
             dtype="float32" if variant == "demo" else "bfloat16",
             eval_every=500,
