@@ -141,7 +141,7 @@ def print_table(rows: list[dict]) -> None:
         )
         table.add_row(
             row["router"], f"{pcc['value']:.3f}", f"{pcc['low']:.3f} to {pcc['high']:.3f}", f"{margin['value']:+.3f}",
-            f"{worst[0]:.3f} ({worst[1]})", f"{row['flops_share_of_vit_l14']:.2%}", "-" if wall is None else f"{wall:.1%}",
+            f"{worst[0]:.3f} ({worst[1]})", f"{100 * row['flops_share_of_vit_l14']:.2g}%", "-" if wall is None else f"{100 * wall:.2g}%",
             f"{row['scenes_seen']:,}",
         )  # fmt: skip
     Console(width=150).print(table)
