@@ -133,6 +133,7 @@ def print_table(rows: list[dict]) -> None:
         table.add_column(title, justify="right")
     for row in rows:
         pcc, margin, wall = row["pcc"], row["margin"], row.get("wall_share_of_vit_l14")
+        percent = lambda share: "-" if share is None else f"{100 * share:.2g}%"
         worst = min(
             (part["model"]["value"], f"{kind} {level}")
             for kind, levels in row["nuisance_pcc"].items()
@@ -141,7 +142,7 @@ def print_table(rows: list[dict]) -> None:
         )
         table.add_row(
             row["router"], f"{pcc['value']:.3f}", f"{pcc['low']:.3f} to {pcc['high']:.3f}", f"{margin['value']:+.3f}",
-            f"{worst[0]:.3f} ({worst[1]})", f"{100 * row['flops_share_of_vit_l14']:.2g}%", "-" if wall is None else f"{100 * wall:.2g}%",
+            f"{worst[0]:.3f} ({worst[1]})", percent(row["flops_share_of_vit_l14"]), percent(wall),
             f"{row['scenes_seen']:,}",
         )  # fmt: skip
     Console(width=150).print(table)
