@@ -90,6 +90,8 @@ def _calibrate(args: argparse.Namespace) -> None:
     if args.plot and args.max_recall_drop is None:
         raise cfg.ConfigError("--plot draws what --max-recall-drop tried; leave it out")
     source, data, boundary = _calibration_images(args, folder)
+    if args.labels and (note := _seen_in_training(args, folder, source)):
+        print(note)
     description = calibrate(
         folder, source, budget=args.budget, shares=args.share, metric=args.metric, max_recall_drop=args.max_recall_drop,
         cost=args.cost, boundary=boundary, batch_size=args.batch_size, loading=sources.loading(data) if data else None,
@@ -145,6 +147,25 @@ def _calibration_images(args: argparse.Namespace, folder: Path):
     if boundary is None and config.task == "complexity":
         boundary = config.complexity.threshold  # what the classifier was trained with
     return sources.calibration_source(config.data), config.data, boundary
+
+
+def _seen_in_training(args: argparse.Namespace, folder: Path, source) -> str:
+    """Says how many of the labelled images the complexity model was trained on, where a workdir tells; else ''."""
+    from icar_jax.data.splits import record_names
+
+    for path in {Path(args.checkpoint), folder.parent}:
+        if not ((path / workdir.CONFIG).is_file() and (path / workdir.SPLITS).is_file()):
+            continue
+        names, root = workdir.trained_on(path)
+        seen = sum(name in names for name in record_names(source))
+        if seen:
+            same = Path(root).expanduser().resolve() == Path(args.root).expanduser().resolve()
+            are = "are images" if same else "have the names of images"
+            return (
+                f"Note: {seen} of {len(source)} images {are} that the model was trained on ({path / workdir.SPLITS}); "
+                f"{'' if same else 'if they are the same, '}a threshold looks better on them than on other images"
+            )
+    return ""
 
 
 def _add_describe(commands) -> None:
