@@ -107,6 +107,18 @@ def test_nothing_compiles_after_warm_up(model):
     assert compiled() == 0
 
 
+def test_embedding_compiles_what_it_runs_and_no_more(bundle):
+    fresh = icar_jax.load(bundle, batch_size=8)
+    fresh.warm_up_embed()
+    with count_compilations() as compiled:
+        fresh.route(pictures(21))
+        fresh.route(pictures(2, seed=1))
+    assert compiled() == 0
+    assert fresh.scorer.forward._jitted._cache_size() == 0, "routing takes its scores from the shared tokens"
+    fresh.warm_up()
+    assert fresh.scorer.forward._jitted._cache_size() == len(fresh.scorer.forward.buckets)
+
+
 def test_bfloat16_follows_float32(bundle, model):
     images = pictures(16, seed=9)
     low = icar_jax.load(bundle, batch_size=8, dtype="bfloat16")

@@ -239,7 +239,7 @@ class Model:
             self.warm_up_embed(exit)
         if self.thresholds is not None:
             self.warm_up_embed()
-        elif self.scorer is not None:
+        if self.scorer is not None:
             self.scorer.warm_up()
         if self.clip is not None:
             self._text.warm_up((self.clip.arch.text.context_length,), np.int32)
@@ -254,7 +254,7 @@ class Model:
         if not self._shares_tower:
             for tower in self.towers.values():
                 tower.warm_up((side, side, 3), np.uint8)
-        self.scorer.warm_up()
+            self.scorer.warm_up()
 
     def _need_bundle(self) -> None:
         if self.thresholds is None:
