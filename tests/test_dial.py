@@ -64,8 +64,12 @@ def test_a_bound_that_allows_everything_takes_the_first_exit(bundle, capsys):
     assert found["exit_alone"]["exit"] == 1, "without a router that costs less"
     assert (bundle.parent / "bundle_frontier.png").is_file()
     from icar_jax.evaluation.calibration import costs_of
-    from icar_jax.evaluation.calibration_table import sentences
+    from icar_jax.evaluation.calibration_table import print_calibration, sentences
 
+    capsys.readouterr()
+    print_calibration(checkpoint.describe(bundle), costs_of(bundle))
+    rows = [line.split("│")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [(exit.strip(), scores.strip()) for exit, scores in rows[-3:]] == [("1", "all"), ("2", "none"), ("3", "none")]
     lines = " ".join(sentences(found, costs_of(bundle)))
     assert "exits not used: 2, 3" in lines and "so it is optimistic" in lines and "routing gains nothing here" in lines
 

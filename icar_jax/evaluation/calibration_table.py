@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from icar_jax.evaluation.table import print_sentences
-from icar_jax.inference.budgets import Costs
+from icar_jax.inference.budgets import ABOVE_ALL, BELOW_ALL, Costs
 
 
 def print_calibration(description: Mapping[str, Any], costs: Costs | None, console: Console | None = None) -> None:
@@ -108,8 +108,11 @@ def _classifier(threshold: float, found: Mapping[str, Any]) -> Table:
 
 
 def _range(low: float | None, high: float | None) -> str:
-    parts = [f"above {low:.4f}"] if low is not None else []
-    return ", ".join([*parts, *([f"to {high:.4f}"] if high is not None else [])])
+    if low is not None and low >= ABOVE_ALL or high is not None and high <= BELOW_ALL:
+        return "none"
+    parts = [f"above {low:.4f}"] if low is not None and low > BELOW_ALL else []
+    parts += [f"to {high:.4f}"] if high is not None and high < ABOVE_ALL else []
+    return ", ".join(parts) or "all"
 
 
 def _percent(share: float) -> str:
