@@ -130,7 +130,6 @@ class Runs:
         if any(self.gallery.labels):
             precise = category.precisions(own.by_exit[exit], own.texts, own.caption_image, self.gallery.labels, **given)
         self.add("static", [(found, precise)], float(vision_flops(static.model.clip.arch.vision)), {str(exit): 1.0})
-        self.records["static"]["images_per_s"] = timing.static_speed(static.model, own.sample)
 
     @property
     def asked(self) -> tuple[np.ndarray, np.ndarray]:
@@ -190,7 +189,10 @@ def measure(
     texts = [caption for group in gallery.captions for caption in group]
     n = len(gallery.sample.clip)
     where = timing.split(model, gallery.sample, source, texts, gallery.exits[:n] if gallery.exits is not None else None)
-    speed = timing.measure(model, gallery.sample, gallery.exits[:n] if gallery.exits is not None else None, settings)
+    speed = timing.measure(
+        model, gallery.sample, gallery.exits[:n] if gallery.exits is not None else None, settings,
+        (static.model, static.gallery.sample) if static is not None else None,
+    )  # fmt: skip
     runs = Runs(config, model, gallery, far)
     for exit in reversed(model.exits):
         name = "full" if exit == model.exits[-1] else f"exit_{exit}"
@@ -206,10 +208,10 @@ def measure(
         runs.add_random(taken)
     if len(model.exits) > 1:
         runs.add_oracles(taken)
-    for name, value in speed.items():
-        runs.records[name]["images_per_s"] = value
     if static is not None:
         runs.add_static(static)
+    for name, value in speed.items():
+        runs.records[name]["images_per_s"] = value
     comparisons = runs.compare()
     metrics: dict[str, Any] = {
         "runs": runs.records,
