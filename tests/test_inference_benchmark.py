@@ -6,6 +6,7 @@ Law: 1e-5 in float32 on small shapes, drawn weights.
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -56,8 +57,9 @@ def test_both_sides_score_the_same():
     from icar_jax.models.pixels import normalise
 
     pixels = SMALL.parts[0]
-    images = normalise(jnp.asarray(pixels), inference.ICC_MEAN, inference.ICC_STD)
-    ours = np.asarray(Complexity(SMALL.scorer).score(SMALL.params["scorer"], images))
+    images = lambda pixels: normalise(pixels, inference.ICC_MEAN, inference.ICC_STD)
+    score = jax.jit(lambda params, pixels: Complexity(SMALL.scorer).score(params, images(pixels)))
+    ours = np.asarray(score(SMALL.params["scorer"], pixels))
     module = torch_towers.load(torch_towers.Complexity(SMALL.scorer.backbone), SMALL.params["scorer"])
     with torch.inference_mode():
         theirs = module(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255).numpy()
