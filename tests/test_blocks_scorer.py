@@ -299,23 +299,23 @@ def test_evaluation_routes_by_the_towers_own_tokens_among_distractors_beside_a_s
         root = tmp_path / head
         config = tiny_run(clip_folder, root)
         config.eval.complexity = str(write_scorer(root / "scorer", clip_folder, 1, head))
-        config.eval.static, config.eval.budgets = str(clip_folder), (0.7,)
+        config.eval.static, config.eval.budgets = str(clip_folder), (0.85,)
         config.eval.distractors = DistractorConfig("scenes", split="test", size=25)
         found = evaluate(config, root)
         runs = found["runs"]
-        assert set(runs) == {"full", "exit_1", "exit_2", "static", "routed", "budget_0.7", "random", "oracle", "lossless"}
+        assert set(runs) == {"full", "exit_1", "exit_2", "static", "routed", "budget_0.85", "random", "oracle", "lossless"}
         assert found["gallery"]["images"] == 55 and found["gallery"]["distractors"] == "scenes/test"
         for key in ("text_to_image", "image_to_text", "flops_per_image", "share", "retention", "intervals"):
             assert runs["static"][key] == runs["full"][key], key
         assert runs["static"]["images_per_s"] > 0
-        assert runs["random"]["flops_per_image"] < runs["routed"]["flops_per_image"] < 1.001 * runs["random"]["flops_per_image"]
-        assert found["timing"]["router_ms"] is None and runs["budget_0.7"]["found"]["cost"] <= 0.7
+        apart = runs["routed"]["flops_per_image"] - runs["random"]["flops_per_image"]
+        assert apart == pytest.approx(found["routing"]["router_flops"]) and apart > 0, "the head alone: the blocks are shared"
+        assert found["timing"]["router_ms"] >= 0 and runs["budget_0.85"]["found"]["cost"] <= 0.85
         page = (root / "report" / "index.html").read_text()
         assert "a smaller model" in page and "scenes/test as distractors" in page
         bundle = root / "bundle"
         for how in (
-            {"budget": 0.8}, {"budget": 0.9, "cost": "measured"}, {"shares": (0.2, 0.5)},
-            {"max_recall_drop": 5.0, "plot": root / "frontier.png"},
+            {"budget": 0.9}, {"shares": (0.2, 0.5)}, {"max_recall_drop": 5.0, "plot": root / "frontier.png"},
         ):  # fmt: skip
             said = calibrate(bundle, Scenes("calibration", 40), batch_size=8, **how)["routing"]["found"]
             assert said["images"] == 40 and sum(said["reached"].values()) == pytest.approx(1)

@@ -95,9 +95,10 @@ def measured_costs(model: Model, sample: Sample) -> Costs:
 def split(model: Model, sample: Sample, source: Source, texts: Sequence[str], exits: np.ndarray | None) -> dict[str, Any]:
     """Where the time of an evaluation goes, apart from one another.
 
-    Returns milliseconds per image 'decode_ms' and 'preprocess_ms' (one thread), 'router_ms' (score alone; None without or
-    where it is a head on the tower) and 'tower_ms' {exit -> ms}; 'text_ms' per caption; 'padding' of the routed sample:
-    'rows' computed and thrown away, their 'share' of all rows, and the 'ms' per image that they take. Compilation is left out.
+    Returns milliseconds per image 'decode_ms' and 'preprocess_ms' (one thread), 'router_ms' (score alone; None without, and
+    where it is a head on the tower, of which `measured_costs` tells what it adds) and 'tower_ms' {exit -> ms}; 'text_ms' per
+    caption; 'padding' of the routed sample: 'rows' computed and thrown away, their 'share' of all rows, and the 'ms' per image
+    that they take. Compilation is left out.
     """
     model.warm_up()
     towers = {str(e): lambda e=e: model.towers[e](sample.clip) for e in model.exits}
