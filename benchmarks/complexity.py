@@ -160,14 +160,15 @@ def measure_all(batch: int, repeats: int, tower: bool, quick: bool) -> list[dict
 def print_table(rows: list[dict]) -> None:
     columns = ["jax f32", "jax bf16", *(f"timm {mode}" for mode in torch_complexity.MODES)]
     short = [c.replace("channels_last", "cl") for c in columns]
-    titles = f"{'x timm bf16':>12}{'x timm f32':>11}{'FLOPs':>8}{'wall':>7}"
+    titles = f"{'x timm bf16':>12}{'x timm f32':>11}{'FLOPs':>8}{'wall':>8}"
     print(f"{'images/s':<26}" + "".join(f"{c:>13}" for c in short) + titles)
     number = lambda value, width, digits: f"{value:{width}.{digits}f}" if value is not None else f"{'-':>{width}}"
     for row in rows:
         line = f"{row['model']:<26}" + "".join(number(row["images_per_s"].get(c), 13, 1) for c in columns)
         line += number(row.get("best_to_timm_bf16"), 12, 2) + number(row.get("best_to_timm_f32"), 11, 2)
         wall = row.get("wall_share_of_vit_l14")
-        print(line + f"{row['flops_share_of_vit_l14']:8.2%}" + (f"{wall:7.1%}" if wall is not None else f"{'-':>7}"))
+        percent = lambda share: "-" if share is None else f"{100 * share:.2g}%"
+        print(line + f"{percent(row['flops_share_of_vit_l14']):>8}{percent(wall):>8}")
 
 
 def main() -> None:
