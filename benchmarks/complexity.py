@@ -28,11 +28,14 @@ from icar_jax.models.blocks_scorer import BlocksArch, BlocksScorer
 from icar_jax.models.clip import Clip
 from icar_jax.models.complexity import Complexity, ComplexityArch
 from icar_jax.models.flops import router_flops, vision_flops
+from icar_jax.models.host import jit_for_host
 
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 CONVNEXTS = (
-    ("tiny", 224), ("nano", 224), ("nano", 512), ("pico", 224), ("femto", 224), ("atto", 224), ("atto", 160), ("atto", 112),
+    ("tiny", 224), ("nano", 224), ("nano", 512), ("pico", 224), ("femto", 224), ("atto", 224), ("nano", 112), ("pico", 112),
+    ("femto", 112), ("atto", 112), ("atto", 64), ("demo", 64),
 )  # fmt: skip
+TIMM = [size for size in registry.CONVNEXT if not size.endswith("_demo")]  # timm has no model of the demo's size
 HEADS = (("vit_l14", 2), ("vit_l14", 4), ("vit_b16", 2), ("vit_b16", 4))
 TOWER = registry.CLIP["vit_l14"].vision
 TOWER_BATCH = 2
@@ -50,7 +53,7 @@ class Case:
 
 def compiled(function: Callable, *args) -> Callable[[], object]:
     """A function of no arguments that runs the compiled one and waits for it."""
-    run = jax.jit(function).lower(*args).compile()
+    run = jit_for_host(function).lower(*args).compile()
     return lambda: jax.block_until_ready(run(*args))
 
 
@@ -69,7 +72,7 @@ def convnext_case(size: str, side: int, batch: int, with_torch: bool) -> Case:
         return compiled(lambda p, x: model.score(p, x, dtype), params, jnp.asarray(images))
 
     runs = {f"jax {key}": lambda dtype=dtype: ours(dtype) for key, dtype in DTYPES.items()}
-    if with_torch:
+    if with_torch and name in TIMM:
         for mode in torch_complexity.MODES:
             runs[f"timm {mode}"] = lambda mode=mode: torch_complexity.make_forward(name, images, mode)
     return Case(f"{size}@{side}", batch, router_flops(arch) / vision_flops(TOWER), runs)
@@ -141,7 +144,7 @@ def measure_all(batch: int, repeats: int, tower: bool, quick: bool) -> list[dict
     except ImportError as error:
         print(f"without the PyTorch rows: {error}")
         with_torch = False
-    sizes = CONVNEXTS[-1:] if quick else CONVNEXTS
+    sizes = CONVNEXTS[-2:] if quick else CONVNEXTS
     cases = [convnext_case(size, side, max(1, batch * 224**2 // max(224, side) ** 2), with_torch) for size, side in sizes]
     cases += [head_case(variant, blocks, batch) for variant, blocks in (HEADS[-1:] if quick else HEADS)]
     rows = [measure(case, repeats) for case in tqdm(cases, desc="models", unit="model")]
@@ -157,19 +160,20 @@ def measure_all(batch: int, repeats: int, tower: bool, quick: bool) -> list[dict
 def print_table(rows: list[dict]) -> None:
     columns = ["jax f32", "jax bf16", *(f"timm {mode}" for mode in torch_complexity.MODES)]
     short = [c.replace("channels_last", "cl") for c in columns]
-    titles = f"{'x timm bf16':>12}{'x timm f32':>11}{'FLOPs':>8}{'wall':>7}"
+    titles = f"{'x timm bf16':>12}{'x timm f32':>11}{'FLOPs':>8}{'wall':>8}"
     print(f"{'images/s':<26}" + "".join(f"{c:>13}" for c in short) + titles)
     number = lambda value, width, digits: f"{value:{width}.{digits}f}" if value is not None else f"{'-':>{width}}"
     for row in rows:
         line = f"{row['model']:<26}" + "".join(number(row["images_per_s"].get(c), 13, 1) for c in columns)
         line += number(row.get("best_to_timm_bf16"), 12, 2) + number(row.get("best_to_timm_f32"), 11, 2)
         wall = row.get("wall_share_of_vit_l14")
-        print(line + f"{row['flops_share_of_vit_l14']:8.2%}" + (f"{wall:7.1%}" if wall is not None else f"{'-':>7}"))
+        percent = lambda share: "-" if share is None else f"{100 * share:.2g}%"
+        print(line + f"{percent(row['flops_share_of_vit_l14']):>8}{percent(wall):>8}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the smallest ConvNeXt and one head, two repeats")
+    parser.add_argument("--quick", action="store_true", help="the smallest ConvNeXts and one head, two repeats")
     parser.add_argument("--batch", type=int, default=8, help="images of 224 pixels; larger images come in smaller batches")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tower", action="store_true", help="time ViT-L/14's image tower too")

@@ -3,7 +3,8 @@
     python benchmarks/explain.py --checkpoint WORKDIR [--images 128] [--json out.json] [--figure out.png]
 
 CHECKPOINT is a complexity model that was trained on scenes, as by `train.py --config=configs/demo.py:complexity`. Prints lines
-for each stage and both ways of filling deleted pixels. The figure shows the default stage over the share of deleted pixels.
+for each stage (of a head on the blocks of a CLIP: for its patches) and both ways of filling deleted pixels. The figure shows
+the default stage over the share of deleted pixels.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 import icar_jax
 from icar_jax import workdir
 from icar_jax.evaluation import deletion, figures
+from icar_jax.models.blocks_scorer import BlocksScorer
 from icar_jax.models.complexity import MAP_STAGE, MAP_STAGES
 
 SHARES = (0.05, 0.1, 0.2, 0.4)
@@ -49,8 +51,12 @@ def draw(record: dict, path: str) -> None:
     axes[0].set_ylabel("fall of the score (95% interval)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8.5)
-    figure.suptitle(f"Deletion test on {record['images']} scenes, maps of stage {record['default_stage']}", fontsize=10.5)
+    figure.suptitle(f"Deletion test on {record['images']} scenes, maps of {_called(record['default_stage'])}", fontsize=10.5)
     figures.save(figure, path)
+
+
+def _called(stage: str) -> str:
+    return "patches" if stage == "None" else f"stage {stage}"
 
 
 def main() -> None:
@@ -61,19 +67,21 @@ def main() -> None:
     p.add_argument("--figure")
     args = p.parse_args()
     model = icar_jax.load(args.checkpoint, batch_size=64)
-    record = deletion.measure(model, images=args.images, stages=MAP_STAGES)
+    patches = isinstance(model.scorer.complexity, BlocksScorer)
+    stages, default = ((None,), None) if patches else (MAP_STAGES, MAP_STAGE)
+    record = deletion.measure(model, images=args.images, stages=stages)
     print(f"{args.images} scenes of {record['pixels']} pixels, PCC {record['pcc']:.3f}; the fall of the score, 20% deleted")
     for stage, found in record["stages"].items():
         for fill, by_share in found["deletion"].items():
             orders = "  ".join(f"{order} {by_share['0.2'][order]['value']:+.3f}" for order in deletion.ORDERS)
-            print(f"stage {stage}  {fill:10}  {orders}")
+            print(f"{_called(stage)}  {fill:10}  {orders}")
         mass = found["mass"]["objects"]
         inside, area = mass["inside"]["value"], mass["area"]["value"]
-        print(f"stage {stage}  of the map inside the objects' boxes {inside:.2f}, of the area {area:.2f}")
-    record["default_stage"], record["model"] = MAP_STAGE, dataclasses.asdict(model.scorer.complexity.arch)
+        print(f"{_called(stage)}  of the map inside the objects' boxes {inside:.2f}, of the area {area:.2f}")
+    record["default_stage"], record["model"] = str(default), dataclasses.asdict(model.scorer.complexity.arch)
     if args.figure:
-        more = deletion.measure(model, images=args.images, stages=(MAP_STAGE,), shares=SHARES)
-        record["curve"] = more["stages"][str(MAP_STAGE)]["deletion"]
+        more = deletion.measure(model, images=args.images, stages=(default,), shares=SHARES)
+        record["curve"] = more["stages"][str(default)]["deletion"]
         draw(record, args.figure)
     if args.json:
         workdir.write_text(Path(args.json), json.dumps(record, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Routed images per second against full depth, and against what the counted FLOPs of towers and router allow.
 
     python benchmarks/router.py [--quick] [--towers vit_b16 vit_l14] [--batch 16] [--images 128] [--repeats 3]
-        [--dtype bfloat16] [--scorer convnextv2_nano] [--json docs/results/router.json]
+        [--dtype float32] [--scorers atto@112 nano@224] [--json docs/results/router.json]
 
 Random weights, prepared pixels in memory, one early exit (after 6 of 12 blocks, 13 of 24). The complexity model runs, but drawn
 scores replace its own, which random weights make all alike; half the images leave early. Everything is compiled first. The ways
@@ -59,9 +59,10 @@ def in_turns(runs: dict[str, Callable[[], Routed]], repeats: int, title: str) ->
 
 
 def measure(name: str, scorer_name: str, batch: int, images: int, repeats: int, dtype: Any) -> dict[str, Any]:
-    """Times one tower; returns a record of speeds in images/s, speed-ups and efficiencies."""
+    """Times one tower with one router, 'atto@112'; returns a record of speeds in images/s, speed-ups and efficiencies."""
     arch = registry.clip_arch(ClipConfig(variant=name, exits=(EXITS[name],)))
-    scorer_arch = ComplexityArch(registry.CONVNEXT[scorer_name], "regression", 224)
+    size, _, scorer_side = scorer_name.partition("@")
+    scorer_arch = ComplexityArch(registry.CONVNEXT[f"convnextv2_{size}"], "regression", int(scorer_side))
     clip, scorer = Clip(arch), Complexity(scorer_arch)
     params, scorer_params = drawn(clip.shapes()), drawn(scorer.shapes())
     early, full = arch.vision.all_exits
@@ -81,10 +82,14 @@ def measure(name: str, scorer_name: str, batch: int, images: int, repeats: int, 
     side, dim = arch.vision.image_size, arch.vision.embed_dim
     rng = np.random.default_rng(1)
     pixels = rng.integers(0, 256, (images, side, side, 3), dtype=np.uint8)
-    parts = [pixels[i : i + batch] for i in range(0, images, batch)]
-    batches = [(part, part) for part in parts]
-    for forward in (*towers.values(), score):
+    batches = [
+        (part, np.ascontiguousarray(part[:, : scorer_arch.image_size, : scorer_arch.image_size]))
+        for part in (pixels[i : i + batch] for i in range(0, images, batch))
+    ]
+    parts = [part for _, part in batches]
+    for forward in towers.values():
         forward.warm_up((side, side, 3), np.uint8)
+    score.warm_up(parts[0].shape[1:], np.uint8)
     router = Router(towers, score, (float(np.median(np.concatenate([score(part) for part in parts]))),), batch)
 
     def scores() -> None:
@@ -99,7 +104,7 @@ def measure(name: str, scorer_name: str, batch: int, images: int, repeats: int, 
             "routed": lambda: router.embed(batches, dim),
         },
         repeats,
-        name,
+        f"{name}, {scorer_name}",
     )
     seconds = {run: taken for run, (taken, _) in best.items()}
     routed = best["routed"][1]
@@ -142,23 +147,34 @@ def report(r: dict[str, Any]) -> str:
     )
 
 
+def router_name(text: str) -> str:
+    """A router by name, 'atto@112'."""
+    size, _, side = text.partition("@")
+    if f"convnextv2_{size}" not in registry.CONVNEXT or not side.isdecimal() or not 32 <= int(side) <= 224:
+        raise argparse.ArgumentTypeError(f"expected a size of ConvNeXt and 32 to 224 pixels, as atto@112, found {text!r}")
+    return text
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     p.add_argument("--towers", nargs="+", choices=sorted(EXITS), default=["vit_b16", "vit_l14"])
-    p.add_argument("--scorer", choices=sorted(registry.CONVNEXT), default="convnextv2_nano")
+    p.add_argument("--scorers", nargs="+", type=router_name, default=["atto@112", "nano@224"], metavar="SIZE@PIXELS",
+                   help="ConvNeXt V2 routers")  # fmt: skip
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--images", type=int, default=128)
     p.add_argument("--repeats", type=int, default=3)
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16, but float32 on CPU")
     p.add_argument("--quick", action="store_true", help="ViT-B/32, two batches: whether it runs")
     p.add_argument("--json")
     args = p.parse_args()
     if args.quick:
-        args.towers, args.batch, args.images, args.repeats = ["vit_b32"], 8, 32, 1
+        args.towers, args.scorers, args.batch, args.images, args.repeats = ["vit_b32"], ["atto@112"], 8, 32, 1
+    dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     records = []
     for name in args.towers:
-        records.append(measure(name, args.scorer, args.batch, args.images, args.repeats, jnp.dtype(args.dtype)))
-        print(report(records[-1]), flush=True)
+        for scorer in args.scorers:
+            records.append(measure(name, scorer, args.batch, args.images, args.repeats, dtype))
+            print(report(records[-1]), flush=True)
     if args.json:
         about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "runs": records}
         Path(args.json).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

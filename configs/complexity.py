@@ -1,34 +1,39 @@
-"""ConvNeXt-IC on `scenes`, whose complexity is known, drawn at 128 pixels.
+"""ConvNeXt-IC on `scenes`, whose complexity is known, at 64 pixels or, after a comma, at another size.
 
-    python train.py --config=configs/complexity.py:atto --workdir=workdir/complexity
+    python train.py --config=configs/complexity.py:demo --workdir=workdir/complexity
+    python train.py --config=configs/complexity.py:atto,112 --workdir=workdir/atto112 --config.train.init=workdir/atto
 
-Variants by size: demo, atto, femto, pico, nano, tiny (ConvNeXt V2, from scratch). Two CPU cores train demo or atto in about ten
-minutes; the larger ones want an accelerator. The best model by PCC on `val` is kept; evaluate.py reports on `test`.
+Variants by size: demo, atto, femto, pico, nano, tiny (ConvNeXt V2, from scratch). Two CPU cores train demo in about twenty
+minutes; the larger ones want an accelerator, or the few steps of benchmarks/cheap_routers.py. A size above 64 pixels learns
+fastest from the weights of the small one. The best model by PCC on `val` is kept; evaluate.py reports on `test`.
 """
 
 from icar_jax.config import ComplexityConfig, ConfigError, DataConfig, EvalConfig, ExperimentConfig, OptimConfig, TrainConfig
 
 ARGUMENTS = ("demo", "atto", "femto", "pico", "nano", "tiny")
-PIXELS = 128
-STEPS = {"demo": 3000, "atto": 750}  # the others: LONGER
-LONGER = 4000
+PIXELS = 64
 
 
-def get_config(variant: str = "atto") -> ExperimentConfig:
-    if variant not in ARGUMENTS:
-        raise ConfigError(f"configs/complexity.py:{variant}: unknown; use one of {', '.join(ARGUMENTS)}")
+def get_config(argument: str = "demo") -> ExperimentConfig:
+    variant, _, size = argument.partition(",")
+    if variant not in ARGUMENTS or (size and not size.isdecimal()):
+        raise ConfigError(
+            f"configs/complexity.py:{argument}: unknown; use one of {', '.join(ARGUMENTS)}, or one with its pixels: atto,112"
+        )
+    pixels = int(size or PIXELS)
     return ExperimentConfig(
         task="complexity",
-        complexity=ComplexityConfig(variant=f"convnextv2_{variant}", head="regression", image_size=PIXELS, dropout=0.0),
-        data=DataConfig(source="scenes", scenes_pixels=PIXELS, normalise="imagenet"),
-        optim=OptimConfig(lr=1e-3, b2=0.999, warmup_steps=100),
+        complexity=ComplexityConfig(variant=f"convnextv2_{variant}", head="regression", image_size=pixels, dropout=0.0),
+        data=DataConfig(source="scenes", scenes_pixels=pixels, normalise="imagenet"),
+        optim=OptimConfig(lr=1e-3, warmup_steps=100),
         train=TrainConfig(
-            steps=STEPS.get(variant, LONGER),
-            batch_size=32,
-            eval_every=250,
+            steps=7000 if variant == "demo" else 4000,
+            batch_size=64,
+            dtype="float32" if variant == "demo" else "bfloat16",
+            eval_every=500,
             eval_split="val",
             keep_best=True,
-            checkpoint_every=250,
+            checkpoint_every=500,
         ),
         eval=EvalConfig(split="test", size=1000),
     )

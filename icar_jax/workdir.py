@@ -19,7 +19,7 @@ from typing import Any
 
 from icar_jax.config import ConfigError, ExperimentConfig, from_dict, to_json
 
-CONFIG, DATA, CHECKPOINTS, TOKEN = "config.json", "data.json", "checkpoints", ".processes"
+CONFIG, DATA, SPLITS, CHECKPOINTS, TOKEN = "config.json", "data.json", "splits.json", "checkpoints", ".processes"
 
 # Fields that may change when a run is continued; a change of any other would make it another run. Those on how a step is
 # computed (the mesh, remat, ...) change nothing but rounding, so that a run can move to other machines.
@@ -34,7 +34,8 @@ FREE_ON_RESUME = (
 # that were trained on could end up in the gallery or in the calibration set.
 FREE_ON_EVALUATION = (
     "config.train", "config.optim", "config.loss", "config.mesh", "config.eval", "config.complexity",
-    "config.data.root", "config.data.workers", "config.data.threads", "config.data.retries", "config.data.stall_timeout_s",
+    "config.data.root", "config.data.ratings", "config.data.bad_share", "config.data.workers", "config.data.threads",
+    "config.data.retries", "config.data.stall_timeout_s",
 )  # fmt: skip
 
 
@@ -120,17 +121,30 @@ def save_data(workdir: Path, fingerprint: dict[str, Any]) -> None:
     write_text(workdir / DATA, json.dumps(fingerprint) + "\n")
 
 
-def require_same_data(workdir: Path, fingerprint: dict[str, Any]) -> None:
+def require_same_data(
+    workdir: Path, fingerprint: dict[str, Any], otherwise: str = "start again in a new --workdir"
+) -> None:
     """Raises ConfigError where the training images are no longer those the run was started on.
 
-    The order is a function of their number, so with other images a continued run would not be the same run.
+    The order is a function of their number, so with other images a continued run would not be the same run; and images that
+    were trained on could be among those that are held out now. `otherwise` is what the message offers beside restoring them.
     """
     before = _read(workdir / DATA)
     if before != fingerprint:
         raise ConfigError(
             f"the training images changed since the run in {workdir} began: {before['images']} images then, "
-            f"{fingerprint['images']} now, or other names or ratings; restore them, or start again in a new --workdir"
+            f"{fingerprint['images']} now, or other names or ratings; restore them, or {otherwise}"
         )
+
+
+def trained_on(workdir: Path) -> tuple[set[str], str]:
+    """(names of the rated images that a complexity run was trained on, the folder they were in).
+
+    No names where the images were not files of ratings. Raises ConfigError for what is no workdir, or a damaged one.
+    """
+    data = load_config(workdir).data
+    splits = _read(workdir / SPLITS).get("splits", {}) if (workdir / SPLITS).is_file() else {}
+    return {name for name, split in splits.items() if split in data.train_split.split("+")}, data.root
 
 
 def write_token(workdir: Path, token: int) -> None:

@@ -91,7 +91,7 @@ def wait_for(condition, process, timeout=200):
 def curve(workdir):
     """Every metrics line but for what depends on the clock; evaluations are lines of their own."""
     lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "pairs_per_s"} for line in lines]
+    return [{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in lines]
 
 
 def last_step(workdir):

@@ -8,13 +8,19 @@ import jax
 import numpy as np
 import pytest
 from conftest import tiny_config
+from PIL import Image
+from safetensors.numpy import load_file
 
 import icar_jax
-from icar_jax import checkpoint, pytree
+from icar_jax import checkpoint, cli, pytree, workdir
 from icar_jax.checkpoint import CheckpointError
-from icar_jax.config import ConfigError, from_dict, validate
+from icar_jax.config import ConfigError, DistractorConfig, from_dict, validate
+from icar_jax.convert.stablehlo import export_programs
 from icar_jax.data.images import Preprocess
-from icar_jax.evaluation.calibration import make_bundle, thresholds_for_shares
+from icar_jax.data.scenes import Scenes
+from icar_jax.evaluation.calibration import calibrate, make_bundle, thresholds_for_shares
+from icar_jax.evaluation.evaluate import evaluate
+from icar_jax.inference.explain import Explainer
 from icar_jax.inference.forward import count_compilations
 from icar_jax.inference.router import assign
 from icar_jax.inference.shared import SharedRouter
@@ -107,6 +113,18 @@ def test_nothing_compiles_after_warm_up(model):
     assert compiled() == 0
 
 
+def test_embedding_compiles_what_it_runs_and_no_more(bundle):
+    fresh = icar_jax.load(bundle, batch_size=8)
+    fresh.warm_up_embed()
+    with count_compilations() as compiled:
+        fresh.route(pictures(21))
+        fresh.route(pictures(2, seed=1))
+    assert compiled() == 0
+    assert fresh.scorer.forward._jitted._cache_size() == 0, "routing takes its scores from the shared tokens"
+    fresh.warm_up()
+    assert fresh.scorer.forward._jitted._cache_size() == len(fresh.scorer.forward.buckets)
+
+
 def test_bfloat16_follows_float32(bundle, model):
     images = pictures(16, seed=9)
     low = icar_jax.load(bundle, batch_size=8, dtype="bfloat16")
@@ -115,6 +133,42 @@ def test_bfloat16_follows_float32(bundle, model):
         [(batch["clip"], None) for batch in low._prepare(images, low.preprocesses)], low.embed_dim
     )  # fmt: skip
     np.testing.assert_allclose(routed.embeddings, low.encode_image(images, exit=exit), atol=0.02)
+
+
+@pytest.mark.parametrize("head", ["regression", "classification"])
+def test_the_map_shares_out_the_log_odds_among_the_patches(head, clip_folder, tmp_path):
+    """A cell is how the log odds follow the scale of that patch's token."""
+    folder = write_scorer(tmp_path / "model", clip_folder, 1, head, spread=3.0)
+    scorer, params = icar_jax.load(folder).scorer.complexity, checkpoint.read(folder, "complexity").params
+    images = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype(np.float32)
+    scores, maps = scorer.score_and_map(params, images)
+    np.testing.assert_allclose(scores, scorer.score(params, images), atol=1e-6)
+    assert maps.shape == (2, 4, 4)
+    tokens = scorer.tokens(params, images)
+
+    def odds(scales):
+        scaled = tokens.at[:, 1:].multiply(scales[:, :, None])
+        return jax.scipy.special.logit(scorer.score_of_tokens(params, scaled)).sum()
+
+    slopes = jax.jit(jax.grad(odds))(np.ones((2, 16), np.float32))
+    np.testing.assert_allclose(maps, 16 * slopes.reshape(2, 4, 4), rtol=1e-3, atol=1e-4)
+
+
+def test_patches_are_explained_in_a_bundle_as_alone(bundle, scorer_folder, tmp_path, capsys):
+    images = pictures(3, seed=5)
+    found = [Explainer(icar_jax.load(folder, batch_size=1)).explain(images) for folder in (bundle, scorer_folder)]
+    for one, other in zip(*found, strict=True):
+        assert one.map.shape == (4, 4) and np.ptp(one.map) > 0
+        np.testing.assert_allclose(one.map, other.map, atol=1e-4)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    table, maps, sheet = (str(tmp_path / name) for name in ("a.csv", "maps", "s.png"))
+    score = ["score", str(tmp_path), "--checkpoint", str(bundle), "--batch-size", "1", "--out", table, "--explain", maps]
+    with pytest.raises(SystemExit):
+        cli.main([*score, "--explain-stage", "3"])
+    assert "--explain-stage: " in capsys.readouterr().err and not (tmp_path / "a.csv").exists()
+    cli.main([*score, "--sheet", sheet])
+    assert len(list((tmp_path / "maps").glob("*.png"))) == 3 and Image.open(tmp_path / "s.png").width > 500
 
 
 def test_a_bundle_with_another_tower_is_refused(clip_folder, tmp_path):
@@ -228,3 +282,53 @@ def test_a_complexity_model_is_no_clip_to_read(complexity_folder, tmp_path):
 def test_initial_weights_have_one_source(clip_folder):
     with pytest.raises(ConfigError, match="config.train.init='x'.*come from config.complexity.clip"):
         validate(blocks_config(clip_folder, init="x"))
+
+
+def tiny_run(clip_folder, root):
+    """A workdir of train.py's kind with that CLIP in it, which has three exits, and the configuration of its evaluation."""
+    config = tiny_config("clip")
+    workdir.save_config(root, config)
+    shutil.copytree(clip_folder, root / "model")
+    return config
+
+
+@pytest.mark.check
+def test_evaluation_routes_by_the_towers_own_tokens_among_distractors_beside_a_smaller_model(clip_folder, tmp_path, capsys):
+    """A regression and a classification head; the smaller model is the same one, so that its run must be that of full depth."""
+    for head in ("regression", "classification"):
+        root = tmp_path / head
+        config = tiny_run(clip_folder, root)
+        config.eval.complexity = str(write_scorer(root / "scorer", clip_folder, 1, head))
+        config.eval.static, config.eval.budgets = str(clip_folder), (0.85,)
+        config.eval.distractors = DistractorConfig("scenes", split="test", size=25)
+        found = evaluate(config, root)
+        runs = found["runs"]
+        assert set(runs) == {"full", "exit_1", "exit_2", "static", "routed", "budget_0.85", "random", "oracle", "lossless"}
+        assert found["gallery"]["images"] == 55 and found["gallery"]["distractors"] == "scenes/test"
+        for key in ("text_to_image", "image_to_text", "flops_per_image", "share", "retention", "intervals"):
+            assert runs["static"][key] == runs["full"][key], key
+        assert runs["static"]["images_per_s"] > 0
+        apart = runs["routed"]["flops_per_image"] - runs["random"]["flops_per_image"]
+        assert apart == pytest.approx(found["routing"]["router_flops"]) and apart > 0, "the head alone: the blocks are shared"
+        assert found["timing"]["router_ms"] >= 0 and runs["budget_0.85"]["found"]["cost"] <= 0.85
+        page = (root / "report" / "index.html").read_text()
+        assert "a smaller model" in page and "scenes/test as distractors" in page
+        bundle = root / "bundle"
+        for how in (
+            {"budget": 0.9}, {"shares": (0.2, 0.5)}, {"max_recall_drop": 5.0, "plot": root / "frontier.png"},
+        ):  # fmt: skip
+            said = calibrate(bundle, Scenes("calibration", 40), batch_size=8, **how)["routing"]["found"]
+            assert said["images"] == 40 and sum(said["reached"].values()) == pytest.approx(1)
+        assert Image.open(root / "frontier.png").width > 300
+
+
+def test_exported_programs_score_as_the_bundle(bundle, model, tmp_path):
+    export_programs(bundle, tmp_path / "out", platforms=["cpu"], batch=3)
+    about = json.loads((tmp_path / "out" / "icar.json").read_text())["programs"]
+    assert list(about) == ["image_1", "image_2", "image_3", "text", "complexity"]
+    side = model.preprocess.image_size
+    pixels = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), dtype=np.uint8)
+    for name, expected in (("complexity", model.scorer.forward(pixels)), ("image_2", model.towers[2](pixels))):
+        run = jax.export.deserialize((tmp_path / "out" / about[name]["file"]).read_bytes())
+        weights = load_file(tmp_path / "out" / about[name]["weights"])
+        np.testing.assert_allclose(run.call(weights, pixels), expected, atol=1e-5)

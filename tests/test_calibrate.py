@@ -211,6 +211,27 @@ def test_mistakes_of_routing(bundle, complexity_folder, clip_folder, pictures, t
     assert (bundle / checkpoint.DESCRIPTION).read_bytes() == before
 
 
+def test_images_that_were_trained_on_are_counted(classifier, pictures, tmp_path, capsys):
+    """Where the workdir knows: by name, and by the folder whether they are the same images or others called alike."""
+    names = [str(p.relative_to(pictures)) for p in readable(pictures)]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,score", *(f"{name},{i % 2}" for i, name in enumerate(names))]))
+    labels = "--metric", "f1", "--labels", tmp_path / "labels.csv", "--root", pictures
+    run(classifier, *labels)
+    assert "trained on" not in capsys.readouterr().out
+    config = tiny_config("complexity")
+    splits = {name: ("train", "train", "val")[i % 3] for i, name in enumerate(names)} | {"other.png": "train"}
+    workdir.write_text(tmp_path / workdir.SPLITS, json.dumps({"splits": splits}))
+    for root, words in ((pictures, "27 of 40 images are images"), (tmp_path, "27 of 40 images have the names of images")):
+        config.data.root = str(root)
+        workdir.save_config(tmp_path, config)
+        run(classifier, *labels)
+        out = capsys.readouterr().out
+        assert f"Note: {words} that the model was trained on" in out
+    workdir.write_text(tmp_path / workdir.SPLITS, json.dumps({"how": "scenes", "counts": {}}))
+    run(classifier, *labels)
+    assert "trained on" not in capsys.readouterr().out
+
+
 def test_mistakes_of_labels(classifier, complexity_folder, pictures, tmp_path, capsys):
     names = [str(p.relative_to(pictures)) for p in readable(pictures)]
 

@@ -26,8 +26,11 @@ from icar_jax.evaluation import during_training, ratings_metrics
 from icar_jax.models import registry
 from icar_jax.models.convnext import Classifier
 from icar_jax.training import evaluator, losses
+from icar_jax.training.logs import RunLog
 from icar_jax.training.loop import train
-from icar_jax.training.opening import with_length
+from icar_jax.training.monitor import Monitor
+from icar_jax.training.opening import _shared_part, with_length
+from icar_jax.training.rated_run import look_at
 
 ROOT = Path(__file__).parent.parent
 
@@ -211,6 +214,48 @@ def test_a_split_that_is_trained_on_is_refused_before_anything_is_written(tmp_pa
     with pytest.raises(ConfigError, match="config.train.eval_split='train' is not held out: train is used for training"):
         train(config, tmp_path / "w", evaluators=evaluators(config))
     assert not (tmp_path / "w").exists()
+
+
+def test_a_split_that_is_not_there_is_named_before_anything_is_written(tmp_path):
+    config = small(config_file("ic9600"), ratedfiles.ic9600(tmp_path / "IC9600"))
+    config.train.eval_split = "dev"
+    with pytest.raises(ConfigError, match="no images in split 'dev'; it has test"):
+        train(config, tmp_path / "w", evaluators=evaluators(config))
+    assert not (tmp_path / "w").exists()
+    scenes = tiny_config("complexity", eval_every=1, eval_split="dev")
+    with pytest.raises(ValueError, match="unknown split 'dev' of scenes"):
+        train(scenes, tmp_path / "w", evaluators=evaluators(scenes))
+    assert not (tmp_path / "w").exists()
+
+
+def test_processes_compare_what_the_ratings_say_and_not_where_they_lie(tmp_path):
+    one, two = (ratedfiles.annotations(tmp_path / name) for name in ("one", "two"))
+    configs = [small(config_file("icc"), root, str(root / "labels.json")) for root in (one, two)]
+
+    def content():
+        return [look_at(c, sources.train_source(c.data)).content for c in configs]
+
+    assert _shared_part(configs[0]) == _shared_part(configs[1]) and content()[0] == content()[1]
+    labels = json.loads((two / "labels.json").read_text())
+    held_out = sources.calibration_source(configs[1].data).names[0]
+    (two / "labels.json").write_text(json.dumps(labels | {held_out: 1 - labels[held_out]}))
+    first, second = content()
+    assert first != second, "images that are only evaluated count as well"
+
+
+def test_speed_is_counted_in_what_is_trained_on(tmp_path):
+    for task, unit in (("clip", "pairs"), ("complexity", "images")):
+        config = ExperimentConfig(task=task)
+        config.train.log_every = 1
+        (tmp_path / task).mkdir()
+        log = RunLog(tmp_path / task, 3, 0, False, "t")
+        monitor = Monitor(config, log)
+        for step in (1, 2, 3):
+            monitor.push(step, {"loss": jnp.ones(())}, [])
+        monitor.flush()
+        assert f"{unit}/s=" in str(log._bar)
+        log.close()
+        assert all(set(line) == {"step", "loss", "lr", f"{unit}_per_s"} for line in lines(tmp_path / task, "step")[1:])
 
 
 @pytest.mark.parametrize("weights", ["none", "balanced"])

@@ -13,7 +13,8 @@ from icar_jax.config import ConfigError
 from icar_jax.data.images import Preprocess
 from icar_jax.data.scenes import Scenes
 from icar_jax.evaluation import timing
-from icar_jax.evaluation.calibration import calibrate, make_bundle
+from icar_jax.evaluation.calibration import calibrate, costs_of, make_bundle
+from icar_jax.evaluation.calibration_table import print_calibration, sentences
 from icar_jax.evaluation.metrics import ranks, recall
 from icar_jax.inference.router import assign
 from icar_jax.models.clip import Clip
@@ -63,11 +64,40 @@ def test_a_bound_that_allows_everything_takes_the_first_exit(bundle, capsys):
     assert found["reached"] == {"1": 1.0, "2": 0.0, "3": 0.0} and found["cost_by"] == "counted"
     assert found["exit_alone"]["exit"] == 1, "without a router that costs less"
     assert (bundle.parent / "bundle_frontier.png").is_file()
-    from icar_jax.evaluation.calibration import costs_of
-    from icar_jax.evaluation.calibration_table import sentences
-
+    capsys.readouterr()
+    print_calibration(checkpoint.describe(bundle), costs_of(bundle))
+    rows = [line.split("│")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [(exit.strip(), scores.strip()) for exit, scores in rows[-3:]] == [("1", "all"), ("2", "none"), ("3", "none")]
     lines = " ".join(sentences(found, costs_of(bundle)))
     assert "exits not used: 2, 3" in lines and "so it is optimistic" in lines and "routing gains nothing here" in lines
+
+
+def test_the_best_recall_within_a_budget(bundle, tmp_path, capsys):
+    costs = costs_of(bundle)
+    budget = (costs.lowest_budget + 1) / 2
+    description = calibrate(bundle, Scenes("calibration", 40), budget=budget, best_recall=True, cost="counted", batch_size=8,
+                            plot=tmp_path / "f.png")  # fmt: skip
+    found = description["routing"]["found"]
+    assert (found["method"], found["chosen_by"], found["cost_by"]) == ("budget", "recall", "counted")
+    assert found["cost"] <= budget + 1e-9 and found["budget"] == budget
+    assert np.asarray(Image.open(tmp_path / "f.png").convert("L")).std() > 5
+    model = icar_jax.load(bundle, batch_size=8)
+    assert mean_r5(model, list(Scenes("calibration", 40))) == pytest.approx(found["recall"], abs=1.3)
+    lines = " ".join(sentences(found, costs))
+    assert "highest mean R@5 of" in lines and f"within {100 * budget:.1f}% of full depth's counted cost" in lines
+    calibrate(bundle, Scenes("calibration", 40), budget=budget, batch_size=8)
+    even = mean_r5(icar_jax.load(bundle, batch_size=8), list(Scenes("calibration", 40)))
+    assert even <= found["recall"] + 1.3, "on a grid, so an even spread between its points may be a caption better"
+    with pytest.raises(ConfigError, match="cannot be met.*at least"):
+        calibrate(bundle, Scenes("calibration", 40), budget=0.01, best_recall=True, cost="counted", batch_size=8)
+    for flags, message in (
+        (["--share", "0.5", "0.2", "--best-recall"], "within a --budget"),
+        (["--budget", "0.9", "--best-recall", "--images", "."], "--best-recall needs captions"),
+        (["--budget", "0.9", "--plot", "x.png"], "--max-recall-drop or --best-recall tried"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["calibrate", str(bundle), *flags])
+        assert message in capsys.readouterr().err
 
 
 def test_a_measured_budget(bundle, monkeypatch):

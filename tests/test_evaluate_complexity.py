@@ -6,13 +6,15 @@ import json
 import drawn
 import numpy as np
 import pytest
+import ratedfiles
 from conftest import tiny_config
 from PIL import Image
 from rich.console import Console
 
 import icar_jax
 from icar_jax import checkpoint, cli, workdir
-from icar_jax.config import ConfigError
+from icar_jax.config import ConfigError, DataConfig
+from icar_jax.data import sources
 from icar_jax.data.images import Preprocess
 from icar_jax.data.scenes import Scenes
 from icar_jax.evaluation import agreement, classical, complexity_table
@@ -35,6 +37,7 @@ def finished_run(folder, head):
     last["kernel"] = last["kernel"] * 10
     description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(32, "squash").to_dict()}
     workdir.save_config(folder, config)
+    workdir.save_data(folder, sources.fingerprint(sources.train_source(config.data)))
     checkpoint.write(folder / "model", "complexity", description, params)
     return config
 
@@ -140,6 +143,36 @@ def test_evaluation_needs_the_configuration_of_the_run(regression, part, field, 
     setattr(getattr(config, part), field, value)
     with pytest.raises(ConfigError, match=f"config.{part}.{field} was"):
         evaluate_complexity(config, regression[1])
+
+
+def rated_run(folder, root):
+    """A finished run on the rated images of `root`, whose file of labels is beside them."""
+    config = finished_run(folder, "regression")
+    config.data = DataConfig(source="ratings", root=str(root), ratings=str(root / "labels.json"))
+    config.eval.split = "test"
+    workdir.save_config(folder, config)
+    workdir.save_data(folder, sources.fingerprint(sources.train_source(config.data)))
+    return config
+
+
+def test_the_images_may_move_but_must_be_those_of_the_run(tmp_path):
+    then = ratedfiles.annotations(tmp_path / "then", 80)
+    for picture, scene in zip(sorted(then.glob("*.jpg")), Scenes("test", 80)):
+        scene.image().save(picture)  # those of one colour all score alike
+    config = rated_run(tmp_path / "w", then)
+    moved = then.rename(tmp_path / "now")
+    labels = (moved / "labels.json").rename(tmp_path / "elsewhere.json")
+    config.data.root, config.data.ratings = str(moved), str(labels)
+    metrics = evaluate_complexity(config, tmp_path / "w")
+    assert metrics["images"] == len(sources.eval_source(config.data, config.eval))
+    # The names decide the splits: of renamed images some that were trained on are now in `test`.
+    renamed = {f"new {name}": label for name, label in json.loads(labels.read_text()).items()}
+    for name in renamed:
+        (moved / name.removeprefix("new ")).rename(moved / name)
+    labels.write_text(json.dumps(renamed))
+    with pytest.raises(ConfigError, match="training images changed since .*, or pass --workdir=.*model to evaluate"):
+        evaluate_complexity(config, tmp_path / "w")
+    assert evaluate_complexity(config, tmp_path / "w" / "model")["images"] > 0
 
 
 def test_a_clip_is_no_complexity_model(tmp_path):

@@ -160,6 +160,29 @@ def test_histogram_of_equal_scores_counts_strictly(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("thresholds", "shown", "unused"),
+    [
+        ((0.4, 2.0), ["2 blocks: 40%", "4 blocks: 60%"], "not used: 6 blocks"),
+        ((-1.0, 0.4), ["4 blocks: 40%", "6 blocks: 60%"], "not used: 2 blocks"),
+        ((-1.0, 2.0), [], "not used: 2 blocks, 6 blocks"),
+        ((2.0, 2.0), [], "not used: 4 blocks, 6 blocks"),
+        ((0.4, 1.0), ["2 blocks: 40%", "4 blocks: 60%", "6 blocks: 0%"], ""),
+    ],
+)
+def test_the_histogram_spans_the_scores_where_an_exit_is_not_used(thresholds, shown, unused, tmp_path, monkeypatch):
+    found = {}
+
+    def look(figure, texts):
+        (axes,) = figure.axes
+        found.update(shown=[t.get_text() for t in texts], high=axes.get_xlim()[1], axes=axes)
+
+    monkeypatch.setattr(figures, "_stagger", look)
+    figures.complexity_histogram(np.linspace(0.1, 0.85, 20), thresholds, tmp_path / "x.png", exits=(2, 4, 6))
+    assert found["shown"] == shown and found["high"] < 1.1
+    assert ("not used" in found["axes"].get_xlabel()) == bool(unused) and unused in found["axes"].get_xlabel()
+
+
+@pytest.mark.parametrize(
     ("scores", "thresholds", "exits", "message"),
     [
         ([], [0.5], None, "at least one image"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from icar_jax.evaluation.assignments import take_exits
-from icar_jax.evaluation.frontier import Bench, cheapest, frontier, sweep
+from icar_jax.evaluation.frontier import Bench, best_within, cheapest, frontier, sweep
 from icar_jax.evaluation.metrics import Distractors, ranks, recall
 from icar_jax.inference.budgets import Costs
 from icar_jax.inference.router import assign
@@ -70,6 +70,28 @@ def test_two_early_exits_try_every_combination():
     grid = np.arange(21) / 20
     points = b.points([b.thresholds(c) for c in itertools.combinations_with_replacement(grid, 2)])
     assert found.cost["measured"] == min(p.cost["measured"] for p in points if p.recall >= b.full.recall - 3.0 - 1e-9)
+
+
+@pytest.mark.parametrize("cost", ["counted", "measured"])
+@pytest.mark.parametrize("budget", [0.45, 0.7, 1.0, 2.0])
+def test_the_best_recall_of_all_settings_within_a_budget(cost, budget):
+    for exits, grid in (((1, 3), np.arange(101) / 100), ((1, 2, 3), np.arange(21) / 20)):
+        b = bench(exits=exits)
+        found = best_within(b, budget, cost)
+        points = b.points([b.thresholds(c) for c in itertools.combinations_with_replacement(grid, len(exits) - 1)])
+        within = [p for p in points if p.cost[cost] <= budget]
+        assert found.cost[cost] <= budget and found.recall == max(p.recall for p in within)
+        assert found.cost[cost] == min(p.cost[cost] for p in within if p.recall == found.recall)
+
+
+def test_coordinate_search_within_a_budget_keeps_it_and_beats_single_exits():
+    b = bench(exits=(1, 2, 3, 4), n=60)
+    for budget in (0.31, 0.6, 0.9):  # 0.3 is the first exit with its router
+        found = best_within(b, budget, "counted")
+        assert found.cost["counted"] <= budget
+        for alone in range(4):
+            (point,) = b.points([b.thresholds([0.0] * alone + [1.0] * (3 - alone))])
+            assert point.cost["counted"] > budget or point.recall <= found.recall
 
 
 def test_coordinate_search_keeps_the_bound_and_beats_single_exits():

@@ -120,10 +120,6 @@ def test_what_cannot_be_explained(clip_folder, complexity_folder, tmp_path):
         Explainer(icar_jax.load(clip_folder))
     with pytest.raises(ValueError, match="stage 2, 3, 4, not 7"):
         Explainer(icar_jax.load(complexity_folder), stage=7)
-    model = icar_jax.load(complexity_folder)
-    model.scorer.complexity = object()
-    with pytest.raises(CheckpointError, match="ConvNeXt complexity models only"):
-        Explainer(model)
     (tmp_path / "a.txt").touch()
     with pytest.raises(ConfigError, match="is a file"):
         require_folder(tmp_path / "a.txt", overwrite=True)

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 from programs import ROOT, environment
 from test_blocks_scorer import bundle as shared_bundle  # noqa: F401
 from test_blocks_scorer import scorer_folder  # noqa: F401
@@ -13,12 +14,14 @@ import icar_jax
 from icar_jax.config import MeshConfig
 from icar_jax.evaluation.calibration import make_bundle
 from icar_jax.evaluation.thresholds import thresholds_for_shares
+from icar_jax.inference.corpus import open_corpus
 from icar_jax.parallel.mesh import make_mesh
 
 SHARDED = """
 import sys
 import jax, numpy as np
 import icar_jax
+from icar_jax import cli
 from icar_jax.config import MeshConfig
 from icar_jax.inference.forward import count_compilations
 from icar_jax.parallel.mesh import make_mesh
@@ -43,6 +46,12 @@ except ValueError as error:
 else:
     raise AssertionError("12 images were cut into 8 parts")
 np.savez(sys.argv[3], **out)
+embed = ["embed", sys.argv[4], "--checkpoint", sys.argv[1], "--out", sys.argv[5], "--sharded", "--batch-size"]
+try:
+    cli.main([*embed, "12"])
+except SystemExit as stop:
+    assert stop.code == 2
+cli.main([*embed, "16"])
 """
 
 
@@ -63,11 +72,16 @@ def bundle(clip_folder, complexity_folder, tmp_path_factory):
 def test_eight_devices_equal_one(kind, request, tmp_path):
     path = request.getfixturevalue(kind)
     np.save(tmp_path / "in.npy", pictures())
+    (tmp_path / "pictures").mkdir()
+    for i, picture in enumerate(pictures()):
+        Image.fromarray(picture).save(tmp_path / "pictures" / f"{i:02}.png")
+    places = [str(tmp_path / name) for name in ("in.npy", "out.npz", "pictures", "corpus")]
     run = subprocess.run(
-        [sys.executable, "-c", SHARDED, str(path), str(tmp_path / "in.npy"), str(tmp_path / "out.npz")],
+        [sys.executable, "-c", SHARDED, str(path), *places],
         cwd=ROOT, env=environment(tmp_path / "cache", devices=8), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
+    assert "a batch of 12 images cannot be cut over 8 devices" in run.stderr
     found = np.load(tmp_path / "out.npz")
     one = icar_jax.load(path, batch_size=16, mesh=make_mesh(MeshConfig()))  # a mesh of one device
     for n in (1, 16, 37):
@@ -75,5 +89,8 @@ def test_eight_devices_equal_one(kind, request, tmp_path):
         assert found[f"exits_{n}"].tolist() == routed.exits.tolist()
         np.testing.assert_allclose(found[f"embeddings_{n}"], routed.embeddings, atol=1e-5)
         np.testing.assert_allclose(found[f"scores_{n}"], routed.scores, atol=1e-5)
+    corpus = open_corpus(tmp_path / "corpus")
+    assert corpus.rows()["exit"].to_pylist() == found["exits_37"].tolist()
+    np.testing.assert_allclose(corpus[:], found["embeddings_37"], atol=1e-3)
     assert len(set(found["exits_37"].tolist())) == 3
     np.testing.assert_allclose(found["text"], one.encode_text(["a small red circle", "stripes"]), atol=1e-5)

@@ -28,6 +28,7 @@ def add(commands) -> None:
                      "by default the thresholds of the bundle hold")  # fmt: skip
     how.add_argument("--exit", type=int, metavar="BLOCKS", help="run every image to this depth instead of routing")
     p.add_argument("--shard-rows", type=positive, default=4096, metavar="N", help="images a shard; a kill costs one (4096)")
+    p.add_argument("--sharded", action="store_true", help="cut each batch over all devices of this machine")
     p.set_defaults(run=_embed)
 
 
@@ -35,10 +36,11 @@ def _embed(args: argparse.Namespace) -> None:
     from icar_jax.data.image_paths import ImagePaths
     from icar_jax.inference.corpus import BAD
     from icar_jax.inference.embedding import embed_files
-    from icar_jax.inference.model import load
+    from icar_jax.inference.model import load, local_mesh
 
     paths = ImagePaths(args.paths, stdin_paths())
-    model = load(args.checkpoint, batch_size=args.batch_size, dtype=args.dtype)
+    mesh = local_mesh(args.batch_size) if args.sharded else None
+    model = load(args.checkpoint, batch_size=args.batch_size, dtype=args.dtype, mesh=mesh)
     with user_errors(f"stopped; the same command continues what {args.out} holds"):
         done = embed_files(
             model, paths, args.out, exit=args.exit, budget=args.budget, shard_rows=args.shard_rows, threads=args.threads

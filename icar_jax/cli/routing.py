@@ -68,9 +68,12 @@ def _add_calibrate(commands) -> None:
                      "are used, that lose at most so many points of mean R@5 on the images; they need captions")
     how.add_argument("--share", type=float, nargs="+", default=[], metavar="S", help="share of the images for each early exit")
     how.add_argument("--metric", help="of labelled images: f1, balanced_accuracy, accuracy or youden")
-    p.add_argument("--cost", choices=["counted", "measured"], help="what --budget (default counted) or --max-recall-drop "
-                   "(default measured) goes by: FLOPs, or time on this machine")  # fmt: skip
-    p.add_argument("--plot", metavar="PNG", help="of --max-recall-drop: where the frontier is drawn; else BUNDLE_frontier.png")
+    p.add_argument("--best-recall", action="store_true", help="with --budget: the thresholds, and with them the exits used, of "
+                   "the highest mean R@5 on the images, which need captions; else several exits share a budget evenly")
+    p.add_argument("--cost", choices=["counted", "measured"], help="what --budget (default counted), --best-recall or "
+                   "--max-recall-drop (default measured) go by: FLOPs, or time on this machine")  # fmt: skip
+    p.add_argument("--plot", metavar="PNG", help="of --max-recall-drop and --best-recall: where the frontier is drawn; else "
+                   "BUNDLE_frontier.png")  # fmt: skip
     p.add_argument("--images", nargs="+", metavar="PATH", help="files, folders or globs, for --budget and --share")
     p.add_argument("--labels", metavar="FILE", help="labels or ratings of images below --root: .json .csv .txt .parquet")
     p.add_argument("--root", help="folder of the images of --labels, or where those of the workdir moved to")
@@ -87,13 +90,17 @@ def _calibrate(args: argparse.Namespace) -> None:
     from icar_jax.evaluation.calibration_table import print_calibration
 
     folder = checkpoint.find(args.checkpoint, ("bundle", "complexity"))
-    if args.plot and args.max_recall_drop is None:
-        raise cfg.ConfigError("--plot draws what --max-recall-drop tried; leave it out")
+    if args.best_recall and args.budget is None:
+        raise cfg.ConfigError("--best-recall is looked for within a --budget; give one")
+    if args.plot and args.max_recall_drop is None and not args.best_recall:
+        raise cfg.ConfigError("--plot draws what --max-recall-drop or --best-recall tried; leave it out")
     source, data, boundary = _calibration_images(args, folder)
+    if args.labels and (note := _seen_in_training(args, folder, source)):
+        print(note)
     description = calibrate(
         folder, source, budget=args.budget, shares=args.share, metric=args.metric, max_recall_drop=args.max_recall_drop,
-        cost=args.cost, boundary=boundary, batch_size=args.batch_size, loading=sources.loading(data) if data else None,
-        plot=args.plot,
+        best_recall=args.best_recall, cost=args.cost, boundary=boundary, batch_size=args.batch_size,
+        loading=sources.loading(data) if data else None, plot=args.plot,
     )  # fmt: skip
     print_calibration(description, costs_of(folder) if description["kind"] == "bundle" else None)
     print(f"Written into {folder / checkpoint.DESCRIPTION}")
@@ -117,8 +124,9 @@ def _calibration_images(args: argparse.Namespace, folder: Path):
     if args.images and args.root:
         raise cfg.ConfigError("--root belongs to --labels or to a workdir; name the folder in --images")
     if args.images:
-        if args.max_recall_drop is not None:
-            raise cfg.ConfigError("--max-recall-drop needs captions; --images have none: pass --config, or give a workdir")
+        if args.max_recall_drop is not None or args.best_recall:
+            flag = "--best-recall" if args.best_recall else "--max-recall-drop"
+            raise cfg.ConfigError(f"{flag} needs captions; --images have none: pass --config, or give a workdir")
         if args.metric:
             raise cfg.ConfigError("--metric needs labelled images; --images have no labels: pass --labels FILE --root FOLDER")
         return ImageFiles(args.images), None, None
@@ -145,6 +153,25 @@ def _calibration_images(args: argparse.Namespace, folder: Path):
     if boundary is None and config.task == "complexity":
         boundary = config.complexity.threshold  # what the classifier was trained with
     return sources.calibration_source(config.data), config.data, boundary
+
+
+def _seen_in_training(args: argparse.Namespace, folder: Path, source) -> str:
+    """Says how many of the labelled images the complexity model was trained on, where a workdir tells; else ''."""
+    from icar_jax.data.splits import record_names
+
+    for path in {Path(args.checkpoint), folder.parent}:
+        if not ((path / workdir.CONFIG).is_file() and (path / workdir.SPLITS).is_file()):
+            continue
+        names, root = workdir.trained_on(path)
+        seen = sum(name in names for name in record_names(source))
+        if seen:
+            same = Path(root).expanduser().resolve() == Path(args.root).expanduser().resolve()
+            are = "are images" if same else "have the names of images"
+            return (
+                f"Note: {seen} of {len(source)} images {are} that the model was trained on ({path / workdir.SPLITS}); "
+                f"{'' if same else 'if they are the same, '}a threshold looks better on them than on other images"
+            )
+    return ""
 
 
 def _add_describe(commands) -> None:

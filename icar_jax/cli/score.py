@@ -30,7 +30,7 @@ def add(commands) -> None:
     p.add_argument("--explain", metavar="DIR", help="folder for pictures of where complexity was seen, most complex first")
     p.add_argument("--explain-limit", type=positive, default=50, metavar="N", help="images that are explained (50)")
     p.add_argument("--explain-stage", type=int, choices=(2, 3, 4), help="ConvNeXt stage of the maps: a cell of 8, 16 or 32 "
-                   "pixels of the model's input (8)")  # fmt: skip
+                   "pixels of the model's input (8); a head on the blocks of a CLIP has a cell a patch")  # fmt: skip
     p.add_argument("--explain-npy", action="store_true", help="write the maps as .npy too")
     p.set_defaults(run=_score)
 
@@ -39,7 +39,6 @@ def _score(args: argparse.Namespace) -> None:
     from icar_jax.data.image_paths import ImagePaths
     from icar_jax.evaluation.explanations import require_folder, write_explanations
     from icar_jax.evaluation.score_sheet import score_sheet
-    from icar_jax.inference.explain import Explainer
     from icar_jax.inference.model import load
     from icar_jax.inference.score_table import require_writable, write_scores
     from icar_jax.inference.scoring import require_scorer
@@ -52,8 +51,7 @@ def _score(args: argparse.Namespace) -> None:
         require_folder(args.explain, args.overwrite)
     model = load(args.checkpoint, batch_size=args.batch_size, dtype=args.dtype)
     require_scorer(model)
-    stage = {} if args.explain_stage is None else {"stage": args.explain_stage}
-    explainer = Explainer(model, **stage) if args.explain else None
+    explainer = _explainer(model, args.explain_stage) if args.explain else None
 
     done = write_scores(
         model,
@@ -87,6 +85,16 @@ def _score(args: argparse.Namespace) -> None:
             print(f"Explained: {args.explain}: {written} of {len(done.files)} images, most complex first")
     if done.bad and not args.skip_bad:
         sys.exit(1)
+
+
+def _explainer(model, stage: int | None):
+    from icar_jax.config import ConfigError
+    from icar_jax.inference.explain import Explainer
+
+    try:
+        return Explainer(model, stage)
+    except ValueError as error:
+        raise ConfigError(f"--explain-stage: {error}") from error
 
 
 def report_bad(done, bad: str | Path, what: str = "scored") -> None:

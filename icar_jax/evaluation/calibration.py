@@ -175,6 +175,7 @@ def calibrate(
     shares: Sequence[float] = (),
     metric: str | None = None,
     max_recall_drop: float | None = None,
+    best_recall: bool = False,
     cost: str | None = None,
     boundary: float | None = None,
     batch_size: int = 64,
@@ -187,14 +188,17 @@ def calibrate(
 
     Exactly one of `budget`, `shares`, `metric` and `max_recall_drop` is given. A bundle takes any of them, `metric` where it
     has one early exit; a classifier takes `metric`. Weights stay as they are. Returns the new description.
-    cost: of budgets (default 'counted') and of drops (default 'measured'), which is given in points of mean R@5: see `dial`.
-    plot: PNG of the settings that `max_recall_drop` tried; by default beside the bundle, as BUNDLE_frontier.png.
+    best_recall: of a budget, the thresholds of the highest mean R@5, not those that spread it evenly: see `dial`.
+    cost: of budgets (default 'counted'), of `best_recall` and of drops (default 'measured'), which are in points of mean R@5.
+    plot: PNG of the settings that `max_recall_drop` or `best_recall` tried; by default BUNDLE_frontier.png, beside the bundle.
     Raises ConfigError for what does not fit the checkpoint or cannot be met, CheckpointError for another kind.
     """
     if sum((budget is not None, bool(shares), metric is not None, max_recall_drop is not None)) != 1:
         raise ConfigError(
             "thresholds are found by one of: a budget, a share for each early exit, a metric of labelled images, a recall drop"
         )
+    if best_recall and budget is None:
+        raise ConfigError("the best recall is looked for within a budget: give one")
     if cost is not None:
         dial.check_cost(cost)
         if budget is None and max_recall_drop is None:
@@ -205,8 +209,10 @@ def calibrate(
     if metric is not None:
         check_metric(metric)
     _check_fits(folder, description, metric)
-    if max_recall_drop is not None:
-        return _calibrate_recall(folder, source, max_recall_drop, cost or "measured", plot, batch_size, dtype, loading)
+    if max_recall_drop is not None or best_recall:
+        return _calibrate_recall(
+            folder, source, max_recall_drop, budget, cost or "measured", plot, batch_size, dtype, loading
+        )  # fmt: skip
     if bundle:
         exits = description["routing"]["exits"]
         counted = costs_of(folder)
@@ -237,14 +243,17 @@ def calibrate(
 
 
 def _calibrate_recall(
-    folder: Path, source: Source, max_drop: float, cost: str, plot: str | Path | None, batch_size: int, dtype: str,
-    loading: Mapping[str, Any] | None,
+    folder: Path, source: Source, max_drop: float | None, budget: float | None, cost: str, plot: str | Path | None,
+    batch_size: int, dtype: str, loading: Mapping[str, Any] | None,
 ) -> dict[str, Any]:  # fmt: skip
-    dial.check_drop(max_drop)
+    if max_drop is not None:
+        dial.check_drop(max_drop)
+    elif cost == "counted":
+        thresholds_for_budget(np.zeros(1, np.float32), budget, costs_of(folder))  # known before the images are embedded
     model = load(folder, batch_size=batch_size, dtype=dtype)
     plot = plot or folder.resolve().with_name(f"{folder.resolve().name}_frontier.png")
     gallery, thresholds, found = dial.find(
-        model, source, costs_of(folder), max_drop, cost=cost, loading=loading, plot=plot
+        model, source, costs_of(folder), max_drop=max_drop, budget=budget, cost=cost, loading=loading, plot=plot
     )  # fmt: skip
     scored = Scored(gallery.scores, np.full(len(gallery.scores), np.nan, np.float32), gallery.bad, source)
     checkpoint.amend(folder, {"routing": _routing(scored, model.exits, costs_of(folder), thresholds, found)})

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from icar_jax.evaluation.table import print_sentences
-from icar_jax.inference.budgets import Costs
+from icar_jax.inference.budgets import ABOVE_ALL, BELOW_ALL, Costs
 
 
 def print_calibration(description: Mapping[str, Any], costs: Costs | None, console: Console | None = None) -> None:
@@ -26,10 +26,11 @@ def sentences(found: Mapping[str, Any], costs: Costs | None) -> list[str]:
     """How the thresholds were found and what they reached."""
     unreadable = f", {found['unreadable']} more could not be read" if found["unreadable"] else ""
     lines = [f"found on {found['images']:,} images of {found['calibration']}{unreadable}"]
-    if found["method"] == "budget":
+    by_recall = found["method"] == "max_recall_drop" or found.get("chosen_by") == "recall"
+    if found["method"] == "budget" and not by_recall:
         budget = f"{_percent(found['budget'])} of full depth, {found.get('cost_by', 'counted')} cost"
         lines.append(f"budget: {budget}; several exits share it as evenly as it allows")
-    if found["method"] == "max_recall_drop":
+    if by_recall:
         lines += _recall(found)
     if "measured" in found:
         took = found["measured"]
@@ -59,9 +60,14 @@ def sentences(found: Mapping[str, Any], costs: Costs | None) -> list[str]:
 def _recall(found: Mapping[str, Any]) -> list[str]:
     drop = found["drop"]
     how = "every combination on a grid" if found["search"] == "exhaustive" else "coordinate search, so perhaps not the best"
+    tried = f"of {found['settings']:,} settings ({how})"
+    chosen = (
+        f"highest mean R@5 {tried} within {_percent(found['budget'])} of full depth's {found['cost_by']} cost"
+        if found["method"] == "budget"
+        else f"cheapest {found['cost_by']} cost {tried} that loses at most {found['max_recall_drop']:g} points of mean R@5"
+    )
     lines = [
-        f"cheapest {found['cost_by']} cost of {found['settings']:,} settings ({how}) that loses at most "
-        f"{found['max_recall_drop']:g} points of mean R@5",
+        chosen,
         f"mean R@5 {found['recall']:.2f}% against {found['full_recall']:.2f}% at full depth: a drop of {drop['value']:.2f} "
         f"points, 95% interval [{drop['low']:.2f}, {drop['high']:.2f}], in a gallery of {found['images']:,} images and "
         f"{found['captions']:,} captions",
@@ -108,8 +114,11 @@ def _classifier(threshold: float, found: Mapping[str, Any]) -> Table:
 
 
 def _range(low: float | None, high: float | None) -> str:
-    parts = [f"above {low:.4f}"] if low is not None else []
-    return ", ".join([*parts, *([f"to {high:.4f}"] if high is not None else [])])
+    if low is not None and low >= ABOVE_ALL or high is not None and high <= BELOW_ALL:
+        return "none"
+    parts = [f"above {low:.4f}"] if low is not None and low > BELOW_ALL else []
+    parts += [f"to {high:.4f}"] if high is not None and high < ABOVE_ALL else []
+    return ", ".join(parts) or "all"
 
 
 def _percent(share: float) -> str:

@@ -93,10 +93,16 @@ def mean_interval(values: np.ndarray, n: int = RESAMPLES, seed: int = 0) -> Inte
 
 
 def measure(
-    model: Model, *, images: int = 128, stages: Sequence[int] = (2, 3, 4), shares: Sequence[float] = (0.2,), seed: int = 0
+    model: Model,
+    *,
+    images: int = 128,
+    stages: Sequence[int | None] = (2, 3, 4),
+    shares: Sequence[float] = (0.2,),
+    seed: int = 0,
 ) -> dict[str, Any]:
     """The deletion test and the mass inside the objects, on scenes of the split 'val' drawn at the model's input size.
 
+    stages: of the maps, as `Explainer` takes them; (None,) for a head on the blocks of a vision tower.
     Returns, JSON-ready: images, pcc (of the score with the known complexity), and under 'stages' for each stage:
         deletion: fill -> share -> order -> interval of the fall of the score, and highest_minus_<order> with paired intervals;
         mass: 'objects' and 'items' (confetti left out) -> intervals of inside, area and their difference.

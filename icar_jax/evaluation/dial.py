@@ -18,10 +18,10 @@ from icar_jax.data.pipeline import eval_batches
 from icar_jax.data.records import Source
 from icar_jax.evaluation import report_figures, timing
 from icar_jax.evaluation.bootstrap import difference, hits_at
-from icar_jax.evaluation.frontier import EXHAUSTIVE, RECALL_AT, Bench, Point, cheapest
+from icar_jax.evaluation.frontier import EXHAUSTIVE, RECALL_AT, Bench, Point, best_within, cheapest
 from icar_jax.evaluation.gallery import Gallery, embed
 from icar_jax.evaluation.ranking import local_mesh
-from icar_jax.inference.budgets import Costs
+from icar_jax.inference.budgets import Costs, thresholds_for_budget
 from icar_jax.inference.model import Model
 
 KINDS = ("counted", "measured")
@@ -52,20 +52,22 @@ def find(
     model: Model,
     source: Source,
     counted: Costs,
-    max_drop: float,
     *,
+    max_drop: float | None = None,
+    budget: float | None = None,
     cost: str = "measured",
     loading: Mapping[str, Any] | None = None,
     plot: str | Path | None = None,
 ) -> tuple[Gallery, tuple[float, ...], dict[str, Any]]:
-    """The cheapest thresholds whose mean R@5 is at most `max_drop` points below that of full depth, on the images of `source`.
+    """The cheapest thresholds whose mean R@5 is at most `max_drop` points below that of full depth, or those of the highest
+    mean R@5 that cost at most `budget` times full depth, on the images of `source`. One of the two is given.
 
-    counted: FLOPs of the exits and the router; cost: which one is made small, 'counted' or 'measured' (seconds, of which the
+    counted: FLOPs of the exits and the router; cost: which one it goes by, 'counted' or 'measured' (seconds, of which the
     medians of repeated timings count, router included). plot: PNG of all settings tried.
     Returns the images with their scores, the thresholds, and how they were found: 'drop' with the 95% interval of that one
     setting (paired bootstrap), which does not know that the setting was chosen, 'recall', 'full_recall', 'settings' tried,
-    'search', 'exit_alone' (a single exit that would do at less cost, or None), and 'measured', as of `describe_costs`.
-    Raises ConfigError where images have no captions.
+    'search', 'exit_alone' (a single exit that would do as well at less cost, or None), and 'measured', as of `describe_costs`.
+    Raises ConfigError where images have no captions, and for a budget that cannot be met, naming the lowest one.
     """
     gallery = embed(model, source, loading)
     require_captions(gallery, source)
@@ -74,18 +76,23 @@ def find(
         gallery.by_exit, gallery.texts, gallery.caption_image, gallery.scores, {"counted": counted, "measured": measured},
         mesh=local_mesh(),
     )  # fmt: skip
-    full, best = bench.full, cheapest(bench, max_drop, cost)
-    alone = _exit_alone(bench, full.recall - max_drop, cost)
+    full = bench.full
+    if budget is not None:
+        thresholds_for_budget(np.zeros(1, np.float32), budget, bench.costs[cost])  # whether it can be met
+        best, how = best_within(bench, budget, cost), {"method": "budget", "budget": budget, "chosen_by": "recall"}
+        alone = _exit_alone(bench, best.recall, cost)
+    else:
+        best, how = cheapest(bench, max_drop, cost), {"method": "max_recall_drop", "max_recall_drop": max_drop}
+        alone = _exit_alone(bench, full.recall - max_drop, cost)
     (found,) = bench.ranks([best.thresholds])
     (whole,) = bench.ranks([full.thresholds])
     # Where the interval runs past zero to below, the setting may be no worse than full depth at all.
     drop = difference(hits_at(whole, RECALL_AT), hits_at(found, RECALL_AT))
     if plot is not None:
-        drawing = report_figures.dial(bench.known, best, full, max_drop, cost)
+        drawing = report_figures.dial(bench.known, best, full, cost, max_drop=max_drop, budget=budget)
         workdir.write_bytes(plot, report_figures.render(drawing, report_figures.LIGHT, "png"))
     return gallery, best.thresholds, {
-        "method": "max_recall_drop",
-        "max_recall_drop": max_drop,
+        **how,
         "cost_by": cost,
         "drop": drop.as_dict(),
         "recall": best.recall,

@@ -53,7 +53,8 @@ def evaluate_complexity(config: ExperimentConfig, workdir: str | Path) -> dict[s
     """Evaluates the complexity model in `workdir`; writes metrics.json, scores.png and, for scenes, nuisance.png there.
 
     A run that kept its best model is evaluated by that one, in WORKDIR/best. Returns the metrics as documented in
-    evaluation/complexity_table.py. Raises ConfigError or CheckpointError: a classifier needs a stored threshold.
+    evaluation/complexity_table.py. Raises ConfigError or CheckpointError: a classifier needs a stored threshold, and the images
+    must be those that the run in `workdir` was started on, or some that it trained on could be among the held-out ones.
     """
     config = cfg.validate(config)
     workdir = Path(workdir)
@@ -61,6 +62,8 @@ def evaluate_complexity(config: ExperimentConfig, workdir: str | Path) -> dict[s
     if (workdir / files.CONFIG).is_file():
         free = [field for field in files.FREE_ON_EVALUATION if field != "config.complexity"]
         files.require_same_config(workdir, config, free)
+        otherwise = f"pass --workdir={folder} to evaluate the model on other images"
+        files.require_same_data(workdir, sources.fingerprint(sources.train_source(config.data)), otherwise)
     model = load(folder, batch_size=config.eval.batch_size, dtype=config.eval.dtype)
     threshold = _stored_threshold(model, folder)
     source, calibration = sources.eval_source(config.data, config.eval), sources.calibration_source(config.data)

@@ -97,11 +97,18 @@ def complexity_histogram(
     """Draws the distribution of complexity scores with the thresholds and the share of the images at each exit.
 
     scores: [N] finite. thresholds: ascending; a score above t goes deeper (strictly), so E thresholds make E + 1 exits.
-    exits: blocks run of each exit, shallow to deep, or names of the parts; without it the shares are numbered.
+    exits: blocks run of each exit, shallow to deep, or names of the parts; without it the shares are numbered. A threshold that
+    no score can pass, or every one passes, is not drawn; the parts that it leaves empty are named below.
     """
     scores = np.asarray(scores, np.float64)
     limits = np.asarray(thresholds, np.float64)
     _check_scores(scores, limits, exits)
+    names = [f"exit {i + 1} of {len(limits) + 1}" for i in range(len(limits) + 1)] if exits is None else exits
+    names = [name if isinstance(name, str) else f"{name} blocks" for name in names]
+    below, above = np.sum(limits < min(0, scores.min())), np.sum(limits > max(1, scores.max()))
+    end = len(limits) - above
+    unused = names[:below] + names[end + 1 :]
+    limits, names = limits[below:end], names[below : end + 1]
     # side="left" counts the thresholds strictly below a score: the strict rule of routing.
     segment = np.searchsorted(limits, scores, side="left")
     shares = np.bincount(segment, minlength=len(limits) + 1) / len(scores)
@@ -119,21 +126,19 @@ def complexity_histogram(
     for i, share in enumerate(shares):
         if not len(limits):
             break  # all images in one part
-        name = f"exit {i + 1} of {len(shares)}" if exits is None else exits[i]
-        name = name if isinstance(name, str) else f"{name} blocks"
         texts.append(
             axes.text(
                 (edges[i] + edges[i + 1]) / 2,
                 1.02,
-                f"{name}: {100 * share:.0f}%",
+                f"{names[i]}: {100 * share:.0f}%",
                 transform=axes.get_xaxis_transform(),
                 ha="center",
             )
         )
     _stagger(figure, texts)
-    axes.set_xlabel(
-        "complexity score" + (f"   (dashed: threshold {', '.join(f'{t:.3g}' for t in limits)})" if len(limits) else "")
-    )
+    told = [f"dashed: threshold {', '.join(f'{t:.3g}' for t in limits)}"] if len(limits) else []
+    told += [f"not used: {', '.join(unused)}"] if unused else []
+    axes.set_xlabel("complexity score" + (f"   ({'; '.join(told)})" if told else ""))
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("images")
     # A figure title, because the layout then keeps it above the shares.

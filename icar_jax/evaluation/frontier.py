@@ -7,7 +7,7 @@ image at the exit its score sends it to, in the mixed gallery that makes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,44 +132,49 @@ def frontier(points: Sequence[Any], cost: str) -> list[Any]:
 
 
 def cheapest(bench: Bench, max_drop: float, cost: str) -> Point:
-    """The setting of least cost whose mean R@5 is at most `max_drop` points below that of full depth.
+    """The setting of least cost whose mean R@5 is at most `max_drop` points below that of full depth; see `_best`.
+
+    Of equal costs the higher recall is taken. Full depth is among the settings, so there is always an answer.
+    """
+    lowest = bench.full.recall - max_drop - 1e-9
+    return _best(bench, lambda p: (p.recall < lowest, p.cost[cost], -p.recall))
+
+
+def best_within(bench: Bench, budget: float, cost: str) -> Point:
+    """The setting of highest mean R@5 that costs at most `budget` times full depth; of equal recalls the cheapest. See `_best`.
+
+    The budget allows the first exit for every image, router included: else nothing is within it.
+    """
+    return _best(bench, lambda p: (p.cost[cost] > budget + 1e-9, -p.recall, p.cost[cost]))
+
+
+def _best(bench: Bench, key: Callable[[Point], tuple]) -> Point:
+    """The setting of least key, full depth among them.
 
     One or two early exits: every combination of cumulative shares on a grid of 1/FINE or 1/COARSE. More: coordinate search
-    on the coarse grid, from every exit alone and from full depth; each threshold in turn moves to where the setting is
-    cheapest within the bound, until none moves. A local optimum, then. Of equal costs the higher recall is taken. Full depth
-    is among the settings, so there is always an answer.
+    on the coarse grid, from every exit alone and from full depth; each threshold in turn moves to where the key is least,
+    until none moves. A local optimum, then.
     """
-    early = len(bench.exits) - 1
-    full = bench.full
-
-    def best(points: Sequence[Point]) -> Point:
-        kept = [p for p in points if p.recall >= full.recall - max_drop - 1e-9]
-        return min([*kept, full], key=lambda p: (p.cost[cost], -p.recall))
-
+    early, found = len(bench.exits) - 1, bench.full
     if early <= EXHAUSTIVE:
         n = FINE if early == 1 else COARSE
         grid = np.arange(n + 1) / n
         settings = [bench.thresholds(c) for c in itertools.combinations_with_replacement(grid, early)]
-        return best(bench.points(list(dict.fromkeys(settings))))
+        return min([*bench.points(list(dict.fromkeys(settings))), found], key=key)
     grid = np.arange(COARSE + 1) / COARSE
-    found = full
     for alone in range(early + 1):
         place = [0.0] * alone + [1.0] * (early - alone)
-        now = best(bench.points([bench.thresholds(place)]))
-        if now is full:
-            place = [0.0] * early
+        (now,) = bench.points([bench.thresholds(place)])
         while True:
             before = list(place)
             for i in range(early):
                 low, high = (place[i - 1] if i else 0.0), (place[i + 1] if i + 1 < early else 1.0)
                 tries = [[*place[:i], float(g), *place[i + 1 :]] for g in grid if low <= g <= high]
                 points = bench.points([bench.thresholds(t) for t in tries])
-                winner = best(points)
-                for t, point in zip(tries, points):
-                    if point is winner and point.cost[cost] < now.cost[cost] - 1e-12:
-                        now, place = point, t
-                        break
+                best = min(range(len(tries)), key=lambda j: key(points[j]))
+                if key(points[best]) < key(now):
+                    now, place = points[best], tries[best]
             if place == before:
                 break
-        found = best([found, now])
+        found = min(found, now, key=key)
     return found

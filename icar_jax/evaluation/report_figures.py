@@ -120,15 +120,28 @@ def kept_against_cost(metrics: Mapping[str, Any], cost: str) -> Drawing:
     return draw
 
 
-def dial(points: Sequence[Point], chosen: Point, full: Point, max_drop: float, cost: str) -> Drawing:
-    """Mean R@5 of every setting tried against its cost in percent of full depth, the bound and the setting chosen."""
+def dial(
+    points: Sequence[Point],
+    chosen: Point,
+    full: Point,
+    cost: str,
+    *,
+    max_drop: float | None = None,
+    budget: float | None = None,
+) -> Drawing:
+    """Mean R@5 of every setting tried against its cost in percent of full depth, the bound (a drop of recall in points, or a
+    share of full depth's cost) and the setting chosen."""
 
     def draw(axes: Axes, theme: Theme) -> None:
         axes.plot([100 * p.cost[cost] for p in points], [p.recall for p in points], ".", color=theme.faint, alpha=0.5,
                   markersize=4, label="settings tried")  # fmt: skip
         best = frontier(points, cost)
         axes.plot([100 * p.cost[cost] for p in best], [p.recall for p in best], color=theme.exit, label="their frontier")
-        axes.axhline(full.recall - max_drop, color=theme.random, linestyle="--", label=f"{max_drop:g} points below full depth")
+        bound = {"color": theme.random, "linestyle": "--"}
+        if max_drop is not None:
+            axes.axhline(full.recall - max_drop, **bound, label=f"{max_drop:g} points below full depth")
+        if budget is not None:
+            axes.axvline(100 * budget, **bound, label=f"{100 * budget:g}% of full depth")
         axes.plot(100 * full.cost[cost], full.recall, "o", color=theme.full, label="full depth, router included")
         axes.plot(100 * chosen.cost[cost], chosen.recall, "D", color=theme.routed, markersize=8, label="chosen")
         axes.set_xlabel(f"{cost} cost, router included, % of full depth")

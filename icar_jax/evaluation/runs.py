@@ -27,6 +27,7 @@ from icar_jax.evaluation.frontier import Bench, sweep
 from icar_jax.evaluation.gallery import Gallery
 from icar_jax.evaluation.metrics import Distractors, Ranks, mean_summary, ranks, summarise
 from icar_jax.evaluation.ranking import local_mesh
+from icar_jax.inference.budgets import Costs
 from icar_jax.inference.model import Model
 from icar_jax.inference.router import assign
 from icar_jax.models.flops import text_flops, vision_flops
@@ -130,7 +131,6 @@ class Runs:
         if any(self.gallery.labels):
             precise = category.precisions(own.by_exit[exit], own.texts, own.caption_image, self.gallery.labels, **given)
         self.add("static", [(found, precise)], float(vision_flops(static.model.clip.arch.vision)), {str(exit): 1.0})
-        self.records["static"]["images_per_s"] = timing.static_speed(static.model, own.sample)
 
     @property
     def asked(self) -> tuple[np.ndarray, np.ndarray]:
@@ -190,7 +190,10 @@ def measure(
     texts = [caption for group in gallery.captions for caption in group]
     n = len(gallery.sample.clip)
     where = timing.split(model, gallery.sample, source, texts, gallery.exits[:n] if gallery.exits is not None else None)
-    speed = timing.measure(model, gallery.sample, gallery.exits[:n] if gallery.exits is not None else None, settings)
+    speed = timing.measure(
+        model, gallery.sample, gallery.exits[:n] if gallery.exits is not None else None, settings,
+        (static.model, static.gallery.sample) if static is not None else None,
+    )  # fmt: skip
     runs = Runs(config, model, gallery, far)
     for exit in reversed(model.exits):
         name = "full" if exit == model.exits[-1] else f"exit_{exit}"
@@ -206,10 +209,10 @@ def measure(
         runs.add_random(taken)
     if len(model.exits) > 1:
         runs.add_oracles(taken)
-    for name, value in speed.items():
-        runs.records[name]["images_per_s"] = value
     if static is not None:
         runs.add_static(static)
+    for name, value in speed.items():
+        runs.records[name]["images_per_s"] = value
     comparisons = runs.compare()
     metrics: dict[str, Any] = {
         "runs": runs.records,
@@ -226,7 +229,10 @@ def measure(
         metrics["routing"] = {**model.description["routing"], "router_flops": runs.costs.router}
         for name, limits in (settings or {}).items():
             runs.records[name]["thresholds"] = list(limits)
-        metrics["frontier"] = _frontier(runs)
+        measured = timing.measured_costs(model, gallery.sample)
+        if where["router_ms"] is None:  # a head on the tower's blocks is timed with the blocks it shares
+            where["router_ms"] = 1e3 * measured.router
+        metrics["frontier"] = _frontier(runs, measured)
     return metrics, runs.evidence
 
 
@@ -239,10 +245,9 @@ def _flops(model: Model, runs: Runs) -> dict[str, Any]:
     }
 
 
-def _frontier(runs: Runs) -> list[dict[str, Any]]:
+def _frontier(runs: Runs, measured: Costs) -> list[dict[str, Any]]:
     """What other thresholds would do on the evaluated images: a sweep, from which nothing is chosen."""
     gallery, far = runs.gallery, runs.far
-    measured = timing.measured_costs(runs.model, gallery.sample)
     bench = Bench(
         gallery.by_exit, *runs.asked, gallery.scores, {"counted": runs.costs, "measured": measured},
         far_scores=far.scores if far is not None else None, **runs.mixed(),

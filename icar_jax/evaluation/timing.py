@@ -41,12 +41,17 @@ def warm_up(model: Model) -> dict[str, float]:
 
 
 def measure(
-    model: Model, sample: Sample, exits: np.ndarray | None, settings: Mapping[str, Sequence[float]] | None = None
+    model: Model,
+    sample: Sample,
+    exits: np.ndarray | None,
+    settings: Mapping[str, Sequence[float]] | None = None,
+    static: tuple[Model, Sample] | None = None,
 ) -> dict[str, float]:
     """images/s by run: 'full', 'exit_<blocks>', and with a router also 'routed', 'random' (the same share) and `settings`.
 
     exits: [n] executed blocks of the sample's images under routing; None where nothing is routed.
     settings: further runs of the router, name -> thresholds.
+    static: a smaller model and the same images as it takes them, for the run 'static' at its full depth.
     Compilation is left out, the router's own time counted. The runs take turns, so that a slow moment of the machine
     does not fall on one of them alone.
     """
@@ -63,14 +68,12 @@ def measure(
         dice = Router(model.towers, lambda pixels: rng.random(len(pixels), np.float32), limits, model.batch_size)
         for name, router in {**routers, "random": dice}.items():
             runs[name] = lambda router=router: router.embed(batches, model.embed_dim)
+    if static is not None:
+        small, pixels = static[0], static[1].clip
+        small.warm_up_embed(small.exits[-1])
+        runs["static"] = lambda: small.towers[small.exits[-1]](pixels)
     seconds = _in_turns(runs, REPEATS)
     return {name: len(sample.clip) / min(taken) for name, taken in seconds.items()}
-
-
-def static_speed(model: Model, sample: Sample) -> float:
-    """images/s of a model at full depth."""
-    model.warm_up()
-    return len(sample.clip) / min(_in_turns({"full": lambda: model.towers[model.exits[-1]](sample.clip)}, REPEATS)["full"])
 
 
 def measured_costs(model: Model, sample: Sample) -> Costs:
@@ -92,9 +95,10 @@ def measured_costs(model: Model, sample: Sample) -> Costs:
 def split(model: Model, sample: Sample, source: Source, texts: Sequence[str], exits: np.ndarray | None) -> dict[str, Any]:
     """Where the time of an evaluation goes, apart from one another.
 
-    Returns milliseconds per image 'decode_ms' and 'preprocess_ms' (one thread), 'router_ms' (score alone; None without or
-    where it is a head on the tower) and 'tower_ms' {exit -> ms}; 'text_ms' per caption; 'padding' of the routed sample:
-    'rows' computed and thrown away, their 'share' of all rows, and the 'ms' per image that they take. Compilation is left out.
+    Returns milliseconds per image 'decode_ms' and 'preprocess_ms' (one thread), 'router_ms' (score alone; None without, and
+    where it is a head on the tower, of which `measured_costs` tells what it adds) and 'tower_ms' {exit -> ms}; 'text_ms' per
+    caption; 'padding' of the routed sample: 'rows' computed and thrown away, their 'share' of all rows, and the 'ms' per image
+    that they take. Compilation is left out.
     """
     model.warm_up()
     towers = {str(e): lambda e=e: model.towers[e](sample.clip) for e in model.exits}

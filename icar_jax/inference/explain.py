@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from icar_jax.checkpoint import CheckpointError
 from icar_jax.data.images import ImageLike, Preprocess, decode
 from icar_jax.inference.forward import Forward, bucket_sizes
 from icar_jax.inference.model import Model
 from icar_jax.inference.scoring import require_scorer
-from icar_jax.models.complexity import MAP_STAGE, MAP_STAGES, Complexity
+from icar_jax.models.blocks_scorer import BlocksScorer
+from icar_jax.models.complexity import MAP_STAGE, MAP_STAGES
 from icar_jax.models.pixels import normalise
 
 
@@ -26,7 +26,8 @@ class Explained:
     Attributes:
         picture: the decoded RGB picture, in its own size.
         score: complexity in [0, 1].
-        map: float32 [h, w] over the square that the model saw, in log odds of 'complex'; see Complexity.score_and_map.
+        map: float32 [h, w] over the square that the model saw, in log odds of 'complex'; see Complexity.score_and_map and
+            BlocksScorer.score_and_map.
     """
 
     picture: Image.Image
@@ -39,27 +40,33 @@ class Explainer:
 
     Args:
         model: as loaded; a bundle is explained by its complexity model.
-        stage: the ConvNeXt stage whose features are mapped, one of MAP_STAGES: 2, 3, 4 have a stride of 8, 16, 32 pixels.
+        stage: of a ConvNeXt, the stage whose features are mapped, one of MAP_STAGES: 2, 3, 4 have a stride of 8, 16, 32 pixels;
+            None takes MAP_STAGE. A head on the blocks of a vision tower has one map, of its patches, and takes None only.
         dtype: of activations; gradients of bfloat16 ones are coarse, so float32 is the default whatever the model runs in.
 
-    Raises CheckpointError for a model that cannot score, or whose scores have no such map, and ValueError for another stage.
+    Raises CheckpointError for a model that cannot score, and ValueError for another stage.
     """
 
-    def __init__(self, model: Model, stage: int = MAP_STAGE, dtype: Any = jnp.float32):
+    def __init__(self, model: Model, stage: int | None = None, dtype: Any = jnp.float32):
         require_scorer(model)
         complexity, self.preprocess = model.scorer.complexity, model.scorer.preprocess
-        if not isinstance(complexity, Complexity):
-            raise CheckpointError(
-                f"{model.scorer.path} scores tokens of a vision tower; maps are made of ConvNeXt complexity models only"
-            )
-        if stage not in MAP_STAGES:
-            raise ValueError(f"a map can be taken after stage {', '.join(map(str, MAP_STAGES))}, not {stage}")
-        side = self.preprocess.image_size // 2 ** (stage + 1)
+        if isinstance(complexity, BlocksScorer):
+            if stage is not None:
+                raise ValueError(
+                    f"{model.scorer.path} scores patches of a vision tower, which have no ConvNeXt stage {stage}; leave it out"
+                )
+            stride, more = complexity.arch.vision.patch_size, ()
+        else:
+            stage = MAP_STAGE if stage is None else stage
+            if stage not in MAP_STAGES:
+                raise ValueError(f"a map can be taken after stage {', '.join(map(str, MAP_STAGES))}, not {stage}")
+            stride, more = 2 ** (stage + 1), (stage,)
+        side = self.preprocess.image_size // stride
         self._shape, self._batch = (side, side), min(model.batch_size, 8)  # gradients hold activations of every block
         p = self.preprocess
 
         def packed(params, images):  # one array, as Forward hands over
-            score, found = complexity.score_and_map(params, normalise(images, p.mean, p.std), stage, dtype)
+            score, found = complexity.score_and_map(params, normalise(images, p.mean, p.std), *more, dtype=dtype)
             return jnp.concatenate([score[:, None], found.reshape(len(found), -1)], axis=1)
 
         self._forward = Forward(packed, model.scorer.forward.params, bucket_sizes(self._batch))

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from icar_jax.models.host import jit_for_host
 from icar_jax.parallel.mesh import batch_sharding, batch_shards, replicated
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -101,7 +102,7 @@ class Forward:
     _jitted: Callable = field(init=False, repr=False)
 
     def __post_init__(self):
-        self._jitted = jax.jit(self.fn)
+        self._jitted = jit_for_host(self.fn)
 
     def submit(self, rows: np.ndarray) -> Pending:
         """Starts the computation and returns at once."""

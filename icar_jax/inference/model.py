@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
@@ -18,7 +19,7 @@ from PIL import Image
 
 from icar_jax import checkpoint, pytree
 from icar_jax.checkpoint import Checkpoint, CheckpointError
-from icar_jax.config import from_dict
+from icar_jax.config import ConfigError, MeshConfig, from_dict
 from icar_jax.data.images import ImageLike, Preprocess, decode
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.inference.budgets import counted_costs, thresholds_for_budget, unpack_quantiles
@@ -32,6 +33,7 @@ from icar_jax.models.blocks_scorer import BlocksArch, BlocksScorer
 from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.pixels import normalise
 from icar_jax.models.scorers import scorer_arch
+from icar_jax.parallel.mesh import batch_shards, make_mesh
 
 
 class Model:
@@ -246,7 +248,7 @@ class Model:
             self.warm_up_embed(exit)
         if self.thresholds is not None:
             self.warm_up_embed()
-        elif self.scorer is not None:
+        if self.scorer is not None:
             self.scorer.warm_up()
         if self.clip is not None:
             self._text.warm_up((self.clip.arch.text.context_length,), np.int32)
@@ -261,7 +263,7 @@ class Model:
         if not self._shares_tower:
             for tower in self.towers.values():
                 tower.warm_up((side, side, 3), np.uint8)
-        self.scorer.warm_up()
+            self.scorer.warm_up()
 
     def _need_bundle(self) -> None:
         if self.thresholds is None:
@@ -284,6 +286,14 @@ class Model:
         with closing(in_order(one, images, ahead=2 * self.batch_size)) as prepared:
             while rows := list(islice(prepared, self.batch_size)):
                 yield {key: np.stack([row[key] for row in rows]) for key in preprocess}
+
+
+def local_mesh(batch_size: int) -> Mesh:
+    """All devices of this process along the data axis, for `load`. Raises ConfigError where they do not divide a batch."""
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
+    if batch_size % batch_shards(mesh):
+        raise ConfigError(f"a batch of {batch_size} images cannot be cut over {batch_shards(mesh)} devices; choose a multiple")
+    return mesh
 
 
 def load(

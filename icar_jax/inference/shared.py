@@ -21,6 +21,7 @@ from icar_jax.inference.forward import Pending, Placement, cut
 from icar_jax.inference.router import SCORES_AHEAD, Routed, Run, assign, check_thresholds
 from icar_jax.models.blocks_scorer import BlocksScorer
 from icar_jax.models.clip import Clip
+from icar_jax.models.host import jit_for_host
 from icar_jax.models.pixels import normalise
 
 
@@ -52,9 +53,9 @@ class SharedTower:
             return tokens, scorer.score_of_tokens(params, tokens, dtype)
 
         def rest(exit):
-            return jax.jit(lambda params, tokens: clip.encode_tokens(params, tokens, scorer.arch.blocks, exit, dtype))
+            return jit_for_host(lambda params, tokens: clip.encode_tokens(params, tokens, scorer.arch.blocks, exit, dtype))
 
-        self._begin = jax.jit(begin)
+        self._begin = jit_for_host(begin)
         self._rest = {exit: rest(exit) for exit in vision.all_exits}
         self._put = jax.jit(_put, donate_argnums=0, out_shardings=self.placement.rows)
         self._take = jax.jit(_take, static_argnums=2, out_shardings=self.placement.rows)

@@ -107,6 +107,22 @@ class BlocksScorer:
         """images float [B, S, S, 3], normalised -> complexity [B] in [0, 1], float32; higher is more complex."""
         return self.score_of_tokens(params, self.tokens(params, images, dtype), dtype)
 
+    def score_and_map(self, params: Mapping[str, Any], images: Array, dtype: DType = jnp.float32) -> tuple[Array, Array]:
+        """The score, and where in the image it comes from: what each patch's token adds to the log odds of 'complex'.
+
+        images float [B, S, S, 3], normalised -> complexity [B], as `score`; map [B, h, w], float32, one cell a patch. A cell is
+        its token times the gradient by it, times h w: a patch counts through the mean and through the deviation, whose
+        gradients by the pooled tokens, as of `models.complexity.activation_map`, would leave the deviation out. The mean of a
+        map is the patches' share of the log odds to first order (both pools are homogeneous, Euler's theorem); the rest comes
+        from the class token. Positive values raise the score, negative ones lower it.
+        """
+        tokens = self.tokens(params, images, dtype)
+        odds, pull_back = jax.vjp(lambda x: log_odds(self.logits_of_tokens(params, x, dtype=dtype), self.arch.head), tokens)
+        (gradient,) = pull_back(jnp.ones_like(odds))
+        first, side = int(self.arch.vision.class_token), self.arch.vision.image_size // self.arch.vision.patch_size
+        each = jnp.sum((tokens.astype(jnp.float32) * gradient.astype(jnp.float32))[:, first:], axis=-1)
+        return jax.nn.sigmoid(odds), each.reshape(-1, side, side) * side**2
+
 
 def pool_tokens(tokens: Array, class_token: bool) -> Array:
     """tokens [B, L, W] -> float32 [B, 3 W or 2 W]: the class token, and mean and standard deviation over the patches."""

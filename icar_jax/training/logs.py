@@ -12,6 +12,7 @@ from icar_jax.config import ConfigError
 from icar_jax.parallel import distributed
 
 METRICS = "metrics.jsonl"
+UNITS = {"clip": "pairs", "complexity": "images"}  # task -> what its speed is counted in
 
 
 def open_log(workdir: Path, steps: int, start: int, tensorboard: bool, title: str) -> RunLog | SilentLog:
@@ -53,8 +54,9 @@ class RunLog:
                 "it continues from the last checkpoint"
             ) from error
         shown = {k: f"{v:.3f}" for k, v in values.items() if k.startswith("loss")}
-        if "pairs_per_s" in values:
-            shown["pairs/s"] = f"{values['pairs_per_s']:.1f}"
+        for unit in UNITS.values():
+            if (speed := values.get(f"{unit}_per_s")) is not None:
+                shown[f"{unit}/s"] = f"{speed:.1f}"
         if shown:
             self._bar.set_postfix(shown, refresh=False)
         if self._events is not None:

@@ -12,7 +12,7 @@ from absl import logging
 
 from icar_jax.config import ExperimentConfig
 from icar_jax.parallel import distributed
-from icar_jax.training.logs import RunLog
+from icar_jax.training.logs import UNITS, RunLog
 from icar_jax.training.optimizer import schedule
 
 
@@ -27,6 +27,7 @@ class Monitor:
         self._config, self._log = config, log
         self._pending: deque = deque()
         self._share = schedule(config.optim, config.train.steps)
+        self._speed = f"{UNITS[config.task]}_per_s"
         self._since: tuple[int, float] | None = None  # the first step includes compilation and is not timed
 
     def push(self, step: int, metrics: dict[str, jax.Array], names: Any) -> None:
@@ -61,7 +62,7 @@ class Monitor:
         if step % self._config.train.log_every == 0 or step == self._config.train.steps:
             before, then = self._since
             if step > before:
-                values["pairs_per_s"] = (step - before) * self._config.train.batch_size / max(now - then, 1e-9)
+                values[self._speed] = (step - before) * self._config.train.batch_size / max(now - then, 1e-9)
                 self._since = (step, now)
             values["lr"] = self._config.optim.lr * float(self._share(step - 1))
             self._log.metrics(step, values)

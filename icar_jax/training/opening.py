@@ -71,6 +71,8 @@ def open_run(config: ExperimentConfig, workdir: Path) -> Run:
         rated = look_at(config, source) if config.task == "complexity" else None
         counts = rated.class_counts if rated else (1, 1)
     distributed.require_same("set of training images (config.data.root)", json.dumps(trained_on, sort_keys=True))
+    if rated is not None:
+        distributed.require_same("set of rated images (config.data.ratings)", rated.content)
     token = distributed.from_main(secrets.randbits(30))
     tokenizer = None
     with distributed.together("claiming the workdir"):
@@ -81,6 +83,8 @@ def open_run(config: ExperimentConfig, workdir: Path) -> Run:
             task = make_task(start.recall(config, workdir), tokenizer, mesh, counts)
             if starts_from_weights(config) and not resumed:
                 initial_params(config, task, _quiet)  # what does not fit is named now; the values are read later
+            if config.train.eval_every:
+                sources.validation_source(config)  # the same of a split that is not there
             abstract = abstract_state(task, optimizer_of(config), mesh, config)
             require_space(workdir, abstract, config.train.keep, 1 + config.train.keep_best)
             _claim_workdir(config, workdir, trained_on, tokenizer, rated, token)
@@ -193,8 +197,11 @@ def tokenizer_of(config: ExperimentConfig, source: Source, resumed: Path | None)
 
 
 def _shared_part(config: ExperimentConfig) -> str:
-    """What all processes must agree on; where the data lies and who prepares it may differ between machines."""
+    """What all processes must agree on; where the data lies and who prepares it may differ between machines.
+
+    What lies there is compared by its content.
+    """
     values = dataclasses.asdict(config)
-    for name in ("root", "workers", "threads"):
+    for name in ("root", "ratings", "workers", "threads"):
         del values["data"][name]
     return json.dumps(values, sort_keys=True)

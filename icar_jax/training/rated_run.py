@@ -13,21 +13,24 @@ from icar_jax.data import sources
 from icar_jax.data.balance import balance
 from icar_jax.data.records import Source
 
-SPLITS = "splits.json"
 LOOKED_AT = 2000  # scenes whose complexity is counted: to draw up all of them would take minutes
 
 
 @dataclass(frozen=True)
 class RatedRun:
-    """`lines` are for people, `splits` is WORKDIR/splits.json, `class_counts` are (simple, complex) training images."""
+    """`lines` are for people, `splits` is WORKDIR/splits.json, `class_counts` are (simple, complex) training images.
+
+    `content` tells the images of all splits and their ratings apart, wherever they lie.
+    """
 
     lines: tuple[str, ...]
     splits: dict[str, Any]
     class_counts: tuple[int, int]
+    content: str
 
     def write(self, workdir: Path) -> None:
         """Writes WORKDIR/splits.json. Raises OSError."""
-        files.write_text(workdir / SPLITS, json.dumps(self.splits, indent=1, ensure_ascii=False) + "\n")
+        files.write_text(workdir / files.SPLITS, json.dumps(self.splits, indent=1, ensure_ascii=False) + "\n")
 
 
 def look_at(config: ExperimentConfig, source: Source) -> RatedRun:
@@ -43,12 +46,14 @@ def look_at(config: ExperimentConfig, source: Source) -> RatedRun:
     if rated is None:
         how = "scenes: drawn from (split, index); no two splits share a scene"
         splits: dict[str, Any] = {"how": how, "counts": {config.data.train_split: len(source)}, "notes": []}
+        content: dict[str, Any] = {}
     else:
         names = dict(zip(rated.source.names, rated.split_of, strict=True))
         splits = {"how": rated.how, "counts": rated.counts, "notes": list(rated.notes), "splits": names}
+        content = {split: sources.fingerprint(rated.split(split)) for split in sorted(rated.counts)}
     splits = {"training_ratings": found.to_dict(), **splits}
     lines = [*splits["notes"], f"Splits: {_counts(splits['counts'])} ({splits['how']})", *found.lines(c.class_weights)]
-    return RatedRun(tuple(lines), splits, found.classes)
+    return RatedRun(tuple(lines), splits, found.classes, json.dumps(content, sort_keys=True))
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -1,0 +1,310 @@
+"""Images per second of the image towers and of the router: this project's, and the official PyTorch way in the same run.
+
+    python benchmarks/inference.py [--quick] [--towers vit_b16 vit_l14] [--batch 4] [--batches 2] [--repeats 3]
+        [--json docs/results/inference.json]
+
+Same random weights, same images in memory, on CPU in turns; the fastest pass of each counts: other work on the machine only
+adds time, so compare within a run. Both sides' float32 embeddings must agree before anything is reported.
+
+Numbered columns are one tower after so many blocks, `scores` is the complexity model (ConvNeXtV2-tiny at 224), `routed` scores
+and towers with half the images early (6 of 12 blocks, 13 of 24). PyTorch's router cuts each batch by a boolean mask, as the
+official evaluator does; ours has a queue per exit. `of ideal` is the speed of `routed` against one that costs no more than its
+parts, each on full batches. PyTorch's rows need torch: float32, bf16 autocast, and bf16 weights.
+
+GFLOP/s are counted FLOPs of the whole tower (2 x multiply-accumulates) over time; `of product` is their share of what the
+fastest single product of square matrices reaches, here or in PyTorch: a tower cannot beat that by much, whoever computes it. On
+an accelerator there are no PyTorch rows, more exits, and larger batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from icar_jax import pytree
+from icar_jax.config.schema import ClipConfig
+from icar_jax.inference.forward import Forward
+from icar_jax.inference.router import OneExit, Router
+from icar_jax.models import registry
+from icar_jax.models.clip import unit_norm
+from icar_jax.models.complexity import Complexity, ComplexityArch
+from icar_jax.models.flops import router_flops, vision_flops
+from icar_jax.models.host import has_bf16_instructions, jit_for_host
+from icar_jax.models.layers import Bridge
+from icar_jax.models.pixels import normalise
+from icar_jax.models.vision import Vision, VisionArch
+
+CLIP_MEAN = CLIP_STD = (0.5, 0.5, 0.5)
+ICC_MEAN, ICC_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+EARLY = {"vit_b32": 6, "vit_b16": 6, "vit_l14": 13}
+MORE_EXITS = {"vit_b32": (3, 6, 9), "vit_b16": (3, 6, 9), "vit_l14": (9, 13, 17, 21)}
+DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
+TORCH_MODES = ("f32", "bf16 autocast", "bf16 weights")
+CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+TOLERANCE = 1e-4  # float32, of embeddings of length one
+Runs = dict[str, Callable[[int], np.ndarray]]  # by name; the argument says how many of the batches
+Timed = dict[str, dict[str, list[float]]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One tower: images uint8 [N, S, S, 3], of which every second one needs full depth and has a first value of 255."""
+
+    name: str
+    arch: VisionArch
+    early: int  # the exit that half the routed images leave at
+    scorer: ComplexityArch
+    batch: int
+    batches: int
+
+    @cached_property
+    def tower(self) -> Bridge:
+        return Bridge(lambda rngs: Vision(self.arch, rngs=rngs))
+
+    @cached_property
+    def params(self) -> dict[str, Any]:
+        """Parameters of the tower and of the scorer, float32: drawn numbers that repeat, as drawing them all takes long."""
+        numbers = 0.02 * np.random.default_rng(1).standard_normal(1_000_003, np.float32)
+        leaf = lambda path, s: jnp.asarray(np.resize(numbers, s.shape) + np.float32(path.endswith("scale")))
+        shapes = {"tower": self.tower.shapes(), "scorer": Complexity(self.scorer).shapes()}
+        return {name: pytree.map_with_path(leaf, tree) for name, tree in shapes.items()}
+
+    @cached_property
+    def parts(self) -> list[np.ndarray]:
+        """The images in batches."""
+        side = self.arch.image_size
+        pixels = np.random.default_rng(0).integers(0, 256, (self.batches * self.batch, side, side, 3), dtype=np.uint8)
+        pixels[:, 0, 0, 0] = 255 * (np.arange(len(pixels)) % 2)
+        return np.split(pixels, self.batches)
+
+
+def jax_runs(case: Case, dtype: Any) -> tuple[Runs, float]:
+    """What is timed of this package, by name, and the seconds that compiling took."""
+    full, early = case.arch.depth, case.early
+
+    def tower(exit: int) -> Forward:
+        def embed(params: Any, pixels: jax.Array) -> jax.Array:
+            images = normalise(pixels, CLIP_MEAN, CLIP_STD)
+            return unit_norm(case.tower.bind(params)(images, (exit,), dtype)[exit])
+
+        return Forward(embed, case.params["tower"], (case.batch,))
+
+    def score(params: Any, pixels: jax.Array) -> jax.Array:
+        # A float times zero may be NaN, so that the compiler cannot leave the score out.
+        value = Complexity(case.scorer).score(params, normalise(pixels, ICC_MEAN, ICC_STD), dtype)
+        return pixels[:, 0, 0, 0] / 255 + 0 * value
+
+    towers = {exit: tower(exit) for exit in case.arch.all_exits}
+    scorer = Forward(score, case.params["scorer"], (case.batch,))
+    start = time.perf_counter()
+    for forward in (*towers.values(), scorer):
+        forward.warm_up(case.parts[0].shape[1:], np.uint8)
+    compile_s = time.perf_counter() - start
+    router = Router({exit: towers[exit] for exit in (early, full)}, scorer, (0.5,), case.batch)
+
+    def embed(way: OneExit | Router) -> Callable[[int], np.ndarray]:
+        return lambda n: way.embed([(part, part) for part in case.parts[:n]], case.arch.embed_dim).embeddings
+
+    def scores(n: int) -> np.ndarray:
+        return np.concatenate([pending.result() for pending in [scorer.submit(part) for part in case.parts[:n]]])
+
+    runs = {str(exit): embed(OneExit(exit, forward)) for exit, forward in towers.items()}
+    return runs | {"scores": scores, "routed": embed(router)}, compile_s
+
+
+def torch_runs(case: Case) -> dict[str, Runs]:
+    """What is timed of PyTorch, by mode and name; the modes share weights where they can."""
+    import torch
+    import torch_towers
+
+    full, early = case.arch.depth, case.early
+    made = {"f32": [], "bf16 weights": []}
+    for dtype, modules in zip((torch.float32, torch.bfloat16), made.values()):
+        with torch.device("meta"):  # weights are read, not drawn
+            vision, scorer = torch_towers.Vision(case.arch), torch_towers.Complexity(case.scorer.backbone)
+        modules.append(torch_towers.load(vision, case.params["tower"]).to(dtype))
+        modules.append(torch_towers.load(scorer, case.params["scorer"]).to(dtype))
+    made["bf16 autocast"] = made["f32"]
+    planes = [torch.from_numpy(part).permute(0, 3, 1, 2).contiguous() / 255 for part in case.parts]
+
+    def runs(mode: str) -> Runs:
+        vision, scorer = made[mode]
+        parts = [part.to(torch.bfloat16) for part in planes] if mode == "bf16 weights" else planes
+
+        def each(function: Callable) -> Callable[[int], np.ndarray]:
+            def run(n: int) -> np.ndarray:
+                autocast = torch.autocast("cpu", torch.bfloat16, enabled=mode == "bf16 autocast")
+                with torch.inference_mode(), autocast:
+                    return torch.cat([function(part).float() for part in parts[:n]]).numpy()
+
+            return run
+
+        towers = {str(exit): each(lambda part, exit=exit: vision(part, exit)) for exit in (early, full)}
+        masked = each(lambda part: torch_towers.routed(vision, scorer, part, early, full))
+        return towers | {"scores": each(scorer), "routed": masked}
+
+    return {mode: runs(mode) for mode in TORCH_MODES}
+
+
+def in_turns(runs: dict[str, Runs], batches: int, repeats: int, title: str) -> tuple[Timed, dict[str, np.ndarray]]:
+    """Seconds of every pass, and what `routed` gave, by row; all rows run a name before the next. A first batch does not count.
+
+    A row that took over twice as long as the fastest in the first round is left at that: it is out of the noise's reach.
+    """
+    names = list(next(iter(runs.values())))
+    seconds: Timed = {row: {name: [] for name in names} for row in runs}
+    routed = {}
+    for name in tqdm(names, desc=title, unit="run"):
+        for functions in runs.values():
+            functions[name](1)
+        for repeat in range(repeats):
+            fastest = min(min(named[name], default=0.0) for named in seconds.values())
+            for row, functions in runs.items():
+                if repeat and seconds[row][name][0] > 2 * fastest:
+                    continue
+                start = time.perf_counter()
+                result = functions[name](batches)
+                seconds[row][name].append(time.perf_counter() - start)
+                if name == "routed":
+                    routed[row] = result
+    return seconds, routed
+
+
+def product_flops(with_torch: bool) -> dict[str, float]:
+    """FLOP/s of one product of square matrices, by framework and dtype: what the device is known to reach."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    products: dict[str, Callable[[], Any]] = {}
+    for key, dtype in DTYPES.items():
+        a = jnp.ones((size, size), dtype)
+        product = jit_for_host(lambda a: jax.lax.dot(a, a, preferred_element_type=jnp.float32))
+        products[f"jax {key}"] = lambda a=a, product=product: product(a).block_until_ready()
+    if with_torch:
+        import torch
+
+        for key, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
+            a = torch.ones(size, size, dtype=dtype)
+            products[f"torch {key}"] = lambda a=a: a @ a
+    best = dict.fromkeys(products, float("inf"))
+    for repeat in range(5):
+        for name, product in products.items():
+            start = time.perf_counter()
+            product()
+            if repeat:  # the first compiles
+                best[name] = min(best[name], time.perf_counter() - start)
+    return {name: 2 * size**3 / seconds for name, seconds in best.items()}
+
+
+def measure(case: Case, repeats: int, with_torch: bool) -> list[dict[str, Any]]:
+    """One row per framework and dtype. Raises SystemExit where PyTorch's embeddings are others than ours."""
+    runs, compiled = {}, {}
+    if with_torch:
+        runs |= {f"torch {mode}": functions for mode, functions in torch_runs(case).items()}
+    for key, dtype in DTYPES.items():
+        runs[f"jax {key}"], compiled[f"jax {key}"] = jax_runs(case, dtype)
+    seconds, routed = in_turns(runs, case.batches, repeats, case.name)
+    if with_torch:
+        apart = float(np.abs(routed["torch f32"] - routed["jax f32"]).max())
+        if not apart < TOLERANCE:
+            raise SystemExit(f"{case.name}: float32 embeddings of both sides differ by {apart:.1e}, more than {TOLERANCE}")
+    images, full, early = case.batch * case.batches, str(case.arch.depth), str(case.early)
+    rates = {row: {name: images / min(times) for name, times in named.items()} for row, named in seconds.items()}
+    rows = []
+    for row, rate in rates.items():
+        ideal = 1 / (0.5 / rate[early] + 0.5 / rate[full] + 1 / rate["scores"])
+        record = {"tower": case.name, "row": row, "images_per_s": rate, "seconds": seconds[row]}
+        record |= {"speed_up": rate["routed"] / rate[full], "routed_to_ideal": rate["routed"] / ideal}
+        record["flops_per_s"] = {name: vision_flops(case.arch, int(name)) * rate[name] for name in rate if name.isdigit()}
+        record["flops_per_s"]["scores"] = router_flops(case.scorer) * rate["scores"]
+        if row in compiled:
+            record["compile_s"] = compiled[row]
+        if with_torch:
+            best_bf16 = {name: max(rates[f"torch {mode}"][name] for mode in TORCH_MODES[1:]) for name in rate}
+            record["to_torch_f32"] = {name: rate[name] / rates["torch f32"][name] for name in rate}
+            record["to_best_torch_bf16"] = {name: rate[name] / best_bf16[name] for name in rate}
+        rows.append(record)
+    return rows
+
+
+def print_table(rows: list[dict[str, Any]], peak: float) -> None:
+    """Rows of one tower."""
+    exits = [name for name in rows[0]["images_per_s"] if name.isdigit()]
+    columns = [*sorted(exits, key=int), "scores", "routed"]
+    title = "".join(f"{name + ' blocks' if name.isdigit() else name:>11}" for name in columns)
+    ratios = f"{'x torch f32':>12}{'x best bf16':>12}" if "to_torch_f32" in rows[0] else ""
+    print(f"{rows[0]['tower'] + ', images/s':<22}{title}{'of ideal':>10}{'GFLOP/s':>9}{'of product':>11}{ratios}")
+    for row in rows:
+        full = max(exits, key=int)
+        line = f"{row['row']:<22}" + "".join(f"{row['images_per_s'][name]:11.2f}" for name in columns)
+        flops = row["flops_per_s"][full]
+        line += f"{row['routed_to_ideal']:10.1%}{flops / 1e9:9.0f}{flops / peak:11.1%}"
+        if ratios:
+            line += f"{row['to_torch_f32'][full]:12.2f}{row['to_best_torch_bf16'][full]:12.2f}"
+        print(line)
+
+
+def device() -> dict[str, Any]:
+    """The machine in words; of a CPU, which of the instructions it has that decide the speed of matrix products."""
+    about: dict[str, Any] = {"platform": jax.default_backend(), "kind": jax.devices()[0].device_kind}
+    cpuinfo = Path("/proc/cpuinfo")
+    if jax.default_backend() == "cpu" and cpuinfo.exists():
+        lines = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in lines.items()}
+        present = fields.get("flags", fields.get("Features", "")).split()
+        about |= {"kind": fields.get("model name", platform.machine()), "flags": [f for f in CPU_FLAGS if f in present]}
+        about |= {"cores": os.cpu_count(), "bf16_instructions": has_bf16_instructions()}
+    return about
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="ViT-B/32 and the smallest ConvNeXt, one round: whether it runs")
+    parser.add_argument("--towers", nargs="+", choices=sorted(EARLY), default=["vit_b16", "vit_l14"])
+    parser.add_argument("--batch", type=int, help="images a batch; 4 on CPU, else 128")
+    parser.add_argument("--batches", type=int, help="batches a pass, an even number; 2 on CPU, else 16")
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args()
+    on_cpu = jax.default_backend() == "cpu"
+    batch, batches = args.batch or (4 if on_cpu else 128), args.batches or (2 if on_cpu else 16)
+    if args.quick:
+        args.towers, batch, batches, args.repeats = ["vit_b32"], 4, 2, 1
+    if batch < 1 or batches < 2 or batches % 2 or args.repeats < 1:
+        parser.error(f"--batch {batch} and --repeats {args.repeats} must be 1 or more, --batches {batches} even and 2 or more")
+    backbone = registry.CONVNEXT["convnextv2_atto" if args.quick else "convnextv2_tiny"]
+    scorer = ComplexityArch(backbone, "classification", 224)
+    with_torch = on_cpu and find_spec("torch") is not None
+    if on_cpu and not with_torch:
+        print("without the PyTorch rows: they need torch")
+    versions = {name: version(name) for name in ("jax", "torch") if name == "jax" or with_torch}
+    about = {"benchmark": "inference", "device": device(), "versions": versions, "batch": batch, "images": batch * batches}
+    peaks = product_flops(with_torch)
+    about["product_flops_per_s"] = peaks
+    print(json.dumps(about), flush=True)
+    rows = []
+    for name in args.towers:
+        clip = ClipConfig(variant=name, exits=(EARLY[name],) if on_cpu else MORE_EXITS[name])
+        case = Case(name, registry.clip_arch(clip).vision, EARLY[name], scorer, batch, batches)
+        rows += measure(case, args.repeats, with_torch)
+        print_table([row for row in rows if row["tower"] == name], max(peaks.values()))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
