@@ -49,12 +49,12 @@ class Stage:
 
 ROUTERS: dict[str, tuple[Stage, ...]] = {
     "atto": (Stage("atto", 1000), Stage("atto,112", 150)),
-    "femto": (Stage("femto", 500), Stage("femto,112", 70)),
-    "pico": (Stage("pico", 300), Stage("pico,112", 45)),
-    "nano": (Stage("nano", 180), Stage("nano,112", 25)),
+    "femto": (Stage("femto", 500), Stage("femto,112", 50)),
+    "pico": (Stage("pico", 200), Stage("pico,112", 20)),
+    "nano": (Stage("nano", 120), Stage("nano,112", 12)),
     "demo": (Stage("demo", 7000),),
 }
-HEAD_STEPS = 1500
+HEAD_STEPS = 1000
 
 
 def head(clip: str) -> Stage:
@@ -185,12 +185,16 @@ def main() -> None:
     if args.clip:
         routers.append((head(args.clip),))
     shares = wall_shares(args.speed)
-    args.workdir.mkdir(parents=True, exist_ok=True)
+    folder = args.workdir / "quick" if args.quick else args.workdir
+    folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for stages in routers:
-        for row in measure(stages, args.workdir, args.quick):
-            share = shares.get(row["router"])
-            rows.append(row if share is None else row | {"wall_share_of_vit_l14": share})
+    try:
+        for stages in routers:
+            for row in measure(stages, folder, args.quick):
+                share = shares.get(row["router"])
+                rows.append(row if share is None else row | {"wall_share_of_vit_l14": share})
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)  # train.py or evaluate.py has said why
     print_table(rows)
     if args.figure:
         draw(rows, args.figure)

@@ -33,7 +33,7 @@ from icar_jax.models.host import jit_for_host
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 CONVNEXTS = (
     ("tiny", 224), ("nano", 224), ("nano", 512), ("pico", 224), ("femto", 224), ("atto", 224), ("nano", 112), ("pico", 112),
-    ("femto", 112), ("atto", 112), ("atto", 64), ("demo", 64),
+    ("femto", 112), ("atto", 112), ("nano", 64), ("pico", 64), ("femto", 64), ("atto", 64), ("demo", 64),
 )  # fmt: skip
 TIMM = [size for size in registry.CONVNEXT if not size.endswith("_demo")]  # timm has no model of the demo's size
 HEADS = (("vit_l14", 2), ("vit_l14", 4), ("vit_b16", 2), ("vit_b16", 4))

@@ -54,5 +54,8 @@ def config_of(args: argparse.Namespace) -> cfg.ExperimentConfig:
     config_flags.DEFINE_config_file("config", flag_values=values)
     for word in args.overrides:
         cfg.check_override(word.lstrip("-").partition("=")[0])
-    values(["icar", f"--config={args.config}", *args.overrides])
+    try:
+        values(["icar", f"--config={args.config}", *args.overrides])
+    except flags.Error as error:
+        raise cfg.ConfigError(str(error)) from error
     return values.config

@@ -16,6 +16,7 @@ from icar_jax.config import ExperimentConfig
 from icar_jax.data import sources
 from icar_jax.data.distractors import distractor_source, require_apart, source_urls
 from icar_jax.data.images import Preprocess
+from icar_jax.data.labels import read_labels
 from icar_jax.data.pipeline import eval_batches
 from icar_jax.data.records import Source
 from icar_jax.data.splits import Subset
@@ -51,15 +52,19 @@ def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
         notes += require_apart(source, far_source, urls, far_urls)
     elif config.eval.labels:
         urls = source_urls(source)
+    # What may be missing or spoilt is read before hours of work, not after.
+    far_file = config.eval.distractors.labels if far_source is not None else ""
+    labels, far_labels = (read_labels(file) if file else None for file in (config.eval.labels, far_file))
+    train = _baseline_source(config, notes)
     loading = sources.loading(config.data)
     warm = timing.warm_up(model)
     settings, found = _budgets(config, model, notes)
     gallery = embed(model, source, loading)
-    gallery = labelled(gallery, urls, config.eval.labels, notes)
+    gallery = labelled(gallery, urls, labels, config.eval.labels, notes)
     far = None
     if far_source is not None:
         far = embed(model, far_source, loading)
-        far = labelled(far, far_urls, config.eval.distractors.labels, notes)
+        far = labelled(far, far_urls, far_labels, config.eval.distractors.labels, notes)
     static = _embed_static(config, small, source, far_source, gallery, far)
     metrics, evidence = measure(config, model, source, gallery, far, static, settings)
     metrics["timing"] |= warm
@@ -67,7 +72,7 @@ def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
         metrics["runs"][name]["found"] = routing["found"]
     metrics["gallery"]["source"] = source.name
     metrics["gallery"]["distractors"] = far_source.name if far_source is not None else None
-    metrics["notes"] = [*notes, _baseline_note(config, source, gallery, metrics)]
+    metrics["notes"] = notes if train is None else [*notes, _baseline_note(config, train, source, gallery, metrics)]
     metrics["notes"] += [each.bad.summary() for each in (gallery, far) if each is not None and each.bad]
     table.write_metrics(metrics, workdir / "metrics.json")
     table.print_results(metrics)
@@ -176,15 +181,27 @@ def _check_shares(config: ExperimentConfig, bundle: Path) -> None:
         )
 
 
-def _baseline_note(config: ExperimentConfig, source: Source, gallery: Gallery, metrics: dict[str, Any]) -> str:
-    """Adds the colour-histogram baseline to the metrics and says how it compares."""
-    train = sources.train_source(config.data)
+def _baseline_source(config: ExperimentConfig, notes: list[str]) -> Source | None:
+    """Training images that the colour baseline is fitted on; None, with a note, where they are not at hand."""
+    try:
+        train = sources.train_source(config.data)
+    except (cfg.ConfigError, OSError) as error:
+        notes.append(f"no colour histograms beside it, for lack of training images: {error}")
+        return None
     some = np.linspace(0, len(train) - 1, min(BASELINE_IMAGES, len(train))).astype(int)
-    fitted = list(_thumbnails(Subset(train, some, f"{train.name}/baseline")))
+    return Subset(train, some, f"{train.name}/baseline")
+
+
+def _baseline_note(
+    config: ExperimentConfig, train: Source, source: Source, gallery: Gallery, metrics: dict[str, Any]
+) -> str:
+    """Adds the colour-histogram baseline to the metrics and says how it compares."""
+    loading = sources.loading(config.data)
+    fitted = list(_thumbnails(train, loading))
     result = colour_histogram_baseline(
         [image for image, _ in fitted],
         [captions for _, captions in fitted],
-        (image for image, _ in _thumbnails(source)),
+        (image for image, _ in _thumbnails(source, loading)),
         gallery.captions,
     )
     metrics["colour_baseline"] = result
@@ -196,8 +213,8 @@ def _baseline_note(config: ExperimentConfig, source: Source, gallery: Gallery, m
     return f"colour histograms alone, linear, fitted on {len(fitted)} training images: {', '.join(pairs)}"
 
 
-def _thumbnails(source: Source) -> Iterator[tuple[np.ndarray, tuple[str, ...]]]:
+def _thumbnails(source: Source, loading: dict[str, Any]) -> Iterator[tuple[np.ndarray, tuple[str, ...]]]:
     """(uint8 [64, 64, 3], captions) of every readable image, in order."""
-    with eval_batches(source, {"small": Preprocess(64, "squash", "bilinear")}, batch_size=64) as batches:
+    with eval_batches(source, {"small": Preprocess(64, "squash", "bilinear")}, batch_size=64, **loading) as batches:
         for batch in batches:
             yield from zip(batch["images"]["small"], batch["captions"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,9 @@ def evaluate_complexity(config: ExperimentConfig, workdir: str | Path) -> dict[s
     fitted = _measure(config, None, calibration, "calibration images")
     measured = _measure(config, model, source, "score")
     metrics = _report(config, model, threshold, fitted, measured, source)
-    metrics["notes"] = _notes(folder, source, calibration, fitted, measured, threshold)
+    metrics["notes"] = _notes(folder, source, calibration, fitted, measured)
+    if threshold is not None:
+        metrics["notes"].append(_decision_note(model.description.get("threshold_found", {}), threshold, source, calibration))
     write_metrics(metrics, workdir / "metrics.json")
     complexity_table.print_results(metrics)
     complexity_figures.scores(measured.scores, measured.complexity, metrics, workdir / "scores.png")
@@ -202,17 +204,23 @@ def _fastest(run: Callable[[], object]) -> float:
     return best
 
 
-def _notes(
-    folder: Path, source: Source, calibration: Source, fitted: Measured, measured: Measured, threshold: float | None
-) -> list[str]:
+def _decision_note(found: Mapping[str, Any], threshold: float, source: Source, calibration: Source) -> str:
+    note = f"decisions are score > {threshold:g}, as stored in the checkpoint; baselines choose theirs on {calibration.name}"
+    if found.get("calibration", calibration.name) != calibration.name:
+        note += (
+            f"; the threshold was chosen on {found['calibration']}: where that holds images of {source.name}, decisions look "
+            "better here than they are"
+        )
+    return note
+
+
+def _notes(folder: Path, source: Source, calibration: Source, fitted: Measured, measured: Measured) -> list[str]:
     notes = [
         f"the model is {folder}",
         f"classical measures have no scale of their own: each is a line fitted on {len(fitted.complexity)} images of "
         f"{calibration.name}, 'all three' one linear fit of them together, at {classical.SIZE} pixels",
         "milliseconds are of prepared images held in memory: the model in batches, a classical measure on one thread",
     ]
-    if threshold is not None:
-        notes.append(f"decisions are score > {threshold:g}, as stored in the checkpoint; baselines choose theirs the same way")
     for name, seen in ((source.name, measured.bad), (calibration.name, fitted.bad)):
         if seen:
             notes.append(f"{name}: {seen.summary()}")

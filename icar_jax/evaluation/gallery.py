@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from icar_jax.data.labels import merge_labels, read_labels
+from icar_jax.data.labels import Labels, merge_labels
 from icar_jax.data.pipeline import BadFiles, eval_batches
 from icar_jax.data.records import Source
 from icar_jax.evaluation import timing
@@ -103,11 +103,13 @@ def embed(
     )
 
 
-def labelled(gallery: Gallery, urls: list[str | None] | None, file: str, notes: list[str]) -> Gallery:
-    """The gallery with the labels of a file, where one is given; notes how many images it knows."""
-    if not file:
+def labelled(
+    gallery: Gallery, urls: list[str | None] | None, table: dict[str, Labels] | None, file: str, notes: list[str]
+) -> Gallery:
+    """The gallery with the labels that `read_labels(file)` gave, where there are any; notes how many images they know."""
+    if table is None:
         return gallery
     own_urls = [urls[i] for i in gallery.index.tolist()] if urls is not None else None
-    labels, note = merge_labels(gallery.names, own_urls, read_labels(file), file)
+    labels, note = merge_labels(gallery.names, own_urls, table, file)
     notes.append(note)
     return dataclasses.replace(gallery, labels=labels)
