@@ -144,7 +144,8 @@ def index_files(
         bar = tqdm(total=paths.count(), desc="index", unit=" images", disable=not distributed.is_main())
 
         def passed() -> None:  # counted, but no part of the images/s
-            bar.initial += 1
+            if not bar.disable:  # one process of several shows it
+                bar.initial += 1
             bar.update()
 
         with bar:
