@@ -3,6 +3,7 @@
 import numpy as np
 from PIL import Image
 
+import icar_jax
 from icar_jax.data.image_paths import ImagePaths
 from icar_jax.evaluation.calibration import make_bundle
 from icar_jax.evaluation.thresholds import thresholds_for_shares
@@ -10,9 +11,10 @@ from icar_jax.search.indexing import index_files
 from icar_jax.search.store import open_store, vectors
 
 
-def bundle(clip_folder, complexity_folder, out, scores, shares=(0.3, 0.3, 0.4)):
-    """A bundle whose thresholds send these shares of the scores to each exit."""
-    return make_bundle(clip_folder, complexity_folder, out, thresholds=thresholds_for_shares(scores, shares))
+def bundle(clip_folder, complexity_folder, folder, shares=(0.3, 0.3, 0.4)):
+    """A bundle below `folder` whose thresholds send these shares of 23 drawn pictures to each exit."""
+    scores = icar_jax.load(complexity_folder, batch_size=8).score(sorted(draw(folder / "drawn", 23).iterdir()))
+    return make_bundle(clip_folder, complexity_folder, folder / "bundle", thresholds=thresholds_for_shares(scores, shares))
 
 
 def picture(seed):

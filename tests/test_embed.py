@@ -21,7 +21,7 @@ from icar_jax.data.image_paths import ImagePaths, NoImages
 from icar_jax.evaluation.calibration import make_bundle
 from icar_jax.evaluation.thresholds import thresholds_for_shares
 from icar_jax.inference import corpus as corpus_module
-from icar_jax.inference.corpus import CorpusError, CorpusWriter, iter_rows, open_corpus
+from icar_jax.inference.corpus import CorpusError, CorpusWriter, open_corpus
 from icar_jax.inference.embedding import embed_files
 
 
@@ -76,7 +76,7 @@ def test_a_corpus_holds_what_the_model_gives_in_order(model, pictures, tmp_path)
     assert opened.shards[0].dtype == np.float16 and isinstance(opened.shards[0], np.memmap)
     np.testing.assert_allclose(opened[:], routed.embeddings, atol=1e-3)
     np.testing.assert_array_equal(opened[[22, 0, 10, 9]], opened[:][[22, 0, 10, 9]])
-    assert [(len(e), t.num_rows) for e, t in iter_rows(opened)] == [(10, 10), (10, 10), (3, 3)]
+    assert [len(shard) for shard in opened.shards] == [10, 10, 3] and opened.rows().num_rows == 23
     with pytest.raises(IndexError, match="from 0 to 22"):
         opened[[23]]
     assert sum(done.exits.values()) == 23 and done.stats.rows == dict(done.exits)

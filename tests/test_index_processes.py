@@ -20,9 +20,7 @@ pytestmark = pytest.mark.check
 
 @pytest.fixture(scope="module")
 def bundle(clip_folder, complexity_folder, tmp_path_factory):
-    files = sorted(draw(tmp_path_factory.mktemp("drawn"), 23).iterdir())
-    scores = icar_jax.load(complexity_folder, batch_size=8).score(files)
-    return collected.bundle(clip_folder, complexity_folder, tmp_path_factory.mktemp("bundle") / "bundle", scores)
+    return collected.bundle(clip_folder, complexity_folder, tmp_path_factory.mktemp("bundle"))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -221,9 +221,3 @@ class CorpusWriter:
         workdir.write_bytes(self.path / f"{name}.parquet", sink.getvalue().to_pybytes())
         self.done.update(path_key(path) for path in columns["path"])
         self._next += 1
-
-
-def iter_rows(corpus: Corpus) -> Iterator[tuple[np.ndarray, pa.Table]]:
-    """(embeddings float16 [n, D], table [n]) of one shard after the other."""
-    for name, shard in zip(corpus._names, corpus.shards, strict=True):
-        yield shard, pq.read_table(corpus.path / f"{name}.parquet")

@@ -127,6 +127,12 @@ class Embedding:
         """Takes over images per exit that were summed over processes."""
         self.exits = Counter({depth: int(count) for depth, count in zip(depths, counts, strict=True) if count})
 
+    def pace(self) -> str:
+        """How long it took, for the first line of a report."""
+        speed = f" ({self.images / max(self.seconds, 1e-9):.1f} images/s)" if self.images else ""
+        compiled = f", after {self.warm_up_s:.1f} s of compilation" if self.warm_up_s else ""
+        return f"{self.seconds:.1f} s{speed}{compiled}"
+
     def details(self) -> list[str]:
         """Lines for the end of a run: shares of the exits, and where the time went."""
         s, n = self.stats, max(1, self.images)

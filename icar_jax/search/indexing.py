@@ -70,8 +70,6 @@ class Indexed(Embedding):
 
     def report(self) -> str:
         """Text for the end of a run: speed, shares, and what became of the files."""
-        speed = f" ({self.images / max(self.seconds, 1e-9):.1f} images/s)" if self.images else ""
-        compiled = f", after {self.warm_up_s:.1f} s of compilation" if self.warm_up_s else ""
         counts = [f"added {self.added:,}", f"updated {self.updated:,}", f"removed {self.removed:,}",
                   f"unchanged {self.unchanged:,}", f"bad {self.bad + self.still_bad:,}"]  # fmt: skip
         rare = {
@@ -81,7 +79,7 @@ class Indexed(Embedding):
         counts += [f"{what} {count:,}" for what, count in rare.items() if count]
         copied = f" ({self.copied:,} of them had content that was embedded already)" if self.copied else ""
         return "\n".join(
-            [f"Embedded {self.images:,} images in {self.seconds:.1f} s{speed}{compiled}", *self.details(),
+            [f"Embedded {self.images:,} images in {self.pace()}", *self.details(),
              f"  {', '.join(counts)}{copied}"]
         )  # fmt: skip
 

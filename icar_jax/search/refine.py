@@ -61,15 +61,13 @@ class Refined(Embedding):
 
     def report(self) -> str:
         """Text for the end of a run."""
-        speed = f" ({self.images / max(self.seconds, 1e-9):.1f} images/s)" if self.images else ""
-        compiled = f", after {self.warm_up_s:.1f} s of compilation" if self.warm_up_s else ""
         rare = {
             "without a score, left as they are": self.unscored, "vanished": self.gone, "changed and indexed anew": self.changed,
             "written by another run": self.kept, "bad": self.bad,
         }  # fmt: skip
         counts = [f"deep enough before {self.deep:,}", *(f"{what} {count:,}" for what, count in rare.items() if count)]
         return "\n".join(
-            [f"Refined {self.images:,} of {self.wanted:,} images in {self.seconds:.1f} s{speed}{compiled}", *self.details(),
+            [f"Refined {self.images:,} of {self.wanted:,} images in {self.pace()}", *self.details(),
              f"  {', '.join(counts)}"]
         )  # fmt: skip
 
