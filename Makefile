@@ -1,4 +1,5 @@
-# Two commands for newcomers: `make demo` and `make test`. Both need only python3 (3.11 or newer) with pip.
+# Two commands for newcomers: `make demo` (`make demo SEARCH=1` also indexes its gallery and searches it) and `make test`. Both
+# need only python3 (3.11 or newer) with pip.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := workdir/demo
@@ -10,6 +11,11 @@ demo: .venv/installed
 	$(BIN)/python train.py --config=configs/demo.py:clip --workdir=$(DEMO)
 	$(BIN)/icar bundle --clip $(DEMO) --complexity $(DEMO)/complexity --out $(DEMO)/bundle
 	$(BIN)/python evaluate.py --config=configs/demo.py:clip --workdir=$(DEMO)
+ifdef SEARCH
+	$(BIN)/icar scenes $(DEMO)/gallery -n 500
+	$(BIN)/icar index $(DEMO)/gallery/images --checkpoint $(DEMO)/bundle --store $(DEMO)/store --captions $(DEMO)/gallery/captions.jsonl
+	$(BIN)/icar search "a large red star" --store $(DEMO)/store -k 5
+endif
 
 # Programs that run for a moment: optimising them would take longer than it saves. `make check` and `make parity` do.
 test: .venv/installed

@@ -268,7 +268,7 @@ def test_describe_prints_the_bundle(bundled, capsys):
 
 @pytest.mark.check
 def test_the_demo_reaches_its_numbers(tmp_path):
-    """The commands of `make demo`, with nothing shortened."""
+    """The commands of `make demo SEARCH=1`, with nothing shortened."""
     demo, scorer = tmp_path / "demo", tmp_path / "demo" / "complexity"
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
 
@@ -292,6 +292,13 @@ def test_the_demo_reaches_its_numbers(tmp_path):
     assert routed["retention"]["value"] >= 95
     assert routed["flops_per_image"] <= 0.8 * full["flops_per_image"]
     assert min(routed["share"].values()) >= 0.2
+    gallery, store = demo / "gallery", str(demo / "store")
+    icar = ("-m", "icar_jax.cli")
+    run(*icar, "scenes", str(gallery), "-n", "500")
+    captions = str(gallery / "captions.jsonl")
+    run(*icar, "index", str(gallery / "images"), "--checkpoint", str(demo / "bundle"), "--store", store, "--captions", captions)
+    found = json.loads(run(*icar, "search", "a large red star", "--store", store, "-k", "5", "--json"))
+    assert sum("red" in hit["caption"] for hit in found["hits"]) >= 3, found["hits"]
     # The score is worth its name: held-out scenes are ranked by their known complexity.
     scenes = Scenes("test", 300)
     scores = model.score([r.image() for r in scenes])

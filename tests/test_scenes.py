@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from icar_jax.data.folders import open_folder
 from icar_jax.data.records import Record, Source
-from icar_jax.data.scenes import HELDOUT_PAIRS, SPLITS, Scenes, contact_sheet
+from icar_jax.data.scenes import HELDOUT_PAIRS, SPLITS, Scenes, contact_sheet, picture_folder
 from icar_jax.data.scenes import grammar as g
 from icar_jax.data.scenes.draw import draw_scene
 from icar_jax.evaluation.colour_baseline import colour_histogram_baseline
@@ -250,6 +251,20 @@ def test_contact_sheet(tmp_path):
     assert (tmp_path / "sheet.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="1 to 6"):
         contact_sheet(Scenes("val", 6), 7, tmp_path / "none.png")
+
+
+def test_a_folder_of_scenes_reads_as_they_were_drawn(tmp_path):
+    scenes, folder = Scenes("val", 12), tmp_path / "gallery"
+    for _ in range(2):  # and again into the same folder
+        picture_folder(scenes, 12, folder)
+        found = open_folder(folder, None)
+        assert [found[i].captions for i in range(12)] == [scenes[i].captions for i in range(12)]
+        assert all(np.array_equal(found[i].image(), scenes[i].image()) for i in range(12))
+    (folder / "images" / "holiday.png").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"holds images/holiday\.png"):
+        picture_folder(scenes, 12, folder)
+    with pytest.raises(ValueError, match="gives 1 to 12 pictures"):
+        picture_folder(scenes, 13, tmp_path / "none")
 
 
 def test_drawing_is_fast_enough_for_training():

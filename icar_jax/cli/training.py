@@ -36,17 +36,18 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _add_scenes(commands) -> None:
-    p = commands.add_parser("scenes", help="write a sheet of scenes with their captions, to look at")
-    p.add_argument("out", help="PNG file to write")
+    p = commands.add_parser("scenes", help="write scenes with their captions: a sheet to look at, or a folder of pictures")
+    p.add_argument("out", help="PNG file of a sheet, or a folder that gets images/ and captions.jsonl")
     p.add_argument("--split", default="val", help="train, calibration, val, test, relations or heldout")
     p.add_argument("-n", type=int, default=20, help="number of pictures")
     p.set_defaults(run=_scenes)
 
 
 def _scenes(args: argparse.Namespace) -> None:
-    from icar_jax.data.scenes import Scenes, contact_sheet
+    from icar_jax.data.scenes import Scenes, contact_sheet, picture_folder
 
-    if Path(args.out).suffix.lower() != ".png":
-        raise cfg.ConfigError(f"{args.out} must end in .png")
-    contact_sheet(Scenes(args.split, args.n), args.n, args.out)
+    suffix = Path(args.out).suffix.lower()
+    if suffix not in ("", ".png"):
+        raise cfg.ConfigError(f"{args.out} must end in .png (a sheet) or in nothing (a folder)")
+    (contact_sheet if suffix else picture_folder)(Scenes(args.split, args.n), args.n, args.out)
     print(f"{args.n} pictures of scenes/{args.split}: {args.out}")

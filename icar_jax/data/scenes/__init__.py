@@ -2,6 +2,6 @@
 
 from icar_jax.data.scenes.dataset import SPLITS, Scenes
 from icar_jax.data.scenes.grammar import HELDOUT_PAIRS, Scene
-from icar_jax.data.scenes.sheet import contact_sheet
+from icar_jax.data.scenes.pictures import contact_sheet, picture_folder
 
-__all__ = ["HELDOUT_PAIRS", "SPLITS", "Scene", "Scenes", "contact_sheet"]
+__all__ = ["HELDOUT_PAIRS", "SPLITS", "Scene", "Scenes", "contact_sheet", "picture_folder"]
