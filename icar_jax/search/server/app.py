@@ -9,7 +9,7 @@ from functools import partial
 from typing import Annotated
 
 import anyio
-from fastapi import FastAPI, Path, Query, Request
+from fastapi import Depends, FastAPI, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.responses import RedirectResponse
 
@@ -26,6 +26,19 @@ _FORGOT_S = 86_400  # a browser keeps a picture for a day: its address names its
 _WAITING_PER_THREAD = 32
 
 ImageId = Annotated[str, Path(pattern=f"^{ID}$", description="SHA-256 of the image's file.")]
+
+
+def _filters(
+    k: schemas.Count = 24,
+    min_complexity: schemas.Share | None = None,
+    max_complexity: schemas.Share | None = None,
+    exit: Annotated[list[schemas.Exit], Query(max_length=64, description="Only these exits; may be repeated.")] = [],
+    exact: bool = False,
+) -> schemas.Filters:
+    return schemas.Filters(k=k, min_complexity=min_complexity, max_complexity=max_complexity, exits=exit, exact=exact)
+
+
+Filters = Annotated[schemas.Filters, Depends(_filters)]
 
 
 def _problems(*statuses: int) -> dict:
@@ -71,15 +84,10 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
     @api.get("/api/search", responses=failures, tags=["search"])
     async def search(
         q: Annotated[schemas.Query, Query(description="What to look for, in words.")],
-        k: schemas.Count = 24,
-        min_complexity: schemas.Share | None = None,
-        max_complexity: schemas.Share | None = None,
-        exit: Annotated[list[schemas.Exit], Query(max_length=64, description="Only these exits; may be repeated.")] = [],
-        exact: bool = False,
+        filters: Filters,
     ) -> schemas.Answer:
         """Searches by words."""
-        filters = schemas.Filters(k=k, min_complexity=min_complexity, max_complexity=max_complexity, exits=exit, exact=exact)
-        return await answer("text", TextQuery(q, k, filters.where(), exact), time.perf_counter())
+        return await answer("text", TextQuery(q, filters.k, filters.where(), filters.exact), time.perf_counter())
 
     @api.post("/api/search", responses=failures, tags=["search"])
     async def search_by_json(body: schemas.TextSearch) -> schemas.Answer:
@@ -89,14 +97,9 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
     @api.post("/api/search/image", responses=_problems(400, 408, 413, 422, 503, 504), openapi_extra=OPENAPI, tags=["search"])
     async def search_by_image(
         request: Request,
-        k: schemas.Count = 24,
-        min_complexity: schemas.Share | None = None,
-        max_complexity: schemas.Share | None = None,
-        exit: Annotated[list[schemas.Exit], Query(max_length=64, description="Only these exits; may be repeated.")] = [],
-        exact: bool = False,
+        filters: Filters,
     ) -> schemas.Answer:
         """Searches by an image; the upload is not kept."""
-        filters = schemas.Filters(k=k, min_complexity=min_complexity, max_complexity=max_complexity, exits=exit, exact=exact)
         start = time.perf_counter()
         data = await read_upload(request, settings.max_upload_bytes, settings.timeout_s)
         decoding = time.perf_counter()
@@ -107,7 +110,7 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
             partial(open_picture, data, "image", settings.max_pixels, backend.image_side), limiter=uploads
         )
         decode_s = time.perf_counter() - decoding
-        return await answer("image", ImageQuery(picture, k, filters.where(), exact), start, decode_s)
+        return await answer("image", ImageQuery(picture, filters.k, filters.where(), filters.exact), start, decode_s)
 
     async def picture(work) -> tuple:
         if threads.statistics().tasks_waiting >= _WAITING_PER_THREAD * settings.preview_threads:

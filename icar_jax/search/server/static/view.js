@@ -84,6 +84,7 @@ function card(hit, i, exits) {
   exit.append(pips(hit.exit, exits));
   const score = element('span', '', 'score ');
   score.append(element('b', '', hit.score.toFixed(2)));
+  score.title = `cosine ${hit.cosine.toFixed(3)}, which the results are ordered by; the score compares with other queries`;
   depth.append(exit, score);
   facts.append(name, complexity, depth);
   button.append(frame, facts);
