@@ -35,8 +35,10 @@ import icar_jax
 from icar_jax.data.scenes import Scenes
 from icar_jax.search import vector_index
 from icar_jax.search.background import OWN, TOP, Background, calibrate
+from icar_jax.search.opening import create
 from icar_jax.search.plain import PLAIN
-from icar_jax.search.store import Store, create, image_schema, now, vector_column
+from icar_jax.search.store import Store
+from icar_jax.search.tables import image_schema, now, vector_column
 
 BATCH = 20_000  # rows a write
 KINDS = {"rq": "IvfRq", "pq": "IvfPq", "sq": "IvfSq", "hnsw": "HnswSq"}

@@ -8,7 +8,8 @@ from icar_jax.data.image_paths import ImagePaths
 from icar_jax.evaluation.calibration import make_bundle
 from icar_jax.evaluation.thresholds import thresholds_for_shares
 from icar_jax.search.indexing import index_files
-from icar_jax.search.store import open_store, vectors
+from icar_jax.search.opening import open_store
+from icar_jax.search.tables import vectors
 
 
 def bundle(clip_folder, complexity_folder, folder, shares=(0.3, 0.3, 0.4)):

@@ -14,14 +14,14 @@ import pyarrow as pa
 from PIL import Image
 
 from icar_jax.evaluation import calibration
-from icar_jax.search import store as stores
+from icar_jax.search import opening, tables
 
 
 def fill(uri, model, files, captions=None):
     """A new store of `files`, routed by a bundle; `captions` by path."""
     files = [str(file) for file in files]
     routed = model.route(files)
-    store = stores.create(uri, model.identity, model.embed_dim, model.exits, str(model.path))
+    store = opening.create(uri, model.identity, model.embed_dim, model.exits, str(model.path))
     contents = [Path(file).read_bytes() for file in files]
     columns = {
         "path": files,
@@ -32,10 +32,10 @@ def fill(uri, model, files, captions=None):
         "complexity": np.asarray(routed.scores, np.float32),
         "exit": np.asarray(routed.exits, np.int32),
         "milliseconds": np.ones(len(files), np.float32),
-        "embedded_at": [stores.now()] * len(files),
-        "vector": stores.vector_column(routed.embeddings),
+        "embedded_at": [tables.now()] * len(files),
+        "vector": tables.vector_column(routed.embeddings),
     }
-    schema = stores.image_schema(model.embed_dim)
+    schema = tables.image_schema(model.embed_dim)
     store.upsert(pa.table([pa.array(columns[f.name], f.type) if isinstance(columns[f.name], list) else columns[f.name]
                            for f in schema], schema=schema))  # fmt: skip
     return store
@@ -90,7 +90,7 @@ def backend(uri, model, queue=8, note_every_s=3600.0):
     from icar_jax.search.query import Searcher
     from icar_jax.search.server.backend import Backend
 
-    made = Backend(Searcher(stores.open_store(uri), model), stores.open_store(uri), queue, note_every_s)
+    made = Backend(Searcher(opening.open_store(uri), model), opening.open_store(uri), queue, note_every_s)
     made.warm_up()
     return made
 

@@ -17,9 +17,10 @@ import icar_jax
 from icar_jax import cli
 from icar_jax.data.image_paths import ImagePaths, NoImages
 from icar_jax.evaluation.calibration import make_bundle
+from icar_jax.search.access import StoreError
 from icar_jax.search.indexing import IndexingError, index_files
+from icar_jax.search.opening import exists, open_store
 from icar_jax.search.scan import Lookup, share
-from icar_jax.search.store import StoreError, exists, open_store
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from collected import draw, embeddings, index, rows
 from programs import ROOT, environment, finish, free_address
 
 import icar_jax
-from icar_jax.search.store import open_store
+from icar_jax.search.opening import open_store
 
 pytestmark = pytest.mark.check
 

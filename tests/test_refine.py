@@ -13,8 +13,8 @@ from icar_jax import cli
 from icar_jax.checkpoint import CheckpointError
 from icar_jax.evaluation.calibration import make_bundle
 from icar_jax.search.indexing import IndexingError
+from icar_jax.search.opening import open_store
 from icar_jax.search.refine import refine
-from icar_jax.search.store import open_store
 
 
 @pytest.fixture(scope="module")

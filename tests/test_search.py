@@ -13,8 +13,10 @@ from icar_jax import cli
 from icar_jax.inference.forward import count_compilations
 from icar_jax.search import background as bg
 from icar_jax.search import query as search
+from icar_jax.search.access import StoreError
+from icar_jax.search.opening import create, open_store
 from icar_jax.search.plain import PLAIN
-from icar_jax.search.store import StoreError, create, image_schema, now, open_store, vector_column
+from icar_jax.search.tables import image_schema, now, vector_column
 
 pytest.importorskip("lancedb")
 CAPTIONS = ["a dog runs", "a red bird on a tree", "two cats asleep\na second caption", None]

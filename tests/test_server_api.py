@@ -15,8 +15,8 @@ import serverkit
 from PIL import Image
 
 import icar_jax
+from icar_jax.search.opening import open_store
 from icar_jax.search.server.settings import ServerSettings
-from icar_jax.search.store import open_store
 
 TOKEN = "a-token-of-some-length"
 LIMITS = {"max_upload_bytes": 200_000, "max_pixels": 1_000_000, "queue": 4}

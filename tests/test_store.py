@@ -1,6 +1,7 @@
 """The store of search: its tables against a dict, refusals, and writers that meet."""
 
 import threading
+from datetime import timedelta
 
 import numpy as np
 import pyarrow as pa
@@ -8,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icar_jax.search import MissingExtra, extra
+from icar_jax.search import MissingExtra, extra, opening
 from icar_jax.search import store as stores
-from icar_jax.search.store import StoreError, create, now, open_store, vector_column, vectors
-from icar_jax.search.tables import image_schema
+from icar_jax.search.access import StoreError
+from icar_jax.search.opening import create, open_store
+from icar_jax.search.tables import image_schema, now, vector_column, vectors
 
 IDENTITY = {"clip": "a" * 64, "complexity": "b" * 64}
 D = 4
@@ -135,7 +137,7 @@ def test_compaction_joins_pieces_and_bounds_the_disk(tmp_path):
         store.upsert(table([(f"{i}/{j}", "x", 1) for j in range(20)]))
     before, held = store.images.stats()["fragment_stats"]["num_fragments"], stored(store)
     files = len(list((tmp_path / "store").rglob("*.lance")))
-    store.compact(keep=stores.timedelta(milliseconds=1))
+    store.compact(keep=timedelta(milliseconds=1))
     assert before == stores.SMALL_FRAGMENTS + 1 and store.images.stats()["fragment_stats"]["num_fragments"] == 1
     assert stored(store) == held and len(list((tmp_path / "store").rglob("*.lance"))) < files
 
@@ -167,10 +169,10 @@ def test_models_that_do_not_belong_are_refused(tmp_path):
 def test_what_is_no_store_is_said_plainly(uri, tmp_path):
     with pytest.raises(StoreError, match="there is no store at .*icar index"):
         open_store(uri)
-    assert not stores.exists(uri)
+    assert not opening.exists(uri)
     store = make(uri)
-    assert stores.exists(uri)
-    with pytest.raises(stores.StoreExists, match="is a store already"):
+    assert opening.exists(uri)
+    with pytest.raises(opening.StoreExists, match="is a store already"):
         make(uri)
     store.set_meta(format=99)
     with pytest.raises(StoreError, match="has format 99; this version reads format 1"):
@@ -203,7 +205,7 @@ def test_a_creation_that_was_killed_is_done_again(tmp_path, monkeypatch):
     def stop(entries):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stores, "meta_table", stop)
+    monkeypatch.setattr(opening, "meta_table", stop)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "store")
     monkeypatch.undo()

@@ -5,7 +5,7 @@ import pytest
 from test_search import rows, unit
 
 from icar_jax.search import vector_index
-from icar_jax.search.store import create, open_store
+from icar_jax.search.opening import create, open_store
 from icar_jax.search.tables import vectors
 
 pytest.importorskip("lancedb")

@@ -76,8 +76,8 @@ def _run(args: argparse.Namespace) -> None:
     from icar_jax.inference.model import load
     from icar_jax.parallel import distributed
     from icar_jax.search.indexing import index_files
+    from icar_jax.search.opening import open_store
     from icar_jax.search.refine import refine
-    from icar_jax.search.store import open_store
     from icar_jax.search.vector_index import maintain
 
     def model(path):
@@ -94,7 +94,9 @@ def _run(args: argparse.Namespace) -> None:
             cheap=args.stage == "cheap", prune=args.prune, prune_missing=args.prune_missing, rehash=args.rehash,
             retry_bad=args.retry_bad, captions=args.captions, commit_rows=args.commit_rows, threads=args.threads,
         )  # fmt: skip
-    if distributed.is_main():
+    main = distributed.is_main()
+    distributed.leave()  # a vector index of many images takes one process hours
+    if main:
         report_bad(done, f"`icar index --bad --store {args.store}`", "embedded")
         if done.still_bad:
             again = "were bad before and have not changed; --retry-bad reads them again"
@@ -104,12 +106,11 @@ def _run(args: argparse.Namespace) -> None:
         if (work := maintain(open_store(args.store))) is not None:
             print(work.report())
     if (done.bad or done.still_bad) and not args.skip_bad:
-        distributed.end_together()
         sys.exit(1)
 
 
 def _list_bad(args: argparse.Namespace) -> None:
-    from icar_jax.search.store import open_store
+    from icar_jax.search.opening import open_store
 
     rows = sorted(open_store(args.store).bad_rows().to_pylist(), key=lambda row: row["path"])
     if args.json:

@@ -34,8 +34,8 @@ def add(commands) -> None:
 
 def _search(args: argparse.Namespace) -> None:
     from icar_jax.data.images import decode
+    from icar_jax.search.access import StoreError
     from icar_jax.search.query import QueryError, open_searcher
-    from icar_jax.search.store import StoreError
 
     if (args.query is None) == (args.image is None):
         raise QueryError("say what to search for: either words or --image FILE, and not both")

@@ -40,11 +40,11 @@ def _serve(args: argparse.Namespace) -> None:
 
     for library in ("lancedb", "fastapi", "uvicorn", "python_multipart", "prometheus_client"):
         extra(library)
+    from icar_jax.search.opening import open_store
     from icar_jax.search.query import open_searcher
     from icar_jax.search.server.backend import TEXT_BATCH, Backend
     from icar_jax.search.server.run import bind, serve
     from icar_jax.search.server.settings import ServerSettings, read_token
-    from icar_jax.search.store import open_store
 
     settings = ServerSettings(
         host=args.host, port=args.port, token=read_token(args.token_file) if args.token_file else args.token,

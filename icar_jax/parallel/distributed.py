@@ -190,6 +190,15 @@ def end_together() -> None:
     _ending_together = True
 
 
+def leave() -> None:
+    """Ends the group, all processes at once; what one of them goes on to do alone, however long, keeps no other waiting.
+
+    There are no collectives afterwards. Without it the runtime waits at exit, and gives up after some minutes.
+    """
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+
+
 @contextlib.contextmanager
 def cut_off() -> Iterator[None]:
     """Around a program: a process that fails alone ends at once.

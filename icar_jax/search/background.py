@@ -25,8 +25,9 @@ from absl import logging
 from tqdm import tqdm
 
 from icar_jax.inference.model import Model
+from icar_jax.search.access import StoreError
 from icar_jax.search.plain import PLAIN
-from icar_jax.search.store import Store, StoreError
+from icar_jax.search.store import Store
 from icar_jax.search.tables import vector_column
 
 TABLE = "background"

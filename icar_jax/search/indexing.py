@@ -25,7 +25,8 @@ from icar_jax.inference.model import Model
 from icar_jax.inference.reading import Bad, in_order
 from icar_jax.inference.stream import Embedding, Encoding, embed_stream
 from icar_jax.parallel import distributed
-from icar_jax.search import store as stores
+from icar_jax.search import opening
+from icar_jax.search.access import StoreExists, address
 from icar_jax.search.captions import Captions
 from icar_jax.search.scan import Scan, share
 from icar_jax.search.store import Store
@@ -186,10 +187,10 @@ def open_or_create(
 
     Nothing but the checkpoint's description is read where the store exists. Raises StoreError for one of another model.
     """
-    known = stores.open_store(uri) if stores.exists(uri) else None
+    known = opening.open_store(uri) if opening.exists(uri) else None
     if checkpoint is None:
         if known is None:
-            raise IndexingError(f"there is no store at {stores.address(uri)} yet; pass --checkpoint to make one")
+            raise IndexingError(f"there is no store at {address(uri)} yet; pass --checkpoint to make one")
         checkpoint = known.meta["checkpoint"]
     where = os.fspath(checkpoint)
     model = functools.cache(lambda: load(where))
@@ -198,14 +199,14 @@ def open_or_create(
         raise IndexingError(f"{where} holds no CLIP model, and so cannot embed images; pass a bundle or a CLIP checkpoint")
 
     def make() -> Store:
-        if not stores.exists(uri):
+        if not opening.exists(uri):
             before_creating()
             made = model()
             try:
-                return stores.create(uri, made.identity, made.embed_dim, made.exits, str(Path(where).absolute()))
-            except stores.StoreExists:
+                return opening.create(uri, made.identity, made.embed_dim, made.exits, str(Path(where).absolute()))
+            except StoreExists:
                 pass  # another run was faster
-        store = stores.open_store(uri)
+        store = opening.open_store(uri)
         store.require_model(identity, where)
         return store
 

@@ -16,8 +16,10 @@ from icar_jax.checkpoint import CheckpointError
 from icar_jax.data.images import ImageLike
 from icar_jax.inference.model import Model, load
 from icar_jax.search import vector_index
+from icar_jax.search.access import StoreError
 from icar_jax.search.background import GROWN, SEED, TOP, Background, open_background
-from icar_jax.search.store import Store, StoreError, open_store
+from icar_jax.search.opening import open_store
+from icar_jax.search.store import Store
 from icar_jax.search.tables import vectors
 
 COLUMNS = ("path", "caption", "exit", "complexity", "sha256")

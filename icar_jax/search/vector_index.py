@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from icar_jax.search import extra
-from icar_jax.search.store import Store, StoreError
+from icar_jax.search.access import StoreError
+from icar_jax.search.store import Store
 from icar_jax.search.tables import vectors
 
 MIN_ROWS = 100_000  # exact search is fast below

@@ -15,12 +15,13 @@ from absl import logging
 from PIL import Image
 
 from icar_jax.inference.forward import count_compilations
+from icar_jax.search.access import StoreError
 from icar_jax.search.query import QueryError, Result, Searcher
 from icar_jax.search.server import schemas
 from icar_jax.search.server.errors import Refused, store_unreadable
 from icar_jax.search.server.metrics import Metrics
 from icar_jax.search.server.worker import Worker
-from icar_jax.search.store import Store, StoreError
+from icar_jax.search.store import Store
 
 TEXT_BATCH = 8  # queries encoded together: the largest batch that `icar serve` loads the model for
 NOTE_EVERY_S = 30.0

@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from icar_jax.search.store import StoreError
+from icar_jax.search.access import StoreError
 
 
 class ServerError(ValueError):
