@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -292,3 +294,12 @@ def test_a_store_that_is_none(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["search", "a dog", "--store", str(tmp_path / "none")])
     assert "there is no store" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    program = "from icar_jax.cli.errors import user_errors\nwith user_errors():\n  while True: print('hit', flush=True)"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "hit\n"
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(60) == 141
+    process.stderr.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 
@@ -18,6 +19,9 @@ def user_errors(interrupted: str = "stopped; the same command continues from the
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # of `icar ... | head`: whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        sys.exit(141)  # as a shell reports SIGPIPE
     except (cfg.ConfigError, checkpoint.CheckpointError, OSError) as error:
         _fail(error)
     except (ValueError, RuntimeError) as error:
