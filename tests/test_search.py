@@ -262,8 +262,8 @@ def test_the_command_prints_a_table_and_notes_the_hits(store_folder, capsys):
     before = open_store(store_folder).returned().get("/pictures/001.png", 0)
     lines = run(capsys, "a red bird on a tree", "--store", store_folder, "-k", 4).splitlines()
     header = next(i for i, line in enumerate(lines) if line.split()[:1] == ["rank"])
-    assert lines[header].split() == ["rank", "score", "cosine", "exit", "complexity", "path"]
-    assert len(lines) == header + 6 and "/pictures/001.png  (a red bird on a tree)" in lines[header + 1]
+    assert lines[header].split() == ["rank", "cosine", "score", "exit", "complexity", "path"]
+    assert len(lines) == header + 7 and "/pictures/001.png  (a red bird on a tree)" in lines[header + 1]
     assert open_store(store_folder).returned()["/pictures/001.png"] == before + 1
 
 
