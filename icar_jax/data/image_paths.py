@@ -65,7 +65,12 @@ class ImagePaths:
         """Number of paths, duplicates included, from a walk of its own; None where a list is still to be read."""
         if STDIN in self.named:
             return None
-        return sum(1 for _ in self._all())
+        said = self.empty, self.folders
+        self.empty, self.folders = [], []
+        try:
+            return sum(1 for _ in self._all())
+        finally:
+            self.empty, self.folders = said
 
     def _all(self) -> Iterator[str]:
         for name in self.named:
