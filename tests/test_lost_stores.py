@@ -111,7 +111,7 @@ def test_the_server_answers_503_while_its_store_is_away_and_searches_what_comes_
         store.upsert(rows(embeddings, model.exits, CAPTIONS, prefix))
 
     fill("/before")
-    backend = serverkit.backend(folder, model, note_every_s=0.05)
+    backend = serverkit.backend(folder, model)  # notes nothing meanwhile: a commit under way would make folders
     with serverkit.running(backend, ServerSettings(port=0)) as address, httpx.Client(base_url=address, timeout=60) as client:
         upload = {"files": {"image": ("a.png", files[0].read_bytes(), "image/png")}}
         ask = [
