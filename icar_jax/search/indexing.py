@@ -139,9 +139,9 @@ def index_files(
         _refuse_empty(store, roots)
     new_captions = Captions(captions, [root for root in roots if os.path.isdir(root)]) if captions is not None else None
     done, start = Indexed(), time.perf_counter()
-    if distributed.is_main():  # before any row of theirs: they bound what is served
-        store.add_roots(root for root in roots if os.path.isdir(root) or os.path.islink(root))
     with distributed.together("indexing"):
+        if distributed.is_main():  # before any row of theirs: they bound what is served
+            store.add_roots(root for root in roots if os.path.isdir(root) or os.path.islink(root))
         scan = Scan(
             store.state(), store.bad_rows(), rehash=rehash, retry_bad=retry_bad,
             mine=share(jax.process_index(), jax.process_count()),

@@ -244,8 +244,7 @@ class Store:
     def add_roots(self, roots: Iterable[str]) -> None:
         """Adds to `roots`; nothing is written where all are known."""
         new = set(roots)
-        known = self.roots()
-        if known is not None and new <= set(known):
+        if new <= set(self.roots() or ()):
             return
         with self.commit_lock():
             merged = sorted(new | set(self.roots() or ()))  # another run may have added its own
