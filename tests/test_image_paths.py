@@ -31,6 +31,12 @@ def test_each_path_once_however_it_is_named(tree):
     assert list(paths) and paths.duplicates == 3, "a second pass counts anew"
 
 
+def test_a_bar_over_the_count_reaches_its_end(tree):
+    paths, passed = ImagePaths(["b", ".", "b/*.jpg"]), []
+    given = list(paths.each(lambda: passed.append(1)))
+    assert len(given) + len(passed) == paths.count() == 9 and len(passed) == paths.duplicates == 4
+
+
 def test_patterns_and_names_that_look_like_one(tree):
     assert list(ImagePaths(["b/*.jpg"])) == ["b/2.jpg"]
     assert list(ImagePaths(["**/*.webp"])) == ["b/deep/x.webp"]

@@ -178,6 +178,48 @@ def test_files_that_cannot_be_read_for_now_keep_their_rows(model, pictures, stor
     assert not len(open_store(store).bad_rows())
 
 
+def test_the_bar_ends_where_it_should(model, pictures, store, monkeypatch):
+    bars = []
+
+    class Bar(icar_jax.search.indexing.tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            bars.append(self)
+
+    monkeypatch.setattr(icar_jax.search.indexing, "tqdm", Bar)
+    draw(pictures / "sub", 3, seed=6)
+    index(model, [pictures, pictures / "sub"], store)
+    index(model, [pictures, pictures / "sub"], store)
+    assert [(bar.n, bar.total) for bar in bars] == [(29, 29)] * 2
+
+
+def test_another_budget_for_what_is_done_is_answered(model, pictures, store):
+    assert "keep their exits" not in index(model, pictures, store).report()
+    assert "keep their exits" not in index(model, pictures, store).report()
+    before = open_store(store).versions()
+    for options in ({"budget": 0.9}, {"exit": 1}, {"cheap": True}):
+        done = index(model, pictures, store, **options)
+        assert done.rerouted and "Unchanged images keep their exits" in done.report() and "--pass refine" in done.report()
+    assert open_store(store).versions() == before
+    draw(pictures, 1, seed=7)
+    assert index(model, pictures, store, exit=1).rerouted
+    assert not index(model, pictures, store, exit=1).rerouted and index(model, pictures, store).rerouted
+
+
+def test_what_was_indexed_is_kept_over_all_runs(model, pictures, store, tmp_path):
+    other = draw(tmp_path / "other", 1, seed=2)
+    listed = draw(tmp_path / "listed", 1, seed=3)
+    (tmp_path / "link.png").symlink_to(other / "2_000.png")
+    index(model, [pictures, *sorted(other.iterdir())], store)
+    assert open_store(store).roots() == [str(pictures)], "a file that is no link leads nowhere else"
+    index(model, [tmp_path / "link.png"], store)
+    index_files(store, ImagePaths(["-"], [str(listed)]), None, lambda _: model)
+    assert open_store(store).roots() == sorted(map(str, (pictures, tmp_path / "link.png", listed)))
+    before = open_store(store).versions()
+    index(model, [pictures, tmp_path / "link.png"], store)
+    assert open_store(store).versions() == before
+
+
 def test_captions_come_from_a_file_and_stay(model, pictures, store, tmp_path):
     names = sorted(file.name for file in pictures.iterdir())
     (pictures / "captions.csv").write_text(f"file,caption\n{names[0]},a dog\n{names[0]},two dogs\n{names[1]},a cat\n")

@@ -105,13 +105,34 @@ def test_a_filter_holds_for_every_hit(searcher, model):
     assert none.hits == [] and none.nothing_here.verdict and none.nothing_here.statistic is None
 
 
-@pytest.mark.parametrize("where", ["complexty < 0.4", "complexity <", "complexity = 'a", "; DROP TABLE images"])
+@pytest.mark.parametrize("where", ["complexty < 0.4", "complexity <", "complexity = 'a", "; DROP TABLE images",
+                                   "1=1; DROP TABLE images", "1=1;", "path = 'a' ; 'b'"])  # fmt: skip
 def test_a_bad_filter_names_the_columns_in_one_line(searcher, where):
     with pytest.raises(search.QueryError) as error:
         searcher.search_text("a dog runs", where=where)
     message = str(error.value)
     assert "\n" not in message and "complexity" in message and "exit" in message and ".rs:" not in message
     assert len(searcher.search_text("a dog runs", k=3).hits) == 3
+
+
+def test_a_semicolon_in_a_text_is_a_text(searcher):
+    assert searcher.search_text("a dog runs", where="path = 'it''s; that' OR path = '/pictures/003.png'").hits
+    assert searcher.search_text("a dog runs", where="path != ';' AND exit > 0", k=3).hits
+
+
+def test_names_and_captions_cannot_steer_the_terminal(model, tmp_path, capsys):
+    store = filled(tmp_path / "store", model, n=3, captions=["evil \x1b[2J\u202ecaption\nsecond line"], prefix="/a\n\x1b]0;x")
+    out = run(capsys, "a dog", "--store", store.uri)
+    assert "\x1b" not in out and "\u202e" not in out and "/a\\n\\x1b]0;x/001.png  (evil \\x1b[2J\\u202ecaption)" in out
+    assert all(line.split()[0].isdigit() for line in out.splitlines() if "png" in line)
+    store.set_bad([{"path": "/pic\x1b[31m.png", "size": 1, "mtime_ns": 1, "reason": "no\nimage"}])
+    cli.main(["index", "--bad", "--store", store.uri])
+    assert capsys.readouterr().out == "/pic\\x1b[31m.png: no\\nimage\n"
+    cli.main(["index", "/elsewhere", "--bad", "--store", store.uri])
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("0 files")
+    cli.main(["index", "/", "--bad", "--json", "--store", store.uri])
+    assert json.loads(capsys.readouterr().out)[0]["path"] == "/pic\x1b[31m.png"
 
 
 @pytest.mark.parametrize("text", ["", "  ", "\n\t"])
@@ -262,8 +283,8 @@ def test_the_command_prints_a_table_and_notes_the_hits(store_folder, capsys):
     before = open_store(store_folder).returned().get("/pictures/001.png", 0)
     lines = run(capsys, "a red bird on a tree", "--store", store_folder, "-k", 4).splitlines()
     header = next(i for i, line in enumerate(lines) if line.split()[:1] == ["rank"])
-    assert lines[header].split() == ["rank", "score", "cosine", "exit", "complexity", "path"]
-    assert len(lines) == header + 6 and "/pictures/001.png  (a red bird on a tree)" in lines[header + 1]
+    assert lines[header].split() == ["rank", "cosine", "score", "exit", "complexity", "path"]
+    assert len(lines) == header + 7 and "/pictures/001.png  (a red bird on a tree)" in lines[header + 1]
     assert open_store(store_folder).returned()["/pictures/001.png"] == before + 1
 
 

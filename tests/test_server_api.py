@@ -171,6 +171,13 @@ def test_what_the_store_says_of_itself(client, made):
     assert found(client.get("/healthz")) == {"status": "ok"} and found(client.get("/readyz")) == {"status": "ready"}
 
 
+@pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/static/app.js"])
+def test_head_is_answered_as_get_without_the_body(client, path):
+    head, get = client.head(path), client.get(path)
+    assert head.status_code == get.status_code == 200 and not head.content and get.content
+    assert head.headers["content-type"] == get.headers["content-type"]
+
+
 def test_metrics(client):
     found(client.get("/api/search", params={"q": "counted"}))
     client.get("/nowhere/at/all")

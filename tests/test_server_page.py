@@ -44,7 +44,7 @@ def made(clip_folder, complexity_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     model = icar_jax.load(serverkit.make_bundle(clip_folder, complexity_folder, folder / "bundle"), batch_size=8)
     files = serverkit.draw(folder / "pictures", 30)
-    evil = "<img src=x onerror=alert(1)> & a long caption that needs more than a line of its card"
+    evil = "<img src=x onerror=alert(1)> & a long caption that needs more than a line of its card\nand a second caption"
     serverkit.fill(folder / "store", model, files, {str(file): evil for file in files[:9]})
     backend = serverkit.backend(folder / "store", model)
     with serverkit.running(backend, ServerSettings(port=0, max_pixels=10_000_000, preview_cache_bytes=0)) as address:
@@ -153,6 +153,30 @@ def test_an_image_is_chosen_and_another_like_it(made, browser, tmp_path):
     page.wait(SHOWN)
     page.eval("document.getElementById('chip-remove').click()")
     page.wait("!document.getElementById('start').hidden")
+
+
+def test_a_card_shows_three_digits_and_the_first_caption_alone(made, browser):
+    page = browser.page(made[1] + "/?q=gravel&k=48")
+    page.wait(SHOWN)
+    scores = [text.split("score")[1].split()[0] for text in shown(page)]
+    hits = httpx.get(f"{made[1]}/api/search", params={"q": "gravel", "k": 48}, timeout=60).json()["hits"]
+    assert scores == ["<0.001" if hit["score"] < 0.0005 else f"{hit['score']:.3f}" for hit in hits]
+    assert any("its card" in text for text in shown(page)) and not any("second caption" in text for text in shown(page))
+    at = next(i for i, hit in enumerate(hits) if hit["caption"])
+    page.eval(f"document.querySelectorAll('.card')[{at}].click()")
+    page.wait("document.getElementById('viewer').open")
+    assert page.eval("document.getElementById('viewer-caption').innerText").splitlines()[-1] == "and a second caption"
+
+
+@pytest.mark.parametrize("like", ["..%2F..%2Fmetrics", "A" * 64, "a" * 63, ""])
+def test_an_address_that_names_no_image_asks_for_none(made, browser, like):
+    page = browser.page(made[1])
+    page.wait("!document.getElementById('start').hidden")
+    before = len(page.requested())
+    page.go(f"{made[1]}/?like={like}")
+    page.wait("document.getElementById('notice').innerText.includes('No image is named')")
+    asked = [address.partition("?")[0] for address in page.requested()[before:]]
+    assert asked and not any("/api/images" in address or "metrics" in address for address in asked)
 
 
 def test_an_image_that_cannot_be_read_is_said(made, browser, tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from test_search import rows, unit
 
+from icar_jax.search import query as search
 from icar_jax.search import vector_index
 from icar_jax.search.opening import create, open_store
 from icar_jax.search.tables import vectors
@@ -80,3 +81,21 @@ def test_rows_after_the_build_are_found_and_taken_in_when_many(indexed):
     assert nearest(store, late[7], 1, exact=False)["path"].to_pylist() == ["/late/007.png"]
     store.delete(["/late/007.png"])
     assert nearest(store, late[7], 1, exact=False)["path"].to_pylist() != ["/late/007.png"]
+
+
+def test_a_rare_filter_finds_all_that_satisfy_it(tmp_path):
+    """They may lie in any partition, those furthest from the query too."""
+    rng = np.random.default_rng(5)
+    n, k = 3000, 20
+    embeddings = unit(rng, n, 8)
+    store = create(tmp_path / "store", {"clip": "a" * 64}, 8, (1, 2), "nowhere")
+    store.upsert(rows(embeddings, (1, 2)))
+    built = vector_index.maintain(store, min_rows=n, progress=False)
+    assert built.partitions > 1.5 * vector_index.PROBES
+    searcher = search.Searcher.__new__(search.Searcher)
+    searcher.store = store
+    far = -embeddings[7]
+    for where, expected in (("path = '/pictures/007.png'", 1), ("size < 120", 20), ("size < 150", k)):
+        found, exact = (searcher._nearest(far, k, where, each, k)["path"].to_pylist() for each in (False, True))
+        assert len(found) == expected and (expected == k or set(found) == set(exact)), where
+    assert "/pictures/007.png" in searcher._nearest(far, k, "size < 120", False, k)["path"].to_pylist()

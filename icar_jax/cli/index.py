@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 
 from icar_jax.cli.arguments import add_images, positive, stdin_paths
 from icar_jax.cli.errors import user_errors
 from icar_jax.cli.score import report_bad
+from icar_jax.cli.text import printable
 
 
 def add(commands) -> None:
@@ -36,7 +38,8 @@ def add(commands) -> None:
     p.add_argument("--prune-missing", action="store_true", help="with --prune: also where a whole folder is missing or empty")
     p.add_argument("--rehash", action="store_true", help="read every file, although its size and time have not changed")
     p.add_argument("--retry-bad", action="store_true", help="read files that were bad, although they have not changed")
-    p.add_argument("--bad", action="store_true", help="list the files that could not be embedded, and why, and do nothing else")
+    p.add_argument("--bad", action="store_true", help="list what could not be embedded, and why, and do nothing else; with "
+                   "PATH what lies there or below")  # fmt: skip
     p.add_argument("--json", action="store_true", help="of --bad: as JSON")
     p.add_argument("--commit-rows", type=positive, default=1000, metavar="N", help="images a commit; a kill costs one (1000)")
     group = p.add_argument_group("several processes, each started with the same command")
@@ -111,11 +114,14 @@ def _run(args: argparse.Namespace) -> None:
 
 def _list_bad(args: argparse.Namespace) -> None:
     from icar_jax.search.opening import open_store
+    from icar_jax.search.scan import is_below
 
+    roots = [os.path.abspath(os.path.expanduser(name)) for name in args.paths]
     rows = sorted(open_store(args.store).bad_rows().to_pylist(), key=lambda row: row["path"])
+    rows = [row for row in rows if not roots or is_below(row["path"], roots)]
     if args.json:
         print(json.dumps([{**row, "found_at": row["found_at"].isoformat(timespec="seconds")} for row in rows], indent=2))
         return
     for row in rows:
-        print(f"{row['path']}: {row['reason']}")
+        print(printable(f"{row['path']}: {row['reason']}"))
     print(f"{len(rows)} files could not be embedded", file=sys.stderr)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from icar_jax.cli.arguments import add_images, positive, stdin_paths
 from icar_jax.cli.errors import user_errors
+from icar_jax.cli.text import printable
 
 _BAD_SHOWN = 20
 
@@ -100,12 +101,12 @@ def _explainer(model, stage: int | None):
 def report_bad(done, bad: str | Path, what: str = "scored") -> None:
     """Says on stderr what became of paths that were named in vain; `done` is a Summary or an Embedded."""
     for name in done.empty:
-        print(f"warning: {name}: no image file", file=sys.stderr)
+        print(f"warning: {printable(name)}: no image file", file=sys.stderr)
     if done.duplicates:
         print(f"{done.duplicates} paths were named or found again and {what} once", file=sys.stderr)
     if done.bad:
         print(f"{done.bad} images could not be {what}; all are listed in {bad}:", file=sys.stderr)
         for item in done.first_bad:
-            print(f"  {item.file}: {item.reason}", file=sys.stderr)
+            print(f"  {printable(f'{item.file}: {item.reason}')}", file=sys.stderr)
         if done.bad > len(done.first_bad):
             print(f"  and {done.bad - len(done.first_bad)} more", file=sys.stderr)

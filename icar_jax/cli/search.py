@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from icar_jax.cli.arguments import positive
+from icar_jax.cli.text import printable
 
 
 def add(commands) -> None:
@@ -54,7 +55,7 @@ def _search(args: argparse.Namespace) -> None:
         print(_table(found, args.where))
     try:
         store.note_returned(hit.path for hit in found.hits)
-    except (StoreError, OSError) as error:
+    except StoreError as error:
         print(f"warning: the hits are not noted, so that refining cannot begin with them: {error}", file=sys.stderr)
 
 
@@ -74,9 +75,10 @@ def _table(found: Any, where: str | None) -> str:
     if verdict:
         numbers = "" if verdict.statistic is None else f" (fit {verdict.statistic:.2f}, needed {verdict.threshold:.2f})"
         lines += [f"Nothing here seems to match{numbers}; the closest images:"]
-    lines += [f"{'rank':>4} {'score':>6} {'cosine':>6} {'exit':>4} {'complexity':>10}  path"]
+    lines += [f"{'rank':>4} {'cosine':>6} {'score':>6} {'exit':>4} {'complexity':>10}  path"]
     for rank, hit in enumerate(found.hits, 1):
         complexity = "-" if hit.complexity is None else f"{hit.complexity:.3f}"
-        caption = f"  ({hit.caption.splitlines()[0]})" if hit.caption else ""
-        lines += [f"{rank:>4} {hit.score:>6.3f} {hit.cosine:>6.3f} {hit.exit:>4} {complexity:>10}  {hit.path}{caption}"]
-    return "\n".join([*lines, times])
+        caption = f"  ({printable(hit.caption.strip().splitlines()[0])})" if hit.caption and hit.caption.strip() else ""
+        numbers = f"{rank:>4} {hit.cosine:>6.3f} {hit.score:>6.3f} {hit.exit:>4} {complexity:>10}"
+        lines += [f"{numbers}  {printable(hit.path)}{caption}"]
+    return "\n".join([*lines, "Ordered by cosine; the score compares between queries.", times])

@@ -30,7 +30,7 @@ def add(commands) -> None:
     p.add_argument("--max-pixels", type=positive, default=50_000_000, metavar="N", help="largest image to decode (50000000)")
     p.add_argument("--queue", type=positive, default=32, metavar="N", help="searches that may wait; beyond, 503 is sent (32)")
     p.add_argument("--timeout", type=positive, default=30, metavar="S", help="seconds until a search is given up (30)")
-    p.add_argument("--follow-links", action="store_true", help="also serve indexed files that are links out of their folder")
+    p.add_argument("--follow-links", action="store_true", help="also serve what links reach outside the indexed folders")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations (float32)")
     p.set_defaults(run=_serve)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from icar_jax.data.folders import IMAGE_SUFFIXES
 
@@ -28,21 +29,30 @@ class ImagePaths:
     Attributes:
         duplicates: paths met again and left out, by the iteration in progress or the last one.
         empty: folders and patterns that gave no image file, likewise.
+        folders: those that were walked, as they were named or listed, or as a pattern gave them; likewise.
+
+    A folder that cannot be read is handed on too, in its place, as `walk` does.
     """
 
     def __init__(self, named: Sequence[str], lines: Iterable[str] = ()):
         self.named, self._lines = [os.fspath(name) for name in named], lines
         self.duplicates = 0
         self.empty: list[str] = []
+        self.folders: list[str] = []
 
     def __iter__(self) -> Iterator[str]:
-        self.duplicates, self.empty = 0, []
+        return self.each()
+
+    def each(self, duplicate: Callable[[], None] = lambda: None) -> Iterator[str]:
+        """The paths; `duplicate()` is called for each that is left out, so that a bar over `count()` reaches its end."""
+        self.duplicates, self.empty, self.folders = 0, [], []
         # 16 bytes a path find the duplicates among millions; the paths themselves would take several times as much.
         seen: set[bytes] = set()
         for path in self._all():
             key = hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=16).digest()
             if key in seen:
                 self.duplicates += 1
+                duplicate()
             else:
                 seen.add(key)
                 yield path
@@ -55,7 +65,12 @@ class ImagePaths:
         """Number of paths, duplicates included, from a walk of its own; None where a list is still to be read."""
         if STDIN in self.named:
             return None
-        return sum(1 for _ in self._all())
+        said = self.empty, self.folders
+        self.empty, self.folders = [], []
+        try:
+            return sum(1 for _ in self._all())
+        finally:
+            self.empty, self.folders = said
 
     def _all(self) -> Iterator[str]:
         for name in self.named:
@@ -73,13 +88,16 @@ class ImagePaths:
         if not matches:
             self.empty.append(pattern)
         for match in matches:
-            if "**" not in pattern or not os.path.isdir(match):  # ** has matched the files below a folder too
+            if "**" not in pattern or not os.path.isdir(match):
                 yield from self._below(match)
+            elif unlisted(match) is not None:  # ** has matched the files below a folder too, but says nothing of others
+                yield match
 
     def _below(self, path: str) -> Iterator[str]:
         if not os.path.isdir(path):
             yield path
             return
+        self.folders.append(path)
         none = True
         for file in walk(path):
             none = False
@@ -91,19 +109,53 @@ class ImagePaths:
 def walk(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
     """Image files in and below a folder, in order of their names; links are followed, but never round in a circle.
 
-    Holds the names of one folder at each depth. Raises OSError for a folder that cannot be read.
+    Holds the names of one folder at each depth. A folder that cannot be read gives its own path, to be reported by whoever
+    opens it as a file: one of them is no reason to leave out the others.
     """
     real = os.path.realpath(folder)
     if real in above:
         return
-    with os.scandir(folder) as entries:
-        found = sorted((e.name, e.is_dir()) for e in entries if e.is_dir() or _is_image(e.name))
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted((e.name, is_folder) for e in entries if (is_folder := _is_folder(e)) or _is_image(e.name))
+    except OSError:
+        yield folder
+        return
     for name, is_folder in found:
         path = os.path.join(folder, name)
         if not is_folder:
             yield path
         elif not name.startswith("."):
             yield from walk(path, above | {real})
+
+
+def unlisted(folder: str) -> str | None:
+    """Why the names in a folder cannot be had; None where they can, and for what is no folder."""
+    try:
+        os.scandir(folder).close()
+    except NotADirectoryError:
+        return None
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def vanished(path: str) -> bool:
+    """Whether nothing is at a path any more. What cannot be looked at, as its folder cannot be read, has not vanished."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:  # a link to where this user cannot look, which `walk` finds again; or one to itself
+        return error.errno != errno.ELOOP
 
 
 def _is_image(name: str) -> bool:

@@ -127,11 +127,15 @@ def _add(corpus: CorpusWriter, images: Sequence[ReadImage], routed: Routed) -> N
 def _new(paths: ImagePaths, have: set[bytes], done: Embedded, bar: tqdm) -> Iterator[str]:
     """Absolute paths that the corpus lacks; the others are counted, but are not part of the images/s."""
     have = frozenset(have)  # of earlier runs: this one meets no path twice
-    for path in paths:
+
+    def passed() -> None:
+        bar.initial += 1
+        bar.update()
+
+    for path in paths.each(passed):
         if path_key(path) in have:
             done.before += 1
-            bar.initial += 1
-            bar.update()
+            passed()
         else:
             yield os.path.abspath(path)
 

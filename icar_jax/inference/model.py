@@ -113,8 +113,8 @@ class Model:
     def _buckets(self) -> tuple[int, ...]:
         return bucket_sizes(self.batch_size, self._placement.shards)
 
-    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
-        """list of N strings -> float32 [N, D], unit norm. Captions beyond the context are cut, with a warning."""
+    def encode_text(self, texts: Sequence[str], warn: bool = True) -> np.ndarray:
+        """list of N strings -> float32 [N, D], unit norm. Captions beyond the context are cut, with a warning if `warn`."""
         self._need_clip("encode_text")
         if isinstance(texts, str):
             raise TypeError("encode_text takes a list of strings; write encode_text([text])")
@@ -126,7 +126,7 @@ class Model:
             )
         length = self.clip.arch.text.context_length
         tokens, truncated = self.tokenizer.encode(texts, length)
-        if truncated.any():
+        if warn and truncated.any():
             logging.warning("%d of %d texts are longer than %d tokens and were cut.", truncated.sum(), len(texts), length)
         return self._text(tokens) if len(tokens) else np.zeros((0, self.embed_dim), np.float32)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
+from icar_jax.data.image_paths import unlisted
 from icar_jax.data.images import ImageError
 
 T = TypeVar("T")
@@ -52,6 +53,8 @@ def readable(path: str, read: Callable[[str], T]) -> T | Bad:
     try:
         return read(path)
     except (OSError, ImageError) as error:
+        if isinstance(error, OSError) and os.path.isdir(path) and (why := unlisted(path)) is not None:
+            return Bad(path, f"the folder cannot be read, nor what is below it: {why}", True)
         return Bad(path, str(error).removeprefix(f"{path}: ") or type(error).__name__, isinstance(error, OSError))
     except MemoryError:
         return Bad(path, "not enough memory to decode it; shrink the picture")

@@ -223,5 +223,7 @@ def write_scores(
 
 
 def _with_progress(model: Model, paths: ImagePaths, threads: int) -> Iterator[Row | Bad]:
-    with tqdm(score_files(model, paths, threads=threads), total=paths.count(), desc="score", unit=" images") as bar:
-        yield from bar
+    with tqdm(total=paths.count(), desc="score", unit=" images") as bar:
+        for row in score_files(model, paths.each(bar.update), threads=threads):
+            bar.update()
+            yield row

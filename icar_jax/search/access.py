@@ -32,13 +32,28 @@ def address(uri: str | os.PathLike) -> str:
     return os.path.abspath(os.path.expanduser(uri)) if is_local(uri) else uri
 
 
+def made(uri: str) -> tuple[int, int] | None:
+    """What tells a local store from another one made at its address later; None for object stores and where there is none.
+
+    It is the file of the lock, which is made with a store and never written to. A folder's number may be given out again.
+    """
+    if not is_local(uri):
+        return None
+    try:
+        status = os.stat(Path(uri) / LOCK)
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
 @contextmanager
 def locked(uri: str) -> Iterator[None]:
     """Holds the lock of a local store, waiting for it. Object stores have none: there commits fail where two meet."""
     if not is_local(uri):
         yield
         return
-    descriptor = os.open(Path(uri) / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    with reported(uri, "locking it for writing"):
+        descriptor = os.open(Path(uri) / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # ends with the process, however it ends
         yield

@@ -25,7 +25,7 @@ from absl import logging
 from tqdm import tqdm
 
 from icar_jax.inference.model import Model
-from icar_jax.search.access import StoreError
+from icar_jax.search.access import StoreError, reported
 from icar_jax.search.plain import PLAIN
 from icar_jax.search.store import Store
 from icar_jax.search.tables import vector_column
@@ -122,18 +122,14 @@ def open_background(store: Store, model: Model, nearest: Nearest, progress: bool
     made = calibrate(Background(vectors, paths, model.temperature), nearest, progress)
     try:
         _write(store, made, texts, images, identity)
-    except (StoreError, OSError, RuntimeError, ValueError) as error:
+    except StoreError as error:
         logging.warning("the background of %s could not be kept there and is made again next time: %s", store.uri, error)
     return made
 
 
 def sample_captions(store: Store) -> tuple[list[str], list[str]]:
     """Up to OWN different captions of the store at random, and the paths of their images."""
-    count = store.count()
-    if not count:
-        return [], []
-    offsets = np.random.default_rng(SEED).permutation(count)[: 8 * OWN]
-    rows = store.images.take_offsets(sorted(map(int, offsets))).select(["path", "caption"]).to_arrow().to_pylist()
+    rows = store.sample(8 * OWN, SEED, ["path", "caption"]).to_pylist()
     # Of several captions, one a line, the first.
     rows = {row["caption"].strip().splitlines()[0]: row["path"] for row in rows if row["caption"] and row["caption"].strip()}
     chosen = np.random.default_rng(SEED).permutation(sorted(rows))[:OWN]
@@ -145,20 +141,30 @@ def encode(texts: Sequence[str], model: Model, progress: bool = True) -> np.ndar
     size = model.batch_size
     starts = range(0, len(texts), size)
     starts = tqdm(starts, "Encoding captions to compare with", unit="batch", disable=not progress, leave=False)
-    previous = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # that a caption of the store is long is nothing the searcher can change
-    try:
-        return np.concatenate([model.encode_text(texts[start : start + size]) for start in starts])
-    finally:
-        logging.set_verbosity(previous)
+    # That a caption of the store is long is nothing the searcher can change.
+    return np.concatenate([model.encode_text(texts[start : start + size], warn=False) for start in starts])
 
 
 def _rows(store: Store, identity: str) -> list[dict]:
-    """What is stored for this CLIP, in its order; empty where nothing is."""
-    if TABLE not in _tables(store):
+    """What is stored for this CLIP, in its order; empty where nothing is, or it is damaged: all of it can be made again."""
+    try:
+        if TABLE not in _tables(store):
+            return []
+        with reported(store.uri, f"reading its table {TABLE}"):
+            rows = store.database.open_table(TABLE).search().to_arrow().to_pylist()
+            return rows if rows and rows[0]["model"] == identity else []
+    except (StoreError, KeyError) as error:
+        logging.warning("%s; it is made again", error)
+        _drop(store)
         return []
-    rows = store.database.open_table(TABLE).search().to_arrow().to_pylist()
-    return rows if rows and rows[0]["model"] == identity else []
+
+
+def _drop(store: Store) -> None:
+    try:
+        with store.commit_lock(), reported(store.uri, f"removing its table {TABLE}"):
+            store.database.drop_table(TABLE, ignore_missing=True)
+    except StoreError as error:  # of a store that may only be read: made anew at every start
+        logging.warning("%s", error)
 
 
 def _plain(rows: Sequence[dict]) -> tuple[str, ...]:
@@ -166,7 +172,8 @@ def _plain(rows: Sequence[dict]) -> tuple[str, ...]:
 
 
 def _tables(store: Store) -> list[str]:
-    return store.database.list_tables().tables
+    with reported(store.uri, "listing its tables"):
+        return store.database.list_tables().tables
 
 
 def _write(store: Store, background: Background, texts: Sequence[str], images: int, identity: str) -> None:
@@ -177,6 +184,6 @@ def _write(store: Store, background: Background, texts: Sequence[str], images: i
     }  # fmt: skip
     width = background.vectors.shape[1]
     schema = pa.schema([*SCHEMA_TEXT, ("threshold", pa.float64()), ("vector", pa.list_(pa.float16(), width))])
-    with store.commit_lock():
+    with store.commit_lock(), reported(store.uri, f"writing its table {TABLE}"):
         mode = "overwrite" if TABLE in _tables(store) else "create"
         store.database.create_table(TABLE, pa.table(columns, schema), mode=mode)

@@ -20,7 +20,7 @@ import jax
 from tqdm import tqdm
 
 from icar_jax import checkpoint as ckpt
-from icar_jax.data.image_paths import STDIN, ImagePaths, NoImages, walk
+from icar_jax.data.image_paths import STDIN, ImagePaths, NoImages, vanished, walk
 from icar_jax.inference.model import Model
 from icar_jax.inference.reading import Bad, in_order
 from icar_jax.inference.stream import Embedding, Encoding, embed_stream
@@ -33,6 +33,11 @@ from icar_jax.search.store import Store
 from icar_jax.search.writing import Writer, read_found
 
 COMMIT_ROWS = 1000
+_KEEP_EXITS = (
+    "  Unchanged images keep their exits: --budget, --exit and --pass cheap are for what is embedded now. --pass refine runs "
+    "deeper what needs it, with --budget as well; a new store holds all images at another budget"
+)
+_BUNDLE_ROUTES = {"budget": None, "exit": None, "cheap": False}
 
 
 class IndexingError(ValueError):
@@ -44,6 +49,7 @@ class Indexed(Embedding):
     """What a run of `index_files` did, summed over its processes.
 
     Attributes:
+        rerouted: images were unchanged, and another budget, exit or pass was asked for than the last ones were embedded with.
         images: run through the model; exits, warm_up_s, seconds, stats: as of Embedding, of this process.
         added, updated: paths that are new to the store, or whose content changed; whether or not the model had to run.
         copied: of these, content that the store held already: files moved or copied.
@@ -62,6 +68,7 @@ class Indexed(Embedding):
     removed: int = 0
     gone: int = 0
     kept: int = 0
+    rerouted: bool = False
     bad: int = 0
     still_bad: int = 0
     total: int = 0
@@ -81,7 +88,7 @@ class Indexed(Embedding):
         copied = f" ({self.copied:,} of them had content that was embedded already)" if self.copied else ""
         return "\n".join(
             [f"Embedded {self.images:,} images in {self.pace()}", *self.details(),
-             f"  {', '.join(counts)}{copied}"]
+             f"  {', '.join(counts)}{copied}", *([_KEEP_EXITS] if self.rerouted else [])]
         )  # fmt: skip
 
 
@@ -133,12 +140,13 @@ def index_files(
     new_captions = Captions(captions, [root for root in roots if os.path.isdir(root)]) if captions is not None else None
     done, start = Indexed(), time.perf_counter()
     with distributed.together("indexing"):
+        if distributed.is_main():  # before any row of theirs: they bound what is served
+            store.add_roots(root for root in roots if os.path.isdir(root) or os.path.islink(root))
         scan = Scan(
             store.state(), store.bad_rows(), rehash=rehash, retry_bad=retry_bad,
             mine=share(jax.process_index(), jax.process_count()),
         )  # fmt: skip
         writer = Writer(store, scan, new_captions, done, commit_rows, bad_shown)
-        files = _without(paths, missing, may_be_empty or (prune and prune_missing))
         encoding = None
         bar = tqdm(total=paths.count(), desc="index", unit=" images", disable=not distributed.is_main())
 
@@ -148,7 +156,7 @@ def index_files(
             bar.update()
 
         with bar:
-            found = scan.to_read(files, passed)
+            found = scan.to_read(_without(paths, missing, may_be_empty or (prune and prune_missing), passed), passed)
             while True:
                 first = next(found, None)
                 if first is None:
@@ -156,19 +164,26 @@ def index_files(
                 encoding = encoding or Encoding(model(), exit=exit, budget=budget, cheap=cheap)
                 _embed(encoding, itertools.chain([first], found), writer, bar, threads, commit_rows)
                 found = iter(writer.take_again())  # whose source was removed by another run before it was copied
+        if distributed.is_main():  # of patterns and lists
+            store.add_roots(map(os.path.abspath, paths.folders))
         writer.recaption()
-        gone = [path for path in scan.gone(roots) if not os.path.lexists(path)]
+        gone = [path for path in scan.gone(roots) if vanished(path)]
         if prune:
-            done.removed += store.delete(gone, unless=os.path.lexists)
+            done.removed += store.delete(gone, unless=lambda path: not vanished(path))
         else:
             done.gone = len(gone)
-        store.clear_bad([name for name in scan.bad_gone(roots) if not os.path.lexists(name)])
+        # A folder that was not met among what cannot be read has been read.
+        store.clear_bad([name for name in scan.bad_gone(roots) if vanished(name) or os.path.isdir(name)])
         done.unchanged = len(scan.unchanged) - done.captioned
         done.still_bad = len(scan.still_bad)
     for name, value in zip(_SUMMED, distributed.total([getattr(done, name) for name in _SUMMED]), strict=True):
         setattr(done, name, int(value))
     done.share_exits(store.exits, distributed.total([done.exits[exit] for exit in store.exits]))
+    asked = {"budget": budget, "exit": exit, "cheap": cheap}
+    done.rerouted = bool(done.unchanged) and store.meta.get("routing", _BUNDLE_ROUTES) != asked
     if distributed.is_main():
+        if done.images:
+            store.set_meta(routing=asked)
         store.compact()
     done.seconds = time.perf_counter() - start - done.warm_up_s
     done.total, done.duplicates, done.empty = store.count(), paths.duplicates, list(paths.empty)
@@ -225,7 +240,7 @@ def named_roots(named: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     names = [name for name in named if name != STDIN and (os.path.lexists(name) or not glob.has_magic(name))]
     roots = [os.path.abspath(os.path.expanduser(name)) for name in names]
-    return roots, [root for root in roots if not os.path.lexists(root)]
+    return roots, [root for root in roots if vanished(root)]
 
 
 def _peek(paths: ImagePaths, missing: Sequence[str]) -> Callable[[], None]:
@@ -242,11 +257,17 @@ def _refuse_empty(store: Store, roots: Sequence[str]) -> None:
             )
 
 
-def _without(paths: ImagePaths, missing: Sequence[str], none_is_fine: bool) -> Iterator[str]:
-    """The paths, without names that do not exist."""
+def _without(
+    paths: ImagePaths, missing: Sequence[str], none_is_fine: bool, passed: Callable[[], None]
+) -> Iterator[str]:  # fmt: skip
+    """The paths, without names that do not exist; `passed()` is called for those, and for paths that were met before."""
     left_out = set(missing)
     try:
-        yield from (path for path in paths if os.path.abspath(path) not in left_out)
+        for path in paths.each(passed):
+            if os.path.abspath(path) in left_out:
+                passed()
+            else:
+                yield path
     except NoImages:
         if not none_is_fine:
             raise

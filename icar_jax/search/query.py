@@ -23,6 +23,8 @@ from icar_jax.search.store import Store
 from icar_jax.search.tables import vectors
 
 COLUMNS = ("path", "caption", "exit", "complexity", "sha256")
+# What SQL takes literally: texts in ' and names in " or `; a quote within is doubled.
+_QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|`[^`]*`""")
 IMAGES_COMPARED = 256  # of the store, which the hits of an image query are compared with
 
 
@@ -95,6 +97,7 @@ class Searcher:
         self.store, self.model, self._progress = store, model, progress
         self._background: tuple[int, Background] | None = None  # by the number of images then
         self._images: tuple[int, Background] | None = None
+        self._renewals = store.renewals
 
     def search_text(
         self, text: str, k: int = 20, where: str | None = None, exact: bool = False, embedding: np.ndarray | None = None
@@ -154,33 +157,50 @@ class Searcher:
     def _nearest(self, embedding: np.ndarray, n: int, where: str | None, exact: bool, k: int) -> pa.Table:
         if k < 1:
             raise QueryError(f"k must be at least 1, found {k}")
-        self.store.images.checkout_latest()
-        query = vector_index.prepare(self.store.images.search(embedding.astype(np.float32), vector_column_name="vector"), exact)
-        query = query.limit(n).select([*COLUMNS, "vector", "_distance"])
+        if where is not None and ";" in _QUOTED.sub("", where):
+            raise self._no_filter(where, "what follows a ';' would be ignored; write one condition")
+
+        def found(where: str | None) -> pa.Table:
+            with self.store.reading() as images:
+                query = images.search(embedding.astype(np.float32), vector_column_name="vector")
+                query = vector_index.prepare(query, exact, filtered=where is not None)
+                query = query.limit(n).select([*COLUMNS, "vector", "_distance"])
+                return _by_cosine((query if where is None else query.where(where)).to_arrow(), embedding)
+
         try:
-            return _by_cosine((query if where is None else query.where(where)).to_arrow(), embedding)
-        except (ValueError, RuntimeError, OSError) as error:
-            message = _plain(error)
+            return found(where)
+        except StoreError as error:
             if where is None:
-                raise StoreError(f"the store {self.store.uri}: searching it failed: {message}") from error
-            known = ", ".join(name for name in self.store.images.schema.names if name != "vector")
-            raise QueryError(f"the filter {where!r} cannot be used: {message}; the columns are {known}") from error
+                raise
+            found(None)  # raises where the store is what fails, and not the filter
+            raise self._no_filter(where, _plain(error.__cause__ or error)) from error
+
+    def _no_filter(self, where: str, why: str) -> QueryError:
+        known = ", ".join(name for name in self.store.images.schema.names if name != "vector")
+        return QueryError(f"the filter {where!r} cannot be used: {why}; the columns are {known}")
 
     def _text_background(self) -> Background:
-        count = self.store.images.count_rows()
+        count = self._count()
         if self._background is None or not self._background[0] / GROWN <= count <= self._background[0] * GROWN:
             self._background = count, open_background(self.store, self.model, self._first, self._progress)
         return self._background[1]
+
+    def _count(self) -> int:
+        """Images in the store; forgets what is known of a store that was replaced by another."""
+        count = self.store.count()
+        if self.store.renewals != self._renewals:
+            self._background = self._images = None
+            self._renewals = self.store.renewals
+        return count
 
     def _first(self, embedding: np.ndarray) -> tuple[np.ndarray, Sequence[str]]:
         rows = self._nearest(embedding, TOP, None, False, TOP)
         return vectors(rows["vector"]), rows["path"].to_pylist()
 
     def _image_background(self) -> Background:
-        count = self.store.images.count_rows()
+        count = self._count()
         if self._images is None or self._images[0] != count:
-            offsets = np.random.default_rng(SEED).permutation(count)[:IMAGES_COMPARED]
-            rows = self.store.images.take_offsets(sorted(map(int, offsets))).select(["path", "vector"]).to_arrow()
+            rows = self.store.sample(IMAGES_COMPARED, SEED, ["path", "vector"])
             paths = np.array(rows["path"].to_pylist(), object)
             self._images = count, Background(vectors(rows["vector"]).astype(np.float32), paths, self.model.temperature)
         return self._images[1]

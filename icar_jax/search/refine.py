@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from icar_jax import checkpoint as ckpt
 from icar_jax.checkpoint import CheckpointError
-from icar_jax.data.image_paths import STDIN, ImagePaths
+from icar_jax.data.image_paths import STDIN, ImagePaths, vanished
 from icar_jax.data.images import Preprocess
 from icar_jax.inference.model import Model
 from icar_jax.inference.reading import Bad, in_order, readable
@@ -202,8 +202,10 @@ def _read(row: Mapping, preprocesses: Mapping[str, Preprocess]) -> tuple[ReadFil
     path, at = row["path"], now()
     try:
         stat = os.stat(path)
-    except FileNotFoundError:
-        return ReadFile(Found(path, None, None, None), at, Bad(path, "vanished", True)), row
+    except OSError as error:
+        if vanished(path):
+            return ReadFile(Found(path, None, None, None), at, Bad(path, "vanished", True)), row
+        return ReadFile(Found(path, -1, -1, None), at, Bad(path, error.strerror or str(error), True)), row
     known = lambda sha256: sha256 != row["sha256"]  # what changed is not decoded here
     result = readable(path, lambda path: read_image(path, preprocesses, known))
     return ReadFile(Found(path, stat.st_size, stat.st_mtime_ns, None), at, result), row

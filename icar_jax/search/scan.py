@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from icar_jax.data.image_paths import vanished
+
 
 class Lookup:
     """Row numbers of texts: 16 bytes a row beside the column itself, where a dict would take some 200.
@@ -85,10 +87,11 @@ class Scan:
         self.still_bad: list[str] = []
 
     def to_read(self, paths: Iterable[str], passed: Callable[[], None] = lambda: None) -> Iterator[Found]:
-        """The files that are new or look changed; `passed()` is called for each of the others."""
+        """The files that are new or look changed; `passed()` is called for each of the others, also of other processes."""
         for path in paths:
             path = os.path.abspath(path)
             if not self._mine(path):
+                passed()
                 continue
             found = self._look(path)
             if found is None:
@@ -110,7 +113,7 @@ class Scan:
         if name in self.bad and not self._retry_bad and self._is_still_bad(path, name, size, mtime_ns):
             self.still_bad.append(name)
             return None
-        if row is not None and size is None and not os.path.lexists(path):
+        if row is not None and size is None and vanished(path):
             self._met[row] = False  # gone: named, but not there
             return None
         same = row is not None and name not in self.bad and (self._sizes[row], self._times[row]) == (size, mtime_ns)

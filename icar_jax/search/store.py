@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from icar_jax.search.access import StoreError, is_local, locked, reported
+from icar_jax.search.access import StoreError, is_local, locked, made, reported
 from icar_jax.search.tables import (
     BAD,
     RETURNED,
@@ -50,21 +50,29 @@ class Store:
 
     Attributes:
         uri: absolute folder, or the address in an object store.
-        meta: format, model (as Model.identity), embed_dim, exits, checkpoint, created_at.
-        images: the LanceDB table of images; `refresh` brings it to the newest version.
+        meta: format, model (as Model.identity), embed_dim, exits, checkpoint, created_at; roots, vector_index and routing
+            once there are any.
+        renewals: how often the store was found to have been deleted and made anew at its address since it was opened here;
+            what was kept of its rows is of another store then.
     """
 
     def __init__(self, uri: str, database: Any, meta: Mapping[str, Any], tables: Mapping[str, Any]):
         self.uri, self._database, self.meta = uri, database, dict(meta)
         self.embed_dim: int = self.meta["embed_dim"]
         self.exits: tuple[int, ...] = tuple(self.meta["exits"])
-        self.images, self._bad, self._returned = (tables[name] for name in ("images", "bad", "returned"))
-        self._meta = tables["meta"]
+        self._tables = dict(tables)
+        self._made = made(uri)
+        self.renewals = 0
         self._known_version = -1  # of images, as this process last read or wrote it
 
     @property
     def is_local(self) -> bool:
         return is_local(self.uri)
+
+    @property
+    def images(self) -> Any:
+        """The LanceDB table of images; `refresh` brings it to the newest version."""
+        return self._tables["images"]
 
     @property
     def database(self) -> Any:
@@ -73,44 +81,49 @@ class Store:
 
     def refresh(self) -> None:
         """Lets every table show what others have written since."""
-        for table in (self.images, self._bad, self._returned, self._meta):
-            table.checkout_latest()
+        for name in TABLES:
+            self._latest(name)
 
     def version(self) -> int:
         """Newest version of `images`: another number after every change."""
-        self.images.checkout_latest()
-        return self.images.version
+        with self.reading() as images:
+            return images.version
 
     def versions(self) -> dict[str, int]:
         """Newest version of every table."""
         self.refresh()
-        tables = (self.images, self._bad, self._returned, self._meta)
-        return {name: table.version for name, table in zip(TABLES, tables, strict=True)}
+        return {name: self._tables[name].version for name in TABLES}
 
     def count(self) -> int:
         """Number of images, now."""
-        self.images.checkout_latest()
-        return self.images.count_rows()
+        with self.reading() as images:
+            return images.count_rows()
 
     def count_below(self, folder: str) -> int:
         """Number of images in and below an absolute folder."""
         prefix = folder.rstrip("/")
-        self.images.checkout_latest()
-        with self._reported("reading it"):  # '0' comes after '/'
-            return self.images.count_rows(f"path >= {quoted(prefix + '/')} AND path < {quoted(prefix + '0')}")
+        with self.reading() as images:  # '0' comes after '/'
+            return images.count_rows(f"path >= {quoted(prefix + '/')} AND path < {quoted(prefix + '0')}")
 
     def state(self, *more: str) -> pa.Table:
         """The columns of STATE, and `more`, of every image; one scan, without the vectors."""
-        self.images.checkout_latest()
-        self._known_version = self.images.version
-        with self._reported("reading it"):
-            return self.images.search().select([*STATE, *more]).to_arrow()
+        with self.reading() as images:
+            self._known_version = images.version
+            return images.search().select([*STATE, *more]).to_arrow()
 
     def rows(self, column: str, values: Iterable[Any], columns: Sequence[str] | None = None) -> pa.Table:
         """The images whose `column` is one of `values`, in no order; all columns, or some."""
-        self.images.checkout_latest()
-        with self._reported("reading it"):
-            return where_in(self.images, column, values, columns)
+        with self.reading() as images:
+            return where_in(images, column, values, columns)
+
+    def sample(self, n: int, seed: int, columns: Sequence[str]) -> pa.Table:
+        """Columns of up to n images at random, in the order of the table; the same ones while the table stays as it is."""
+        with self.reading() as images:
+            count = images.count_rows()
+            if not count:
+                return pa.schema([images.schema.field(name) for name in columns]).empty_table()
+            offsets = np.random.default_rng(seed).choice(count, min(n, count), replace=False)
+            return images.take_offsets(sorted(map(int, offsets))).select(list(columns)).to_arrow()
 
     # Writing. Every change below is one commit: whole, or not there after a kill.
 
@@ -136,18 +149,18 @@ class Store:
         if not len(rows):
             return np.zeros(0, bool)
         with self.commit_lock():
-            self.images.checkout_latest()
+            self._latest("images")
             # Once others wrote, every later batch has to be compared as well: it may hold what they wrote.
             others = not self.is_local or self.images.version != self._known_version
             newer = self._newer_than_stored(rows) if others else np.ones(len(rows), bool)
             if newer.any():
-                self._merge(self.images, rows.filter(pa.array(newer)))
+                self._merge("images", rows.filter(pa.array(newer)))
                 self._known_version = -1 if others else self.images.version
         return newer
 
     def _newer_than_stored(self, rows: pa.Table) -> np.ndarray:
         columns = ["path", "sha256", "exit", "embedded_at"]
-        stored = {row["path"]: row for row in where_in(self.images, "path", rows["path"].to_pylist(), columns).to_pylist()}
+        stored = {row["path"]: row for row in self.rows("path", rows["path"].to_pylist(), columns).to_pylist()}
 
         def newer(row: dict[str, Any]) -> bool:
             other = stored.get(row["path"])
@@ -163,7 +176,7 @@ class Store:
         removed = 0
         for some in pieces(paths):
             with self.commit_lock():
-                self.images.checkout_latest()
+                self._latest("images")
                 some = [path for path in some if unless is None or not unless(path)]
                 if some:
                     others = self.images.version != self._known_version
@@ -174,23 +187,22 @@ class Store:
 
     def bad_rows(self) -> pa.Table:
         """Files that could not be embedded: path, size and mtime_ns (null where they could not be read), reason, found_at."""
-        self._bad.checkout_latest()
-        with self._reported("reading it"):
-            return self._bad.search().select(BAD.names).to_arrow().cast(BAD)
+        with self.reading("bad") as bad:
+            return bad.search().select(BAD.names).to_arrow().cast(BAD)
 
     def set_bad(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Notes files by path, with size, mtime_ns and reason; a reason noted before is replaced."""
         latest = {row["path"]: {"found_at": now(), **row} for row in rows}
         if latest:
             with self.commit_lock():
-                self._merge(self._bad, pa.Table.from_pylist(list(latest.values()), BAD))
+                self._merge("bad", pa.Table.from_pylist(list(latest.values()), BAD))
 
     def clear_bad(self, paths: Sequence[str]) -> None:
         """Forgets that these files were bad."""
         for some in pieces(paths):
             with self.commit_lock():
-                self._bad.checkout_latest()
-                self._retry(lambda some=some: self._bad.delete(filter_in("path", some)))
+                self._latest("bad")
+                self._retry(lambda some=some: self._tables["bad"].delete(filter_in("path", some)))
 
     def note_returned(self, paths: Iterable[str]) -> None:
         """Counts images that searches returned, once for each time a path is named; call it in batches: each is a commit."""
@@ -199,16 +211,17 @@ class Store:
             times[path] = times.get(path, 0) + 1
         if times:
             with self.commit_lock():
-                self._returned.checkout_latest()
-                for row in where_in(self._returned, "path", list(times)).to_pylist():
+                with self.reading("returned") as returned:
+                    before = where_in(returned, "path", list(times)).to_pylist()
+                for row in before:
                     times[row["path"]] += row["times"]
-                self._merge(self._returned, pa.table({"path": list(times), "times": list(times.values())}, RETURNED))
-                self._tidy(self._returned, KEEP_VERSIONS)
+                self._merge("returned", pa.table({"path": list(times), "times": list(times.values())}, RETURNED))
+                self._tidy("returned", KEEP_VERSIONS)
 
     def returned(self) -> dict[str, int]:
         """Path -> times that a search returned it."""
-        self._returned.checkout_latest()
-        table = self._returned.search().select(RETURNED.names).to_arrow()
+        with self.reading("returned") as returned:
+            table = returned.search().select(RETURNED.names).to_arrow()
         return dict(zip(table["path"].to_pylist(), table["times"].to_pylist(), strict=True))
 
     def set_meta(self, **entries: Any) -> None:
@@ -216,19 +229,40 @@ class Store:
         changed = {key: value for key, value in entries.items() if self.meta.get(key) != value or key not in self.meta}
         if changed:
             with self.commit_lock():
-                self._merge(self._meta, meta_table(changed), on="key")
+                self._merge("meta", meta_table(changed), on="key")
             self.meta |= json.loads(json.dumps(changed))
+
+    def roots(self) -> list[str] | None:
+        """Absolute paths of what was indexed, over all runs until now: folders, and links that were named themselves.
+
+        None for a store that no run of this version has indexed yet.
+        """
+        with self.reading("meta") as meta:
+            rows = meta.search().where("key = 'roots'").to_arrow().to_pylist()
+            return json.loads(rows[0]["value"]) if rows else None
+
+    def add_roots(self, roots: Iterable[str]) -> None:
+        """Adds to `roots`; nothing is written where all are known."""
+        new = set(roots)
+        if new <= set(self.roots() or ()):
+            return
+        with self.commit_lock():
+            merged = sorted(new | set(self.roots() or ()))  # another run may have added its own
+            self._merge("meta", meta_table({"roots": merged}), on="key")
+        self.meta["roots"] = merged
 
     def compact(self, keep: timedelta = KEEP_VERSIONS) -> None:
         """Joins what many commits left in pieces, brings indices up to date and frees versions older than `keep`."""
         with self.commit_lock():
             others = self.version() != self._known_version
-            for table in (self.images, self._bad, self._returned, self._meta):
-                self._tidy(table, keep)
+            for name in TABLES:
+                self._tidy(name, keep)
             self._known_version = -1 if others else self.version()
 
-    def _tidy(self, table: Any, keep: timedelta) -> None:
-        if table.stats()["fragment_stats"]["num_small_fragments"] > SMALL_FRAGMENTS:
+    def _tidy(self, name: str, keep: timedelta) -> None:
+        with self.reading(name) as table:
+            small = table.stats()["fragment_stats"]["num_small_fragments"]
+        if small > SMALL_FRAGMENTS:
             self._retry(lambda: table.optimize(cleanup_older_than=keep))
 
     def require_model(self, identity: Mapping[str, str], where: str) -> None:
@@ -247,10 +281,10 @@ class Store:
                     "into another one"
                 )
 
-    def _merge(self, table: Any, rows: pa.Table, on: str = "path") -> None:
+    def _merge(self, name: str, rows: pa.Table, on: str = "path") -> None:
         self._retry(
             # Two writers of one new path conflict only where the primary key is compared, which a merge through an index skips.
-            lambda: table.merge_insert(on)
+            lambda: self._tables[name].merge_insert(on)
             .use_index(False)
             .when_matched_update_all()
             .when_not_matched_insert_all()
@@ -268,6 +302,29 @@ class Store:
                     raise
             self.refresh()
             time.sleep(0.1 * 2**attempt)
+
+    @contextmanager
+    def reading(self, name: str = "images") -> Iterator[Any]:
+        """A table at its newest version. What fails meanwhile is raised as a StoreError."""
+        with self._reported("reading it"):
+            if made(self.uri) != self._made:
+                self._renew()
+            self._tables[name].checkout_latest()
+            yield self._tables[name]
+
+    def _latest(self, name: str) -> None:
+        with self.reading(name):
+            pass
+
+    def _renew(self) -> None:
+        """Opens what was made anew at the address: the tables that were open here would mix old rows with new ones."""
+        from icar_jax.search.opening import open_store  # which makes objects of this class
+
+        new = open_store(self.uri)
+        if (new.meta["model"].get("clip"), new.exits) != (self.meta["model"].get("clip"), self.exits):
+            raise StoreError(f"the store {self.uri} was made anew with another model since it was opened; open it again")
+        self._database, self._tables, self.meta, self._made = new._database, new._tables, new.meta, new._made
+        self._known_version, self.renewals = -1, self.renewals + 1
 
     @contextmanager
     def _reported(self, doing: str) -> Iterator[None]:

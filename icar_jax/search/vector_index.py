@@ -56,10 +56,17 @@ class Indexing:
         )
 
 
-def prepare(query: Any, exact: bool = False) -> Any:
-    """A vector query of LanceDB with the metric and how hard it looks; `exact` leaves an index aside."""
+def prepare(query: Any, exact: bool = False, filtered: bool = False) -> Any:
+    """A vector query of LanceDB with the metric and how hard it looks; `exact` leaves an index aside.
+
+    With a filter (`filtered`) further partitions are read until there are as many rows as wanted: those that satisfy a rare
+    one may lie in any.
+    """
     query = query.distance_type("cosine")
-    return query.bypass_vector_index() if exact else query.nprobes(PROBES).refine_factor(REFINE)
+    if exact:
+        return query.bypass_vector_index()
+    query = query.nprobes(PROBES).refine_factor(REFINE)
+    return query.maximum_nprobes(0) if filtered else query  # 0: no maximum; PROBES stays the minimum
 
 
 def partitions_for(rows: int) -> int:
@@ -87,7 +94,8 @@ def maintain(store: Store, min_rows: int = MIN_ROWS, progress: bool = True) -> I
     rows = store.count()
     if rows < min_rows:
         return None
-    stats = store.images.index_stats(NAME)
+    with store.reading() as images:
+        stats = images.index_stats(NAME)
     begun = store.meta.get("vector_index", {}).get("built_rows", 0)
     start = time.perf_counter()
     if stats is None or rows > _GROWN * begun:
@@ -113,17 +121,16 @@ def measure(store: Store, queries: int = _QUERIES, k: int = _K) -> tuple[float, 
     The queries are rows of the store with noise, so that they lie near the images without being one.
     """
     rng = np.random.default_rng(_SEED)
-    count = store.count()
-    offsets = rng.choice(count, min(queries, count), replace=False)
-    rows = vectors(store.images.take_offsets(sorted(map(int, offsets))).select(["vector"]).to_arrow()["vector"])
+    rows = vectors(store.sample(queries, _SEED, ["vector"])["vector"])
     rows = rows.astype(np.float32) + rng.standard_normal(rows.shape, np.float32) * np.float32(0.5 / math.sqrt(rows.shape[1]))
     found, times = [], {True: [], False: []}
     for row in rows:
         paths = {}
         for exact in (True, False):
             start = time.perf_counter()
-            query = prepare(store.images.search(row, vector_column_name="vector"), exact).limit(k).select(["path", "_distance"])
-            paths[exact] = set(query.to_arrow()["path"].to_pylist())
+            with store.reading() as images:
+                query = prepare(images.search(row, vector_column_name="vector"), exact).limit(k).select(["path", "_distance"])
+                paths[exact] = set(query.to_arrow()["path"].to_pylist())
             times[exact].append(time.perf_counter() - start)
         found.append(len(paths[True] & paths[False]) / max(1, len(paths[True])))
     return float(np.mean(found)), len(rows), 1000 * float(np.median(times[True])), 1000 * float(np.median(times[False]))
@@ -132,9 +139,9 @@ def measure(store: Store, queries: int = _QUERIES, k: int = _K) -> tuple[float, 
 def _attempt(store: Store, commit: Any, attempts: int = 3) -> None:
     for attempt in range(attempts):
         try:
-            store.images.checkout_latest()
+            store.version()
             commit()
-            store.images.checkout_latest()
+            store.version()
             return
         except (ValueError, RuntimeError, OSError) as error:
             if "conflict" not in str(error).lower() or attempt == attempts - 1:

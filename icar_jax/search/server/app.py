@@ -51,7 +51,9 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
     `guard.api` is the FastAPI application inside.
     """
     metrics = metrics or backend.metrics
-    pictures = Pictures(backend.paths_of, settings.max_pixels, settings.preview_cache_bytes, settings.follow_links)
+    pictures = Pictures(
+        backend.paths_of, settings.max_pixels, settings.preview_cache_bytes, settings.follow_links, backend.roots
+    )
     threads = anyio.CapacityLimiter(settings.preview_threads)
     uploads = anyio.CapacityLimiter(1)
 
@@ -155,11 +157,13 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
         limits = schemas.Limits(k=schemas.MAX_K, upload_bytes=settings.max_upload_bytes, pixels=settings.max_pixels)
         return await anyio.to_thread.run_sync(backend.info, limits)
 
+    @api.head("/healthz", include_in_schema=False)
     @api.get("/healthz", tags=["health"])
     async def healthz() -> schemas.Status:
         """The process answers."""
         return schemas.Status(status="ok")
 
+    @api.head("/readyz", include_in_schema=False)
     @api.get("/readyz", responses={503: {"model": schemas.Problem}}, tags=["health"])
     async def readyz() -> schemas.Status:
         """The model is loaded and the store can be read."""
@@ -203,7 +207,8 @@ def _add_pages(api: FastAPI, settings: ServerSettings) -> None:
                 return Response(status_code=304, headers=headers)
             return Response(page.content, media_type=page.media_type, headers=headers)
 
-        api.add_api_route("/" if name == "index.html" else f"/static/{name}", static, methods=["GET"], include_in_schema=False)
+        path = "/" if name == "index.html" else f"/static/{name}"
+        api.add_api_route(path, static, methods=["GET", "HEAD"], include_in_schema=False)
     login = Login(pages.read("login.html").content.decode("utf-8"), settings.token)
 
     @api.get(LOGIN, include_in_schema=False)

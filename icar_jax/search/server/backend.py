@@ -64,7 +64,7 @@ class Backend:
         )
         self.image_side: int = searcher.model.preprocess.image_size
         self._lock = threading.Lock()  # of the store
-        self._info: tuple[int, dict[str, Any]] | None = None  # by version
+        self._info: tuple[tuple[int, int], dict[str, Any]] | None = None  # by version, and which store it is of
         self._returned: list[str] = []
         self._returned_lock = threading.Lock()
         self._stopping = threading.Event()
@@ -100,12 +100,18 @@ class Backend:
         with self._lock:
             return sorted(self._store.rows("sha256", [sha256], ["path"])["path"].to_pylist())
 
+    def roots(self) -> list[str] | None:
+        """Below which files may be served; None where the store does not know."""
+        with self._lock:
+            return self._store.roots()
+
     def info(self, limits: schemas.Limits) -> schemas.StoreInfo:
         """What the store holds now; counted anew only where it has changed."""
         with self._lock:
             version = self._store.version()
-            if self._info is None or self._info[0] != version:
-                self._info = version, self._counts()
+            state = (version, self._store.renewals)
+            if self._info is None or self._info[0] != state:
+                self._info = state, self._counts()
             meta, counts = self._store.meta, self._info[1]
         images = counts["images"]
         shares = [
@@ -117,9 +123,10 @@ class Backend:
         )  # fmt: skip
 
     def _counts(self) -> dict[str, Any]:
-        count = self._store.images.count_rows
-        exits = {exit: count(f"exit = {exit}") for exit in self._store.exits}
-        return {"images": count(), "scored": count("complexity IS NOT NULL"), "exits": exits}
+        with self._store.reading() as images:
+            count = images.count_rows
+            exits = {exit: count(f"exit = {exit}") for exit in self._store.exits}
+            return {"images": count(), "scored": count("complexity IS NOT NULL"), "exits": exits}
 
     def _count(self) -> float:
         try:
@@ -147,7 +154,7 @@ class Backend:
             encoded = None
             if kind == "text":
                 start = time.perf_counter()
-                encoded = self._searcher.model.encode_text([query.text for query in queries])
+                encoded = self._searcher.model.encode_text([query.text for query in queries], warn=False)
                 encode_s = time.perf_counter() - start
             results = [self._search(query, None if encoded is None else encoded[i]) for i, query in enumerate(queries)]
             if compiled():
@@ -184,7 +191,7 @@ class Backend:
                 try:
                     with self._lock:
                         self._store.note_returned(paths)
-                except (StoreError, OSError) as error:
+                except StoreError as error:
                     logging.warning("hits are not noted, so that refining cannot begin with them: %s", error)
             if last:
                 return

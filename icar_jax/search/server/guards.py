@@ -97,7 +97,7 @@ class Guard:
                 raise Refused(403, "cross-site", "pages of other sites may not use this server")
         if self._settings.token is None or path in OPEN_PATHS or authorised(headers, self._settings.token):
             return None
-        if path == "/" and scope["method"] == "GET":
+        if path == "/" and scope["method"] in ("GET", "HEAD"):
             query = scope["query_string"].decode("latin-1")
             return RedirectResponse(LOGIN + (f"?{quote(query, safe='=&%+')}" if query else ""), 303)
         raise Refused(

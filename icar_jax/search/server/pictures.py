@@ -2,8 +2,8 @@
 
 A client names a picture by the SHA-256 of its file, never by a path. The store tells where that file lay when it was indexed,
 and what is read there is sent only if it is a regular file whose bytes still have that hash. So whatever became of the path
-since (another file, a link to elsewhere), nothing is sent that was not indexed. A name that is a link out of its own folder is
-refused even so: who may see the folder's pictures need not be meant to see what lies elsewhere.
+since (another file, a link to elsewhere), nothing is sent that was not indexed. What a link reaches outside the folders that
+were indexed is refused even so: who may see their pictures need not be meant to see what lies elsewhere.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from PIL import Image
 
 from icar_jax.data.images import ImageError, decode
+from icar_jax.search.scan import is_below
 from icar_jax.search.server.errors import Refused
 
 # Formats that are opened, by Pillow's names. Some others run programs of their own (EPS) or have no picture until drawn.
@@ -73,10 +74,14 @@ class Pictures:
         max_pixels: of pictures that previews are made of.
         cache_bytes: of finished previews kept in memory, the least recently used of which go first.
         follow_links: see ServerSettings.
+        roots: gives what was indexed, as `Store.roots`.
     """
 
-    def __init__(self, find: Callable[[str], Sequence[str]], max_pixels: int, cache_bytes: int, follow_links: bool = False):
-        self._find, self._max_pixels, self._follow_links = find, max_pixels, follow_links
+    def __init__(
+        self, find: Callable[[str], Sequence[str]], max_pixels: int, cache_bytes: int, follow_links: bool = False,
+        roots: Callable[[], Sequence[str] | None] = lambda: None,
+    ):  # fmt: skip
+        self._find, self._max_pixels, self._follow_links, self._roots = find, max_pixels, follow_links, roots
         self._paths: OrderedDict[str, Sequence[str]] = OrderedDict()
         self._cache: OrderedDict[tuple[str, int], bytes] = OrderedDict()
         self._cache_bytes, self._cached = cache_bytes, 0
@@ -135,24 +140,27 @@ class Pictures:
 
     def _first(self, paths: Sequence[str], sha256: str) -> bytes | None:
         """Bytes of the first of `paths` that still holds them; None without paths."""
+        if not paths:
+            return None
         reasons = []
+        roots = None if self._follow_links else self._roots()
         for path in paths:
             try:
-                return read_indexed(path, sha256, self._follow_links)
+                return read_indexed(path, sha256, self._follow_links, roots)
             except Refused as error:
                 reasons.append(error)
-        if reasons:
-            raise reasons[0]
-        return None
+        raise reasons[0]
 
 
-def read_indexed(path: str, sha256: str, follow_links: bool = False) -> bytes:
-    """Bytes of a file, which have this hash. Raises Refused (404) where the path no longer leads to them."""
+def read_indexed(path: str, sha256: str, follow_links: bool = False, roots: Sequence[str] | None = None) -> bytes:
+    """Bytes of a file, which have this hash. Raises Refused (404) where the path no longer leads to them.
+
+    Without `follow_links` a path below one of `roots` has to lead to a place below one of them, whatever links it goes
+    through; any other path may not be a link out of its own folder.
+    """
     name = os.path.basename(path)
-    if not follow_links and os.path.islink(path):
-        folder = os.path.realpath(os.path.dirname(path))
-        if os.path.commonpath([folder, os.path.realpath(path)]) != folder:
-            raise Refused(404, "image-link", f"{name} is a link out of its folder, which is not followed (--follow-links does)")
+    if not follow_links and (out := _leads_out(path, roots or ())):
+        raise Refused(404, "image-link", f"{name} is {out}, which is not followed (--follow-links does)")
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not be waited for
     except OSError as error:
@@ -172,6 +180,16 @@ def read_indexed(path: str, sha256: str, follow_links: bool = False) -> bytes:
     if hashlib.sha256(data).hexdigest() != sha256:
         raise Refused(404, "image-changed", f"{name} has changed since it was indexed; {_UPDATE}")
     return data
+
+
+def _leads_out(path: str, roots: Sequence[str]) -> str | None:
+    real = os.path.realpath(path)
+    if is_below(path, roots):
+        inside = is_below(real, [os.path.realpath(root) for root in roots])
+        return None if inside else "reached by a link out of the folders that were indexed"
+    if os.path.islink(path) and not is_below(real, [os.path.realpath(os.path.dirname(path))]):
+        return "a link out of its folder"
+    return None
 
 
 def _media_type(data: bytes) -> str:

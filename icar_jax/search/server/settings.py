@@ -25,7 +25,7 @@ class ServerSettings:
         max_pixels: of an uploaded image, and of an indexed one that a preview is made of.
         queue: searches that may wait while one runs; further ones are answered 503.
         timeout_s: longest wait for an upload to arrive, and for a search to be answered.
-        follow_links: whether files are served that the indexed name reaches by a link out of its folder.
+        follow_links: whether files are served that a link reaches outside the folders that were indexed.
         preview_cache_bytes: memory for finished previews.
         preview_threads: previews made at a time; eight times as many may wait.
 

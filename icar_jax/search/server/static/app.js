@@ -13,6 +13,8 @@ let running = null; // AbortController of the search that is under way
 let shown = -1; // index of the enlarged hit
 
 const wanted = () => new URLSearchParams(location.search);
+// The image of the store that the address asks for others like; what is no image's id goes into no request.
+const likeOf = (params) => (view.isImageId(params.get('like')) ? params.get('like') : null);
 const chosenImage = () => uploads[history.state?.upload] || null;
 
 function readControls(params) {
@@ -56,7 +58,7 @@ function submit() {
   const params = new URLSearchParams();
   const query = $('query').value.trim();
   if (query) params.set('q', query);
-  else if (wanted().has('like')) params.set('like', wanted().get('like'));
+  else if (likeOf(wanted())) params.set('like', likeOf(wanted()));
   go(readControls(params), query ? null : chosenImage());
 }
 
@@ -76,7 +78,7 @@ async function run() {
   const mine = new AbortController();
   running = mine;
   const params = wanted();
-  const [query, like, upload] = [params.get('q'), params.get('like'), chosenImage()];
+  const [query, like, upload] = [params.get('q'), likeOf(params), chosenImage()];
   document.title = query ? `${query} · icar search` : 'icar search';
   const source = like && !query ? view.thumbnail({ id: like }) : upload && !query ? upload.url : '';
   view.chip(source ? upload?.name || 'a result' : '', source);
@@ -84,6 +86,7 @@ async function run() {
     view.clear();
     answer = { hits: [] };
     $('start').hidden = false;
+    if (params.has('like')) view.notice('No image is named', 'The address asks for images like another, but names none.');
     return;
   }
   view.notice();

@@ -14,6 +14,11 @@ const share = (part) => `${part > 0 && part < 0.01 ? '<1' : Math.round(100 * par
 const milliseconds = (ms) => (ms < 10 ? ms.toFixed(1) : String(Math.round(ms)));
 const plural = (n, one) => `${number.format(n)} ${one}${n === 1 ? '' : 's'}`;
 
+const score3 = (score) => (score < 0.0005 ? '<0.001' : score.toFixed(3));
+const firstLine = (text) => (text || '').trim().split('\n')[0];
+
+export const isImageId = (text) => /^[0-9a-f]{64}$/.test(text);
+
 export const thumbnail = (hit, size = 320) => `/api/images/${hit.id}/thumbnail?size=${size}`;
 
 function part(node, value) {
@@ -73,7 +78,7 @@ function card(hit, i, exits) {
   fill(frame, thumbnail(hit), hit.caption || hit.name, { width: 320, height: 240 });
   frame.append(element('span', 'rank', String(i + 1)));
   const facts = element('span', 'facts');
-  const name = element('span', 'name', hit.caption || hit.name);
+  const name = element('span', 'name', firstLine(hit.caption) || hit.name);
   name.title = hit.path;
   const complexity = element('span', 'pair');
   complexity.append(element('span', '', 'complexity'));
@@ -83,7 +88,7 @@ function card(hit, i, exits) {
   const exit = element('span', '', `exit ${hit.exit}`);
   exit.append(pips(hit.exit, exits));
   const score = element('span', '', 'score ');
-  score.append(element('b', '', hit.score.toFixed(2)));
+  score.append(element('b', '', score3(hit.score)));
   score.title = `cosine ${hit.cosine.toFixed(3)}, which the results are ordered by; the score compares with other queries`;
   depth.append(exit, score);
   facts.append(name, complexity, depth);
@@ -217,7 +222,7 @@ export function enlarged(hit, i, all, exits) {
     return value;
   };
   add('Rank', `${i + 1} of ${all.length}`);
-  add('Score', hit.score.toFixed(3));
+  add('Score', score3(hit.score));
   add('Cosine', hit.cosine.toFixed(3));
   add('Complexity', ...(hit.complexity === null ? [] : [meter(hit.complexity)]), complexityText(hit));
   add('Exit', `${hit.exit} of ${exits.at(-1)} blocks`, pips(hit.exit, exits));
