@@ -36,10 +36,13 @@ class ComplexityConfig:
     dropout: float = 0.2  # of the regression head, while training
     threshold: float = 0.5  # classification: a rated complexity above this is the class 'complex'
     class_weights: str = "none"  # of the cross-entropy: none | balanced (each class weighs as much as the other)
-    # Variant blocks only. The tower's weights stay as they are, and its preprocessing replaces image_size, data.resize,
-    # data.interpolation and data.normalise.
+    target: str = "rating"  # what the score says: the image's 'rating', or its 'regret' if it left `clip` early
+    regret: str = "loss"  # regret: InfoNCE term at the exit minus that at full depth ('loss'), or 1 - their 'cosine'
+    exit: int = 0  # regret: the exit of `clip`, in executed blocks; 0 is its first one
+    # Variant blocks: the tower's weights stay as they are, and its preprocessing replaces image_size, data.resize,
+    # data.interpolation and data.normalise. Target regret: the CLIP's weights stay as they are.
     clip: str = ""  # checkpoint or workdir of the CLIP that it is to route
-    blocks: int = 0  # blocks of its vision tower that run before the head; at most its first exit
+    blocks: int = 0  # variant blocks: blocks of its vision tower that run before the head; at most its first exit
 
 
 @dataclass
@@ -164,6 +167,7 @@ class EvalConfig:
     bootstrap: int = 2000  # resamples of images behind each interval
     random_draws: int = 100  # random assignments averaged into the run 'random' (its average precision: over the first 10)
     labels: str = ""  # JSON of URL or name -> category labels of the split; empty takes those of the source, where it has any
+    score_calibration: str = "none"  # 'affine' also ranks the routed gallery by scores calibrated for each exit
     distractors: DistractorConfig = field(default_factory=DistractorConfig)
 
 
