@@ -20,6 +20,7 @@ class ClipConfig:
     exits: tuple[int, ...] = ()  # early exits as executed blocks, ascending, each below the tower's depth
     pool: str = "cls"  # token pooled at the exits: cls | mean | first_patch
     exit_start: str = "final"  # exit heads start from ln_post and proj ('final') or at random ('random')
+    exit_head: str = "linear"  # before an exit's projection: linear (nothing) | adapter (small MLP) | attention (all tokens)
     temperature: str = "own"  # each exit has its 'own' logit scale, or all use the 'shared' one
     image_size: int = 0  # pixels; 0 keeps the variant's
     patch_size: int = 0  # pixels; 0 keeps the variant's
@@ -103,6 +104,9 @@ class LossConfig:
     exit_weights: tuple[float, ...] = ()  # one weight for each exit, then full depth; empty weighs all equally
     direction: str = "symmetric"  # softmax: symmetric | image_to_text
     kind: str = "softmax"  # softmax (CLIP) | sigmoid (SigLIP: logit bias, every pair a decision of its own)
+    distill_cosine: float = 0.0  # weight of 1 - cos(exit, full depth), which moves the exits alone; 0 switches it off
+    distill_kl: float = 0.0  # weight of KL(full depth || exit) of softmaxed similarities, likewise
+    mixed: float = 0.0  # weight of the loss of one matrix of logits in which each image takes a random exit; 0 switches it off
     chunk: int = 0  # texts that a device scores at once while they pass round the ring of devices; 0 forms all logits at once
 
 
@@ -121,6 +125,7 @@ class TrainConfig:
     accumulate: int = 1  # parts a batch is encoded in, one after the other; the gradient is that of the whole batch
     remat: str = "none"  # what the backward pass computes again: none | dots (all but matrix products) | full (whole blocks)
     scan_blocks: bool = False  # one compiled block run in a loop: compiles faster and takes less memory on accelerators
+    layer_dropout: float = 0.0  # chance that an image skips the last vision block in training, falling to 0 at the first block
     freeze: tuple[str, ...] = ()  # groups that do not learn: image | text | exits | temperature; ('image',) is LiT
     init: str = ""  # checkpoint or workdir whose weights the run starts from; exits it lacks start from its final head
     eval_every: int = 0  # steps between evaluations while training; 0 evaluates only with evaluate.py, -1 once an epoch

@@ -88,11 +88,19 @@ class Clip:
         return self.encode_image_exits(params, images, (blocks_run,), dtype)[blocks_run]
 
     def encode_image_exits(
-        self, params: Mapping[str, Any], images: Array, exits: tuple[int, ...] | None = None, dtype: DType = jnp.float32
+        self,
+        params: Mapping[str, Any],
+        images: Array,
+        exits: tuple[int, ...] | None = None,
+        dtype: DType = jnp.float32,
+        scales: Array | None = None,
     ) -> dict[int, Array]:
-        """One pass, every exit: images [B, S, S, 3] -> {executed blocks: [B, D], unit norm}; None means all exits."""
+        """One pass, every exit: images [B, S, S, 3] -> {executed blocks: [B, D], unit norm}; None means all exits.
+
+        `scales` float32 [B, depth]: of each image's residuals in each block, for layer dropout while training; None for none.
+        """
         exits = tuple(self.arch.vision.check_exit(e) for e in exits or self.arch.vision.all_exits)
-        embeds = self._bridge.bind(params).vision(images, exits, dtype, self.execution)
+        embeds = self._bridge.bind(params).vision(images, exits, dtype, self.execution, scales)
         return {blocks_run: unit_norm(z) for blocks_run, z in embeds.items()}
 
     def encode_tokens(
@@ -140,10 +148,13 @@ def start_exits_from_final(params: pytree.Tree) -> pytree.Tree:
 
 
 def exit_sources(params: Mapping[str, Any]) -> dict[str, str]:
-    """{path of an exit's leaf: path of the full tower's leaf it starts from}, for parameters or their shapes."""
+    """{path of an exit's leaf: path of the full tower's leaf it starts from}, for parameters or their shapes.
+
+    The residual of an exit head has no counterpart: its last kernel is zero at the start, whatever the others are.
+    """
     sources = {}
     for path in pytree.flatten(params):
-        match = re.fullmatch(r"vision/exits/\d+/(.+)|exit_(logit_scale|logit_bias)/\d+", path)
+        match = re.fullmatch(r"vision/exits/\d+/((?!residual/).+)|exit_(logit_scale|logit_bias)/\d+", path)
         if match:
             head, scalar = match.groups()
             sources[path] = scalar or "vision/" + re.sub(r"^ln(?=/)", "ln_post", head)

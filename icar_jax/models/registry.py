@@ -83,7 +83,8 @@ def clip_arch(config: cfg.ClipConfig, vocabulary: int | None = None, end_id: int
     if config.context_length < 0 or config.context_length == 1:
         raise cfg.ConfigError(f"config.clip.context_length={config.context_length} must be 0 or at least 2")
     vision = dataclasses.replace(
-        base.vision, image_size=size, patch_size=patch, exits=tuple(config.exits), pool=config.pool
+        base.vision, image_size=size, patch_size=patch, exits=tuple(config.exits), pool=config.pool,
+        exit_head=config.exit_head,
     )
     text = dataclasses.replace(
         base.text,
@@ -132,5 +133,6 @@ def _blocks_arch(config: cfg.ComplexityConfig) -> BlocksArch:
             f"config.complexity.blocks={config.blocks} must lie in 1 to {clip.vision.all_exits[0]}, the first exit of "
             f"{config.clip}: an image that leaves there has to be scored before"
         )
-    vision = dataclasses.replace(clip.vision, exits=(), pool=VisionArch.pool)  # it has no exits of its own
+    plain = {"exits": (), "pool": VisionArch.pool, "exit_head": VisionArch.exit_head}  # it has no exits of its own
+    vision = dataclasses.replace(clip.vision, **plain)
     return BlocksArch(vision, config.blocks, config.head, config.dropout)

@@ -49,12 +49,7 @@ def step_flops(config: ExperimentConfig, arch: ClipArch | ScorerArch) -> StepFlo
 
 def image_flops(arch: VisionArch) -> int:
     """Forward FLOPs of one image, with the heads of all exits."""
-    total = flops.vision_flops(arch)
-    patches = 2 * (arch.tokens - arch.class_token) * 3 * arch.patch_size**2 * arch.width
-    for blocks in arch.exits:
-        block = (flops.vision_flops(arch) - flops.vision_flops(arch, blocks)) // (arch.depth - blocks)
-        total += flops.vision_flops(arch, blocks) - blocks * block - patches
-    return total
+    return flops.trunk_flops(arch, arch.depth) + sum(flops.head_flops(arch, blocks) for blocks in arch.all_exits)
 
 
 def recomputed_flops(tower: VisionArch | TextArch, remat: str) -> int:
