@@ -98,7 +98,7 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
             raise ConfigError(f"config.optim.{name}={getattr(c.optim, name)} must lie in [0, 1), for example 0.9")
     for name in ("calibration_size", "scenes_size", "threads"):
         _at_least(f"config.data.{name}", getattr(c.data, name), 1, "raise it")
-    for name in ("image_size", "patch_size"):
+    for name in ("depth", "image_size", "patch_size"):
         _at_least(f"config.clip.{name}", getattr(c.clip, name), 0, "0 keeps the variant's")
     if not 32 <= c.data.scenes_pixels <= 512:
         raise ConfigError(f"config.data.scenes_pixels={c.data.scenes_pixels} must lie in 32 to 512")

@@ -71,7 +71,8 @@ def clip_arch(config: cfg.ClipConfig, vocabulary: int | None = None, end_id: int
     if config.variant not in CLIP:
         raise cfg.unknown("config.clip.variant", config.variant, CLIP)
     base = CLIP[config.variant]
-    cfg.validate_depth(config.exits, base.vision.depth)
+    depth = config.depth or base.vision.depth
+    cfg.validate_depth(config.exits, depth)
     size = config.image_size or base.vision.image_size
     patch = config.patch_size or base.vision.patch_size
     if size < patch or size % patch:
