@@ -84,7 +84,7 @@ def clip_arch(config: cfg.ClipConfig, vocabulary: int | None = None, end_id: int
     if config.context_length < 0 or config.context_length == 1:
         raise cfg.ConfigError(f"config.clip.context_length={config.context_length} must be 0 or at least 2")
     vision = dataclasses.replace(
-        base.vision, image_size=size, patch_size=patch, exits=tuple(config.exits), pool=config.pool,
+        base.vision, depth=depth, image_size=size, patch_size=patch, exits=tuple(config.exits), pool=config.pool,
         exit_head=config.exit_head,
     )
     text = dataclasses.replace(
@@ -108,10 +108,11 @@ def complexity_arch(config: cfg.ComplexityConfig) -> ScorerArch:
     if config.variant == BLOCKS:
         return _blocks_arch(config)
     for name, off in (("clip", ""), ("blocks", 0)):
-        if getattr(config, name) != off:
+        if getattr(config, name) != off and not (name == "clip" and config.target == "regret"):
+            where = " or target='regret'" if name == "clip" else ""
             raise cfg.ConfigError(
-                f"config.complexity.{name}={getattr(config, name)!r} is for config.complexity.variant='{BLOCKS}' only, found "
-                f"{config.variant!r}; leave it {off!r}"
+                f"config.complexity.{name}={getattr(config, name)!r} is for config.complexity.variant='{BLOCKS}'{where} only, "
+                f"found {config.variant!r}; leave it {off!r}"
             )
     if config.image_size < 32:
         raise cfg.ConfigError(f"config.complexity.image_size={config.image_size} must be at least 32 pixels")
