@@ -1,0 +1,195 @@
+"""How much of a separately trained full-depth CLIP is kept at a share of its cost, by training recipe, router and seed.
+
+    python benchmarks/retention.py --dataset both --setting small --photos PATH/TO/flickr8k --out workdir/retention
+        [--seeds 0 1 2] [--recipes all|NAME ...] [--routers complexity regret blocks] [--train-only | --report-only]
+
+Trains every recipe of benchmarks/recipes.py with train.py, each run a workdir OUT/DATASET/RECIPE/SEED; evaluates it in a gallery
+of held-out images and distractors; writes OUT/retention.json, retention.md and retention.png. Finished runs are skipped and
+an interrupted one goes on, so Ctrl-C and the same command continue. The baseline and the static tower come first: whether depth
+pays at all is printed before the rest begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import recipes
+from recipes import DATASETS, RECIPES, SETTINGS, Sizes
+
+from icar_jax import workdir as files
+from icar_jax.cli.errors import user_errors
+from icar_jax.config import ConfigError, ExperimentConfig, to_json
+
+ROOT = Path(__file__).parent.parent
+ROUTERS = ("complexity", "regret", "blocks")
+FIRST = ("baseline", "static")  # every other run is compared with these
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was asked for on the command line."""
+
+    out: Path
+    datasets: tuple[str, ...]
+    sizes: dict[str, Sizes]
+    setting: str
+    seeds: tuple[int, ...]
+    recipes: tuple[str, ...]
+    routers: tuple[str, ...]
+    photos: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: its workdir, its configuration, and how it is called in the progress line."""
+
+    name: str
+    workdir: Path
+    config: ExperimentConfig
+
+    @property
+    def finished(self) -> bool:
+        return (self.workdir / "model" / "icar.json").is_file()
+
+
+def runs(plan: Plan) -> list[Run]:
+    """Every CLIP, ConvNeXt-IC first, then the towers that all others are compared with, then seed by seed."""
+    found = []
+    if "complexity" in plan.routers:
+        for dataset in plan.datasets:
+            config = recipes.complexity_config(plan.sizes[dataset])
+            found.append(Run(f"router of {dataset}", router_folder(plan, dataset, "complexity"), config))
+    others = [name for name in plan.recipes if name not in FIRST]
+    order = [(seed, names) for names in (FIRST, others) for seed in plan.seeds]
+    for seed, names in order:
+        for dataset in plan.datasets:
+            for name in names:
+                config = recipes.clip_config(name, dataset, plan.sizes[dataset], seed, plan.photos, plan.out)
+                found.append(Run(f"{dataset}/{name}/seed {seed}", recipes.folder(plan.out, dataset, name, seed), config))
+    return found
+
+
+def router_folder(plan: Plan, dataset: str, router: str, recipe: str = "", seed: int = 0) -> Path:
+    """The workdir of a router: one ConvNeXt-IC a dataset, and one head on the tower of every run."""
+    if router == "complexity":
+        return plan.out / dataset / "router"
+    return recipes.folder(plan.out, dataset, recipe, seed) / router
+
+
+def heads(plan: Plan, dataset: str, recipe: str, seed: int) -> Iterator[Run]:
+    """The routers that are trained on the tower of a finished run with exits."""
+    for router in plan.routers:
+        if router == "complexity" or not RECIPES[recipe].exits:
+            continue
+        s, clip = plan.sizes[dataset], recipes.folder(plan.out, dataset, recipe, seed)
+        exit = s.exits[0] if RECIPES[recipe].many else s.exit
+        config = recipes.head_config(router, dataset, s, seed, plan.photos, clip, exit)
+        workdir = router_folder(plan, dataset, router, recipe, seed)
+        yield Run(f"{dataset}/{recipe}/seed {seed}, router {router}", workdir, config)
+
+
+class Progress:
+    """Says run k of n and how long the rest may take, by the share of training steps done so far."""
+
+    def __init__(self, todo: list[Run]):
+        self._todo = todo
+        self._left = sum(run.config.train.steps * run.config.train.batch_size for run in todo if not run.finished)
+        self._pairs, self._seconds = 0, 0.0
+
+    def begin(self, number: int, run: Run) -> None:
+        left = "" if not self._pairs else f"; about {_duration(self._left * self._seconds / self._pairs)} of training left"
+        print(f"\n== run {number} of {len(self._todo)}: {run.name}{left}", flush=True)
+
+    def end(self, run: Run, seconds: float) -> None:
+        pairs = run.config.train.steps * run.config.train.batch_size
+        self._left, self._pairs, self._seconds = self._left - pairs, self._pairs + pairs, self._seconds + seconds
+
+
+def train(run: Run) -> float:
+    """Runs or continues train.py; returns the seconds it took, 0 for a run that was finished.
+
+    Raises ConfigError where the workdir holds another run, CalledProcessError where train.py fails, KeyboardInterrupt on Ctrl-C.
+    """
+    if run.finished:
+        files.require_same_config(run.workdir, run.config, files.FREE_ON_RESUME)
+        return 0.0
+    file = run.workdir.with_name(f"{run.workdir.name}.config.json")
+    files.write_text(file, to_json(run.config) + "\n")
+    start = time.perf_counter()
+    command = [sys.executable, ROOT / "train.py", f"--config={Path(__file__).parent / 'config_file.py'}:{file}"]
+    child = subprocess.Popen([*command, f"--workdir={run.workdir}"])
+    try:
+        status = child.wait()
+    except KeyboardInterrupt:
+        child.wait()  # the terminal has told it too: it saves its state
+        raise
+    if status or not run.finished:
+        raise subprocess.CalledProcessError(status or 1, command)
+    return time.perf_counter() - start
+
+
+def train_all(todo: list[Run]) -> None:
+    """Trains what is not finished, in order."""
+    progress = Progress(todo)
+    for number, run in enumerate(todo, 1):
+        if not run.finished:
+            progress.begin(number, run)
+        seconds = train(run)
+        if seconds:
+            progress.end(run, seconds)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Plan]:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--dataset", choices=(*DATASETS, "both"), default="scenes")
+    p.add_argument("--setting", choices=list(SETTINGS), default="small")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--recipes", nargs="+", default=["all"], help=f"every one by default; of {', '.join(RECIPES)}")
+    p.add_argument("--routers", nargs="+", choices=ROUTERS, default=list(ROUTERS))
+    p.add_argument("--photos", default="", help="folder of the photographs, with dataset*.json (Karpathy's layout)")
+    p.add_argument("--out", type=Path, required=True)
+    only = p.add_mutually_exclusive_group()
+    only.add_argument("--train-only", action="store_true", help="no evaluation, no routers on the towers")
+    only.add_argument("--report-only", action="store_true", help="only what is evaluated already")
+    args = p.parse_args(arguments)
+    datasets = DATASETS if args.dataset == "both" else (args.dataset,)
+    if "photos" in datasets and not Path(args.photos).is_dir():
+        p.error(f"--photos {args.photos!r} is no folder; name the one that holds dataset*.json")
+    # The word 'all' is every recipe; the candidate of that name is 'combined'.
+    names = list(RECIPES) if args.recipes == ["all"] else args.recipes
+    if unknown := [name for name in names if name not in RECIPES]:
+        p.error(f"--recipes {' '.join(unknown)}: unknown; use all, or some of {', '.join(RECIPES)}")
+    names = tuple(dict.fromkeys((*FIRST, *names)))
+    photos = str(Path(args.photos).resolve()) if args.photos else ""
+    sizes = {dataset: SETTINGS[args.setting][dataset] for dataset in datasets}
+    plan = Plan(
+        args.out.resolve(), datasets, sizes, args.setting, tuple(dict.fromkeys(args.seeds)), names, tuple(args.routers), photos
+    )
+    return args, plan
+
+
+def main() -> None:
+    args, plan = parse()
+    with user_errors():
+        todo = runs(plan)  # every configuration is checked before the first hour
+        try:
+            train_all(todo)
+        except subprocess.CalledProcessError as error:
+            sys.exit(error.returncode)  # train.py has said why
+        except KeyboardInterrupt:
+            sys.exit("\nStopped; the same command continues.")
+
+
+if __name__ == "__main__":
+    main()
