@@ -97,10 +97,10 @@ SETTINGS: dict[str, dict[str, Sizes]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Changes of the configuration of `shared`, by dotted name; `{exits}` of the sizes are filled in by `clip_config`.
+    """Changes of the configuration of `shared`, by dotted name.
 
-    note: what the table says about it. levers: False for the two towers without exits. many: the exits of `Sizes.exits`.
-    reference: a row to compare with, not a candidate. init: the recipe, of the same seed, whose weights it starts from.
+    note: what the table says about it. many: the exits of `Sizes.exits`, not the one of `Sizes.exit`. exits: False for towers
+    without any. reference: a row to compare with, not a candidate. init: the recipe, of the same seed, that it starts from.
     """
 
     note: str
@@ -204,7 +204,7 @@ def complexity_config(sizes: Sizes) -> ExperimentConfig:
 def head_config(
     router: str, dataset: str, sizes: Sizes, seed: int, photos: str, clip: Path, exit: int
 ) -> ExperimentConfig:
-    """A head on the first blocks of the CLIP at `clip`: `blocks` learns ratings of scenes, `regret` what leaving early costs."""
+    """A head on the first blocks of the CLIP at `clip`: `blocks` learns ratings of scenes, `regret` what an exit loses."""
     s = sizes
     config = ExperimentConfig(
         task="complexity",

@@ -3,10 +3,10 @@
     python benchmarks/retention.py --dataset both --setting small --photos PATH/TO/flickr8k --out workdir/retention
         [--seeds 0 1 2] [--recipes all|NAME ...] [--routers complexity regret blocks] [--train-only | --report-only]
 
-Trains every recipe of benchmarks/recipes.py with train.py, each run a workdir OUT/DATASET/RECIPE/SEED; evaluates it in a gallery
-of held-out images and distractors; writes OUT/retention.json, retention.md and retention.png. Finished runs are skipped and
-an interrupted one goes on, so Ctrl-C and the same command continue. The baseline and the static tower come first: whether depth
-pays at all is printed before the rest begins.
+Trains every recipe of benchmarks/recipes.py with train.py, each run a workdir OUT/DATASET/RECIPE/SEED; evaluates it in a
+gallery of held-out images and distractors; writes OUT/retention.json, retention.md and retention.png. Finished runs are
+skipped and an interrupted one goes on, so Ctrl-C and the same command continue. The baseline and the static tower come first:
+whether depth pays at all is printed before the rest begins.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from recipes import DATASETS, RECIPES, SETTINGS, Sizes
 
 from icar_jax import workdir as files
 from icar_jax.cli.errors import user_errors
-from icar_jax.config import ConfigError, ExperimentConfig, to_json
+from icar_jax.config import ExperimentConfig, to_json
 
 ROOT = Path(__file__).parent.parent
 ROUTERS = ("complexity", "regret", "blocks")
@@ -114,7 +114,7 @@ class Progress:
 def train(run: Run) -> float:
     """Runs or continues train.py; returns the seconds it took, 0 for a run that was finished.
 
-    Raises ConfigError where the workdir holds another run, CalledProcessError where train.py fails, KeyboardInterrupt on Ctrl-C.
+    Raises ConfigError where the workdir holds another run, CalledProcessError where train.py fails.
     """
     if run.finished:
         files.require_same_config(run.workdir, run.config, files.FREE_ON_RESUME)
@@ -166,7 +166,6 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Plan]
     datasets = DATASETS if args.dataset == "both" else (args.dataset,)
     if "photos" in datasets and not Path(args.photos).is_dir():
         p.error(f"--photos {args.photos!r} is no folder; name the one that holds dataset*.json")
-    # The word 'all' is every recipe; the candidate of that name is 'combined'.
     names = list(RECIPES) if args.recipes == ["all"] else args.recipes
     if unknown := [name for name in names if name not in RECIPES]:
         p.error(f"--recipes {' '.join(unknown)}: unknown; use all, or some of {', '.join(RECIPES)}")
