@@ -105,9 +105,9 @@ class LossConfig:
     exit_weights: tuple[float, ...] = ()  # one weight for each exit, then full depth; empty weighs all equally
     direction: str = "symmetric"  # softmax: symmetric | image_to_text
     kind: str = "softmax"  # softmax (CLIP) | sigmoid (SigLIP: logit bias, every pair a decision of its own)
-    distill_cosine: float = 0.0  # weight of 1 - cos(exit, full depth), which moves the exits alone; 0 switches it off
-    distill_kl: float = 0.0  # weight of KL(full depth || exit) of softmaxed similarities, likewise
-    mixed: float = 0.0  # weight of the loss of one matrix of logits in which each image takes a random exit; 0 switches it off
+    distill_cosine: float = 0.0  # weight of 1 - cos(exit, full depth held still); 0 switches it off, as for the next two
+    distill_kl: float = 0.0  # weight of KL(softmax of the similarities of full depth, held still || of the exit)
+    mixed: float = 0.0  # weight of the loss of one matrix of logits in which each image takes a random exit
     chunk: int = 0  # texts that a device scores at once while they pass round the ring of devices; 0 forms all logits at once
 
 

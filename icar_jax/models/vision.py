@@ -174,7 +174,7 @@ class Vision(Trunk):
     ) -> dict[int, Array]:
         """Runs max(exits) blocks and no more, so later blocks are absent from the compiled program.
 
-        `scales` [B, depth]: what each image's residuals of each block are multiplied by, 0 skips it; None leaves them as they are.
+        `scales` float32 [B, depth] multiplies the residuals of each image in each block, 0 skips it; None is 1 for all.
         """
         return self.resume(self.embed(images, dtype), 0, exits, dtype, execution, scales)
 
