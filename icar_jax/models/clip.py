@@ -108,10 +108,17 @@ class Clip:
     ) -> Array:
         """The rest of `encode_image`: tokens [B, L, W] of the vision tower after `start` blocks -> [B, D], unit norm."""
         blocks_run = self.arch.vision.check_exit(exit)
-        if start > blocks_run:
-            raise ValueError(f"tokens after {start} blocks are past the exit after {blocks_run}")
-        embeds = self._bridge.bind(params).vision.resume(tokens, start, (blocks_run,), dtype, self.execution)
-        return unit_norm(embeds[blocks_run])
+        return self.encode_tokens_exits(params, tokens, start, (blocks_run,), dtype)[blocks_run]
+
+    def encode_tokens_exits(
+        self, params: Mapping[str, Any], tokens: Array, start: int, exits: tuple[int, ...], dtype: DType = jnp.float32
+    ) -> dict[int, Array]:
+        """The rest of `encode_image_exits`: tokens [B, L, W] after `start` blocks -> {executed blocks: [B, D], unit norm}."""
+        for blocks_run in exits:
+            if start > self.arch.vision.check_exit(blocks_run):
+                raise ValueError(f"tokens after {start} blocks are past the exit after {blocks_run}")
+        embeds = self._bridge.bind(params).vision.resume(tokens, start, exits, dtype, self.execution)
+        return {blocks_run: unit_norm(z) for blocks_run, z in embeds.items()}
 
     def encode_text(self, params: Mapping[str, Any], tokens: Array, dtype: DType = jnp.float32) -> Array:
         """tokens int32 [B, L] -> [B, D], unit norm."""
