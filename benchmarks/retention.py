@@ -12,6 +12,8 @@ whether depth pays at all is printed before the rest begins.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import subprocess
 import sys
 import time
@@ -20,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import recipes
+import retention_report
+import retention_rows
 from recipes import DATASETS, RECIPES, SETTINGS, Sizes
 
 from icar_jax import workdir as files
@@ -58,20 +62,30 @@ class Run:
         return (self.workdir / "model" / "icar.json").is_file()
 
 
-def runs(plan: Plan) -> list[Run]:
-    """Every CLIP, ConvNeXt-IC first, then the towers that all others are compared with, then seed by seed."""
+@dataclass(frozen=True)
+class Job:
+    """A CLIP with the routers that are trained on its tower; or, without `of`, a router of all CLIPs of a dataset."""
+
+    run: Run
+    heads: tuple[Run, ...] = ()
+    of: tuple[str, str, int] | None = None  # dataset, recipe, seed
+
+
+def jobs(plan: Plan, heads: bool = True) -> list[Job]:
+    """ConvNeXt-IC first, then the towers that all others are compared with, then seed by seed. Raises ConfigError."""
     found = []
     if "complexity" in plan.routers:
         for dataset in plan.datasets:
             config = recipes.complexity_config(plan.sizes[dataset])
-            found.append(Run(f"router of {dataset}", router_folder(plan, dataset, "complexity"), config))
+            found.append(Job(Run(f"router of {dataset}", router_folder(plan, dataset, "complexity"), config)))
     others = [name for name in plan.recipes if name not in FIRST]
-    order = [(seed, names) for names in (FIRST, others) for seed in plan.seeds]
-    for seed, names in order:
+    for seed, names in [(seed, names) for names in (FIRST, others) for seed in plan.seeds]:
         for dataset in plan.datasets:
             for name in names:
                 config = recipes.clip_config(name, dataset, plan.sizes[dataset], seed, plan.photos, plan.out)
-                found.append(Run(f"{dataset}/{name}/seed {seed}", recipes.folder(plan.out, dataset, name, seed), config))
+                run = Run(f"{dataset}/{name}/seed {seed}", recipes.folder(plan.out, dataset, name, seed), config)
+                of = dataset, name, seed
+                found.append(Job(run, tuple(heads_of(plan, *of)) if heads else (), of))
     return found
 
 
@@ -82,8 +96,8 @@ def router_folder(plan: Plan, dataset: str, router: str, recipe: str = "", seed:
     return recipes.folder(plan.out, dataset, recipe, seed) / router
 
 
-def heads(plan: Plan, dataset: str, recipe: str, seed: int) -> Iterator[Run]:
-    """The routers that are trained on the tower of a finished run with exits."""
+def heads_of(plan: Plan, dataset: str, recipe: str, seed: int) -> Iterator[Run]:
+    """The routers that are trained on the tower of a run with exits."""
     for router in plan.routers:
         if router == "complexity" or not RECIPES[recipe].exits:
             continue
@@ -107,6 +121,8 @@ class Progress:
         print(f"\n== run {number} of {len(self._todo)}: {run.name}{left}", flush=True)
 
     def end(self, run: Run, seconds: float) -> None:
+        if not seconds:
+            return  # it was finished before
         pairs = run.config.train.steps * run.config.train.batch_size
         self._left, self._pairs, self._seconds = self._left - pairs, self._pairs + pairs, self._seconds + seconds
 
@@ -134,15 +150,54 @@ def train(run: Run) -> float:
     return time.perf_counter() - start
 
 
-def train_all(todo: list[Run]) -> None:
-    """Trains what is not finished, in order."""
-    progress = Progress(todo)
-    for number, run in enumerate(todo, 1):
-        if not run.finished:
-            progress.begin(number, run)
-        seconds = train(run)
-        if seconds:
-            progress.end(run, seconds)
+def evaluate(plan: Plan, job: Job) -> None:
+    """Writes the rows of a trained run, where they are not there yet. Raises CalledProcessError where that fails."""
+    dataset, recipe, seed = job.of
+    s, many = plan.sizes[dataset], RECIPES[recipe].exits
+    asked_for = retention_rows.request(
+        job.run.config, job.run.workdir,
+        {router: router_folder(plan, dataset, router, recipe, seed) for router in plan.routers} if many else {},
+        calibration=s.calibration, distractors=s.distractors, budgets=s.budgets, draws=s.random_draws,
+        against=recipes.folder(plan.out, dataset, "baseline", seed) if recipe == "static" else None,
+    )  # fmt: skip
+    if retention_rows.evaluated(asked_for):
+        return
+    print(f"-- evaluate {job.run.name}", flush=True)
+    file = job.run.workdir.with_name(f"{seed}.evaluate.json")
+    files.write_text(file, json.dumps(asked_for, indent=1) + "\n")
+    subprocess.run([sys.executable, Path(retention_rows.__file__), file], check=True)
+
+
+def run_all(plan: Plan, todo: list[Job], *, train_only: bool) -> None:
+    """Trains and evaluates what is not finished, in order; reports on depth before the other recipes and after each seed."""
+    progress = Progress([run for job in todo for run in (job.run, *job.heads)])
+    number = 0
+    for position, job in enumerate(todo):
+        for run in (job.run, *job.heads):
+            number += 1
+            if not run.finished:
+                progress.begin(number, run)
+            progress.end(run, train(run))
+        if train_only or job.of is None:
+            continue
+        evaluate(plan, job)
+        following = todo[position + 1].of if position + 1 < len(todo) else None
+        first = job.of[1] in FIRST
+        if following is None or (first and following[1] not in FIRST) or (not first and following[2] != job.of[2]):
+            report(plan)
+
+
+def report(plan: Plan) -> None:
+    """Writes the tables and the figure of what is evaluated so far, and says whether depth pays."""
+    about = {
+        "setting": plan.setting, "seeds": list(plan.seeds), "datasets": list(plan.datasets), "recipes": list(plan.recipes),
+        "routers": list(plan.routers), "sizes": {name: dataclasses.asdict(each) for name, each in plan.sizes.items()},
+    }  # fmt: skip
+    resamples = max(each.bootstrap for each in plan.sizes.values())
+    record = retention_report.write(plan.out, about, plan.recipes, plan.seeds, resamples)
+    for dataset, part in record["datasets"].items():
+        print(retention_report.depth_sentence(dataset, part))
+    print(f"Table: {plan.out / 'retention.md'}", flush=True)
 
 
 def _duration(seconds: float) -> str:
@@ -180,14 +235,15 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Plan]
 
 def main() -> None:
     args, plan = parse()
-    with user_errors():
-        todo = runs(plan)  # every configuration is checked before the first hour
+    with user_errors("stopped; the same command continues"):
+        if args.report_only:
+            report(plan)
+            return
+        todo = jobs(plan, heads=not args.train_only)  # every configuration is checked before the first hour
         try:
-            train_all(todo)
+            run_all(plan, todo, train_only=args.train_only)
         except subprocess.CalledProcessError as error:
-            sys.exit(error.returncode)  # train.py has said why
-        except KeyboardInterrupt:
-            sys.exit("\nStopped; the same command continues.")
+            sys.exit(error.returncode)  # the program that failed has said why
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ which retention_report.py and why_exits.py make their tables. Thresholds come fr
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,8 @@ import numpy as np
 
 from icar_jax import checkpoint
 from icar_jax import workdir as files
-from icar_jax.config import ConfigError, ExperimentConfig
+from icar_jax.cli.errors import user_errors
+from icar_jax.config import ConfigError, ExperimentConfig, from_dict
 from icar_jax.data import sources
 from icar_jax.data.records import Source
 from icar_jax.data.scenes import Scenes
@@ -167,16 +170,37 @@ def cosines(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> tuple[n
     return own / count, (images @ texts.sum(axis=0) - own) / np.maximum(m - count, 1)
 
 
-def evaluate(
+def request(
     config: ExperimentConfig, workdir: Path, routers: Mapping[str, Path], *, calibration: int, distractors: int,
     budgets: Sequence[float], draws: int, against: Path | None = None,
-) -> None:  # fmt: skip
-    """Writes rows.json and rows.npz into the workdir of a trained CLIP.
+) -> dict[str, Any]:  # fmt: skip
+    """What `evaluate` is asked for, as plain JSON.
 
-    routers: name -> workdir of a complexity model, without effect for a CLIP without exits. budgets: shares of the tower's
-    counted cost at full depth; one that cannot be met becomes a note. against: for a tower without exits the workdir of the
-    one whose speed it is compared with.
+    routers: name -> workdir of a complexity model, without effect for a CLIP without exits. calibration, distractors: images.
+    budgets: shares of the tower's counted cost at full depth. draws: of dice. against: for a tower without exits the workdir
+    of the one whose speed it is compared with.
     """
+    return {
+        "config": dataclasses.asdict(config), "workdir": str(workdir), "calibration": calibration, "distractors": distractors,
+        "routers": {name: str(folder) for name, folder in routers.items()}, "budgets": list(budgets), "draws": draws,
+        "against": str(against) if against is not None else None,
+    }  # fmt: skip
+
+
+def evaluated(asked_for: Mapping[str, Any]) -> bool:
+    """Whether the workdir holds the rows of exactly this request."""
+    file = Path(asked_for["workdir"]) / ROWS
+    if not file.is_file():
+        return False
+    return json.loads(file.read_text(encoding="utf-8")).get("asked") == json.loads(json.dumps(asked_for))
+
+
+def evaluate(asked_for: Mapping[str, Any]) -> None:
+    """Writes rows.json and rows.npz into the workdir of a trained CLIP, for a `request`; an unmet budget becomes a note."""
+    config = from_dict(asked_for["config"])
+    workdir, routers, budgets = Path(asked_for["workdir"]), asked_for["routers"], asked_for["budgets"]
+    calibration, distractors, draws = asked_for["calibration"], asked_for["distractors"], asked_for["draws"]
+    against = Path(asked_for["against"]) if asked_for["against"] else None
     s = {"batch_size": config.eval.batch_size, "dtype": config.eval.dtype}
     model = load(workdir / "model", **s)
     images, loading = images_of(config, calibration, distractors), sources.loading(config.data)
@@ -202,7 +226,7 @@ def evaluate(
             rows.add_routed(name, cost.router, scores, budget, thresholds, draws)
             settings[f"{name}@{budget:.2f}"] = thresholds
         if settings:
-            speed |= measured(workdir, folder, settings, images.queries, scores[0], loading, s)
+            speed |= measured(workdir, Path(folder), settings, images.queries, scores[0], loading, s)
     if against is not None:
         speed = compared(workdir, against, images.queries, loading, s)
     for name, row in rows.records.items():
@@ -217,7 +241,7 @@ def evaluate(
         },
         "source": images.queries.name,
     }  # fmt: skip
-    rows.write(workdir, extra)
+    rows.write(workdir, extra | {"asked": asked_for})
 
 
 def measured(
@@ -263,3 +287,8 @@ def read(workdir: Path) -> tuple[dict[str, Any], dict[str, Hits], dict[str, np.n
         for i, name in enumerate(record["rows"])
     }
     return record, hits, arrays
+
+
+if __name__ == "__main__":  # in a process of its own, so that its memory on an accelerator is free for the next training
+    with user_errors():
+        evaluate(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
