@@ -19,8 +19,7 @@ from icar_jax.evaluation.bootstrap import Interval
 from icar_jax.evaluation.table import write_metrics
 
 KEPT, LOWEST, FEWEST_SEEDS = 99.0, 97.0, 3  # the goal: percent kept, its lower bound, and on how many seeds at least
-_COLOURS = {"complexity": "#D55E00", "regret": "#0072B2", "blocks": "#009E73"}
-_MARKERS = {"complexity": "D", "regret": "s", "blocks": "^"}
+STYLES = {"complexity": ("#D55E00", "D"), "regret": ("#0072B2", "s"), "blocks": ("#009E73", "^")}  # colour, marker
 
 
 @dataclass(frozen=True)
@@ -231,8 +230,8 @@ def _style(row: Mapping[str, Any]) -> dict[str, Any] | None:
     """How a row is drawn; None for rows that the figure leaves out."""
     goal = row["budget"] is None or abs(row["budget"] - BUDGET) < 1e-9
     if row["kind"] == "routed" and goal:
-        router = row["router"]
-        return {"color": _COLOURS.get(router, "#CC79A7"), "marker": _MARKERS.get(router, "v"), "label": f"routed by {router}"}
+        colour, marker = STYLES.get(row["router"], ("#CC79A7", "v"))
+        return {"color": colour, "marker": marker, "label": f"routed by {row['router']}"}
     if row["recipe"] in ("baseline", "static"):
         return {"color": "#000000", "marker": "o", "label": "separate towers"}
     if row["recipe"] == "icar" and row["kind"] == "exit":

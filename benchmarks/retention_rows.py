@@ -82,14 +82,14 @@ class Rows:
     def asked(self) -> tuple[np.ndarray, np.ndarray]:
         return self.gallery.texts, self.gallery.caption_image
 
-    def add(self, name: str, kind: str, found: Sequence[Ranks], share: Mapping[int, float], router: float, **more: Any) -> None:
-        """A row from its ranks (several draws are averaged), its share of images per exit and its router's FLOPs."""
+    def add(self, name: str, kind: str, found: Sequence[Ranks], share: Mapping[int, float], extra: float, **more: Any) -> None:
+        """A row from its ranks (several draws are averaged), its share of images per exit and FLOPs beyond the tower's."""
         each = [mean_recall_hits(one) for one in found]
         self.hits[name] = Hits(
             each[0].k, np.mean([h.text_to_image for h in each], axis=0), each[0].captions,
             np.mean([h.image_to_text for h in each], axis=0),
         )  # fmt: skip
-        flops = sum(part * self.flops[exit] for exit, part in share.items()) + router
+        flops = sum(part * self.flops[exit] for exit, part in share.items()) + extra
         self.records[name] = {
             "kind": kind, "share": {str(e): part for e, part in share.items()}, "flops": flops,
             "recall": {
@@ -134,11 +134,6 @@ class Rows:
         self.add(f"{name} oracle", "oracle", [self._mixed(best)], whole, 0.0, **more)
         self.arrays |= {f"exits_{name}": exits[0], f"scores_{router}": scores[0]}
         assert n == len(self.gallery.captions)
-
-    def add_ranks(self, name: str, kind: str, found: Ranks, like: str, router: float, **more: Any) -> None:
-        """A row ranked elsewhere at the shares of the row `like`."""
-        share = {int(e): part for e, part in self.records[like]["share"].items()}
-        self.add(name, kind, [found], share, router, **more)
 
     def write(self, folder: Path, extra: Mapping[str, Any]) -> None:
         """rows.npz, then rows.json: where the latter is, the evaluation is whole."""
