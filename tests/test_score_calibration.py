@@ -1,13 +1,22 @@
 """Calibrated scores against brute force, and what they do for a gallery whose exits are offset."""
 
+import shutil
+
 import numpy as np
 import pytest
+from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
+import icar_jax
+from icar_jax import workdir
+from icar_jax.config import DistractorConfig
+from icar_jax.data.scenes import Scenes
 from icar_jax.evaluation.assignments import take_exits
-from icar_jax.evaluation.metrics import ranks, recall
+from icar_jax.evaluation.evaluate import evaluate
+from icar_jax.evaluation.gallery import embed
+from icar_jax.evaluation.metrics import Distractors, ranks, recall
 from icar_jax.evaluation.score_calibration import ScoreCalibration, bias, fit
 
 
@@ -116,3 +125,30 @@ def test_bias_is_the_mean_of_each_kind_of_pair():
         assert found["other"] == pytest.approx(scores[~own].mean(), abs=1e-6)
     single = bias({2: texts[:1]}, texts[:1], np.zeros(1, int))
     assert np.isnan(single[2]["other"])
+
+
+@pytest.mark.check
+def test_an_evaluation_ranks_the_routed_gallery_by_calibrated_scores_too(clip_folder, complexity_folder, tmp_path, capsys):
+    config = tiny_config("clip")
+    workdir.save_config(tmp_path, config)
+    shutil.copytree(clip_folder, tmp_path / "model")
+    config.eval.complexity, config.eval.score_calibration = str(complexity_folder), "affine"
+    config.eval.distractors = DistractorConfig("scenes", split="test", size=15)
+    found = evaluate(config, tmp_path)
+    plain, affine = found["runs"]["routed"], found["runs"]["routed_affine"]
+    for key in ("flops_per_image", "images_per_s", "share"):
+        assert affine[key] == plain[key]
+    told = found["score_calibration"]
+    assert told["calibration"] == "scenes/calibration" and told["images"] == 40 and told["loss_after"] <= told["loss_before"]
+    assert told["exits"]["3"] == {"slope": 1.0, "offset": 0.0} and set(told["bias"]) == {"1", "2", "3"}
+    bundle = icar_jax.load(tmp_path / "bundle", batch_size=8)
+    own, far = (embed(bundle, Scenes(split, size, image_size=64)) for split, size in (("val", 30), ("test", 15)))
+    fitted = {int(e): (pair["slope"], pair["offset"]) for e, pair in told["exits"].items()}
+    calibration = ScoreCalibration(fitted, 0.0, 0.0)
+    rows, away = (calibration.images(g.routed, g.exits) for g in (own, far))
+    others = Distractors(away, calibration.texts(far.texts), far.caption_image, far.labels)
+    expected = recall(ranks(rows, calibration.texts(own.texts), own.caption_image, distractors=others), 5)
+    assert {d: affine[d]["r5"] for d in expected} == pytest.approx(expected, abs=4.0)
+    assert "routed_affine_minus_routed" in found["comparisons"]
+    assert "routed, its scores calibrated for each exit" in (tmp_path / "report" / "index.html").read_text()
+    assert "scores calibrated for each exit:" in " ".join(capsys.readouterr().out.split())

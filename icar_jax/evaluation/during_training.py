@@ -217,8 +217,8 @@ class RegretRanks(Ratings):
         found = checkpoint.read(regret.clip_folder(config), "clip")
         if not found.tokenizer:
             raise ConfigError(
-                f"config.complexity.clip={config.complexity.clip} holds no tokenizer, and captions are embedded to evaluate regret: "
-                "convert it with one, or set config.train.eval_every=0"
+                f"config.complexity.clip={config.complexity.clip} holds no tokenizer, and captions are embedded to evaluate "
+                "regret: convert it with one, or set config.train.eval_every=0"
             )
         tokenizer = Tokenizer.from_json(found.tokenizer, str(found.path))
         whole = Retrieval(dataclasses.replace(trained, description=found.description, tokenizer=tokenizer))

@@ -19,9 +19,8 @@ from icar_jax.config import ConfigError, ExperimentConfig
 from icar_jax.data import sources
 from icar_jax.data.records import Record, Source
 from icar_jax.evaluation import ratings_metrics as m
-from icar_jax.evaluation.gallery import embed
+from icar_jax.evaluation.gallery import embed, full_scale
 from icar_jax.inference.model import Model, load
-from icar_jax.models.clip import LOGIT_SCALE_MAX
 
 KNOWN = "known_complexity"  # the run of what is known of the images, as a prediction of their regret
 _ROWS = 1024
@@ -127,7 +126,7 @@ def measure(config: ExperimentConfig, clip: Model, told: Mapping[str, Any], sour
     """Embeds a source and measures the regrets. `told`: 'kind' and 'exit'."""
     early, full = int(told["exit"]), clip.exits[-1]
     gallery = embed(clip, source, sources.loading(config.data), exits=(early, full))
-    scale = clip.temperature if clip.clip.arch.logit_bias else min(clip.temperature, LOGIT_SCALE_MAX)
+    scale = full_scale(clip)
     values = regrets(
         gallery.by_exit[early], gallery.by_exit[full], gallery.texts, gallery.caption_image, scale, told["kind"]
     )  # fmt: skip

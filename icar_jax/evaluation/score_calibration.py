@@ -1,9 +1,10 @@
 """Scores of different exits made comparable: z' = a_e s + b_e for each early exit e, in score space (s is the cosine).
 
 In a mixed gallery an image is ranked against images of other exits. Where the cosines of an exit lie lower or spread less than
-those of full depth, its images lose to others whatever they show. Two numbers an exit are fitted on calibration images, never on
-evaluated ones; full depth keeps (1, 0). What is minimised is the InfoNCE of text to image in the mixed gallery itself, at full
-depth's temperature, which is convex in (a, b). Image-to-text ranks do not change: all captions of an image share its a > 0 and b.
+those of full depth, its images lose to others whatever they show. Two numbers an exit are fitted on calibration images, never
+on evaluated ones; full depth keeps (1, 0). What is minimised is the InfoNCE of text to image in the mixed gallery itself, at
+full depth's temperature, which is convex in (a, b). Image-to-text ranks do not change: all captions of an image share its a > 0
+and its b.
 """
 
 from __future__ import annotations
