@@ -85,7 +85,8 @@ def rows_of(found: Mapping[tuple[str, str], Found], against: tuple[str, str] = (
             record["measured"] = 1.0 if name == "baseline" else _middle([r["measured"] for r in static.records])
         record["minus_static"] = _plain(_difference(found, (name, row), ("static", "full")))
         if first["kind"] == "routed":
-            dice, best = (name, f"{row} random"), (name, f"{row} oracle")
+            plain = row.removesuffix(retention_rows.AFFINE)
+            dice, best = (name, f"{plain} random"), (name, f"{plain} oracle")
             record["minus_random"] = _plain(_difference(found, (name, row), dice))
             record["captured"] = _plain(seeds.captured(one.values, found[dice].values, found[best].values))
             record["lacks"] = lacks(record)
@@ -231,7 +232,9 @@ def _style(row: Mapping[str, Any]) -> dict[str, Any] | None:
     goal = row["budget"] is None or abs(row["budget"] - BUDGET) < 1e-9
     if row["kind"] == "routed" and goal:
         colour, marker = STYLES.get(row["router"], ("#CC79A7", "v"))
-        return {"color": colour, "marker": marker, "label": f"routed by {row['router']}"}
+        affine = row["row"].endswith(retention_rows.AFFINE)
+        label = f"routed by {row['router']}" + (", scores calibrated" if affine else "")
+        return {"color": colour, "marker": marker, "label": label, "fillstyle": "none" if affine else "full"}
     if row["recipe"] in ("baseline", "static"):
         return {"color": "#000000", "marker": "o", "label": "separate towers"}
     if row["recipe"] == "icar" and row["kind"] == "exit":

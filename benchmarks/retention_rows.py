@@ -24,7 +24,7 @@ from icar_jax.data import sources
 from icar_jax.data.records import Source
 from icar_jax.data.scenes import Scenes
 from icar_jax.data.splits import Subset
-from icar_jax.evaluation import timing
+from icar_jax.evaluation import score_calibration, timing
 from icar_jax.evaluation.assignments import oracle_exits_at_share, random_exits, ranks_alone, ranks_mixed, take_exits
 from icar_jax.evaluation.bootstrap import Hits
 from icar_jax.evaluation.calibration import costs, score_source
@@ -38,6 +38,7 @@ from icar_jax.inference.router import assign
 from icar_jax.models.flops import vision_flops
 
 ROWS, ARRAYS = "rows.json", "rows.npz"
+AFFINE = " affine"  # ends the name of a row whose scores are calibrated exit by exit
 TIMED = 256  # images of the gallery that are timed
 
 
@@ -113,15 +114,21 @@ class Rows:
             }  # fmt: skip
 
     def add_routed(
-        self, router: str, flops: float, scores: Sequence[np.ndarray], budget: float, thresholds: Sequence[float], draws: int
-    ) -> None:
-        """One router at one budget, and beside it dice and the oracle at the same shares, which pay for no router."""
+        self, router: str, flops: float, scores: Sequence[np.ndarray], budget: float, thresholds: Sequence[float], draws: int,
+        affine: score_calibration.ScoreCalibration,
+    ) -> None:  # fmt: skip
+        """One router at one budget, also with calibrated scores; and dice and the oracle at its shares, which pay no router."""
         exits = [assign(s, self.model.exits, thresholds) for s in scores]
         everyone, n = np.concatenate(exits), len(exits[0])
         share = {e: float(np.mean(everyone == e)) for e in self.model.exits}
         more = {"router": router, "budget": budget}
         name = f"{router}@{budget:.2f}"
         self.add(name, "routed", [self._mixed(exits)], share, flops, thresholds=list(thresholds), **more)
+        calibrated = [affine.images(take_exits(g.by_exit, e), e) for g, e in zip(self.galleries, exits)]
+        texts = [affine.texts(g.texts) for g in self.galleries]
+        found = ranks(calibrated[0], texts[0], self.gallery.caption_image, **self._among(calibrated, texts))
+        more_affine = {"thresholds": list(thresholds), "affine": affine.as_dict(), **more}
+        self.add(f"{name}{AFFINE}", "routed", [found], share, flops, **more_affine)
         dice = np.stack([random_exits(everyone, seed) for seed in range(draws)])
         far = self.far.by_exit if self.far is not None else None
         drawn = ranks_mixed(
@@ -149,10 +156,10 @@ class Rows:
         rows = [take_exits(g.by_exit, e) for g, e in zip(self.galleries, exits)]
         return ranks(rows[0], *self.asked, **self._among(rows))
 
-    def _among(self, embeddings: Sequence[np.ndarray]) -> dict[str, Any]:
+    def _among(self, embeddings: Sequence[np.ndarray], texts: Sequence[np.ndarray] | None = None) -> dict[str, Any]:
         given = None
         if self.far is not None:
-            given = Distractors(embeddings[1], self.far.texts, self.far.caption_image)
+            given = Distractors(embeddings[1], self.far.texts if texts is None else texts[1], self.far.caption_image)
         return {"distractors": given, "mesh": self.mesh}
 
 
@@ -204,6 +211,7 @@ def evaluate(asked_for: Mapping[str, Any]) -> None:
     rows, notes = Rows(model, gallery, far), []
     rows.add_exits()
     full = rows.flops[model.exits[-1]]
+    chosen_on = embed(model, images.calibration, loading) if len(model.exits) > 1 else None
     speed: dict[str, float] = {}
     for name, folder in routers.items() if len(model.exits) > 1 else ():
         judge = load(folder, **s)
@@ -218,7 +226,11 @@ def evaluate(asked_for: Mapping[str, Any]) -> None:
             except ConfigError as error:
                 notes.append(f"{name} at {budget:.2f}: {error}")
                 continue
-            rows.add_routed(name, cost.router, scores, budget, thresholds, draws)
+            taken = assign(chosen, model.exits, thresholds)
+            fit = score_calibration.fit(
+                chosen_on.by_exit, chosen_on.texts, chosen_on.caption_image, taken, model.temperature
+            )
+            rows.add_routed(name, cost.router, scores, budget, thresholds, draws, fit)
             settings[f"{name}@{budget:.2f}"] = thresholds
         if settings:
             speed |= measured(workdir, Path(folder), settings, images.queries, scores[0], loading, s)
@@ -227,7 +239,7 @@ def evaluate(asked_for: Mapping[str, Any]) -> None:
     for name, row in rows.records.items():
         row["counted"] = row["flops"] / full
         # Dice cost what the towers cost; an oracle cannot be run.
-        row["measured"] = None if row["kind"] == "oracle" else speed.get(name)
+        row["measured"] = None if row["kind"] == "oracle" else speed.get(name.removesuffix(AFFINE))
     extra = {
         "exits": list(model.exits), "full_flops": full, "notes": notes, "measured": speed,
         "gallery": {

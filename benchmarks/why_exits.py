@@ -114,7 +114,7 @@ def analyse(out: Path, dataset: str, names: Sequence[str], seeds_: Sequence[int]
         exits, arrays = read[0][0]["exits"], [each[2] for each in read]
         scores = known(arrays, exits)
         for row in rows:
-            if row["recipe"] == name and row["kind"] == "routed" and row["budget"] == BUDGET and row["router"] in scores:
+            if row["recipe"] == name and row["row"] == f"{row['router']}@{BUDGET:.2f}":
                 scores[row["router"]]["captured"] = row["captured"]
         lost = [regret(a, exits[0], exits[-1]) for a in arrays]
         one = [np.ones(len(each)) for each in lost]
