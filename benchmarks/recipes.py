@@ -206,10 +206,14 @@ def head_config(
 ) -> ExperimentConfig:
     """A head on the first blocks of the CLIP at `clip`: `blocks` learns ratings of scenes, `regret` what an exit loses."""
     s = sizes
+    # The tower's own preprocessing takes the place of the resizing named here; a router sees no random crops.
+    data = dataclasses.replace(
+        _data("scenes" if router == "blocks" else dataset, s, photos), resize="squash", crop_scale=1.0, flip=False
+    )
     config = ExperimentConfig(
         task="complexity",
         complexity=ComplexityConfig(variant="blocks", clip=str(clip), blocks=min(s.head_blocks, exit), dropout=0.0),
-        data=_data("scenes" if router == "blocks" else dataset, s, photos),
+        data=data,
         optim=OptimConfig(lr=1e-3, warmup_steps=min(100, s.head_steps // 2)),
         train=TrainConfig(
             steps=s.head_steps, batch_size=s.batch_size, seed=seed, dtype="float32", checkpoint_every=s.checkpoint_every, keep=1

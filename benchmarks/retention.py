@@ -219,7 +219,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Plan]
     only.add_argument("--report-only", action="store_true", help="only what is evaluated already")
     args = p.parse_args(arguments)
     datasets = DATASETS if args.dataset == "both" else (args.dataset,)
-    if "photos" in datasets and not Path(args.photos).is_dir():
+    if "photos" in datasets and not (args.photos and Path(args.photos).is_dir()):
         p.error(f"--photos {args.photos!r} is no folder; name the one that holds dataset*.json")
     names = list(RECIPES) if args.recipes == ["all"] else args.recipes
     if unknown := [name for name in names if name not in RECIPES]:

@@ -34,7 +34,7 @@ BUDGETS = (0.7, 0.8)
 # --- recipes -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("setting,dataset", itertools.product(recipes.SETTINGS, recipes.DATASETS))
+@pytest.mark.parametrize("setting,dataset", list(itertools.product(recipes.SETTINGS, recipes.DATASETS)))
 def test_every_recipe_is_a_configuration_with_the_same_pairs(setting, dataset, tmp_path):
     sizes = recipes.SETTINGS[setting][dataset]
     found = {n: recipes.clip_config(n, dataset, sizes, 1, str(tmp_path), tmp_path) for n in recipes.RECIPES}
@@ -78,8 +78,19 @@ def test_a_name_that_is_no_field_is_refused():
 
 def test_the_towers_that_others_are_compared_with_come_first(tmp_path):
     _, plan = retention.parse(["--out", str(tmp_path), "--setting", "tiny", "--seeds", "0", "1", "--recipes", "shared"])
-    order = [job.of[1] if job.of else "router" for job in retention.jobs(plan, heads=False)]
+    todo = retention.jobs(plan)
+    order = [job.of[1] if job.of else "router" for job in todo]
     assert order == ["router", "baseline", "static", "baseline", "static", "shared", "shared"]
+    assert [len(job.heads) for job in todo] == [0, 0, 0, 0, 0, 2, 2]
+
+
+@pytest.mark.parametrize("setting", recipes.SETTINGS)
+def test_heads_on_a_tower_are_configurations(setting, tmp_path):
+    for dataset, router in itertools.product(recipes.DATASETS, ("regret", "blocks")):
+        sizes = recipes.SETTINGS[setting][dataset]
+        config = recipes.head_config(router, dataset, sizes, 0, str(tmp_path), tmp_path / "clip", sizes.exit)
+        assert config.complexity.blocks <= sizes.exit and config.complexity.clip
+        assert (config.data.source == "folder") == (dataset == "photos" and router == "regret")
 
 
 def test_unknown_recipes_and_missing_photos_are_refused(tmp_path, capsys):
