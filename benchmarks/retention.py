@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -142,8 +143,9 @@ def train(run: Run) -> float:
     child = subprocess.Popen([*command, f"--workdir={run.workdir}"])
     try:
         status = child.wait()
-    except KeyboardInterrupt:
-        child.wait()  # the terminal has told it too: it saves its state
+    except (KeyboardInterrupt, SystemExit):
+        child.terminate()  # it saves its state
+        child.wait()
         raise
     if status or not run.finished:
         raise subprocess.CalledProcessError(status or 1, command)
@@ -235,6 +237,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Plan]
 
 def main() -> None:
     args, plan = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of `train`, which ends its child first
     with user_errors("stopped; the same command continues"):
         if args.report_only:
             report(plan)
