@@ -85,7 +85,8 @@ def all_levers(**train):
 def batch_of(tokenizer, task, rows=8):
     data = np.random.default_rng(0)
     captions = [CAPTIONS[i % 3] + " two" * (i % 4) for i in range(rows)]
-    return {"image": data.integers(0, 256, (rows, 64, 64, 3), dtype=np.uint8), "tokens": tokenizer(captions, task.context_length)}
+    images = data.integers(0, 256, (rows, 64, 64, 3), dtype=np.uint8)
+    return {"image": images, "tokens": tokenizer(captions, task.context_length)}
 
 
 @pytest.mark.check
