@@ -87,9 +87,9 @@ def _table(metrics: Mapping[str, Any], title: str, compact: bool) -> Table:
 def verdicts(metrics: Mapping[str, Any]) -> list[str]:
     """What the numbers show, as plain sentences."""
     cost = metrics["cost"][MODEL]
-    lines = [_margin(metrics["margin"], "the best classical measure ({})", "a few lines of numpy")]
+    lines = [_margin(metrics["margin"], "the best classical measure ({})", "a few lines of numpy", "do better")]
     if metrics.get("over_known"):
-        lines.append(_margin(metrics["over_known"], "the {}", "what is known of the images' complexity"))
+        lines.append(_margin(metrics["over_known"], "the {}", "what is known of the images' complexity", "does better"))
     if "regret" in metrics:
         lines.append(_regret(metrics["regret"]))
     lines.append(f"a score costs {_percent(cost['share_of_vit_l14'])} of the counted FLOPs of ViT-L/14's vision tower")
@@ -106,7 +106,7 @@ def subject(metrics: Mapping[str, Any]) -> str:
     return f"Regret ({found['kind']}) at exit {found['exit']}" if found else "Complexity"
 
 
-def _margin(margin: Mapping[str, Any], over: str, rival: str) -> str:
+def _margin(margin: Mapping[str, Any], over: str, rival: str, does: str) -> str:
     title = TITLES[margin["metric"]]
     line = f"{title} of the model - of {over.format(_name(margin['over']))} = {margin['value']:+.3f}"
     if margin["low"] is not None:
@@ -116,8 +116,9 @@ def _margin(margin: Mapping[str, Any], over: str, rival: str) -> str:
     if margin["includes_zero"]:
         return f"{line}: includes zero, so the model is not shown to beat {rival} here"
     if margin["value"] > 0:
-        return f"{line}: above zero, so the model beats {rival}"
-    return f"{line}: below zero, so {rival} does better"
+        them = "them" if does == "do better" else "it"
+        return f"{line}: above zero, so the model beats {them}"
+    return f"{line}: below zero, so {rival} {does}"
 
 
 def _regret(found: Mapping[str, Any]) -> str:
