@@ -61,7 +61,7 @@ def _train(run: Run, request: StopRequest, stop_after: int, evaluators: tuple[Ma
     part = distributed.batch_part(sharding, t.batch_size)
     tokenizer = run.tokenizer if task.kind == "clip" else None  # regret reads captions with that of its CLIP
     trained = Trained(config, task.kind, task.description, tokenizer, sharding, batch_shards(run.mesh), part)
-    given = {name: place(regret.params(config, tree), shardings(tree, run.mesh)) for name, tree in task.given.items()}
+    fixed = {name: place(regret.params(config, tree), shardings(tree, run.mesh)) for name, tree in task.given.items()}
     with StateStore(workdir, t.keep) as store:
         start = distributed.from_main(store.latest_step or 0)  # a network file system may show the newest one late elsewhere
         evaluation = make_evaluation(trained, workdir, start, evaluators)
@@ -74,7 +74,7 @@ def _train(run: Run, request: StopRequest, stop_after: int, evaluators: tuple[Ma
             state = init_state(task, optimizer, run.mesh, config, params)
         log = open_log(workdir, t.steps, start, t.tensorboard, f"train {config.task}")
         with _batches(run, start, part) as batches, contextlib.closing(log):
-            advance = lambda state, batch: step_fn(state, put_batch(batch, task.fields, run.mesh) | given)
+            advance = lambda state, batch: step_fn(state, put_batch(batch, task.fields, run.mesh) | fixed)
             steps = range(start + 1, min(t.steps, stop_after) + 1)
             with _naming_lost_peers(workdir):
                 state, done, stopped = _run(config, advance, state, batches, steps, store, log, evaluation, request)
@@ -127,7 +127,8 @@ def _run(
                     break
                 raise
             bad.add(batch)
-            cut.add(batch)
+            if config.task == "clip":  # regret is that of the CLIP as it is, its context included
+                cut.add(batch)
             state, metrics = advance(state, batch)
             done = step
             monitor.push(step, metrics, batch["name"])
