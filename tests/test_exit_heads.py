@@ -76,7 +76,7 @@ def test_at_its_start_a_head_is_the_linear_head_and_learns(name):
     made = bridge(with_head(name)).init(jax.random.key(0))
     linear = {"ln": made["ln"], "proj": made["proj"]}
     run = lambda arch, p: bridge(arch).bind(p)(tokens(), jnp.float32)
-    np.testing.assert_array_equal(run(with_head(name), made), run(ARCH, linear))
+    np.testing.assert_allclose(run(with_head(name), made), run(ARCH, linear), atol=1e-6)
     last = {"adapter": "residual/mlp/fc2/kernel", "attention": "residual/attn/out/kernel"}[name]
     grads = pytree.flatten(jax.grad(lambda p: run(with_head(name), p)[:, 0].sum())(made))
     assert not pytree.flatten(made)[last].any() and np.abs(grads[last]).max() > 0
@@ -98,7 +98,7 @@ def test_only_norm_and_projection_start_from_the_final_head(name):
 
 def test_every_parameter_of_the_heads_has_a_rule_of_sharding():
     for name in HEADS:
-        arch = registry.clip_arch(ClipConfig(variant="vit_b32", exits=(6,), exit_head=name))
+        arch = registry.clip_arch(ClipConfig(variant="vit_demo", exits=(2,), exit_head=name))
         paths = [p for p in pytree.flatten(Clip(arch).shapes()) if "/residual/" in p]
         assert paths and [p for p in paths if not any(re.search(pattern, p) for pattern, _ in RULES)] == []
 
