@@ -8,16 +8,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import drawn
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import CAPTIONS, tiny_config
 
+from icar_jax import checkpoint
 from icar_jax.config import ConfigError
+from icar_jax.data.images import Preprocess
+from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.evaluation.calibration import costs
-from icar_jax.evaluation.metrics import ranks, recall
+from icar_jax.evaluation.metrics import Distractors, ranks, recall
 from icar_jax.inference.model import load
+from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.flops import vision_flops
 from icar_jax.models.registry import clip_arch
+from icar_jax.models.text import TextArch
+from icar_jax.models.vision import VisionArch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -104,7 +111,19 @@ def test_unknown_recipes_and_missing_photos_are_refused(tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory, clip_folder, complexity_folder):
+def tower(tmp_path_factory):
+    """A random CLIP with exits after 1, 2 and 3 blocks, beside which a small router costs little."""
+    tokenizer = Tokenizer.train(CAPTIONS, 300)
+    vision = VisionArch(64, 8, 48, 3, 4, 192, 24, exits=(1, 2))
+    text = TextArch(16, tokenizer.vocab_size, 16, 1, 2, 32, 24, end_id=tokenizer.end_id)
+    arch = ClipArch(vision, text)
+    description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(64, "squash").to_dict()}
+    folder = tmp_path_factory.mktemp("tower") / "model"
+    return checkpoint.write(folder, "clip", description, drawn.params(Clip(arch).shapes(), 0), tokenizer.to_json())
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory, tower, complexity_folder):
     """A folder as retention.py leaves it: one random tower as the runs of three recipes, routed by a random model."""
     out = tmp_path_factory.mktemp("retention")
     first = out / "scenes" / "baseline" / "0"
@@ -113,7 +132,7 @@ def out(tmp_path_factory, clip_folder, complexity_folder):
         config, first, {"complexity": complexity_folder}, calibration=40, distractors=16, budgets=(0.05, *BUDGETS), draws=4
     )
     first.mkdir(parents=True)
-    (first / "model").symlink_to(clip_folder)
+    (first / "model").symlink_to(tower)
     assert not retention_rows.evaluated(asked_for)
     retention_rows.evaluate(asked_for)
     assert retention_rows.evaluated(asked_for)
@@ -124,19 +143,17 @@ def out(tmp_path_factory, clip_folder, complexity_folder):
     return out
 
 
-def test_rows_are_those_of_the_galleries(out, clip_folder):
+def test_rows_are_those_of_the_galleries(out, tower):
     record, hits, arrays = retention_rows.read(out / "scenes" / "baseline" / "0")
     rows = record["rows"]
     images = retention_rows.images_of(tiny_config(), 40, 16)
-    model = load(clip_folder, batch_size=8)
+    model = load(tower, batch_size=8)
     embedded = [
         (model.encode_image([source[i].image() for i in range(len(source))], exit=2),
          model.encode_text([c for i in range(len(source)) for c in source[i].captions]),
          np.repeat(np.arange(len(source)), [len(source[i].captions) for i in range(len(source))]))
         for source in (images.queries, images.far)
     ]  # fmt: skip
-    from icar_jax.evaluation.metrics import Distractors
-
     found = ranks(*embedded[0], distractors=Distractors(*embedded[1]))
     for k in (1, 5, 10):
         for direction, value in recall(found, k).items():
