@@ -233,7 +233,7 @@ class RegretRanks(Ratings):
 
 def _everywhere(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """A host array, the same on every process, whole on every device."""
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.asarray(leaf, np.float32)[index])
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.asarray(np.asarray(leaf, np.float32)[index]))
 
 
 def _agreement(scores: np.ndarray, rated: np.ndarray) -> dict[str, float]:
