@@ -111,7 +111,7 @@ def _clip_task(config: ExperimentConfig, tokenizer: Tokenizer | None, mesh: Mesh
         assert mesh is not None, "config.loss.chunk passes texts round a mesh"
         compare = partial(ring.per_exit, **form, mesh=mesh, chunk=config.loss.chunk)
 
-    levers, dropout = config.loss, config.train.layer_dropout
+    dropout = config.train.layer_dropout
 
     def draw(batch, key):
         if not dropout:
@@ -129,7 +129,7 @@ def _clip_task(config: ExperimentConfig, tokenizer: Tokenizer | None, mesh: Mesh
         image, text, full = {e: embeddings["image"][str(e)] for e in exits}, embeddings["text"], arch.vision.depth
         scales = clip.logit_scales(params)
         biases = clip.logit_biases(params) if arch.logit_bias else None
-        if levers.mixed:  # one more gallery, at full depth's temperature and bias
+        if config.loss.mixed:  # one more gallery, at full depth's temperature and bias
             compared = image | {MIXED: exit_losses.mixed_images(image, jax.random.fold_in(key, _MIXED_EXITS))}
             per_exit = compare(compared, text, *({**own, MIXED: own[full]} if own else None for own in (scales, biases)))
         else:
@@ -137,15 +137,15 @@ def _clip_task(config: ExperimentConfig, tokenizer: Tokenizer | None, mesh: Mesh
         metrics = {f"loss_{e}": per_exit[e] for e in exits}
         metrics |= {f"scale_{e}": scales[e] for e in exits}
         total = sum(weights[e] * per_exit[e] for e in exits)
-        if levers.mixed:
+        if config.loss.mixed:
             metrics["loss_mixed"] = per_exit[MIXED]
-            total = total + levers.mixed * per_exit[MIXED]
-        if levers.distill_cosine:
+            total = total + config.loss.mixed * per_exit[MIXED]
+        if config.loss.distill_cosine:
             metrics["distill_cosine"] = exit_losses.distill_cosine(image, full)
-            total = total + levers.distill_cosine * metrics["distill_cosine"]
-        if levers.distill_kl:
+            total = total + config.loss.distill_cosine * metrics["distill_cosine"]
+        if config.loss.distill_kl:
             metrics["distill_kl"] = exit_losses.distill_kl(image, text, scales, full)
-            total = total + levers.distill_kl * metrics["distill_kl"]
+            total = total + config.loss.distill_kl * metrics["distill_kl"]
         return total, metrics
 
     def loss(params, batch, key):
