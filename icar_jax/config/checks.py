@@ -6,6 +6,7 @@ import typing
 from typing import Any
 
 from icar_jax.config.errors import ConfigError, unknown
+from icar_jax.config.levers import validate_levers
 from icar_jax.config.schema import FREEZE, MIN_VOCABULARY, REMAT, SOURCES, TASKS, DataConfig, ExperimentConfig
 
 
@@ -57,9 +58,13 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     _choice("config.data.normalise", c.data.normalise, ("half", "openai", "imagenet"))
     _choice("config.clip.pool", c.clip.pool, ("cls", "mean", "first_patch"))
     _choice("config.clip.exit_start", c.clip.exit_start, ("final", "random"))
+    _choice("config.clip.exit_head", c.clip.exit_head, ("linear", "adapter", "attention"))
     _choice("config.clip.temperature", c.clip.temperature, ("own", "shared"))
     _choice("config.complexity.head", c.complexity.head, ("regression", "classification"))
     _choice("config.complexity.class_weights", c.complexity.class_weights, ("none", "balanced"))
+    _choice("config.complexity.target", c.complexity.target, ("rating", "regret"))
+    _choice("config.complexity.regret", c.complexity.regret, ("loss", "cosine"))
+    _choice("config.eval.score_calibration", c.eval.score_calibration, ("none", "affine"))
     _choice("config.loss.direction", c.loss.direction, ("symmetric", "image_to_text"))
     _choice("config.loss.kind", c.loss.kind, ("softmax", "sigmoid"))
     _choice("config.optim.mu_dtype", c.optim.mu_dtype, ("bfloat16", "float32"))
@@ -91,6 +96,7 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
             f"config.data.stall_timeout_s={c.data.stall_timeout_s} must be a positive number of seconds; 86400 waits for a day"
         )
     _validate_training(c)
+    validate_levers(c)
     for name in ("lr", "exit_lr", "temperature_lr", "weight_decay", "clip_norm", "warmup_steps", "eps", "final_lr"):
         _at_least(f"config.optim.{name}", getattr(c.optim, name), 0, "use zero or a positive number")
     for name in ("b1", "b2", "ema"):
@@ -98,7 +104,7 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
             raise ConfigError(f"config.optim.{name}={getattr(c.optim, name)} must lie in [0, 1), for example 0.9")
     for name in ("calibration_size", "scenes_size", "threads"):
         _at_least(f"config.data.{name}", getattr(c.data, name), 1, "raise it")
-    for name in ("image_size", "patch_size"):
+    for name in ("depth", "image_size", "patch_size"):
         _at_least(f"config.clip.{name}", getattr(c.clip, name), 0, "0 keeps the variant's")
     if not 32 <= c.data.scenes_pixels <= 512:
         raise ConfigError(f"config.data.scenes_pixels={c.data.scenes_pixels} must lie in 32 to 512")
@@ -158,6 +164,8 @@ def _validate_training(c: ExperimentConfig) -> None:
         for name, value, off in (
             ("train.accumulate", t.accumulate, 1), ("train.freeze", t.freeze, ()),
             ("train.scan_blocks", t.scan_blocks, False), ("train.remat", t.remat, "none"), ("loss.chunk", c.loss.chunk, 0),
+            ("train.layer_dropout", t.layer_dropout, 0.0), ("loss.distill_cosine", c.loss.distill_cosine, 0.0),
+            ("loss.distill_kl", c.loss.distill_kl, 0.0), ("loss.mixed", c.loss.mixed, 0.0),
         ):  # fmt: skip
             if value != off:
                 raise ConfigError(f"config.{name}={value!r} is for task 'clip' only; leave it {off!r}")
@@ -194,6 +202,13 @@ def _validate_ratings(c: ExperimentConfig) -> None:
         if wrong:
             raise ConfigError(f"config.data.{wrong} is for task 'complexity' only, and config.task is {c.task!r}")
         return
+    if d.resize != "squash":
+        raise ConfigError(f"config.data.resize={d.resize!r}: the complexity model sees whole images; use 'squash'")
+    if c.complexity.target == "regret":
+        _validate_regret(c)
+        return
+    if c.complexity.exit:
+        raise ConfigError(f"config.complexity.exit={c.complexity.exit} is for config.complexity.target='regret'; leave it 0")
     if d.source not in rated:
         raise ConfigError(
             f"config.data.source={d.source!r} holds no complexity ratings; use 'scenes', or 'ratings' with "
@@ -206,8 +221,6 @@ def _validate_ratings(c: ExperimentConfig) -> None:
         )
     if d.source == "scenes" and d.ratings:
         raise ConfigError(f"config.data.ratings={d.ratings!r}, but scenes know theirs; use config.data.source=ratings")
-    if d.resize != "squash":
-        raise ConfigError(f"config.data.resize={d.resize!r}: the complexity model sees whole images; use 'squash'")
     if not 0 <= c.complexity.threshold < 1:
         raise ConfigError(
             f"config.complexity.threshold={c.complexity.threshold} must lie in [0, 1): an image rated above it is complex, and "
@@ -218,6 +231,30 @@ def _validate_ratings(c: ExperimentConfig) -> None:
             f"config.complexity.class_weights={c.complexity.class_weights!r} weighs classes, but config.complexity.head is "
             f"{c.complexity.head!r}; leave it 'none', or use the head 'classification'"
         )
+
+
+def _validate_regret(c: ExperimentConfig) -> None:
+    """A complexity run whose targets come from a CLIP, on pairs of image and text instead of ratings."""
+    d, complexity = c.data, c.complexity
+    if not complexity.clip:
+        raise ConfigError(
+            "config.complexity.clip='' but config.complexity.target='regret' is what images lose at the exit of a CLIP; name "
+            "its checkpoint or workdir"
+        )
+    if complexity.exit < 0:
+        raise ConfigError(f"config.complexity.exit={complexity.exit} must be an exit of config.complexity.clip, or 0")
+    if d.source == "ratings" or d.ratings:
+        found = f"ratings={d.ratings!r}" if d.ratings else "source='ratings'"
+        raise ConfigError(
+            f"config.data.{found}, but config.complexity.target='regret' learns from images with captions, not from ratings; "
+            "use the data of the CLIP, such as 'scenes' or 'folder'"
+        )
+    for name, off in (("head", "regression"), ("class_weights", "none")):
+        if getattr(complexity, name) != off:
+            raise ConfigError(
+                f"config.complexity.{name}={getattr(complexity, name)!r}, but config.complexity.target='regret' has no "
+                f"classes; use {off!r}"
+            )
 
 
 def _validate_augmentation(d: DataConfig) -> None:

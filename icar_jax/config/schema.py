@@ -20,7 +20,9 @@ class ClipConfig:
     exits: tuple[int, ...] = ()  # early exits as executed blocks, ascending, each below the tower's depth
     pool: str = "cls"  # token pooled at the exits: cls | mean | first_patch
     exit_start: str = "final"  # exit heads start from ln_post and proj ('final') or at random ('random')
+    exit_head: str = "linear"  # before an exit's projection: linear (nothing) | adapter (small MLP) | attention (all tokens)
     temperature: str = "own"  # each exit has its 'own' logit scale, or all use the 'shared' one
+    depth: int = 0  # blocks of the vision tower; 0 keeps the variant's
     image_size: int = 0  # pixels; 0 keeps the variant's
     patch_size: int = 0  # pixels; 0 keeps the variant's
     context_length: int = 0  # tokens; 0 keeps the variant's
@@ -36,10 +38,13 @@ class ComplexityConfig:
     dropout: float = 0.2  # of the regression head, while training
     threshold: float = 0.5  # classification: a rated complexity above this is the class 'complex'
     class_weights: str = "none"  # of the cross-entropy: none | balanced (each class weighs as much as the other)
-    # Variant blocks only. The tower's weights stay as they are, and its preprocessing replaces image_size, data.resize,
-    # data.interpolation and data.normalise.
+    target: str = "rating"  # what the score says: the image's 'rating', or its 'regret' if it left `clip` early
+    regret: str = "loss"  # regret: InfoNCE term at the exit minus that at full depth ('loss'), or 1 - their 'cosine'
+    exit: int = 0  # regret: the exit of `clip`, in executed blocks; 0 is its first one
+    # Variant blocks: the tower's weights stay as they are, and its preprocessing replaces image_size, data.resize,
+    # data.interpolation and data.normalise. Target regret: the CLIP's weights stay as they are.
     clip: str = ""  # checkpoint or workdir of the CLIP that it is to route
-    blocks: int = 0  # blocks of its vision tower that run before the head; at most its first exit
+    blocks: int = 0  # variant blocks: blocks of its vision tower that run before the head; at most its first exit
 
 
 @dataclass
@@ -100,6 +105,9 @@ class LossConfig:
     exit_weights: tuple[float, ...] = ()  # one weight for each exit, then full depth; empty weighs all equally
     direction: str = "symmetric"  # softmax: symmetric | image_to_text
     kind: str = "softmax"  # softmax (CLIP) | sigmoid (SigLIP: logit bias, every pair a decision of its own)
+    distill_cosine: float = 0.0  # weight of 1 - cos(exit, full depth held still); 0 switches it off, as for the next two
+    distill_kl: float = 0.0  # weight of KL(softmax of the similarities of full depth, held still || of the exit)
+    mixed: float = 0.0  # weight of the loss of one matrix of logits in which each image takes a random exit
     chunk: int = 0  # texts that a device scores at once while they pass round the ring of devices; 0 forms all logits at once
 
 
@@ -118,6 +126,7 @@ class TrainConfig:
     accumulate: int = 1  # parts a batch is encoded in, one after the other; the gradient is that of the whole batch
     remat: str = "none"  # what the backward pass computes again: none | dots (all but matrix products) | full (whole blocks)
     scan_blocks: bool = False  # one compiled block run in a loop: compiles faster and takes less memory on accelerators
+    layer_dropout: float = 0.0  # chance that an image skips the last vision block in training, falling to 0 at the first block
     freeze: tuple[str, ...] = ()  # groups that do not learn: image | text | exits | temperature; ('image',) is LiT
     init: str = ""  # checkpoint or workdir whose weights the run starts from; exits it lacks start from its final head
     eval_every: int = 0  # steps between evaluations while training; 0 evaluates only with evaluate.py, -1 once an epoch
@@ -164,6 +173,7 @@ class EvalConfig:
     bootstrap: int = 2000  # resamples of images behind each interval
     random_draws: int = 100  # random assignments averaged into the run 'random' (its average precision: over the first 10)
     labels: str = ""  # JSON of URL or name -> category labels of the split; empty takes those of the source, where it has any
+    score_calibration: str = "none"  # 'affine' also ranks the routed gallery by scores calibrated for each exit
     distractors: DistractorConfig = field(default_factory=DistractorConfig)
 
 

@@ -73,6 +73,7 @@ def require_icar(arch: ClipArch) -> None:
             **_plain_clip(arch),
             f"it has {len(v.exits)} early exits, the layout holds exactly one": len(v.exits) != 1,
             f"its exits pool {v.pool!r}, the layout's read the first patch": v.pool != "first_patch",
+            f"its exit head has a residual ({v.exit_head})": v.exit_head != "linear",
             "its exit shares the temperature of full depth": arch.temperature != "own",
             "it has a logit bias": arch.logit_bias,
         },

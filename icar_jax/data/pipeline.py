@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ def train_batches(
     start_position: int = 0,
     augment: Augment = Augment(),
     with_complexity: bool = False,
+    others: Mapping[str, Preprocess] | None = None,
     num_workers: int = 0,
     num_threads: int = 2,
     process_index: int = 0,
@@ -53,6 +55,7 @@ def train_batches(
 
     Args:
         tokenizer: None leaves the tokens out (training on images alone).
+        others: {entry: preprocess} of what else the pictures are made into, with the same random changes.
         batch_size: pairs of a step over all processes.
         num_workers: worker processes; 0 makes the batches in this process.
         num_threads: threads in each process that make batches ahead of time; 0 makes them when asked.
@@ -62,7 +65,8 @@ def train_batches(
     Returns:
         An iterator of dicts, to be closed when done (`with`, or `.close()`):
         image uint8 [b, S, S, 3]; tokens int32 [b, L] and truncated bool [b] (with a tokenizer);
-        complexity float32 [b] (with_complexity); position, index int64 [b]; name object [b];
+        one more as image for each of `others`; complexity float32 [b] (with_complexity); position, index int64 [b];
+        name object [b];
         bad object [n], (name, reason) for every decoding that failed; retried object [m], (shard, reason) for every read
         that was tried again.
     """
@@ -80,7 +84,7 @@ def train_batches(
     make = _TrainBatch(
         source, preprocess, tokenizer, context_length, augment, with_complexity, seed,
         first=start_position + process_index * (batch_size // process_count),
-        stride=batch_size, size=batch_size // process_count, retries=retries,
+        stride=batch_size, size=batch_size // process_count, retries=retries, others=dict(others or {}),
     )  # fmt: skip
     count = (_LAST_POSITION - start_position) // batch_size
     return BatchIterator(make, count, num_workers, num_threads, stall_timeout_s)
@@ -129,6 +133,7 @@ class _TrainBatch:
     stride: int
     size: int
     retries: int
+    others: dict[str, Preprocess]
 
     def where(self, step: int) -> str:
         first = self.first + step * self.stride
@@ -143,6 +148,7 @@ class _TrainBatch:
         _, indices = examples_at(positions, len(self.source), self.seed)
         side = self.preprocess.image_size
         images = np.empty((self.size, side, side, 3), np.uint8)
+        again = {key: np.empty((self.size, p.image_size, p.image_size, 3), np.uint8) for key, p in self.others.items()}
         records: list[Record] = []
         captions: list[str] = []
         bad: list[tuple[str, str]] = []
@@ -151,9 +157,11 @@ class _TrainBatch:
             rng = np.random.default_rng((self.seed, position))
             if self.tokenizer is not None:
                 captions.append(_draw_caption(record, rng, self.source.name))
+            for key, preprocess in self.others.items():
+                again[key][row] = self.augment.resize(picture, preprocess, copy.deepcopy(rng))
             images[row] = self.augment.resize(picture, self.preprocess, rng)
             records.append(record)
-        batch = {"image": images, "position": positions, "index": indices}
+        batch = {"image": images, **again, "position": positions, "index": indices}
         batch |= {"name": _objects([r.name for r in records]), "bad": _objects(bad)}
         if self.tokenizer is not None:
             batch["tokens"], batch["truncated"] = self.tokenizer.encode(captions, self.context_length)

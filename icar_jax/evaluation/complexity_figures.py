@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from icar_jax.evaluation.complexity_table import MODEL, NAMES
 from icar_jax.evaluation.figures import new_figure, save
 
+KNOWN = "known complexity (rating)"
 _BLUE, _ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette
 
 
@@ -44,7 +45,8 @@ def nuisance(metrics: Mapping[str, Any], path: str | os.PathLike) -> None:
     for edge in range(1, len(groups)):
         if groups[edge][0] != groups[edge - 1][0]:
             axes.axvline(edge - 0.5, color="0.8", linewidth=0.8)
-    axes.set_ylabel("PCC with the known complexity, 95% interval")
+    what = "rank of the regret" if "regret" in metrics else "known complexity"
+    axes.set_ylabel(f"PCC with the {what}, 95% interval")
     axes.set_title(f"What varies beside the complexity: {metrics['images']:,} images of {metrics['source']}", fontsize=10.5)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, fontsize=8.5)  # covers no point
     save(figure, path)
@@ -57,7 +59,7 @@ def _scatter(axes: Axes, predicted: np.ndarray, known: np.ndarray, metrics: Mapp
     axes.scatter(known, predicted, s=14, color=_BLUE, alpha=alpha, linewidths=0)
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(-0.02, 1.02)
-    axes.set_xlabel("known complexity (rating)")
+    axes.set_xlabel(f"rank of the regret at exit {metrics['regret']['exit']}" if "regret" in metrics else KNOWN)
     axes.set_ylabel("score")
     run = metrics["runs"][MODEL]
     axes.set_title(

@@ -5,6 +5,7 @@ Every process works on its part of the images and captions; embeddings and score
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from statistics import fmean
 from typing import Any
@@ -15,15 +16,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from icar_jax import checkpoint
 from icar_jax.config import ConfigError, ExperimentConfig, from_dict
 from icar_jax.data import sources
 from icar_jax.data.images import Preprocess
 from icar_jax.data.pipeline import BadFiles, eval_batches
 from icar_jax.data.records import Source
 from icar_jax.data.splits import Subset
-from icar_jax.evaluation import ratings_metrics
+from icar_jax.data.tokenizer import Tokenizer
+from icar_jax.evaluation import ratings_metrics, regret
 from icar_jax.evaluation.metrics import ranks, recall
-from icar_jax.models.clip import Clip, ClipArch
+from icar_jax.models.clip import LOGIT_SCALE_MAX, Clip, ClipArch
 from icar_jax.models.complexity import log_odds
 from icar_jax.models.pixels import normalise
 from icar_jax.models.scorers import make_scorer, scorer_arch
@@ -34,7 +37,9 @@ _LOOKED_AT = 100  # scenes whose complexity is compared before the run: all have
 
 def evaluator(config: ExperimentConfig) -> type[Retrieval] | type[Ratings]:
     """What config.train.eval_every measures of a task."""
-    return Retrieval if config.task == "clip" else Ratings
+    if config.task == "clip":
+        return Retrieval
+    return RegretRanks if config.complexity.target == "regret" else Ratings
 
 
 class _Gallery:
@@ -93,9 +98,9 @@ class Retrieval:
 
     def __init__(self, trained: Any):
         self._tokenizer = trained.tokenizer
-        self._gallery = gallery = _Gallery(trained, sources.validation_source(trained.config))
-        self._clip = Clip(from_dict(trained.description["arch"], ClipArch, "arch"))
-        clip, preprocess, dtype = self._clip, gallery.preprocess, jnp.dtype(trained.config.eval.dtype)
+        self.gallery = gallery = _Gallery(trained, sources.validation_source(trained.config))
+        self.clip = Clip(from_dict(trained.description["arch"], ClipArch, "arch"))
+        clip, preprocess, dtype = self.clip, gallery.preprocess, jnp.dtype(trained.config.eval.dtype)
 
         def images(params, ids, pixels):
             pixels = normalise(pixels, preprocess.mean, preprocess.std)
@@ -109,39 +114,48 @@ class Retrieval:
 
     def __call__(self, params: Mapping[str, Any]) -> dict[str, float]:
         """Called by every process with sharded parameters; the values are the same on all of them."""
+        return self._recalls(*self.embeddings(params))
+
+    def embeddings(self, params: Mapping[str, Any]) -> tuple[list, list]:
+        """Of images [(ids, {exit: [n, D]})] and of captions [(ids of their images, [m, D])]; id 0 is no row."""
         images: list[tuple[np.ndarray, dict[int, np.ndarray]]] = []
         captions: list[str] = []
         owners: list[int] = []
-        put, rows = self._gallery.put, self._gallery.rows
-        for batch in self._gallery:
+        put, rows = self.gallery.put, self.gallery.rows
+        for batch in self.gallery:
             ids, groups = batch["id"], batch["captions"]
             images.append(_on_host(self._embed_images(params, put(ids), put(batch["pixels"]))))
             captions += [caption for group in groups for caption in group]
             owners += [i for i, group in zip(ids.tolist(), groups, strict=True) for _ in group]
-        length = self._clip.arch.text.context_length
+        length = self.clip.arch.text.context_length
         tokens = self._tokenizer(captions, length) if captions else np.zeros((0, length), np.int32)
         texts: list[tuple[np.ndarray, np.ndarray]] = []
         for start in range(0, _longest(len(captions)), rows):
             piece = slice(start, start + rows)
             ids = np.array(owners[piece], np.int32)
             texts.append(_on_host(self._embed_texts(params, put(ids), put(tokens[piece]))))
-        self._gallery.require_some([ids for ids, _ in images])
-        return self._recalls(images, texts)
+        self.gallery.require_some([ids for ids, _ in images])
+        return images, texts
 
     def _recalls(self, images: list, texts: list) -> dict[str, float]:
-        image_ids = np.concatenate([ids for ids, _ in images])
-        order = np.argsort(image_ids, kind="stable")[np.count_nonzero(image_ids == 0) :]
-        text_ids = np.concatenate([ids for ids, _ in texts])
-        text_order = np.argsort(text_ids, kind="stable")[np.count_nonzero(text_ids == 0) :]
-        text = np.concatenate([z for _, z in texts])[text_order]
-        owner = np.searchsorted(image_ids[order], text_ids[text_order])
-        exits = self._clip.arch.vision.all_exits
+        _, by_exit, text, owner = in_order(images, texts)
+        exits = self.clip.arch.vision.all_exits
         values = {}
         for e in reversed(exits):
-            image = np.concatenate([by_exit[e] for _, by_exit in images])[order]
-            found = recall(ranks(image, text, owner), AT)
+            found = recall(ranks(by_exit[e], text, owner), AT)
             values["eval/full_r5" if e == exits[-1] else f"eval/exit_{e}_r5"] = fmean(found.values())
         return values
+
+
+def in_order(images: list, texts: list) -> tuple[np.ndarray, dict[int, np.ndarray], np.ndarray, np.ndarray]:
+    """What `Retrieval.embeddings` gives, each image once, by index: (indices [N], {exit: [N, D]}, texts [M, D], owner [M])."""
+    image_ids = np.concatenate([ids for ids, _ in images])
+    order = np.argsort(image_ids, kind="stable")[np.count_nonzero(image_ids == 0) :]
+    text_ids = np.concatenate([ids for ids, _ in texts])
+    text_order = np.argsort(text_ids, kind="stable")[np.count_nonzero(text_ids == 0) :]
+    by_exit = {e: np.concatenate([found[e] for _, found in images])[order] for e in images[0][1]}
+    owner = np.searchsorted(image_ids[order], text_ids[text_order])
+    return image_ids[order] - 1, by_exit, np.concatenate([z for _, z in texts])[text_order], owner
 
 
 class Ratings:
@@ -155,8 +169,7 @@ class Ratings:
     def __init__(self, trained: Any):
         config = trained.config
         self._head, self._threshold = config.complexity.head, config.complexity.threshold
-        source = sources.validation_source(config)
-        known = sources.scores(source, _LOOKED_AT)
+        source, known = self._judged(trained)
         if self._head == "regression" and np.ptp(known) == 0:
             raise ConfigError(
                 f"{source.name}: all {len(known)} ratings of it are {known[0]:g}, and nothing correlates with that; choose "
@@ -172,6 +185,11 @@ class Ratings:
 
         self._judge = jax.jit(judge, out_shardings=gallery.everywhere)
 
+    def _judged(self, trained: Any) -> tuple[Source, np.ndarray]:
+        """The source whose records hold what scores are compared with, and some of these values."""
+        source = sources.validation_source(trained.config)
+        return source, sources.scores(source, _LOOKED_AT)
+
     def __call__(self, params: Mapping[str, Any]) -> dict[str, float]:
         """Called by every process with sharded parameters; the values are the same on all of them."""
         put, found = self._gallery.put, []
@@ -186,6 +204,36 @@ class Ratings:
         else:
             values = _decisions(odds, rated > np.float32(self._threshold))
         return {f"eval/{name}": value for name, value in values.items()}
+
+
+class RegretRanks(Ratings):
+    """The same for a run that learns regret: the scores are compared with the ranks of the regrets among all images.
+
+    The CLIP does not learn, so its regrets are measured once, before the run. Raises ConfigError as `Ratings`.
+    """
+
+    def _judged(self, trained: Any) -> tuple[Source, np.ndarray]:
+        config, told = trained.config, trained.description["regret"]
+        found = checkpoint.read(regret.clip_folder(config), "clip")
+        if not found.tokenizer:
+            raise ConfigError(
+                f"config.complexity.clip={config.complexity.clip} holds no tokenizer, and captions are embedded to evaluate "
+                "regret: convert it with one, or set config.train.eval_every=0"
+            )
+        tokenizer = Tokenizer.from_json(found.tokenizer, str(found.path))
+        whole = Retrieval(dataclasses.replace(trained, description=found.description, tokenizer=tokenizer))
+        params = jax.tree.map(lambda leaf: _everywhere(leaf, whole.gallery.everywhere), found.params)
+        index, by_exit, texts, owner = in_order(*whole.embeddings(params))
+        arch, scale = whole.clip.arch, float(np.exp(found.params["logit_scale"]))
+        scale = scale if arch.logit_bias else min(scale, LOGIT_SCALE_MAX)
+        values = regret.regrets(by_exit[told["exit"]], by_exit[arch.vision.depth], texts, owner, scale, told["kind"])
+        judged = regret.Regrets(whole.gallery.source, index, values).judged()
+        return judged, np.array(list(judged.targets.values()), np.float32)
+
+
+def _everywhere(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A host array, the same on every process, whole on every device."""
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.asarray(np.asarray(leaf, np.float32)[index]))
 
 
 def _agreement(scores: np.ndarray, rated: np.ndarray) -> dict[str, float]:

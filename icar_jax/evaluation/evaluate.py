@@ -20,11 +20,12 @@ from icar_jax.data.labels import read_labels
 from icar_jax.data.pipeline import eval_batches
 from icar_jax.data.records import Source
 from icar_jax.data.splits import Subset
-from icar_jax.evaluation import figures, report, table, timing
+from icar_jax.evaluation import figures, report, score_calibration, table, timing
 from icar_jax.evaluation.calibration import costs, make_bundle, routing_of, score_source
 from icar_jax.evaluation.colour_baseline import colour_histogram_baseline
-from icar_jax.evaluation.gallery import Gallery, embed, labelled
+from icar_jax.evaluation.gallery import Gallery, embed, full_scale, labelled
 from icar_jax.evaluation.runs import Static, measure
+from icar_jax.evaluation.score_calibration import ScoreCalibration
 from icar_jax.inference.model import Model, load
 
 BASELINE_IMAGES = 3000  # training images the colour baseline is fitted on
@@ -59,6 +60,7 @@ def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
     loading = sources.loading(config.data)
     warm = timing.warm_up(model)
     settings, found = _budgets(config, model, notes)
+    calibration, fitted_on = _score_calibration(config, model, notes)
     gallery = embed(model, source, loading)
     gallery = labelled(gallery, urls, labels, config.eval.labels, notes)
     far = None
@@ -66,7 +68,9 @@ def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
         far = embed(model, far_source, loading)
         far = labelled(far, far_urls, far_labels, config.eval.distractors.labels, notes)
     static = _embed_static(config, small, source, far_source, gallery, far)
-    metrics, evidence = measure(config, model, source, gallery, far, static, settings)
+    metrics, evidence = measure(config, model, source, gallery, far, static, settings, calibration)
+    if calibration is not None:
+        metrics["score_calibration"] |= fitted_on
     metrics["timing"] |= warm
     for name, routing in found.items():
         metrics["runs"][name]["found"] = routing["found"]
@@ -96,6 +100,22 @@ def _budgets(config: ExperimentConfig, model: Model, notes: list[str]) -> tuple[
     cost = costs(model.clip.arch, model.scorer.complexity.arch)
     found = {f"budget_{b:g}": routing_of(scored, model.exits, cost, budget=b) for b in config.eval.budgets}
     return {name: tuple(routing["thresholds"]) for name, routing in found.items()}, found
+
+
+def _score_calibration(
+    config: ExperimentConfig, model: Model, notes: list[str]
+) -> tuple[ScoreCalibration | None, dict[str, Any]]:
+    """Scores calibrated on the calibration images as they are routed, where config.eval asks for it; and what these were."""
+    if config.eval.score_calibration == "none":
+        return None, {}
+    if model.thresholds is None:
+        asked = f"config.eval.score_calibration={config.eval.score_calibration!r}"
+        notes.append(f"no run for {asked}: scores are calibrated for exits that are mixed, which needs a model to route with")
+        return None, {}
+    source = sources.calibration_source(config.data)
+    images = embed(model, source, sources.loading(config.data))
+    fitted = score_calibration.fit(images.by_exit, images.texts, images.caption_image, images.exits, full_scale(model))
+    return fitted, {"calibration": source.name, "images": len(images.captions)}
 
 
 def _static_model(config: ExperimentConfig) -> Model | None:

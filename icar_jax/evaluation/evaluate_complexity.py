@@ -20,7 +20,7 @@ from icar_jax.config import ExperimentConfig
 from icar_jax.data import sources
 from icar_jax.data.pipeline import BadFiles, eval_batches
 from icar_jax.data.records import Source
-from icar_jax.evaluation import agreement, classical, complexity_figures, complexity_table
+from icar_jax.evaluation import agreement, classical, complexity_figures, complexity_table, regret
 from icar_jax.evaluation import ratings_metrics as m
 from icar_jax.evaluation.agreement import Predicted
 from icar_jax.evaluation.calibration import labels_of
@@ -53,7 +53,8 @@ def evaluate_complexity(config: ExperimentConfig, workdir: str | Path) -> dict[s
     """Evaluates the complexity model in `workdir`; writes metrics.json, scores.png and, for scenes, nuisance.png there.
 
     A run that kept its best model is evaluated by that one, in WORKDIR/best. Returns the metrics as documented in
-    evaluation/complexity_table.py. Raises ConfigError or CheckpointError: a classifier needs a stored threshold, and the images
+    evaluation/complexity_table.py. Of a model that learnt regret, what it is compared with are the ranks of the regrets (see
+    evaluation/regret.py). Raises ConfigError or CheckpointError: a classifier needs a stored threshold, and the images
     must be those that the run in `workdir` was started on, or some that it trained on could be among the held-out ones.
     """
     config = cfg.validate(config)
@@ -67,9 +68,11 @@ def evaluate_complexity(config: ExperimentConfig, workdir: str | Path) -> dict[s
     model = load(folder, batch_size=config.eval.batch_size, dtype=config.eval.dtype)
     threshold = _stored_threshold(model, folder)
     source, calibration = sources.eval_source(config.data, config.eval), sources.calibration_source(config.data)
-    fitted = _measure(config, None, calibration, "calibration images")
-    measured = _measure(config, model, source, "score")
-    metrics = _report(config, model, threshold, fitted, measured, source)
+    lost = _regrets(config, model, calibration, source)
+    fitted_on, asked = (found.judged() for found in lost) if lost else (calibration, source)
+    fitted = _measure(config, None, fitted_on, "calibration images")
+    measured = _measure(config, model, asked, "score")
+    metrics = _report(config, model, threshold, fitted, measured, source, lost)
     metrics["notes"] = _notes(folder, source, calibration, fitted, measured)
     if threshold is not None:
         metrics["notes"].append(_decision_note(model.description.get("threshold_found", {}), threshold, source, calibration))
@@ -91,6 +94,20 @@ def _stored_threshold(model: Model, folder: Path) -> float | None:
             "f1` first, which chooses one on the calibration images"
         )
     return float(model.description["threshold"])
+
+
+def _regrets(config: ExperimentConfig, model: Model, *of: Source) -> tuple[regret.Regrets, ...] | None:
+    """The regrets of each source; None of a model of ratings."""
+    told = model.description.get("regret")
+    if config.complexity.target != "regret":
+        if told is not None:
+            raise cfg.ConfigError(
+                f"the model learnt regret, at exit {told['exit']} of {told['clip']}: pass --config.complexity.target=regret "
+                "--config.complexity.clip=CLIP to evaluate it"
+            )
+        return None
+    clip = regret.open_clip(config, model.description)
+    return tuple(regret.measure(config, clip, told, source) for source in of)
 
 
 def _measure(config: ExperimentConfig, model: Model | None, source: Source, title: str) -> Measured:
@@ -128,7 +145,13 @@ def _measure(config: ExperimentConfig, model: Model | None, source: Source, titl
 
 
 def _report(
-    config: ExperimentConfig, model: Model, threshold: float | None, fitted: Measured, measured: Measured, source: Source
+    config: ExperimentConfig,
+    model: Model,
+    threshold: float | None,
+    fitted: Measured,
+    measured: Measured,
+    source: Source,
+    lost: tuple[regret.Regrets, ...] | None,
 ) -> dict[str, Any]:
     n, head = config.eval.bootstrap, model.scorer.complexity.arch.head
     fits = classical.fit(fitted.measures, fitted.complexity)
@@ -144,7 +167,8 @@ def _report(
             for name, p in others.items()
         }
         names, ranked_by = agreement.OF_CLASSIFIERS, "roc_auc"
-    predictors = {MODEL: Predicted(measured.scores, threshold), **others}
+    known = _known(lost, fitted) if lost else {}
+    predictors = {MODEL: Predicted(measured.scores, threshold), **known, **others}
     nuisances = _nuisances(source, measured.index)
     metrics = {
         "task": "complexity",
@@ -154,12 +178,24 @@ def _report(
         "runs": agreement.rows(predictors, truth, names, n),
         "margin": agreement.margin(ranked_by, predictors[MODEL], others, truth, n),
         "nuisance": agreement.by_level(predictors, measured.complexity, nuisances, n) if nuisances else {},
-        "cost": _cost(model, measured.sample),
+        "cost": _cost(model, measured.sample, known),
     }
+    if lost:
+        rated = lost[1].known() if known else None
+        metrics["regret"] = regret.record(lost[1], model.description["regret"], measured.scores, rated, n)
+        metrics["over_known"] = agreement.margin(ranked_by, predictors[MODEL], known, truth, n) if known else None
     if threshold is not None:
         confusion = m.confusion(predictors[MODEL].decided, truth).as_dict()
         metrics |= {"threshold": threshold, "boundary": boundary, "confusion": confusion}
     return metrics
+
+
+def _known(lost: tuple[regret.Regrets, ...], fitted: Measured) -> dict[str, Predicted]:
+    """What the source knows of its images' complexity as a predictor of regret: a line fitted on the calibration images."""
+    rated, asked = (found.known() for found in lost)
+    if np.isnan(rated).any() or np.isnan(asked).any() or not np.ptp(rated):
+        return {}
+    return {regret.KNOWN: Predicted(regret.line(rated, fitted.complexity, asked))}
 
 
 def _nuisances(source: Source, index: np.ndarray) -> dict[str, np.ndarray]:
@@ -170,7 +206,7 @@ def _nuisances(source: Source, index: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.array([getattr(nuisance, name) for nuisance in found]) for name in NUISANCES}
 
 
-def _cost(model: Model, sample: dict[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
+def _cost(model: Model, sample: dict[str, np.ndarray], known: Mapping[str, Predicted]) -> dict[str, dict[str, float | None]]:
     """What each predictor costs an image, timed on prepared pixels, compilation left out."""
     arch = model.scorer.complexity.arch
     tower, flops = vision_flops(registry.CLIP[REFERENCE].vision), complexity_flops(arch)
@@ -186,6 +222,7 @@ def _cost(model: Model, sample: dict[str, np.ndarray]) -> dict[str, dict[str, fl
             "ms_per_image": 1e3 * seconds,
         }
     }
+    cost |= {name: {**none, "ms_per_image": None} for name in known}
     pictures = sample["classical"]
     for name, function in classical.MEASURES.items():
         seconds = _fastest(lambda: [function(picture) for picture in pictures]) / len(pictures)

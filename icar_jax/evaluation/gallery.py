@@ -15,6 +15,7 @@ from icar_jax.data.pipeline import BadFiles, eval_batches
 from icar_jax.data.records import Source
 from icar_jax.evaluation import timing
 from icar_jax.inference.model import Model
+from icar_jax.models.clip import LOGIT_SCALE_MAX
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,11 @@ def embed(
         index=np.concatenate(index),
         labels=labels,
     )
+
+
+def full_scale(model: Model) -> float:
+    """The logit scale of full depth, at most 100 as in CLIP, or unbounded as in SigLIP."""
+    return model.temperature if model.clip.arch.logit_bias else min(model.temperature, LOGIT_SCALE_MAX)
 
 
 def labelled(

@@ -29,7 +29,7 @@ _ABOUT = {
     "full": "every image at full depth", "exit": "every image after so many blocks", "static": "a smaller model",
     "routed": "by complexity, the bundle's thresholds; router counted", "budget": "thresholds for this share of the cost",
     "random": "same shares by dice; no router", "oracle": "same shares, ranks known: an upper bound",
-    "lossless": "as early as no rank falls, ranks known",
+    "lossless": "as early as no rank falls, ranks known", "routed_affine": "routed, its scores calibrated for each exit",
 }  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def _cards(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _name(name: str) -> str:
-    about = _ABOUT.get(name.partition("_")[0], "")
+    about = _ABOUT.get(name) or _ABOUT.get(name.partition("_")[0], "")
     return f"{text(exit_label(name))}<small>{text(about)}</small>"
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from icar_jax.config import ExperimentConfig
 from icar_jax.data.records import Source
-from icar_jax.evaluation import bootstrap_metrics, category, timing
+from icar_jax.evaluation import bootstrap_metrics, category, score_calibration, timing
 from icar_jax.evaluation.assignments import (
     oracle_exits,
     oracle_exits_at_share,
@@ -27,12 +27,14 @@ from icar_jax.evaluation.frontier import Bench, sweep
 from icar_jax.evaluation.gallery import Gallery
 from icar_jax.evaluation.metrics import Distractors, Ranks, mean_summary, ranks, summarise
 from icar_jax.evaluation.ranking import local_mesh
+from icar_jax.evaluation.score_calibration import ScoreCalibration
 from icar_jax.inference.budgets import Costs
 from icar_jax.inference.model import Model
 from icar_jax.inference.router import assign
 from icar_jax.models.flops import text_flops, vision_flops
 
 RETENTION_AT = 5  # recall at 5 is what retention and comparisons are about
+AFFINE = "routed_affine"  # the routed run, ranked by scores calibrated for each exit
 CATEGORY_DRAWS = 10  # of the random assignments whose average precision is measured: unlike ranks, each is a run of its own
 
 Draw = tuple[Ranks, Precisions | None]
@@ -90,6 +92,18 @@ class Runs:
             share = {exit: part for exit, part in share.items() if part}
         rows = [take_exits(g.by_exit, e) for g, e in zip(self.galleries, exits)]
         self.add(name, [self.rank(*rows)], self._cost(share, router), share)
+        self.evidence.exits[name] = exits[0]
+
+    def add_calibrated(self, name: str, exits: Sequence[np.ndarray], calibration: ScoreCalibration) -> None:
+        """A run of the routed assignment whose scores are calibrated for each exit; encoding costs what it does without."""
+        own, far = self.gallery, None
+        rows = [calibration.images(take_exits(g.by_exit, e), e) for g, e in zip(self.galleries, exits)]
+        if self.far is not None:
+            far = Distractors(rows[1], calibration.texts(self.far.texts), self.far.caption_image, self.far.labels)
+        asked, given = (calibration.texts(own.texts), own.caption_image), {"distractors": far, "mesh": self.mesh}
+        precise = category.precisions(rows[0], *asked, own.labels, **given) if any(own.labels) else None
+        share = _share(np.concatenate(exits), self.model.exits)
+        self.add(name, [(ranks(rows[0], *asked, **given), precise)], self._cost(share, True), share)
         self.evidence.exits[name] = exits[0]
 
     def add_random(self, exits: Sequence[np.ndarray]) -> None:
@@ -167,8 +181,11 @@ class Runs:
             record["intervals"] = {d: {m: c.as_dict() for m, c in by.items()} for d, by in compared[name].items()}
         if "random" not in self.records:
             return {}
-        delta = difference(self._hits["routed"], self._hits["random"], n=n)
-        return {"routed_minus_random": {**delta.as_dict(), "includes_zero": delta.includes_zero}}
+        pairs = {"routed_minus_random": ("routed", "random"), "routed_affine_minus_routed": (AFFINE, "routed")}
+        deltas = {
+            name: difference(self._hits[a], self._hits[b], n=n) for name, (a, b) in pairs.items() if a in self._hits
+        }  # fmt: skip
+        return {name: {**delta.as_dict(), "includes_zero": delta.includes_zero} for name, delta in deltas.items()}
 
     def _cost(self, share: Mapping[str, float], router: bool) -> float:
         return sum(part * self.flops[int(exit)] for exit, part in share.items()) + (self.costs.router if router else 0.0)
@@ -182,10 +199,12 @@ def measure(
     far: Gallery | None = None,
     static: Static | None = None,
     settings: Mapping[str, Sequence[float]] | None = None,
+    calibration: ScoreCalibration | None = None,
 ) -> tuple[dict[str, Any], Evidence]:
     """The metrics of `table`, and what the report shows besides.
 
-    settings: further thresholds to route with, name of the run -> thresholds.
+    settings: further thresholds to route with, name of the run -> thresholds. calibration: of the scores of the routed gallery,
+    which is then ranked by them too, as the run 'routed_affine'.
     """
     texts = [caption for group in gallery.captions for caption in group]
     n = len(gallery.sample.clip)
@@ -206,6 +225,9 @@ def measure(
         runs.evidence.exits["routed"] = gallery.exits
         for name, limits in (settings or {}).items():
             runs.add_exits(name, [assign(g.scores, model.exits, limits) for g in runs.galleries], router=True)
+        if calibration is not None:
+            runs.add_calibrated(AFFINE, taken, calibration)
+            speed[AFFINE] = speed["routed"]  # the same images at the same exits
         runs.add_random(taken)
     if len(model.exits) > 1:
         runs.add_oracles(taken)
@@ -226,6 +248,9 @@ def measure(
         "flops": _flops(model, runs),
     }
     if taken is not None:
+        if calibration is not None:
+            biases = score_calibration.bias(gallery.by_exit, *runs.asked)
+            metrics["score_calibration"] = {**calibration.as_dict(), "bias": {str(e): found for e, found in biases.items()}}
         metrics["routing"] = {**model.description["routing"], "router_flops": runs.costs.router}
         for name, limits in (settings or {}).items():
             runs.records[name]["thresholds"] = list(limits)

@@ -3,7 +3,7 @@
 metrics['runs'] maps the names of runs to a dict each. 'full' and 'exit_<blocks>' take every image out at one exit, 'routed' by
 the bundle's thresholds, 'budget_<share>' by thresholds set on calibration images for that share of full depth's counted cost,
 'random' by dice at the share of 'routed', 'oracle' by known ranks at that share, 'lossless' by known ranks as early as no rank
-falls; 'static' is a smaller model. Each dict holds
+falls; 'static' is a smaller model; 'routed_affine' is 'routed' ranked by scores calibrated for each exit. Each dict holds
   text_to_image, image_to_text: {'r1', 'r5', 'r10'} in percent, 'median_rank' and 'mean_rank'; where there are labels also
     'map10', 'map50', 'map100' (official denominator) and 'map10_standard', ... in percent;
   flops_per_image: 2 x MACs, the complexity model included where the run uses it;
@@ -18,7 +18,8 @@ metrics['timing'] is that of timing.split and timing.warm_up; metrics['flops'] h
 thresholds on the evaluated images, from which nothing was chosen.
 metrics['gallery'] holds the counts 'images' and 'captions', distractors included, 'queries' with the counts of those asked
 for, and the names 'source' and 'distractors' (None without); metrics['comparisons']['routed_minus_random'] holds
-{'value', 'low', 'high', 'includes_zero'} in points; metrics['notes'] is a list of sentences.
+{'value', 'low', 'high', 'includes_zero'} in points, and so does ['routed_affine_minus_routed']; metrics['score_calibration'] is
+that of ScoreCalibration.as_dict with 'bias' of the gallery; metrics['notes'] is a list of sentences.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def run_order(runs: Mapping[str, Any]) -> list[str]:
     """Names of the runs as they are shown: full, exits by depth, a smaller model, routed, budgets, random, oracles, others."""
     exits = sorted((name for name in runs if name.startswith("exit_")), key=exit_depth)
     budgets = sorted((name for name in runs if name.startswith(BUDGET)), key=lambda name: float(name.removeprefix(BUDGET)))
-    known = ["full", *exits, "static", "routed", *budgets, "random", "oracle", "lossless"]
+    known = ["full", *exits, "static", "routed", "routed_affine", *budgets, "random", "oracle", "lossless"]
     return [name for name in known if name in runs] + sorted(name for name in runs if name not in known)
 
 

@@ -17,6 +17,8 @@ def verdicts(metrics: Mapping[str, Any]) -> list[str]:
         lines.append(_retention("routed", runs["routed"], runs["full"]))
         if "routed_minus_random" in comparisons:
             lines.append(_against_random(comparisons["routed_minus_random"]))
+        if "routed_affine_minus_routed" in comparisons:
+            lines.append(_calibrated(comparisons["routed_affine_minus_routed"]))
         lines += _time("routed", runs["routed"], runs["full"])
         lines += _padding(metrics.get("timing", {}))
         lines += _one_exit(runs["routed"])
@@ -78,6 +80,14 @@ def _against_random(delta: Mapping[str, Any]) -> str:
     if delta["value"] > 0:
         return f"{line}: above zero, so routing beats random at this share"
     return f"{line}: below zero, so routing is worse than random at this share"
+
+
+def _calibrated(delta: Mapping[str, Any]) -> str:
+    line = (
+        f"scores calibrated for each exit: {delta['value']:+.1f} points R@5 against the same routing without, 95% interval "
+        f"[{delta['low']:.1f}, {delta['high']:.1f}]"
+    )
+    return f"{line}: includes zero, so no effect is shown" if delta["includes_zero"] else line
 
 
 def _time(name: str, routed: Mapping[str, Any], full: Mapping[str, Any]) -> list[str]:

@@ -88,11 +88,19 @@ class Clip:
         return self.encode_image_exits(params, images, (blocks_run,), dtype)[blocks_run]
 
     def encode_image_exits(
-        self, params: Mapping[str, Any], images: Array, exits: tuple[int, ...] | None = None, dtype: DType = jnp.float32
+        self,
+        params: Mapping[str, Any],
+        images: Array,
+        exits: tuple[int, ...] | None = None,
+        dtype: DType = jnp.float32,
+        scales: Array | None = None,
     ) -> dict[int, Array]:
-        """One pass, every exit: images [B, S, S, 3] -> {executed blocks: [B, D], unit norm}; None means all exits."""
+        """One pass, every exit: images [B, S, S, 3] -> {executed blocks: [B, D], unit norm}; None means all exits.
+
+        `scales` float32 [B, depth]: of each image's residuals in each block, for layer dropout while training; None for none.
+        """
         exits = tuple(self.arch.vision.check_exit(e) for e in exits or self.arch.vision.all_exits)
-        embeds = self._bridge.bind(params).vision(images, exits, dtype, self.execution)
+        embeds = self._bridge.bind(params).vision(images, exits, dtype, self.execution, scales)
         return {blocks_run: unit_norm(z) for blocks_run, z in embeds.items()}
 
     def encode_tokens(
@@ -100,10 +108,17 @@ class Clip:
     ) -> Array:
         """The rest of `encode_image`: tokens [B, L, W] of the vision tower after `start` blocks -> [B, D], unit norm."""
         blocks_run = self.arch.vision.check_exit(exit)
-        if start > blocks_run:
-            raise ValueError(f"tokens after {start} blocks are past the exit after {blocks_run}")
-        embeds = self._bridge.bind(params).vision.resume(tokens, start, (blocks_run,), dtype, self.execution)
-        return unit_norm(embeds[blocks_run])
+        return self.encode_tokens_exits(params, tokens, start, (blocks_run,), dtype)[blocks_run]
+
+    def encode_tokens_exits(
+        self, params: Mapping[str, Any], tokens: Array, start: int, exits: tuple[int, ...], dtype: DType = jnp.float32
+    ) -> dict[int, Array]:
+        """The rest of `encode_image_exits`: tokens [B, L, W] after `start` blocks -> {executed blocks: [B, D], unit norm}."""
+        for blocks_run in exits:
+            if start > self.arch.vision.check_exit(blocks_run):
+                raise ValueError(f"tokens after {start} blocks are past the exit after {blocks_run}")
+        embeds = self._bridge.bind(params).vision.resume(tokens, start, exits, dtype, self.execution)
+        return {blocks_run: unit_norm(z) for blocks_run, z in embeds.items()}
 
     def encode_text(self, params: Mapping[str, Any], tokens: Array, dtype: DType = jnp.float32) -> Array:
         """tokens int32 [B, L] -> [B, D], unit norm."""
@@ -140,10 +155,13 @@ def start_exits_from_final(params: pytree.Tree) -> pytree.Tree:
 
 
 def exit_sources(params: Mapping[str, Any]) -> dict[str, str]:
-    """{path of an exit's leaf: path of the full tower's leaf it starts from}, for parameters or their shapes."""
+    """{path of an exit's leaf: path of the full tower's leaf it starts from}, for parameters or their shapes.
+
+    The residual of an exit head has no counterpart: its last kernel is zero at the start, whatever the others are.
+    """
     sources = {}
     for path in pytree.flatten(params):
-        match = re.fullmatch(r"vision/exits/\d+/(.+)|exit_(logit_scale|logit_bias)/\d+", path)
+        match = re.fullmatch(r"vision/exits/\d+/((?!residual/).+)|exit_(logit_scale|logit_bias)/\d+", path)
         if match:
             head, scalar = match.groups()
             sources[path] = scalar or "vision/" + re.sub(r"^ln(?=/)", "ln_post", head)

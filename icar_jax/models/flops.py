@@ -8,6 +8,7 @@ from __future__ import annotations
 from icar_jax.models.blocks_scorer import BlocksArch
 from icar_jax.models.complexity import ComplexityArch
 from icar_jax.models.convnext import ConvNeXtArch
+from icar_jax.models.exit_heads import adapter_width
 from icar_jax.models.text import TextArch
 from icar_jax.models.vision import VisionArch
 
@@ -19,13 +20,19 @@ def _block_macs(tokens: int, width: int, mlp_width: int) -> int:
 
 
 def vision_flops(arch: VisionArch, blocks_run: int | None = None) -> int:
-    """FLOPs of one image through `blocks_run` blocks (None: all), patch embedding and the exit's projection included."""
+    """FLOPs of one image through `blocks_run` blocks (None: all), patch embedding and the exit's head included."""
     blocks = arch.check_exit(blocks_run)
-    if arch.head == "map":  # k and v of all tokens, q and output of the probe, its attention and its MLP
-        head = 2 * (arch.tokens + 1) * arch.width**2 + 2 * arch.tokens * arch.width + 2 * arch.width * arch.mlp_width
-    else:
-        head = arch.width * arch.embed_dim
-    return trunk_flops(arch, blocks) + 2 * head
+    return trunk_flops(arch, blocks) + head_flops(arch, blocks)
+
+
+def head_flops(arch: VisionArch, blocks_run: int | None = None) -> int:
+    """FLOPs of one image in the head after `blocks_run` blocks (None: full depth)."""
+    early = arch.check_exit(blocks_run) != arch.depth
+    probe = 2 * (arch.tokens + 1) * arch.width**2 + 2 * arch.tokens * arch.width  # k, v of all, q, output, and its attention
+    if arch.head == "map":
+        return 2 * (probe + 2 * arch.width * arch.mlp_width)
+    added = {"linear": 0, "adapter": 2 * arch.width * adapter_width(arch.width), "attention": probe}[arch.exit_head]
+    return 2 * (arch.width * arch.embed_dim + (added if early else 0))
 
 
 def trunk_flops(arch: VisionArch, blocks: int) -> int:

@@ -71,7 +71,8 @@ def clip_arch(config: cfg.ClipConfig, vocabulary: int | None = None, end_id: int
     if config.variant not in CLIP:
         raise cfg.unknown("config.clip.variant", config.variant, CLIP)
     base = CLIP[config.variant]
-    cfg.validate_depth(config.exits, base.vision.depth)
+    depth = config.depth or base.vision.depth
+    cfg.validate_depth(config.exits, depth)
     size = config.image_size or base.vision.image_size
     patch = config.patch_size or base.vision.patch_size
     if size < patch or size % patch:
@@ -83,7 +84,8 @@ def clip_arch(config: cfg.ClipConfig, vocabulary: int | None = None, end_id: int
     if config.context_length < 0 or config.context_length == 1:
         raise cfg.ConfigError(f"config.clip.context_length={config.context_length} must be 0 or at least 2")
     vision = dataclasses.replace(
-        base.vision, image_size=size, patch_size=patch, exits=tuple(config.exits), pool=config.pool
+        base.vision, depth=depth, image_size=size, patch_size=patch, exits=tuple(config.exits), pool=config.pool,
+        exit_head=config.exit_head,
     )
     text = dataclasses.replace(
         base.text,
@@ -106,10 +108,11 @@ def complexity_arch(config: cfg.ComplexityConfig) -> ScorerArch:
     if config.variant == BLOCKS:
         return _blocks_arch(config)
     for name, off in (("clip", ""), ("blocks", 0)):
-        if getattr(config, name) != off:
+        if getattr(config, name) != off and not (name == "clip" and config.target == "regret"):
+            where = " or target='regret'" if name == "clip" else ""
             raise cfg.ConfigError(
-                f"config.complexity.{name}={getattr(config, name)!r} is for config.complexity.variant='{BLOCKS}' only, found "
-                f"{config.variant!r}; leave it {off!r}"
+                f"config.complexity.{name}={getattr(config, name)!r} is for config.complexity.variant='{BLOCKS}'{where} only, "
+                f"found {config.variant!r}; leave it {off!r}"
             )
     if config.image_size < 32:
         raise cfg.ConfigError(f"config.complexity.image_size={config.image_size} must be at least 32 pixels")
@@ -132,5 +135,6 @@ def _blocks_arch(config: cfg.ComplexityConfig) -> BlocksArch:
             f"config.complexity.blocks={config.blocks} must lie in 1 to {clip.vision.all_exits[0]}, the first exit of "
             f"{config.clip}: an image that leaves there has to be scored before"
         )
-    vision = dataclasses.replace(clip.vision, exits=(), pool=VisionArch.pool)  # it has no exits of its own
+    plain = {"exits": (), "pool": VisionArch.pool, "exit_head": VisionArch.exit_head}  # it has no exits of its own
+    vision = dataclasses.replace(clip.vision, **plain)
     return BlocksArch(vision, config.blocks, config.head, config.dropout)

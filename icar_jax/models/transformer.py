@@ -93,9 +93,25 @@ class Block(nnx.Module):
         self.ln2 = LayerNorm(width, eps)
         self.mlp = Mlp(width, hidden, depth, activation, rngs=rngs)
 
-    def __call__(self, x: Array, *, causal: bool, dtype: DType) -> Array:
-        x = x + self.attn(self.ln1(x), causal=causal, dtype=dtype)
-        return x + self.mlp(self.ln2(x), dtype)
+    def __call__(self, x: Array, scale: Array | None = None, *, causal: bool, dtype: DType) -> Array:
+        """`scale` float32 [B] multiplies both residuals of each image; at 0 the image passes the block unchanged."""
+        x = x + _scaled(self.attn(self.ln1(x), causal=causal, dtype=dtype), scale)
+        return x + _scaled(self.mlp(self.ln2(x), dtype), scale)
+
+
+def _scaled(residual: Array, scale: Array | None) -> Array:
+    return residual if scale is None else (scale[:, None, None] * residual).astype(residual.dtype)
+
+
+def block_scales(key: Array, batch: int, depth: int, dropout: float) -> Array:
+    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382), one draw an image and block -> float32 [batch, depth].
+
+    Block i of n skips an image with the chance p = dropout i / (n - 1), which grows with depth as LayerSkip's does (Elhoushi et
+    al. 2024, arXiv:2404.16710): 0 for the first block, `dropout` for the last. What is kept is scaled by 1 / (1 - p), so that
+    the mean of a residual over the draws is the residual of a tower that drops nothing, and inference needs no change.
+    """
+    chance = dropout * jnp.arange(depth) / max(depth - 1, 1)
+    return jnp.where(jax.random.uniform(key, (batch, depth)) < chance, 0.0, 1 / (1 - chance))
 
 
 def run_blocks(
@@ -107,20 +123,25 @@ def run_blocks(
     dtype: DType,
     execution: Execution,
     start: int = 0,
+    scales: Array | None = None,
 ) -> dict[int, Array]:
     """x [B, L, W] through the first max(wanted) blocks -> {executed blocks: [B, L, W] after them} for each of `wanted`.
 
-    `start` blocks have been executed already, and none of `wanted` lies before.
+    `start` blocks have been executed already, and none of `wanted` lies before. `scales` float32 [B, blocks] multiplies the
+    residuals of each image in each block; None leaves them as they are.
     """
     taps = {}
     for stop in sorted(set(wanted)):
-        x = taps[stop] = _run(blocks[start:stop], x, causal=causal, dtype=dtype, execution=execution)
+        own = None if scales is None else scales[:, start:stop].T
+        x = taps[stop] = _run(blocks[start:stop], x, own, causal=causal, dtype=dtype, execution=execution)
         start = stop
     return taps
 
 
-def _run(blocks: Sequence[Block], x: Array, *, causal: bool, dtype: DType, execution: Execution) -> Array:
-    """x through all of these blocks."""
+def _run(
+    blocks: Sequence[Block], x: Array, scales: Array | None, *, causal: bool, dtype: DType, execution: Execution
+) -> Array:
+    """x through all of these blocks; scales [blocks, B]."""
     if not blocks:
         return x
     split = [nnx.split(block) for block in blocks]
@@ -128,16 +149,16 @@ def _run(blocks: Sequence[Block], x: Array, *, causal: bool, dtype: DType, execu
     params = [nnx.to_pure_dict(state) for _, state in split]
     scan = execution.scan and len(blocks) > 1
     place = lambda x: x if execution.sharding is None else jax.lax.with_sharding_constraint(x, execution.sharding)
-    block = lambda x, p: place(nnx.merge(graph, p)(place(x), causal=causal, dtype=dtype))
+    block = lambda x, p, scale: place(nnx.merge(graph, p)(place(x), scale, causal=causal, dtype=dtype))
     one = _rematerialised(block, execution.remat, scan)
     if not scan:
-        for p in params:
-            x = one(x, p)
+        for i, p in enumerate(params):
+            x = one(x, p, None if scales is None else scales[i])
         return x
     # Matrices are cast before they are stacked: the stack is a copy, and the blocks would cast them in any case.
     cast = lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf
     stacked = jax.tree.map(lambda *leaves: jnp.stack([cast(leaf) for leaf in leaves]), *params)
-    return jax.lax.scan(lambda x, p: (one(x, p), None), x, stacked)[0]
+    return jax.lax.scan(lambda x, each: (one(x, *each), None), x, (stacked, scales))[0]
 
 
 def _rematerialised(block: Callable, remat: str, in_loop: bool) -> Callable:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from icar_jax.models.exit_heads import EXIT_HEADS, Adapter, TokenAttention
 from icar_jax.models.layers import DType, LayerNorm, Linear, PatchConv, normal
 from icar_jax.models.transformer import AttentionPool, Block, Execution, run_blocks
 
@@ -40,6 +41,7 @@ class VisionArch:
     patch_bias: bool = False
     pre_norm: bool = True
     norm_eps: float = 1e-5  # of the tower; exit heads of a CLIP keep 1e-5
+    exit_head: str = "linear"  # at the exits, before the projection: linear (nothing) | adapter | attention (exit_heads.py)
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
@@ -48,6 +50,8 @@ class VisionArch:
             raise ValueError(f"exits {self.exits} must be ascending block counts from 1 to {self.depth - 1}")
         if self.pool not in POOLS or self.head not in HEADS:
             raise ValueError(f"pool {self.pool!r} must be one of {POOLS} and head {self.head!r} one of {HEADS}")
+        if self.exit_head not in EXIT_HEADS:
+            raise ValueError(f"exit head {self.exit_head!r} must be one of {EXIT_HEADS}")
         if not self.class_token and "cls" in (self.head, *((self.pool,) if self.exits else ())):
             raise ValueError("a tower without class token cannot pool 'cls'")
         if self.head == "map" and (self.embed_dim != self.width or (self.exits and self.pool != "map")):
@@ -55,6 +59,8 @@ class VisionArch:
                 f"an attention-pool head has no projection: embed_dim {self.embed_dim} must be the width {self.width}, "
                 f"and exits pool 'map', not {self.pool!r}"
             )
+        if self.pool == "map" and self.exits and self.exit_head != "linear":
+            raise ValueError(f"exits that pool 'map' see all tokens already; exit head {self.exit_head!r} must be 'linear'")
         if self.head != "map" and self.pool == "map":
             raise ValueError("pool 'map' needs head 'map': exit heads start from the head of the full tower")
 
@@ -78,7 +84,10 @@ class VisionArch:
 
 
 class ExitHead(nnx.Module):
-    """Residual stream [B, L, W] -> [B, D]: pooled token, LayerNorm and projection; or LayerNorm and attention pool."""
+    """Residual stream [B, L, W] -> [B, D]: pooled token, LayerNorm and projection; or LayerNorm and attention pool.
+
+    `arch.exit_head` may add to the pooled token what a small network finds in it ('adapter') or in all tokens ('attention').
+    """
 
     def __init__(self, arch: VisionArch, *, rngs: nnx.Rngs):
         self.pool = arch.pool
@@ -89,11 +98,15 @@ class ExitHead(nnx.Module):
         else:
             self.ln = LayerNorm(arch.width, 1e-5)
             self.proj = Linear(arch.width, arch.embed_dim, std=arch.width**-0.5, bias=False, rngs=rngs)
+        self.residual = _residual(arch, rngs)
 
     def __call__(self, x: Array, dtype: DType) -> Array:
         if self.pool == "map":
             return self.map(self.ln(x), dtype)
-        return self.proj(self.ln(_pool(x, self.pool, self.class_token)), dtype)
+        pooled = _pool(x, self.pool, self.class_token)
+        if self.residual is not None:
+            pooled = pooled + self.residual(x, pooled, dtype)
+        return self.proj(self.ln(pooled), dtype)
 
 
 class Trunk(nnx.Module):
@@ -125,10 +138,18 @@ class Trunk(nnx.Module):
         return x if self.ln_pre is None else self.ln_pre(x)
 
     def run(
-        self, x: Array, wanted: Iterable[int], dtype: DType, start: int = 0, execution: Execution = Execution()
+        self,
+        x: Array,
+        wanted: Iterable[int],
+        dtype: DType,
+        start: int = 0,
+        execution: Execution = Execution(),
+        scales: Array | None = None,
     ) -> dict[int, Array]:
         """Tokens [B, L, W] after `start` blocks -> {executed blocks: tokens after them} for each of `wanted`."""
-        return run_blocks(self.blocks, x, wanted, causal=False, dtype=dtype, execution=execution, start=start)
+        return run_blocks(
+            self.blocks, x, wanted, causal=False, dtype=dtype, execution=execution, start=start, scales=scales
+        )
 
 
 class Vision(Trunk):
@@ -144,16 +165,30 @@ class Vision(Trunk):
         self.exits = nnx.Dict({str(e): ExitHead(arch, rngs=rngs) for e in arch.exits})
 
     def __call__(
-        self, images: Array, exits: tuple[int, ...], dtype: DType, execution: Execution = Execution()
+        self,
+        images: Array,
+        exits: tuple[int, ...],
+        dtype: DType,
+        execution: Execution = Execution(),
+        scales: Array | None = None,
     ) -> dict[int, Array]:
-        """Runs max(exits) blocks and no more, so later blocks are absent from the compiled program."""
-        return self.resume(self.embed(images, dtype), 0, exits, dtype, execution)
+        """Runs max(exits) blocks and no more, so later blocks are absent from the compiled program.
+
+        `scales` float32 [B, depth] multiplies the residuals of each image in each block, 0 skips it; None is 1 for all.
+        """
+        return self.resume(self.embed(images, dtype), 0, exits, dtype, execution, scales)
 
     def resume(
-        self, x: Array, start: int, exits: tuple[int, ...], dtype: DType, execution: Execution = Execution()
+        self,
+        x: Array,
+        start: int,
+        exits: tuple[int, ...],
+        dtype: DType,
+        execution: Execution = Execution(),
+        scales: Array | None = None,
     ) -> dict[int, Array]:
         """The rest of the tower: tokens [B, L, W] after `start` blocks -> what `__call__` gives, for exits from `start` on."""
-        taps = self.run(x, exits, dtype, start, execution)
+        taps = self.run(x, exits, dtype, start, execution, scales)
         return {blocks_run: self._embed(x, blocks_run, dtype).astype(jnp.float32) for blocks_run, x in taps.items()}
 
     def _embed(self, x: Array, blocks_run: int, dtype: DType) -> Array:
@@ -162,6 +197,12 @@ class Vision(Trunk):
         if self.arch.head == "map":
             return self.map(self.ln_post(x), dtype)
         return self.proj(self.ln_post(x[:, 0]), dtype)
+
+
+def _residual(arch: VisionArch, rngs: nnx.Rngs) -> Adapter | TokenAttention | None:
+    if arch.exit_head == "adapter":
+        return Adapter(arch.width, arch.activation, rngs=rngs)
+    return TokenAttention(arch.width, arch.heads, rngs=rngs) if arch.exit_head == "attention" else None
 
 
 def _attention_pool(arch: VisionArch, rngs: nnx.Rngs) -> AttentionPool:

@@ -1,6 +1,7 @@
 """The weights a run starts from: a checkpoint of this library, fitted to the run's architecture.
 
-What may differ: exits that the checkpoint lacks start from the head of its full tower, position embeddings are resized to
+What may differ: exits that the checkpoint lacks start from the head of its full tower, residuals of exit heads that it lacks
+start at zero, position embeddings are resized to
 another image grid or cut to a shorter context, and a backbone of ImageNet gets a fresh head of complexity. Anything else is
 refused.
 """
@@ -8,8 +9,10 @@ refused.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,7 @@ KINDS = {"clip": ("clip",), "complexity": ("complexity", "convnext")}
 # What a variant of the registry fixes, and what a checkpoint says beside it: shapes do not tell these, and no field sets them.
 _SIZES = ("width", "depth", "mlp_width", "embed_dim", "patch_size")
 _MANNERS = ("activation", "heads", "norm_eps", "head", "class_token", "patch_bias", "pre_norm", "causal", "proj_bias")
+_RESIDUAL = re.compile(r"vision/exits/\d+/residual/")
 _SHOWN = 20  # lines of differing parameters
 
 
@@ -97,7 +101,8 @@ def load_params(
     """Parameters like `shapes` from the checkpoint, bundle or workdir at `path`; leaves are float32 and read when asked for.
 
     `kind` is 'clip' or 'complexity' and `arch` the run's ClipArch or ComplexityArch. `fresh()` gives initialised parameters and
-    is called only where a complexity model starts from an ImageNet backbone. `note` gets a line for each thing that was
+    is called only for a head that the checkpoint lacks: of complexity over an ImageNet backbone, or the residual of an exit
+    head; without it these are refused. `note` gets a line for each thing that was
     adapted. Raises ConfigError naming config.train.init and every difference that was not.
     """
     folder = find(path, kind)
@@ -109,7 +114,7 @@ def load_params(
     leaves = {name: Leaf(tensor.shape, (name,), tensor.load) for name, tensor in tensors.items()}
     if kind == "clip":
         saved = _saved_arch(path, folder, ClipArch)
-        leaves = _fit_clip(path, arch, saved, leaves, shapes, note)
+        leaves = _fit_clip(path, arch, saved, leaves, shapes, fresh, note)
         lines = _size_differences(arch, saved) + _manner_differences(arch, saved)
         hints = lambda: _clip_hints(arch, saved, leaves, shapes)
     elif description["kind"] == "convnext":
@@ -201,7 +206,13 @@ def _refusal(path: str | os.PathLike, lines: Iterable[str], hints: Iterable[str]
 
 
 def _fit_clip(
-    path: str | os.PathLike, arch: ClipArch, saved: ClipArch, leaves: dict[str, Leaf], shapes: pytree.Tree, note: Callable
+    path: str | os.PathLike,
+    arch: ClipArch,
+    saved: ClipArch,
+    leaves: dict[str, Leaf],
+    shapes: pytree.Tree,
+    fresh: Callable[[], Mapping[str, Any]] | None,
+    note: Callable,
 ) -> dict[str, Any]:
     """`leaves` with positions of the run's sizes, and the exits and biases that the run has and the checkpoint has not."""
     leaves, wanted = dict(leaves), pytree.flatten(shapes)
@@ -230,6 +241,12 @@ def _fit_clip(
             started |= {target.split("/")[2]} if target.startswith("vision/exits/") else set()
     if started:
         note(f"{where}exits {', '.join(sorted(started, key=int))} start from the head of the full tower")
+    added = [target for target in wanted if target not in leaves and _RESIDUAL.match(target)]
+    if added and fresh is not None:
+        values = functools.cache(lambda: pytree.flatten(fresh()))
+        leaves |= {t: Leaf(wanted[t].shape, (), functools.partial(lambda t: values()[t], t)) for t in added}
+        exits = sorted({int(target.split("/")[2]) for target in added})
+        note(f"{where}exits {', '.join(map(str, exits))} get a residual ({new.exit_head}), which starts at zero")
     return leaves
 
 
@@ -275,7 +292,9 @@ def _clip_hints(arch: ClipArch, saved: ClipArch, leaves: Mapping[str, Any], shap
         hints.append(f"--config.clip.context_length={saved.text.context_length} or less")
     wanted = pytree.flatten(shapes)
     extra = [name for name in leaves if name not in wanted]
-    lost = sorted({int(name.split("/")[2]) for name in extra if name.startswith("vision/exits/")})
+    if any(_RESIDUAL.match(name) for name in extra) and arch.vision.exit_head != saved.vision.exit_head:
+        hints.append(f"--config.clip.exit_head={saved.vision.exit_head}")
+    lost = sorted({int(n.split("/")[2]) for n in extra if n.startswith("vision/exits/")} - {*arch.vision.exits})
     if lost:
         hints.append(f"--config.clip.exits={tuple(sorted({*lost, *arch.vision.exits}))}: it has exits that the run has not")
     elif any(name.startswith("exit_logit_scale/") for name in extra):

@@ -18,6 +18,7 @@ from icar_jax.data.pipeline import BadFiles, train_batches
 from icar_jax.parallel import distributed
 from icar_jax.parallel.mesh import batch_sharding, batch_shards
 from icar_jax.parallel.rules import shardings
+from icar_jax.training import regret
 from icar_jax.training.checkpoints import StateStore, write_model
 from icar_jax.training.evaluator import Evaluation, MakeEvaluator, Trained, make_evaluation
 from icar_jax.training.initial import place
@@ -58,7 +59,9 @@ def _train(run: Run, request: StopRequest, stop_after: int, evaluators: tuple[Ma
     step_fn = make_step(task, optimizer, run.mesh, config)
     sharding = batch_sharding(run.mesh)
     part = distributed.batch_part(sharding, t.batch_size)
-    trained = Trained(config, task.kind, task.description, run.tokenizer, sharding, batch_shards(run.mesh), part)
+    tokenizer = run.tokenizer if task.kind == "clip" else None  # regret reads captions with that of its CLIP
+    trained = Trained(config, task.kind, task.description, tokenizer, sharding, batch_shards(run.mesh), part)
+    fixed = {name: place(regret.params(config, tree), shardings(tree, run.mesh)) for name, tree in task.given.items()}
     with StateStore(workdir, t.keep) as store:
         start = distributed.from_main(store.latest_step or 0)  # a network file system may show the newest one late elsewhere
         evaluation = make_evaluation(trained, workdir, start, evaluators)
@@ -71,7 +74,7 @@ def _train(run: Run, request: StopRequest, stop_after: int, evaluators: tuple[Ma
             state = init_state(task, optimizer, run.mesh, config, params)
         log = open_log(workdir, t.steps, start, t.tensorboard, f"train {config.task}")
         with _batches(run, start, part) as batches, contextlib.closing(log):
-            advance = lambda state, batch: step_fn(state, put_batch(batch, task.fields, run.mesh))
+            advance = lambda state, batch: step_fn(state, put_batch(batch, task.fields, run.mesh) | fixed)
             steps = range(start + 1, min(t.steps, stop_after) + 1)
             with _naming_lost_peers(workdir):
                 state, done, stopped = _run(config, advance, state, batches, steps, store, log, evaluation, request)
@@ -85,7 +88,7 @@ def _train(run: Run, request: StopRequest, stop_after: int, evaluators: tuple[Ma
             raise KeyboardInterrupt
         return workdir
     description = {**task.description, "source": {"trained_with": "icar_jax", "steps": done}}
-    text = run.tokenizer.to_json() if run.tokenizer else None
+    text = tokenizer.to_json() if tokenizer else None
     return write_model(workdir / "model", task.kind, description, model_params(state), text)
 
 
@@ -124,7 +127,8 @@ def _run(
                     break
                 raise
             bad.add(batch)
-            cut.add(batch)
+            if config.task == "clip":  # regret is that of the CLIP as it is, its context included
+                cut.add(batch)
             state, metrics = advance(state, batch)
             done = step
             monitor.push(step, metrics, batch["name"])
@@ -164,7 +168,8 @@ def _batches(run: Run, start: int, part: tuple[int, int]) -> BatchIterator:
         augment=augment.from_config(data, run.config.task == "complexity" and run.task.preprocess.resize_mode == "squash"),
         process_index=part[0],
         process_count=part[1],
-        with_complexity=run.config.task == "complexity",
+        with_complexity="complexity" in run.task.fields,
+        others=run.task.others,
         **sources.loading(data),
     )
 

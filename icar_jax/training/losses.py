@@ -19,7 +19,7 @@ def contrastive(image: Array, text: Array, scale: Array, direction: str = "symme
     image, text: [B, D], unit norm, row i of one belongs to row i of the other; scale: scalar. Returns a scalar.
     `direction`: 'symmetric' averages both directions, 'image_to_text' lets each image choose among the texts only.
     """
-    logits = scale * _cosines(image, text)
+    logits = scale * cosines(image, text)
     diagonal = jnp.diagonal(logits)
     image_to_text = jnp.mean(jax.nn.logsumexp(logits, axis=1) - diagonal)
     if direction == "image_to_text":
@@ -33,7 +33,7 @@ def sigmoid(image: Array, text: Array, scale: Array, bias: Array) -> Array:
     image, text: [B, D], unit norm, row i of one belongs to row i of the other; scale, bias: scalars. Returns the scalar
     -1/B sum_ij log sigmoid(z_ij (scale cos_ij + bias)) with z_ij = 1 for the pairs that belong together and -1 for all others.
     """
-    logits = scale * _cosines(image, text) + bias
+    logits = scale * cosines(image, text) + bias
     signed = jnp.where(jnp.eye(len(logits), dtype=bool), logits, -logits)
     return -jnp.mean(jnp.sum(jax.nn.log_sigmoid(signed), axis=1))
 
@@ -59,7 +59,7 @@ def per_exit(
     raise unknown("config.loss.kind", kind, ("softmax", "sigmoid"))
 
 
-def _cosines(image: Array, text: Array) -> Array:
+def cosines(image: Array, text: Array) -> Array:
     """[B, D], [C, D] -> [B, C]; a device that rounds float32 factors would spoil logits of size 100."""
     return jnp.einsum("id,td->it", image, text, precision=jax.lax.Precision.HIGHEST)
 

@@ -24,7 +24,7 @@ from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models import registry
 from icar_jax.parallel import distributed
 from icar_jax.parallel.mesh import batch_shards, make_mesh
-from icar_jax.training import start, tower
+from icar_jax.training import regret, start, tower
 from icar_jax.training.checkpoints import require_space
 from icar_jax.training.initial import load_params, load_tokenizer, note_preprocessing
 from icar_jax.training.optimizer import make_optimizer
@@ -68,7 +68,9 @@ def open_run(config: ExperimentConfig, workdir: Path) -> Run:
             free = (*files.FREE_ON_RESUME, "config.train.steps") if config.train.epochs else files.FREE_ON_RESUME
             files.require_same_config(workdir, config, free)
             files.require_same_data(workdir, trained_on)
-        rated = look_at(config, source) if config.task == "complexity" else None
+            regret.require_same(config, workdir)
+        rates = config.task == "complexity" and not regret.has_regret(config)
+        rated = look_at(config, source) if rates else None
         counts = rated.class_counts if rated else (1, 1)
     distributed.require_same("set of training images (config.data.root)", json.dumps(trained_on, sort_keys=True))
     if rated is not None:
@@ -77,12 +79,13 @@ def open_run(config: ExperimentConfig, workdir: Path) -> Run:
     tokenizer = None
     with distributed.together("claiming the workdir"):
         if distributed.is_main():
-            if config.task == "clip":
-                tokenizer = tokenizer_of(config, source, workdir if resumed else None)
+            tokenizer = _tokenizer(config, source, workdir if resumed else None)
             # What does not fit is found before anything is written.
             task = make_task(start.recall(config, workdir), tokenizer, mesh, counts)
             if starts_from_weights(config) and not resumed:
                 initial_params(config, task, _quiet)  # what does not fit is named now; the values are read later
+            for tree in task.given.values():
+                regret.params(config, tree)
             if config.train.eval_every:
                 sources.validation_source(config)  # the same of a split that is not there
             abstract = abstract_state(task, optimizer_of(config), mesh, config)
@@ -91,7 +94,7 @@ def open_run(config: ExperimentConfig, workdir: Path) -> Run:
     with distributed.together("reading the workdir"):
         if not distributed.is_main():
             files.require_token(workdir, token)
-            tokenizer = Tokenizer.from_file(workdir / checkpoint.TOKENIZER) if config.task == "clip" else None
+            tokenizer = _tokenizer(config, source, workdir)
             task = make_task(start.recall(config, workdir), tokenizer, mesh, counts)
     if distributed.is_main():
         (workdir / files.TOKEN).unlink(missing_ok=True)
@@ -140,7 +143,8 @@ def _claim_workdir(
         start.remember(config, workdir)
         if rated is not None:
             rated.write(workdir)
-        if tokenizer is not None:
+        regret.remember(config, workdir)
+        if tokenizer is not None and config.task == "clip":
             files.write_text(workdir / checkpoint.TOKENIZER, tokenizer.to_json())
         if jax.process_count() > 1:
             files.write_token(workdir, token)
@@ -167,6 +171,12 @@ def initial_params(config: ExperimentConfig, task: Task, note: Callable[[str], N
         return tower.params(config, task.shapes, fresh)
     note_preprocessing(config.train.init, task.kind, task.preprocess, note)
     return load_params(config.train.init, task.kind, task.arch, task.shapes, fresh, note)
+
+
+def _tokenizer(config: ExperimentConfig, source: Source, written: Path | None) -> Tokenizer | None:
+    if config.task == "clip":
+        return tokenizer_of(config, source, written)
+    return regret.tokenizer(config) if regret.has_regret(config) else None
 
 
 def tokenizer_of(config: ExperimentConfig, source: Source, resumed: Path | None) -> Tokenizer:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from icar_jax import config as cfg
 from icar_jax.config import ExperimentConfig
 from icar_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh
+from icar_jax.parallel.rules import shardings
 from icar_jax.training import plan_cost, plan_hlo
 from icar_jax.training.optimizer import make_optimizer
 from icar_jax.training.plan_chips import Chip
@@ -199,9 +200,12 @@ def abstract_batch(config: ExperimentConfig, task: Task, mesh: jax.sharding.Mesh
         "image": ((n, size, size, 3), jnp.uint8),
         "tokens": ((n, task.context_length), jnp.int32),
         "complexity": ((n,), jnp.float32),
+        **{name: ((n, p.image_size, p.image_size, 3), jnp.uint8) for name, p in task.others.items()},
     }
     sharding = batch_sharding(mesh)
-    return {name: jax.ShapeDtypeStruct(*entries[name], sharding=sharding) for name in task.fields}
+    batch = {name: jax.ShapeDtypeStruct(*entries[name], sharding=sharding) for name in task.fields}
+    placed = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    return batch | {name: jax.tree.map(placed, tree, shardings(tree, mesh)) for name, tree in task.given.items()}
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -10,6 +10,7 @@ from icar_jax.models.clip import ClipArch
 from icar_jax.models.scorers import ScorerArch
 from icar_jax.models.text import TextArch
 from icar_jax.models.vision import VisionArch
+from icar_jax.training import regret
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,13 @@ def step_flops(config: ExperimentConfig, arch: ClipArch | ScorerArch) -> StepFlo
     batch, train = config.train.batch_size, config.train
     if config.task == "complexity":
         learns = flops.router_flops(arch)  # all of a ConvNeXt; of a head on a frozen tower the head alone
-        return StepFlops(batch * (flops.complexity_flops(arch) + 2.0 * learns), 0.0)
-    logits = logit_flops(arch, batch)
+        teacher = batch * teacher_flops(config) if regret.has_regret(config) else 0
+        return StepFlops(batch * (flops.complexity_flops(arch) + 2.0 * learns) + teacher, 0.0)
+    matrix = logit_flops(arch, batch) // len(arch.vision.all_exits)
+    logits = logit_flops(arch, batch) + (matrix if config.loss.mixed else 0)
     model, again = 3 * logits, logits if config.loss.chunk else 0
+    if config.loss.distill_kl:  # the logits are there already; the gradient goes to the images of the early exits alone
+        model += matrix * len(arch.vision.exits)
     heads_learn = bool(arch.vision.exits) and "exits" not in train.freeze
     for name, tower in (("image", arch.vision), ("text", arch.text)):
         forward = batch * (image_flops(tower) if name == "image" else flops.text_flops(tower))
@@ -47,14 +52,19 @@ def step_flops(config: ExperimentConfig, arch: ClipArch | ScorerArch) -> StepFlo
     return StepFlops(float(model), float(again))
 
 
+def teacher_flops(config: ExperimentConfig) -> int:
+    """Forward FLOPs that a pair costs in the CLIP whose regret is learnt, but for blocks that run for the model anyway."""
+    teacher = regret.teacher(config)
+    vision = teacher.clip.arch.vision
+    shared = flops.trunk_flops(vision, config.complexity.blocks) if config.complexity.blocks else 0
+    heads = sum(flops.head_flops(vision, blocks) for blocks in (teacher.exit, vision.depth))
+    captions = flops.text_flops(teacher.clip.arch.text) if teacher.reads_captions else 0
+    return flops.trunk_flops(vision, vision.depth) - shared + heads + captions
+
+
 def image_flops(arch: VisionArch) -> int:
     """Forward FLOPs of one image, with the heads of all exits."""
-    total = flops.vision_flops(arch)
-    patches = 2 * (arch.tokens - arch.class_token) * 3 * arch.patch_size**2 * arch.width
-    for blocks in arch.exits:
-        block = (flops.vision_flops(arch) - flops.vision_flops(arch, blocks)) // (arch.depth - blocks)
-        total += flops.vision_flops(arch, blocks) - blocks * block - patches
-    return total
+    return flops.trunk_flops(arch, arch.depth) + sum(flops.head_flops(arch, blocks) for blocks in arch.all_exits)
 
 
 def recomputed_flops(tower: VisionArch | TextArch, remat: str) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from icar_jax import checkpoint
 from icar_jax import workdir as files
 from icar_jax.config import ExperimentConfig
-from icar_jax.training import initial, tower
+from icar_jax.training import initial, regret, tower
 
 START = "start"
 
@@ -33,7 +33,7 @@ def remember(config: ExperimentConfig, workdir: Path) -> None:
 def recall(config: ExperimentConfig, workdir: Path) -> ExperimentConfig:
     """The configuration, with WORKDIR/start for a checkpoint that is no longer where the run found it.
 
-    Only the architecture is read from there: a run that has saved a state needs no other weights.
+    Only the architecture is read from there: a run that has saved a state needs no other weights, unless it learns regret.
     """
     kept = workdir / START
     if not (files.has_checkpoint(workdir) and (kept / checkpoint.DESCRIPTION).is_file()):
@@ -41,6 +41,6 @@ def recall(config: ExperimentConfig, workdir: Path) -> ExperimentConfig:
     train, complexity = config.train, config.complexity
     if train.init and not Path(train.init).exists():
         train = dataclasses.replace(train, init=str(kept))
-    if tower.has_tower(config) and not Path(complexity.clip).exists():
+    if tower.has_tower(config) and not regret.has_regret(config) and not Path(complexity.clip).exists():
         complexity = dataclasses.replace(complexity, clip=str(kept))
     return dataclasses.replace(config, train=train, complexity=complexity)

@@ -75,6 +75,8 @@ def make_step(
 ) -> Callable[[State, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
     """The jitted step: (state, batch) -> (state, metrics); the old state's memory is reused.
 
+    The batch has the entries `task.fields` and, beside them, the parameters `task.given`.
+
     Metrics hold `loss`, what the task adds, and `grad_norm` of what learns before clipping, all float32 scalars.
     """
     frozen = frozen_groups(config)
@@ -87,9 +89,9 @@ def make_step(
         if config.train.accumulate > 1:
             return accumulate.value_and_grad(
                 lambda p, part: task.embed(hold(p), part),
-                lambda p, embeddings: task.contrast(hold(p), embeddings),
+                lambda p, embeddings: task.contrast(hold(p), embeddings, key),
                 params,
-                batch,
+                task.draw(batch, key),  # once, so that both passes over a part see the same
                 parts=config.train.accumulate,
                 mesh=mesh,
             )
@@ -108,6 +110,7 @@ def make_step(
 
     state_sharding = state_shardings(task, optimizer, mesh, config)
     batch = {name: batch_sharding(mesh) for name in task.fields}
+    batch |= {name: shardings(tree, mesh) for name, tree in task.given.items()}
     return jax.jit(
         step,
         in_shardings=(state_sharding, batch),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from icar_jax import pytree
 from icar_jax.config import ExperimentConfig, unknown
 from icar_jax.data import images
 from icar_jax.data.images import Preprocess
@@ -23,10 +24,12 @@ from icar_jax.models import registry
 from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.pixels import normalise
 from icar_jax.models.scorers import make_scorer
-from icar_jax.models.transformer import Execution
+from icar_jax.models.transformer import Execution, block_scales
 from icar_jax.parallel.mesh import batch_sharding
-from icar_jax.training import initial, losses, ring, tower
+from icar_jax.training import exit_losses, initial, losses, regret, ring, tower
+from icar_jax.training.exit_losses import MIXED
 
+_LAYERS, _MIXED_EXITS = 0, 1  # what the key of a step is folded with for each thing that is drawn
 NORMALISE = {
     "half": (images.HALF_MEAN, images.HALF_STD),
     "openai": (images.OPENAI_MEAN, images.OPENAI_STD),
@@ -45,13 +48,19 @@ class Task:
     init: Callable[[jax.Array], dict[str, Any]]
     loss: Callable[[dict, dict, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
     # The same loss in two halves, for accumulation: embed(params, batch) -> embeddings with one row a pair, and
-    # contrast(params, embeddings) -> (loss, metrics). None where a loss does not compare pairs.
+    # contrast(params, embeddings, key) -> (loss, metrics). None where a loss does not compare pairs.
     embed: Callable[[dict, dict], dict[str, Any]] | None
-    contrast: Callable[[dict, dict], tuple[jax.Array, dict[str, jax.Array]]] | None
+    contrast: Callable[[dict, dict, jax.Array], tuple[jax.Array, dict[str, jax.Array]]] | None
     preprocess: Preprocess
     context_length: int  # tokens per caption; 0 where captions are not read
     fields: tuple[str, ...]
     description: dict[str, Any]
+    # Shapes of parameters that every batch carries along and that do not learn: {entry of the batch: tree}.
+    given: dict[str, pytree.Tree] = field(default_factory=dict)
+    # How the pictures are prepared a second time: {entry of the batch: preprocess}.
+    others: dict[str, Preprocess] = field(default_factory=dict)
+    # draw(batch, key) -> the batch that `embed` takes, with what is drawn for each row of it beside its entries.
+    draw: Callable[[dict, jax.Array], dict] = lambda batch, key: batch
 
 
 def make_task(
@@ -102,23 +111,45 @@ def _clip_task(config: ExperimentConfig, tokenizer: Tokenizer | None, mesh: Mesh
         assert mesh is not None, "config.loss.chunk passes texts round a mesh"
         compare = partial(ring.per_exit, **form, mesh=mesh, chunk=config.loss.chunk)
 
+    dropout = config.train.layer_dropout
+
+    def draw(batch, key):
+        if not dropout:
+            return batch
+        scales = block_scales(jax.random.fold_in(key, _LAYERS), len(batch["image"]), arch.vision.depth, dropout)
+        return {**batch, "block_scales": scales if sharding is None else jax.lax.with_sharding_constraint(scales, sharding)}
+
     def embed(params, batch):
         pixels = normalise(batch["image"], preprocess.mean, preprocess.std)
-        image = clip.encode_image_exits(params, pixels, dtype=dtype)
+        image = clip.encode_image_exits(params, pixels, dtype=dtype, scales=batch.get("block_scales"))
         # Text keys: JAX orders the keys of a dict, and integers and strings cannot be ordered together.
         return {"image": {str(e): z for e, z in image.items()}, "text": clip.encode_text(params, batch["tokens"], dtype)}
 
-    def contrast(params, embeddings):
-        image = {e: embeddings["image"][str(e)] for e in exits}
+    def contrast(params, embeddings, key):
+        image, text, full = {e: embeddings["image"][str(e)] for e in exits}, embeddings["text"], arch.vision.depth
         scales = clip.logit_scales(params)
         biases = clip.logit_biases(params) if arch.logit_bias else None
-        per_exit = compare(image, embeddings["text"], scales, biases)
-        metrics = {f"loss_{e}": value for e, value in per_exit.items()}
+        if config.loss.mixed:  # one more gallery, at full depth's temperature and bias
+            compared = image | {MIXED: exit_losses.mixed_images(image, jax.random.fold_in(key, _MIXED_EXITS))}
+            per_exit = compare(compared, text, *({**own, MIXED: own[full]} if own else None for own in (scales, biases)))
+        else:
+            per_exit = compare(image, text, scales, biases)
+        metrics = {f"loss_{e}": per_exit[e] for e in exits}
         metrics |= {f"scale_{e}": scales[e] for e in exits}
-        return sum(weights[e] * per_exit[e] for e in exits), metrics
+        total = sum(weights[e] * per_exit[e] for e in exits)
+        if config.loss.mixed:
+            metrics["loss_mixed"] = per_exit[MIXED]
+            total = total + config.loss.mixed * per_exit[MIXED]
+        if config.loss.distill_cosine:
+            metrics["distill_cosine"] = exit_losses.distill_cosine(image, full)
+            total = total + config.loss.distill_cosine * metrics["distill_cosine"]
+        if config.loss.distill_kl:
+            metrics["distill_kl"] = exit_losses.distill_kl(image, text, scales, full)
+            total = total + config.loss.distill_kl * metrics["distill_kl"]
+        return total, metrics
 
     def loss(params, batch, key):
-        return contrast(params, embed(params, batch))
+        return contrast(params, embed(params, draw(batch, key)), key)
 
     return Task(
         arch,
@@ -132,6 +163,7 @@ def _clip_task(config: ExperimentConfig, tokenizer: Tokenizer | None, mesh: Mesh
         arch.text.context_length,
         ("image", "tokens"),
         {"arch": dataclasses.asdict(arch), "preprocess": preprocess.to_dict()},
+        draw=draw,
     )
 
 
@@ -145,6 +177,8 @@ def _complexity_task(config: ExperimentConfig, class_counts: tuple[int, int]) ->
     else:
         preprocess = _preprocess(config, arch.image_size, config.data.resize)
     dtype, threshold = jnp.dtype(config.train.dtype), config.complexity.threshold
+    if regret.has_regret(config):
+        return _regret_task(config, arch, preprocess, described)
     weights = losses.class_weights(config.complexity.class_weights, class_counts)
 
     def loss(params, batch, key):
@@ -164,4 +198,37 @@ def _complexity_task(config: ExperimentConfig, class_counts: tuple[int, int]) ->
         0,
         ("image", "complexity"),
         {**described, "preprocess": preprocess.to_dict()},
+    )
+
+
+def _regret_task(config: ExperimentConfig, arch: Any, preprocess: Preprocess, described: dict[str, Any]) -> Task:
+    """The complexity task whose targets are the ranks of the images' regrets in the batch, instead of ratings."""
+    model, teacher, dtype = make_scorer(arch), regret.teacher(config), jnp.dtype(config.train.dtype)
+    blocks = arch.blocks if tower.has_tower(config) else 0
+    others = regret.others(teacher, preprocess, bool(blocks))
+
+    def loss(params, batch, key):
+        pixels, tokens = normalise(batch["image"], preprocess.mean, preprocess.std), None
+        if blocks:  # both go on from the same tokens
+            tokens = model.tokens(params, pixels, dtype)
+            logits = model.logits_of_tokens(params, tokens, key, dtype)
+        else:
+            logits = model.logits(params, pixels, key, dtype)
+        target, metrics = teacher.target(batch, tokens, blocks, dtype)
+        return losses.complexity_loss(logits, target, arch.head, 0.0), metrics
+
+    return Task(
+        arch,
+        "complexity",
+        model.shapes(),
+        model.init,
+        loss,
+        None,
+        None,
+        preprocess,
+        teacher.clip.arch.text.context_length if teacher.reads_captions else 0,
+        ("image", *others, *(("tokens",) if teacher.reads_captions else ())),
+        {**described, "target": "regret", "regret": teacher.description, "preprocess": preprocess.to_dict()},
+        {regret.CLIP: teacher.clip.shapes()},
+        others,
     )

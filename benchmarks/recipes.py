@@ -1,0 +1,258 @@
+"""What benchmarks/retention.py trains: the sizes of its settings, and recipes as changes of one configuration.
+
+Every recipe sees the same number of pairs, in the same order for the same seed. The ablation puts one lever at a time on top of
+`shared`; `combined` is the candidate that puts several together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from icar_jax.config import (
+    ClipConfig,
+    ComplexityConfig,
+    DataConfig,
+    EvalConfig,
+    ExperimentConfig,
+    OptimConfig,
+    TrainConfig,
+    check_override,
+    validate,
+)
+from icar_jax.models.flops import vision_flops
+from icar_jax.models.registry import clip_arch
+
+DATASETS = ("scenes", "photos")
+BUDGET = 0.70  # share of full depth's cost that routing may take, its router included
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Everything that a setting fixes for a dataset. Pixels, blocks, images and optimiser steps."""
+
+    variant: str
+    exit: int  # the one early exit of every recipe but `exits`
+    exits: tuple[int, ...]  # of the recipe `exits`
+    steps: int
+    batch_size: int
+    image_size: int
+    patch_size: int = 0  # 0 keeps the variant's, as for depth
+    depth: int = 0
+    context_length: int = 32
+    vocabulary: int = 512
+    train_images: int = 200_000  # scenes
+    calibration: int = 1000  # held out of training, to set thresholds on
+    queries: int = 1000  # scenes: pictures that are asked for; photos take the whole held-out split
+    distractors: int = 4000  # further pictures in the gallery; of photos they are held out of training too
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_steps: int = 100
+    dtype: str = "bfloat16"
+    scan_blocks: bool = False
+    checkpoint_every: int = 500
+    augment: bool = False  # random crops and flips: photos
+    router: str = "convnextv2_demo"  # ConvNeXt-IC, trained on scenes for every dataset
+    router_pixels: int = 64
+    router_steps: int = 2000
+    head_blocks: int = 2  # blocks below the head of the routers `blocks` and `regret`
+    head_steps: int = 500
+    budgets: tuple[float, ...] = (0.60, 0.65, BUDGET)  # shares of full depth's counted cost, the last is the goal's
+    bootstrap: int = 2000
+    random_draws: int = 20
+    eval_batch: int = 64
+
+
+_PHOTOS = {"vocabulary": 4096, "calibration": 500, "distractors": 500, "weight_decay": 0.2, "augment": True}
+# Two CPU cores: patches of 16 pixels make a step a quarter as long, and float32 is faster where there are no bf16 instructions.
+_SMALL = {
+    "variant": "vit_demo", "exit": 3, "exits": (2, 3, 4), "batch_size": 64, "image_size": 64, "patch_size": 16,
+    "dtype": "float32", "router_pixels": 32,
+}  # fmt: skip
+_LARGE = {
+    "variant": "vit_s16", "exit": 5, "exits": (3, 5, 8), "batch_size": 256, "image_size": 128, "warmup_steps": 500,
+    "router_pixels": 64, "router_steps": 7000, "head_steps": 2000, "eval_batch": 256, "lr": 5e-4,
+}  # fmt: skip
+# The tests' setting: seconds.
+_TINY = {
+    "variant": "vit_demo", "exit": 1, "exits": (1, 2), "depth": 3, "patch_size": 32, "context_length": 16, "batch_size": 8,
+    "image_size": 64, "steps": 3, "train_images": 200, "calibration": 40, "queries": 24, "distractors": 16, "warmup_steps": 1,
+    "dtype": "float32", "checkpoint_every": 2, "router_pixels": 32, "router_steps": 2, "head_blocks": 1, "head_steps": 2,
+    "bootstrap": 100, "random_draws": 3, "eval_batch": 8, "vocabulary": 300, "budgets": (BUDGET,),
+}  # fmt: skip
+
+SETTINGS: dict[str, dict[str, Sizes]] = {
+    "small": {
+        "scenes": Sizes(**_SMALL, steps=1500),
+        "photos": Sizes(**_SMALL, **_PHOTOS, steps=1500),
+    },
+    "large": {
+        "scenes": Sizes(**_LARGE, steps=10_000),
+        "photos": Sizes(**_LARGE, **_PHOTOS, steps=2000),
+    },
+    "tiny": {
+        "scenes": Sizes(**_TINY),
+        "photos": Sizes(**_TINY | {"augment": True}),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Changes of the configuration of `shared`, by dotted name.
+
+    note: what the table says about it. many: the exits of `Sizes.exits`, not the one of `Sizes.exit`. exits: False for towers
+    without any. reference: a row to compare with, not a candidate. init: the recipe, of the same seed, that it starts from.
+    """
+
+    note: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    many: bool = False
+    exits: bool = True
+    reference: bool = False
+    init: str = ""
+
+
+_GROWING = "loss.exit_weights"
+
+RECIPES: dict[str, Recipe] = {
+    "baseline": Recipe("full depth alone, no exit", exits=False, reference=True),
+    "static": Recipe("fewer blocks, no exit, no router", exits=False, reference=True),
+    "icar": Recipe(
+        "as published: random head on the first patch, temperatures and losses of their own",
+        {"clip.pool": "first_patch", "clip.exit_start": "random", "clip.temperature": "own"},
+        reference=True,
+    ),
+    "heads": Recipe("exit head from ln_post and proj on CLS", {"clip.temperature": "own"}),
+    "shared": Recipe("heads, and one temperature"),
+    "adapter": Recipe("shared, residual adapter as exit head", {"clip.exit_head": "adapter"}),
+    "attention": Recipe("shared, attention pool as exit head", {"clip.exit_head": "attention"}),
+    "cosine": Recipe("shared, distillation by cosine", {"loss.distill_cosine": 1.0}),
+    "kl": Recipe("shared, distillation by KL over similarities", {"loss.distill_kl": 1.0}),
+    "mixed": Recipe("shared, mixed-gallery loss", {"loss.mixed": 1.0}),
+    "growing": Recipe("shared, loss weights growing with depth", {_GROWING: "growing"}),
+    "dropout": Recipe("shared, layer dropout", {"train.layer_dropout": 0.1}),
+    "exits": Recipe("shared, more than one exit", many=True),
+    "frozen": Recipe(
+        "the baseline's weights stay, exit heads learn for as many pairs again",
+        {"train.freeze": ("image", "text", "temperature")}, init="baseline",
+    ),
+    "frozen_attention": Recipe(
+        "frozen, attention pool as exit head",
+        {"train.freeze": ("image", "text", "temperature"), "clip.exit_head": "attention", "loss.distill_cosine": 1.0},
+        init="baseline",
+    ),
+    "combined": Recipe(
+        "attention, cosine, KL, mixed, growing",
+        {"clip.exit_head": "attention", "loss.distill_cosine": 1.0, "loss.distill_kl": 1.0, "loss.mixed": 1.0,
+         _GROWING: "growing"},
+    ),
+}  # fmt: skip
+
+
+def changed(config: ExperimentConfig, changes: dict[str, Any]) -> ExperimentConfig:
+    """The configuration with fields replaced by dotted name. Raises ConfigError for a name that is no field."""
+    for path, value in changes.items():
+        check_override(f"config.{path}")
+        group, name = path.split(".")
+        config = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{name: value})})
+    return config
+
+
+def clip_config(name: str, dataset: str, sizes: Sizes, seed: int, photos: str, out: Path) -> ExperimentConfig:
+    """What train.py runs for a recipe; `out` is the folder of all runs. Raises ConfigError for what cannot be run."""
+    recipe, s = RECIPES[name], sizes
+    exits = () if not recipe.exits else s.exits if recipe.many else (s.exit,)
+    config = ExperimentConfig(
+        clip=ClipConfig(
+            variant=s.variant, exits=exits, temperature="shared" if recipe.exits else "own", depth=s.depth,
+            image_size=s.image_size, patch_size=s.patch_size, context_length=s.context_length,
+        ),
+        data=_data(dataset, s, photos),
+        optim=OptimConfig(lr=s.lr, exit_lr=s.lr, weight_decay=s.weight_decay, warmup_steps=s.warmup_steps),
+        train=TrainConfig(
+            steps=s.steps, batch_size=s.batch_size, seed=seed, dtype=s.dtype, checkpoint_every=s.checkpoint_every, keep=1,
+            scan_blocks=s.scan_blocks, init=str(folder(out, dataset, recipe.init, seed)) if recipe.init else "",
+        ),
+        eval=EvalConfig(split="val", size=s.queries, batch_size=s.eval_batch),
+    )  # fmt: skip
+    changes = dict(recipe.changes)
+    if name == "static":
+        changes["clip.depth"] = static_depth(config)
+    if changes.get(_GROWING) == "growing":
+        changes[_GROWING] = growing_weights(exits, clip_arch(config.clip).vision.depth)
+    return validate(changed(config, changes))
+
+
+def complexity_config(sizes: Sizes) -> ExperimentConfig:
+    """ConvNeXt-IC on scenes, whose complexity is known."""
+    s = sizes
+    return validate(
+        ExperimentConfig(
+            task="complexity",
+            complexity=ComplexityConfig(variant=s.router, image_size=s.router_pixels, dropout=0.0),
+            data=DataConfig(
+                source="scenes", scenes_size=s.train_images, scenes_pixels=s.router_pixels, normalise="imagenet",
+                calibration_size=s.calibration,
+            ),
+            optim=OptimConfig(lr=1e-3, warmup_steps=min(100, s.router_steps // 2)),
+            train=TrainConfig(
+                steps=s.router_steps, batch_size=s.batch_size, dtype="float32", checkpoint_every=s.checkpoint_every, keep=1
+            ),
+        )
+    )  # fmt: skip
+
+
+def head_config(
+    router: str, dataset: str, sizes: Sizes, seed: int, photos: str, clip: Path, exit: int
+) -> ExperimentConfig:
+    """A head on the first blocks of the CLIP at `clip`: `blocks` learns ratings of scenes, `regret` what an exit loses."""
+    s = sizes
+    # The tower's own preprocessing takes the place of the resizing named here; a router sees no random crops.
+    data = dataclasses.replace(
+        _data("scenes" if router == "blocks" else dataset, s, photos), resize="squash", crop_scale=1.0, flip=False
+    )
+    config = ExperimentConfig(
+        task="complexity",
+        complexity=ComplexityConfig(variant="blocks", clip=str(clip), blocks=min(s.head_blocks, exit), dropout=0.0),
+        data=data,
+        optim=OptimConfig(lr=1e-3, warmup_steps=min(100, s.head_steps // 2)),
+        train=TrainConfig(
+            steps=s.head_steps, batch_size=s.batch_size, seed=seed, dtype="float32", checkpoint_every=s.checkpoint_every, keep=1
+        ),
+    )
+    if router == "regret":
+        config = changed(config, {"complexity.target": "regret"})
+    return validate(config)
+
+
+def static_depth(config: ExperimentConfig, budget: float = BUDGET) -> int:
+    """The most blocks of the configured vision tower whose counted cost is at most `budget` of full depth's; at least 1."""
+    vision = clip_arch(config.clip).vision
+    most = budget * vision_flops(vision)
+    return max([1, *(d for d in range(1, vision.depth) if vision_flops(dataclasses.replace(vision, depth=d)) <= most)])
+
+
+def growing_weights(exits: tuple[int, ...], depth: int) -> tuple[float, ...]:
+    """Loss weights proportional to the blocks that are run, full depth's being 1."""
+    return (*(round(exit / depth, 4) for exit in exits), 1.0)
+
+
+def folder(out: Path, dataset: str, recipe: str, seed: int) -> Path:
+    """The workdir of a run."""
+    return out / dataset / recipe / str(seed)
+
+
+def _data(dataset: str, s: Sizes, photos: str) -> DataConfig:
+    if dataset == "scenes":
+        return DataConfig(
+            source="scenes", scenes_size=s.train_images, scenes_pixels=s.image_size, calibration_size=s.calibration,
+            vocabulary=s.vocabulary,
+        )  # fmt: skip
+    return DataConfig(
+        source="folder", root=photos, resize="crop", crop_scale=0.5 if s.augment else 1.0, flip=s.augment,
+        # What is held out of training serves twice: a part for thresholds, the rest as distractors.
+        calibration_size=s.calibration + s.distractors, vocabulary=s.vocabulary,
+    )  # fmt: skip

@@ -1,0 +1,253 @@
+"""How much of a separately trained full-depth CLIP is kept at a share of its cost, by training recipe, router and seed.
+
+    python benchmarks/retention.py --dataset both --setting small --photos PATH/TO/flickr8k --out workdir/retention
+        [--seeds 0 1 2] [--recipes all|NAME ...] [--routers complexity regret blocks] [--train-only | --report-only]
+
+Trains every recipe of benchmarks/recipes.py with train.py, each run a workdir OUT/DATASET/RECIPE/SEED; evaluates it in a
+gallery of held-out images and distractors; writes OUT/retention.json, retention.md and retention.png. Finished runs are
+skipped and an interrupted one goes on, so Ctrl-C and the same command continue. The baseline and the static tower come first:
+whether depth pays at all is printed before the rest begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import recipes
+import retention_report
+import retention_rows
+from recipes import DATASETS, RECIPES, SETTINGS, Sizes
+
+from icar_jax import workdir as files
+from icar_jax.cli.errors import user_errors
+from icar_jax.config import ExperimentConfig, to_json
+
+ROOT = Path(__file__).parent.parent
+ROUTERS = ("complexity", "regret", "blocks")
+FIRST = ("baseline", "static")  # every other run is compared with these
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was asked for on the command line."""
+
+    out: Path
+    datasets: tuple[str, ...]
+    sizes: dict[str, Sizes]
+    setting: str
+    seeds: tuple[int, ...]
+    recipes: tuple[str, ...]
+    routers: tuple[str, ...]
+    photos: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: its workdir, its configuration, and how it is called in the progress line."""
+
+    name: str
+    workdir: Path
+    config: ExperimentConfig
+
+    @property
+    def finished(self) -> bool:
+        return (self.workdir / "model" / "icar.json").is_file()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A CLIP with the routers that are trained on its tower; or, without `of`, a router of all CLIPs of a dataset."""
+
+    run: Run
+    heads: tuple[Run, ...] = ()
+    of: tuple[str, str, int] | None = None  # dataset, recipe, seed
+
+
+def jobs(plan: Plan, heads: bool = True) -> list[Job]:
+    """ConvNeXt-IC first, then the towers that all others are compared with, then seed by seed. Raises ConfigError."""
+    found = []
+    if "complexity" in plan.routers:
+        for dataset in plan.datasets:
+            config = recipes.complexity_config(plan.sizes[dataset])
+            found.append(Job(Run(f"router of {dataset}", router_folder(plan, dataset, "complexity"), config)))
+    others = [name for name in plan.recipes if name not in FIRST]
+    for seed, names in [(seed, names) for names in (FIRST, others) for seed in plan.seeds]:
+        for dataset in plan.datasets:
+            for name in names:
+                config = recipes.clip_config(name, dataset, plan.sizes[dataset], seed, plan.photos, plan.out)
+                run = Run(f"{dataset}/{name}/seed {seed}", recipes.folder(plan.out, dataset, name, seed), config)
+                of = dataset, name, seed
+                found.append(Job(run, tuple(heads_of(plan, *of)) if heads else (), of))
+    return found
+
+
+def router_folder(plan: Plan, dataset: str, router: str, recipe: str = "", seed: int = 0) -> Path:
+    """The workdir of a router: one ConvNeXt-IC a dataset, and one head on the tower of every run."""
+    if router == "complexity":
+        return plan.out / dataset / "router"
+    return recipes.folder(plan.out, dataset, recipe, seed) / router
+
+
+def heads_of(plan: Plan, dataset: str, recipe: str, seed: int) -> Iterator[Run]:
+    """The routers that are trained on the tower of a run with exits."""
+    for router in plan.routers:
+        if router == "complexity" or not RECIPES[recipe].exits:
+            continue
+        s, clip = plan.sizes[dataset], recipes.folder(plan.out, dataset, recipe, seed)
+        exit = s.exits[0] if RECIPES[recipe].many else s.exit
+        config = recipes.head_config(router, dataset, s, seed, plan.photos, clip, exit)
+        workdir = router_folder(plan, dataset, router, recipe, seed)
+        yield Run(f"{dataset}/{recipe}/seed {seed}, router {router}", workdir, config)
+
+
+class Progress:
+    """Says run k of n and how long the rest may take, by the share of training steps done so far."""
+
+    def __init__(self, todo: list[Run]):
+        self._todo = todo
+        self._left = sum(run.config.train.steps * run.config.train.batch_size for run in todo if not run.finished)
+        self._pairs, self._seconds = 0, 0.0
+
+    def begin(self, number: int, run: Run) -> None:
+        left = "" if not self._pairs else f"; about {_duration(self._left * self._seconds / self._pairs)} of training left"
+        print(f"\n== run {number} of {len(self._todo)}: {run.name}{left}", flush=True)
+
+    def end(self, run: Run, seconds: float) -> None:
+        if not seconds:
+            return  # it was finished before
+        pairs = run.config.train.steps * run.config.train.batch_size
+        self._left, self._pairs, self._seconds = self._left - pairs, self._pairs + pairs, self._seconds + seconds
+
+
+def train(run: Run) -> float:
+    """Runs or continues train.py; returns the seconds it took, 0 for a run that was finished.
+
+    Raises ConfigError where the workdir holds another run, CalledProcessError where train.py fails.
+    """
+    if run.finished:
+        files.require_same_config(run.workdir, run.config, files.FREE_ON_RESUME)
+        return 0.0
+    file = run.workdir.with_name(f"{run.workdir.name}.config.json")
+    files.write_text(file, to_json(run.config) + "\n")
+    start = time.perf_counter()
+    command = [sys.executable, ROOT / "train.py", f"--config={Path(__file__).parent / 'config_file.py'}:{file}"]
+    child = subprocess.Popen([*command, f"--workdir={run.workdir}"])
+    try:
+        status = child.wait()
+    except (KeyboardInterrupt, SystemExit):
+        child.terminate()  # it saves its state
+        child.wait()
+        raise
+    if status or not run.finished:
+        raise subprocess.CalledProcessError(status or 1, command)
+    return time.perf_counter() - start
+
+
+def evaluate(plan: Plan, job: Job) -> None:
+    """Writes the rows of a trained run, where they are not there yet. Raises CalledProcessError where that fails."""
+    dataset, recipe, seed = job.of
+    s, many = plan.sizes[dataset], RECIPES[recipe].exits
+    asked_for = retention_rows.request(
+        job.run.config, job.run.workdir,
+        {router: router_folder(plan, dataset, router, recipe, seed) for router in plan.routers} if many else {},
+        calibration=s.calibration, distractors=s.distractors, budgets=s.budgets, draws=s.random_draws,
+        against=recipes.folder(plan.out, dataset, "baseline", seed) if recipe == "static" else None,
+    )  # fmt: skip
+    if retention_rows.evaluated(asked_for):
+        return
+    print(f"-- evaluate {job.run.name}", flush=True)
+    file = job.run.workdir.with_name(f"{seed}.evaluate.json")
+    files.write_text(file, json.dumps(asked_for, indent=1) + "\n")
+    subprocess.run([sys.executable, Path(retention_rows.__file__), file], check=True)
+
+
+def run_all(plan: Plan, todo: list[Job], *, train_only: bool) -> None:
+    """Trains and evaluates what is not finished, in order; reports on depth before the other recipes and after each seed."""
+    progress = Progress([run for job in todo for run in (job.run, *job.heads)])
+    number = 0
+    for position, job in enumerate(todo):
+        for run in (job.run, *job.heads):
+            number += 1
+            if not run.finished:
+                progress.begin(number, run)
+            progress.end(run, train(run))
+        if train_only or job.of is None:
+            continue
+        evaluate(plan, job)
+        following = todo[position + 1].of if position + 1 < len(todo) else None
+        first = job.of[1] in FIRST
+        if following is None or (first and following[1] not in FIRST) or (not first and following[2] != job.of[2]):
+            report(plan)
+
+
+def report(plan: Plan) -> None:
+    """Writes the tables and the figure of what is evaluated so far, and says whether depth pays."""
+    about = {
+        "setting": plan.setting, "seeds": list(plan.seeds), "datasets": list(plan.datasets), "recipes": list(plan.recipes),
+        "routers": list(plan.routers), "sizes": {name: dataclasses.asdict(each) for name, each in plan.sizes.items()},
+    }  # fmt: skip
+    resamples = max(each.bootstrap for each in plan.sizes.values())
+    record = retention_report.write(plan.out, about, plan.recipes, plan.seeds, resamples)
+    for dataset, part in record["datasets"].items():
+        print(retention_report.depth_sentence(dataset, part))
+    print(f"Table: {plan.out / 'retention.md'}", flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Plan]:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--dataset", choices=(*DATASETS, "both"), default="scenes")
+    p.add_argument("--setting", choices=list(SETTINGS), default="small")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--recipes", nargs="+", default=["all"], help=f"every one by default; of {', '.join(RECIPES)}")
+    p.add_argument("--routers", nargs="+", choices=ROUTERS, default=list(ROUTERS))
+    p.add_argument("--photos", default="", help="folder of the photographs, with dataset*.json (Karpathy's layout)")
+    p.add_argument("--out", type=Path, required=True)
+    only = p.add_mutually_exclusive_group()
+    only.add_argument("--train-only", action="store_true", help="no evaluation, no routers on the towers")
+    only.add_argument("--report-only", action="store_true", help="only what is evaluated already")
+    args = p.parse_args(arguments)
+    datasets = DATASETS if args.dataset == "both" else (args.dataset,)
+    if "photos" in datasets and not (args.photos and Path(args.photos).is_dir()):
+        p.error(f"--photos {args.photos!r} is no folder; name the one that holds dataset*.json")
+    names = list(RECIPES) if args.recipes == ["all"] else args.recipes
+    if unknown := [name for name in names if name not in RECIPES]:
+        p.error(f"--recipes {' '.join(unknown)}: unknown; use all, or some of {', '.join(RECIPES)}")
+    names = tuple(dict.fromkeys((*FIRST, *names)))
+    photos = str(Path(args.photos).resolve()) if args.photos else ""
+    sizes = {dataset: SETTINGS[args.setting][dataset] for dataset in datasets}
+    plan = Plan(
+        args.out.resolve(), datasets, sizes, args.setting, tuple(dict.fromkeys(args.seeds)), names, tuple(args.routers), photos
+    )
+    return args, plan
+
+
+def main() -> None:
+    args, plan = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of `train`, which ends its child first
+    with user_errors("stopped; the same command continues"):
+        if args.report_only:
+            report(plan)
+            return
+        todo = jobs(plan, heads=not args.train_only)  # every configuration is checked before the first hour
+        try:
+            run_all(plan, todo, train_only=args.train_only)
+        except subprocess.CalledProcessError as error:
+            sys.exit(error.returncode)  # the program that failed has said why
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""The tables and the figure of benchmarks/retention.py, from the rows of its evaluated runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import recipes
+import retention_rows
+from matplotlib.axes import Axes
+from recipes import BUDGET, RECIPES
+
+from icar_jax import workdir as files
+from icar_jax.evaluation import figures, seeds
+from icar_jax.evaluation.bootstrap import Interval
+from icar_jax.evaluation.table import write_metrics
+
+KEPT, LOWEST, FEWEST_SEEDS = 99.0, 97.0, 3  # the goal: percent kept, its lower bound, and on how many seeds at least
+STYLES = {"complexity": ("#D55E00", "D"), "regret": ("#0072B2", "s"), "blocks": ("#009E73", "^")}  # colour, marker
+
+
+@dataclass(frozen=True)
+class Found:
+    """One row of one recipe: what each seed's rows.json says, and its recall [S, 1 + R] on the common resamples."""
+
+    seeds: tuple[int, ...]
+    records: tuple[Mapping[str, Any], ...]
+    values: np.ndarray
+
+
+def collect(
+    out: Path, dataset: str, names: Sequence[str], seeds_: Sequence[int], resamples: int
+) -> dict[tuple[str, str], Found]:
+    """(recipe, row) -> `Found`, of every run that is evaluated and whose baseline of the same seed is too."""
+    read = {}
+    for name in names:
+        for seed in seeds_:
+            if (found := retention_rows.read(recipes.folder(out, dataset, name, seed))) is not None:
+                read[name, seed] = found
+    read = {(name, seed): found for (name, seed), found in read.items() if ("baseline", seed) in read}
+    hits = {(name, row, seed): h for (name, seed), (_, by_row, _) in read.items() for row, h in by_row.items()}
+    values = seeds.resampled(hits, n=resamples)
+    rows: dict[tuple[str, str], list[int]] = {}
+    for name, row, seed in hits:
+        rows.setdefault((name, row), []).append(seed)
+    return {
+        (name, row): Found(
+            tuple(given), tuple(read[name, seed][0]["rows"][row] for seed in given),
+            np.stack([values[name, row, seed] for seed in given]),
+        )
+        for (name, row), given in rows.items()
+    }  # fmt: skip
+
+
+def depth_pays(found: Mapping[tuple[str, str], Found]) -> Interval | None:
+    """Mean recall of the baseline minus that of the static tower, in points; None until both are evaluated."""
+    pair = _paired(found, ("baseline", "full"), ("static", "full"))
+    return None if pair is None else seeds.difference(*pair)
+
+
+def rows_of(found: Mapping[tuple[str, str], Found], against: tuple[str, str] = ("baseline", "full")) -> list[dict[str, Any]]:
+    """A record a row: recall, retention, cost, what it has over dice and over the static tower, and whether it meets the goal.
+
+    Seeds are those of the row whose baseline is there; 'seeds' lists them.
+    """
+    records = []
+    for (name, row), one in found.items():
+        base = _paired(found, (name, row), against)
+        kept = seeds.retention(*base) if base is not None else None
+        first = one.records[0]
+        record: dict[str, Any] = {
+            "recipe": name, "row": row, "kind": first["kind"], "router": first.get("router"), "budget": first.get("budget"),
+            "seeds": list(one.seeds), "mean_recall": _plain(seeds.interval(one.values)), "retention": _plain(kept),
+            "counted": float(np.mean([r["counted"] for r in one.records])),
+            "measured": _middle([r["measured"] for r in one.records]),
+            "share": {e: float(np.mean([r["share"][e] for r in one.records])) for e in first["share"]},
+            "recall": {k: float(np.mean([r["recall"][k] for r in one.records])) for k in first["recall"]},
+        }  # fmt: skip
+        if name in ("baseline", "static") and row == "full":
+            static = found.get(("static", "full"))
+            record["counted"] = 1.0 if name == "baseline" else _static_cost(found)
+            record["measured"] = 1.0 if name == "baseline" else _middle([r["measured"] for r in static.records])
+        record["minus_static"] = _plain(_difference(found, (name, row), ("static", "full")))
+        if first["kind"] == "routed":
+            plain = row.removesuffix(retention_rows.AFFINE)
+            dice, best = (name, f"{plain} random"), (name, f"{plain} oracle")
+            record["minus_random"] = _plain(_difference(found, (name, row), dice))
+            record["captured"] = _plain(seeds.captured(one.values, found[dice].values, found[best].values))
+            record["lacks"] = lacks(record)
+        records.append(record)
+    return records
+
+
+def lacks(record: Mapping[str, Any]) -> list[str]:
+    """What a routed row lacks of the goal, in words; empty where it is reached."""
+    kept, missing = record["retention"], []
+    if kept is None or kept["value"] < KEPT:
+        missing.append(f"keeps less than {KEPT:g}%")
+    if kept is None or kept["low"] < LOWEST:
+        missing.append(f"lower bound below {LOWEST:g}%")
+    if record["measured"] is None or record["measured"] > BUDGET:
+        missing.append(f"more than {BUDGET:g} of the time")
+    for other, name in (("minus_random", "dice"), ("minus_static", "the static tower")):
+        if record.get(other) is None or record[other]["low"] <= 0:
+            missing.append(f"not surely above {name}")
+    if len(record["seeds"]) < FEWEST_SEEDS:
+        missing.append(f"fewer than {FEWEST_SEEDS} seeds")
+    return missing
+
+
+def write(out: Path, plan: Mapping[str, Any], names: Sequence[str], seeds_: Sequence[int], resamples: int) -> dict[str, Any]:
+    """Writes retention.json, retention.md and, where a row is routed, retention.png into `out`; returns the record."""
+    record: dict[str, Any] = {"benchmark": "retention", **plan, "resamples": resamples, "datasets": {}}
+    for dataset in plan["datasets"]:
+        found = collect(out, dataset, names, seeds_, resamples)
+        if not found:
+            continue
+        some = retention_rows.read(recipes.folder(out, dataset, "baseline", found["baseline", "full"].seeds[0]))[0]
+        record["datasets"][dataset] = {
+            "gallery": some["gallery"], "source": some["source"], "depth_pays": _plain(depth_pays(found)),
+            "rows": rows_of(found), "notes": notes(out, dataset, names, seeds_),
+        }  # fmt: skip
+    write_metrics(record, out / "retention.json")
+    files.write_text(out / "retention.md", markdown(record))
+    if any(row["kind"] == "routed" for part in record["datasets"].values() for row in part["rows"]):
+        draw(record, out / "retention.png")
+    return record
+
+
+def notes(out: Path, dataset: str, names: Sequence[str], seeds_: Sequence[int]) -> list[str]:
+    """What could not be measured, such as a budget below the first exit's cost; each sentence once."""
+    said: dict[str, None] = {}
+    for name in names:
+        for seed in seeds_:
+            file = recipes.folder(out, dataset, name, seed)
+            if (found := retention_rows.read(file)) is not None:
+                said |= {f"{name}: {note}": None for note in found[0]["notes"]}
+    return list(said)
+
+
+def depth_sentence(dataset: str, part: Mapping[str, Any]) -> str:
+    """Step 0: does the full tower beat the one of 0.70 of its cost?"""
+    pays = part["depth_pays"]
+    if pays is None:
+        return f"{dataset}: whether depth pays is not known before the baseline and the static tower are evaluated."
+    count = len(next(row["seeds"] for row in part["rows"] if row["recipe"] == "static"))
+    sure = pays["low"] > 0
+    verdict = "depth pays" if sure else "depth does not surely pay: enlarge the task before judging any recipe"
+    return (
+        f"{dataset}: {verdict}. Baseline minus static tower, mean recall: {_points(pays)} points "
+        f"({count} seed{'s' if count > 1 else ''}, gallery of {part['gallery']['images']:,} images)."
+    )
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """The tables as Markdown: of each recipe its exits, and what is routed to the goal's budget; the rest is in the JSON."""
+    lines = [f"# Retention: setting {record['setting']}, seeds {', '.join(map(str, record['seeds']))}", ""]
+    for dataset, part in record["datasets"].items():
+        gallery = part["gallery"]
+        lines += [
+            f"## {dataset}", "", depth_sentence(dataset, part), "",
+            f"{gallery['queries']:,} images of {part['source']} are asked for among {gallery['images']:,} images and "
+            f"{gallery['captions']:,} captions. Mean recall is the mean of R@1, R@5 and R@10 of both directions; kept is "
+            "percent of the separate baseline's of the same seed. Intervals: 95%, over images and seeds.", "",
+            "| recipe | row | text to image R@1/5/10 | image to text R@1/5/10 | mean recall | kept % | counted | measured "
+            "| over dice | over static | lacks |",
+            "| " + " | ".join(["---"] * 11) + " |",
+        ]  # fmt: skip
+        for row in part["rows"]:
+            if row["budget"] is None or abs(row["budget"] - BUDGET) < 1e-9:
+                lines.append(_line(row))
+        lines += ["", *(f"- {name}: {RECIPES[name].note}" for name in record["recipes"]), ""]
+        lines += [*(f"- {note}" for note in part["notes"]), ""]
+    return "\n".join(lines)
+
+
+def draw(record: Mapping[str, Any], path: Path) -> None:
+    """Retention over measured cost, a panel a dataset: each recipe's routers at the goal's budget, and the reference rows."""
+    panels = {
+        dataset: part for dataset, part in record["datasets"].items() if any(r["kind"] == "routed" for r in part["rows"])
+    }
+    figure, first = figures.new_figure((7.6 * len(panels), 5.4))
+    figure.delaxes(first)
+    for axes, (dataset, part) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items()):
+        _panel(axes, dataset, part)
+    figure.canvas.draw()
+    for axes in figure.axes:
+        figures.place_labels(axes, axes.points, [], axes.styled, paper="white")
+    figures.save(figure, path)
+
+
+def _panel(axes: Axes, dataset: str, part: Mapping[str, Any]) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.14, y=0.14)
+    axes.axhline(100, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
+    axes.axhline(KEPT, color="0.8", linewidth=0.8, linestyle="--", zorder=0)
+    axes.axvline(100 * BUDGET, color="0.8", linewidth=0.8, linestyle="--", zorder=0)
+    points, styled, used = {}, {}, set()
+    best = {}  # of several routers of a recipe only the best is named
+    for row in part["rows"]:
+        key = f"{row['recipe']} {row['row']}"
+        style = _style(row)
+        if style is None or row["retention"] is None:
+            continue
+        kept, cost = row["retention"], 100 * _cost(row)
+        bars = [[max(kept["value"] - kept["low"], 0)], [max(kept["high"] - kept["value"], 0)]]
+        label = None if style["label"] in used else style["label"]
+        used.add(style["label"])
+        size = 5 if row["kind"] == "routed" else 7
+        axes.errorbar(cost, kept["value"], bars, markersize=size, capsize=2, linestyle="none", **style | {"label": label})
+        points[key], styled[key] = (cost, kept), ("", style["color"])
+        group = row["recipe"] if row["kind"] == "routed" else key
+        if group not in best or kept["value"] > points[best[group]][1]["value"]:
+            best[group] = key
+    for group, key in best.items():
+        styled[key] = (group.removesuffix(" full"), styled[key][1])
+    named = {key: points[key] for key in best.values()}
+    axes.points, axes.styled = named, {key: styled[key] for key in named}
+    axes.set_xlabel("measured time per image, % of full depth (router included)")
+    axes.set_ylabel("mean recall kept, % of the separate baseline\n(95% interval over images and seeds)")
+    count = max(len(row["seeds"]) for row in part["rows"])
+    title = f"{dataset}: gallery of {part['gallery']['images']:,} images, {count} seed{'s' if count > 1 else ''}"
+    axes.set_title(title, fontsize=10.5)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False, fontsize=8.5)
+
+
+def _style(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How a row is drawn; None for rows that the figure leaves out."""
+    goal = row["budget"] is None or abs(row["budget"] - BUDGET) < 1e-9
+    if row["kind"] == "routed" and goal:
+        colour, marker = STYLES.get(row["router"], ("#CC79A7", "v"))
+        affine = row["row"].endswith(retention_rows.AFFINE)
+        label = f"routed by {row['router']}" + (", scores calibrated" if affine else "")
+        return {"color": colour, "marker": marker, "label": label, "fillstyle": "none" if affine else "full"}
+    if row["recipe"] in ("baseline", "static"):
+        return {"color": "#000000", "marker": "o", "label": "separate towers"}
+    if row["recipe"] == "icar" and row["kind"] == "exit":
+        return {"color": "#882255", "marker": "*", "label": "all early, as published"}
+    if row["recipe"] == "icar" and row["kind"] == "random" and goal:
+        return {"color": "#999999", "marker": "x", "label": "dice, as published"}
+    return None
+
+
+def _cost(row: Mapping[str, Any]) -> float:
+    return row["counted"] if row["measured"] is None else row["measured"]
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    recall, name = row["recall"], row["row"]
+    triples = ["/".join(f"{recall[f'{d}_r{k}']:.1f}" for k in (1, 5, 10)) for d in ("text_to_image", "image_to_text")]
+    measured = "-" if row["measured"] is None else f"{row['measured']:.2f}"
+    over = [_points(row.get(key)) for key in ("minus_random", "minus_static")]
+    lacking = "-" if row["kind"] != "routed" else "; ".join(row["lacks"]) or "nothing: the goal is reached"
+    cells = [row["recipe"], name, *triples, _short(row["mean_recall"]), _short(row["retention"]), f"{row['counted']:.2f}",
+             measured, *over, lacking]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def _short(interval: Mapping[str, float] | None) -> str:
+    return "-" if interval is None else f"{interval['value']:.1f} [{interval['low']:.1f}, {interval['high']:.1f}]"
+
+
+def _points(interval: Mapping[str, float] | None) -> str:
+    return "-" if interval is None else f"{interval['value']:+.1f} [{interval['low']:+.1f}, {interval['high']:+.1f}]"
+
+
+def _plain(interval: Interval | None) -> dict[str, float] | None:
+    return None if interval is None else interval.as_dict()
+
+
+def _middle(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.median(known)) if known else None
+
+
+def _static_cost(found: Mapping[tuple[str, str], Found]) -> float:
+    return found["static", "full"].records[0]["flops"] / found["baseline", "full"].records[0]["flops"]
+
+
+def _paired(
+    found: Mapping[tuple[str, str], Found], run: tuple[str, str], other: tuple[str, str]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The recalls [S, 1 + R] of two rows at the seeds that both have; None where there are none."""
+    if run not in found or other not in found:
+        return None
+    shared = [seed for seed in found[run].seeds if seed in found[other].seeds]
+    if not shared:
+        return None
+    return tuple(found[row].values[[found[row].seeds.index(seed) for seed in shared]] for row in (run, other))
+
+
+def _difference(found: Mapping[tuple[str, str], Found], run: tuple[str, str], other: tuple[str, str]) -> Interval | None:
+    pair = _paired(found, run, other)
+    return None if pair is None else seeds.difference(*pair)

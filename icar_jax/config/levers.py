@@ -1,0 +1,39 @@
+"""Checks of what holds early exits to full depth: distillation, the mixed gallery, layer dropout."""
+
+import math
+
+from icar_jax.config.errors import ConfigError
+from icar_jax.config.schema import ExperimentConfig
+
+
+def validate_levers(c: ExperimentConfig) -> None:
+    """Raises ConfigError for a weight out of range and for fields that do not go together, naming both."""
+    loss, dropout = c.loss, c.train.layer_dropout
+    for name in ("distill_cosine", "distill_kl", "mixed"):
+        value = getattr(loss, name)
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"config.loss.{name}={value} must be a weight of 0 or more; 0 switches it off")
+        if value and c.task == "clip" and not c.clip.exits:
+            raise ConfigError(f"config.loss.{name}={value} is about early exits, and config.clip.exits=() has none; leave it 0")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"config.train.layer_dropout={dropout} must lie in [0, 1); 0 switches it off")
+    if dropout and "image" in c.train.freeze:
+        raise ConfigError(
+            f"config.train.layer_dropout={dropout} only disturbs a tower that does not learn, and config.train.freeze="
+            f"{c.train.freeze} holds it; leave it 0"
+        )
+    if loss.mixed and loss.direction != "symmetric":
+        raise ConfigError(
+            f"config.loss.mixed={loss.mixed} lets a text choose among images of different exits, which config.loss.direction="
+            f"{loss.direction!r} leaves out; use 'symmetric'"
+        )
+    if loss.distill_kl and loss.kind == "sigmoid":
+        raise ConfigError(
+            f"config.loss.distill_kl={loss.distill_kl} compares softmaxes, and config.loss.kind='sigmoid' trains none; use "
+            "config.loss.distill_cosine"
+        )
+    if loss.distill_kl and loss.chunk:
+        raise ConfigError(
+            f"config.loss.distill_kl={loss.distill_kl} forms all similarities at once, which config.loss.chunk={loss.chunk} "
+            "avoids; use config.loss.distill_cosine, or config.loss.chunk=0"
+        )

@@ -1,0 +1,50 @@
+"""Regret: what retrieval loses when an image leaves the tower early while all others run to full depth.
+
+With s(i, c) the cosine of image i and caption c and T the temperature of full depth, the term of a pair is
+
+    l_i(z) = 1/2 log(1 + sum_{c not i} exp T (z c - z t_i)) + 1/2 log(1 + sum_{k not i} exp T (z_k t_i - z t_i))
+
+for the image embedded as z, its caption t_i, the captions c of other images, and the other images z_k at full depth: InfoNCE of
+both directions. The regret is l_i(z_exit) - l_i(z_full). A router that sorts images by regret gives the early exit to those
+that lose least, which is what a complexity score can only hope for.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+KINDS = ("loss", "cosine")
+
+
+def loss_regret(exit: Array, full: Array, text: Array, scale: Array) -> Array:
+    """Regrets [B] float32 of B pairs among each other; negative where the exit is the better one.
+
+    exit, full, text: [B, D], unit norm, row i of each belongs to pair i; scale: scalar, of full depth.
+    """
+    logits = scale * jnp.einsum("id,td->it", full, text, precision=jax.lax.Precision.HIGHEST)
+    own = jnp.eye(len(logits), dtype=bool)
+    others = jnp.where(own, -jnp.inf, logits)
+    images = jax.nn.logsumexp(others, axis=0)  # [t], all but its own
+    rivals = jnp.where(own, -jnp.inf, scale * jnp.einsum("id,td->it", exit, text, precision=jax.lax.Precision.HIGHEST))
+    at_exit = scale * jnp.sum(exit * text, axis=1)
+    at_full = scale * jnp.sum(full * text, axis=1)
+    early = jax.nn.softplus(jax.nn.logsumexp(rivals, axis=1) - at_exit) + jax.nn.softplus(images - at_exit)
+    late = jax.nn.softplus(jax.nn.logsumexp(others, axis=1) - at_full) + jax.nn.softplus(images - at_full)
+    return (early - late) / 2
+
+
+def cosine_regret(exit: Array, full: Array) -> Array:
+    """1 - cos(z_exit, z_full), [B] float32 in [0, 2], of unit vectors [B, D]."""
+    return 1 - jnp.sum(exit * full, axis=1)
+
+
+def unit_ranks(values: Array) -> Array:
+    """[B] -> the rank of each value from 0 (least) to 1 (greatest), float32; equal values share their mean rank.
+
+    What a score in [0, 1] can be trained to: regrets themselves are long-tailed and shrink as the model learns.
+    """
+    below = jnp.sum(values[None, :] < values[:, None], axis=1)
+    equal = jnp.sum(values[None, :] == values[:, None], axis=1)  # with itself
+    return (below + (equal - 1) / 2).astype(jnp.float32) / max(len(values) - 1, 1)

@@ -1,0 +1,263 @@
+"""benchmarks/retention.py and why_exits.py: recipes, the rows of a run, the report's statistics, and all of it end to end."""
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import drawn
+import numpy as np
+import pytest
+from conftest import CAPTIONS, tiny_config
+
+from icar_jax import checkpoint
+from icar_jax.config import ConfigError
+from icar_jax.data.images import Preprocess
+from icar_jax.data.tokenizer import Tokenizer
+from icar_jax.evaluation.calibration import costs
+from icar_jax.evaluation.metrics import Distractors, ranks, recall
+from icar_jax.inference.model import load
+from icar_jax.models.clip import Clip, ClipArch
+from icar_jax.models.flops import vision_flops
+from icar_jax.models.registry import clip_arch
+from icar_jax.models.text import TextArch
+from icar_jax.models.vision import VisionArch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import recipes  # noqa: E402
+import retention  # noqa: E402
+import retention_report  # noqa: E402
+import retention_rows  # noqa: E402
+import why_exits  # noqa: E402
+
+BUDGETS = (0.7, 0.8)
+
+
+# --- recipes -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting,dataset", list(itertools.product(recipes.SETTINGS, recipes.DATASETS)))
+def test_every_recipe_is_a_configuration_with_the_same_pairs(setting, dataset, tmp_path):
+    sizes = recipes.SETTINGS[setting][dataset]
+    found = {n: recipes.clip_config(n, dataset, sizes, 1, str(tmp_path), tmp_path) for n in recipes.RECIPES}
+    assert len({(c.train.steps, c.train.batch_size, c.train.seed, c.data.calibration_size) for c in found.values()}) == 1
+    assert {n for n, c in found.items() if not c.clip.exits} == {"baseline", "static"}
+    for name, config in found.items():
+        clip_arch(config.clip)  # exits below the depth, pixels on the grid
+        assert not config.train.init or config.train.init.endswith(f"{dataset}/baseline/1"), name
+    assert found["exits"].clip.exits == sizes.exits and found["shared"].clip.exits == (sizes.exit,)
+    assert found["growing"].loss.exit_weights[-1] == 1 and found["growing"].loss.exit_weights[0] < 1
+
+
+def test_the_ablation_changes_one_lever_of_shared(tmp_path):
+    sizes = recipes.SETTINGS["small"]["scenes"]
+    flat = lambda name: {
+        f"{group}.{key}": value
+        for group, values in dataclasses.asdict(recipes.clip_config(name, "scenes", sizes, 0, "", tmp_path)).items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+    }
+    shared = flat("shared")
+    for name in ("heads", "adapter", "attention", "cosine", "kl", "mixed", "growing", "dropout", "exits"):
+        assert sum(value != shared[key] for key, value in flat(name).items()) == 1, name
+
+
+@pytest.mark.parametrize("setting", ["small", "large"])
+def test_the_static_tower_is_the_deepest_within_the_budget(setting, tmp_path):
+    sizes = recipes.SETTINGS[setting]["scenes"]
+    full, small = (
+        clip_arch(recipes.clip_config(n, "scenes", sizes, 0, "", tmp_path).clip).vision for n in ("baseline", "static")
+    )
+    assert small.width == full.width
+    cost = lambda depth: vision_flops(dataclasses.replace(full, depth=depth)) / vision_flops(full)
+    assert cost(small.depth) <= recipes.BUDGET < cost(small.depth + 1)
+
+
+def test_a_name_that_is_no_field_is_refused():
+    with pytest.raises(ConfigError, match="exit_hed"):
+        recipes.changed(tiny_config(), {"clip.exit_hed": "adapter"})
+
+
+def test_the_towers_that_others_are_compared_with_come_first(tmp_path):
+    _, plan = retention.parse(["--out", str(tmp_path), "--setting", "tiny", "--seeds", "0", "1", "--recipes", "shared"])
+    todo = retention.jobs(plan)
+    order = [job.of[1] if job.of else "router" for job in todo]
+    assert order == ["router", "baseline", "static", "baseline", "static", "shared", "shared"]
+    assert [len(job.heads) for job in todo] == [0, 0, 0, 0, 0, 2, 2]
+
+
+@pytest.mark.parametrize("setting", recipes.SETTINGS)
+def test_heads_on_a_tower_are_configurations(setting, tmp_path):
+    for dataset, router in itertools.product(recipes.DATASETS, ("regret", "blocks")):
+        sizes = recipes.SETTINGS[setting][dataset]
+        config = recipes.head_config(router, dataset, sizes, 0, str(tmp_path), tmp_path / "clip", sizes.exit)
+        assert config.complexity.blocks <= sizes.exit and config.complexity.clip
+        assert (config.data.source == "folder") == (dataset == "photos" and router == "regret")
+
+
+def test_unknown_recipes_and_missing_photos_are_refused(tmp_path, capsys):
+    for more in (["--recipes", "sharred"], ["--dataset", "photos"]):
+        with pytest.raises(SystemExit):
+            retention.parse(["--out", str(tmp_path), *more])
+    assert "sharred" in capsys.readouterr().err
+
+
+# --- rows and report ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory):
+    """A random CLIP with exits after 1, 2 and 3 blocks, beside which a small router costs little."""
+    tokenizer = Tokenizer.train(CAPTIONS, 300)
+    vision = VisionArch(64, 8, 48, 3, 4, 192, 24, exits=(1, 2))
+    text = TextArch(16, tokenizer.vocab_size, 16, 1, 2, 32, 24, end_id=tokenizer.end_id)
+    arch = ClipArch(vision, text)
+    description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(64, "squash").to_dict()}
+    folder = tmp_path_factory.mktemp("tower") / "model"
+    return checkpoint.write(folder, "clip", description, drawn.params(Clip(arch).shapes(), 0), tokenizer.to_json())
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory, tower, complexity_folder):
+    """A folder as retention.py leaves it: one random tower as the runs of three recipes, routed by a random model."""
+    out = tmp_path_factory.mktemp("retention")
+    first = out / "scenes" / "baseline" / "0"
+    config = tiny_config()
+    asked_for = retention_rows.request(
+        config, first, {"complexity": complexity_folder}, calibration=40, distractors=16, budgets=(0.05, *BUDGETS), draws=4
+    )
+    first.mkdir(parents=True)
+    (first / "model").symlink_to(tower)
+    assert not retention_rows.evaluated(asked_for)
+    retention_rows.evaluate(asked_for)
+    assert retention_rows.evaluated(asked_for)
+    assert not retention_rows.evaluated(asked_for | {"draws": 5})
+    for recipe, seed in (("baseline", 1), ("shared", 0), ("shared", 1), ("static", 0)):
+        (out / "scenes" / recipe).mkdir(exist_ok=True)
+        (out / "scenes" / recipe / str(seed)).symlink_to(first)
+    return out
+
+
+def test_rows_are_those_of_the_galleries(out, tower):
+    record, hits, arrays = retention_rows.read(out / "scenes" / "baseline" / "0")
+    rows = record["rows"]
+    images = retention_rows.images_of(tiny_config(), 40, 16)
+    model = load(tower, batch_size=8)
+    embedded = [
+        (model.encode_image([source[i].image() for i in range(len(source))], exit=2),
+         model.encode_text([c for i in range(len(source)) for c in source[i].captions]),
+         np.repeat(np.arange(len(source)), [len(source[i].captions) for i in range(len(source))]))
+        for source in (images.queries, images.far)
+    ]  # fmt: skip
+    found = ranks(*embedded[0], distractors=Distractors(*embedded[1]))
+    for k in (1, 5, 10):
+        for direction, value in recall(found, k).items():
+            assert rows["exit_2"]["recall"][f"{direction}_r{k}"] == pytest.approx(value, abs=100 / 30)  # ties in the last bit
+    match, other = retention_rows.cosines(*embedded[0])
+    scores = embedded[0][0] @ embedded[0][1].T
+    own = embedded[0][2] == np.arange(30)[:, None]
+    np.testing.assert_allclose(match, [s[o].mean() for s, o in zip(scores, own)], atol=1e-5)
+    np.testing.assert_allclose(other, [s[~o].mean() for s, o in zip(scores, own)], atol=1e-5)
+    np.testing.assert_allclose(arrays["match_2"], match, atol=1e-4)
+    assert record["gallery"]["images"] == 46 and record["gallery"]["queries"] == 30
+    assert len(hits) == len(rows)
+
+
+def test_routed_rows_have_dice_and_an_oracle_at_the_same_shares(out, complexity_folder):
+    record, hits, _ = retention_rows.read(out / "scenes" / "baseline" / "0")
+    rows = record["rows"]
+    assert any("cannot be met" in note for note in record["notes"]) and "complexity@0.05" not in rows
+    model, router = load(out / "scenes" / "baseline" / "0" / "model"), load(complexity_folder)
+    cost = costs(model.clip.arch, router.scorer.complexity.arch)
+    for budget in BUDGETS:
+        name = f"complexity@{budget:.2f}"
+        routed, dice, oracle = rows[name], rows[f"{name} random"], rows[f"{name} oracle"]
+        assert routed["share"] == dice["share"] == pytest.approx(oracle["share"])
+        assert routed["counted"] - dice["counted"] == pytest.approx(cost.router / cost.full)
+        share = {int(e): part for e, part in routed["share"].items()}
+        assert routed["counted"] == pytest.approx(cost.share_of_full(share))
+        assert routed["measured"] > 0 and oracle["measured"] is None
+    assert rows["full"]["counted"] == 1 and rows["exit_1"]["counted"] < rows["exit_2"]["counted"] < 1
+    assert dice["measured"] is None and rows[f"complexity@{BUDGETS[0]:.2f} random"]["measured"] > 0
+
+
+def test_the_report_compares_seed_by_seed(out, tmp_path):
+    about = {"setting": "tiny", "seeds": [0, 1], "datasets": ["scenes", "photos"], "recipes": ["baseline", "static", "shared"]}
+    retention_report.write(tmp_path / "unused", about | {"datasets": []}, [], [], 10)
+    record = retention_report.write(out, about, about["recipes"], (0, 1), 50)
+    rows = {(row["recipe"], row["row"]): row for row in record["datasets"]["scenes"]["rows"]}
+    same = rows["shared", "full"]
+    assert same["retention"] == {"value": 100, "low": 100, "high": 100} and same["seeds"] == [0, 1]
+    assert rows["static", "full"]["seeds"] == [0]
+    early = rows["shared", "exit_1"]
+    assert early["retention"]["value"] == pytest.approx(100 * early["mean_recall"]["value"] / same["mean_recall"]["value"])
+    routed = rows["shared", "complexity@0.70"]
+    dice = rows["shared", "complexity@0.70 random"]
+    expected = routed["mean_recall"]["value"] - dice["mean_recall"]["value"]
+    assert routed["minus_random"]["value"] == pytest.approx(expected)
+    assert "fewer than 3 seeds" in routed["lacks"]
+    assert "does not surely pay" in retention_report.depth_sentence("scenes", record["datasets"]["scenes"])
+    text = (out / "retention.md").read_text()
+    assert "| shared | complexity@0.70 |" in text and "complexity@0.80" not in text
+    assert json.loads((out / "retention.json").read_text())["datasets"].keys() == {"scenes"}
+    assert (out / "retention.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_a_row_lacks_of_the_goal():
+    above = {"value": 2.0, "low": 1.0, "high": 3.0}
+    row = {"retention": {"value": 99.2, "low": 97.5, "high": 101}, "measured": 0.69, "minus_random": above,
+           "minus_static": above, "seeds": [0, 1, 2]}  # fmt: skip
+    assert retention_report.lacks(row) == []
+    for change, word in (
+        ({"retention": {"value": 98.9, "low": 97.5, "high": 101}}, "99%"),
+        ({"retention": {"value": 99.2, "low": 96.9, "high": 101}}, "97%"), ({"retention": None}, "97%"),
+        ({"measured": 0.71}, "time"), ({"measured": None}, "time"), ({"minus_random": None}, "dice"),
+        ({"minus_static": {"value": 2.0, "low": 0.0, "high": 3.0}}, "static"), ({"seeds": [0, 1]}, "seeds"),
+    ):  # fmt: skip
+        assert any(word in each for each in retention_report.lacks(row | change)), change
+
+
+def test_why_exits_of_the_same_runs(out):
+    about = {"setting": "tiny", "seeds": [0, 1], "datasets": ["scenes"], "recipes": ["baseline", "shared"]}
+    retention_report.write(out, about, about["recipes"], (0, 1), 50)
+    why_exits.main(["--out", str(out)])
+    (first, second) = json.loads((out / "why_exits.json").read_text())["datasets"]["scenes"]
+    assert first["flips"] == second["flips"]
+    for by_direction in first["flips"].values():
+        for shares in by_direction.values():
+            assert sum(each["value"] for each in shares.values()) == pytest.approx(100)
+    assert first["cosines"]["3"]["match_offset"] == {"value": 0, "low": 0, "high": 0}
+    _, _, arrays = retention_rows.read(out / "scenes" / "baseline" / "0")
+    lost = why_exits.regret(arrays, 1, 3)
+    assert first["images_that_lose"]["value"] == pytest.approx(100 * np.mean(lost > 0))
+    assert set(first["routers"]) == {"complexity"} and "captured" in first["routers"]["complexity"]
+    assert (out / "why_exits.png").read_bytes()[:4] == b"\x89PNG" and "scenes" in (out / "why_exits.md").read_text()
+
+
+def test_why_exits_says_what_is_missing(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        why_exits.main(["--out", str(tmp_path)])
+    assert "benchmarks/retention.py" in capsys.readouterr().err
+
+
+@pytest.mark.check
+def test_end_to_end_and_resumed(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "retention.py", "--setting", "tiny", "--seeds", "0", "--recipes", "shared",
+               "--routers", "complexity", "--out", tmp_path]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    first = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "run 1 of 4: router of scenes" in first.stdout and "== run 4 of 4: scenes/shared/seed 0; about" in first.stdout
+    record = json.loads((tmp_path / "retention.json").read_text())
+    rows = {(r["recipe"], r["row"]) for r in record["datasets"]["scenes"]["rows"]}
+    assert {("baseline", "full"), ("static", "full"), ("shared", "full"), ("shared", "exit_1")} <= rows
+    weights = tmp_path / "scenes/shared/0/model/params.safetensors"
+    before = weights.stat().st_mtime_ns
+    (tmp_path / "scenes/static/0/rows.json").unlink()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "== run" not in again.stdout and again.stdout.count("-- evaluate") == 1
+    assert weights.stat().st_mtime_ns == before
