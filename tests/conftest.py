@@ -10,6 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Many tests train the same tiny model: each program is compiled once a session, in whichever process comes first.
 _CACHE = tempfile.TemporaryDirectory(prefix="icar_jax_tests_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # small ones, but thousands of them
 
 import drawn
 import pytest

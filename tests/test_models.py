@@ -91,7 +91,7 @@ def test_convnext_gradient_is_finite_where_a_channel_is_zero():
     arch = ConvNeXtArch((1, 1, 1, 1), (8, 8, 8, 8), 2)
     bridge = Bridge(lambda rngs: ConvNeXt(arch, rngs=rngs))
     params = jax.tree.map(jnp.zeros_like, bridge.init(jax.random.key(0)))
-    grads = jax.grad(lambda p: bridge.bind(p)(jnp.zeros((1, 32, 32, 3)), jnp.float32).sum())(params)
+    grads = jax.jit(jax.grad(lambda p: bridge.bind(p)(jnp.zeros((1, 32, 32, 3)), jnp.float32).sum()))(params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
@@ -112,16 +112,17 @@ def test_complexity_heads_against_numpy(head):
             x = np.maximum(ref.linear(x, p["head"]["fc1"]), 0)
             x = np.maximum(ref.linear(x, p["head"]["fc2"]), 0)
             expected.append(1 / (1 + np.exp(-ref.linear(x, p["head"]["fc3"])[0])))
-    np.testing.assert_allclose(model.score(params, images), expected, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(model.score)(params, images), expected, atol=1e-4)
 
 
 def test_dropout_only_with_a_key():
     model = Complexity(ComplexityArch(ConvNeXtArch((1, 1, 1, 1), (8, 8, 8, 8)), "regression", 32, dropout=0.5))
     params = randomised(model.init(jax.random.key(0)))
     x = jnp.ones((4, 32, 32, 3))
-    plain = model.logits(params, x)
-    np.testing.assert_array_equal(plain, model.logits(params, x))
-    assert np.abs(plain - model.logits(params, x, jax.random.key(1))).max() > 1e-3
+    logits = jax.jit(model.logits)
+    plain = logits(params, x)
+    np.testing.assert_array_equal(plain, logits(params, x))
+    assert np.abs(plain - logits(params, x, jax.random.key(1))).max() > 1e-3
 
 
 def test_blocks_keep_their_order_with_string_keys():

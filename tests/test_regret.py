@@ -48,7 +48,7 @@ def plain_regret(exit, full, text, scale):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(2, 9), st.sampled_from([1.0, 14.0, 60.0]), st.integers(0, 2**32 - 1))
+@given(st.sampled_from([2, 5, 9]), st.sampled_from([1.0, 14.0, 60.0]), st.integers(0, 2**32 - 1))
 def test_loss_regret_is_the_infonce_of_one_early_image_among_full_ones(n, scale, seed):
     rng = np.random.default_rng(seed)
     exit, full, text = (unit(rng, n, 5) for _ in range(3))
@@ -95,9 +95,9 @@ def test_targets_are_the_ranks_of_the_clips_own_regrets(variant, size, kind, cli
     clip, params = Clip(teacher.clip.arch), batch["clip"]
     pixels = (batch.get("clip_image", batch["image"]) / 255).astype(np.float32)
     mean, std = (np.array(v, np.float32) for v in (teacher.preprocess.mean, teacher.preprocess.std))
-    embeds = clip.encode_image_exits(params, (pixels - mean) / std, (2, 3))
+    embeds = jax.jit(lambda p, x: clip.encode_image_exits(p, x, (2, 3)))(params, (pixels - mean) / std)
     if kind == "loss":
-        text = np.asarray(clip.encode_text(params, batch["tokens"]))
+        text = np.asarray(jax.jit(clip.encode_text)(params, batch["tokens"]))
         scale = float(clip.logit_scales(params)[3])
         expected = plain_regret(np.asarray(embeds[2]), np.asarray(embeds[3]), text, scale)
     else:
@@ -116,9 +116,10 @@ def test_targets_are_the_ranks_of_the_clips_own_regrets(variant, size, kind, cli
     found, metrics = teacher.target(batch, tower, 1 if variant == "blocks" else 0, np.float32)
     np.testing.assert_allclose(found, (rankdata(expected) - 1) / 7, atol=1e-6)
     assert float(metrics["regret"]) == pytest.approx(expected.mean(), abs=1e-4)
-    loss, metrics = task.loss(whole, batch, jax.random.key(1))
+    (loss, metrics), grads = jax.jit(
+        jax.value_and_grad(lambda b: task.loss(whole, batch | {"clip": b}, jax.random.key(1)), has_aux=True)
+    )(params)
     assert np.isfinite(loss) and 0 <= loss <= 1 and set(metrics) == {"regret"}
-    grads = jax.grad(lambda b: task.loss(whole, batch | {"clip": b}, jax.random.key(1))[0])(params)
     assert not any(np.any(g) for g in jax.tree.leaves(grads)), "no gradient reaches the CLIP"
 
 
@@ -140,7 +141,7 @@ def without_speed(workdir):
     return [{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in metric_lines(workdir)]
 
 
-@pytest.mark.parametrize("variant", ["blocks", "convnextv2_demo"])
+@pytest.mark.parametrize("variant", ["blocks", pytest.param("convnextv2_demo", marks=pytest.mark.check)])
 def test_a_run_learns_regret_and_keeps_the_clip_out_of_its_checkpoint(variant, clip_folder, tmp_path):
     config = regret_config(clip_folder, variant, steps=4)
     folder = train(config, tmp_path / "run")
