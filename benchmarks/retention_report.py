@@ -9,17 +9,16 @@ from typing import Any
 
 import numpy as np
 import recipes
+import retention_figure
 import retention_rows
-from matplotlib.axes import Axes
 from recipes import BUDGET, RECIPES
 
 from icar_jax import workdir as files
-from icar_jax.evaluation import figures, seeds
+from icar_jax.evaluation import seeds
 from icar_jax.evaluation.bootstrap import Interval
 from icar_jax.evaluation.table import write_metrics
 
 KEPT, LOWEST, FEWEST_SEEDS = 99.0, 97.0, 3  # the goal: percent kept, its lower bound, and on how many seeds at least
-STYLES = {"complexity": ("#D55E00", "D"), "regret": ("#0072B2", "s"), "blocks": ("#009E73", "^")}  # colour, marker
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def write(out: Path, plan: Mapping[str, Any], names: Sequence[str], seeds_: Sequ
     write_metrics(record, out / "retention.json")
     files.write_text(out / "retention.md", markdown(record))
     if any(row["kind"] == "routed" for part in record["datasets"].values() for row in part["rows"]):
-        draw(record, out / "retention.png")
+        retention_figure.draw(record, out / "retention.png")
     return record
 
 
@@ -175,77 +174,6 @@ def markdown(record: Mapping[str, Any]) -> str:
         lines += ["", *(f"- {name}: {RECIPES[name].note}" for name in record["recipes"]), ""]
         lines += [*(f"- {note}" for note in part["notes"]), ""]
     return "\n".join(lines)
-
-
-def draw(record: Mapping[str, Any], path: Path) -> None:
-    """Retention over measured cost, a panel a dataset: each recipe's routers at the goal's budget, and the reference rows."""
-    panels = {
-        dataset: part for dataset, part in record["datasets"].items() if any(r["kind"] == "routed" for r in part["rows"])
-    }
-    figure, first = figures.new_figure((7.6 * len(panels), 5.4))
-    figure.delaxes(first)
-    for axes, (dataset, part) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items()):
-        _panel(axes, dataset, part)
-    figure.canvas.draw()
-    for axes in figure.axes:
-        figures.place_labels(axes, axes.points, [], axes.styled, paper="white")
-    figures.save(figure, path)
-
-
-def _panel(axes: Axes, dataset: str, part: Mapping[str, Any]) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.14, y=0.14)
-    axes.axhline(100, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
-    axes.axhline(KEPT, color="0.8", linewidth=0.8, linestyle="--", zorder=0)
-    axes.axvline(100 * BUDGET, color="0.8", linewidth=0.8, linestyle="--", zorder=0)
-    points, styled, used = {}, {}, set()
-    best = {}  # of several routers of a recipe only the best is named
-    for row in part["rows"]:
-        key = f"{row['recipe']} {row['row']}"
-        style = _style(row)
-        if style is None or row["retention"] is None:
-            continue
-        kept, cost = row["retention"], 100 * _cost(row)
-        bars = [[max(kept["value"] - kept["low"], 0)], [max(kept["high"] - kept["value"], 0)]]
-        label = None if style["label"] in used else style["label"]
-        used.add(style["label"])
-        size = 5 if row["kind"] == "routed" else 7
-        axes.errorbar(cost, kept["value"], bars, markersize=size, capsize=2, linestyle="none", **style | {"label": label})
-        points[key], styled[key] = (cost, kept), ("", style["color"])
-        group = row["recipe"] if row["kind"] == "routed" else key
-        if group not in best or kept["value"] > points[best[group]][1]["value"]:
-            best[group] = key
-    for group, key in best.items():
-        styled[key] = (group.removesuffix(" full"), styled[key][1])
-    named = {key: points[key] for key in best.values()}
-    axes.points, axes.styled = named, {key: styled[key] for key in named}
-    axes.set_xlabel("measured time per image, % of full depth (router included)")
-    axes.set_ylabel("mean recall kept, % of the separate baseline\n(95% interval over images and seeds)")
-    count = max(len(row["seeds"]) for row in part["rows"])
-    title = f"{dataset}: gallery of {part['gallery']['images']:,} images, {count} seed{'s' if count > 1 else ''}"
-    axes.set_title(title, fontsize=10.5)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False, fontsize=8.5)
-
-
-def _style(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How a row is drawn; None for rows that the figure leaves out."""
-    goal = row["budget"] is None or abs(row["budget"] - BUDGET) < 1e-9
-    if row["kind"] == "routed" and goal:
-        colour, marker = STYLES.get(row["router"], ("#CC79A7", "v"))
-        affine = row["row"].endswith(retention_rows.AFFINE)
-        label = f"routed by {row['router']}" + (", scores calibrated" if affine else "")
-        return {"color": colour, "marker": marker, "label": label, "fillstyle": "none" if affine else "full"}
-    if row["recipe"] in ("baseline", "static"):
-        return {"color": "#000000", "marker": "o", "label": "separate towers"}
-    if row["recipe"] == "icar" and row["kind"] == "exit":
-        return {"color": "#882255", "marker": "*", "label": "all early, as published"}
-    if row["recipe"] == "icar" and row["kind"] == "random" and goal:
-        return {"color": "#999999", "marker": "x", "label": "dice, as published"}
-    return None
-
-
-def _cost(row: Mapping[str, Any]) -> float:
-    return row["counted"] if row["measured"] is None else row["measured"]
 
 
 def _line(row: Mapping[str, Any]) -> str:

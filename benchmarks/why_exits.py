@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import recipes
+import retention_figure
 import retention_report
 import retention_rows
 from recipes import BUDGET, DATASETS
@@ -203,7 +204,7 @@ def _captures(axes: Any, rows: Sequence[Mapping[str, Any]], y: np.ndarray) -> No
     for place, router in enumerate(routers):
         shown = [(at, row["routers"].get(router, {}).get("captured")) for at, row in zip(y, rows)]
         shown = [(at, each) for at, each in shown if each is not None]
-        style = retention_report.STYLES.get(router, ("#CC79A7", "v"))
+        style = retention_figure.STYLES.get(router, retention_figure.OTHER)
         if shown:
             shift = 0.2 * (place - (len(routers) - 1) / 2)
             _bars(axes, [each for _, each in shown], np.array([at for at, _ in shown]) + shift, *style, router)

@@ -1,0 +1,138 @@
+"""The figure of benchmarks/retention.py: what every recipe keeps at the goal's budget, and the frontier of the best one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from recipes import BUDGET
+
+from icar_jax.evaluation import figures
+
+STYLES = {"complexity": ("#D55E00", "D"), "regret": ("#0072B2", "s"), "blocks": ("#009E73", "^")}  # colour, marker
+OTHER = ("#CC79A7", "v")  # of a router that has no style
+GOAL = 99.0
+Row = Mapping[str, Any]
+
+
+def draw(record: Mapping[str, Any], path: Path) -> None:
+    """Two panels a dataset that has routed rows; the record is that of retention_report.write."""
+    parts = {name: part for name, part in record["datasets"].items() if any(r["kind"] == "routed" for r in part["rows"])}
+    most = max(len({row["recipe"] for row in part["rows"]}) for part in parts.values())
+    figure, first = figures.new_figure((13.0, len(parts) * (2.4 + 0.36 * most)))
+    figure.delaxes(first)
+    for (left, right), (name, part) in zip(figure.subplots(len(parts), 2, squeeze=False), parts.items()):
+        for axes in (left, right):
+            axes.spines[["top", "right"]].set_visible(False)
+        _forest(left, name, part["rows"])
+        _frontier(right, name, part)
+    figures.save(figure, path)
+
+
+def _forest(axes: Axes, dataset: str, rows: Sequence[Row]) -> None:
+    """A line a recipe: its own full depth, and what each router keeps at the goal's budget."""
+    names = list(dict.fromkeys(row["recipe"] for row in rows if row["retention"] is not None and row["recipe"] != "baseline"))
+    routers = [name for name in STYLES if any(row.get("router") == name for row in rows)]
+    _lines(axes.axvline)
+    for y, name in enumerate(names):
+        own = {row["row"]: row for row in rows if row["recipe"] == name}
+        if "full" in own:
+            label = "the recipe's own full depth (static: the whole tower)"
+            _bar(axes, own["full"], y, "#000000", "o", "full", label if not y else None)
+        for i, router in enumerate(routers):
+            colour, marker = STYLES.get(router, OTHER)
+            at = y + 0.55 * ((i + 1) / (len(routers) + 1) - 0.5)
+            for suffix, fill in (("", "full"), (" affine", "none")):
+                row = own.get(f"{router}@{BUDGET:.2f}{suffix}")
+                if row is not None:
+                    label = f"routed by {router}" + (", scores calibrated" if suffix else "")
+                    _bar(axes, row, at, colour, marker, fill, label if name == _first(names, rows) else None)
+    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel("mean recall kept, % of the separate baseline (95% interval)")
+    axes.set_title(f"{dataset}: every recipe at {BUDGET:.0%} of the counted cost", fontsize=10.5)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=8)
+
+
+def _first(names: Sequence[str], rows: Sequence[Row]) -> str | None:
+    """The recipe whose marks carry the labels: the first that is routed."""
+    return next((n for n in names if any(row["recipe"] == n and row["kind"] == "routed" for row in rows)), None)
+
+
+def _bar(axes: Axes, row: Row, y: float, colour: str, marker: str, fill: str, label: str | None) -> None:
+    kept = row["retention"]
+    bars = [[max(kept["value"] - kept["low"], 0)], [max(kept["high"] - kept["value"], 0)]]
+    style = {"color": colour, "marker": marker, "fillstyle": fill, "markersize": 4.5, "linewidth": 1, "capsize": 1.5}
+    axes.errorbar(kept["value"], y, xerr=bars, linestyle="none", label=label, **style)
+
+
+def _frontier(axes: Axes, dataset: str, part: Mapping[str, Any]) -> None:
+    """The best recipe at every budget, with its exits, dice and oracle, beside the towers that were trained separately."""
+    rows = part["rows"]
+    best = best_recipe(rows)
+    own = [row for row in rows if row["recipe"] == best]
+    _lines(axes.axhline)
+    axes.axvline(100 * BUDGET, color="0.8", linewidth=0.8, linestyle="--", zorder=0)
+    for router in [name for name in STYLES if any(row.get("router") == name for row in own)]:
+        colour, marker = STYLES.get(router, OTHER)
+        routed = [row for row in own if row["kind"] == "routed" and row["router"] == router and "affine" not in row["row"]]
+        _curve(axes, routed, f"routed by {router}", color=colour, marker=marker)
+        for kind, line in (("random", ":"), ("oracle", "--")):
+            others = [row for row in own if row["kind"] == kind and row["router"] == router]
+            _curve(axes, others, f"{_WORDS[kind]}, shares of {router}", color=colour, linestyle=line, linewidth=0.9)
+    for row in own:
+        if row["kind"] in ("exit", "full"):
+            _point(axes, row, row["row"].replace("exit_", "exit "), "#882255", "*")
+    for row in rows:
+        if row["recipe"] in ("baseline", "static"):
+            _point(axes, row, row["recipe"], "#000000", "o")
+    count = max(len(row["seeds"]) for row in rows)
+    axes.set_xlabel("measured time per image, % of full depth, router included (oracle: counted)")
+    axes.set_ylabel("mean recall kept, %")
+    axes.set_title(
+        f"{dataset}: {best}, gallery of {part['gallery']['images']:,} images, {count} seed{'s' if count > 1 else ''}",
+        fontsize=10.5,
+    )
+    axes.margins(x=0.1, y=0.1)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False, fontsize=8)
+
+
+_WORDS = {"random": "dice", "oracle": "oracle"}
+
+
+def best_recipe(rows: Sequence[Row]) -> str:
+    """The recipe of the routed row that keeps most, among those within the budget of time where there are any."""
+    routed = [row for row in rows if row["kind"] == "routed" and row["retention"] is not None]
+    within = [row for row in routed if cost(row) <= BUDGET]
+    return max(within or routed, key=lambda row: row["retention"]["value"])["recipe"]
+
+
+def cost(row: Row) -> float:
+    """Measured time as a share of full depth's, or the counted cost where nothing was measured."""
+    return row["counted"] if row["measured"] is None else row["measured"]
+
+
+def _curve(axes: Axes, rows: Sequence[Row], label: str, **style: Any) -> None:
+    rows = sorted((row for row in rows if row["retention"] is not None), key=cost)
+    if not rows:
+        return
+    kept = np.array([[row["retention"][name] for name in ("low", "value", "high")] for row in rows])
+    x = np.array([100 * cost(row) for row in rows])
+    axes.plot(x, kept[:, 1], label=label, markersize=4.5, **style)
+    if "marker" in style:
+        axes.fill_between(x, kept[:, 0], kept[:, 2], color=style["color"], alpha=0.12, linewidth=0)
+
+
+def _point(axes: Axes, row: Row, name: str, colour: str, marker: str) -> None:
+    kept = row["retention"]
+    bars = [[max(kept["value"] - kept["low"], 0)], [max(kept["high"] - kept["value"], 0)]]
+    axes.errorbar(100 * cost(row), kept["value"], bars, color=colour, marker=marker, capsize=2, linestyle="none")
+    axes.annotate(name, (100 * cost(row), kept["value"]), (5, 5), textcoords="offset points", fontsize=8.5, color=colour)
+
+
+def _lines(line: Any) -> None:
+    line(100, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
+    line(GOAL, color="0.8", linewidth=0.8, linestyle="--", zorder=0)
