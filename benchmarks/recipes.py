@@ -129,6 +129,7 @@ RECIPES: dict[str, Recipe] = {
     "shared": Recipe("heads, and one temperature"),
     "adapter": Recipe("shared, residual adapter as exit head", {"clip.exit_head": "adapter"}),
     "attention": Recipe("shared, attention pool as exit head", {"clip.exit_head": "attention"}),
+    "summed": Recipe("shared, an embedding sums the heads up to its depth", {"clip.exit_sum": True}),
     "cosine": Recipe("shared, distillation by cosine", {"loss.distill_cosine": 1.0}),
     "kl": Recipe("shared, distillation by KL over similarities", {"loss.distill_kl": 1.0}),
     "mixed": Recipe("shared, mixed-gallery loss", {"loss.mixed": 1.0}),

@@ -12,14 +12,15 @@ import reference as ref
 from test_plan import dot_flops
 
 from icar_jax import checkpoint, pytree
-from icar_jax.config import ClipConfig, from_dict
+from icar_jax.config import ClipConfig, ConfigError, ExperimentConfig, from_dict, validate
 from icar_jax.convert.errors import ConvertError
 from icar_jax.convert.export import export
+from icar_jax.data.images import Preprocess
 from icar_jax.models import flops, registry
 from icar_jax.models.clip import Clip, ClipArch, exit_sources, start_exits_from_final
 from icar_jax.models.layers import Bridge
 from icar_jax.models.transformer import Block, Execution, block_scales, run_blocks
-from icar_jax.models.vision import ExitHead, VisionArch
+from icar_jax.models.vision import ExitHead, Vision, VisionArch
 from icar_jax.parallel.rules import RULES
 from icar_jax.training import initial, plan_flops
 
@@ -103,9 +104,55 @@ def test_every_parameter_of_the_heads_has_a_rule_of_sharding():
         assert paths and [p for p in paths if not any(re.search(pattern, p) for pattern, _ in RULES)] == []
 
 
+def test_summed_heads_are_the_sum_of_what_each_gives():
+    own, summed = (dataclasses.replace(ARCH, exits=(1, 2), exit_sum=on) for on in (False, True))
+    tower = lambda arch: Bridge(lambda rngs: Vision(arch, rngs=rngs))
+    params = drawn.params(tower(own).shapes(), 0)
+    images = np.random.default_rng(1).standard_normal((2, 32, 32, 3)).astype(np.float32)
+    run = lambda arch, exits: jax.jit(lambda p: tower(arch).bind(p)(images, exits, jnp.float32))(params)
+    each = run(own, (1, 2, 3))
+    for exit in (1, 2, 3):
+        (found,) = run(summed, (exit,)).values()
+        np.testing.assert_allclose(found, sum(each[e] for e in range(1, exit + 1)), atol=1e-5)
+    assert list(run(summed, (3, 1))) == [1, 3]
+
+
+def test_summed_heads_go_on_from_tokens_before_the_first_of_them():
+    clip = Clip(registry.clip_arch(ClipConfig(variant="vit_demo", exits=(2, 4), patch_size=32, exit_sum=True)))
+    params = drawn.params(clip.shapes(), 0)
+    images = np.random.default_rng(1).standard_normal((2, 64, 64, 3)).astype(np.float32)
+    whole = clip.encode_image_exits(params, images)
+    trunk = Bridge(lambda rngs: Vision(clip.arch.vision, rngs=rngs)).bind(params["vision"])
+    tokens = trunk.run(trunk.embed(images, jnp.float32), (2,), jnp.float32)[2]
+    for exit, expected_ in whole.items():
+        np.testing.assert_allclose(clip.encode_tokens(params, tokens, 2, exit), expected_, atol=1e-5)
+    with pytest.raises(ValueError, match="past the head after 2 of the exit after 4"):
+        clip.encode_tokens(params, tokens, 3, 4)
+
+
+def test_what_summed_heads_cannot_go_with(tmp_path):
+    with pytest.raises(ValueError, match="attention-pool head"):
+        VisionArch(32, 8, 32, 3, 4, 64, 32, head="map", class_token=False, exit_sum=True)
+    for changes, message in (
+        ({"exits": ()}, "exit_sum=True sums heads of exits"),
+        ({"freeze": ("image",)}, "config.train.freeze=.*is to hold"),
+    ):
+        config = ExperimentConfig(clip=ClipConfig(variant="vit_demo", exits=changes.get("exits", (2,)), exit_sum=True))
+        config.train.freeze = changes.get("freeze", ())
+        with pytest.raises(ConfigError, match=message):
+            validate(config)
+    made = registry.clip_arch(ClipConfig(variant="vit_demo", exits=(2,), patch_size=32))
+    description = {"arch": dataclasses.asdict(made), "preprocess": Preprocess(64, "squash").to_dict()}
+    folder = checkpoint.write(tmp_path / "model", "clip", description, drawn.params(Clip(made).shapes(), 0))
+    other = dataclasses.replace(made, vision=dataclasses.replace(made.vision, exit_sum=True))
+    with pytest.raises(ConfigError, match="full depth would begin somewhere else; set it to False"):
+        initial.adopt(other, folder)
+
+
+@pytest.mark.parametrize("summed", [False, True], ids=["own", "summed"])
 @pytest.mark.parametrize("name", ("linear", *HEADS))
-def test_counted_flops_are_those_of_the_traced_program(name):
-    arch = registry.clip_arch(ClipConfig(variant="vit_demo", exits=(2, 4), exit_head=name))
+def test_counted_flops_are_those_of_the_traced_program(name, summed):
+    arch = registry.clip_arch(ClipConfig(variant="vit_demo", exits=(2, 4), exit_head=name, exit_sum=summed))
     clip = Clip(arch)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     for exit in (2, 4, 6):
@@ -113,7 +160,10 @@ def test_counted_flops_are_those_of_the_traced_program(name):
         assert dot_flops(program.jaxpr) == flops.vision_flops(arch.vision, exit)
     program = jax.make_jaxpr(clip.encode_image_exits)(clip.shapes(), image)
     assert dot_flops(program.jaxpr) == plan_flops.image_flops(arch.vision)
-    plain = dataclasses.replace(arch.vision, exit_head="linear")
+    plain = dataclasses.replace(arch.vision, exit_head="linear", exit_sum=False)
+    if summed:
+        assert flops.vision_flops(arch.vision, 4) > flops.vision_flops(dataclasses.replace(arch.vision, exit_sum=False), 4)
+        return
     assert flops.vision_flops(arch.vision) == flops.vision_flops(plain)  # full depth has no such head
     assert (flops.vision_flops(arch.vision, 2) > flops.vision_flops(plain, 2)) == (name != "linear")
 

@@ -1,4 +1,4 @@
-"""Checks of what holds early exits to full depth: distillation, the mixed gallery, layer dropout."""
+"""Checks of what holds early exits to full depth: summed heads, distillation, the mixed gallery, layer dropout."""
 
 import math
 
@@ -9,6 +9,13 @@ from icar_jax.config.schema import ExperimentConfig
 def validate_levers(c: ExperimentConfig) -> None:
     """Raises ConfigError for a weight out of range and for fields that do not go together, naming both."""
     loss, dropout = c.loss, c.train.layer_dropout
+    if c.clip.exit_sum and c.task == "clip" and not c.clip.exits:
+        raise ConfigError("config.clip.exit_sum=True sums heads of exits, and config.clip.exits=() has none; leave it False")
+    if c.clip.exit_sum and "image" in c.train.freeze:
+        raise ConfigError(
+            f"config.clip.exit_sum=True changes the embeddings of full depth as its exits learn, which config.train.freeze="
+            f"{c.train.freeze} is to hold; leave it False"
+        )
     for name in ("distill_cosine", "distill_kl", "mixed"):
         value = getattr(loss, name)
         if not 0 <= value < math.inf:

@@ -40,6 +40,7 @@ def _plain_clip(arch: ClipArch) -> dict[str, bool]:
         "its patch embedding has a bias": v.patch_bias,
         "its image tower has no norm before the blocks": not v.pre_norm,
         "its text projection has a bias": t.proj_bias,
+        "its embeddings are sums over the heads of its exits (exit_sum)": v.exit_sum,
     }
 
 

@@ -115,8 +115,9 @@ class Clip:
     ) -> dict[int, Array]:
         """The rest of `encode_image_exits`: tokens [B, L, W] after `start` blocks -> {executed blocks: [B, D], unit norm}."""
         for blocks_run in exits:
-            if start > self.arch.vision.check_exit(blocks_run):
-                raise ValueError(f"tokens after {start} blocks are past the exit after {blocks_run}")
+            first = self.arch.vision.heads_of(self.arch.vision.check_exit(blocks_run))[0]
+            if start > first:
+                raise ValueError(f"tokens after {start} blocks are past the head after {first} of the exit after {blocks_run}")
         embeds = self._bridge.bind(params).vision.resume(tokens, start, exits, dtype, self.execution)
         return {blocks_run: unit_norm(z) for blocks_run, z in embeds.items()}
 

@@ -20,9 +20,9 @@ def _block_macs(tokens: int, width: int, mlp_width: int) -> int:
 
 
 def vision_flops(arch: VisionArch, blocks_run: int | None = None) -> int:
-    """FLOPs of one image through `blocks_run` blocks (None: all), patch embedding and the exit's head included."""
+    """FLOPs of one image through `blocks_run` blocks (None: all), patch embedding and the exit's head or heads included."""
     blocks = arch.check_exit(blocks_run)
-    return trunk_flops(arch, blocks) + head_flops(arch, blocks)
+    return trunk_flops(arch, blocks) + sum(head_flops(arch, e) for e in arch.heads_of(blocks))
 
 
 def head_flops(arch: VisionArch, blocks_run: int | None = None) -> int:

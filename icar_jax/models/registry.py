@@ -85,7 +85,7 @@ def clip_arch(config: cfg.ClipConfig, vocabulary: int | None = None, end_id: int
         raise cfg.ConfigError(f"config.clip.context_length={config.context_length} must be 0 or at least 2")
     vision = dataclasses.replace(
         base.vision, depth=depth, image_size=size, patch_size=patch, exits=tuple(config.exits), pool=config.pool,
-        exit_head=config.exit_head,
+        exit_head=config.exit_head, exit_sum=config.exit_sum,
     )
     text = dataclasses.replace(
         base.text,
@@ -135,6 +135,7 @@ def _blocks_arch(config: cfg.ComplexityConfig) -> BlocksArch:
             f"config.complexity.blocks={config.blocks} must lie in 1 to {clip.vision.all_exits[0]}, the first exit of "
             f"{config.clip}: an image that leaves there has to be scored before"
         )
-    plain = {"exits": (), "pool": VisionArch.pool, "exit_head": VisionArch.exit_head}  # it has no exits of its own
+    own = ("exits", "pool", "exit_head", "exit_sum")  # it has no exits of its own
+    plain = {name: getattr(VisionArch, name) for name in own}
     vision = dataclasses.replace(clip.vision, **plain)
     return BlocksArch(vision, config.blocks, config.head, config.dropout)

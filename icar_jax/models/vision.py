@@ -6,8 +6,10 @@ the space that the full tower and the text tower share. Full depth is always an 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +44,7 @@ class VisionArch:
     pre_norm: bool = True
     norm_eps: float = 1e-5  # of the tower; exit heads of a CLIP keep 1e-5
     exit_head: str = "linear"  # at the exits, before the projection: linear (nothing) | adapter | attention (exit_heads.py)
+    exit_sum: bool = False  # an embedding is the sum of what the heads up to its depth give, not of its own head alone
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
@@ -59,6 +62,8 @@ class VisionArch:
                 f"an attention-pool head has no projection: embed_dim {self.embed_dim} must be the width {self.width}, "
                 f"and exits pool 'map', not {self.pool!r}"
             )
+        if self.exit_sum and self.head == "map":
+            raise ValueError("exit_sum sums projections, which a tower with an attention-pool head has none of")
         if self.pool == "map" and self.exits and self.exit_head != "linear":
             raise ValueError(f"exits that pool 'map' see all tokens already; exit head {self.exit_head!r} must be 'linear'")
         if self.head != "map" and self.pool == "map":
@@ -73,6 +78,10 @@ class VisionArch:
     def all_exits(self) -> tuple[int, ...]:
         """Every depth an embedding can be taken at, full depth last."""
         return (*self.exits, self.depth)
+
+    def heads_of(self, blocks_run: int) -> tuple[int, ...]:
+        """The depths whose heads make the embedding after `blocks_run` blocks, ascending; the last is `blocks_run`."""
+        return tuple(e for e in self.all_exits if e <= blocks_run) if self.exit_sum else (blocks_run,)
 
     def check_exit(self, exit: int | None) -> int:
         """The executed blocks of `exit`, None meaning full depth. Raises ValueError for a depth without a head."""
@@ -188,8 +197,11 @@ class Vision(Trunk):
         scales: Array | None = None,
     ) -> dict[int, Array]:
         """The rest of the tower: tokens [B, L, W] after `start` blocks -> what `__call__` gives, for exits from `start` on."""
-        taps = self.run(x, exits, dtype, start, execution, scales)
-        return {blocks_run: self._embed(x, blocks_run, dtype).astype(jnp.float32) for blocks_run, x in taps.items()}
+        parts = {exit: self.arch.heads_of(exit) for exit in exits}
+        taps = self.run(x, {e for heads in parts.values() for e in heads}, dtype, start, execution, scales)
+        each = {blocks_run: self._embed(x, blocks_run, dtype).astype(jnp.float32) for blocks_run, x in taps.items()}
+        # In ascending order, as the pass gives them.
+        return {exit: reduce(operator.add, (each[e] for e in parts[exit])) for exit in sorted(parts)}
 
     def _embed(self, x: Array, blocks_run: int, dtype: DType) -> Array:
         if blocks_run != self.arch.depth:

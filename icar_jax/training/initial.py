@@ -39,6 +39,7 @@ KINDS = {"clip": ("clip",), "complexity": ("complexity", "convnext")}
 # What a variant of the registry fixes, and what a checkpoint says beside it: shapes do not tell these, and no field sets them.
 _SIZES = ("width", "depth", "mlp_width", "embed_dim", "patch_size")
 _MANNERS = ("activation", "heads", "norm_eps", "head", "class_token", "patch_bias", "pre_norm", "causal", "proj_bias")
+_SUMMED = {False: "one head each", True: "summed heads (exit_sum)"}
 _RESIDUAL = re.compile(r"vision/exits/\d+/residual/")
 _SHOWN = 20  # lines of differing parameters
 
@@ -55,6 +56,12 @@ def adopt(arch: Any, path: str | os.PathLike) -> Any:
     lines = _size_differences(arch, saved)
     if lines:
         raise _refusal(path, lines, [_clip_variant(saved)])
+    if arch.vision.exit_sum != saved.vision.exit_sum:
+        raise ConfigError(
+            f"config.train.init={os.fspath(path)}: its embeddings are those of {_SUMMED[saved.vision.exit_sum]}, and with "
+            f"config.clip.exit_sum={arch.vision.exit_sum} full depth would begin somewhere else; set it to "
+            f"{saved.vision.exit_sum}, or begin without config.train.init"
+        )
     vision = {name: getattr(saved.vision, name) for name in _MANNERS if hasattr(saved.vision, name)}
     if saved.vision.head == "map":
         vision["pool"] = "map"  # the only way its exits can start from its head
