@@ -63,7 +63,7 @@ def test_the_ablation_changes_one_lever_of_shared(tmp_path):
         for key, value in values.items()
     }
     shared = flat("shared")
-    for name in ("heads", "adapter", "attention", "cosine", "kl", "mixed", "growing", "dropout", "exits"):
+    for name in ("heads", "adapter", "attention", "summed", "cosine", "kl", "mixed", "growing", "dropout", "exits"):
         assert sum(value != shared[key] for key, value in flat(name).items()) == 1, name
 
 
