@@ -14,7 +14,7 @@ demo: .venv/installed
 ifdef SEARCH
 	$(BIN)/icar scenes $(DEMO)/gallery -n 500
 	$(BIN)/icar index $(DEMO)/gallery/images --checkpoint $(DEMO)/bundle --store $(DEMO)/store --captions $(DEMO)/gallery/captions.jsonl
-	$(BIN)/icar search "a large red star" --store $(DEMO)/store -k 5
+	$(BIN)/icar search "A small red circle on a yellow background." --store $(DEMO)/store -k 5
 endif
 
 # Programs that run for a moment: optimising them would take longer than it saves. `make check` and `make parity` do.
