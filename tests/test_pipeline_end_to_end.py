@@ -297,7 +297,8 @@ def test_the_demo_reaches_its_numbers(tmp_path):
     run(*icar, "scenes", str(gallery), "-n", "500")
     captions = str(gallery / "captions.jsonl")
     run(*icar, "index", str(gallery / "images"), "--checkpoint", str(demo / "bundle"), "--store", store, "--captions", captions)
-    found = json.loads(run(*icar, "search", "A small red circle on a yellow background.", "--store", store, "-k", "5", "--json"))
+    query = "A small red circle on a yellow background."
+    found = json.loads(run(*icar, "search", query, "--store", store, "-k", "5", "--json"))
     assert sum("red" in hit["caption"] for hit in found["hits"]) >= 3, found["hits"]
     # The score is worth its name: held-out scenes are ranked by their known complexity.
     scenes = Scenes("test", 300)
