@@ -30,7 +30,7 @@ def weights(workdir, kind="clip"):
     return pytree.flatten(checkpoint.read(workdir / "model", kind).params)
 
 
-@pytest.mark.parametrize("task", ["clip", "complexity"])
+@pytest.mark.parametrize("task", ["clip", pytest.param("complexity", marks=pytest.mark.check)])
 def test_two_steps_then_two_more_equal_four_bit_for_bit(task, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(tiny_config(task), whole)
@@ -229,7 +229,7 @@ def test_schedule_warms_up_and_ends():
     assert all(a >= b for a, b in zip(values[10:], values[11:])) and values[-1] == pytest.approx(0.1, abs=0.01)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.check)])
 def test_the_baseline_is_the_same_step_with_no_early_exit(dtype):
     config = tiny_config(dtype=dtype)
     config.clip.exits = ()
