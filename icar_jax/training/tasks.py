@@ -186,19 +186,7 @@ def _complexity_task(config: ExperimentConfig, class_counts: tuple[int, int]) ->
         logits = model.logits(params, pixels, key, dtype)
         return losses.complexity_loss(logits, batch["complexity"], arch.head, threshold, weights), {}
 
-    return Task(
-        arch,
-        "complexity",
-        model.shapes(),
-        model.init,
-        loss,
-        None,
-        None,
-        preprocess,
-        0,
-        ("image", "complexity"),
-        {**described, "preprocess": preprocess.to_dict()},
-    )
+    return _scorer_task(arch, loss, preprocess, ("image", "complexity"), described)
 
 
 def _regret_task(config: ExperimentConfig, arch: Any, preprocess: Preprocess, described: dict[str, Any]) -> Task:
@@ -217,6 +205,16 @@ def _regret_task(config: ExperimentConfig, arch: Any, preprocess: Preprocess, de
         target, metrics = teacher.target(batch, tokens, blocks, dtype)
         return losses.complexity_loss(logits, target, arch.head, 0.0), metrics
 
+    fields = ("image", *others, *(("tokens",) if teacher.reads_captions else ()))
+    described = {**described, "target": "regret", "regret": teacher.description}
+    task = _scorer_task(arch, loss, preprocess, fields, described)
+    length = teacher.clip.arch.text.context_length if teacher.reads_captions else 0
+    return dataclasses.replace(task, context_length=length, given={regret.CLIP: teacher.clip.shapes()}, others=others)
+
+
+def _scorer_task(arch: Any, loss: Callable, preprocess: Preprocess, fields: tuple[str, ...], described: dict) -> Task:
+    """A task of the complexity model `arch`, whose pairs are not compared; it reads no captions."""
+    model = make_scorer(arch)
     return Task(
         arch,
         "complexity",
@@ -226,9 +224,7 @@ def _regret_task(config: ExperimentConfig, arch: Any, preprocess: Preprocess, de
         None,
         None,
         preprocess,
-        teacher.clip.arch.text.context_length if teacher.reads_captions else 0,
-        ("image", *others, *(("tokens",) if teacher.reads_captions else ())),
-        {**described, "target": "regret", "regret": teacher.description, "preprocess": preprocess.to_dict()},
-        {regret.CLIP: teacher.clip.shapes()},
-        others,
+        0,
+        fields,
+        {**described, "preprocess": preprocess.to_dict()},
     )
