@@ -55,17 +55,20 @@ def tiny_config(task="clip", **train):
     )
 
 
+def random_clip(folder, vision):
+    """Writes a CLIP with random weights and a small text tower; `vision` embeds into 24 dimensions."""
+    tokenizer = Tokenizer.train(CAPTIONS, 300)
+    text = TextArch(16, tokenizer.vocab_size, 16, 1, 2, 32, 24, end_id=tokenizer.end_id)
+    arch = ClipArch(vision, text)
+    description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(vision.image_size, "squash").to_dict()}
+    return checkpoint.write(folder, "clip", description, drawn.params(Clip(arch).shapes(), 0), tokenizer.to_json())
+
+
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory):
     """A random CLIP checkpoint with exits after 1, 2 and 3 blocks."""
-    tokenizer = Tokenizer.train(CAPTIONS, 300)
     vision = VisionArch(32, 8, 32, 3, 4, 64, 24, exits=(1, 2))
-    text = TextArch(16, tokenizer.vocab_size, 16, 1, 2, 32, 24, end_id=tokenizer.end_id)
-    arch = ClipArch(vision, text)
-    description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(32, "squash").to_dict()}
-    params = drawn.params(Clip(arch).shapes(), 0)
-    folder = tmp_path_factory.mktemp("clip") / "model"
-    return checkpoint.write(folder, "clip", description, params, tokenizer.to_json())
+    return random_clip(tmp_path_factory.mktemp("clip") / "model", vision)
 
 
 @pytest.fixture(scope="session")

@@ -8,22 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import drawn
 import numpy as np
 import pytest
-from conftest import CAPTIONS, tiny_config
+from conftest import random_clip, tiny_config
 
-from icar_jax import checkpoint
 from icar_jax.config import ConfigError
-from icar_jax.data.images import Preprocess
-from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.evaluation.calibration import costs
 from icar_jax.evaluation.metrics import Distractors, ranks, recall
 from icar_jax.inference.model import load
-from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.flops import vision_flops
 from icar_jax.models.registry import clip_arch
-from icar_jax.models.text import TextArch
 from icar_jax.models.vision import VisionArch
 
 ROOT = Path(__file__).parent.parent
@@ -113,13 +107,7 @@ def test_unknown_recipes_and_missing_photos_are_refused(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory):
     """A random CLIP with exits after 1, 2 and 3 blocks, beside which a small router costs little."""
-    tokenizer = Tokenizer.train(CAPTIONS, 300)
-    vision = VisionArch(64, 8, 48, 3, 4, 192, 24, exits=(1, 2))
-    text = TextArch(16, tokenizer.vocab_size, 16, 1, 2, 32, 24, end_id=tokenizer.end_id)
-    arch = ClipArch(vision, text)
-    description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(64, "squash").to_dict()}
-    folder = tmp_path_factory.mktemp("tower") / "model"
-    return checkpoint.write(folder, "clip", description, drawn.params(Clip(arch).shapes(), 0), tokenizer.to_json())
+    return random_clip(tmp_path_factory.mktemp("tower") / "model", VisionArch(64, 8, 48, 3, 4, 192, 24, exits=(1, 2)))
 
 
 @pytest.fixture(scope="module")

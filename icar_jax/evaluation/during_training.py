@@ -26,9 +26,10 @@ from icar_jax.data.splits import Subset
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.evaluation import ratings_metrics, regret
 from icar_jax.evaluation.metrics import ranks, recall
-from icar_jax.models.clip import LOGIT_SCALE_MAX, Clip, ClipArch
+from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.complexity import log_odds
 from icar_jax.models.pixels import normalise
+from icar_jax.models.registry import routed_clip
 from icar_jax.models.scorers import make_scorer, scorer_arch
 
 AT = 5
@@ -214,7 +215,7 @@ class RegretRanks(Ratings):
 
     def _judged(self, trained: Any) -> tuple[Source, np.ndarray]:
         config, told = trained.config, trained.description["regret"]
-        found = checkpoint.read(regret.clip_folder(config), "clip")
+        found = checkpoint.read(routed_clip(config.complexity), "clip")
         if not found.tokenizer:
             raise ConfigError(
                 f"config.complexity.clip={config.complexity.clip} holds no tokenizer, and captions are embedded to evaluate "
@@ -224,9 +225,9 @@ class RegretRanks(Ratings):
         whole = Retrieval(dataclasses.replace(trained, description=found.description, tokenizer=tokenizer))
         params = jax.tree.map(lambda leaf: _everywhere(leaf, whole.gallery.everywhere), found.params)
         index, by_exit, texts, owner = in_order(*whole.embeddings(params))
-        arch, scale = whole.clip.arch, float(np.exp(found.params["logit_scale"]))
-        scale = scale if arch.logit_bias else min(scale, LOGIT_SCALE_MAX)
-        values = regret.regrets(by_exit[told["exit"]], by_exit[arch.vision.depth], texts, owner, scale, told["kind"])
+        full = whole.clip.arch.vision.depth
+        scale = float(whole.clip.logit_scales(found.params)[full])
+        values = regret.regrets(by_exit[told["exit"]], by_exit[full], texts, owner, scale, told["kind"])
         judged = regret.Regrets(whole.gallery.source, index, values).judged()
         return judged, np.array(list(judged.targets.values()), np.float32)
 

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from icar_jax import checkpoint
-from icar_jax.checkpoint import CheckpointError
 from icar_jax.config import ConfigError, ExperimentConfig
 from icar_jax.data import sources
 from icar_jax.data.records import Record, Source
 from icar_jax.evaluation import ratings_metrics as m
 from icar_jax.evaluation.gallery import embed, full_scale
 from icar_jax.inference.model import Model, load
+from icar_jax.models.registry import routed_clip
 
 KNOWN = "known_complexity"  # the run of what is known of the images, as a prediction of their regret
 _ROWS = 1024
@@ -95,20 +94,12 @@ class Regrets:
         return np.array([self.source[i].complexity for i in self.index.tolist()], np.float32)
 
 
-def clip_folder(config: ExperimentConfig) -> Path:
-    """The CLIP that config.complexity.clip names. Raises ConfigError."""
-    try:
-        return checkpoint.find(config.complexity.clip, ("clip",))
-    except CheckpointError as error:
-        raise ConfigError(f"config.complexity.clip={config.complexity.clip}: {error}") from error
-
-
 def open_clip(config: ExperimentConfig, scorer: Mapping[str, Any]) -> Model:
     """The CLIP whose regret the complexity model of that description learnt.
 
     Raises ConfigError where the model learnt something else, or the regret of another CLIP than config.complexity.clip.
     """
-    folder, told = clip_folder(config), scorer.get("regret")
+    folder, told = routed_clip(config.complexity), scorer.get("regret")
     if told is None:
         raise ConfigError(
             "config.complexity.target='regret', but the model learnt ratings; evaluate it with config.complexity.target=rating"

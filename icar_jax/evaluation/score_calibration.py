@@ -33,11 +33,6 @@ class ScoreCalibration:
         affine = {str(e): {"slope": a, "offset": b} for e, (a, b) in sorted(self.affine.items())}
         return {"kind": "affine", "exits": affine, "loss_before": self.loss_before, "loss_after": self.loss_after}
 
-    def scores(self, cosines: np.ndarray, exits: np.ndarray) -> np.ndarray:
-        """cosines [..., N] of images that left at `exits` [N] -> calibrated scores [..., N], float32."""
-        slopes, offsets = self._of(exits)
-        return cosines.astype(np.float32) * slopes + offsets
-
     def images(self, embeddings: np.ndarray, exits: np.ndarray) -> np.ndarray:
         """[N, D] of images that left at `exits` [N] -> [N, D + 1], whose products with `texts` are the calibrated scores."""
         slopes, offsets = self._of(exits)

@@ -6,6 +6,7 @@ Sizes: OpenAI and OpenCLIP for the vision transformers, timm for ConvNeXt. The `
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from icar_jax import checkpoint
 from icar_jax import config as cfg
@@ -125,11 +126,8 @@ def _blocks_arch(config: cfg.ComplexityConfig) -> BlocksArch:
             f"config.complexity.clip='' but config.complexity.variant='{BLOCKS}' puts a head on the vision tower of a CLIP; "
             "name its checkpoint or workdir"
         )
-    try:
-        folder = checkpoint.find(config.clip, ("clip",))
-        clip = cfg.from_dict(checkpoint.describe(folder)["arch"], ClipArch, f"{folder}: arch")
-    except checkpoint.CheckpointError as error:
-        raise cfg.ConfigError(f"config.complexity.clip={config.clip}: {error}") from error
+    folder = routed_clip(config)
+    clip = cfg.from_dict(checkpoint.describe(folder)["arch"], ClipArch, f"{folder}: arch")
     if not 1 <= config.blocks <= clip.vision.all_exits[0]:
         raise cfg.ConfigError(
             f"config.complexity.blocks={config.blocks} must lie in 1 to {clip.vision.all_exits[0]}, the first exit of "
@@ -139,3 +137,11 @@ def _blocks_arch(config: cfg.ComplexityConfig) -> BlocksArch:
     plain = {name: getattr(VisionArch, name) for name in own}
     vision = dataclasses.replace(clip.vision, **plain)
     return BlocksArch(vision, config.blocks, config.head, config.dropout)
+
+
+def routed_clip(config: cfg.ComplexityConfig) -> Path:
+    """The folder of the CLIP checkpoint that config.complexity.clip names. Raises ConfigError."""
+    try:
+        return checkpoint.find(config.clip, ("clip",))
+    except checkpoint.CheckpointError as error:
+        raise cfg.ConfigError(f"config.complexity.clip={config.clip}: {error}") from error

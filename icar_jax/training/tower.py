@@ -11,7 +11,7 @@ from icar_jax.checkpoint import CheckpointError
 from icar_jax.config import ConfigError, ExperimentConfig
 from icar_jax.data.images import Preprocess
 from icar_jax.models.blocks_scorer import shared_paths
-from icar_jax.models.registry import BLOCKS
+from icar_jax.models.registry import BLOCKS, routed_clip
 
 
 def has_tower(config: ExperimentConfig) -> bool:
@@ -56,10 +56,7 @@ def params(config: ExperimentConfig, shapes: pytree.Tree, fresh: Callable[[], Ma
 
 def folder(config: ExperimentConfig) -> Path:
     """The folder of the CLIP checkpoint. Raises ConfigError."""
-    try:
-        return checkpoint.find(config.complexity.clip, ("clip",))
-    except CheckpointError as error:
-        raise _error(config, error) from error
+    return routed_clip(config.complexity)
 
 
 def _describe(config: ExperimentConfig) -> dict[str, Any]:
