@@ -171,7 +171,7 @@ def clip_config(name: str, dataset: str, sizes: Sizes, seed: int, photos: str, o
             variant=s.variant, exits=exits, temperature="shared" if recipe.exits else "own", depth=s.depth,
             image_size=s.image_size, patch_size=s.patch_size, context_length=s.context_length,
         ),
-        data=_data(dataset, s, photos),
+        data=_data(dataset, s, photos, out),
         optim=OptimConfig(lr=s.lr, exit_lr=s.lr, weight_decay=s.weight_decay, warmup_steps=s.warmup_steps),
         train=TrainConfig(
             steps=s.steps, batch_size=s.batch_size, seed=seed, dtype=s.dtype, checkpoint_every=s.checkpoint_every, keep=1,
@@ -187,7 +187,7 @@ def clip_config(name: str, dataset: str, sizes: Sizes, seed: int, photos: str, o
     return validate(changed(config, changes))
 
 
-def complexity_config(sizes: Sizes) -> ExperimentConfig:
+def complexity_config(sizes: Sizes, out: Path) -> ExperimentConfig:
     """ConvNeXt-IC on scenes, whose complexity is known."""
     s = sizes
     return validate(
@@ -196,7 +196,7 @@ def complexity_config(sizes: Sizes) -> ExperimentConfig:
             complexity=ComplexityConfig(variant=s.router, image_size=s.router_pixels, dropout=0.0),
             data=DataConfig(
                 source="scenes", scenes_size=s.train_images, scenes_pixels=s.router_pixels, normalise="imagenet",
-                calibration_size=s.calibration,
+                scenes_kept=_drawn(out),
             ),
             optim=OptimConfig(lr=1e-3, warmup_steps=min(100, s.router_steps // 2)),
             train=TrainConfig(
@@ -207,13 +207,13 @@ def complexity_config(sizes: Sizes) -> ExperimentConfig:
 
 
 def head_config(
-    router: str, dataset: str, sizes: Sizes, seed: int, photos: str, clip: Path, exit: int
+    router: str, dataset: str, sizes: Sizes, seed: int, photos: str, clip: Path, exit: int, out: Path
 ) -> ExperimentConfig:
     """A head on the first blocks of the CLIP at `clip`: `blocks` learns ratings of scenes, `regret` what an exit loses."""
     s = sizes
     # The tower's own preprocessing takes the place of the resizing named here; a router sees no random crops.
     data = dataclasses.replace(
-        _data("scenes" if router == "blocks" else dataset, s, photos), resize="squash", crop_scale=1.0, flip=False
+        _data("scenes" if router == "blocks" else dataset, s, photos, out), resize="squash", crop_scale=1.0, flip=False
     )
     config = ExperimentConfig(
         task="complexity",
@@ -246,14 +246,19 @@ def folder(out: Path, dataset: str, recipe: str, seed: int) -> Path:
     return out / dataset / recipe / str(seed)
 
 
-def _data(dataset: str, s: Sizes, photos: str) -> DataConfig:
+def _data(dataset: str, s: Sizes, photos: str, out: Path) -> DataConfig:
     if dataset == "scenes":
         return DataConfig(
             source="scenes", scenes_size=s.train_images, scenes_pixels=s.image_size, calibration_size=s.calibration,
-            vocabulary=s.vocabulary,
+            vocabulary=s.vocabulary, scenes_kept=_drawn(out),
         )  # fmt: skip
     return DataConfig(
         source="folder", root=photos, resize="crop", crop_scale=0.5 if s.augment else 1.0, flip=s.augment,
         # What is held out of training serves twice: a part for thresholds, the rest as distractors.
         calibration_size=s.calibration + s.distractors, vocabulary=s.vocabulary,
     )  # fmt: skip
+
+
+def _drawn(out: Path) -> str:
+    """Where pictures of scenes are kept: every recipe of a seed sees the same ones."""
+    return str(out / "drawn")

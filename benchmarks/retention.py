@@ -65,7 +65,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Job:
-    """A CLIP with the routers that are trained on its tower; or, without `of`, a router of all CLIPs of a dataset."""
+    """A CLIP with the routers that are trained on its tower; or, without `of`, the router of all CLIPs."""
 
     run: Run
     heads: tuple[Run, ...] = ()
@@ -76,9 +76,9 @@ def jobs(plan: Plan, heads: bool = True) -> list[Job]:
     """ConvNeXt-IC first, then the towers that all others are compared with, then seed by seed. Raises ConfigError."""
     found = []
     if "complexity" in plan.routers:
-        for dataset in plan.datasets:
-            config = recipes.complexity_config(plan.sizes[dataset])
-            found.append(Job(Run(f"router of {dataset}", router_folder(plan, dataset, "complexity"), config)))
+        # It learns scenes, whichever dataset is routed.
+        config = recipes.complexity_config(plan.sizes[plan.datasets[0]], plan.out)
+        found.append(Job(Run("ConvNeXt-IC", plan.out / "router", config)))
     others = [name for name in plan.recipes if name not in FIRST]
     for seed, names in [(seed, names) for names in (FIRST, others) for seed in plan.seeds]:
         for dataset in plan.datasets:
@@ -91,9 +91,9 @@ def jobs(plan: Plan, heads: bool = True) -> list[Job]:
 
 
 def router_folder(plan: Plan, dataset: str, router: str, recipe: str = "", seed: int = 0) -> Path:
-    """The workdir of a router: one ConvNeXt-IC a dataset, and one head on the tower of every run."""
+    """The workdir of a router: one ConvNeXt-IC for all, and one head on the tower of every run."""
     if router == "complexity":
-        return plan.out / dataset / "router"
+        return plan.out / "router"
     return recipes.folder(plan.out, dataset, recipe, seed) / router
 
 
@@ -104,7 +104,7 @@ def heads_of(plan: Plan, dataset: str, recipe: str, seed: int) -> Iterator[Run]:
             continue
         s, clip = plan.sizes[dataset], recipes.folder(plan.out, dataset, recipe, seed)
         exit = s.exits[0] if RECIPES[recipe].many else s.exit
-        config = recipes.head_config(router, dataset, s, seed, plan.photos, clip, exit)
+        config = recipes.head_config(router, dataset, s, seed, plan.photos, clip, exit, plan.out)
         workdir = router_folder(plan, dataset, router, recipe, seed)
         yield Run(f"{dataset}/{recipe}/seed {seed}, router {router}", workdir, config)
 

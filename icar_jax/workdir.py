@@ -29,13 +29,14 @@ FREE_ON_RESUME = (
     "config.train.accumulate", "config.train.remat", "config.data.ratings", "config.data.bad_share",
     "config.train.scan_blocks", "config.loss.chunk", "config.mesh", "config.eval",
     "config.data.root", "config.data.workers", "config.data.threads", "config.data.retries", "config.data.stall_timeout_s",
+    "config.data.scenes_kept",
 )  # fmt: skip
 # Fields that an evaluation does not use. What the model is and what it was trained on must be as in training, or images
 # that were trained on could end up in the gallery or in the calibration set.
 FREE_ON_EVALUATION = (
     "config.train", "config.optim", "config.loss", "config.mesh", "config.eval", "config.complexity",
     "config.data.root", "config.data.ratings", "config.data.bad_share", "config.data.workers", "config.data.threads",
-    "config.data.retries", "config.data.stall_timeout_s",
+    "config.data.retries", "config.data.stall_timeout_s", "config.data.scenes_kept",
 )  # fmt: skip
 
 

@@ -89,7 +89,7 @@ def test_the_towers_that_others_are_compared_with_come_first(tmp_path):
 def test_heads_on_a_tower_are_configurations(setting, tmp_path):
     for dataset, router in itertools.product(recipes.DATASETS, ("regret", "blocks")):
         sizes = recipes.SETTINGS[setting][dataset]
-        config = recipes.head_config(router, dataset, sizes, 0, str(tmp_path), tmp_path / "clip", sizes.exit)
+        config = recipes.head_config(router, dataset, sizes, 0, str(tmp_path), tmp_path / "clip", sizes.exit, tmp_path)
         assert config.complexity.blocks <= sizes.exit and config.complexity.clip
         assert (config.data.source == "folder") == (dataset == "photos" and router == "regret")
 
@@ -239,7 +239,7 @@ def test_end_to_end_and_resumed(tmp_path):
                "--routers", "complexity", "--out", tmp_path]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     first = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "run 1 of 4: router of scenes" in first.stdout and "== run 4 of 4: scenes/shared/seed 0; about" in first.stdout
+    assert "run 1 of 4: ConvNeXt-IC" in first.stdout and "== run 4 of 4: scenes/shared/seed 0; about" in first.stdout
     record = json.loads((tmp_path / "retention.json").read_text())
     rows = {(r["recipe"], r["row"]) for r in record["datasets"]["scenes"]["rows"]}
     assert {("baseline", "full"), ("static", "full"), ("shared", "full"), ("shared", "exit_1")} <= rows

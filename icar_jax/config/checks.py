@@ -106,6 +106,11 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
         _at_least(f"config.data.{name}", getattr(c.data, name), 1, "raise it")
     for name in ("depth", "image_size", "patch_size"):
         _at_least(f"config.clip.{name}", getattr(c.clip, name), 0, "0 keeps the variant's")
+    if c.data.scenes_kept and c.data.source != "scenes":
+        raise ConfigError(
+            f"config.data.scenes_kept={c.data.scenes_kept!r} but config.data.source={c.data.source!r}; only "
+            "drawn scenes are kept, so leave it empty"
+        )
     if not 32 <= c.data.scenes_pixels <= 512:
         raise ConfigError(f"config.data.scenes_pixels={c.data.scenes_pixels} must lie in 32 to 512")
     if c.task == "clip" and not c.data.tokenizer:

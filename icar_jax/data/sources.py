@@ -7,6 +7,7 @@ alone.
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from icar_jax.data.folders import open_folder
 from icar_jax.data.parquet import Parquet
 from icar_jax.data.rated import Rated, open_rated
 from icar_jax.data.records import Source
-from icar_jax.data.scenes import Scenes
+from icar_jax.data.scenes import DrawnScenes, Scenes
 from icar_jax.data.shards import Rest, Shards, cut_calibration, retrying
 from icar_jax.data.splits import Subset, calibration_split, record_names
 from icar_jax.data.tfds import Tfds
@@ -29,7 +30,8 @@ SPLIT_SEED = 0  # fixed: another training seed must not move images between trai
 def train_source(data: DataConfig) -> Source:
     """What a model may learn from."""
     if data.source == "scenes":
-        return Scenes(data.train_split, data.scenes_size, image_size=data.scenes_pixels)
+        scenes = Scenes(data.train_split, data.scenes_size, image_size=data.scenes_pixels)
+        return DrawnScenes(scenes, Path(data.scenes_kept)) if data.scenes_kept else scenes
     if is_rated(data):
         if shared := {*data.train_split.split("+")} & {CALIBRATION_OF_RATED, "test"}:
             raise ConfigError(

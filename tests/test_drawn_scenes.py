@@ -1,0 +1,94 @@
+"""Scenes that are drawn once: the same pictures, whoever drew them, and never damaged or outdated ones."""
+
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from icar_jax.config import ConfigError, DataConfig, ExperimentConfig, validate
+from icar_jax.data import sources
+from icar_jax.data.scenes import DrawnScenes, Scenes, dataset
+
+SIZE, SIDE = 12, 32
+
+
+def _scenes(size=SIZE):
+    return Scenes("train", size, image_size=SIDE)
+
+
+def _pixels(source):
+    return np.stack([np.asarray(source[i].image()) for i in range(len(source))])
+
+
+@pytest.fixture
+def drawings(monkeypatch):
+    """How often a scene was drawn."""
+    counted, draw = [], dataset.draw_scene
+    monkeypatch.setattr(dataset, "draw_scene", lambda scene, size: counted.append(scene) or draw(scene, size))
+    return counted
+
+
+def test_records_are_those_of_the_scenes(tmp_path):
+    plain, kept = _scenes(), DrawnScenes(_scenes(), tmp_path)
+    assert len(kept) == len(plain) and kept.name == plain.name
+    for _ in range(2):
+        np.testing.assert_array_equal(_pixels(kept), _pixels(plain))
+    for i in range(SIZE):
+        a, b = plain[i], kept[i]
+        assert (a.name, a.captions, a.complexity, a.labels) == (b.name, b.captions, b.complexity, b.labels)
+    with pytest.raises(IndexError):
+        kept[SIZE]
+
+
+def test_a_later_run_draws_nothing_but_what_names_the_files(tmp_path, drawings):
+    _pixels(DrawnScenes(_scenes(), tmp_path))
+    drawings.clear()
+    _pixels(DrawnScenes(_scenes(), tmp_path))
+    assert len(drawings) == 2
+
+
+def test_damaged_and_half_written_pictures_are_drawn_again(tmp_path):
+    kept = DrawnScenes(_scenes(), tmp_path)
+    right = _pixels(kept)
+    pixels, _ = kept._files()
+    pixels[3, 5] ^= 255
+    pixels[7] = 0
+    np.testing.assert_array_equal(_pixels(DrawnScenes(_scenes(), tmp_path)), right)
+    np.testing.assert_array_equal(pixels[3], right[3])
+
+
+def test_another_way_of_drawing_gets_files_of_its_own(tmp_path, monkeypatch):
+    _pixels(DrawnScenes(_scenes(), tmp_path))
+    draw = dataset.draw_scene
+    monkeypatch.setattr(dataset, "draw_scene", lambda scene, size: 255 - draw(scene, size))
+    np.testing.assert_array_equal(_pixels(DrawnScenes(_scenes(), tmp_path)), _pixels(_scenes()))
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_sources_of_other_sizes_do_not_meet(tmp_path):
+    _pixels(DrawnScenes(_scenes(), tmp_path))
+    np.testing.assert_array_equal(_pixels(DrawnScenes(_scenes(SIZE + 3), tmp_path)), _pixels(_scenes(SIZE + 3)))
+
+
+def test_copies_for_worker_processes_and_threads_share_the_files(tmp_path):
+    kept = DrawnScenes(_scenes(), tmp_path)
+    right = _pixels(_scenes())
+    copies = [pickle.loads(pickle.dumps(kept)) for _ in range(4)]
+    assert len(pickle.dumps(kept)) < 2000
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(_pixels, copies):
+            np.testing.assert_array_equal(found, right)
+
+
+def test_training_reads_kept_scenes_and_its_split_is_unchanged(tmp_path):
+    data = DataConfig(source="scenes", scenes_size=SIZE, scenes_pixels=SIDE)
+    kept = sources.train_source(DataConfig(source="scenes", scenes_size=SIZE, scenes_pixels=SIDE, scenes_kept=str(tmp_path)))
+    assert isinstance(kept, DrawnScenes)
+    assert sources.fingerprint(kept) == sources.fingerprint(sources.train_source(data))
+    np.testing.assert_array_equal(_pixels(kept), _pixels(sources.train_source(data)))
+
+
+def test_only_scenes_are_kept():
+    with pytest.raises(ConfigError, match="scenes_kept='x' but config.data.source='folder'"):
+        validate(ExperimentConfig(data=DataConfig(source="folder", root="photos", scenes_kept="x")))
