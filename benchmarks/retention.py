@@ -160,7 +160,7 @@ def evaluate(plan: Plan, job: Job) -> None:
         job.run.config, job.run.workdir,
         {router: router_folder(plan, dataset, router, recipe, seed) for router in plan.routers} if many else {},
         calibration=s.calibration, distractors=s.distractors, budgets=s.budgets, draws=s.random_draws,
-        against=recipes.folder(plan.out, dataset, "baseline", seed) if recipe == "static" else None,
+        against=None if recipe == "baseline" else recipes.folder(plan.out, dataset, "baseline", seed),
     )  # fmt: skip
     if retention_rows.evaluated(asked_for):
         return

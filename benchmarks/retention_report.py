@@ -78,10 +78,6 @@ def rows_of(found: Mapping[tuple[str, str], Found], against: tuple[str, str] = (
             "share": {e: float(np.mean([r["share"][e] for r in one.records])) for e in first["share"]},
             "recall": {k: float(np.mean([r["recall"][k] for r in one.records])) for k in first["recall"]},
         }  # fmt: skip
-        if name in ("baseline", "static") and row == "full":
-            static = found.get(("static", "full"))
-            record["counted"] = 1.0 if name == "baseline" else _static_cost(found)
-            record["measured"] = 1.0 if name == "baseline" else _middle([r["measured"] for r in static.records])
         record["minus_static"] = _plain(_difference(found, (name, row), ("static", "full")))
         if first["kind"] == "routed":
             plain = row.removesuffix(retention_rows.AFFINE)
@@ -202,10 +198,6 @@ def _plain(interval: Interval | None) -> dict[str, float] | None:
 def _middle(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.median(known)) if known else None
-
-
-def _static_cost(found: Mapping[tuple[str, str], Found]) -> float:
-    return found["static", "full"].records[0]["flops"] / found["baseline", "full"].records[0]["flops"]
 
 
 def _paired(

@@ -35,6 +35,7 @@ from icar_jax.evaluation.seeds import mean_recall_hits
 from icar_jax.inference.budgets import thresholds_for_budget
 from icar_jax.inference.model import Model, load
 from icar_jax.inference.router import assign
+from icar_jax.models.clip import ClipArch
 from icar_jax.models.flops import vision_flops
 
 ROWS, ARRAYS = "rows.json", "rows.npz"
@@ -178,8 +179,8 @@ def request(
     """What `evaluate` is asked for, as plain JSON.
 
     routers: name -> workdir of a complexity model, without effect for a CLIP without exits. calibration, distractors: images.
-    budgets: shares of the tower's counted cost at full depth. draws: of dice. against: for a tower without exits the workdir
-    of the one whose speed it is compared with.
+    against: workdir of the CLIP whose full depth is the unit of all costs; None: this one's own. budgets: shares of that unit,
+    counted. draws: of dice.
     """
     return {
         "config": dataclasses.asdict(config), "workdir": str(workdir), "calibration": calibration, "distractors": distractors,
@@ -209,7 +210,8 @@ def evaluate(asked_for: Mapping[str, Any]) -> None:
     far = embed(model, images.far, loading) if images.far is not None else None
     rows, notes = Rows(model, gallery, far), []
     rows.add_exits()
-    full = rows.flops[model.exits[-1]]
+    unit = _unit(against) if against is not None else rows.flops[model.exits[-1]]
+    own = rows.flops[model.exits[-1]] / unit  # below 1 where the tower is smaller, or merges patches
     chosen_on = embed(model, images.calibration, loading) if len(model.exits) > 1 else None
     speed: dict[str, float] = {}
     for name, folder in routers.items() if len(model.exits) > 1 else ():
@@ -221,7 +223,9 @@ def evaluate(asked_for: Mapping[str, Any]) -> None:
         settings = {}
         for budget in budgets:
             try:
-                thresholds = thresholds_for_budget(chosen, budget, cost)
+                if budget / own >= 1 + cost.router / cost.full:
+                    raise ConfigError(f"the whole tower costs {own:.2f} and needs no routing")
+                thresholds = thresholds_for_budget(chosen, budget / own, cost)
             except ConfigError as error:
                 notes.append(f"{name} at {budget:.2f}: {error}")
                 continue
@@ -233,14 +237,14 @@ def evaluate(asked_for: Mapping[str, Any]) -> None:
             settings[f"{name}@{budget:.2f}"] = thresholds
         if settings:
             speed |= measured(workdir, Path(folder), settings, images.queries, scores[0], loading, s)
-    if against is not None:
-        speed = compared(workdir, against, images.queries, loading, s)
+    time = 1.0 if own == 1 else compared(workdir, against, images.queries, loading, s)
+    speed = {name: share * time for name, share in speed.items()} or {"full": time}
     for name, row in rows.records.items():
-        row["counted"] = row["flops"] / full
+        row["counted"] = row["flops"] / unit
         # Dice cost what the towers cost; an oracle cannot be run.
         row["measured"] = None if row["kind"] == "oracle" else speed.get(name.removesuffix(AFFINE))
     extra = {
-        "exits": list(model.exits), "full_flops": full, "notes": notes, "measured": speed,
+        "exits": list(model.exits), "full_flops": unit, "notes": notes, "measured": speed,
         "gallery": {
             "queries": len(gallery.captions), "images": sum(len(g.captions) for g in rows.galleries),
             "captions": sum(len(g.texts) for g in rows.galleries),
@@ -272,13 +276,19 @@ def measured(
 
 def compared(
     clip: Path, against: Path, source: Source, loading: Mapping[str, Any], batches: Mapping[str, Any]
-) -> dict[str, float]:
-    """{'full': time per image of a tower as a share of another's}, both at full depth."""
+) -> float:
+    """Time per image of a tower as a share of another's, both at full depth."""
     small, large = load(clip / "model", **batches), load(against / "model", **batches)
     some = Subset(source, np.arange(min(TIMED, len(source))), source.name)
     samples = [embed(each, some, loading, exits=each.exits[-1:]).sample for each in (small, large)]
     speed = timing.measure(large, samples[1], None, None, (small, samples[0]))
-    return {"full": speed["full"] / speed["static"]}
+    return speed["full"] / speed["static"]
+
+
+def _unit(against: Path) -> float:
+    """Counted FLOPs of the full depth of a trained CLIP."""
+    arch = from_dict(checkpoint.describe(against / "model")["arch"], ClipArch, f"{against}: arch")
+    return float(vision_flops(arch.vision))
 
 
 def read(workdir: Path) -> tuple[dict[str, Any], dict[str, Hits], dict[str, np.ndarray]] | None:

@@ -27,8 +27,9 @@ def vision_flops(arch: VisionArch, blocks_run: int | None = None) -> int:
 
 def head_flops(arch: VisionArch, blocks_run: int | None = None) -> int:
     """FLOPs of one image in the head after `blocks_run` blocks (None: full depth)."""
-    early = arch.check_exit(blocks_run) != arch.depth
-    probe = 2 * (arch.tokens + 1) * arch.width**2 + 2 * arch.tokens * arch.width  # k, v of all, q, output, and its attention
+    blocks = arch.check_exit(blocks_run)
+    early, tokens = blocks != arch.depth, arch.tokens_after(blocks)
+    probe = 2 * (tokens + 1) * arch.width**2 + 2 * tokens * arch.width  # k, v of all, q, output, and its attention
     if arch.head == "map":
         return 2 * (probe + 2 * arch.width * arch.mlp_width)
     added = {"linear": 0, "adapter": 2 * arch.width * adapter_width(arch.width), "attention": probe}[arch.exit_head]
@@ -39,7 +40,8 @@ def trunk_flops(arch: VisionArch, blocks: int) -> int:
     """FLOPs of one image through the patch embedding and the first `blocks` blocks, without a head."""
     patches = arch.tokens - arch.class_token
     macs = patches * 3 * arch.patch_size**2 * arch.width
-    return 2 * (macs + blocks * _block_macs(arch.tokens, arch.width, arch.mlp_width))
+    macs += sum(_block_macs(arch.tokens_after(n), arch.width, arch.mlp_width) for n in range(1, blocks + 1))
+    return 2 * macs
 
 
 def text_flops(arch: TextArch) -> int:

@@ -74,6 +74,7 @@ def clip_arch(config: cfg.ClipConfig, vocabulary: int | None = None, end_id: int
     base = CLIP[config.variant]
     depth = config.depth or base.vision.depth
     cfg.validate_depth(config.exits, depth)
+    cfg.validate_merging(config, depth)
     size = config.image_size or base.vision.image_size
     patch = config.patch_size or base.vision.patch_size
     if size < patch or size % patch:
@@ -86,7 +87,7 @@ def clip_arch(config: cfg.ClipConfig, vocabulary: int | None = None, end_id: int
         raise cfg.ConfigError(f"config.clip.context_length={config.context_length} must be 0 or at least 2")
     vision = dataclasses.replace(
         base.vision, depth=depth, image_size=size, patch_size=patch, exits=tuple(config.exits), pool=config.pool,
-        exit_head=config.exit_head, exit_sum=config.exit_sum,
+        exit_head=config.exit_head, exit_sum=config.exit_sum, merge_after=config.merge_after,
     )
     text = dataclasses.replace(
         base.text,
@@ -133,7 +134,12 @@ def _blocks_arch(config: cfg.ComplexityConfig) -> BlocksArch:
             f"config.complexity.blocks={config.blocks} must lie in 1 to {clip.vision.all_exits[0]}, the first exit of "
             f"{config.clip}: an image that leaves there has to be scored before"
         )
-    own = ("exits", "pool", "exit_head", "exit_sum")  # it has no exits of its own
+    if 0 < clip.vision.merge_after < config.blocks:
+        raise cfg.ConfigError(
+            f"config.complexity.blocks={config.blocks}: {config.clip} merges its patches after {clip.vision.merge_after} "
+            "blocks, and the head reads them all; use as many or fewer"
+        )
+    own = ("exits", "pool", "exit_head", "exit_sum", "merge_after")  # it has no exits of its own, and nothing is merged yet
     plain = {name: getattr(VisionArch, name) for name in own}
     vision = dataclasses.replace(clip.vision, **plain)
     return BlocksArch(vision, config.blocks, config.head, config.dropout)

@@ -6,6 +6,7 @@ the space that the full tower and the text tower share. Full depth is always an 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -45,12 +46,17 @@ class VisionArch:
     norm_eps: float = 1e-5  # of the tower; exit heads of a CLIP keep 1e-5
     exit_head: str = "linear"  # at the exits, before the projection: linear (nothing) | adapter | attention (exit_heads.py)
     exit_sum: bool = False  # an embedding is the sum of what the heads up to its depth give, not of its own head alone
+    merge_after: int = 0  # after so many blocks 2 x 2 neighbouring patches become their mean; 0 keeps all
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
             raise ValueError(f"image size {self.image_size} is not a multiple of the patch size {self.patch_size}")
         if list(self.exits) != sorted(set(self.exits)) or any(not 1 <= e < self.depth for e in self.exits):
             raise ValueError(f"exits {self.exits} must be ascending block counts from 1 to {self.depth - 1}")
+        if not 0 <= self.merge_after < self.depth:
+            raise ValueError(f"merge_after {self.merge_after} must lie in 0 to {self.depth - 1}, below the depth")
+        if self.merge_after and self.pool == "first_patch" and any(e > self.merge_after for e in self.exits):
+            raise ValueError(f"after {self.merge_after} blocks the first patch is merged, so exits {self.exits} cannot pool it")
         if self.pool not in POOLS or self.head not in HEADS:
             raise ValueError(f"pool {self.pool!r} must be one of {POOLS} and head {self.head!r} one of {HEADS}")
         if self.exit_head not in EXIT_HEADS:
@@ -70,9 +76,19 @@ class VisionArch:
             raise ValueError("pool 'map' needs head 'map': exit heads start from the head of the full tower")
 
     @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.image_size // self.patch_size
+
+    @property
     def tokens(self) -> int:
-        """Sequence length: patches and, where there is one, the class token."""
-        return (self.image_size // self.patch_size) ** 2 + self.class_token
+        """Sequence length before any merging: patches and, where there is one, the class token."""
+        return self.grid**2 + self.class_token
+
+    def tokens_after(self, blocks_run: int) -> int:
+        """Sequence length that a head after `blocks_run` blocks reads: merging follows the head of its depth."""
+        merged = self.merge_after and blocks_run > self.merge_after
+        return (-(-self.grid // 2)) ** 2 + self.class_token if merged else self.tokens
 
     @property
     def all_exits(self) -> tuple[int, ...]:
@@ -155,10 +171,22 @@ class Trunk(nnx.Module):
         execution: Execution = Execution(),
         scales: Array | None = None,
     ) -> dict[int, Array]:
-        """Tokens [B, L, W] after `start` blocks -> {executed blocks: tokens after them} for each of `wanted`."""
-        return run_blocks(
+        """Tokens [B, L, W] after `start` blocks -> {executed blocks: tokens after them} for each of `wanted`.
+
+        What is wanted, or given, after exactly `arch.merge_after` blocks is not merged yet.
+        """
+        part = lambda x, wanted, start: run_blocks(
             self.blocks, x, wanted, causal=False, dtype=dtype, execution=execution, start=start, scales=scales
         )
+        wanted, merge = set(wanted), self.arch.merge_after
+        if x.shape[1] != self.arch.tokens_after(start):
+            raise ValueError(f"expected {self.arch.tokens_after(start)} tokens after {start} blocks, found {x.shape[1]}")
+        if not merge or start > merge or max(wanted) <= merge:
+            return part(x, wanted, start)
+        taps = part(x, {e for e in wanted if e < merge} | {merge}, start)
+        merged = merge_patches(taps[merge], self.arch.class_token)
+        taps |= part(merged, {e for e in wanted if e > merge}, merge)
+        return {e: taps[e] for e in sorted(wanted)}
 
 
 class Vision(Trunk):
@@ -209,6 +237,22 @@ class Vision(Trunk):
         if self.arch.head == "map":
             return self.map(self.ln_post(x), dtype)
         return self.proj(self.ln_post(x[:, 0]), dtype)
+
+
+def merge_patches(x: Array, class_token: bool) -> Array:
+    """Tokens [B, L, W] of a square grid -> the same with the mean of every 2 x 2 patches; the class token stays.
+
+    Of an odd grid the last row and column are merged by two, their corner stays as it is.
+    """
+    first, patches = (x[:, :1], x[:, 1:]) if class_token else (x[:, :0], x)
+    b, n, width = patches.shape
+    side = math.isqrt(n)
+    half, odd = -(-side // 2), side % 2
+    grid = jnp.pad(patches.reshape(b, side, side, width), ((0, 0), (0, odd), (0, odd), (0, 0)))
+    sums = grid.astype(jnp.float32).reshape(b, half, 2, half, 2, width).sum((2, 4))
+    rows = jnp.minimum(2, side - 2 * jnp.arange(half))  # patches that a window holds along a side
+    means = sums / (rows[:, None] * rows)[:, :, None]
+    return jnp.concatenate([first, means.reshape(b, half**2, width).astype(x.dtype)], axis=1)
 
 
 def _residual(arch: VisionArch, rngs: nnx.Rngs) -> Adapter | TokenAttention | None:

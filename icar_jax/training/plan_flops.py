@@ -71,11 +71,13 @@ def recomputed_flops(tower: VisionArch | TextArch, remat: str) -> int:
     """FLOPs that the backward pass of one image or caption repeats in the blocks of its tower."""
     if remat == "none":
         return 0
-    tokens = tower.tokens if isinstance(tower, VisionArch) else tower.context_length
-    macs = 2 * tokens * tokens * tower.width  # q k^T and p v
-    if remat == "full":
-        macs += 4 * tokens * tower.width**2 + tokens * tower.width * tower.mlp_width  # q, k, v, out, the first of the MLP
-    return 2 * tower.depth * macs
+    macs = 0
+    for block in range(1, tower.depth + 1):
+        tokens = tower.tokens_after(block) if isinstance(tower, VisionArch) else tower.context_length
+        macs += 2 * tokens * tokens * tower.width  # q k^T and p v
+        if remat == "full":
+            macs += 4 * tokens * tower.width**2 + tokens * tower.width * tower.mlp_width  # q, k, v, out, the first of the MLP
+    return 2 * macs
 
 
 def logit_flops(arch: ClipArch, batch: int) -> int:
