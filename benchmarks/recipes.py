@@ -1,7 +1,8 @@
 """What benchmarks/retention.py trains: the sizes of its settings, and recipes as changes of one configuration.
 
-Every recipe sees the same number of pairs, in the same order for the same seed. The ablation puts one lever at a time on top of
-`shared`; `combined` is the candidate that puts several together.
+As in ICAR, a pretrained CLIP gets its exits by training on: the full tower and the static one are pretrained once for a
+dataset, each on the same pairs, and every recipe goes on from there. All see the same number of pairs, in the same order for
+the same seed. The ablation puts one lever at a time on top of `shared`; `combined` is the candidate that puts several together.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Sizes:
     variant: str
     exit: int  # the one early exit of every recipe but `exits`
     exits: tuple[int, ...]  # of the recipe `exits`
-    steps: int
+    merge: tuple[int, ...]  # patches merged after each block, of the recipe `merged`
+    pretrain_steps: int
+    steps: int  # of every recipe, after pretraining
     batch_size: int
     image_size: int
     patch_size: int = 0  # 0 keeps the variant's, as for depth
@@ -47,7 +50,9 @@ class Sizes:
     calibration: int = 1000  # held out of training, to set thresholds on
     queries: int = 1000  # scenes: pictures that are asked for; photos take the whole held-out split
     distractors: int = 4000  # further pictures in the gallery; of photos they are held out of training too
-    lr: float = 1e-3
+    pretrain_lr: float = 1e-3
+    lr: float = 5e-4
+    exit_lr: float = 1e-3  # heads start from the tower's, and move more
     weight_decay: float = 0.05
     warmup_steps: int = 100
     dtype: str = "bfloat16"
@@ -68,29 +73,32 @@ class Sizes:
 _PHOTOS = {"vocabulary": 4096, "calibration": 500, "distractors": 500, "weight_decay": 0.2, "augment": True}
 # Two CPU cores: patches of 16 pixels make a step a quarter as long, and float32 is faster where there are no bf16 instructions.
 _SMALL = {
-    "variant": "vit_demo", "exit": 3, "exits": (2, 3, 4), "batch_size": 64, "image_size": 64, "patch_size": 16,
-    "dtype": "float32", "router_pixels": 32,
+    "variant": "vit_demo", "exit": 3, "exits": (3, 4), "merge": (0, 3, 3, 3), "pretrain_steps": 3000, "steps": 600,
+    "batch_size": 64, "image_size": 64, "patch_size": 16, "dtype": "float32", "router_pixels": 32, "head_steps": 300,
+    "eval_batch": 256,
 }  # fmt: skip
 _LARGE = {
-    "variant": "vit_s16", "exit": 5, "exits": (3, 5, 8), "batch_size": 256, "image_size": 128, "warmup_steps": 500,
-    "router_pixels": 64, "router_steps": 7000, "head_steps": 2000, "eval_batch": 256, "lr": 5e-4,
+    "variant": "vit_s16", "exit": 6, "exits": (4, 6, 8), "merge": (0, *(4,) * 10), "batch_size": 256, "image_size": 128,
+    "warmup_steps": 500, "router_pixels": 64, "router_steps": 7000, "head_steps": 2000, "eval_batch": 256,
+    "pretrain_lr": 5e-4, "lr": 2e-4, "exit_lr": 5e-4,
 }  # fmt: skip
 # The tests' setting: seconds.
 _TINY = {
-    "variant": "vit_demo", "exit": 1, "exits": (1, 2), "depth": 3, "patch_size": 32, "context_length": 16, "batch_size": 8,
-    "image_size": 64, "steps": 3, "train_images": 200, "calibration": 40, "queries": 24, "distractors": 16, "warmup_steps": 1,
-    "dtype": "float32", "checkpoint_every": 2, "router_pixels": 32, "router_steps": 2, "head_blocks": 1, "head_steps": 2,
-    "bootstrap": 100, "random_draws": 3, "eval_batch": 8, "vocabulary": 300, "budgets": (BUDGET,),
+    "variant": "vit_demo", "exit": 1, "exits": (1, 2), "merge": (0, 1), "pretrain_steps": 2, "steps": 3, "depth": 3,
+    "patch_size": 32, "context_length": 16, "batch_size": 8, "image_size": 64, "train_images": 200, "calibration": 40,
+    "queries": 24, "distractors": 16, "warmup_steps": 1, "dtype": "float32", "checkpoint_every": 2, "router_pixels": 32,
+    "router_steps": 2, "head_blocks": 1, "head_steps": 2, "bootstrap": 100, "random_draws": 3, "eval_batch": 8,
+    "vocabulary": 300, "budgets": (BUDGET,),
 }  # fmt: skip
 
 SETTINGS: dict[str, dict[str, Sizes]] = {
     "small": {
-        "scenes": Sizes(**_SMALL, steps=1500),
-        "photos": Sizes(**_SMALL, **_PHOTOS, steps=1500),
+        "scenes": Sizes(**_SMALL),
+        "photos": Sizes(**_SMALL, **_PHOTOS),
     },
     "large": {
-        "scenes": Sizes(**_LARGE, steps=10_000),
-        "photos": Sizes(**_LARGE, **_PHOTOS, steps=2000),
+        "scenes": Sizes(**_LARGE, pretrain_steps=10_000, steps=2000),
+        "photos": Sizes(**_LARGE, **_PHOTOS, pretrain_steps=3000, steps=600),
     },
     "tiny": {
         "scenes": Sizes(**_TINY),
@@ -104,7 +112,8 @@ class Recipe:
     """Changes of the configuration of `shared`, by dotted name.
 
     note: what the table says about it. many: the exits of `Sizes.exits`, not the one of `Sizes.exit`. exits: False for towers
-    without any. reference: a row to compare with, not a candidate. init: the recipe, of the same seed, that it starts from.
+    without any. reference: a row to compare with, not a candidate. init: the run that it starts from, one of PRETRAINED or a
+    recipe of the same seed; empty: from scratch, for as many pairs as the others see in all.
     """
 
     note: str
@@ -112,28 +121,35 @@ class Recipe:
     many: bool = False
     exits: bool = True
     reference: bool = False
-    init: str = ""
+    init: str = "pretrained"
 
 
+# Trained once for a dataset, with the first seed whatever seeds are asked for.
+PRETRAINED: dict[str, Recipe] = {
+    "pretrained": Recipe("what the others start from", exits=False, init=""),
+    "pretrained_static": Recipe("what the static tower starts from", exits=False, init=""),
+}
 _GROWING = "loss.exit_weights"
 
 RECIPES: dict[str, Recipe] = {
     "baseline": Recipe("full depth alone, no exit", exits=False, reference=True),
-    "static": Recipe("fewer blocks, no exit, no router", exits=False, reference=True),
+    "static": Recipe("fewer blocks, no exit, no router", exits=False, reference=True, init="pretrained_static"),
     "icar": Recipe(
         "as published: random head on the first patch, temperatures and losses of their own",
         {"clip.pool": "first_patch", "clip.exit_start": "random", "clip.temperature": "own"},
         reference=True,
     ),
+    "merged": Recipe("full depth alone, similar patches merged on the way up", {"clip.merge": "merge"}, exits=False),
     "heads": Recipe("exit head from ln_post and proj on CLS", {"clip.temperature": "own"}),
     "shared": Recipe("heads, and one temperature"),
     "adapter": Recipe("shared, residual adapter as exit head", {"clip.exit_head": "adapter"}),
     "attention": Recipe("shared, attention pool as exit head", {"clip.exit_head": "attention"}),
-    "summed": Recipe("shared, an embedding sums the heads up to its depth", {"clip.exit_sum": True}),
+    "summed": Recipe("from scratch: shared, an embedding sums the heads up to its depth", {"clip.exit_sum": True}, init=""),
     "cosine": Recipe("shared, distillation by cosine", {"loss.distill_cosine": 1.0}),
     "kl": Recipe("shared, distillation by KL over similarities", {"loss.distill_kl": 1.0}),
     "mixed": Recipe("shared, mixed-gallery loss", {"loss.mixed": 1.0}),
     "growing": Recipe("shared, loss weights growing with depth", {_GROWING: "growing"}),
+    "light": Recipe("shared, exits weigh a fifth of full depth", {_GROWING: "light"}),
     "dropout": Recipe("shared, layer dropout", {"train.layer_dropout": 0.1}),
     "exits": Recipe("shared, more than one exit", many=True),
     "frozen": Recipe(
@@ -164,27 +180,36 @@ def changed(config: ExperimentConfig, changes: dict[str, Any]) -> ExperimentConf
 
 def clip_config(name: str, dataset: str, sizes: Sizes, seed: int, photos: str, out: Path) -> ExperimentConfig:
     """What train.py runs for a recipe; `out` is the folder of all runs. Raises ConfigError for what cannot be run."""
-    recipe, s = RECIPES[name], sizes
+    recipe, s = (RECIPES | PRETRAINED)[name], sizes
     exits = () if not recipe.exits else s.exits if recipe.many else (s.exit,)
+    lr, exit_lr = (s.lr, s.exit_lr) if recipe.init else (s.pretrain_lr, s.pretrain_lr)
+    steps = s.steps if recipe.init else s.pretrain_steps + (0 if name in PRETRAINED else s.steps)
     config = ExperimentConfig(
         clip=ClipConfig(
             variant=s.variant, exits=exits, temperature="shared" if recipe.exits else "own", depth=s.depth,
             image_size=s.image_size, patch_size=s.patch_size, context_length=s.context_length,
         ),
         data=_data(dataset, s, photos, out),
-        optim=OptimConfig(lr=s.lr, exit_lr=s.lr, weight_decay=s.weight_decay, warmup_steps=s.warmup_steps),
+        optim=OptimConfig(lr=lr, exit_lr=exit_lr, weight_decay=s.weight_decay, warmup_steps=s.warmup_steps),
         train=TrainConfig(
-            steps=s.steps, batch_size=s.batch_size, seed=seed, dtype=s.dtype, checkpoint_every=s.checkpoint_every, keep=1,
-            scan_blocks=s.scan_blocks, init=str(folder(out, dataset, recipe.init, seed)) if recipe.init else "",
+            steps=steps, batch_size=s.batch_size, seed=seed, dtype=s.dtype, checkpoint_every=s.checkpoint_every, keep=1,
+            scan_blocks=s.scan_blocks, init=str(start_of(name, dataset, seed, out)) if recipe.init else "",
         ),
         eval=EvalConfig(split="val", size=s.queries, batch_size=s.eval_batch),
     )  # fmt: skip
-    changes = dict(recipe.changes)
-    if name == "static":
+    depth = clip_arch(config.clip).vision.depth
+    meant = {"growing": growing_weights(exits, depth), "light": (*(0.2 for _ in exits), 1.0), "merge": s.merge}
+    meaning = lambda value: meant.get(value, value) if isinstance(value, str) else value
+    changes = {path: meaning(value) for path, value in recipe.changes.items()}
+    if name in ("static", "pretrained_static"):
         changes["clip.depth"] = static_depth(config)
-    if changes.get(_GROWING) == "growing":
-        changes[_GROWING] = growing_weights(exits, clip_arch(config.clip).vision.depth)
     return validate(changed(config, changes))
+
+
+def start_of(name: str, dataset: str, seed: int, out: Path) -> Path:
+    """The workdir that a recipe goes on from."""
+    start = RECIPES[name].init
+    return folder(out, dataset, start, 0 if start in PRETRAINED else seed)
 
 
 def complexity_config(sizes: Sizes, out: Path) -> ExperimentConfig:

@@ -65,7 +65,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Job:
-    """A CLIP with the routers that are trained on its tower; or, without `of`, the router of all CLIPs."""
+    """A CLIP with the routers that are trained on its tower; or, without `of`, what several others need."""
 
     run: Run
     heads: tuple[Run, ...] = ()
@@ -73,12 +73,19 @@ class Job:
 
 
 def jobs(plan: Plan, heads: bool = True) -> list[Job]:
-    """ConvNeXt-IC first, then the towers that all others are compared with, then seed by seed. Raises ConfigError."""
+    """ConvNeXt-IC and the pretrained towers, then those that all others are compared with, then seed by seed.
+
+    Raises ConfigError.
+    """
     found = []
     if "complexity" in plan.routers:
         # It learns scenes, whichever dataset is routed.
         config = recipes.complexity_config(plan.sizes[plan.datasets[0]], plan.out)
         found.append(Job(Run("ConvNeXt-IC", plan.out / "router", config)))
+    for dataset in plan.datasets:
+        for name in recipes.PRETRAINED:
+            config = recipes.clip_config(name, dataset, plan.sizes[dataset], 0, plan.photos, plan.out)
+            found.append(Job(Run(f"{dataset}/{name}", recipes.folder(plan.out, dataset, name, 0), config)))
     others = [name for name in plan.recipes if name not in FIRST]
     for seed, names in [(seed, names) for names in (FIRST, others) for seed in plan.seeds]:
         for dataset in plan.datasets:

@@ -1,4 +1,4 @@
-"""Merged patches: 2 x 2 means against a loop, where exits and routers meet them, and what they cost."""
+"""Merged patches: the matching against a loop, where exits and routers meet it, and what it costs."""
 
 import dataclasses
 
@@ -10,16 +10,16 @@ import pytest
 from test_plan import dot_flops
 
 from icar_jax import checkpoint
-from icar_jax.config import ClipConfig, ComplexityConfig, ConfigError
+from icar_jax.config import ClipConfig, ComplexityConfig, ConfigError, ExperimentConfig, validate
 from icar_jax.data.images import Preprocess
 from icar_jax.models import flops, registry
 from icar_jax.models.clip import Clip
 from icar_jax.models.layers import Bridge
 from icar_jax.models.transformer import Execution
-from icar_jax.models.vision import Vision, VisionArch, merge_patches
+from icar_jax.models.vision import Vision, VisionArch, merge_similar
 from icar_jax.training import plan_flops
 
-ARCH = VisionArch(32, 8, 32, 4, 4, 64, 32, exits=(1, 2, 3), merge_after=2)
+ARCH = VisionArch(32, 8, 32, 4, 4, 64, 32, exits=(1, 2, 3), merge=(0, 3, 2))
 
 
 def _tower(arch):
@@ -30,32 +30,65 @@ def _images(n=3):
     return np.random.default_rng(1).standard_normal((n, 32, 32, 3)).astype(np.float32)
 
 
+def by_hand(x, sizes, count, class_token):
+    """One image, patch by patch: tokens [L, W] and sizes [L] -> the same with `count` fewer."""
+    first = int(class_token)
+    patches = [(v.astype(np.float64), s) for v, s in zip(x[first:], sizes[first:])]
+    seekers, others = patches[::2], patches[1::2]
+    cosine = lambda a, b: np.dot(a - a.mean(), b - b.mean()) / np.linalg.norm(a - a.mean()) / np.linalg.norm(b - b.mean())
+    found = []
+    for n, (value, _) in enumerate(seekers):
+        each = [cosine(value, other) for other, _ in others]
+        found.append((max(each), n, int(np.argmax(each))))
+    going = sorted(found, reverse=True)[:count]
+    groups = [[other] for other in others]
+    for _, n, m in going:
+        groups[m].append(seekers[n])
+    stay = [seekers[n] for n in range(len(seekers)) if n not in {n for _, n, _ in going}]
+    merged = [(sum(s * v for v, s in group) / sum(s for _, s in group), sum(s for _, s in group)) for group in groups]
+    tokens = [*x[:first], *(v for v, _ in stay + merged)]
+    return np.stack(tokens), np.array([*sizes[:first], *(s for _, s in stay + merged)])
+
+
 @pytest.mark.parametrize("class_token", [True, False])
-@pytest.mark.parametrize("side", [1, 2, 4, 5, 7])
-def test_patches_become_the_means_of_their_windows(side, class_token):
-    x = np.random.default_rng(side).standard_normal((2, side**2 + class_token, 3)).astype(np.float32)
-    found = np.asarray(merge_patches(jnp.asarray(x), class_token))
-    grid = x[:, int(class_token) :].reshape(2, side, side, 3)
-    windows = [grid[:, i : i + 2, j : j + 2].mean((1, 2)) for i in range(0, side, 2) for j in range(0, side, 2)]
-    expected = np.concatenate([x[:, : int(class_token)], np.stack(windows, 1)], 1)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+@pytest.mark.parametrize("patches,count", [(2, 1), (5, 2), (16, 3), (16, 8), (9, 4), (9, 0)])
+def test_the_closest_pairs_become_their_weighted_mean(patches, count, class_token):
+    rng = np.random.default_rng(patches + count)
+    x = rng.standard_normal((3, patches + class_token, 6)).astype(np.float32)
+    sizes = rng.integers(1, 4, x.shape[:2]).astype(np.float32)
+    tokens, total = merge_similar(jnp.asarray(x), jnp.asarray(sizes), count, class_token)
+    for image in range(3):
+        expected, stands_for = by_hand(x[image], sizes[image], count, class_token)
+        np.testing.assert_allclose(tokens[image], expected, atol=1e-5)
+        np.testing.assert_allclose(total[image], stands_for)
+    np.testing.assert_allclose(total.sum(1), sizes.sum(1))
 
 
-def test_heads_up_to_the_merging_read_all_tokens_and_later_ones_the_means():
-    plain = dataclasses.replace(ARCH, merge_after=0)
+def test_equal_patches_merge_without_loss():
+    x = np.random.default_rng(0).standard_normal((1, 4, 6)).astype(np.float32)
+    tokens, sizes = merge_similar(jnp.asarray(np.concatenate([x, x[:, 3:]], 1)), jnp.ones((1, 5)), 1, True)
+    assert sorted(sizes[0].tolist()) == [1, 1, 1, 2]
+    np.testing.assert_allclose(np.sort(tokens, axis=1), np.sort(x, axis=1), atol=1e-6)
+
+
+def test_heads_up_to_the_merging_read_all_tokens_and_later_ones_what_is_left():
+    plain = dataclasses.replace(ARCH, merge=())
     params = drawn.params(_tower(ARCH).shapes(), 0)
     merged, whole = _tower(ARCH).bind(params), _tower(plain).bind(params)
     found, without = merged(_images(), (1, 2, 3, 4), jnp.float32), whole(_images(), (1, 2, 3, 4), jnp.float32)
     for exit in (1, 2):
         np.testing.assert_allclose(found[exit], without[exit], atol=1e-6)
-    taps = whole.run(whole.embed(jnp.asarray(_images()), jnp.float32), (2,), jnp.float32)
-    # The rest of the tower, block by block, on the means.
-    x = merge_patches(taps[2], True)
-    for number in (3, 4):
-        x = whole.blocks[number - 1](x, causal=False, dtype=jnp.float32)
-        np.testing.assert_allclose(found[number], whole._embed(x, number, jnp.float32), atol=1e-5)
-        assert np.abs(found[number] - without[number]).max() > 1e-3
-    assert {e: ARCH.tokens_after(e) for e in ARCH.all_exits} == {1: 17, 2: 17, 3: 5, 4: 5}
+    x = whole.run(whole.embed(jnp.asarray(_images()), jnp.float32), (2,), jnp.float32)[2]
+    sizes = np.ones(x.shape[:2])
+    # The rest of the tower, block by block and image by image.
+    for block, count in ((3, 3), (4, 2)):
+        each = [by_hand(np.asarray(one), own, count, True) for one, own in zip(x, sizes)]
+        x, sizes = (np.stack(part).astype(np.float32) for part in zip(*each))
+        x = whole.blocks[block - 1](jnp.asarray(x), causal=False, dtype=jnp.float32)
+        np.testing.assert_allclose(found[block], whole._embed(x, block, jnp.float32), atol=1e-4)
+        assert np.abs(found[block] - without[block]).max() > 1e-3
+    assert {e: ARCH.tokens_after(e) for e in ARCH.all_exits} == {1: 17, 2: 17, 3: 14, 4: 12}
+    assert ARCH.first_merging == 2 and ARCH.exits_after_merging == (3,) and plain.first_merging == 4
 
 
 @pytest.mark.parametrize("start", [1, 2])
@@ -66,7 +99,7 @@ def test_routing_goes_on_from_tokens_before_the_merging(start):
     tokens = tower.run(tower.embed(jnp.asarray(_images()), jnp.float32), (start,), jnp.float32)[start]
     for exit, expected in whole.items():
         np.testing.assert_allclose(tower.resume(tokens, start, (exit,), jnp.float32)[exit], expected, atol=1e-5)
-    with pytest.raises(ValueError, match="expected 5 tokens after 3 blocks, found 17"):
+    with pytest.raises(ValueError, match="tokens after 3 blocks: this tower has merged patches after 2"):
         tower.resume(tokens, 3, (4,), jnp.float32)
 
 
@@ -83,9 +116,9 @@ def test_gradients_are_the_same_in_a_loop_and_computed_again(remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), plain, other)
 
 
-@pytest.mark.parametrize("after", [0, 1, 3])
-def test_counted_flops_are_those_of_the_traced_program(after):
-    arch = registry.clip_arch(ClipConfig(variant="vit_demo", exits=(2, 4), exit_head="attention", merge_after=after))
+@pytest.mark.parametrize("merge", [(), (30,), (0, 7, 0, 5, 2)])
+def test_counted_flops_are_those_of_the_traced_program(merge):
+    arch = registry.clip_arch(ClipConfig(variant="vit_demo", exits=(2, 4), exit_head="attention", merge=merge))
     clip = Clip(arch)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     for exit in (2, 4, 6):
@@ -93,32 +126,38 @@ def test_counted_flops_are_those_of_the_traced_program(after):
         assert dot_flops(program.jaxpr) == flops.vision_flops(arch.vision, exit)
     program = jax.make_jaxpr(clip.encode_image_exits)(clip.shapes(), image)
     assert dot_flops(program.jaxpr) == plan_flops.image_flops(arch.vision)
-    plain = dataclasses.replace(arch.vision, merge_after=0)
+    plain = dataclasses.replace(arch.vision, merge=())
     for remat in ("dots", "full"):
         fewer = plan_flops.recomputed_flops(arch.vision, remat) < plan_flops.recomputed_flops(plain, remat)
-        assert fewer == bool(after)
+        assert fewer == bool(merge)
 
 
 def test_what_merging_cannot_go_with():
-    for changes, message in (
-        ({"merge_after": 6}, "config.clip.merge_after=6 must lie in 1 to 5"),
-        ({"merge_after": -1}, "config.clip.merge_after=-1 must lie in"),
-        ({"merge_after": 1, "pool": "first_patch"}, "merge_after=1 has merged it before the exits .2."),
+    demo = ClipConfig(variant="vit_demo", exits=(2,), patch_size=16)
+    for merge, message in (
+        ((0,) * 6, "config.clip.merge=.* has 6 entries; after the last of 6 blocks"),
+        ((9,), "after 1 blocks: 9 must lie in 0 to 8, half of the patches left"),
+        ((8, 5), "after 2 blocks: 5 must lie in 0 to 4"),
+        ((-1,), "-1 must lie in 0 to 8"),
     ):
         with pytest.raises(ConfigError, match=message):
-            registry.clip_arch(ClipConfig(variant="vit_demo", exits=(2,), **changes))
-    registry.clip_arch(ClipConfig(variant="vit_demo", exits=(2,), merge_after=2, pool="first_patch"))
-    with pytest.raises(ValueError, match="below the depth"):
-        dataclasses.replace(ARCH, merge_after=4)
-    with pytest.raises(ValueError, match="cannot pool it"):
-        dataclasses.replace(ARCH, pool="first_patch")
+            registry.clip_arch(dataclasses.replace(demo, merge=merge))
+    for pool in ("mean", "first_patch"):
+        config = ExperimentConfig(clip=dataclasses.replace(demo, merge=(1,), pool=pool))
+        with pytest.raises(ConfigError, match=f"config.clip.pool='{pool}' needs the patches.*before the exits .2."):
+            validate(config)
+        with pytest.raises(ValueError, match=f"exits .2, 3. pool '{pool}'"):
+            dataclasses.replace(ARCH, pool=pool, merge=(1,))
+        validate(ExperimentConfig(clip=dataclasses.replace(demo, merge=(0, 1), pool=pool)))
+    with pytest.raises(ValueError, match="has 4 entries"):
+        dataclasses.replace(ARCH, merge=(0, 0, 0, 1))
 
 
 def test_a_router_on_the_first_blocks_reads_all_patches(tmp_path):
-    arch = registry.clip_arch(ClipConfig(variant="vit_demo", exits=(3,), merge_after=2, patch_size=16))
+    arch = registry.clip_arch(ClipConfig(variant="vit_demo", exits=(3,), merge=(0, 2), patch_size=16))
     description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(64, "squash").to_dict()}
     folder = checkpoint.write(tmp_path / "model", "clip", description, drawn.params(Clip(arch).shapes(), 0))
     config = ComplexityConfig(variant="blocks", clip=str(folder), blocks=2)
-    assert registry.complexity_arch(config).vision.merge_after == 0
-    with pytest.raises(ConfigError, match="merges its patches after 2 blocks, and the head reads them all"):
+    assert registry.complexity_arch(config).vision.merge == ()
+    with pytest.raises(ConfigError, match="merges patches after 2 blocks, and the head reads them all"):
         registry.complexity_arch(dataclasses.replace(config, blocks=3))

@@ -39,11 +39,15 @@ BUDGETS = (0.7, 0.8)
 def test_every_recipe_is_a_configuration_with_the_same_pairs(setting, dataset, tmp_path):
     sizes = recipes.SETTINGS[setting][dataset]
     found = {n: recipes.clip_config(n, dataset, sizes, 1, str(tmp_path), tmp_path) for n in recipes.RECIPES}
-    assert len({(c.train.steps, c.train.batch_size, c.train.seed, c.data.calibration_size) for c in found.values()}) == 1
-    assert {n for n, c in found.items() if not c.clip.exits} == {"baseline", "static"}
+    assert len({(c.train.batch_size, c.train.seed, c.data.calibration_size) for c in found.values()}) == 1
+    begun = {n: sizes.pretrain_steps if c.train.init else 0 for n, c in found.items()}
+    assert {begun[n] + c.train.steps for n, c in found.items()} == {sizes.pretrain_steps + sizes.steps}
+    assert {n for n, c in found.items() if not c.clip.exits} == {"baseline", "static", "merged"}
     for name, config in found.items():
         clip_arch(config.clip)  # exits below the depth, pixels on the grid
-        assert not config.train.init or config.train.init.endswith(f"{dataset}/baseline/1"), name
+        start = {"summed": "", "static": "pretrained_static/0"} | dict.fromkeys(("frozen", "frozen_attention"), "baseline/1")
+        wanted = start.get(name, "pretrained/0")
+        assert config.train.init == (str(tmp_path / dataset / wanted) if wanted else ""), name
     assert found["exits"].clip.exits == sizes.exits and found["shared"].clip.exits == (sizes.exit,)
     assert found["growing"].loss.exit_weights[-1] == 1 and found["growing"].loss.exit_weights[0] < 1
 
@@ -57,7 +61,7 @@ def test_the_ablation_changes_one_lever_of_shared(tmp_path):
         for key, value in values.items()
     }
     shared = flat("shared")
-    for name in ("heads", "adapter", "attention", "summed", "cosine", "kl", "mixed", "growing", "dropout", "exits"):
+    for name in ("heads", "adapter", "attention", "cosine", "kl", "mixed", "growing", "light", "dropout", "exits"):
         assert sum(value != shared[key] for key, value in flat(name).items()) == 1, name
 
 
@@ -80,9 +84,10 @@ def test_a_name_that_is_no_field_is_refused():
 def test_the_towers_that_others_are_compared_with_come_first(tmp_path):
     _, plan = retention.parse(["--out", str(tmp_path), "--setting", "tiny", "--seeds", "0", "1", "--recipes", "shared"])
     todo = retention.jobs(plan)
-    order = [job.of[1] if job.of else "router" for job in todo]
-    assert order == ["router", "baseline", "static", "baseline", "static", "shared", "shared"]
-    assert [len(job.heads) for job in todo] == [0, 0, 0, 0, 0, 2, 2]
+    order = [job.of[1] if job.of else job.run.name for job in todo]
+    begin = ["ConvNeXt-IC", "scenes/pretrained", "scenes/pretrained_static"]
+    assert order == [*begin, "baseline", "static", "baseline", "static", "shared", "shared"]
+    assert [len(job.heads) for job in todo] == [0] * 7 + [2, 2]
 
 
 @pytest.mark.parametrize("setting", recipes.SETTINGS)
@@ -239,7 +244,7 @@ def test_end_to_end_and_resumed(tmp_path):
                "--routers", "complexity", "--out", tmp_path]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     first = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "run 1 of 4: ConvNeXt-IC" in first.stdout and "== run 4 of 4: scenes/shared/seed 0; about" in first.stdout
+    assert "run 1 of 6: ConvNeXt-IC" in first.stdout and "== run 6 of 6: scenes/shared/seed 0; about" in first.stdout
     record = json.loads((tmp_path / "retention.json").read_text())
     rows = {(r["recipe"], r["row"]) for r in record["datasets"]["scenes"]["rows"]}
     assert {("baseline", "full"), ("static", "full"), ("shared", "full"), ("shared", "exit_1")} <= rows

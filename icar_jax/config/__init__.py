@@ -6,7 +6,6 @@ overrides happen after construction, the checks live in `validate`, which names 
 
 from icar_jax.config.checks import validate, validate_batch, validate_depth
 from icar_jax.config.errors import ConfigError, unknown
-from icar_jax.config.levers import validate_merging
 from icar_jax.config.schema import (
     ClipConfig,
     ComplexityConfig,
@@ -40,5 +39,4 @@ __all__ = [
     "validate",
     "validate_batch",
     "validate_depth",
-    "validate_merging",
 ]

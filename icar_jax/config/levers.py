@@ -3,7 +3,7 @@
 import math
 
 from icar_jax.config.errors import ConfigError
-from icar_jax.config.schema import ClipConfig, ExperimentConfig
+from icar_jax.config.schema import ExperimentConfig
 
 
 def validate_levers(c: ExperimentConfig) -> None:
@@ -15,6 +15,12 @@ def validate_levers(c: ExperimentConfig) -> None:
         raise ConfigError(
             f"config.clip.exit_sum=True changes the embeddings of full depth as its exits learn, which config.train.freeze="
             f"{c.train.freeze} is to hold; leave it False"
+        )
+    first = next((i for i, count in enumerate(c.clip.merge, 1) if count), math.inf)
+    if c.clip.pool in ("mean", "first_patch") and (late := [e for e in c.clip.exits if e > first]):
+        raise ConfigError(
+            f"config.clip.pool={c.clip.pool!r} needs the patches themselves, and config.clip.merge={c.clip.merge} has merged "
+            f"some before the exits {late}; use 'cls'"
         )
     for name in ("distill_cosine", "distill_kl", "mixed"):
         value = getattr(loss, name)
@@ -43,18 +49,4 @@ def validate_levers(c: ExperimentConfig) -> None:
         raise ConfigError(
             f"config.loss.distill_kl={loss.distill_kl} forms all similarities at once, which config.loss.chunk={loss.chunk} "
             "avoids; use config.loss.distill_cosine, or config.loss.chunk=0"
-        )
-
-
-def validate_merging(clip: ClipConfig, depth: int) -> None:
-    """Raises ConfigError where patches cannot be merged after that many blocks of the tower's `depth`."""
-    if not 0 <= clip.merge_after < depth:
-        raise ConfigError(
-            f"config.clip.merge_after={clip.merge_after} must lie in 1 to {depth - 1}, or be 0, which merges nothing"
-        )
-    late = [e for e in clip.exits if e > clip.merge_after]
-    if clip.merge_after and clip.pool == "first_patch" and late:
-        raise ConfigError(
-            f"config.clip.pool='first_patch', but config.clip.merge_after={clip.merge_after} has merged it before the exits "
-            f"{late}; use 'cls' or 'mean'"
         )

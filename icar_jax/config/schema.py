@@ -22,7 +22,7 @@ class ClipConfig:
     exit_start: str = "final"  # exit heads start from ln_post and proj ('final') or at random ('random')
     exit_head: str = "linear"  # before an exit's projection: linear (nothing) | adapter (small MLP) | attention (all tokens)
     exit_sum: bool = False  # an embedding is the sum of what all heads up to its depth give: each head corrects those before
-    merge_after: int = 0  # after so many blocks of the vision tower 2 x 2 neighbouring patches become their mean; 0 keeps all
+    merge: tuple[int, ...] = ()  # patches merged into similar ones after the first block, the second, ... of the vision tower
     temperature: str = "own"  # each exit has its 'own' logit scale, or all use the 'shared' one
     depth: int = 0  # blocks of the vision tower; 0 keeps the variant's
     image_size: int = 0  # pixels; 0 keeps the variant's

@@ -41,7 +41,7 @@ def _plain_clip(arch: ClipArch) -> dict[str, bool]:
         "its image tower has no norm before the blocks": not v.pre_norm,
         "its text projection has a bias": t.proj_bias,
         "its embeddings are sums over the heads of its exits (exit_sum)": v.exit_sum,
-        f"its patches are merged after {v.merge_after} blocks (merge_after)": bool(v.merge_after),
+        f"its patches are merged on the way up (merge={v.merge})": any(v.merge),
     }
 
 

@@ -19,6 +19,13 @@ def _block_macs(tokens: int, width: int, mlp_width: int) -> int:
     return projections + mixing + 2 * tokens * width * mlp_width
 
 
+def _merging_macs(arch: VisionArch, blocks_run: int) -> int:
+    """Similarities of all pairs, and the sums of what merges, of sizes as well."""
+    patches = arch.tokens_after(blocks_run) - arch.class_token
+    pairs = (patches - patches // 2) * (patches // 2)
+    return pairs * (2 * arch.width + 1)
+
+
 def vision_flops(arch: VisionArch, blocks_run: int | None = None) -> int:
     """FLOPs of one image through `blocks_run` blocks (None: all), patch embedding and the exit's head or heads included."""
     blocks = arch.check_exit(blocks_run)
@@ -41,6 +48,7 @@ def trunk_flops(arch: VisionArch, blocks: int) -> int:
     patches = arch.tokens - arch.class_token
     macs = patches * 3 * arch.patch_size**2 * arch.width
     macs += sum(_block_macs(arch.tokens_after(n), arch.width, arch.mlp_width) for n in range(1, blocks + 1))
+    macs += sum(_merging_macs(arch, n) for n, count in enumerate(arch.merge, 1) if count and n < blocks)
     return 2 * macs
 
 

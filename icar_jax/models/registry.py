@@ -16,7 +16,7 @@ from icar_jax.models.complexity import ComplexityArch
 from icar_jax.models.convnext import ConvNeXtArch
 from icar_jax.models.scorers import ScorerArch
 from icar_jax.models.text import TextArch
-from icar_jax.models.vision import VisionArch
+from icar_jax.models.vision import VisionArch, merging_error
 
 
 def _clip(image: tuple[int, int, int, int, int, int], text: tuple[int, int, int], embed: int) -> ClipArch:
@@ -74,7 +74,6 @@ def clip_arch(config: cfg.ClipConfig, vocabulary: int | None = None, end_id: int
     base = CLIP[config.variant]
     depth = config.depth or base.vision.depth
     cfg.validate_depth(config.exits, depth)
-    cfg.validate_merging(config, depth)
     size = config.image_size or base.vision.image_size
     patch = config.patch_size or base.vision.patch_size
     if size < patch or size % patch:
@@ -83,11 +82,13 @@ def clip_arch(config: cfg.ClipConfig, vocabulary: int | None = None, end_id: int
             f"config.clip.image_size={size} is not a multiple of the patch size {patch}; use {near} "
             "or another config.clip.patch_size"
         )
+    if wrong := merging_error(tuple(config.merge), depth, (size // patch) ** 2):
+        raise cfg.ConfigError(f"config.clip.{wrong}")
     if config.context_length < 0 or config.context_length == 1:
         raise cfg.ConfigError(f"config.clip.context_length={config.context_length} must be 0 or at least 2")
     vision = dataclasses.replace(
         base.vision, depth=depth, image_size=size, patch_size=patch, exits=tuple(config.exits), pool=config.pool,
-        exit_head=config.exit_head, exit_sum=config.exit_sum, merge_after=config.merge_after,
+        exit_head=config.exit_head, exit_sum=config.exit_sum, merge=tuple(config.merge),
     )
     text = dataclasses.replace(
         base.text,
@@ -134,12 +135,12 @@ def _blocks_arch(config: cfg.ComplexityConfig) -> BlocksArch:
             f"config.complexity.blocks={config.blocks} must lie in 1 to {clip.vision.all_exits[0]}, the first exit of "
             f"{config.clip}: an image that leaves there has to be scored before"
         )
-    if 0 < clip.vision.merge_after < config.blocks:
+    if config.blocks > clip.vision.first_merging:
         raise cfg.ConfigError(
-            f"config.complexity.blocks={config.blocks}: {config.clip} merges its patches after {clip.vision.merge_after} "
-            "blocks, and the head reads them all; use as many or fewer"
+            f"config.complexity.blocks={config.blocks}: {config.clip} merges patches after {clip.vision.first_merging} blocks, "
+            "and the head reads them all; use as many or fewer"
         )
-    own = ("exits", "pool", "exit_head", "exit_sum", "merge_after")  # it has no exits of its own, and nothing is merged yet
+    own = ("exits", "pool", "exit_head", "exit_sum", "merge")  # it has no exits of its own, and nothing is merged yet
     plain = {name: getattr(VisionArch, name) for name in own}
     vision = dataclasses.replace(clip.vision, **plain)
     return BlocksArch(vision, config.blocks, config.head, config.dropout)

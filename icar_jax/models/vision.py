@@ -6,7 +6,6 @@ the space that the full tower and the text tower share. Full depth is always an 
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -46,17 +45,17 @@ class VisionArch:
     norm_eps: float = 1e-5  # of the tower; exit heads of a CLIP keep 1e-5
     exit_head: str = "linear"  # at the exits, before the projection: linear (nothing) | adapter | attention (exit_heads.py)
     exit_sum: bool = False  # an embedding is the sum of what the heads up to its depth give, not of its own head alone
-    merge_after: int = 0  # after so many blocks 2 x 2 neighbouring patches become their mean; 0 keeps all
+    merge: tuple[int, ...] = ()  # entry i: patches merged into similar ones after i + 1 blocks; shorter than the depth
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
             raise ValueError(f"image size {self.image_size} is not a multiple of the patch size {self.patch_size}")
         if list(self.exits) != sorted(set(self.exits)) or any(not 1 <= e < self.depth for e in self.exits):
             raise ValueError(f"exits {self.exits} must be ascending block counts from 1 to {self.depth - 1}")
-        if not 0 <= self.merge_after < self.depth:
-            raise ValueError(f"merge_after {self.merge_after} must lie in 0 to {self.depth - 1}, below the depth")
-        if self.merge_after and self.pool == "first_patch" and any(e > self.merge_after for e in self.exits):
-            raise ValueError(f"after {self.merge_after} blocks the first patch is merged, so exits {self.exits} cannot pool it")
+        if wrong := merging_error(self.merge, self.depth, self.grid**2):
+            raise ValueError(wrong)
+        if self.pool in ("mean", "first_patch") and (late := self.exits_after_merging):
+            raise ValueError(f"exits {late} pool {self.pool!r}, which patches that were merged before no longer give")
         if self.pool not in POOLS or self.head not in HEADS:
             raise ValueError(f"pool {self.pool!r} must be one of {POOLS} and head {self.head!r} one of {HEADS}")
         if self.exit_head not in EXIT_HEADS:
@@ -87,8 +86,17 @@ class VisionArch:
 
     def tokens_after(self, blocks_run: int) -> int:
         """Sequence length that a head after `blocks_run` blocks reads: merging follows the head of its depth."""
-        merged = self.merge_after and blocks_run > self.merge_after
-        return (-(-self.grid // 2)) ** 2 + self.class_token if merged else self.tokens
+        return self.tokens - sum(self.merge[: max(blocks_run - 1, 0)])
+
+    @property
+    def first_merging(self) -> int:
+        """The blocks after which patches are merged first; the depth where none are."""
+        return next((i for i, count in enumerate(self.merge, 1) if count), self.depth)
+
+    @property
+    def exits_after_merging(self) -> tuple[int, ...]:
+        """The early exits whose heads read merged patches."""
+        return tuple(e for e in self.exits if e > self.first_merging)
 
     @property
     def all_exits(self) -> tuple[int, ...]:
@@ -173,19 +181,22 @@ class Trunk(nnx.Module):
     ) -> dict[int, Array]:
         """Tokens [B, L, W] after `start` blocks -> {executed blocks: tokens after them} for each of `wanted`.
 
-        What is wanted, or given, after exactly `arch.merge_after` blocks is not merged yet.
+        What is wanted, or given, after the blocks at which patches are merged is not merged yet. Raises ValueError for a
+        `start` beyond the first merging: how many patches each token stands for would not be known.
         """
         part = lambda x, wanted, start: run_blocks(
             self.blocks, x, wanted, causal=False, dtype=dtype, execution=execution, start=start, scales=scales
         )
-        wanted, merge = set(wanted), self.arch.merge_after
-        if x.shape[1] != self.arch.tokens_after(start):
-            raise ValueError(f"expected {self.arch.tokens_after(start)} tokens after {start} blocks, found {x.shape[1]}")
-        if not merge or start > merge or max(wanted) <= merge:
-            return part(x, wanted, start)
-        taps = part(x, {e for e in wanted if e < merge} | {merge}, start)
-        merged = merge_patches(taps[merge], self.arch.class_token)
-        taps |= part(merged, {e for e in wanted if e > merge}, merge)
+        if start > self.arch.first_merging:
+            raise ValueError(f"tokens after {start} blocks: this tower has merged patches after {self.arch.first_merging}")
+        wanted, taps = set(wanted), {}
+        sizes = jnp.ones(x.shape[:2], jnp.float32)
+        for stop, count in enumerate(self.arch.merge, 1):
+            if count and start <= stop < max(wanted):
+                taps |= part(x, {e for e in wanted if e < stop} - taps.keys() | {stop}, start)
+                x, sizes = merge_similar(taps[stop], sizes, count, self.arch.class_token)
+                start = stop
+        taps |= part(x, wanted - taps.keys(), start)
         return {e: taps[e] for e in sorted(wanted)}
 
 
@@ -239,20 +250,39 @@ class Vision(Trunk):
         return self.proj(self.ln_post(x[:, 0]), dtype)
 
 
-def merge_patches(x: Array, class_token: bool) -> Array:
-    """Tokens [B, L, W] of a square grid -> the same with the mean of every 2 x 2 patches; the class token stays.
+def merge_similar(x: Array, sizes: Array, count: int, class_token: bool) -> tuple[Array, Array]:
+    """Tokens [B, L, W] and the patches that each stands for [B, L] -> the same with `count` tokens fewer.
 
-    Of an odd grid the last row and column are merged by two, their corner stays as it is.
+    Bipartite matching of ToMe (Bolya et al. 2023, arXiv:2210.09461): every second patch looks for the most similar one among
+    the others, and the `count` closest pairs become their mean, weighted by size. The class token stays, in its place; the
+    patches that found no one come next, then the others. Similar is the cosine of the centred tokens, which needs no keys.
     """
-    first, patches = (x[:, :1], x[:, 1:]) if class_token else (x[:, :0], x)
-    b, n, width = patches.shape
-    side = math.isqrt(n)
-    half, odd = -(-side // 2), side % 2
-    grid = jnp.pad(patches.reshape(b, side, side, width), ((0, 0), (0, odd), (0, odd), (0, 0)))
-    sums = grid.astype(jnp.float32).reshape(b, half, 2, half, 2, width).sum((2, 4))
-    rows = jnp.minimum(2, side - 2 * jnp.arange(half))  # patches that a window holds along a side
-    means = sums / (rows[:, None] * rows)[:, :, None]
-    return jnp.concatenate([first, means.reshape(b, half**2, width).astype(x.dtype)], axis=1)
+    first = int(class_token)
+    weight, patches = sizes[:, first:, None], x[:, first:].astype(jnp.float32)
+    features = jax.lax.stop_gradient(patches - patches.mean(-1, keepdims=True))
+    features = features / (jnp.linalg.norm(features, axis=-1, keepdims=True) + 1e-6)
+    similar = jnp.einsum("bnw,bmw->bnm", features[:, ::2], features[:, 1::2])
+    closest = jax.lax.top_k(similar.max(-1), count)[1]
+    gone = jax.nn.one_hot(closest, similar.shape[1]).sum(1)  # [B, N]: 1 for those that merge
+    goal = jax.nn.one_hot(similar.argmax(-1), similar.shape[2]) * gone[..., None]
+    moved, added = (jnp.einsum("bnm,bnw->bmw", goal, part[:, ::2]) for part in (weight * patches, weight))
+    total = weight[:, 1::2] + added
+    merged = (weight[:, 1::2] * patches[:, 1::2] + moved) / total
+    stay = jnp.argsort(gone, axis=1, stable=True)[:, : similar.shape[1] - count, None]
+    kept, kept_weight = (jnp.take_along_axis(part[:, ::2], stay, axis=1) for part in (patches, weight))
+    tokens = jnp.concatenate([x[:, :first], kept.astype(x.dtype), merged.astype(x.dtype)], axis=1)
+    return tokens, jnp.concatenate([sizes[:, :first], kept_weight[..., 0], total[..., 0]], axis=1)
+
+
+def merging_error(merge: tuple[int, ...], depth: int, patches: int) -> str | None:
+    """Why so many patches cannot be merged after each block, in a tower of `depth` blocks; None where they can."""
+    if len(merge) >= depth:
+        return f"merge={merge} has {len(merge)} entries; after the last of {depth} blocks merging is of no use, give fewer"
+    for block, count in enumerate(merge, 1):
+        if not 0 <= count <= patches // 2:
+            return f"merge={merge} after {block} blocks: {count} must lie in 0 to {patches // 2}, half of the patches left"
+        patches -= count
+    return None
 
 
 def _residual(arch: VisionArch, rngs: nnx.Rngs) -> Adapter | TokenAttention | None:
