@@ -76,8 +76,8 @@ _PHOTOS = {"vocabulary": 4096, "calibration": 500, "distractors": 500, "weight_d
 # patches of 8 pixels, as of 16 there are too few (16) to merge any.
 _SMALL = {
     "variant": "vit_demo", "depth": 3, "exit": 2, "exits": (1, 2), "merge": (24, 16), "merge_some": (16, 12),
-    "pretrain_steps": 1500, "steps": 400, "batch_size": 64, "image_size": 64, "patch_size": 8, "dtype": "float32", "router_pixels": 32,
-    "head_blocks": 1, "head_steps": 300, "eval_batch": 256,
+    "pretrain_steps": 1500, "steps": 400, "batch_size": 64, "image_size": 64, "patch_size": 8, "dtype": "float32",
+    "router_pixels": 32, "head_blocks": 1, "head_steps": 300, "eval_batch": 256,
 }  # fmt: skip
 _LARGE = {
     "variant": "vit_s16", "exit": 6, "exits": (4, 6, 8), "merge": (0, *(4,) * 10), "merge_some": (0, *(2,) * 10),
