@@ -151,7 +151,7 @@ def depth_sentence(dataset: str, part: Mapping[str, Any]) -> str:
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """The tables as Markdown: of each recipe its exits, and what is routed to the goal's budget; the rest is in the JSON."""
+    """The tables as Markdown: of each recipe its exits, and the best that is routed within the goal's time. The rest: JSON."""
     lines = [f"# Retention: setting {record['setting']}, seeds {', '.join(map(str, record['seeds']))}", ""]
     for dataset, part in record["datasets"].items():
         gallery = part["gallery"]
@@ -164,12 +164,22 @@ def markdown(record: Mapping[str, Any]) -> str:
             "| over dice | over static | lacks |",
             "| " + " | ".join(["---"] * 11) + " |",
         ]  # fmt: skip
-        for row in part["rows"]:
-            if row["budget"] is None or abs(row["budget"] - BUDGET) < 1e-9:
-                lines.append(_line(row))
+        lines += [_line(row) for row in shown(part["rows"])]
         lines += ["", *(f"- {name}: {RECIPES[name].note}" for name in record["recipes"]), ""]
         lines += [*(f"- {note}" for note in part["notes"]), ""]
     return "\n".join(lines)
+
+
+def shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Every exit, and of each recipe and router the row that keeps most within the goal's time, with its dice and oracle."""
+    chosen = set()
+    for recipe, router in {(row["recipe"], row["router"]) for row in rows if row["kind"] == "routed"}:
+        for calibrated in (False, True):
+            best = retention_figure.within_budget(rows, recipe, router, calibrated)
+            if best is not None:
+                plain = best["row"].removesuffix(retention_rows.AFFINE)
+                chosen |= {(recipe, name) for name in (best["row"], f"{plain} random", f"{plain} oracle")}
+    return [row for row in rows if row["budget"] is None or (row["recipe"], row["row"]) in chosen]
 
 
 def _line(row: Mapping[str, Any]) -> str:

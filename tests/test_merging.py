@@ -26,6 +26,14 @@ def _tower(arch):
     return Bridge(lambda rngs: Vision(arch, rngs=rngs))
 
 
+def _embed(arch, params, exits, images):
+    """Compiled as a whole: op by op it takes a minute."""
+    return jax.jit(lambda p, x: _tower(arch).bind(p)(x, exits, jnp.float32))(params, images)
+
+
+merge = jax.jit(merge_similar, static_argnums=(2, 3))
+
+
 def _images(n=3):
     return np.random.default_rng(1).standard_normal((n, 32, 32, 3)).astype(np.float32)
 
@@ -56,7 +64,7 @@ def test_the_closest_pairs_become_their_weighted_mean(patches, count, class_toke
     rng = np.random.default_rng(patches + count)
     x = rng.standard_normal((3, patches + class_token, 6)).astype(np.float32)
     sizes = rng.integers(1, 4, x.shape[:2]).astype(np.float32)
-    tokens, total = merge_similar(jnp.asarray(x), jnp.asarray(sizes), count, class_token)
+    tokens, total = merge(x, sizes, count, class_token)
     for image in range(3):
         expected, stands_for = by_hand(x[image], sizes[image], count, class_token)
         np.testing.assert_allclose(tokens[image], expected, atol=1e-5)
@@ -66,26 +74,27 @@ def test_the_closest_pairs_become_their_weighted_mean(patches, count, class_toke
 
 def test_equal_patches_merge_without_loss():
     x = np.random.default_rng(0).standard_normal((1, 4, 6)).astype(np.float32)
-    tokens, sizes = merge_similar(jnp.asarray(np.concatenate([x, x[:, 3:]], 1)), jnp.ones((1, 5)), 1, True)
+    tokens, sizes = merge(np.concatenate([x, x[:, 3:]], 1), np.ones((1, 5), np.float32), 1, True)
     assert sorted(sizes[0].tolist()) == [1, 1, 1, 2]
     np.testing.assert_allclose(np.sort(tokens, axis=1), np.sort(x, axis=1), atol=1e-6)
 
 
 def test_heads_up_to_the_merging_read_all_tokens_and_later_ones_what_is_left():
     plain = dataclasses.replace(ARCH, merge=())
-    params = drawn.params(_tower(ARCH).shapes(), 0)
-    merged, whole = _tower(ARCH).bind(params), _tower(plain).bind(params)
-    found, without = merged(_images(), (1, 2, 3, 4), jnp.float32), whole(_images(), (1, 2, 3, 4), jnp.float32)
+    params, images = drawn.params(_tower(ARCH).shapes(), 0), _images()
+    found, without = (_embed(arch, params, (1, 2, 3, 4), images) for arch in (ARCH, plain))
     for exit in (1, 2):
         np.testing.assert_allclose(found[exit], without[exit], atol=1e-6)
-    x = whole.run(whole.embed(jnp.asarray(_images()), jnp.float32), (2,), jnp.float32)[2]
+    whole = lambda p: _tower(plain).bind(p)
+    x = jax.jit(lambda p, x: whole(p).run(whole(p).embed(x, jnp.float32), (2,), jnp.float32)[2])(params, images)
     sizes = np.ones(x.shape[:2])
     # The rest of the tower, block by block and image by image.
     for block, count in ((3, 3), (4, 2)):
         each = [by_hand(np.asarray(one), own, count, True) for one, own in zip(x, sizes)]
         x, sizes = (np.stack(part).astype(np.float32) for part in zip(*each))
-        x = whole.blocks[block - 1](jnp.asarray(x), causal=False, dtype=jnp.float32)
-        np.testing.assert_allclose(found[block], whole._embed(x, block, jnp.float32), atol=1e-4)
+        x = jax.jit(lambda p, x, n=block: whole(p).blocks[n - 1](x, causal=False, dtype=jnp.float32))(params, x)
+        head = jax.jit(lambda p, x, n=block: whole(p)._embed(x, n, jnp.float32))
+        np.testing.assert_allclose(found[block], head(params, x), atol=1e-4)
         assert np.abs(found[block] - without[block]).max() > 1e-3
     assert {e: ARCH.tokens_after(e) for e in ARCH.all_exits} == {1: 17, 2: 17, 3: 14, 4: 12}
     assert ARCH.first_merging == 2 and ARCH.exits_after_merging == (3,) and plain.first_merging == 4
@@ -93,26 +102,28 @@ def test_heads_up_to_the_merging_read_all_tokens_and_later_ones_what_is_left():
 
 @pytest.mark.parametrize("start", [1, 2])
 def test_routing_goes_on_from_tokens_before_the_merging(start):
-    params = drawn.params(_tower(ARCH).shapes(), 0)
-    tower = _tower(ARCH).bind(params)
-    whole = tower(_images(), (2, 3, 4), jnp.float32)
-    tokens = tower.run(tower.embed(jnp.asarray(_images()), jnp.float32), (start,), jnp.float32)[start]
-    for exit, expected in whole.items():
-        np.testing.assert_allclose(tower.resume(tokens, start, (exit,), jnp.float32)[exit], expected, atol=1e-5)
+    params, images = drawn.params(_tower(ARCH).shapes(), 0), _images()
+    tower = lambda p: _tower(ARCH).bind(p)
+    whole = _embed(ARCH, params, (2, 3, 4), images)
+    begin = jax.jit(lambda p, x: tower(p).run(tower(p).embed(x, jnp.float32), (start,), jnp.float32)[start])
+    rest = jax.jit(lambda p, x: {e: tower(p).resume(x, start, (e,), jnp.float32)[e] for e in (2, 3, 4)})
+    tokens = begin(params, images)
+    for exit, found in rest(params, tokens).items():
+        np.testing.assert_allclose(found, whole[exit], atol=1e-5)
     with pytest.raises(ValueError, match="tokens after 3 blocks: this tower has merged patches after 2"):
-        tower.resume(tokens, 3, (4,), jnp.float32)
+        tower(params).resume(tokens, 3, (4,), jnp.float32)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_gradients_are_the_same_in_a_loop_and_computed_again(remat):
+def test_gradients_are_the_same_in_a_loop_and_computed_again():
     params = drawn.params(_tower(ARCH).shapes(), 0)
 
     def loss(params, execution):
         each = _tower(ARCH).bind(params)(_images(), (1, 4), jnp.float32, execution)
         return sum(jnp.sum(jnp.sin(z)) for z in each.values())
 
-    plain = jax.grad(loss)(params, Execution())
-    other = jax.grad(loss)(params, Execution(remat, scan=True))
+    plain, other = (
+        jax.jit(jax.grad(lambda p, e=execution: loss(p, e)))(params) for execution in (Execution(), Execution("full", scan=True))
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), plain, other)
 
 

@@ -260,18 +260,23 @@ def merge_similar(x: Array, sizes: Array, count: int, class_token: bool) -> tupl
     first = int(class_token)
     weight, patches = sizes[:, first:, None], x[:, first:].astype(jnp.float32)
     features = jax.lax.stop_gradient(patches - patches.mean(-1, keepdims=True))
-    features = features / (jnp.linalg.norm(features, axis=-1, keepdims=True) + 1e-6)
+    features = features * jax.lax.rsqrt(jnp.sum(features**2, axis=-1, keepdims=True) + 1e-12)
     similar = jnp.einsum("bnw,bmw->bnm", features[:, ::2], features[:, 1::2])
-    closest = jax.lax.top_k(similar.max(-1), count)[1]
-    gone = jax.nn.one_hot(closest, similar.shape[1]).sum(1)  # [B, N]: 1 for those that merge
-    goal = jax.nn.one_hot(similar.argmax(-1), similar.shape[2]) * gone[..., None]
-    moved, added = (jnp.einsum("bnm,bnw->bmw", goal, part[:, ::2]) for part in (weight * patches, weight))
-    total = weight[:, 1::2] + added
-    merged = (weight[:, 1::2] * patches[:, 1::2] + moved) / total
-    stay = jnp.argsort(gone, axis=1, stable=True)[:, : similar.shape[1] - count, None]
-    kept, kept_weight = (jnp.take_along_axis(part[:, ::2], stay, axis=1) for part in (patches, weight))
-    tokens = jnp.concatenate([x[:, :first], kept.astype(x.dtype), merged.astype(x.dtype)], axis=1)
-    return tokens, jnp.concatenate([sizes[:, :first], kept_weight[..., 0], total[..., 0]], axis=1)
+    seekers, others = similar.shape[1:]
+    best, order = similar.max(-1), jnp.arange(seekers)
+    # Ranks by comparing all pairs, and moves as matrices: sorting and gathering are slow on all kinds of devices.
+    before = (best[:, :, None] < best[:, None]) | ((best[:, :, None] == best[:, None]) & (order[:, None] > order))
+    gone = (before.sum(-1) < count)[..., None]
+    stays = jax.nn.one_hot(jnp.cumsum(~gone[..., 0], axis=1) - 1, seekers - count) * ~gone
+    moves = jnp.concatenate([stays, jax.nn.one_hot(similar.argmax(-1), others) * gone], axis=-1)
+    moved, total = (jnp.einsum("bnm,bnw->bmw", moves, part[:, ::2]) for part in (weight * patches, weight))
+    there = ((0, 0), (seekers - count, 0), (0, 0))
+    total = total + jnp.pad(weight[:, 1::2], there)
+    tokens = (moved + jnp.pad((weight * patches)[:, 1::2], there)) / total
+    return (
+        jnp.concatenate([x[:, :first], tokens.astype(x.dtype)], axis=1),
+        jnp.concatenate([sizes[:, :first], total[..., 0]], axis=1),
+    )
 
 
 def merging_error(merge: tuple[int, ...], depth: int, patches: int) -> str | None:
