@@ -72,11 +72,11 @@ class Sizes:
 
 
 _PHOTOS = {"vocabulary": 4096, "calibration": 500, "distractors": 500, "weight_decay": 0.2, "augment": True}
-# Two CPU cores: float32 is faster where there are no bf16 instructions. Three blocks, as more gain nothing in so few steps;
-# patches of 8 pixels, as of 16 there are too few (16) to merge any.
+# Two CPU cores: float32 is faster where there are no bf16 instructions. Patches of 8 pixels, as of 16 there are too few (16) to
+# merge any.
 _SMALL = {
-    "variant": "vit_demo", "depth": 3, "exit": 2, "exits": (1, 2), "merge": (24, 16), "merge_some": (16, 12),
-    "pretrain_steps": 1500, "steps": 400, "batch_size": 64, "image_size": 64, "patch_size": 8, "dtype": "float32",
+    "variant": "vit_demo", "exit": 3, "exits": (2, 4), "merge": (12, 10, 8, 8, 6), "merge_some": (6, 6, 6, 6, 6),
+    "pretrain_steps": 1500, "steps": 300, "batch_size": 64, "image_size": 64, "patch_size": 8, "dtype": "float32",
     "router_pixels": 32, "head_blocks": 1, "head_steps": 300, "eval_batch": 256,
 }  # fmt: skip
 _LARGE = {

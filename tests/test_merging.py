@@ -121,9 +121,8 @@ def test_gradients_are_the_same_in_a_loop_and_computed_again():
         each = _tower(ARCH).bind(params)(_images(), (1, 4), jnp.float32, execution)
         return sum(jnp.sum(jnp.sin(z)) for z in each.values())
 
-    plain, other = (
-        jax.jit(jax.grad(lambda p, e=execution: loss(p, e)))(params) for execution in (Execution(), Execution("full", scan=True))
-    )
+    run = lambda execution: jax.jit(jax.grad(lambda p: loss(p, execution)))(params)
+    plain, other = run(Execution()), run(Execution("full", scan=True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), plain, other)
 
 
