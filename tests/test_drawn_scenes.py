@@ -8,7 +8,7 @@ import pytest
 
 from icar_jax.config import ConfigError, DataConfig, ExperimentConfig, validate
 from icar_jax.data import sources
-from icar_jax.data.scenes import DrawnScenes, Scenes, dataset
+from icar_jax.data.scenes import DrawnScenes, Scenes, dataset, drawn
 
 SIZE, SIDE = 12, 32
 
@@ -51,11 +51,19 @@ def test_a_later_run_draws_nothing_but_what_names_the_files(tmp_path, drawings):
 def test_damaged_and_half_written_pictures_are_drawn_again(tmp_path):
     kept = DrawnScenes(_scenes(), tmp_path)
     right = _pixels(kept)
-    pixels, _ = kept._files()
+    (file,) = tmp_path.glob("*.u8")
+    pixels = np.memmap(file, np.uint8, "r+", shape=right.shape)
     pixels[3, 5] ^= 255
     pixels[7] = 0
     np.testing.assert_array_equal(_pixels(DrawnScenes(_scenes(), tmp_path)), right)
-    np.testing.assert_array_equal(pixels[3], right[3])
+    np.testing.assert_array_equal(pixels, right)
+
+
+def test_a_full_disk_is_said(tmp_path, monkeypatch):
+    kept = DrawnScenes(_scenes(), tmp_path)
+    monkeypatch.setattr(drawn.os, "pwrite", lambda *_: 5)
+    with pytest.raises(OSError, match="no room left to keep drawn scenes; leave config.data.scenes_kept empty"):
+        kept[0].image()
 
 
 def test_another_way_of_drawing_gets_files_of_its_own(tmp_path, monkeypatch):

@@ -6,11 +6,12 @@ a scene was not drawn yet. Both grow as scenes are asked for. Several processes 
 
 from __future__ import annotations
 
+import errno
+import os
 import zlib
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from icar_jax.data.records import Record
@@ -25,12 +26,13 @@ class DrawnScenes:
     A picture that was only half written, or damaged on the disk, is noticed and drawn again.
 
     Raises:
-        OSError: the folder cannot be written. The files are sparse: they take what has been drawn, 3 S^2 bytes a scene.
+        OSError: the folder cannot be written, or is full. The files are sparse: they take what has been drawn, 3 S^2 bytes a
+            scene.
     """
 
     def __init__(self, scenes: Scenes, folder: Path) -> None:
         self.scenes, self.folder, self.name = scenes, Path(folder), scenes.name
-        self._open: tuple[np.ndarray, np.ndarray] | None = None
+        self._open: tuple[_File, _File] | None = None
         self._files()
 
     def __len__(self) -> int:
@@ -45,35 +47,47 @@ class DrawnScenes:
 
     def _picture(self, i: int, record: Record) -> Image.Image:
         pixels, sums = self._files()
-        kept = pixels[i].tobytes()
-        if not sums[i] or sums[i] != _checksum(kept):
-            drawn = np.asarray(record.image())
-            pixels[i] = drawn
-            sums[i] = _checksum(drawn.tobytes())
-            return Image.fromarray(drawn)
-        return Image.frombytes("RGB", pixels.shape[1:3], kept)
+        kept = pixels.read(i)
+        if sums.read(i) != _checksum(kept):
+            drawn = record.image()
+            kept = drawn.tobytes()
+            pixels.write(i, kept)
+            sums.write(i, _checksum(kept))
+            return drawn
+        return Image.frombytes("RGB", (self.scenes.image_size,) * 2, kept)
 
-    def _files(self) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [N, S, S, 3] and uint32 [N], both mapped and shared with other processes."""
+    def _files(self) -> tuple[_File, _File]:
+        """Of the pixels and of the checksums."""
         if self._open is None:
             s = self.scenes
-            witnesses = b"".join(np.asarray(s[i].image()).tobytes() for i in range(min(_WITNESSES, len(s))))
+            witnesses = b"".join(s[i].image().tobytes() for i in range(min(_WITNESSES, len(s))))
             stem = f"{s.split}-seed{s.seed}-{len(s)}x{s.image_size}-{zlib.crc32(witnesses):08x}"
             self.folder.mkdir(parents=True, exist_ok=True)
-            shape = (len(s), s.image_size, s.image_size, 3)
-            self._open = _mapped(self.folder / f"{stem}.u8", np.uint8, shape), _mapped(
-                self.folder / f"{stem}.crc32", np.uint32, shape[:1]
-            )
+            sizes = {"u8": 3 * s.image_size**2, "crc32": 4}
+            self._open = tuple(_File(self.folder / f"{stem}.{end}", size, len(s)) for end, size in sizes.items())
         return self._open
 
 
-def _mapped(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    with open(path, "ab") as file:
-        if file.tell() != size:
-            file.truncate(size)  # zeros that take no room; another process may do the same
-    return np.memmap(path, dtype, "r+", shape=shape)
+class _File:
+    """`count` entries of `size` bytes each, zeros at first, in a file that several threads and processes read and write."""
+
+    def __init__(self, path: Path, size: int, count: int) -> None:
+        self._size, self._path = size, path
+        with open(path, "ab") as file:
+            if file.tell() != size * count:
+                file.truncate(size * count)  # zeros that take no room; another process may do the same
+        self._file = open(path, "r+b", buffering=0)
+
+    def read(self, i: int) -> bytes:
+        return os.pread(self._file.fileno(), self._size, i * self._size)
+
+    def write(self, i: int, entry: bytes) -> None:
+        # Not through a memory map: there a full disk ends the process without a word.
+        if os.pwrite(self._file.fileno(), entry, i * self._size) != self._size:
+            full = "no room left to keep drawn scenes; leave config.data.scenes_kept empty"
+            raise OSError(errno.ENOSPC, full, str(self._path))
 
 
-def _checksum(pixels: bytes) -> int:
-    return zlib.crc32(pixels) or 1  # zero says that nothing is there
+def _checksum(pixels: bytes) -> bytes:
+    """Never zeros, which say that nothing is there."""
+    return (zlib.crc32(pixels) or 1).to_bytes(4, "little")
