@@ -15,8 +15,9 @@ from icar_jax.data.images import Preprocess
 from icar_jax.models import flops, registry
 from icar_jax.models.clip import Clip
 from icar_jax.models.layers import Bridge
+from icar_jax.models.merging import merge_similar
 from icar_jax.models.transformer import Execution
-from icar_jax.models.vision import Vision, VisionArch, merge_similar
+from icar_jax.models.vision import Vision, VisionArch
 from icar_jax.training import plan_flops
 
 ARCH = VisionArch(32, 8, 32, 4, 4, 64, 32, exits=(1, 2, 3), merge=(0, 3, 2))

@@ -242,7 +242,8 @@ def test_why_exits_says_what_is_missing(tmp_path, capsys):
 def test_end_to_end_and_resumed(tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "retention.py", "--setting", "tiny", "--seeds", "0", "--recipes", "shared",
                "--routers", "complexity", "--out", tmp_path]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    quick = "--xla_backend_optimization_level=0"  # compiling takes longer than these steps
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick}
     first = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "run 1 of 6: ConvNeXt-IC" in first.stdout and "== run 6 of 6: scenes/shared/seed 0; about" in first.stdout
     record = json.loads((tmp_path / "retention.json").read_text())

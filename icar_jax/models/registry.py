@@ -14,9 +14,10 @@ from icar_jax.models.blocks_scorer import BlocksArch
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.complexity import ComplexityArch
 from icar_jax.models.convnext import ConvNeXtArch
+from icar_jax.models.merging import merging_error
 from icar_jax.models.scorers import ScorerArch
 from icar_jax.models.text import TextArch
-from icar_jax.models.vision import VisionArch, merging_error
+from icar_jax.models.vision import VisionArch
 
 
 def _clip(image: tuple[int, int, int, int, int, int], text: tuple[int, int, int], embed: int) -> ClipArch:

@@ -17,6 +17,7 @@ from flax import nnx
 
 from icar_jax.models.exit_heads import EXIT_HEADS, Adapter, TokenAttention
 from icar_jax.models.layers import DType, LayerNorm, Linear, PatchConv, normal
+from icar_jax.models.merging import merge_similar, merging_error
 from icar_jax.models.transformer import AttentionPool, Block, Execution, run_blocks
 
 Array = jax.Array
@@ -248,46 +249,6 @@ class Vision(Trunk):
         if self.arch.head == "map":
             return self.map(self.ln_post(x), dtype)
         return self.proj(self.ln_post(x[:, 0]), dtype)
-
-
-def merge_similar(x: Array, sizes: Array, count: int, class_token: bool) -> tuple[Array, Array]:
-    """Tokens [B, L, W] and the patches that each stands for [B, L] -> the same with `count` tokens fewer.
-
-    Bipartite matching of ToMe (Bolya et al. 2023, arXiv:2210.09461): every second patch looks for the most similar one among
-    the others, and the `count` closest pairs become their mean, weighted by size. The class token stays, in its place; the
-    patches that found no one come next, then the others. Similar is the cosine of the centred tokens, which needs no keys.
-    """
-    first = int(class_token)
-    weight, patches = sizes[:, first:, None], x[:, first:].astype(jnp.float32)
-    features = jax.lax.stop_gradient(patches - patches.mean(-1, keepdims=True))
-    features = features * jax.lax.rsqrt(jnp.sum(features**2, axis=-1, keepdims=True) + 1e-12)
-    similar = jnp.einsum("bnw,bmw->bnm", features[:, ::2], features[:, 1::2])
-    seekers, others = similar.shape[1:]
-    best, order = similar.max(-1), jnp.arange(seekers)
-    # Ranks by comparing all pairs, and moves as matrices: sorting and gathering are slow on all kinds of devices.
-    before = (best[:, :, None] < best[:, None]) | ((best[:, :, None] == best[:, None]) & (order[:, None] > order))
-    gone = (before.sum(-1) < count)[..., None]
-    stays = jax.nn.one_hot(jnp.cumsum(~gone[..., 0], axis=1) - 1, seekers - count) * ~gone
-    moves = jnp.concatenate([stays, jax.nn.one_hot(similar.argmax(-1), others) * gone], axis=-1)
-    moved, total = (jnp.einsum("bnm,bnw->bmw", moves, part[:, ::2]) for part in (weight * patches, weight))
-    there = ((0, 0), (seekers - count, 0), (0, 0))
-    total = total + jnp.pad(weight[:, 1::2], there)
-    tokens = (moved + jnp.pad((weight * patches)[:, 1::2], there)) / total
-    return (
-        jnp.concatenate([x[:, :first], tokens.astype(x.dtype)], axis=1),
-        jnp.concatenate([sizes[:, :first], total[..., 0]], axis=1),
-    )
-
-
-def merging_error(merge: tuple[int, ...], depth: int, patches: int) -> str | None:
-    """Why so many patches cannot be merged after each block, in a tower of `depth` blocks; None where they can."""
-    if len(merge) >= depth:
-        return f"merge={merge} has {len(merge)} entries; after the last of {depth} blocks merging is of no use, give fewer"
-    for block, count in enumerate(merge, 1):
-        if not 0 <= count <= patches // 2:
-            return f"merge={merge} after {block} blocks: {count} must lie in 0 to {patches // 2}, half of the patches left"
-        patches -= count
-    return None
 
 
 def _residual(arch: VisionArch, rngs: nnx.Rngs) -> Adapter | TokenAttention | None:
