@@ -1,8 +1,9 @@
 """What benchmarks/retention.py trains: the sizes of its settings, and recipes as changes of one configuration.
 
 As in ICAR, a pretrained CLIP gets its exits by training on: the full tower and the static one are pretrained once for a
-dataset, each on the same pairs, and every recipe goes on from there. All see the same number of pairs, in the same order for
-the same seed. The ablation puts one lever at a time on top of `shared`; `combined` is the candidate that puts several together.
+dataset, each on the same pairs, and every recipe goes on from there: all see the same number of pairs, but for `frozen` ones,
+which go on from the baseline, and in the same order for the same seed, but for `summed`, which starts from scratch. The
+ablation puts one lever at a time on top of `shared`; `combined` is the candidate that puts several together.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ _SMALL = {
     "router_pixels": 32, "head_blocks": 1, "head_steps": 300, "eval_batch": 256,
 }  # fmt: skip
 _LARGE = {
-    "variant": "vit_s16", "exit": 6, "exits": (4, 6, 8), "merge": (0, *(4,) * 10), "merge_some": (0, *(2,) * 10),
+    "variant": "vit_s16", "exit": 6, "exits": (4, 6, 8), "merge": (0, *(5,) * 10), "merge_some": (0, *(3,) * 10),
     "batch_size": 256, "image_size": 128, "warmup_steps": 500, "router_pixels": 64, "router_steps": 7000, "head_steps": 2000,
     "eval_batch": 256, "pretrain_lr": 5e-4, "lr": 2e-4, "exit_lr": 5e-4,
 }  # fmt: skip
@@ -114,32 +115,31 @@ class Recipe:
     """Changes of the configuration of `shared`, by dotted name.
 
     note: what the table says about it. many: the exits of `Sizes.exits`, not the one of `Sizes.exit`. exits: False for towers
-    without any. reference: a row to compare with, not a candidate. init: the run that it starts from, one of PRETRAINED or a
-    recipe of the same seed; empty: from scratch, for as many pairs as the others see in all.
+    without any. init: the run that it starts from, one of PRETRAINED or a recipe of the same seed; empty: from scratch, for as
+    many pairs as the others see in all.
     """
 
     note: str
     changes: dict[str, Any] = field(default_factory=dict)
     many: bool = False
     exits: bool = True
-    reference: bool = False
     init: str = "pretrained"
 
 
-# Trained once for a dataset, with the first seed whatever seeds are asked for.
+# Trained once for a dataset, with a seed of its own, so that no recipe begins with the batches that pretraining began with.
+PRETRAINING_SEED = 0
 PRETRAINED: dict[str, Recipe] = {
     "pretrained": Recipe("what the others start from", exits=False, init=""),
     "pretrained_static": Recipe("what the static tower starts from", exits=False, init=""),
 }
-_GROWING = "loss.exit_weights"
+_WEIGHTS = "loss.exit_weights"
 
 RECIPES: dict[str, Recipe] = {
-    "baseline": Recipe("full depth alone, no exit", exits=False, reference=True),
-    "static": Recipe("fewer blocks, no exit, no router", exits=False, reference=True, init="pretrained_static"),
+    "baseline": Recipe("full depth alone, no exit", exits=False),
+    "static": Recipe("fewer blocks, no exit, no router", exits=False, init="pretrained_static"),
     "icar": Recipe(
         "as published: random head on the first patch, temperatures and losses of their own",
         {"clip.pool": "first_patch", "clip.exit_start": "random", "clip.temperature": "own"},
-        reference=True,
     ),
     "merged": Recipe("full depth alone, similar patches merged on the way up", {"clip.merge": "merge"}, exits=False),
     "heads": Recipe("exit head from ln_post and proj on CLS", {"clip.temperature": "own"}),
@@ -150,12 +150,12 @@ RECIPES: dict[str, Recipe] = {
     "cosine": Recipe("shared, distillation by cosine", {"loss.distill_cosine": 1.0}),
     "kl": Recipe("shared, distillation by KL over similarities", {"loss.distill_kl": 1.0}),
     "mixed": Recipe("shared, mixed-gallery loss", {"loss.mixed": 1.0}),
-    "growing": Recipe("shared, loss weights growing with depth", {_GROWING: "growing"}),
-    "light": Recipe("shared, exits weigh a fifth of full depth", {_GROWING: "light"}),
+    "growing": Recipe("shared, loss weights growing with depth", {_WEIGHTS: "growing"}),
+    "light": Recipe("shared, exits weigh a fifth of full depth", {_WEIGHTS: "light"}),
     "dropout": Recipe("shared, layer dropout", {"train.layer_dropout": 0.1}),
     "exits": Recipe("shared, more than one exit", many=True),
     "frozen": Recipe(
-        "the baseline's weights stay, exit heads learn for as many pairs again",
+        "the baseline's weights stay, exit heads learn on as many pairs as it went on for",
         {"train.freeze": ("image", "text", "temperature")}, init="baseline",
     ),
     "frozen_attention": Recipe(
@@ -163,7 +163,7 @@ RECIPES: dict[str, Recipe] = {
         {"train.freeze": ("image", "text", "temperature"), "clip.exit_head": "attention", "loss.distill_cosine": 1.0},
         init="baseline",
     ),
-    "combined": Recipe("light, some similar patches merged", {_GROWING: "light", "clip.merge": "some"}),
+    "combined": Recipe("light, some similar patches merged", {_WEIGHTS: "light", "clip.merge": "merge_some"}),
 }  # fmt: skip
 
 
@@ -188,7 +188,9 @@ def clip_config(name: str, dataset: str, sizes: Sizes, seed: int, photos: str, o
             image_size=s.image_size, patch_size=s.patch_size, context_length=s.context_length,
         ),
         data=_data(dataset, s, photos, out),
-        optim=OptimConfig(lr=lr, exit_lr=exit_lr, weight_decay=s.weight_decay, warmup_steps=s.warmup_steps),
+        optim=OptimConfig(
+            lr=lr, exit_lr=exit_lr, weight_decay=s.weight_decay, warmup_steps=min(s.warmup_steps, max(steps // 10, 1)),
+        ),
         train=TrainConfig(
             steps=steps, batch_size=s.batch_size, seed=seed, dtype=s.dtype, checkpoint_every=s.checkpoint_every, keep=1,
             scan_blocks=s.scan_blocks, init=str(start_of(name, dataset, seed, out)) if recipe.init else "",
@@ -197,7 +199,7 @@ def clip_config(name: str, dataset: str, sizes: Sizes, seed: int, photos: str, o
     )  # fmt: skip
     depth = clip_arch(config.clip).vision.depth
     weights = {"growing": growing_weights(exits, depth), "light": (*(0.2 for _ in exits), 1.0)}
-    meant = weights | {"merge": s.merge, "some": s.merge_some}
+    meant = weights | {"merge": s.merge, "merge_some": s.merge_some}
     meaning = lambda value: meant.get(value, value) if isinstance(value, str) else value
     changes = {path: meaning(value) for path, value in recipe.changes.items()}
     if name in ("static", "pretrained_static"):
@@ -208,7 +210,7 @@ def clip_config(name: str, dataset: str, sizes: Sizes, seed: int, photos: str, o
 def start_of(name: str, dataset: str, seed: int, out: Path) -> Path:
     """The workdir that a recipe goes on from."""
     start = RECIPES[name].init
-    return folder(out, dataset, start, 0 if start in PRETRAINED else seed)
+    return folder(out, dataset, start, PRETRAINING_SEED if start in PRETRAINED else seed)
 
 
 def complexity_config(sizes: Sizes, out: Path) -> ExperimentConfig:

@@ -1,7 +1,7 @@
 """How much of a separately trained full-depth CLIP is kept at a share of its cost, by training recipe, router and seed.
 
     python benchmarks/retention.py --dataset both --setting small --photos PATH/TO/flickr8k --out workdir/retention
-        [--seeds 0 1 2] [--recipes all|NAME ...] [--routers complexity regret blocks] [--train-only | --report-only]
+        [--seeds 1 2 3] [--recipes all|NAME ...] [--routers complexity regret blocks] [--train-only | --report-only]
 
 Trains every recipe of benchmarks/recipes.py with train.py, each run a workdir OUT/DATASET/RECIPE/SEED; evaluates it in a
 gallery of held-out images and distractors; writes OUT/retention.json, retention.md and retention.png. Finished runs are
@@ -84,8 +84,9 @@ def jobs(plan: Plan, heads: bool = True) -> list[Job]:
         found.append(Job(Run("ConvNeXt-IC", plan.out / "router", config)))
     for dataset in plan.datasets:
         for name in recipes.PRETRAINED:
-            config = recipes.clip_config(name, dataset, plan.sizes[dataset], 0, plan.photos, plan.out)
-            found.append(Job(Run(f"{dataset}/{name}", recipes.folder(plan.out, dataset, name, 0), config)))
+            config = recipes.clip_config(name, dataset, plan.sizes[dataset], recipes.PRETRAINING_SEED, plan.photos, plan.out)
+            workdir = recipes.folder(plan.out, dataset, name, recipes.PRETRAINING_SEED)
+            found.append(Job(Run(f"{dataset}/{name}", workdir, config)))
     others = [name for name in plan.recipes if name not in FIRST]
     for seed, names in [(seed, names) for names in (FIRST, others) for seed in plan.seeds]:
         for dataset in plan.datasets:
@@ -218,7 +219,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Plan]
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dataset", choices=(*DATASETS, "both"), default="scenes")
     p.add_argument("--setting", choices=list(SETTINGS), default="small")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     p.add_argument("--recipes", nargs="+", default=["all"], help=f"every one by default; of {', '.join(RECIPES)}")
     p.add_argument("--routers", nargs="+", choices=ROUTERS, default=list(ROUTERS))
     p.add_argument("--photos", default="", help="folder of the photographs, with dataset*.json (Karpathy's layout)")

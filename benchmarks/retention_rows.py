@@ -210,7 +210,7 @@ def evaluate(asked_for: Mapping[str, Any]) -> None:
     far = embed(model, images.far, loading) if images.far is not None else None
     rows, notes = Rows(model, gallery, far), []
     rows.add_exits()
-    unit = _unit(against) if against is not None else rows.flops[model.exits[-1]]
+    unit = _full_flops(against) if against is not None else rows.flops[model.exits[-1]]
     own = rows.flops[model.exits[-1]] / unit  # below 1 where the tower is smaller, or merges patches
     chosen_on = embed(model, images.calibration, loading) if len(model.exits) > 1 else None
     speed: dict[str, float] = {}
@@ -223,8 +223,10 @@ def evaluate(asked_for: Mapping[str, Any]) -> None:
         settings = {}
         for budget in budgets:
             try:
-                if budget / own >= 1 + cost.router / cost.full:
+                if budget >= own:
                     raise ConfigError(f"the whole tower costs {own:.2f} and needs no routing")
+                if budget < cost.lowest_budget * own:
+                    raise ConfigError(f"the first exit and the router alone cost {cost.lowest_budget * own:.2f}")
                 thresholds = thresholds_for_budget(chosen, budget / own, cost)
             except ConfigError as error:
                 notes.append(f"{name} at {budget:.2f}: {error}")
@@ -237,14 +239,14 @@ def evaluate(asked_for: Mapping[str, Any]) -> None:
             settings[f"{name}@{budget:.2f}"] = thresholds
         if settings:
             speed |= measured(workdir, Path(folder), settings, images.queries, scores[0], loading, s)
-    time = 1.0 if own == 1 else compared(workdir, against, images.queries, loading, s)
-    speed = {name: share * time for name, share in speed.items()} or {"full": time}
+    relative = 1.0 if own == 1 else compared(workdir, against, images.queries, loading, s)
+    speed = {name: share * relative for name, share in speed.items()} or {"full": relative}
     for name, row in rows.records.items():
         row["counted"] = row["flops"] / unit
         # Dice cost what the towers cost; an oracle cannot be run.
         row["measured"] = None if row["kind"] == "oracle" else speed.get(name.removesuffix(AFFINE))
     extra = {
-        "exits": list(model.exits), "full_flops": unit, "notes": notes, "measured": speed,
+        "exits": list(model.exits), "notes": notes, "measured": speed,
         "gallery": {
             "queries": len(gallery.captions), "images": sum(len(g.captions) for g in rows.galleries),
             "captions": sum(len(g.texts) for g in rows.galleries),
@@ -285,7 +287,7 @@ def compared(
     return speed["full"] / speed["static"]
 
 
-def _unit(against: Path) -> float:
+def _full_flops(against: Path) -> float:
     """Counted FLOPs of the full depth of a trained CLIP."""
     arch = from_dict(checkpoint.describe(against / "model")["arch"], ClipArch, f"{against}: arch")
     return float(vision_flops(arch.vision))

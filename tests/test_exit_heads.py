@@ -203,6 +203,26 @@ def test_a_run_with_residuals_starts_from_a_checkpoint_without(name, clip_folder
         np.testing.assert_array_equal(np.asarray(leaf), source[path])
 
 
+def test_new_exits_of_a_run_start_at_random_where_asked(clip_folder, tmp_path):
+    arch = from_dict(checkpoint.describe(clip_folder)["arch"], ClipArch)
+    plain = dataclasses.replace(arch, vision=dataclasses.replace(arch.vision, exits=(), merge=(1,)))
+    about = {"arch": dataclasses.asdict(plain), "preprocess": checkpoint.describe(clip_folder)["preprocess"]}
+    own = drawn.params(Clip(plain).shapes(), 0)
+    model = checkpoint.write(tmp_path / "model", "clip", about, own, None)
+    clip, own, notes = Clip(arch), pytree.flatten(own), []
+    fresh = drawn.params(clip.shapes(), 5)
+    for how in ("random", "final"):
+        found = initial.load_params(model, "clip", arch, clip.shapes(), lambda: fresh, notes.append, how)
+        for path, leaf in pytree.flatten(found).items():
+            expected = own[path] if path in own else own[exit_sources(clip.shapes())[path]]
+            if how == "random" and path.startswith("vision/exits/"):
+                expected = pytree.flatten(fresh)[path]
+            np.testing.assert_array_equal(np.asarray(leaf), expected, path)
+    merging = f"{model}: it merges patches by (1,), the run by none (config.clip.merge)"
+    assert notes == [f"{model}: exits 1, 2 start at random (config.clip.exit_start)", merging,
+                     f"{model}: exits 1, 2 start from the head of the full tower", merging]  # fmt: skip
+
+
 def test_residuals_that_the_run_has_not_are_named(clip_folder, tmp_path):
     saved = from_dict(checkpoint.describe(clip_folder)["arch"], ClipArch)
     arch = dataclasses.replace(saved, vision=with_head("adapter", saved.vision))

@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import recipes  # noqa: E402
 import retention  # noqa: E402
+import retention_figure  # noqa: E402
 import retention_report  # noqa: E402
 import retention_rows  # noqa: E402
 import why_exits  # noqa: E402
@@ -41,7 +42,12 @@ def test_every_recipe_is_a_configuration_with_the_same_pairs(setting, dataset, t
     found = {n: recipes.clip_config(n, dataset, sizes, 1, str(tmp_path), tmp_path) for n in recipes.RECIPES}
     assert len({(c.train.batch_size, c.train.seed, c.data.calibration_size) for c in found.values()}) == 1
     begun = {n: sizes.pretrain_steps if c.train.init else 0 for n, c in found.items()}
-    assert {begun[n] + c.train.steps for n, c in found.items()} == {sizes.pretrain_steps + sizes.steps}
+    total = {n: begun[n] + c.train.steps + sizes.steps * n.startswith("frozen") for n, c in found.items()}
+    once = sizes.pretrain_steps + sizes.steps
+    assert total == {n: once + sizes.steps * n.startswith("frozen") for n in found}
+    if setting != "tiny":
+        cost = {n: vision_flops(clip_arch(c.clip).vision) for n, c in found.items()}
+        assert cost["merged"] <= recipes.BUDGET * cost["baseline"] < cost["combined"] < cost["baseline"]
     assert {n for n, c in found.items() if not c.clip.exits} == {"baseline", "static", "merged"}
     for name, config in found.items():
         clip_arch(config.clip)  # exits below the depth, pixels on the grid
@@ -82,7 +88,7 @@ def test_a_name_that_is_no_field_is_refused():
 
 
 def test_the_towers_that_others_are_compared_with_come_first(tmp_path):
-    _, plan = retention.parse(["--out", str(tmp_path), "--setting", "tiny", "--seeds", "0", "1", "--recipes", "shared"])
+    _, plan = retention.parse(["--out", str(tmp_path), "--setting", "tiny", "--seeds", "1", "2", "--recipes", "shared"])
     todo = retention.jobs(plan)
     order = [job.of[1] if job.of else job.run.name for job in todo]
     begin = ["ConvNeXt-IC", "scenes/pretrained", "scenes/pretrained_static"]
@@ -164,7 +170,7 @@ def test_rows_are_those_of_the_galleries(out, tower):
 def test_routed_rows_have_dice_and_an_oracle_at_the_same_shares(out, complexity_folder):
     record, hits, _ = retention_rows.read(out / "scenes" / "baseline" / "0")
     rows = record["rows"]
-    assert any("cannot be met" in note for note in record["notes"]) and "complexity@0.05" not in rows
+    assert any("the first exit and the router alone cost" in note for note in record["notes"]) and "complexity@0.05" not in rows
     model, router = load(out / "scenes" / "baseline" / "0" / "model"), load(complexity_folder)
     cost = costs(model.clip.arch, router.scorer.complexity.arch)
     for budget in BUDGETS:
@@ -238,20 +244,33 @@ def test_why_exits_says_what_is_missing(tmp_path, capsys):
     assert "benchmarks/retention.py" in capsys.readouterr().err
 
 
+def test_the_row_shown_is_the_dearest_within_the_time_not_the_one_that_keeps_most():
+    def row(name, measured, kept, kind="routed"):
+        return {"recipe": "shared", "row": name, "kind": kind, "router": "regret", "budget": 0.7, "measured": measured,
+                "counted": 0.9, "retention": {"value": kept, "low": kept, "high": kept}}  # fmt: skip
+
+    rows = [row("regret@0.60", 0.62, 99), row("regret@0.65", 0.69, 98), row("regret@0.70", 0.73, 99.5),
+            row("regret@0.65 random", None, 97, "random"), row("regret@0.60 random", None, 97, "random"),
+            row("regret@0.70 affine", 0.73, 99), row("regret@0.80 affine", 0.8, 99)]  # fmt: skip
+    shown = [each["row"] for each in retention_report.shown(rows)]
+    assert shown == ["regret@0.65", "regret@0.65 random", "regret@0.70 affine"]
+    assert retention_figure.within_budget(rows, "shared", "blocks", False) is None
+
+
 @pytest.mark.check
 def test_end_to_end_and_resumed(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks" / "retention.py", "--setting", "tiny", "--seeds", "0", "--recipes", "shared",
-               "--routers", "complexity", "--out", tmp_path]  # fmt: skip
+    command = [sys.executable, ROOT / "benchmarks" / "retention.py", "--setting", "tiny", "--seeds", "1"]
+    command += ["--recipes", "combined", "--routers", "complexity", "--out", tmp_path]
     quick = "--xla_backend_optimization_level=0"  # compiling takes longer than these steps
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick}
     first = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "run 1 of 6: ConvNeXt-IC" in first.stdout and "== run 6 of 6: scenes/shared/seed 0; about" in first.stdout
+    assert "run 1 of 6: ConvNeXt-IC" in first.stdout and "== run 6 of 6: scenes/combined/seed 1; about" in first.stdout
     record = json.loads((tmp_path / "retention.json").read_text())
     rows = {(r["recipe"], r["row"]) for r in record["datasets"]["scenes"]["rows"]}
-    assert {("baseline", "full"), ("static", "full"), ("shared", "full"), ("shared", "exit_1")} <= rows
-    weights = tmp_path / "scenes/shared/0/model/params.safetensors"
+    assert {("baseline", "full"), ("static", "full"), ("combined", "full"), ("combined", "exit_1")} <= rows
+    weights = tmp_path / "scenes/combined/1/model/params.safetensors"
     before = weights.stat().st_mtime_ns
-    (tmp_path / "scenes/static/0/rows.json").unlink()
+    (tmp_path / "scenes/static/1/rows.json").unlink()
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "== run" not in again.stdout and again.stdout.count("-- evaluate") == 1
     assert weights.stat().st_mtime_ns == before

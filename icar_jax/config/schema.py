@@ -64,7 +64,7 @@ class DataConfig:
     calibration_size: int = 1000  # images cut from the training split; thresholds come from these alone
     scenes_size: int = 200_000  # scenes: pictures in the training split
     scenes_pixels: int = 64  # scenes: side they are drawn at, 32 to 512
-    scenes_kept: str = ""  # scenes: folder that keeps drawn training pictures for the next runs; empty draws them each time
+    scenes_kept: str = ""  # scenes: folder that keeps drawn training pictures for later runs, 12 kB each at 64 pixels
     resize: str = "squash"  # squash | crop (shortest side, then centre)
     interpolation: str = "bicubic"  # bicubic | bilinear, both antialiased
     normalise: str = "half"  # mean and std of the pixels: half | openai | imagenet

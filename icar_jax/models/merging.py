@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -14,12 +16,15 @@ def merge_similar(x: Array, sizes: Array, count: int, class_token: bool) -> tupl
     Bipartite matching of ToMe (Bolya et al. 2023, arXiv:2210.09461): every second patch looks for the most similar one among
     the others, and the `count` closest pairs become their mean, weighted by size. The class token stays, in its place; the
     patches that found no one come next, then the others. Similar is the cosine of the centred tokens, which needs no keys.
+    Later attention does not weigh a token by its size, as ToMe's does for towers that are not trained to go without.
     """
     first = int(class_token)
     weight, patches = sizes[:, first:, None], x[:, first:].astype(jnp.float32)
     features = jax.lax.stop_gradient(patches - patches.mean(-1, keepdims=True))
     features = features * jax.lax.rsqrt(jnp.sum(features**2, axis=-1, keepdims=True) + 1e-12)
-    similar = jnp.einsum("bnw,bmw->bnm", features[:, ::2], features[:, 1::2])
+    # In full precision: accelerators would round away what tells pairs apart, and the tokens themselves in the sums below.
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    similar = product("bnw,bmw->bnm", features[:, ::2], features[:, 1::2])
     seekers, others = similar.shape[1:]
     best, order = similar.max(-1), jnp.arange(seekers)
     # Ranks by comparing all pairs, and moves as matrices: sorting and gathering are slow on all kinds of devices.
@@ -27,9 +32,7 @@ def merge_similar(x: Array, sizes: Array, count: int, class_token: bool) -> tupl
     gone = (before.sum(-1) < count)[..., None]
     stays = jax.nn.one_hot(jnp.cumsum(~gone[..., 0], axis=1) - 1, seekers - count) * ~gone
     moves = jnp.concatenate([stays, jax.nn.one_hot(similar.argmax(-1), others) * gone], axis=-1)
-    # In full precision: accelerators would round the tokens on the way, those that stay as well.
-    add = lambda part: jnp.einsum("bnm,bnw->bmw", moves, part[:, ::2], precision=jax.lax.Precision.HIGHEST)
-    moved, total = add(weight * patches), add(weight)
+    moved, total = (product("bnm,bnw->bmw", moves, part[:, ::2]) for part in (weight * patches, weight))
     there = ((0, 0), (seekers - count, 0), (0, 0))
     total = total + jnp.pad(weight[:, 1::2], there)
     tokens = (moved + jnp.pad((weight * patches)[:, 1::2], there)) / total

@@ -104,13 +104,15 @@ def load_params(
     shapes: pytree.Tree,
     fresh: Callable[[], Mapping[str, Any]] | None = None,
     note: Callable[[str], None] = logging.info,
+    exit_start: str = "final",
 ) -> pytree.Tree:
     """Parameters like `shapes` from the checkpoint, bundle or workdir at `path`; leaves are float32 and read when asked for.
 
     `kind` is 'clip' or 'complexity' and `arch` the run's ClipArch or ComplexityArch. `fresh()` gives initialised parameters and
-    is called only for a head that the checkpoint lacks: of complexity over an ImageNet backbone, or the residual of an exit
-    head; without it these are refused. `note` gets a line for each thing that was
-    adapted. Raises ConfigError naming config.train.init and every difference that was not.
+    is called only for a head that the checkpoint lacks: of complexity over an ImageNet backbone, the residual of an exit head,
+    or with `exit_start` 'random' all of an exit head, which otherwise starts from that of full depth; without it these are
+    refused. `note` gets a line for each thing that was adapted. Raises ConfigError naming config.train.init and every
+    difference that was not.
     """
     folder = find(path, kind)
     description = _checked(path, folder)
@@ -121,7 +123,7 @@ def load_params(
     leaves = {name: Leaf(tensor.shape, (name,), tensor.load) for name, tensor in tensors.items()}
     if kind == "clip":
         saved = _saved_arch(path, folder, ClipArch)
-        leaves = _fit_clip(path, arch, saved, leaves, shapes, fresh, note)
+        leaves = _fit_clip(path, arch, saved, leaves, shapes, fresh, note, exit_start)
         lines = _size_differences(arch, saved) + _manner_differences(arch, saved)
         hints = lambda: _clip_hints(arch, saved, leaves, shapes)
     elif description["kind"] == "convnext":
@@ -220,6 +222,7 @@ def _fit_clip(
     shapes: pytree.Tree,
     fresh: Callable[[], Mapping[str, Any]] | None,
     note: Callable,
+    exit_start: str,
 ) -> dict[str, Any]:
     """`leaves` with positions of the run's sizes, and the exits and biases that the run has and the checkpoint has not."""
     leaves, wanted = dict(leaves), pytree.flatten(shapes)
@@ -241,19 +244,23 @@ def _fit_clip(
         leaves["logit_bias"] = Leaf((), (), lambda: LOGIT_BIAS_START)
         note(f"{where}it has no logit bias; the logit scales start from {math.exp(SIGMOID_SCALE_START):g} and the biases from "
              f"{LOGIT_BIAS_START:g}, as SigLIP's")  # fmt: skip
-    started = set()
-    for target, source in exit_sources(shapes).items():
-        if target not in leaves and source in leaves:
-            leaves[target] = leaves[source]
-            started |= {target.split("/")[2]} if target.startswith("vision/exits/") else set()
-    if started:
-        note(f"{where}exits {', '.join(sorted(started, key=int))} start from the head of the full tower")
-    added = [target for target in wanted if target not in leaves and _RESIDUAL.match(target)]
-    if added and fresh is not None:
+    exits_of = lambda targets: ", ".join(map(str, sorted({int(target.split("/")[2]) for target in targets})))
+    new_heads = [target for target in wanted if target not in leaves and target.startswith("vision/exits/")]
+    residuals = [target for target in new_heads if _RESIDUAL.match(target)]
+    random = [target for target in new_heads if target not in residuals] if exit_start == "random" else []
+    copied = {t: s for t, s in exit_sources(shapes).items() if t not in leaves and s in leaves and t not in random}
+    leaves |= {target: leaves[source] for target, source in copied.items()}
+    if started := [target for target in copied if target in new_heads]:
+        note(f"{where}exits {exits_of(started)} start from the head of the full tower")
+    if fresh is not None:
         values = functools.cache(lambda: pytree.flatten(fresh()))
-        leaves |= {t: Leaf(wanted[t].shape, (), functools.partial(lambda t: values()[t], t)) for t in added}
-        exits = sorted({int(target.split("/")[2]) for target in added})
-        note(f"{where}exits {', '.join(map(str, exits))} get a residual ({new.exit_head}), which starts at zero")
+        leaves |= {t: Leaf(wanted[t].shape, (), functools.partial(lambda t: values()[t], t)) for t in (*random, *residuals)}
+        if random:
+            note(f"{where}exits {exits_of(random)} start at random (config.clip.exit_start)")
+        if residuals:
+            note(f"{where}exits {exits_of(residuals)} get a residual ({new.exit_head}), which starts at zero")
+    if new.merge != old.merge:
+        note(f"{where}it merges patches by {old.merge or 'no schedule'}, the run by {new.merge or 'none'} (config.clip.merge)")
     return leaves
 
 

@@ -170,7 +170,7 @@ def initial_params(config: ExperimentConfig, task: Task, note: Callable[[str], N
     if tower.has_tower(config):
         return tower.params(config, task.shapes, fresh)
     note_preprocessing(config.train.init, task.kind, task.preprocess, note)
-    return load_params(config.train.init, task.kind, task.arch, task.shapes, fresh, note)
+    return load_params(config.train.init, task.kind, task.arch, task.shapes, fresh, note, config.clip.exit_start)
 
 
 def _tokenizer(config: ExperimentConfig, source: Source, written: Path | None) -> Tokenizer | None:
@@ -212,6 +212,6 @@ def _shared_part(config: ExperimentConfig) -> str:
     What lies there is compared by its content.
     """
     values = dataclasses.asdict(config)
-    for name in ("root", "ratings", "workers", "threads"):
+    for name in ("root", "ratings", "workers", "threads", "scenes_kept"):
         del values["data"][name]
     return json.dumps(values, sort_keys=True)

@@ -7,6 +7,7 @@ a scene was not drawn yet. Both grow as scenes are asked for. Several processes 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import zlib
 from functools import partial
@@ -17,22 +18,23 @@ from PIL import Image
 from icar_jax.data.records import Record
 from icar_jax.data.scenes.dataset import Scenes
 
-_WITNESSES = 2  # scenes whose pixels name the files, so that another way of drawing never meets old pictures
+_WITNESSES = 64  # scenes whose pixels name the files, so that another way of drawing never meets old pictures
 
 
 class DrawnScenes:
     """`scenes` with the same records in the same order, whose pictures are kept in `folder`.
 
-    A picture that was only half written, or damaged on the disk, is noticed and drawn again.
+    A picture that was only half written, or damaged on the disk, is noticed and drawn again. Where the disk is full or fails,
+    the rest is drawn and not kept, with one warning. The files are sparse: they take what has been drawn, 3 S^2 bytes a scene.
 
     Raises:
-        OSError: the folder cannot be written, or is full. The files are sparse: they take what has been drawn, 3 S^2 bytes a
-            scene.
+        OSError: the folder or its files cannot be made.
     """
 
     def __init__(self, scenes: Scenes, folder: Path) -> None:
         self.scenes, self.folder, self.name = scenes, Path(folder), scenes.name
         self._open: tuple[_File, _File] | None = None
+        self._failed = False
         self._files()
 
     def __len__(self) -> int:
@@ -46,15 +48,22 @@ class DrawnScenes:
         return self.__dict__ | {"_open": None}  # worker processes map the files themselves
 
     def _picture(self, i: int, record: Record) -> Image.Image:
-        pixels, sums = self._files()
-        kept = pixels.read(i)
-        if sums.read(i) != _checksum(kept):
+        if self._failed:
+            return record.image()
+        drawn = None
+        try:
+            pixels, sums = self._files()
+            kept = pixels.read(i)
+            if sums.read(i) == _checksum(kept):
+                return Image.frombytes("RGB", (self.scenes.image_size,) * 2, kept)
             drawn = record.image()
             kept = drawn.tobytes()
             pixels.write(i, kept)
             sums.write(i, _checksum(kept))
-            return drawn
-        return Image.frombytes("RGB", (self.scenes.image_size,) * 2, kept)
+        except OSError as error:
+            self._failed = True
+            logging.warning("%s: %s; scenes are drawn and no longer kept there (config.data.scenes_kept)", self.folder, error)
+        return drawn or record.image()
 
     def _files(self) -> tuple[_File, _File]:
         """Of the pixels and of the checksums."""
@@ -84,8 +93,7 @@ class _File:
     def write(self, i: int, entry: bytes) -> None:
         # Not through a memory map: there a full disk ends the process without a word.
         if os.pwrite(self._file.fileno(), entry, i * self._size) != self._size:
-            full = "no room left to keep drawn scenes; leave config.data.scenes_kept empty"
-            raise OSError(errno.ENOSPC, full, str(self._path))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
 
 
 def _checksum(pixels: bytes) -> bytes:
