@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 import zlib
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image
 from icar_jax.data.records import Record
 from icar_jax.data.scenes.dataset import Scenes
 
+_WARNING = threading.Lock()
 _WITNESSES = 64  # scenes whose pixels name the files, so that another way of drawing never meets old pictures
 
 
@@ -61,8 +63,11 @@ class DrawnScenes:
             pixels.write(i, kept)
             sums.write(i, _checksum(kept))
         except OSError as error:
-            self._failed = True
-            logging.warning("%s: %s; scenes are drawn and no longer kept there (config.data.scenes_kept)", self.folder, error)
+            with _WARNING:  # several threads may find out at once
+                if not self._failed:
+                    said = "%s: %s; scenes are drawn and no longer kept there (config.data.scenes_kept)"
+                    logging.warning(said, self.folder, error)
+                self._failed = True
         return drawn or record.image()
 
     def _files(self) -> tuple[_File, _File]:
