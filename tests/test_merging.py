@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_plan import dot_flops
+from test_plan import require_counted
 
 from icar_jax import checkpoint
 from icar_jax.config import ClipConfig, ComplexityConfig, ConfigError, ExperimentConfig, validate
 from icar_jax.data.images import Preprocess
-from icar_jax.models import flops, registry
+from icar_jax.models import registry
 from icar_jax.models.clip import Clip
 from icar_jax.models.layers import Bridge
 from icar_jax.models.merging import merge_similar
@@ -130,13 +130,7 @@ def test_gradients_are_the_same_in_a_loop_and_computed_again():
 @pytest.mark.parametrize("merge", [(), (30,), (0, 7, 0, 5, 2)])
 def test_counted_flops_are_those_of_the_traced_program(merge):
     arch = registry.clip_arch(ClipConfig(variant="vit_demo", exits=(2, 4), exit_head="attention", merge=merge))
-    clip = Clip(arch)
-    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-    for exit in (2, 4, 6):
-        program = jax.make_jaxpr(lambda p, x, e=exit: clip.encode_image(p, x, e))(clip.shapes(), image)
-        assert dot_flops(program.jaxpr) == flops.vision_flops(arch.vision, exit)
-    program = jax.make_jaxpr(clip.encode_image_exits)(clip.shapes(), image)
-    assert dot_flops(program.jaxpr) == plan_flops.image_flops(arch.vision)
+    require_counted(arch)
     plain = dataclasses.replace(arch.vision, merge=())
     for remat in ("dots", "full"):
         fewer = plan_flops.recomputed_flops(arch.vision, remat) < plan_flops.recomputed_flops(plain, remat)

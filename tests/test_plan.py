@@ -44,6 +44,17 @@ def dot_flops(jaxpr) -> int:
     return total
 
 
+def require_counted(arch):
+    """The counted FLOPs of the image tower are those of the traced programs, of each exit and of all together."""
+    clip = Clip(arch)
+    image = jax.ShapeDtypeStruct((1, arch.vision.image_size, arch.vision.image_size, 3), jnp.float32)
+    for exit in arch.vision.all_exits:
+        program = jax.make_jaxpr(lambda p, x, e=exit: clip.encode_image(p, x, e))(clip.shapes(), image)
+        assert dot_flops(program.jaxpr) == flops.vision_flops(arch.vision, exit)
+    program = jax.make_jaxpr(clip.encode_image_exits)(clip.shapes(), image)
+    assert dot_flops(program.jaxpr) == plan_flops.image_flops(arch.vision)
+
+
 def embeddings_of(arch, remat="none"):
     """(a scalar of all embeddings of one pair, its arguments as shapes)."""
     clip = Clip(arch, Execution(remat=remat))
