@@ -234,6 +234,8 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Plan]
     names = list(RECIPES) if args.recipes == ["all"] else args.recipes
     if unknown := [name for name in names if name not in RECIPES]:
         p.error(f"--recipes {' '.join(unknown)}: unknown; use all, or some of {', '.join(RECIPES)}")
+    if recipes.PRETRAINING_SEED in args.seeds:
+        p.error(f"--seeds {recipes.PRETRAINING_SEED}: that is pretraining's, its first batches would come again; use others")
     names = tuple(dict.fromkeys((*FIRST, *names)))
     photos = str(Path(args.photos).resolve()) if args.photos else ""
     sizes = {dataset: SETTINGS[args.setting][dataset] for dataset in datasets}

@@ -10,7 +10,7 @@ import pytest
 from test_plan import require_counted
 
 from icar_jax import checkpoint
-from icar_jax.config import ClipConfig, ComplexityConfig, ConfigError, ExperimentConfig, validate
+from icar_jax.config import ClipConfig, ComplexityConfig, ConfigError
 from icar_jax.data.images import Preprocess
 from icar_jax.models import registry
 from icar_jax.models.clip import Clip
@@ -140,7 +140,7 @@ def test_counted_flops_are_those_of_the_traced_program(merge):
 def test_what_merging_cannot_go_with():
     demo = ClipConfig(variant="vit_demo", exits=(2,), patch_size=16)
     for merge, message in (
-        ((0,) * 6, "config.clip.merge=.* has 6 entries; after the last of 6 blocks"),
+        ((0,) * 6, "config.clip: merge=.* has 6 entries; after the last of 6 blocks"),
         ((9,), "after 1 blocks: 9 must lie in 0 to 8, half of the patches left"),
         ((8, 5), "after 2 blocks: 5 must lie in 0 to 4"),
         ((-1,), "-1 must lie in 0 to 8"),
@@ -148,12 +148,11 @@ def test_what_merging_cannot_go_with():
         with pytest.raises(ConfigError, match=message):
             registry.clip_arch(dataclasses.replace(demo, merge=merge))
     for pool in ("mean", "first_patch"):
-        config = ExperimentConfig(clip=dataclasses.replace(demo, merge=(1,), pool=pool))
-        with pytest.raises(ConfigError, match=f"config.clip.pool='{pool}' needs the patches.*before the exits .2."):
-            validate(config)
+        with pytest.raises(ConfigError, match=f"config.clip: exits .2,. pool '{pool}', which merge=.1,. has merged before"):
+            registry.clip_arch(dataclasses.replace(demo, merge=(1,), pool=pool))
         with pytest.raises(ValueError, match=f"exits .2, 3. pool '{pool}'"):
             dataclasses.replace(ARCH, pool=pool, merge=(1,))
-        validate(ExperimentConfig(clip=dataclasses.replace(demo, merge=(0, 1), pool=pool)))
+        registry.clip_arch(dataclasses.replace(demo, merge=(0, 1), pool=pool))
     with pytest.raises(ValueError, match="has 4 entries"):
         dataclasses.replace(ARCH, merge=(0, 0, 0, 1))
 

@@ -41,10 +41,10 @@ def test_every_recipe_is_a_configuration_with_the_same_pairs(setting, dataset, t
     sizes = recipes.SETTINGS[setting][dataset]
     found = {n: recipes.clip_config(n, dataset, sizes, 1, str(tmp_path), tmp_path) for n in recipes.RECIPES}
     assert len({(c.train.batch_size, c.train.seed, c.data.calibration_size) for c in found.values()}) == 1
-    begun = {n: sizes.pretrain_steps if c.train.init else 0 for n, c in found.items()}
-    total = {n: begun[n] + c.train.steps + sizes.steps * n.startswith("frozen") for n, c in found.items()}
     once = sizes.pretrain_steps + sizes.steps
-    assert total == {n: once + sizes.steps * n.startswith("frozen") for n in found}
+    begun = {"": 0, "baseline": once, "pretrained": sizes.pretrain_steps, "pretrained_static": sizes.pretrain_steps}
+    total = {n: begun[recipes.RECIPES[n].init] + c.train.steps for n, c in found.items()}
+    assert total == dict.fromkeys(found, once) | dict.fromkeys(("frozen", "frozen_attention"), once + sizes.steps)
     if setting != "tiny":
         cost = {n: vision_flops(clip_arch(c.clip).vision) for n, c in found.items()}
         assert cost["merged"] <= recipes.BUDGET * cost["baseline"] < cost["combined"] < cost["baseline"]
@@ -110,6 +110,9 @@ def test_unknown_recipes_and_missing_photos_are_refused(tmp_path, capsys):
         with pytest.raises(SystemExit):
             retention.parse(["--out", str(tmp_path), *more])
     assert "sharred" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        retention.parse(["--out", str(tmp_path), "--seeds", "0", "1"])
+    assert "pretraining" in capsys.readouterr().err
 
 
 # --- rows and report ---------------------------------------------------------------------------------------------------------

@@ -16,12 +16,6 @@ def validate_levers(c: ExperimentConfig) -> None:
             f"config.clip.exit_sum=True changes the embeddings of full depth as its exits learn, which config.train.freeze="
             f"{c.train.freeze} is to hold; leave it False"
         )
-    first = next((i for i, count in enumerate(c.clip.merge, 1) if count), math.inf)
-    if c.clip.pool in ("mean", "first_patch") and (late := [e for e in c.clip.exits if e > first]):
-        raise ConfigError(
-            f"config.clip.pool={c.clip.pool!r} needs the patches themselves, and config.clip.merge={c.clip.merge} has merged "
-            f"some before the exits {late}; use 'cls'"
-        )
     for name in ("distill_cosine", "distill_kl", "mixed"):
         value = getattr(loss, name)
         if not 0 <= value < math.inf:

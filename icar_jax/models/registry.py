@@ -14,7 +14,6 @@ from icar_jax.models.blocks_scorer import BlocksArch
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.complexity import ComplexityArch
 from icar_jax.models.convnext import ConvNeXtArch
-from icar_jax.models.merging import merging_error
 from icar_jax.models.scorers import ScorerArch
 from icar_jax.models.text import TextArch
 from icar_jax.models.vision import VisionArch
@@ -83,14 +82,15 @@ def clip_arch(config: cfg.ClipConfig, vocabulary: int | None = None, end_id: int
             f"config.clip.image_size={size} is not a multiple of the patch size {patch}; use {near} "
             "or another config.clip.patch_size"
         )
-    if wrong := merging_error(tuple(config.merge), depth, (size // patch) ** 2):
-        raise cfg.ConfigError(f"config.clip.{wrong}")
     if config.context_length < 0 or config.context_length == 1:
         raise cfg.ConfigError(f"config.clip.context_length={config.context_length} must be 0 or at least 2")
-    vision = dataclasses.replace(
-        base.vision, depth=depth, image_size=size, patch_size=patch, exits=tuple(config.exits), pool=config.pool,
-        exit_head=config.exit_head, exit_sum=config.exit_sum, merge=tuple(config.merge),
-    )
+    try:
+        vision = dataclasses.replace(
+            base.vision, depth=depth, image_size=size, patch_size=patch, exits=tuple(config.exits), pool=config.pool,
+            exit_head=config.exit_head, exit_sum=config.exit_sum, merge=tuple(config.merge),
+        )
+    except ValueError as error:
+        raise cfg.ConfigError(f"config.clip: {error}") from error
     text = dataclasses.replace(
         base.text,
         context_length=config.context_length or base.text.context_length,

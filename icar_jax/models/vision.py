@@ -56,7 +56,7 @@ class VisionArch:
         if wrong := merging_error(self.merge, self.depth, self.grid**2):
             raise ValueError(wrong)
         if self.pool in ("mean", "first_patch") and (late := self.exits_after_merging):
-            raise ValueError(f"exits {late} pool {self.pool!r}, which patches that were merged before no longer give")
+            raise ValueError(f"exits {late} pool {self.pool!r}, which merge={self.merge} has merged before; use 'cls'")
         if self.pool not in POOLS or self.head not in HEADS:
             raise ValueError(f"pool {self.pool!r} must be one of {POOLS} and head {self.head!r} one of {HEADS}")
         if self.exit_head not in EXIT_HEADS:

@@ -47,7 +47,7 @@ class DrawnScenes:
         return Record(record.name, partial(self._picture, int(i), record), record.captions, record.complexity, record.labels)
 
     def __getstate__(self):
-        return self.__dict__ | {"_open": None}  # worker processes map the files themselves
+        return self.__dict__ | {"_open": None}  # worker processes open the files themselves
 
     def _picture(self, i: int, record: Record) -> Image.Image:
         if self._failed:
