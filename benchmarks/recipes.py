@@ -1,9 +1,10 @@
 """What benchmarks/retention.py trains: the sizes of its settings, and recipes as changes of one configuration.
 
-As in ICAR, a pretrained CLIP gets its exits by training on: the full tower and the static one are pretrained once for a
-dataset, each on the same pairs, and every recipe goes on from there: all see the same number of pairs, but for `frozen` ones,
-which go on from the baseline, and in the same order for the same seed, but for `summed`, which starts from scratch. The
-ablation puts one lever at a time on top of `shared`; `combined` is the candidate that puts several together.
+As in ICAR, a pretrained CLIP gets its exits by training on: the full tower, the static one and the one that merges patches
+are pretrained once for a dataset, each on the same pairs, and every recipe goes on from there: all see the same number of
+pairs, but for `frozen` ones, which go on from the baseline, and in the same order for the same seed, but for `summed`, which
+starts from scratch. The ablation puts one lever at a time on top of `shared`; `combined` is the candidate that puts several
+together.
 """
 
 from __future__ import annotations
@@ -38,8 +39,7 @@ class Sizes:
     variant: str
     exit: int  # the one early exit of every recipe but `exits`
     exits: tuple[int, ...]  # of the recipe `exits`
-    merge: tuple[int, ...]  # patches merged after each block: of `merged`, whose full depth meets the budget
-    merge_some: tuple[int, ...]  # fewer, beside an exit
+    merge: tuple[int, ...]  # patches merged after each block, so that full depth meets the budget
     pretrain_steps: int
     steps: int  # of every recipe, after pretraining
     batch_size: int
@@ -66,7 +66,7 @@ class Sizes:
     router_steps: int = 2000
     head_blocks: int = 2  # blocks below the head of the routers `blocks` and `regret`
     head_steps: int = 500
-    budgets: tuple[float, ...] = (0.60, 0.65, BUDGET, 0.80, 0.90)  # shares of the baseline's counted cost
+    budgets: tuple[float, ...] = (0.55, 0.60, 0.65, BUDGET, 0.80)  # shares of the baseline's counted cost
     bootstrap: int = 2000
     random_draws: int = 20
     eval_batch: int = 64
@@ -76,18 +76,18 @@ _PHOTOS = {"vocabulary": 4096, "calibration": 500, "distractors": 500, "weight_d
 # Two CPU cores: float32 is faster where there are no bf16 instructions. Patches of 8 pixels, as of 16 there are too few (16) to
 # merge any.
 _SMALL = {
-    "variant": "vit_demo", "exit": 3, "exits": (2, 4), "merge": (12, 10, 8, 8, 6), "merge_some": (6, 6, 6, 6, 6),
+    "variant": "vit_demo", "exit": 3, "exits": (2, 4), "merge": (0, 24, 16),
     "pretrain_steps": 1500, "steps": 300, "batch_size": 64, "image_size": 64, "patch_size": 8, "dtype": "float32",
     "router_pixels": 32, "head_blocks": 1, "head_steps": 300, "eval_batch": 256,
 }  # fmt: skip
 _LARGE = {
-    "variant": "vit_s16", "exit": 6, "exits": (4, 6, 8), "merge": (0, *(5,) * 10), "merge_some": (0, *(3,) * 10),
+    "variant": "vit_s16", "exit": 6, "exits": (4, 6, 8), "merge": (0, 0, 16, 0, 0, 12, 0, 0, 8),
     "batch_size": 256, "image_size": 128, "warmup_steps": 500, "router_pixels": 64, "router_steps": 7000, "head_steps": 2000,
     "eval_batch": 256, "pretrain_lr": 5e-4, "lr": 2e-4, "exit_lr": 5e-4,
 }  # fmt: skip
 # The tests' setting: seconds.
 _TINY = {
-    "variant": "vit_demo", "exit": 1, "exits": (1, 2), "merge": (0, 1), "merge_some": (0, 1), "pretrain_steps": 2, "steps": 3,
+    "variant": "vit_demo", "exit": 1, "exits": (1, 2), "merge": (0, 1), "pretrain_steps": 2, "steps": 3,
     "depth": 3, "patch_size": 32, "context_length": 16, "batch_size": 8, "image_size": 64, "train_images": 200,
     "calibration": 40, "queries": 24, "distractors": 16, "warmup_steps": 1, "dtype": "float32", "checkpoint_every": 2,
     "router_pixels": 32, "router_steps": 2, "head_blocks": 1, "head_steps": 2, "bootstrap": 100, "random_draws": 3,
@@ -131,6 +131,7 @@ PRETRAINING_SEED = 0
 PRETRAINED: dict[str, Recipe] = {
     "pretrained": Recipe("what the others start from", exits=False, init=""),
     "pretrained_static": Recipe("what the static tower starts from", exits=False, init=""),
+    "pretrained_merged": Recipe("what merging towers start from", {"clip.merge": "merge"}, exits=False, init=""),
 }
 _WEIGHTS = "loss.exit_weights"
 
@@ -141,7 +142,11 @@ RECIPES: dict[str, Recipe] = {
         "as published: random head on the first patch, temperatures and losses of their own",
         {"clip.pool": "first_patch", "clip.exit_start": "random", "clip.temperature": "own"},
     ),
-    "merged": Recipe("full depth alone, similar patches merged on the way up", {"clip.merge": "merge"}, exits=False),
+    "merged": Recipe(
+        "full depth alone, similar patches merged on the way up from the first step of pretraining",
+        {"clip.merge": "merge"}, exits=False, init="pretrained_merged",
+    ),
+    "merged_late": Recipe("full depth alone, merging begins after pretraining", {"clip.merge": "merge"}, exits=False),
     "heads": Recipe("exit head from ln_post and proj on CLS", {"clip.temperature": "own"}),
     "shared": Recipe("heads, and one temperature"),
     "adapter": Recipe("shared, residual adapter as exit head", {"clip.exit_head": "adapter"}),
@@ -163,7 +168,10 @@ RECIPES: dict[str, Recipe] = {
         {"train.freeze": ("image", "text", "temperature"), "clip.exit_head": "attention", "loss.distill_cosine": 1.0},
         init="baseline",
     ),
-    "combined": Recipe("light, some similar patches merged", {_WEIGHTS: "light", "clip.merge": "merge_some"}),
+    "combined": Recipe(
+        "light, on a tower that merges from the first step",
+        {_WEIGHTS: "light", "clip.merge": "merge"}, init="pretrained_merged",
+    ),
 }  # fmt: skip
 
 
@@ -199,7 +207,7 @@ def clip_config(name: str, dataset: str, sizes: Sizes, seed: int, photos: str, o
     )  # fmt: skip
     depth = clip_arch(config.clip).vision.depth
     weights = {"growing": growing_weights(exits, depth), "light": (*(0.2 for _ in exits), 1.0)}
-    meant = weights | {"merge": s.merge, "merge_some": s.merge_some}
+    meant = weights | {"merge": s.merge}
     meaning = lambda value: meant.get(value, value) if isinstance(value, str) else value
     changes = {path: meaning(value) for path, value in recipe.changes.items()}
     if name in ("static", "pretrained_static"):

@@ -83,7 +83,7 @@ def jobs(plan: Plan, heads: bool = True) -> list[Job]:
         config = recipes.complexity_config(plan.sizes[plan.datasets[0]], plan.out)
         found.append(Job(Run("ConvNeXt-IC", plan.out / "router", config)))
     for dataset in plan.datasets:
-        for name in recipes.PRETRAINED:
+        for name in [each for each in recipes.PRETRAINED if each in {RECIPES[asked].init for asked in plan.recipes}]:
             config = recipes.clip_config(name, dataset, plan.sizes[dataset], recipes.PRETRAINING_SEED, plan.photos, plan.out)
             workdir = recipes.folder(plan.out, dataset, name, recipes.PRETRAINING_SEED)
             found.append(Job(Run(f"{dataset}/{name}", workdir, config)))
