@@ -4,22 +4,27 @@
     WORKDIR/data.json      what was trained on: number of images and a hash of their names
     WORKDIR/splits.json    of a complexity run: the split of every image, and how the ratings are spread
     WORKDIR/tokenizer.json, metrics.jsonl, checkpoints/, best/ where it was asked for, and at the end model/
+    WORKDIR/.lock          held while a training runs
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
+import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from icar_jax.config import ConfigError, ExperimentConfig, from_dict, to_json
 
 CONFIG, DATA, SPLITS, CHECKPOINTS, TOKEN = "config.json", "data.json", "splits.json", "checkpoints", ".processes"
+LOCK = ".lock"
 
 # Fields that may change when a run is continued; a change of any other would make it another run. Those on how a step is
 # computed (the mesh, remat, ...) change nothing but rounding, so that a run can move to other machines.
@@ -146,6 +151,31 @@ def trained_on(workdir: Path) -> tuple[set[str], str]:
     data = load_config(workdir).data
     splits = _read(workdir / SPLITS).get("splits", {}) if (workdir / SPLITS).is_file() else {}
     return {name for name, split in splits.items() if split in data.train_split.split("+")}, data.root
+
+
+@contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Held by the process that trains in `workdir`: two would mix their checkpoints.
+
+    Raises ConfigError while another process holds it, OSError where the folder cannot be written.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            # Ends with the process, however it ends. Unlike flock's it does not live on in forked data workers.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise ConfigError(
+                f"--workdir={workdir} is in use: another training writes to it ({file.read().strip() or 'unknown'}); "
+                "wait for it or stop it, or use another --workdir"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def write_token(workdir: Path, token: int) -> None:

@@ -1,5 +1,6 @@
 """Killed, preempted, and out of disk: the same command continues as if nothing had happened."""
 
+import errno
 import os
 import random
 import resource
@@ -155,6 +156,40 @@ def test_signals_are_left_alone_outside_the_main_thread():
     thread.start()
     thread.join()
     assert handlers == [signal.getsignal(signal.SIGTERM)]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from icar_jax import workdir as files
+with files.locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_trainings_do_not_share_a_workdir(tmp_path):
+    workdir = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, workdir], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        kept = sorted(workdir.iterdir())
+        with pytest.raises(ConfigError, match=f"{workdir} is in use: another training writes to it .process {holder.pid} on "):
+            train(tiny_config(), workdir)
+        assert sorted(workdir.iterdir()) == kept
+    finally:
+        holder.kill()
+        holder.wait()
+    train(tiny_config(), workdir, stop_after=1)  # the lock ended with its process
+
+
+def test_a_file_system_without_locks_is_trained_on_all_the_same(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.fcntl, "lockf", refuse)
+    with files.locked(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
 
 
 def test_what_a_killed_writer_left_is_cleared_and_the_old_folder_put_back(tmp_path):

@@ -7,6 +7,7 @@ import json
 import math
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ class Run:
     task: Task
 
 
-def open_run(config: ExperimentConfig, workdir: Path) -> Run:
-    """Checks everything that can be checked beforehand, then claims the workdir."""
+def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> Run:
+    """Checks everything that can be checked beforehand, then claims the workdir, which stays locked until `held` is closed."""
     with distributed.together("preparing the run"):
         mesh = make_mesh(config.mesh)
         distributed.avoid_cached_collectives()
@@ -90,7 +91,7 @@ def open_run(config: ExperimentConfig, workdir: Path) -> Run:
                 sources.validation_source(config)  # the same of a split that is not there
             abstract = abstract_state(task, optimizer_of(config), mesh, config)
             require_space(workdir, abstract, config.train.keep, 1 + config.train.keep_best)
-            _claim_workdir(config, workdir, trained_on, tokenizer, rated, token)
+            _claim_workdir(config, workdir, trained_on, tokenizer, rated, token, held)
     with distributed.together("reading the workdir"):
         if not distributed.is_main():
             files.require_token(workdir, token)
@@ -135,9 +136,11 @@ def _claim_workdir(
     tokenizer: Tokenizer | None,
     rated: RatedRun | None,
     token: int,
+    held: ExitStack,
 ) -> None:
     """Writes what the run is; called once everything that can be checked beforehand has been."""
     try:
+        held.enter_context(files.locked(workdir))
         files.save_config(workdir, config)
         files.save_data(workdir, trained_on)
         start.remember(config, workdir)
