@@ -131,7 +131,7 @@ PRETRAINING_SEED = 0
 PRETRAINED: dict[str, Recipe] = {
     "pretrained": Recipe("what the others start from", exits=False, init=""),
     "pretrained_static": Recipe("what the static tower starts from", exits=False, init=""),
-    "pretrained_merged": Recipe("what merging towers start from", {"clip.merge": "merge"}, exits=False, init=""),
+    "pretrained_merged": Recipe("what `merged_first` starts from", {"clip.merge": "merge"}, exits=False, init=""),
 }
 _WEIGHTS = "loss.exit_weights"
 
@@ -142,11 +142,10 @@ RECIPES: dict[str, Recipe] = {
         "as published: random head on the first patch, temperatures and losses of their own",
         {"clip.pool": "first_patch", "clip.exit_start": "random", "clip.temperature": "own"},
     ),
-    "merged": Recipe(
-        "full depth alone, similar patches merged on the way up from the first step of pretraining",
-        {"clip.merge": "merge"}, exits=False, init="pretrained_merged",
+    "merged": Recipe("full depth alone, similar patches merged on the way up", {"clip.merge": "merge"}, exits=False),
+    "merged_first": Recipe(
+        "merged, from the first step of pretraining", {"clip.merge": "merge"}, exits=False, init="pretrained_merged"
     ),
-    "merged_late": Recipe("full depth alone, merging begins after pretraining", {"clip.merge": "merge"}, exits=False),
     "heads": Recipe("exit head from ln_post and proj on CLS", {"clip.temperature": "own"}),
     "shared": Recipe("heads, and one temperature"),
     "adapter": Recipe("shared, residual adapter as exit head", {"clip.exit_head": "adapter"}),
@@ -168,10 +167,7 @@ RECIPES: dict[str, Recipe] = {
         {"train.freeze": ("image", "text", "temperature"), "clip.exit_head": "attention", "loss.distill_cosine": 1.0},
         init="baseline",
     ),
-    "combined": Recipe(
-        "light, on a tower that merges from the first step",
-        {_WEIGHTS: "light", "clip.merge": "merge"}, init="pretrained_merged",
-    ),
+    "combined": Recipe("light, similar patches merged", {_WEIGHTS: "light", "clip.merge": "merge"}),
 }  # fmt: skip
 
 

@@ -47,12 +47,12 @@ def test_every_recipe_is_a_configuration_with_the_same_pairs(setting, dataset, t
     assert total == dict.fromkeys(found, once) | dict.fromkeys(("frozen", "frozen_attention"), once + sizes.steps)
     if setting != "tiny":
         cost = {n: vision_flops(clip_arch(c.clip).vision) for n, c in found.items()}
-        assert cost["merged"] == cost["merged_late"] == cost["combined"] <= recipes.BUDGET * cost["baseline"]
-    assert {n for n, c in found.items() if not c.clip.exits} == {"baseline", "static", "merged", "merged_late"}
+        assert cost["merged"] == cost["merged_first"] == cost["combined"] <= recipes.BUDGET * cost["baseline"]
+    assert {n for n, c in found.items() if not c.clip.exits} == {"baseline", "static", "merged", "merged_first"}
     for name, config in found.items():
         clip_arch(config.clip)  # exits below the depth, pixels on the grid
         start = {"summed": "", "static": "pretrained_static/0"} | dict.fromkeys(("frozen", "frozen_attention"), "baseline/1")
-        wanted = (start | dict.fromkeys(("merged", "combined"), "pretrained_merged/0")).get(name, "pretrained/0")
+        wanted = (start | {"merged_first": "pretrained_merged/0"}).get(name, "pretrained/0")
         assert config.train.init == (str(tmp_path / dataset / wanted) if wanted else ""), name
     assert found["exits"].clip.exits == sizes.exits and found["shared"].clip.exits == (sizes.exit,)
     assert found["growing"].loss.exit_weights[-1] == 1 and found["growing"].loss.exit_weights[0] < 1
@@ -267,7 +267,7 @@ def test_end_to_end_and_resumed(tmp_path):
     quick = "--xla_backend_optimization_level=0"  # compiling takes longer than these steps
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick}
     first = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "run 1 of 7: ConvNeXt-IC" in first.stdout and "== run 7 of 7: scenes/combined/seed 1; about" in first.stdout
+    assert "run 1 of 6: ConvNeXt-IC" in first.stdout and "== run 6 of 6: scenes/combined/seed 1; about" in first.stdout
     record = json.loads((tmp_path / "retention.json").read_text())
     rows = {(r["recipe"], r["row"]) for r in record["datasets"]["scenes"]["rows"]}
     assert {("baseline", "full"), ("static", "full"), ("combined", "full"), ("combined", "exit_1")} <= rows
