@@ -40,7 +40,6 @@ from icar_jax.models.flops import vision_flops
 
 ROWS, ARRAYS = "rows.json", "rows.npz"
 AFFINE = " affine"  # ends the name of a row whose scores are calibrated exit by exit
-TIMED = 256  # images of the gallery that are timed
 
 
 @dataclass(frozen=True)
@@ -266,7 +265,7 @@ def measured(
     parts = [checkpoint.read(checkpoint.find(folder, (kind,)), kind) for folder, kind in both]
     exits = sorted({*parts[0].description["arch"]["vision"]["exits"], parts[0].description["arch"]["vision"]["depth"]})
     bundle = Model(*parts, {"routing": {"exits": exits, "thresholds": list(first)}}, batches["batch_size"], batches["dtype"])
-    some = Subset(source, np.arange(min(TIMED, len(source))), source.name)
+    some = Subset(source, np.arange(min(timing.SAMPLE, len(source))), source.name)
     sample = embed(bundle, some, loading, exits=bundle.exits[:1]).sample
     taken = assign(scores[: len(sample.clip)], bundle.exits, first)
     speed = timing.measure(bundle, sample, taken, dict(settings))
@@ -281,7 +280,7 @@ def compared(
 ) -> float:
     """Time per image of a tower as a share of another's, both at full depth."""
     small, large = load(clip / "model", **batches), load(against / "model", **batches)
-    some = Subset(source, np.arange(min(TIMED, len(source))), source.name)
+    some = Subset(source, np.arange(min(timing.SAMPLE, len(source))), source.name)
     samples = [embed(each, some, loading, exits=each.exits[-1:]).sample for each in (small, large)]
     speed = timing.measure(large, samples[1], None, None, (small, samples[0]))
     return speed["full"] / speed["static"]

@@ -20,10 +20,10 @@ def _block_macs(tokens: int, width: int, mlp_width: int) -> int:
 
 
 def _merging_macs(arch: VisionArch, blocks_run: int) -> int:
-    """Similarities of all pairs, and the sums of what stays and merges, of sizes as well."""
+    """Similarities of all pairs, and the sums of what stays and merges."""
     patches = arch.tokens_after(blocks_run) - arch.class_token
     seekers, others = patches - patches // 2, patches // 2
-    return seekers * others * arch.width + seekers * (patches - arch.merge[blocks_run - 1]) * (arch.width + 1)
+    return seekers * (others + patches - arch.merge[blocks_run - 1]) * arch.width
 
 
 def vision_flops(arch: VisionArch, blocks_run: int | None = None) -> int:

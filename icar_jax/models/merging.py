@@ -19,27 +19,34 @@ def merge_similar(x: Array, sizes: Array, count: int, class_token: bool) -> tupl
     Later attention does not weigh a token by its size, as ToMe's does for towers that are not trained to go without.
     """
     first = int(class_token)
-    weight, patches = sizes[:, first:, None], x[:, first:].astype(jnp.float32)
-    features = jax.lax.stop_gradient(patches - patches.mean(-1, keepdims=True))
-    features = features * jax.lax.rsqrt(jnp.sum(features**2, axis=-1, keepdims=True) + 1e-12)
     # In full precision: accelerators would round away what tells pairs apart, and the tokens themselves in the sums below.
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    similar = product("bnw,bmw->bnm", features[:, ::2], features[:, 1::2])
-    seekers, others = similar.shape[1:]
-    best, order = similar.max(-1), jnp.arange(seekers)
-    # Ranks by comparing all pairs, and moves as matrices: sorting and gathering are slow on all kinds of devices.
+    seeker, other = (x[:, first + start :: 2].astype(jnp.float32) for start in (0, 1))
+    seeker_size, other_size = (sizes[:, first + start :: 2] for start in (0, 1))
+    (norm, mean), (other_norm, other_mean) = map(_scaled_mean, (seeker, other))
+    similar = product("bnw,bmw->bnm", seeker, other) * norm[:, :, None] * other_norm[:, None]
+    similar = jax.lax.stop_gradient(similar - mean[:, :, None] * other_mean[:, None])
+    best, order = similar.max(-1), jnp.arange(seeker.shape[1])
+    # Ranks by comparing all pairs, and moves as a matrix: sorting and gathering are slow on all kinds of devices.
     before = (best[:, :, None] < best[:, None]) | ((best[:, :, None] == best[:, None]) & (order[:, None] > order))
-    gone = (before.sum(-1) < count)[..., None]
-    stays = jax.nn.one_hot(jnp.cumsum(~gone[..., 0], axis=1) - 1, seekers - count) * ~gone
-    moves = jnp.concatenate([stays, jax.nn.one_hot(similar.argmax(-1), others) * gone], axis=-1)
-    moved, total = (product("bnm,bnw->bmw", moves, part[:, ::2]) for part in (weight * patches, weight))
-    there = ((0, 0), (seekers - count, 0), (0, 0))
-    total = total + jnp.pad(weight[:, 1::2], there)
-    tokens = (moved + jnp.pad((weight * patches)[:, 1::2], there)) / total
-    return (
-        jnp.concatenate([x[:, :first], tokens.astype(x.dtype)], axis=1),
-        jnp.concatenate([sizes[:, :first], total[..., 0]], axis=1),
-    )
+    gone, alone = before.sum(-1) < count, len(order) - count
+    to = jnp.where(gone, alone + similar.argmax(-1), jnp.cumsum(~gone, axis=1) - 1)
+    moves = jnp.where(to[:, None] == jnp.arange(alone + other.shape[1])[:, None], seeker_size[:, None], 0.0)
+    total = moves.sum(-1) + jnp.pad(other_size, ((0, 0), (alone, 0)))
+    moved = product("bmn,bnw->bmw", moves / total[..., None], seeker)
+    joined = moved[:, alone:] + (other_size / total[:, alone:])[..., None] * other
+    tokens = [x[:, :first], moved[:, :alone].astype(x.dtype), joined.astype(x.dtype)]
+    return jnp.concatenate(tokens, axis=1), jnp.concatenate([sizes[:, :first], total], axis=1)
+
+
+def _scaled_mean(x: Array) -> tuple[Array, Array]:
+    """x [B, N, W] -> 1 / norm of the centred tokens, and mean sqrt(W) / norm, [B, N] each.
+
+    The cosine of two centred tokens is their product over both norms, minus the product of both means: no centred copy.
+    """
+    width, mean = x.shape[-1], x.mean(-1)
+    norm = jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1) - width * jnp.square(mean), 1e-12))
+    return norm, mean * norm * width**0.5
 
 
 def merging_error(merge: tuple[int, ...], depth: int, patches: int) -> str | None:
