@@ -126,14 +126,17 @@ class Recipe:
     init: str = "pretrained"
 
 
+_WEIGHTS = "loss.exit_weights"
+_MERGED = {"clip.merge": "merge"}
+_HELD = {"loss.distill_init": 10.0}
+
 # Trained once for a dataset, with a seed of its own, so that no recipe begins with the batches that pretraining began with.
 PRETRAINING_SEED = 0
 PRETRAINED: dict[str, Recipe] = {
     "pretrained": Recipe("what the others start from", exits=False, init=""),
     "pretrained_static": Recipe("what the static tower starts from", exits=False, init=""),
-    "pretrained_merged": Recipe("what `merged_first` starts from", {"clip.merge": "merge"}, exits=False, init=""),
+    "pretrained_merged": Recipe("what `merged_first` starts from", _MERGED, exits=False, init=""),
 }
-_WEIGHTS = "loss.exit_weights"
 
 RECIPES: dict[str, Recipe] = {
     "baseline": Recipe("full depth alone, no exit", exits=False),
@@ -142,9 +145,9 @@ RECIPES: dict[str, Recipe] = {
         "as published: random head on the first patch, temperatures and losses of their own",
         {"clip.pool": "first_patch", "clip.exit_start": "random", "clip.temperature": "own"},
     ),
-    "merged": Recipe("full depth alone, similar patches merged on the way up", {"clip.merge": "merge"}, exits=False),
+    "merged": Recipe("full depth alone, similar patches merged on the way up", _MERGED, exits=False),
     "merged_first": Recipe(
-        "merged, from the first step of pretraining", {"clip.merge": "merge"}, exits=False, init="pretrained_merged"
+        "merged, from the first step of pretraining", _MERGED, exits=False, init="pretrained_merged"
     ),
     "heads": Recipe("exit head from ln_post and proj on CLS", {"clip.temperature": "own"}),
     "shared": Recipe("heads, and one temperature"),
@@ -156,6 +159,7 @@ RECIPES: dict[str, Recipe] = {
     "mixed": Recipe("shared, mixed-gallery loss", {"loss.mixed": 1.0}),
     "growing": Recipe("shared, loss weights growing with depth", {_WEIGHTS: "growing"}),
     "light": Recipe("shared, exits weigh a fifth of full depth", {_WEIGHTS: "light"}),
+    "held": Recipe("merged, every image held to what the pretrained tower said of it", _MERGED | _HELD, exits=False),
     "dropout": Recipe("shared, layer dropout", {"train.layer_dropout": 0.1}),
     "exits": Recipe("shared, more than one exit", many=True),
     "frozen": Recipe(
@@ -167,7 +171,7 @@ RECIPES: dict[str, Recipe] = {
         {"train.freeze": ("image", "text", "temperature"), "clip.exit_head": "attention", "loss.distill_cosine": 1.0},
         init="baseline",
     ),
-    "combined": Recipe("light, similar patches merged", {_WEIGHTS: "light", "clip.merge": "merge"}),
+    "combined": Recipe("light and held", {_WEIGHTS: "light"} | _MERGED | _HELD),
 }  # fmt: skip
 
 

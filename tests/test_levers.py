@@ -35,6 +35,8 @@ def config_of(task="clip", exits=(2,), freeze=(), layer_dropout=0.0, exit_head="
         ({"exit_head": "adaptor"}, "config.clip.exit_head='adaptor'.*did you mean 'adapter'"),
         ({"mixed": -1.0}, "config.loss.mixed=-1.0 must be a weight of 0 or more"),
         ({"distill_kl": float("inf")}, "config.loss.distill_kl=inf must be a weight"),
+        ({"distill_init": -1.0}, "config.loss.distill_init=-1.0 must be a weight"),
+        ({"distill_init": 1.0}, "config.loss.distill_init=1.0 aims at .*config.train.init='' names none"),
         ({"distill_cosine": 1.0, "exits": ()}, r"config.loss.distill_cosine=1.0 is about early exits, and config.clip.exits="),
         ({"layer_dropout": 1.0}, r"config.train.layer_dropout=1.0 must lie in \[0, 1\)"),
         ({"layer_dropout": 0.1, "freeze": ("image",)}, "config.train.layer_dropout=0.1 .*config.train.freeze=.*'image'"),

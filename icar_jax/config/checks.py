@@ -170,7 +170,8 @@ def _validate_training(c: ExperimentConfig) -> None:
             ("train.accumulate", t.accumulate, 1), ("train.freeze", t.freeze, ()),
             ("train.scan_blocks", t.scan_blocks, False), ("train.remat", t.remat, "none"), ("loss.chunk", c.loss.chunk, 0),
             ("train.layer_dropout", t.layer_dropout, 0.0), ("loss.distill_cosine", c.loss.distill_cosine, 0.0),
-            ("loss.distill_kl", c.loss.distill_kl, 0.0), ("loss.mixed", c.loss.mixed, 0.0),
+            ("loss.distill_kl", c.loss.distill_kl, 0.0), ("loss.distill_init", c.loss.distill_init, 0.0),
+            ("loss.mixed", c.loss.mixed, 0.0),
         ):  # fmt: skip
             if value != off:
                 raise ConfigError(f"config.{name}={value!r} is for task 'clip' only; leave it {off!r}")

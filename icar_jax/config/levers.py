@@ -16,11 +16,17 @@ def validate_levers(c: ExperimentConfig) -> None:
             f"config.clip.exit_sum=True changes the embeddings of full depth as its exits learn, which config.train.freeze="
             f"{c.train.freeze} is to hold; leave it False"
         )
-    for name in ("distill_cosine", "distill_kl", "mixed"):
+    for name in ("distill_cosine", "distill_kl", "distill_init", "mixed"):
         value = getattr(loss, name)
         if not 0 <= value < math.inf:
             raise ConfigError(f"config.loss.{name}={value} must be a weight of 0 or more; 0 switches it off")
-        if value and c.task == "clip" and not c.clip.exits:
+        if name == "distill_init":
+            if value and c.task == "clip" and not c.train.init:
+                raise ConfigError(
+                    f"config.loss.distill_init={value} aims at the embeddings of the weights that the run starts from, and "
+                    "config.train.init='' names none; name a checkpoint, or leave it 0"
+                )
+        elif value and c.task == "clip" and not c.clip.exits:
             raise ConfigError(f"config.loss.{name}={value} is about early exits, and config.clip.exits=() has none; leave it 0")
     if not 0 <= dropout < 1:
         raise ConfigError(f"config.train.layer_dropout={dropout} must lie in [0, 1); 0 switches it off")

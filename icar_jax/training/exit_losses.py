@@ -25,6 +25,14 @@ def distill_cosine(images: dict[int, Array], full: int) -> Array:
     return _mean(1 - jnp.mean(jnp.sum(image * teacher, axis=1)) for exit, image in images.items() if exit != full)
 
 
+def distill_init(images: dict[int, Array], held: Array, weights: dict[int, float]) -> Array:
+    """Sum over the exits of weight x mean of 1 - cos(z_exit, held), `held` [B, D] being what the first weights said.
+
+    images: {executed blocks: [B, D]}, all unit norm; weights: {executed blocks: its loss's}. Returns a scalar.
+    """
+    return sum(weights[e] * (1 - jnp.mean(jnp.sum(image * held, axis=1))) for e, image in images.items())
+
+
 def distill_kl(images: dict[int, Array], text: Array, scales: dict[int, Array], full: int) -> Array:
     """Mean over the early exits of KL(softmax of full depth's logits || softmax of the exit's), both directions averaged.
 

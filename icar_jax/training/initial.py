@@ -52,7 +52,7 @@ def adopt(arch: Any, path: str | os.PathLike) -> Any:
     """
     if not isinstance(arch, ClipArch):
         return arch
-    saved = _saved_arch(path, find(path, "clip"), ClipArch)
+    saved = saved_clip(path)
     lines = _size_differences(arch, saved)
     if lines:
         raise _refusal(path, lines, [_clip_variant(saved)])
@@ -192,6 +192,11 @@ def _checked(path: str | os.PathLike, folder: Path) -> dict[str, Any]:
         if checkpoint.sha256(folder / name) != expected:
             raise _error(path, CheckpointError(f"{folder / name} is damaged (its SHA-256 differs); copy it again"))
     return description
+
+
+def saved_clip(path: str | os.PathLike) -> ClipArch:
+    """The architecture of the CLIP at `path`, a checkpoint or a workdir. Raises ConfigError naming config.train.init."""
+    return _saved_arch(path, find(path, "clip"), ClipArch)
 
 
 def _saved_arch(path: str | os.PathLike, folder: Path, arch: type) -> Any:

@@ -18,7 +18,6 @@ from icar_jax.data.pipeline import BadFiles, train_batches
 from icar_jax.parallel import distributed
 from icar_jax.parallel.mesh import batch_sharding, batch_shards
 from icar_jax.parallel.rules import shardings
-from icar_jax.training import regret
 from icar_jax.training.checkpoints import StateStore, write_model
 from icar_jax.training.evaluator import Evaluation, MakeEvaluator, Trained, make_evaluation
 from icar_jax.training.initial import place
@@ -27,6 +26,7 @@ from icar_jax.training.monitor import CutCaptions, Monitor, NonFiniteLoss
 from icar_jax.training.opening import Run, initial_params, open_run, optimizer_of, say, starts_from_weights
 from icar_jax.training.preemption import Agreement, StopRequest
 from icar_jax.training.step import State, abstract_state, init_state, make_step, model_params, put_batch
+from icar_jax.training.tasks import given_params
 
 __all__ = ["NonFiniteLoss", "train"]
 
@@ -61,7 +61,8 @@ def _train(run: Run, request: StopRequest, stop_after: int, evaluators: tuple[Ma
     part = distributed.batch_part(sharding, t.batch_size)
     tokenizer = run.tokenizer if task.kind == "clip" else None  # regret reads captions with that of its CLIP
     trained = Trained(config, task.kind, task.description, tokenizer, sharding, batch_shards(run.mesh), part)
-    fixed = {name: place(regret.params(config, tree), shardings(tree, run.mesh)) for name, tree in task.given.items()}
+    given = given_params(config, task)
+    fixed = {name: place(tree, shardings(task.given[name], run.mesh)) for name, tree in given.items()}
     with StateStore(workdir, t.keep) as store:
         start = distributed.from_main(store.latest_step or 0)  # a network file system may show the newest one late elsewhere
         evaluation = make_evaluation(trained, workdir, start, evaluators)
@@ -69,8 +70,8 @@ def _train(run: Run, request: StopRequest, stop_after: int, evaluators: tuple[Ma
             state = store.restore(start, abstract_state(task, optimizer, run.mesh, config))
             say(f"Continuing {workdir} after step {start} of {t.steps}.")
         else:
-            given = starts_from_weights(config)
-            params = place(initial_params(config, task), shardings(task.shapes, run.mesh)) if given else None
+            weights = initial_params(config, task) if starts_from_weights(config) else None
+            params = place(weights, shardings(task.shapes, run.mesh)) if weights is not None else None
             state = init_state(task, optimizer, run.mesh, config, params)
         log = open_log(workdir, t.steps, start, t.tensorboard, f"train {config.task}")
         with _batches(run, start, part) as batches, contextlib.closing(log):

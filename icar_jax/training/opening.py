@@ -25,13 +25,13 @@ from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models import registry
 from icar_jax.parallel import distributed
 from icar_jax.parallel.mesh import batch_shards, make_mesh
-from icar_jax.training import regret, start, tower
+from icar_jax.training import anchor, regret, start, tower
 from icar_jax.training.checkpoints import require_space
 from icar_jax.training.initial import load_params, load_tokenizer, note_preprocessing
 from icar_jax.training.optimizer import make_optimizer
 from icar_jax.training.rated_run import RatedRun, look_at
 from icar_jax.training.step import abstract_state
-from icar_jax.training.tasks import Task, make_task
+from icar_jax.training.tasks import Task, given_params, make_task
 
 CAPTIONS_FOR_TOKENIZER = 20_000  # images whose captions a tokenizer is trained on
 
@@ -70,6 +70,7 @@ def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> Run:
             files.require_same_config(workdir, config, free)
             files.require_same_data(workdir, trained_on)
             regret.require_same(config, workdir)
+            anchor.require_same(config, workdir / start.START / checkpoint.DESCRIPTION)
         rates = config.task == "complexity" and not regret.has_regret(config)
         rated = look_at(config, source) if rates else None
         counts = rated.class_counts if rated else (1, 1)
@@ -85,8 +86,7 @@ def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> Run:
             task = make_task(start.recall(config, workdir), tokenizer, mesh, counts)
             if starts_from_weights(config) and not resumed:
                 initial_params(config, task, _quiet)  # what does not fit is named now; the values are read later
-            for tree in task.given.values():
-                regret.params(config, tree)
+            given_params(config, task)  # what is damaged is named now
             if config.train.eval_every:
                 sources.validation_source(config)  # the same of a split that is not there
             abstract = abstract_state(task, optimizer_of(config), mesh, config)

@@ -10,7 +10,7 @@ from icar_jax.models.clip import ClipArch
 from icar_jax.models.scorers import ScorerArch
 from icar_jax.models.text import TextArch
 from icar_jax.models.vision import VisionArch
-from icar_jax.training import regret
+from icar_jax.training import initial, regret
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ def step_flops(config: ExperimentConfig, arch: ClipArch | ScorerArch) -> StepFlo
     model, again = 3 * logits, logits if config.loss.chunk else 0
     if config.loss.distill_kl:  # the logits are there already; the gradient goes to the images of the early exits alone
         model += matrix * len(arch.vision.exits)
+    if config.loss.distill_init:
+        model += batch * flops.vision_flops(initial.saved_clip(config.train.init).vision)
     heads_learn = bool(arch.vision.exits) and "exits" not in train.freeze
     for name, tower in (("image", arch.vision), ("text", arch.text)):
         forward = batch * (image_flops(tower) if name == "image" else flops.text_flops(tower))

@@ -33,13 +33,14 @@ def remember(config: ExperimentConfig, workdir: Path) -> None:
 def recall(config: ExperimentConfig, workdir: Path) -> ExperimentConfig:
     """The configuration, with WORKDIR/start for a checkpoint that is no longer where the run found it.
 
-    Only the architecture is read from there: a run that has saved a state needs no other weights, unless it learns regret.
+    Only the architecture is read from there: a run that has saved a state needs no other weights, unless it learns regret or
+    aims at what the first ones say.
     """
     kept = workdir / START
     if not (files.has_checkpoint(workdir) and (kept / checkpoint.DESCRIPTION).is_file()):
         return config
     train, complexity = config.train, config.complexity
-    if train.init and not Path(train.init).exists():
+    if train.init and not config.loss.distill_init and not Path(train.init).exists():
         train = dataclasses.replace(train, init=str(kept))
     if tower.has_tower(config) and not regret.has_regret(config) and not Path(complexity.clip).exists():
         complexity = dataclasses.replace(complexity, clip=str(kept))

@@ -26,7 +26,7 @@ from icar_jax.models.pixels import normalise
 from icar_jax.models.scorers import make_scorer
 from icar_jax.models.transformer import Execution, block_scales
 from icar_jax.parallel.mesh import batch_sharding
-from icar_jax.training import exit_losses, initial, losses, regret, ring, tower
+from icar_jax.training import anchor, exit_losses, initial, losses, regret, ring, tower
 from icar_jax.training.exit_losses import MIXED
 
 _LAYERS, _MIXED_EXITS = 0, 1  # what the key of a step is folded with for each thing that is drawn
@@ -112,8 +112,10 @@ def _clip_task(config: ExperimentConfig, tokenizer: Tokenizer | None, mesh: Mesh
         compare = partial(ring.per_exit, **form, mesh=mesh, chunk=config.loss.chunk)
 
     dropout = config.train.layer_dropout
+    origin = anchor.anchor(config, preprocess) if config.loss.distill_init else None
 
     def draw(batch, key):
+        batch = batch if origin is None else origin.embed(batch, dtype)
         if not dropout:
             return batch
         scales = block_scales(jax.random.fold_in(key, _LAYERS), len(batch["image"]), arch.vision.depth, dropout)
@@ -123,7 +125,8 @@ def _clip_task(config: ExperimentConfig, tokenizer: Tokenizer | None, mesh: Mesh
         pixels = normalise(batch["image"], preprocess.mean, preprocess.std)
         image = clip.encode_image_exits(params, pixels, dtype=dtype, scales=batch.get("block_scales"))
         # Text keys: JAX orders the keys of a dict, and integers and strings cannot be ordered together.
-        return {"image": {str(e): z for e, z in image.items()}, "text": clip.encode_text(params, batch["tokens"], dtype)}
+        found = {"image": {str(e): z for e, z in image.items()}, "text": clip.encode_text(params, batch["tokens"], dtype)}
+        return found if origin is None else {**found, anchor.IMAGE: batch[anchor.IMAGE]}
 
     def contrast(params, embeddings, key):
         image, text, full = {e: embeddings["image"][str(e)] for e in exits}, embeddings["text"], arch.vision.depth
@@ -143,6 +146,9 @@ def _clip_task(config: ExperimentConfig, tokenizer: Tokenizer | None, mesh: Mesh
         if config.loss.distill_cosine:
             metrics["distill_cosine"] = exit_losses.distill_cosine(image, full)
             total = total + config.loss.distill_cosine * metrics["distill_cosine"]
+        if config.loss.distill_init:
+            metrics["distill_init"] = exit_losses.distill_init(image, embeddings[anchor.IMAGE], weights)
+            total = total + config.loss.distill_init * metrics["distill_init"]
         if config.loss.distill_kl:
             metrics["distill_kl"] = exit_losses.distill_kl(image, text, scales, full)
             total = total + config.loss.distill_kl * metrics["distill_kl"]
@@ -163,8 +169,15 @@ def _clip_task(config: ExperimentConfig, tokenizer: Tokenizer | None, mesh: Mesh
         arch.text.context_length,
         ("image", "tokens"),
         {"arch": dataclasses.asdict(arch), "preprocess": preprocess.to_dict()},
+        given={} if origin is None else {anchor.PARAMS: origin.shapes()},
         draw=draw,
     )
+
+
+def given_params(config: ExperimentConfig, task: Task) -> dict[str, pytree.Tree]:
+    """Values of `task.given`, float32 numpy, of the checkpoints that the configuration names. Raises ConfigError."""
+    read = {regret.CLIP: regret.params, anchor.PARAMS: anchor.params}
+    return {name: read[name](config, shapes) for name, shapes in task.given.items()}
 
 
 def _complexity_task(config: ExperimentConfig, class_counts: tuple[int, int]) -> Task:

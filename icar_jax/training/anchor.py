@@ -1,0 +1,90 @@
+"""Where a run began: a frozen copy of the vision tower of config.train.init, whose embeddings config.loss.distill_init aims at.
+
+A tower that gets cheaper on the way, by merging patches or by exits, learns from every image what the tower that it was made
+of says, and not only which captions fit; so it comes back to it in few steps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from icar_jax import checkpoint, pytree
+from icar_jax.checkpoint import CheckpointError
+from icar_jax.config import ConfigError, ExperimentConfig
+from icar_jax.data.images import Preprocess
+from icar_jax.models.clip import unit_norm
+from icar_jax.models.layers import Bridge, DType
+from icar_jax.models.pixels import normalise
+from icar_jax.models.vision import Vision, VisionArch
+from icar_jax.training import initial
+
+PARAMS = "init"  # entry of a batch: {'vision': parameters of the tower}
+IMAGE = "init_image"  # entry of a batch: its embeddings [B, D], which take the place of PARAMS
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The tower as it was; holds no arrays."""
+
+    vision: VisionArch
+    preprocess: Preprocess
+
+    @cached_property
+    def _bridge(self) -> Bridge:
+        return Bridge(lambda rngs: Vision(self.vision, rngs=rngs))
+
+    def shapes(self) -> pytree.Tree:
+        return {"vision": self._bridge.shapes()}
+
+    def embed(self, batch: Mapping[str, Any], dtype: DType) -> dict[str, Any]:
+        """The batch with IMAGE [B, D], float32, unit norm, in place of PARAMS. No gradient flows through."""
+        params = jax.lax.stop_gradient(batch[PARAMS])["vision"]
+        pixels, full = normalise(batch["image"], self.preprocess.mean, self.preprocess.std), self.vision.depth
+        found = unit_norm(self._bridge.bind(params)(pixels, (full,), dtype)[full].astype(jnp.float32))
+        return {**{name: each for name, each in batch.items() if name != PARAMS}, IMAGE: jax.lax.stop_gradient(found)}
+
+
+def anchor(config: ExperimentConfig, preprocess: Preprocess) -> Anchor:
+    """The tower of config.train.init, for a run that prepares pictures so. Raises ConfigError where it takes another size."""
+    found = Preprocess.from_dict(checkpoint.describe(initial.find(config.train.init, config.task))["preprocess"])
+    if found.image_size != preprocess.image_size:
+        raise ConfigError(
+            f"config.loss.distill_init={config.loss.distill_init} shows config.train.init={config.train.init} the run's "
+            f"pictures: it takes {found.image_size} pixels, this run {preprocess.image_size}; set "
+            f"config.clip.image_size={found.image_size}, or config.loss.distill_init=0"
+        )
+    return Anchor(initial.saved_clip(config.train.init).vision, found)
+
+
+def params(config: ExperimentConfig, shapes: pytree.Tree) -> pytree.Tree:
+    """The tower's parameters, float32 numpy. Raises ConfigError where they are damaged or do not fit `shapes`."""
+    try:
+        found = {"vision": checkpoint.read(initial.find(config.train.init, config.task), "clip").params.get("vision", {})}
+    except CheckpointError as error:
+        raise ConfigError(f"config.train.init={config.train.init}: {error}") from error
+    if differing := pytree.differences(shapes, found):
+        raise ConfigError(
+            f"config.train.init={config.train.init}: its weights do not fit its description: {differing[0]} "
+            f"({len(differing)} differences)"
+        )
+    return found
+
+
+def require_same(config: ExperimentConfig, kept: Path) -> None:
+    """Raises ConfigError where a continued run would aim at other weights than those described in the file `kept`."""
+    if not config.loss.distill_init or not kept.is_file():
+        return
+    began = json.loads(kept.read_text(encoding="utf-8")).get("hashes")
+    if checkpoint.describe(initial.find(config.train.init, config.task)).get("hashes") != began:
+        raise ConfigError(
+            f"config.train.init={config.train.init} is another model than the one {kept.parent.parent} began with, at whose "
+            "embeddings config.loss.distill_init aims; put the first one back, or start in another --workdir"
+        )
