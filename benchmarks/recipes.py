@@ -171,7 +171,7 @@ RECIPES: dict[str, Recipe] = {
         {"train.freeze": ("image", "text", "temperature"), "clip.exit_head": "attention", "loss.distill_cosine": 1.0},
         init="baseline",
     ),
-    "combined": Recipe("light and held", {_WEIGHTS: "light"} | _MERGED | _HELD),
+    "combined": Recipe("held, with an exit that weighs a fiftieth of full depth", {_WEIGHTS: "faint"} | _MERGED | _HELD),
 }  # fmt: skip
 
 
@@ -206,7 +206,8 @@ def clip_config(name: str, dataset: str, sizes: Sizes, seed: int, photos: str, o
         eval=EvalConfig(split="val", size=s.queries, batch_size=s.eval_batch),
     )  # fmt: skip
     depth = clip_arch(config.clip).vision.depth
-    weights = {"growing": growing_weights(exits, depth), "light": (*(0.2 for _ in exits), 1.0)}
+    weights = {"growing": growing_weights(exits, depth)}
+    weights |= {name: (*(weight for _ in exits), 1.0) for name, weight in (("light", 0.2), ("faint", 0.02))}
     meant = weights | {"merge": s.merge}
     meaning = lambda value: meant.get(value, value) if isinstance(value, str) else value
     changes = {path: meaning(value) for path, value in recipe.changes.items()}
