@@ -184,7 +184,7 @@ def request(
     return {
         "config": dataclasses.asdict(config), "workdir": str(workdir), "calibration": calibration, "distractors": distractors,
         "routers": {name: str(folder) for name, folder in routers.items()}, "budgets": list(budgets), "draws": draws,
-        "against": str(against) if against is not None else None,
+        "against": str(against) if against is not None else None, "timed": timing.SAMPLE,
     }  # fmt: skip
 
 

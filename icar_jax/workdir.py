@@ -17,9 +17,11 @@ import shutil
 import socket
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from absl import logging
 
 from icar_jax.config import ConfigError, ExperimentConfig, from_dict, to_json
 
@@ -162,19 +164,19 @@ def locked(workdir: Path) -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / LOCK).open("a+", encoding="utf-8") as file:
         try:
-            # Ends with the process, however it ends. Unlike flock's it does not live on in forked data workers.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+        except BlockingIOError:
             file.seek(0)
             raise ConfigError(
                 f"--workdir={workdir} is in use: another training writes to it ({file.read().strip() or 'unknown'}); "
                 "wait for it or stop it, or use another --workdir"
             ) from None
-        except OSError:
-            pass  # a file system without locks
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        except OSError as error:
+            logging.warning("%s has no locks (%s): see to it that no other training writes to it", workdir, error.strerror)
+        with suppress(OSError):  # it only says who it is
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
         yield
 
 

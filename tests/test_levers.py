@@ -20,12 +20,12 @@ from icar_jax.training.step import put_batch
 from icar_jax.training.tasks import make_task
 
 
-def config_of(task="clip", exits=(2,), freeze=(), layer_dropout=0.0, exit_head="linear", **loss):
+def config_of(task="clip", exits=(2,), freeze=(), layer_dropout=0.0, exit_head="linear", init="", **loss):
     return ExperimentConfig(
         task=task,
         clip=ClipConfig(variant="vit_demo", exits=exits, exit_head=exit_head),
         loss=LossConfig(**loss),
-        train=TrainConfig(freeze=freeze, layer_dropout=layer_dropout),
+        train=TrainConfig(freeze=freeze, layer_dropout=layer_dropout, init=init),
     )
 
 
@@ -36,6 +36,7 @@ def config_of(task="clip", exits=(2,), freeze=(), layer_dropout=0.0, exit_head="
         ({"mixed": -1.0}, "config.loss.mixed=-1.0 must be a weight of 0 or more"),
         ({"distill_kl": float("inf")}, "config.loss.distill_kl=inf must be a weight"),
         ({"distill_init": -1.0}, "config.loss.distill_init=-1.0 must be a weight"),
+        ({"distill_init": 1.0, "init": "x", "freeze": ("image",)}, "config.loss.distill_init=1.0 draws .*config.train.freeze="),
         ({"distill_init": 1.0}, "config.loss.distill_init=1.0 aims at .*config.train.init='' names none"),
         ({"distill_cosine": 1.0, "exits": ()}, r"config.loss.distill_cosine=1.0 is about early exits, and config.clip.exits="),
         ({"layer_dropout": 1.0}, r"config.train.layer_dropout=1.0 must lie in \[0, 1\)"),

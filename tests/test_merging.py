@@ -73,6 +73,27 @@ def test_the_closest_pairs_become_their_weighted_mean(patches, count, class_toke
     np.testing.assert_allclose(total.sum(1), sizes.sum(1))
 
 
+@pytest.mark.parametrize("offset", [0.0, 10.0, -100.0])
+def test_a_common_offset_changes_no_match(offset):
+    x = np.random.default_rng(3).standard_normal((3, 17, 64)).astype(np.float32)
+    plain, sizes = merge(x, np.ones((3, 17), np.float32), 5, True)
+    moved, others = merge(x + np.float32(offset), np.ones((3, 17), np.float32), 5, True)
+    np.testing.assert_array_equal(others, sizes)
+    np.testing.assert_allclose(moved - offset, plain, atol=3e-5)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1.0, 3.0])
+def test_a_constant_patch_is_like_no_other(constant):
+    """Its cosine is 0 over 0: rounding must not make it the closest of all."""
+    x = np.random.default_rng(4).standard_normal((1, 9, 64)).astype(np.float32)
+    x[0, 1] = constant  # the first patch, a seeker
+    x[0, 4] = x[0, 3]  # a pair that is equal
+    tokens, sizes = merge(x, np.ones((1, 9), np.float32), 1, True)
+    assert np.all(np.isfinite(tokens))
+    merged = tokens[0][np.asarray(sizes[0]) == 2]
+    np.testing.assert_allclose(merged, x[:1, 3], atol=1e-6)
+
+
 def test_equal_patches_merge_without_loss():
     x = np.random.default_rng(0).standard_normal((1, 4, 6)).astype(np.float32)
     tokens, sizes = merge(np.concatenate([x, x[:, 3:]], 1), np.ones((1, 5), np.float32), 1, True)

@@ -1,5 +1,6 @@
 """Killed, preempted, and out of disk: the same command continues as if nothing had happened."""
 
+import contextlib
 import errno
 import os
 import random
@@ -180,16 +181,37 @@ def test_two_trainings_do_not_share_a_workdir(tmp_path):
     finally:
         holder.kill()
         holder.wait()
-    train(tiny_config(), workdir, stop_after=1)  # the lock ended with its process
+    for _ in range(2):  # the lock ended with its process, and ends with its block however that ends
+        with pytest.raises(ZeroDivisionError), files.locked(workdir):
+            with pytest.raises(ConfigError, match=f"in use: .*process {os.getpid()} on "), files.locked(workdir):
+                raise AssertionError("held twice")
+            raise ZeroDivisionError
 
 
-def test_a_file_system_without_locks_is_trained_on_all_the_same(tmp_path, monkeypatch):
+def test_a_workdir_that_another_training_wrote_to_meanwhile_is_left_alone(tmp_path, monkeypatch):
+    """It was empty when this run looked, and holds a state when the lock is had."""
+    real = files.locked
+
+    @contextlib.contextmanager
+    def late(workdir):
+        with real(workdir):
+            (workdir / files.CHECKPOINTS / "2").mkdir(parents=True)
+            yield
+
+    monkeypatch.setattr(files, "locked", late)
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'run'}: another training wrote to it while this one began"):
+        train(tiny_config(), tmp_path / "run")
+    assert {entry.name for entry in (tmp_path / "run").iterdir()} == {files.LOCK, files.CHECKPOINTS}
+
+
+def test_a_file_system_without_locks_is_trained_on_all_the_same(tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(files.fcntl, "lockf", refuse)
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
     with files.locked(tmp_path / "run"):
         assert (tmp_path / "run").is_dir()
+    assert f"{tmp_path / 'run'} has no locks" in caplog.text
 
 
 def test_what_a_killed_writer_left_is_cleared_and_the_old_folder_put_back(tmp_path):

@@ -26,6 +26,11 @@ def validate_levers(c: ExperimentConfig) -> None:
                     f"config.loss.distill_init={value} aims at the embeddings of the weights that the run starts from, and "
                     "config.train.init='' names none; name a checkpoint, or leave it 0"
                 )
+            if value and "image" in c.train.freeze:
+                raise ConfigError(
+                    f"config.loss.distill_init={value} draws the image tower back to where it began, and config.train.freeze="
+                    f"{c.train.freeze} holds it there; leave it 0, or let exits learn with config.loss.distill_cosine"
+                )
         elif value and c.task == "clip" and not c.clip.exits:
             raise ConfigError(f"config.loss.{name}={value} is about early exits, and config.clip.exits=() has none; leave it 0")
     if not 0 <= dropout < 1:

@@ -72,7 +72,7 @@ class DataConfig:
     flip: bool = False  # training: random horizontal flip (wrong for captions with left and right)
     rotate: float = 0.0  # training: degrees up to which a picture is turned either way; 0 switches it off
     translate: float = 0.0  # training: share of the side up to which it is shifted, across and down; 0 switches it off
-    brightness: float = 0.0  # training: factor drawn from 1 - this to 1 + this; 0 switches it off, as for the next three
+    brightness: float = 0.0  # training: factor drawn from 1 - this to 1 + this; 0 switches it off, as for the next two
     contrast: float = 0.0
     saturation: float = 0.0
     tokenizer: str = ""  # tokenizer.json or CLIP merges file; empty trains one on the captions
@@ -108,7 +108,7 @@ class LossConfig:
     exit_weights: tuple[float, ...] = ()  # one weight for each exit, then full depth; empty weighs all equally
     direction: str = "symmetric"  # softmax: symmetric | image_to_text
     kind: str = "softmax"  # softmax (CLIP) | sigmoid (SigLIP: logit bias, every pair a decision of its own)
-    distill_cosine: float = 0.0  # weight of 1 - cos(exit, full depth held still); 0 switches it off, as for the next two
+    distill_cosine: float = 0.0  # weight of 1 - cos(exit, full depth held still); 0 switches it off, as for the next three
     distill_kl: float = 0.0  # weight of KL(softmax of the similarities of full depth, held still || of the exit)
     distill_init: float = 0.0  # weight of 1 - cos(embedding, what config.train.init says); exits weigh as in their losses
     mixed: float = 0.0  # weight of the loss of one matrix of logits in which each image takes a random exit

@@ -44,8 +44,9 @@ def _scaled_mean(x: Array) -> tuple[Array, Array]:
 
     The cosine of two centred tokens is their product over both norms, minus the product of both means: no centred copy.
     """
-    width, mean = x.shape[-1], x.mean(-1)
-    norm = jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1) - width * jnp.square(mean), 1e-12))
+    width, mean, square = x.shape[-1], x.mean(-1), jnp.square(x).sum(-1)
+    # The difference is lost in rounding where a token is nearly constant: held above that, its cosines come out near 0.
+    norm = jax.lax.rsqrt(jnp.maximum(square - width * jnp.square(mean), 1e-6 * square + 1e-12))
     return norm, mean * norm * width**0.5
 
 

@@ -23,8 +23,9 @@ from icar_jax.data.images import Preprocess
 from icar_jax.models.clip import unit_norm
 from icar_jax.models.layers import Bridge, DType
 from icar_jax.models.pixels import normalise
+from icar_jax.models.transformer import Execution
 from icar_jax.models.vision import Vision, VisionArch
-from icar_jax.training import initial
+from icar_jax.training import initial, start
 
 PARAMS = "init"  # entry of a batch: {'vision': parameters of the tower}
 IMAGE = "init_image"  # entry of a batch: its embeddings [B, D], which take the place of PARAMS
@@ -36,6 +37,7 @@ class Anchor:
 
     vision: VisionArch
     preprocess: Preprocess
+    execution: Execution
 
     @cached_property
     def _bridge(self) -> Bridge:
@@ -45,23 +47,29 @@ class Anchor:
         return {"vision": self._bridge.shapes()}
 
     def embed(self, batch: Mapping[str, Any], dtype: DType) -> dict[str, Any]:
-        """The batch with IMAGE [B, D], float32, unit norm, in place of PARAMS. No gradient flows through."""
+        """The batch with IMAGE [B, D], float32, unit norm, in place of PARAMS. No gradient flows through.
+
+        All images at once, also where gradients are accumulated: without a backward pass nothing is kept of them.
+        """
         params = jax.lax.stop_gradient(batch[PARAMS])["vision"]
         pixels, full = normalise(batch["image"], self.preprocess.mean, self.preprocess.std), self.vision.depth
-        found = unit_norm(self._bridge.bind(params)(pixels, (full,), dtype)[full].astype(jnp.float32))
+        found = unit_norm(self._bridge.bind(params)(pixels, (full,), dtype, self.execution)[full].astype(jnp.float32))
         return {**{name: each for name, each in batch.items() if name != PARAMS}, IMAGE: jax.lax.stop_gradient(found)}
 
 
-def anchor(config: ExperimentConfig, preprocess: Preprocess) -> Anchor:
+def anchor(config: ExperimentConfig, preprocess: Preprocess, execution: Execution) -> Anchor:
     """The tower of config.train.init, for a run that prepares pictures so. Raises ConfigError where it takes another size."""
-    found = Preprocess.from_dict(checkpoint.describe(initial.find(config.train.init, config.task))["preprocess"])
+    try:
+        found = Preprocess.from_dict(_describe(config)["preprocess"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"config.train.init={config.train.init} does not say how pictures are prepared: {error}") from error
     if found.image_size != preprocess.image_size:
         raise ConfigError(
             f"config.loss.distill_init={config.loss.distill_init} shows config.train.init={config.train.init} the run's "
             f"pictures: it takes {found.image_size} pixels, this run {preprocess.image_size}; set "
             f"config.clip.image_size={found.image_size}, or config.loss.distill_init=0"
         )
-    return Anchor(initial.saved_clip(config.train.init).vision, found)
+    return Anchor(initial.saved_clip(config.train.init).vision, found, execution)
 
 
 def params(config: ExperimentConfig, shapes: pytree.Tree) -> pytree.Tree:
@@ -78,13 +86,22 @@ def params(config: ExperimentConfig, shapes: pytree.Tree) -> pytree.Tree:
     return found
 
 
-def require_same(config: ExperimentConfig, kept: Path) -> None:
-    """Raises ConfigError where a continued run would aim at other weights than those described in the file `kept`."""
+def require_same(config: ExperimentConfig, workdir: Path) -> None:
+    """Raises ConfigError where a continued run would aim at other weights than it began with, or these are gone."""
+    kept = start.described(workdir)
     if not config.loss.distill_init or not kept.is_file():
         return
-    began = json.loads(kept.read_text(encoding="utf-8")).get("hashes")
-    if checkpoint.describe(initial.find(config.train.init, config.task)).get("hashes") != began:
+    why = "at whose embeddings config.loss.distill_init aims, also when a run is continued"
+    try:
+        now, began = _describe(config), json.loads(kept.read_text(encoding="utf-8"))
+    except ValueError as error:  # ConfigError and damaged JSON
+        raise ConfigError(f"{workdir} began with config.train.init={config.train.init}, {why}: {error}") from error
+    if checkpoint.identity(now) != checkpoint.identity(began):
         raise ConfigError(
-            f"config.train.init={config.train.init} is another model than the one {kept.parent.parent} began with, at whose "
-            "embeddings config.loss.distill_init aims; put the first one back, or start in another --workdir"
+            f"config.train.init={config.train.init} is another model than the one {workdir} began with, {why}; put the first "
+            "one back, or start in another --workdir"
         )
+
+
+def _describe(config: ExperimentConfig) -> dict[str, Any]:
+    return checkpoint.describe(initial.find(config.train.init, config.task))

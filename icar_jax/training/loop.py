@@ -61,8 +61,9 @@ def _train(run: Run, request: StopRequest, stop_after: int, evaluators: tuple[Ma
     part = distributed.batch_part(sharding, t.batch_size)
     tokenizer = run.tokenizer if task.kind == "clip" else None  # regret reads captions with that of its CLIP
     trained = Trained(config, task.kind, task.description, tokenizer, sharding, batch_shards(run.mesh), part)
-    given = given_params(config, task)
-    fixed = {name: place(tree, shardings(task.given[name], run.mesh)) for name, tree in given.items()}
+    fixed = {
+        name: place(tree, shardings(task.given[name], run.mesh)) for name, tree in given_params(config, task).items()
+    }
     with StateStore(workdir, t.keep) as store:
         start = distributed.from_main(store.latest_step or 0)  # a network file system may show the newest one late elsewhere
         evaluation = make_evaluation(trained, workdir, start, evaluators)

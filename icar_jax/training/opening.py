@@ -6,8 +6,8 @@ import dataclasses
 import json
 import math
 import secrets
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> Run:
             files.require_same_config(workdir, config, free)
             files.require_same_data(workdir, trained_on)
             regret.require_same(config, workdir)
-            anchor.require_same(config, workdir / start.START / checkpoint.DESCRIPTION)
+            anchor.require_same(config, workdir)
         rates = config.task == "complexity" and not regret.has_regret(config)
         rated = look_at(config, source) if rates else None
         counts = rated.class_counts if rated else (1, 1)
@@ -91,7 +91,14 @@ def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> Run:
                 sources.validation_source(config)  # the same of a split that is not there
             abstract = abstract_state(task, optimizer_of(config), mesh, config)
             require_space(workdir, abstract, config.train.keep, 1 + config.train.keep_best)
-            _claim_workdir(config, workdir, trained_on, tokenizer, rated, token, held)
+            with _naming_the_workdir(workdir):
+                held.enter_context(files.locked(workdir))
+            if files.has_checkpoint(workdir) != resumed:  # seen before it was locked, perhaps minutes ago
+                raise cfg.ConfigError(f"--workdir={workdir}: another training wrote to it while this one began; start again")
+            if resumed:
+                files.require_same_config(workdir, config, free)
+            with _naming_the_workdir(workdir):
+                _claim_workdir(config, workdir, trained_on, tokenizer, rated, token)
     with distributed.together("reading the workdir"):
         if not distributed.is_main():
             files.require_token(workdir, token)
@@ -136,22 +143,25 @@ def _claim_workdir(
     tokenizer: Tokenizer | None,
     rated: RatedRun | None,
     token: int,
-    held: ExitStack,
 ) -> None:
     """Writes what the run is; called once everything that can be checked beforehand has been."""
+    files.save_config(workdir, config)
+    files.save_data(workdir, trained_on)
+    start.remember(config, workdir)
+    if rated is not None:
+        rated.write(workdir)
+    regret.remember(config, workdir)
+    if tokenizer is not None and config.task == "clip":
+        files.write_text(workdir / checkpoint.TOKENIZER, tokenizer.to_json())
+    if jax.process_count() > 1:
+        files.write_token(workdir, token)
+    files.recover(workdir)
+
+
+@contextmanager
+def _naming_the_workdir(workdir: Path) -> Iterator[None]:
     try:
-        held.enter_context(files.locked(workdir))
-        files.save_config(workdir, config)
-        files.save_data(workdir, trained_on)
-        start.remember(config, workdir)
-        if rated is not None:
-            rated.write(workdir)
-        regret.remember(config, workdir)
-        if tokenizer is not None and config.task == "clip":
-            files.write_text(workdir / checkpoint.TOKENIZER, tokenizer.to_json())
-        if jax.process_count() > 1:
-            files.write_token(workdir, token)
-        files.recover(workdir)
+        yield
     except OSError as error:
         raise cfg.ConfigError(f"--workdir={workdir} cannot be written: {error}; choose a writable folder") from error
 

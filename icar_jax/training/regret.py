@@ -128,8 +128,8 @@ def tokenizer(config: ExperimentConfig) -> Tokenizer | None:
 
 
 def remember(config: ExperimentConfig, workdir: Path) -> None:
-    """Writes which CLIP the run learns the regret of, once. Raises OSError, ConfigError."""
-    if has_regret(config) and not (workdir / KEPT).is_file():
+    """Writes which CLIP the run learns the regret of, not where it is continued. Raises OSError, ConfigError."""
+    if has_regret(config) and not (files.has_checkpoint(workdir) and (workdir / KEPT).is_file()):
         text = (tower.folder(config) / checkpoint.DESCRIPTION).read_text(encoding="utf-8")
         files.write_text(workdir / KEPT, text)
 
@@ -138,8 +138,8 @@ def require_same(config: ExperimentConfig, workdir: Path) -> None:
     """Raises ConfigError where a continued run would learn the regret of another CLIP than it began with."""
     if not has_regret(config) or not (workdir / KEPT).is_file():
         return
-    began = json.loads((workdir / KEPT).read_text(encoding="utf-8")).get("hashes")
-    if checkpoint.describe(tower.folder(config)).get("hashes") != began:
+    began = json.loads((workdir / KEPT).read_text(encoding="utf-8"))
+    if checkpoint.identity(checkpoint.describe(tower.folder(config))) != checkpoint.identity(began):
         raise ConfigError(
             f"config.complexity.clip={config.complexity.clip} is another model than the one {workdir} began with: what its "
             "images lose is another; put the first one back, or start in another --workdir"

@@ -1,4 +1,5 @@
-"""What a run started from, remembered in its workdir: a continued run does not need the first weights any more.
+"""What a run started from, remembered in its workdir: a continued run does not need the first weights any more, unless they
+are what it learns to say (regret, and config.loss.distill_init).
 
     WORKDIR/start/icar.json    description of the checkpoint that config.train.init or config.complexity.clip names
 """
@@ -17,9 +18,9 @@ START = "start"
 
 
 def remember(config: ExperimentConfig, workdir: Path) -> None:
-    """Writes WORKDIR/start where the run starts from weights and the folder is not there yet. Raises OSError, ConfigError."""
-    copy = workdir / START / checkpoint.DESCRIPTION
-    if copy.is_file():
+    """Writes WORKDIR/start where the run starts from weights, and not where it is continued. Raises OSError, ConfigError."""
+    copy = described(workdir)
+    if files.has_checkpoint(workdir) and copy.is_file():
         return
     if config.train.init:
         origin = initial.find(config.train.init, config.task)
@@ -28,6 +29,11 @@ def remember(config: ExperimentConfig, workdir: Path) -> None:
     else:
         return
     files.write_text(copy, (origin / checkpoint.DESCRIPTION).read_text(encoding="utf-8"))
+
+
+def described(workdir: Path) -> Path:
+    """The file that describes what the run in `workdir` started from."""
+    return workdir / START / checkpoint.DESCRIPTION
 
 
 def recall(config: ExperimentConfig, workdir: Path) -> ExperimentConfig:

@@ -59,7 +59,8 @@ class Task:
     given: dict[str, pytree.Tree] = field(default_factory=dict)
     # How the pictures are prepared a second time: {entry of the batch: preprocess}.
     others: dict[str, Preprocess] = field(default_factory=dict)
-    # draw(batch, key) -> the batch that `embed` takes, with what is drawn for each row of it beside its entries.
+    # draw(batch, key) -> the batch that `embed` takes, with what is drawn for each row of it beside its entries, and what the
+    # given parameters say of each row in their place.
     draw: Callable[[dict, jax.Array], dict] = lambda batch, key: batch
 
 
@@ -112,7 +113,9 @@ def _clip_task(config: ExperimentConfig, tokenizer: Tokenizer | None, mesh: Mesh
         compare = partial(ring.per_exit, **form, mesh=mesh, chunk=config.loss.chunk)
 
     dropout = config.train.layer_dropout
-    origin = anchor.anchor(config, preprocess) if config.loss.distill_init else None
+    origin = None
+    if config.loss.distill_init:
+        origin = anchor.anchor(config, preprocess, Execution("none", config.train.scan_blocks, sharding))
 
     def draw(batch, key):
         batch = batch if origin is None else origin.embed(batch, dtype)
