@@ -10,6 +10,7 @@ import numpy as np
 import programs
 import pytest
 from conftest import CAPTIONS, tiny_config
+from test_losses import on_eight_devices
 
 from icar_jax import checkpoint, pytree
 from icar_jax.config import ConfigError, LossConfig, MeshConfig
@@ -17,8 +18,10 @@ from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models import flops
 from icar_jax.models.clip import Clip
 from icar_jax.parallel.mesh import make_mesh
+from icar_jax.parallel.rules import shardings
 from icar_jax.training import accumulate, plan_flops
 from icar_jax.training.loop import train
+from icar_jax.training.step import put_batch
 from icar_jax.training.tasks import clip_arch, given_params, make_task
 
 WEIGHT = 3.0
@@ -111,6 +114,45 @@ def test_accumulated_gradient_equals_the_whole_batch(origin, tokenizer):
     )(params)  # fmt: skip
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+def eight_against_one(origin: str) -> dict:
+    """Loss and gradient on each mesh against one device, the copy cut up as parameters are; blocks scanned on one of them."""
+    words, key, expected, checked = Tokenizer.train(CAPTIONS, 300), jax.random.key(5), None, 0
+    for shape, scan in (((1, 1, 1), False), ((8, 1, 1), False), ((2, 4, 1), True), ((2, 2, 2), False)):
+        mesh, config = make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))]), held(origin, scan_blocks=scan)
+        task, params, batch = made(config, words, 16)
+        task = make_task(config, words, mesh)
+        params = jax.device_put(params, shardings(task.shapes, mesh))
+        given = {name: jax.device_put(batch[name], shardings(tree, mesh)) for name, tree in task.given.items()}
+        batch = put_batch(batch, task.fields, mesh) | given
+        found = jax.device_get(jax.jit(jax.value_and_grad(lambda p, b: task.loss(p, b, key), has_aux=True))(params, batch))
+        expected = expected or found
+        for (_, f), (path, e) in zip(*(jax.tree.leaves_with_path(t) for t in (found, expected)), strict=True):
+            off = np.linalg.norm(np.asarray(f - e, np.float64)) / max(np.linalg.norm(np.asarray(e, np.float64)), 1e-6)
+            assert off < 2e-5, (shape, jax.tree_util.keystr(path), off)
+        checked += 1
+    return {"checked": checked}
+
+
+@pytest.mark.check
+def test_eight_devices_equal_one(origin):
+    script = f"import test_anchor; print(json.dumps(test_anchor.eight_against_one({str(origin)!r})))"
+    assert on_eight_devices(script) == {"checked": 4}
+
+
+@pytest.mark.check
+def test_a_first_start_that_saved_nothing_leaves_no_trace(origin, tokenizer, tmp_path):
+    """What the run began with is what it began with when it first saved its state."""
+    start = tmp_path / "start"
+    shutil.copytree(origin, start)
+    train(held(start), tmp_path / "run", stop_after=0)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.rmtree(start)
+    _write(start, tokenizer, 1)
+    train(held(start), tmp_path / "run", stop_after=2)
+    train(held(start), tmp_path / "run")
+    assert len(programs.curve(tmp_path / "run")) == 4
 
 
 @pytest.mark.check
