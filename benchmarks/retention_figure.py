@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from recipes import BUDGET
+from recipes import BUDGET, RECIPES
 
 from icar_jax.evaluation import figures
 
@@ -87,7 +88,7 @@ def _frontier(axes: Axes, dataset: str, part: Mapping[str, Any]) -> None:
         if row["kind"] in ("exit", "full"):
             _point(axes, row, row["row"].replace("exit_", "exit "), "#882255", "*")
     for row in rows:
-        if row["recipe"] in ("baseline", "static", "merged"):
+        if not RECIPES[row["recipe"]].exits:
             _point(axes, row, row["recipe"], "#000000", "o")
     count = max(len(row["seeds"]) for row in rows)
     axes.set_xlabel("time per image, % of the baseline's, router included (dice and oracle: counted)")
@@ -127,11 +128,13 @@ def cost(row: Row) -> float:
 
 
 def _curve(axes: Axes, rows: Sequence[Row], label: str, **style: Any) -> None:
-    rows = sorted((row for row in rows if row["retention"] is not None), key=cost)
+    """Against measured time; dice and the oracle, of which none or not every one is timed, against the counted cost."""
+    timed = cost if all(row["kind"] == "routed" for row in rows) else operator.itemgetter("counted")
+    rows = sorted((row for row in rows if row["retention"] is not None), key=timed)
     if not rows:
         return
     kept = np.array([[row["retention"][name] for name in ("low", "value", "high")] for row in rows])
-    x = np.array([100 * cost(row) for row in rows])
+    x = np.array([100 * timed(row) for row in rows])
     axes.plot(x, kept[:, 1], label=label, markersize=4.5, **style)
     if "marker" in style:
         axes.fill_between(x, kept[:, 0], kept[:, 2], color=style["color"], alpha=0.12, linewidth=0)
