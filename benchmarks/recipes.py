@@ -3,8 +3,8 @@
 As in ICAR, a pretrained CLIP gets its exits by training on: the full tower, the static one and the one that merges patches
 are pretrained once for a dataset, each on the same pairs, and every recipe goes on from there: all see the same number of
 pairs, but for `frozen` ones, which go on from the baseline, and in the same order for the same seed, but for `summed`, which
-starts from scratch. The ablation puts one lever at a time on top of `shared`; `combined` is the candidate that puts several
-together.
+starts from scratch. The ablation puts one lever at a time on top of `shared`, and merging on a tower without exits;
+`combined` is the candidate that puts several together.
 """
 
 from __future__ import annotations
