@@ -209,9 +209,8 @@ def clip_config(name: str, dataset: str, sizes: Sizes, seed: int, photos: str, o
         eval=EvalConfig(split="val", size=s.queries, batch_size=s.eval_batch),
     )  # fmt: skip
     depth = clip_arch(config.clip).vision.depth
-    weights = {"growing": growing_weights(exits, depth)}
-    weights |= {name: (*(weight for _ in exits), 1.0) for name, weight in (("light", 0.2), ("faint", 0.02))}
-    meant = weights | {"merge": s.merge}
+    flat = lambda weight: (*(weight for _ in exits), 1.0)
+    meant = {"growing": growing_weights(exits, depth), "light": flat(0.2), "faint": flat(0.02), "merge": s.merge}
     meaning = lambda value: meant.get(value, value) if isinstance(value, str) else value
     changes = {path: meaning(value) for path, value in recipe.changes.items()}
     if name in ("static", "pretrained_static"):

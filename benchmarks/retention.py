@@ -83,8 +83,9 @@ def jobs(plan: Plan, heads: bool = True) -> list[Job]:
         # It learns scenes, whichever dataset is routed.
         config = recipes.complexity_config(plan.sizes[plan.datasets[0]], plan.out)
         found.append(Job(Run("ConvNeXt-IC", plan.out / "router", config)))
+    needed = {RECIPES[name].init for name in plan.recipes}
     for dataset in plan.datasets:
-        for name in [each for each in recipes.PRETRAINED if each in {RECIPES[asked].init for asked in plan.recipes}]:
+        for name in [each for each in recipes.PRETRAINED if each in needed]:
             config = recipes.clip_config(name, dataset, plan.sizes[dataset], recipes.PRETRAINING_SEED, plan.photos, plan.out)
             workdir = recipes.folder(plan.out, dataset, name, recipes.PRETRAINING_SEED)
             found.append(Job(Run(f"{dataset}/{name}", workdir, config)))

@@ -10,6 +10,7 @@ import numpy as np
 import programs
 import pytest
 from conftest import CAPTIONS, tiny_config
+from test_levers import batch_of, require_near
 from test_losses import on_eight_devices
 
 from icar_jax import checkpoint, pytree
@@ -52,15 +53,19 @@ def held(origin, merge=(0, 1), exits=(2,), weight=WEIGHT, **train):
     return config
 
 
-def made(config, tokenizer, rows=8):
+def one_device():
+    return make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+
+
+def made(config, tokenizer, rows=8, mesh=None):
     """(task, first parameters, batch with what is given)."""
-    task = make_task(config, tokenizer, make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
+    task = make_task(config, tokenizer, mesh or one_device())
     start = pytree.flatten(checkpoint.read(config.train.init, "clip").params)
     fresh = pytree.flatten(drawn.params(task.shapes, 5))
     params = pytree.unflatten({path: start.get(path, leaf) for path, leaf in fresh.items()})
-    images = np.random.default_rng(0).integers(0, 256, (rows, 64, 64, 3), dtype=np.uint8)
-    batch = {"image": images, "tokens": tokenizer([CAPTIONS[i % 3] + " two" * (i % 4) for i in range(rows)], 16)}
-    return task, params, batch | given_params(config, task)
+    return task, params, batch_of(tokenizer, task, rows) | pytree.map_with_path(
+        lambda _, leaf: np.asarray(leaf), given_params(config, task)
+    )
 
 
 def test_the_loss_is_what_the_embeddings_have_moved_by(origin, tokenizer):
@@ -108,8 +113,7 @@ def test_accumulated_gradient_equals_the_whole_batch(origin, tokenizer):
     expected = jax.jit(jax.value_and_grad(lambda p: task.loss(p, batch, key), has_aux=True))(params)
     found = jax.jit(
         lambda p: accumulate.value_and_grad(
-            task.embed, lambda p, z: task.contrast(p, z, key), p, task.draw(batch, key), parts=2,
-            mesh=make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]),
+            task.embed, lambda p, z: task.contrast(p, z, key), p, task.draw(batch, key), parts=2, mesh=one_device()
         )
     )(params)  # fmt: skip
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -121,16 +125,13 @@ def eight_against_one(origin: str) -> dict:
     words, key, expected, checked = Tokenizer.train(CAPTIONS, 300), jax.random.key(5), None, 0
     for shape, scan in (((1, 1, 1), False), ((8, 1, 1), False), ((2, 4, 1), True), ((2, 2, 2), False)):
         mesh, config = make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))]), held(origin, scan_blocks=scan)
-        task, params, batch = made(config, words, 16)
-        task = make_task(config, words, mesh)
+        task, params, batch = made(config, words, 16, mesh)
         params = jax.device_put(params, shardings(task.shapes, mesh))
         given = {name: jax.device_put(batch[name], shardings(tree, mesh)) for name, tree in task.given.items()}
         batch = put_batch(batch, task.fields, mesh) | given
         found = jax.device_get(jax.jit(jax.value_and_grad(lambda p, b: task.loss(p, b, key), has_aux=True))(params, batch))
         expected = expected or found
-        for (_, f), (path, e) in zip(*(jax.tree.leaves_with_path(t) for t in (found, expected)), strict=True):
-            off = np.linalg.norm(np.asarray(f - e, np.float64)) / max(np.linalg.norm(np.asarray(e, np.float64)), 1e-6)
-            assert off < 2e-5, (shape, jax.tree_util.keystr(path), off)
+        require_near(found, expected, shape)
         checked += 1
     return {"checked": checked}
 

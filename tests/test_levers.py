@@ -118,6 +118,13 @@ def test_a_run_with_all_levers_resumes_exactly_and_logs_them(tmp_path):
     assert {"distill_cosine", "distill_kl", "loss_mixed"} <= set(programs.curve(tmp_path / "whole")[0])
 
 
+def require_near(found, expected, shape):
+    """Leaf by leaf, by its norm; a failure names the mesh and the leaf."""
+    for (_, f), (path, e) in zip(*(jax.tree.leaves_with_path(t) for t in (found, expected)), strict=True):
+        off = np.linalg.norm(np.asarray(f - e, np.float64)) / max(np.linalg.norm(np.asarray(e, np.float64)), 1e-6)
+        assert off < 2e-5, (shape, jax.tree_util.keystr(path), off)
+
+
 def eight_against_one() -> dict:
     """Loss and gradient of all levers on each mesh, against one device; `scan_blocks` on one of them."""
     tokenizer = Tokenizer.train(CAPTIONS, 300)
@@ -130,9 +137,7 @@ def eight_against_one() -> dict:
         found = jax.jit(jax.value_and_grad(lambda p, b, task=task: task.loss(p, b, key), has_aux=True))(params, batch)
         found = jax.device_get(found)
         expected = expected or found
-        for (_, f), (path, e) in zip(*(jax.tree.leaves_with_path(t) for t in (found, expected)), strict=True):
-            off = np.linalg.norm(np.asarray(f - e, np.float64)) / max(np.linalg.norm(np.asarray(e, np.float64)), 1e-6)
-            assert off < 2e-5, (shape, jax.tree_util.keystr(path), off)
+        require_near(found, expected, shape)
         checked += 1
     return {"checked": checked}
 

@@ -51,8 +51,8 @@ def test_every_recipe_is_a_configuration_with_the_same_pairs(setting, dataset, t
     assert {n for n, c in found.items() if not c.clip.exits} == {"baseline", "static", "merged", "merged_first", "held"}
     for name, config in found.items():
         clip_arch(config.clip)  # exits below the depth, pixels on the grid
-        start = {"summed": "", "static": "pretrained_static/0"} | dict.fromkeys(("frozen", "frozen_attention"), "baseline/1")
-        wanted = (start | {"merged_first": "pretrained_merged/0"}).get(name, "pretrained/0")
+        start = {"summed": "", "static": "pretrained_static/0", "merged_first": "pretrained_merged/0"}
+        wanted = (start | dict.fromkeys(("frozen", "frozen_attention"), "baseline/1")).get(name, "pretrained/0")
         assert config.train.init == (str(tmp_path / dataset / wanted) if wanted else ""), name
     assert found["exits"].clip.exits == sizes.exits and found["shared"].clip.exits == (sizes.exit,)
     assert found["growing"].loss.exit_weights[-1] == 1 and found["growing"].loss.exit_weights[0] < 1

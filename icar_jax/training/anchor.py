@@ -17,10 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from icar_jax import checkpoint, pytree
-from icar_jax.checkpoint import CheckpointError
 from icar_jax.config import ConfigError, ExperimentConfig
 from icar_jax.data.images import Preprocess
-from icar_jax.models.clip import unit_norm
+from icar_jax.models.clip import Clip, unit_norm
 from icar_jax.models.layers import Bridge, DType
 from icar_jax.models.pixels import normalise
 from icar_jax.models.transformer import Execution
@@ -72,18 +71,10 @@ def anchor(config: ExperimentConfig, preprocess: Preprocess, execution: Executio
     return Anchor(initial.saved_clip(config.train.init).vision, found, execution)
 
 
-def params(config: ExperimentConfig, shapes: pytree.Tree) -> pytree.Tree:
-    """The tower's parameters, float32 numpy. Raises ConfigError where they are damaged or do not fit `shapes`."""
-    try:
-        found = {"vision": checkpoint.read(initial.find(config.train.init, config.task), "clip").params.get("vision", {})}
-    except CheckpointError as error:
-        raise ConfigError(f"config.train.init={config.train.init}: {error}") from error
-    if differing := pytree.differences(shapes, found):
-        raise ConfigError(
-            f"config.train.init={config.train.init}: its weights do not fit its description: {differing[0]} "
-            f"({len(differing)} differences)"
-        )
-    return found
+def params(config: ExperimentConfig) -> pytree.Tree:
+    """The tower's parameters, read when asked for. Raises ConfigError where they are damaged or not as described."""
+    saved = initial.saved_clip(config.train.init)
+    return {"vision": initial.load_params(config.train.init, config.task, saved, Clip(saved).shapes())["vision"]}
 
 
 def require_same(config: ExperimentConfig, workdir: Path) -> None:

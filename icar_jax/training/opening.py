@@ -6,8 +6,8 @@ import dataclasses
 import json
 import math
 import secrets
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +91,17 @@ def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> Run:
                 sources.validation_source(config)  # the same of a split that is not there
             abstract = abstract_state(task, optimizer_of(config), mesh, config)
             require_space(workdir, abstract, config.train.keep, 1 + config.train.keep_best)
-            with _naming_the_workdir(workdir):
+            try:
                 held.enter_context(files.locked(workdir))
-            if files.has_checkpoint(workdir) != resumed:  # seen before it was locked, perhaps minutes ago
-                raise cfg.ConfigError(f"--workdir={workdir}: another training wrote to it while this one began; start again")
-            if resumed:
-                files.require_same_config(workdir, config, free)
-            with _naming_the_workdir(workdir):
+                if files.has_checkpoint(workdir) != resumed:  # seen before it was locked, perhaps minutes ago
+                    raise cfg.ConfigError(
+                        f"--workdir={workdir}: another training wrote to it while this one began; start again"
+                    )
+                if resumed:
+                    files.require_same_config(workdir, config, free)
                 _claim_workdir(config, workdir, trained_on, tokenizer, rated, token)
+            except OSError as error:
+                raise cfg.ConfigError(f"--workdir={workdir} cannot be written: {error}; choose a writable folder") from error
     with distributed.together("reading the workdir"):
         if not distributed.is_main():
             files.require_token(workdir, token)
@@ -156,14 +159,6 @@ def _claim_workdir(
     if jax.process_count() > 1:
         files.write_token(workdir, token)
     files.recover(workdir)
-
-
-@contextmanager
-def _naming_the_workdir(workdir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise cfg.ConfigError(f"--workdir={workdir} cannot be written: {error}; choose a writable folder") from error
 
 
 def starts_from_weights(config: ExperimentConfig) -> bool:

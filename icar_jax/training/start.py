@@ -43,7 +43,7 @@ def recall(config: ExperimentConfig, workdir: Path) -> ExperimentConfig:
     aims at what the first ones say.
     """
     kept = workdir / START
-    if not (files.has_checkpoint(workdir) and (kept / checkpoint.DESCRIPTION).is_file()):
+    if not (files.has_checkpoint(workdir) and described(workdir).is_file()):
         return config
     train, complexity = config.train, config.complexity
     if train.init and not config.loss.distill_init and not Path(train.init).exists():

@@ -178,9 +178,9 @@ def _clip_task(config: ExperimentConfig, tokenizer: Tokenizer | None, mesh: Mesh
 
 
 def given_params(config: ExperimentConfig, task: Task) -> dict[str, pytree.Tree]:
-    """Values of `task.given`, float32 numpy, of the checkpoints that the configuration names. Raises ConfigError."""
-    read = {regret.CLIP: regret.params, anchor.PARAMS: anchor.params}
-    return {name: read[name](config, shapes) for name, shapes in task.given.items()}
+    """Values of `task.given`, for `initial.place`, from the checkpoints that the configuration names. Raises ConfigError."""
+    read = {regret.CLIP: lambda shapes: regret.params(config, shapes), anchor.PARAMS: lambda _: anchor.params(config)}
+    return {name: read[name](shapes) for name, shapes in task.given.items()}
 
 
 def _complexity_task(config: ExperimentConfig, class_counts: tuple[int, int]) -> Task:
