@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import photo_objects
 import recipes
 import retention_report
 import retention_rows
@@ -96,7 +97,7 @@ def jobs(plan: Plan, heads: bool = True) -> list[Job]:
                 config = recipes.clip_config(name, dataset, plan.sizes[dataset], seed, plan.photos, plan.out)
                 run = Run(f"{dataset}/{name}/seed {seed}", recipes.folder(plan.out, dataset, name, seed), config)
                 of = dataset, name, seed
-                found.append(Job(run, tuple(heads_of(plan, *of)) if heads else (), of))
+                found.append(Job(run, tuple(heads_of(plan, *of, config.clip.exits)) if heads else (), of))
     return found
 
 
@@ -107,14 +108,13 @@ def router_folder(plan: Plan, dataset: str, router: str, recipe: str = "", seed:
     return recipes.folder(plan.out, dataset, recipe, seed) / router
 
 
-def heads_of(plan: Plan, dataset: str, recipe: str, seed: int) -> Iterator[Run]:
+def heads_of(plan: Plan, dataset: str, recipe: str, seed: int, exits: tuple[int, ...]) -> Iterator[Run]:
     """The routers that are trained on the tower of a run with exits."""
     for router in plan.routers:
-        if router == "complexity" or not RECIPES[recipe].exits:
+        if router == "complexity" or not exits:
             continue
         s, clip = plan.sizes[dataset], recipes.folder(plan.out, dataset, recipe, seed)
-        exit = s.exits[0] if RECIPES[recipe].many else s.exit
-        config = recipes.head_config(router, dataset, s, seed, plan.photos, clip, exit, plan.out)
+        config = recipes.head_config(router, dataset, s, seed, plan.photos, clip, exits[0], plan.out)
         workdir = router_folder(plan, dataset, router, recipe, seed)
         yield Run(f"{dataset}/{recipe}/seed {seed}, router {router}", workdir, config)
 
@@ -169,7 +169,7 @@ def evaluate(plan: Plan, job: Job) -> None:
     asked_for = retention_rows.request(
         job.run.config, job.run.workdir,
         {router: router_folder(plan, dataset, router, recipe, seed) for router in plan.routers} if many else {},
-        calibration=s.calibration, distractors=s.distractors, budgets=s.budgets, draws=s.random_draws,
+        calibration=s.calibration, distractors=s.distractors, budgets=s.budgets if many else (), draws=s.random_draws,
         against=None if recipe == "baseline" else recipes.folder(plan.out, dataset, "baseline", seed),
     )  # fmt: skip
     if retention_rows.evaluated(asked_for):
@@ -219,7 +219,8 @@ def _duration(seconds: float) -> str:
 
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Plan]:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dataset", choices=(*DATASETS, "both"), default="scenes")
+    of = "both: scenes and photos; objects: those of scenes, drawn on photographs"
+    p.add_argument("--dataset", nargs="+", choices=(*DATASETS, "both"), default=["scenes"], help=of)
     p.add_argument("--setting", choices=list(SETTINGS), default="small")
     p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     p.add_argument("--recipes", nargs="+", default=["all"], help=f"every one by default; of {', '.join(RECIPES)}")
@@ -230,8 +231,9 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Plan]
     only.add_argument("--train-only", action="store_true", help="no evaluation, no routers on the towers")
     only.add_argument("--report-only", action="store_true", help="only what is evaluated already")
     args = p.parse_args(arguments)
-    datasets = DATASETS if args.dataset == "both" else (args.dataset,)
-    if "photos" in datasets and not (args.photos and Path(args.photos).is_dir()):
+    asked = {*args.dataset} - {"both"} | ({"scenes", "photos"} if "both" in args.dataset else set())
+    datasets = tuple(name for name in DATASETS if name in asked)
+    if {"photos", "objects"} & asked and not (args.photos and Path(args.photos).is_dir()):
         p.error(f"--photos {args.photos!r} is no folder; name the one that holds dataset*.json")
     names = list(RECIPES) if args.recipes == ["all"] else args.recipes
     if unknown := [name for name in names if name not in RECIPES]:
@@ -258,6 +260,9 @@ def main() -> None:
             report(plan)
             return
         todo = jobs(plan, heads=not args.train_only)  # every configuration is checked before the first hour
+        if "objects" in plan.datasets:
+            sizes = plan.sizes["objects"]
+            photo_objects.write(Path(plan.photos), recipes.objects_folder(plan.out, sizes), sizes.image_size)
         try:
             run_all(plan, todo, train_only=args.train_only)
         except subprocess.CalledProcessError as error:

@@ -52,14 +52,18 @@ class Images:
 
 
 def images_of(config: ExperimentConfig, calibration: int, distractors: int) -> Images:
-    """The held-out images of a run. Of photographs the distractors are held out of training along with the calibration images.
+    """The held-out images of a run.
 
-    Scenes take distractors from `test`, as the queries are those of `val`.
+    Distractors come from `test`, as the queries are those of `val`; of photographs without `test` they are held out of training
+    along with the calibration images.
     """
     queries, held = sources.eval_source(config.data, config.eval), sources.calibration_source(config.data)
     if config.data.source == "scenes":
         far = Scenes("test", distractors, image_size=config.data.scenes_pixels) if distractors else None
         return Images(queries, far, held)
+    if len(held) == calibration and distractors:
+        test = sources.open_split(config.data, "test")
+        return Images(queries, Subset(test, np.arange(min(distractors, len(test))), test.name), held)
     order = np.random.default_rng(0).permutation(len(held))
     far = Subset(held, np.sort(order[calibration:]), f"{held.name}/distractors") if distractors else None
     return Images(queries, far, Subset(held, np.sort(order[:calibration]), f"{held.name}/thresholds"))

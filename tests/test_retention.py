@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import random_clip, tiny_config
+from test_folders import put_images, put_karpathy
 
 from icar_jax.config import ConfigError
+from icar_jax.data.folders import open_folder
+from icar_jax.data.splits import record_names
 from icar_jax.evaluation.calibration import costs
 from icar_jax.evaluation.metrics import Distractors, ranks, recall
 from icar_jax.inference.model import load
@@ -23,6 +26,7 @@ from icar_jax.models.vision import VisionArch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import photo_objects  # noqa: E402
 import recipes  # noqa: E402
 import retention  # noqa: E402
 import retention_figure  # noqa: E402
@@ -31,6 +35,16 @@ import retention_rows  # noqa: E402
 import why_exits  # noqa: E402
 
 BUDGETS = (0.7, 0.8)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Six photographs to learn from, one held out, of 12 by 8 pixels."""
+    names = [f"{i}.png" for i in range(7)]
+    put_images(tmp_path / "photos" / "images", names)
+    entries = [(name, "val" if i == 6 else "train", ["Two dogs run .", "Dogs."], {}) for i, name in enumerate(names)]
+    put_karpathy(tmp_path / "photos", entries)
+    return tmp_path / "photos"
 
 
 # --- recipes -----------------------------------------------------------------------------------------------------------------
@@ -102,7 +116,37 @@ def test_heads_on_a_tower_are_configurations(setting, tmp_path):
         sizes = recipes.SETTINGS[setting][dataset]
         config = recipes.head_config(router, dataset, sizes, 0, str(tmp_path), tmp_path / "clip", sizes.exit, tmp_path)
         assert config.complexity.blocks <= sizes.exit and config.complexity.clip
-        assert (config.data.source == "folder") == (dataset == "photos" and router == "regret")
+        assert (config.data.source == "folder") == (dataset != "scenes" and router == "regret")
+
+
+def test_objects_are_drawn_on_photographs_of_one_split_each(photos, tmp_path):
+    folder = tmp_path / "objects"
+    (folder / "images").mkdir(parents=True)
+    (folder / "images" / "half.png").write_bytes(b"")  # of a run that was stopped
+    photo_objects.write(photos, folder, 64, held=2)
+    parts = {split: open_folder(str(folder), split) for split in photo_objects.TIMES}
+    stems = {split: {name.rpartition("-")[0] for name in part.names} for split, part in parts.items()}
+    assert {split: len(names) for split, names in stems.items()} == {"train": 4, "test": 2, "val": 1}
+    assert all(len(part) == len(stems[split]) * photo_objects.TIMES[split] for split, part in parts.items())
+    assert len(set.union(*stems.values())) == 7 and not (folder / "images" / "half.png").exists()
+    first, again = (parts["val"][i] for i in (0, 1))
+    assert len(first.captions) == 2 and first.captions[0].endswith(" in front of: two dogs run.")
+    assert first.image().size == (64, 64) and first.image().tobytes() != again.image().tobytes()
+    before = (folder / photo_objects.FILE).stat().st_mtime_ns
+    photo_objects.write(photos, folder, 64, held=2)
+    assert (folder / photo_objects.FILE).stat().st_mtime_ns == before
+
+
+def test_distractors_are_those_of_test_where_only_thresholds_are_cut_out(photos, tmp_path):
+    photo_objects.write(photos, tmp_path / "objects", 64, held=2)
+    of_folder = {"data.source": "folder", "data.root": str(tmp_path / "objects"), "data.calibration_size": 5}
+    config = recipes.changed(tiny_config(), of_folder)
+    images = retention_rows.images_of(config, 5, 3)
+    assert [len(part) for part in (images.queries, images.far, images.calibration)] == [2, 3, 5]
+    assert set(record_names(images.far)) <= set(open_folder(str(tmp_path / "objects"), "test").names)
+    cut = retention_rows.images_of(config, 3, 2)  # two more than thresholds need
+    assert [len(part) for part in (cut.far, cut.calibration)] == [2, 3]
+    assert not set(record_names(cut.far)) & set(record_names(cut.calibration))
 
 
 def test_unknown_recipes_and_missing_photos_are_refused(tmp_path, capsys):

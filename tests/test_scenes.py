@@ -15,6 +15,7 @@ from icar_jax.data.folders import open_folder
 from icar_jax.data.records import Record, Source
 from icar_jax.data.scenes import HELDOUT_PAIRS, SPLITS, Scenes, contact_sheet, picture_folder
 from icar_jax.data.scenes import grammar as g
+from icar_jax.data.scenes.captions import describe_items
 from icar_jax.data.scenes.draw import draw_scene
 from icar_jax.evaluation.colour_baseline import colour_histogram_baseline
 
@@ -165,6 +166,27 @@ def test_captions_are_true(split):
         for c in captions[:2]:
             textures = [m.group(3) for m in NOUN.finditer(c[0].lower() + c[1:])]
             assert sum(t is not None for t in textures) == sum(i.texture != "plain" for i in scene.items)
+
+
+def test_items_are_described_without_their_background():
+    for scene in scenes_of("val", 300):
+        texts = describe_items(scene)
+        assert texts[0] != texts[1] and not any("background" in t or "against" in t or t.endswith((".", ",")) for t in texts)
+        before_red = replace(scene, background=replace(scene.background, kind="plain", colours=("red",)), confetti=())
+        for complete in (read(f"{t} against solid red.", before_red) for t in texts):
+            assert complete["sizes"] == len(scene.items)
+
+
+def test_items_are_drawn_on_a_given_picture():
+    ground = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    still = g.Nuisance(0, 0, 1, 0, 0, 1, 0, 0, 0)
+    for scene in scenes_of("val", 20):
+        scene = replace(scene, nuisance=still, confetti=())
+        np.testing.assert_array_equal(draw_scene(replace(scene, items=()), 64, ground), ground)
+        changed = (draw_scene(scene, 64, ground) != ground).any(axis=-1)
+        axis = (np.arange(64) + 0.5) / 64
+        near = np.any([np.hypot(axis - i.x, axis[:, None] - i.y) < 1.5 * i.radius for i in scene.items], axis=0)
+        assert changed.any() and not changed[~near].any()
 
 
 def test_relations_and_sizes_hold_in_the_picture():
