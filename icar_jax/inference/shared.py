@@ -76,10 +76,9 @@ class SharedTower:
 
     def put(self, buffer: jax.Array, tokens: jax.Array, rows: Sequence[int], places: Sequence[int]) -> jax.Array:
         """`buffer` with tokens[rows] at `places`; the old buffer's memory is reused."""
-        source, target = np.zeros((2, len(tokens)), np.int32)
-        target[:] = len(buffer)  # out of range, and so dropped
-        source[: len(rows)], target[: len(rows)] = rows, places
-        return self._put(buffer, tokens, source, target)
+        source = np.full(len(buffer), -1, np.int32)
+        source[list(places)] = rows
+        return self._put(buffer, tokens, source)
 
     def rest(self, exit: int, buffer: jax.Array, rows: int) -> Pending:
         """Starts the rest of the tower on the first `rows` rows of a buffer."""
@@ -100,8 +99,9 @@ class SharedTower:
             jax.block_until_ready([rest(self.clip_params, piece) for rest in self._rest.values()])
 
 
-def _put(buffer: jax.Array, tokens: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
-    return buffer.at[target].set(tokens[source], mode="drop")
+def _put(buffer: jax.Array, tokens: jax.Array, source: jax.Array) -> jax.Array:
+    # A gather and a choice: XLA scatters three times slower on a CPU.
+    return jnp.where((source >= 0)[:, None, None], jnp.take(tokens, source, axis=0, mode="clip"), buffer)
 
 
 def _take(buffer: jax.Array, start: jax.Array, size: int) -> jax.Array:
