@@ -1,8 +1,7 @@
-"""Photographs with the objects of scenes drawn on them, and captions that name both: `objects` of benchmarks/retention.py.
+"""Photographs with the objects of scenes drawn on them, which the captions name: `objects` of benchmarks/retention.py.
 
-A few thousand photographs are too few for a small tower to be better than a shallower one. Here every photograph comes
-several times, each time with other objects before it, so there are more pictures to learn from and relations to tell apart,
-while what makes a picture complex is still what was photographed.
+A few thousand captioned photographs are too few for a small tower to be better than a shallower one. What a photograph shows
+stays what makes a picture hard; what is asked for, the objects and how they lie, needs depth and has no end of examples.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from icar_jax.data.folders import open_folder
-from icar_jax.data.records import Record, Source
+from icar_jax.data.records import Source
 from icar_jax.data.scenes import Scenes
 from icar_jax.data.scenes.captions import describe_items
 from icar_jax.data.scenes.draw import draw_scene
@@ -49,12 +48,6 @@ def write(photos: Path, folder: Path, size: int, held: int = HELD) -> None:
     part.replace(folder / FILE)  # where it is, the folder is whole
 
 
-def caption(items: str, photo: str) -> str:
-    """"A red ring above a star" and "Two dogs run ." as one sentence."""
-    photo = photo.strip().rstrip(". ")
-    return f"{items}, in front of: {photo[:1].lower()}{photo[1:]}."
-
-
 def _drawn(source: Source, chosen: list[int], split: str, folder: Path, size: int) -> list[dict]:
     """What the dataset file says of the pictures of one split, which are written to `folder`."""
     times, found = TIMES[split], []
@@ -67,11 +60,8 @@ def _drawn(source: Source, chosen: list[int], split: str, folder: Path, size: in
                 ground = np.asarray(record.image().convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
                 name = f"{Path(record.name).stem}-{turn}.png"
                 Image.fromarray(draw_scene(scene, size, ground)).save(folder / name)
-                found.append({"filename": name, "split": split, "sentences": _sentences(scene, record)})
+                sentences = [{"raw": f"{text}."} for text in describe_items(scene)]
+                found.append({"filename": name, "split": split, "sentences": sentences})
                 bar.update()
     return found
 
-
-def _sentences(scene, record: Record) -> list[dict[str, str]]:
-    items = describe_items(scene)
-    return [{"raw": caption(items[k % 2], text)} for k, text in enumerate(record.captions)]

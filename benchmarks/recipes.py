@@ -45,6 +45,7 @@ class Sizes:
     steps: int  # of every recipe, after pretraining
     batch_size: int
     image_size: int
+    after: str = ""  # the dataset whose pretrained towers pretraining goes on from
     patch_size: int = 0  # 0 keeps the variant's, as for depth
     depth: int = 0
     context_length: int = 32
@@ -74,8 +75,6 @@ class Sizes:
 
 
 _PHOTOS = {"vocabulary": 4096, "calibration": 500, "distractors": 500, "weight_decay": 0.2, "augment": True}
-# Distractors have photographs of their own, so only thresholds are cut out of training.
-_OBJECTS = {"vocabulary": 4096, "context_length": 48}
 # Two CPU cores: float32 is faster where there are no bf16 instructions. Patches of 8 pixels, as of 16 there are too few (16) to
 # merge any.
 _SMALL = {
@@ -101,17 +100,17 @@ SETTINGS: dict[str, dict[str, Sizes]] = {
     "small": {
         "scenes": Sizes(**_SMALL),
         "photos": Sizes(**_SMALL, **_PHOTOS),
-        "objects": Sizes(**_SMALL, **_OBJECTS),
+        "objects": Sizes(**_SMALL | {"after": "scenes", "pretrain_steps": 600}),
     },
     "large": {
         "scenes": Sizes(**_LARGE, pretrain_steps=10_000, steps=2000),
         "photos": Sizes(**_LARGE, **_PHOTOS, pretrain_steps=3000, steps=600),
-        "objects": Sizes(**_LARGE, **_OBJECTS, pretrain_steps=3000, steps=600),
+        "objects": Sizes(**_LARGE, after="scenes", pretrain_steps=3000, steps=600),
     },
     "tiny": {
         "scenes": Sizes(**_TINY),
         "photos": Sizes(**_TINY | {"augment": True}),
-        "objects": Sizes(**_TINY),
+        "objects": Sizes(**_TINY, after="scenes"),
     },
 }
 
@@ -201,6 +200,7 @@ def clip_config(name: str, dataset: str, sizes: Sizes, seed: int, photos: str, o
     """What train.py runs for a recipe; `out` is the folder of all runs. Raises ConfigError for what cannot be run."""
     recipe, s = (RECIPES | PRETRAINED)[name], sizes
     exits = () if not recipe.exits else s.exits if recipe.many else (s.exit,)
+    start = start_of(name, dataset, s, seed, out)
     lr, exit_lr = (s.lr, s.exit_lr) if recipe.init else (s.pretrain_lr, s.pretrain_lr)
     steps = s.steps if recipe.init else s.pretrain_steps + (0 if name in PRETRAINED else s.steps)
     config = ExperimentConfig(
@@ -214,7 +214,7 @@ def clip_config(name: str, dataset: str, sizes: Sizes, seed: int, photos: str, o
         ),
         train=TrainConfig(
             steps=steps, batch_size=s.batch_size, seed=seed, dtype=s.dtype, checkpoint_every=s.checkpoint_every, keep=1,
-            scan_blocks=s.scan_blocks, init=str(start_of(name, dataset, seed, out)) if recipe.init else "",
+            scan_blocks=s.scan_blocks, init=str(start) if start else "",
         ),
         eval=EvalConfig(split="val", size=s.queries, batch_size=s.eval_batch),
     )  # fmt: skip
@@ -229,10 +229,12 @@ def clip_config(name: str, dataset: str, sizes: Sizes, seed: int, photos: str, o
     return validate(changed(config, changes))
 
 
-def start_of(name: str, dataset: str, seed: int, out: Path) -> Path:
-    """The workdir that a recipe goes on from."""
+def start_of(name: str, dataset: str, sizes: Sizes, seed: int, out: Path) -> Path | None:
+    """The workdir that a recipe goes on from; None from scratch."""
+    if name in PRETRAINED:
+        return folder(out, sizes.after, name, PRETRAINING_SEED) if sizes.after else None
     start = RECIPES[name].init
-    return folder(out, dataset, start, PRETRAINING_SEED if start in PRETRAINED else seed)
+    return folder(out, dataset, start, PRETRAINING_SEED if start in PRETRAINED else seed) if start else None
 
 
 def complexity_config(sizes: Sizes, out: Path) -> ExperimentConfig:

@@ -85,15 +85,18 @@ def jobs(plan: Plan, heads: bool = True) -> list[Job]:
         config = recipes.complexity_config(plan.sizes[plan.datasets[0]], plan.out)
         found.append(Job(Run("ConvNeXt-IC", plan.out / "router", config)))
     needed = {RECIPES[name].init for name in plan.recipes}
-    for dataset in plan.datasets:
+    for dataset in dict.fromkeys(each for asked in plan.datasets for each in (plan.sizes[asked].after, asked) if each):
         for name in [each for each in recipes.PRETRAINED if each in needed]:
-            config = recipes.clip_config(name, dataset, plan.sizes[dataset], recipes.PRETRAINING_SEED, plan.photos, plan.out)
+            sizes = SETTINGS[plan.setting][dataset]
+            config = recipes.clip_config(name, dataset, sizes, recipes.PRETRAINING_SEED, plan.photos, plan.out)
             workdir = recipes.folder(plan.out, dataset, name, recipes.PRETRAINING_SEED)
             found.append(Job(Run(f"{dataset}/{name}", workdir, config)))
     others = [name for name in plan.recipes if name not in FIRST]
     for seed, names in [(seed, names) for names in (FIRST, others) for seed in plan.seeds]:
         for dataset in plan.datasets:
             for name in names:
+                if plan.sizes[dataset].after and not RECIPES[name].init:
+                    continue  # from scratch it would see fewer pairs than those that went on from another dataset's towers
                 config = recipes.clip_config(name, dataset, plan.sizes[dataset], seed, plan.photos, plan.out)
                 run = Run(f"{dataset}/{name}/seed {seed}", recipes.folder(plan.out, dataset, name, seed), config)
                 of = dataset, name, seed

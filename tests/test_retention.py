@@ -15,6 +15,8 @@ from test_folders import put_images, put_karpathy
 
 from icar_jax.config import ConfigError
 from icar_jax.data.folders import open_folder
+from icar_jax.data.scenes import Scenes
+from icar_jax.data.scenes.captions import describe_items
 from icar_jax.data.splits import record_names
 from icar_jax.evaluation.calibration import costs
 from icar_jax.evaluation.metrics import Distractors, ranks, recall
@@ -54,6 +56,8 @@ def photos(tmp_path):
 def test_every_recipe_is_a_configuration_with_the_same_pairs(setting, dataset, tmp_path):
     sizes = recipes.SETTINGS[setting][dataset]
     found = {n: recipes.clip_config(n, dataset, sizes, 1, str(tmp_path), tmp_path) for n in recipes.RECIPES}
+    pretrained = recipes.clip_config("pretrained", dataset, sizes, 0, str(tmp_path), tmp_path)
+    assert pretrained.train.init == (str(tmp_path / "scenes/pretrained/0") if dataset == "objects" else "")
     assert len({(c.train.batch_size, c.train.seed, c.data.calibration_size) for c in found.values()}) == 1
     once = sizes.pretrain_steps + sizes.steps
     begun = {"": 0, "baseline": once} | dict.fromkeys(recipes.PRETRAINED, sizes.pretrain_steps)
@@ -110,6 +114,14 @@ def test_the_towers_that_others_are_compared_with_come_first(tmp_path):
     assert [len(job.heads) for job in todo] == [0] * 7 + [2, 2]
 
 
+def test_towers_for_objects_are_pretrained_on_scenes_first(tmp_path):
+    arguments = ["--out", str(tmp_path), "--setting", "tiny", "--seeds", "1", "--recipes", "shared", "summed"]
+    _, plan = retention.parse([*arguments, "--dataset", "objects", "--photos", str(tmp_path)])
+    names = [job.run.name for job in retention.jobs(plan)]
+    begin = [f"{dataset}/{name}" for dataset in ("scenes", "objects") for name in ("pretrained", "pretrained_static")]
+    assert names == ["ConvNeXt-IC", *begin, *(f"objects/{name}/seed 1" for name in ("baseline", "static", "shared"))]
+
+
 @pytest.mark.parametrize("setting", recipes.SETTINGS)
 def test_heads_on_a_tower_are_configurations(setting, tmp_path):
     for dataset, router in itertools.product(recipes.DATASETS, ("regret", "blocks")):
@@ -130,7 +142,7 @@ def test_objects_are_drawn_on_photographs_of_one_split_each(photos, tmp_path):
     assert all(len(part) == len(stems[split]) * photo_objects.TIMES[split] for split, part in parts.items())
     assert len(set.union(*stems.values())) == 7 and not (folder / "images" / "half.png").exists()
     first, again = (parts["val"][i] for i in (0, 1))
-    assert len(first.captions) == 2 and first.captions[0].endswith(" in front of: two dogs run.")
+    assert first.captions == tuple(f"{text}." for text in describe_items(Scenes("val", 2).scene(0)))
     assert first.image().size == (64, 64) and first.image().tobytes() != again.image().tobytes()
     before = (folder / photo_objects.FILE).stat().st_mtime_ns
     photo_objects.write(photos, folder, 64, held=2)
