@@ -20,11 +20,14 @@ from icar_jax.data.records import Source
 from icar_jax.data.scenes import Scenes
 from icar_jax.data.scenes.captions import describe_items
 from icar_jax.data.scenes.draw import draw_scene
+from icar_jax.data.scenes.grammar import Nuisance
 from icar_jax.data.splits import calibration_split, record_names
 
 FILE = "dataset_objects.json"
 TIMES = {"train": 7, "test": 4, "val": 2}  # how often a photograph comes
 HELD = 1000  # photographs of `train` that are kept for distractors: split `test`
+# A photograph has its own light, noise and blur.
+_STILL = Nuisance(noise=0, blur=0, contrast=1, brightness=0, hue=0, saturation=1, illumination=0, light_angle=0, warmth=0)
 
 
 def write(photos: Path, folder: Path, size: int, held: int = HELD) -> None:
@@ -56,7 +59,7 @@ def _drawn(source: Source, chosen: list[int], split: str, folder: Path, size: in
         for turn in range(times):
             for place, i in enumerate(chosen):
                 record = source[i]
-                scene = dataclasses.replace(scenes.scene(turn * len(chosen) + place), confetti=())
+                scene = dataclasses.replace(scenes.scene(turn * len(chosen) + place), confetti=(), nuisance=_STILL)
                 ground = np.asarray(record.image().convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
                 name = f"{Path(record.name).stem}-{turn}.png"
                 Image.fromarray(draw_scene(scene, size, ground)).save(folder / name)

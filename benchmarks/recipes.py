@@ -100,7 +100,7 @@ SETTINGS: dict[str, dict[str, Sizes]] = {
     "small": {
         "scenes": Sizes(**_SMALL),
         "photos": Sizes(**_SMALL, **_PHOTOS),
-        "objects": Sizes(**_SMALL | {"after": "scenes", "pretrain_steps": 600}),
+        "objects": Sizes(**_SMALL | {"after": "scenes", "pretrain_steps": 2400}),
     },
     "large": {
         "scenes": Sizes(**_LARGE, pretrain_steps=10_000, steps=2000),

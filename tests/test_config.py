@@ -164,7 +164,7 @@ def test_batch_that_does_not_divide_over_the_mesh_as_a_flag(tmp_path, monkeypatc
     [
         ("configs/nothing.py", "configs/nothing.py is no file"),
         ("configs/photos.py:large", "takes no argument"),
-        ("configs/demo.py:clop", "use configs/demo.py:clip or configs/demo.py:complexity"),
+        ("configs/demo.py:clop", "use configs/demo.py:clip, :complexity or :cheaper"),
     ],
 )
 def test_mistakes_in_the_name_of_the_config(config, message, tmp_path):
