@@ -46,12 +46,14 @@ def measure(
     exits: np.ndarray | None,
     settings: Mapping[str, Sequence[float]] | None = None,
     static: tuple[Model, Sample] | None = None,
+    repeats: int = REPEATS,
 ) -> dict[str, float]:
     """images/s by run: 'full', 'exit_<blocks>', and with a router also 'routed', 'random' (the same share) and `settings`.
 
     exits: [n] executed blocks of the sample's images under routing; None where nothing is routed.
     settings: further runs of the router, name -> thresholds.
     static: a smaller model and the same images as it takes them, for the run 'static' at its full depth.
+    repeats: of each run, of which the fastest counts.
     Compilation is left out, the router's own time counted. The runs take turns, so that a slow moment of the machine
     does not fall on one of them alone.
     """
@@ -72,7 +74,7 @@ def measure(
         small, pixels = static[0], static[1].clip
         small.warm_up_embed(small.exits[-1])
         runs["static"] = lambda: small.towers[small.exits[-1]](pixels)
-    seconds = _in_turns(runs, REPEATS)
+    seconds = _in_turns(runs, repeats)
     return {name: len(sample.clip) / min(taken) for name, taken in seconds.items()}
 
 
