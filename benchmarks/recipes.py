@@ -1,10 +1,10 @@
 """What benchmarks/retention.py trains: the sizes of its settings, and recipes as changes of one configuration.
 
 As in ICAR, a pretrained CLIP gets its exits by training on: the full tower, the static one and the one that merges patches
-are pretrained once for a dataset, each on the same pairs, and every recipe goes on from there: all see the same number of
-pairs, but for `frozen` ones, which go on from the baseline, and in the same order for the same seed, but for `summed`, which
-starts from scratch. The ablation puts one lever at a time on top of `shared`, and merging on a tower without exits;
-`combined` is the candidate that puts several together.
+are pretrained once for a dataset, each on the same pairs (for `objects` after those of scenes), and every recipe goes on from
+there: all see the same number of pairs, but for `frozen` ones, which go on from the baseline, and in the same order for the
+same seed, but for `summed`, which starts from scratch. The ablation puts one lever at a time on top of `shared`, and merging on
+a tower without exits; `combined` is the candidate that puts several together.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ _SMALL = {
 _LARGE = {
     "variant": "vit_s16", "exit": 6, "exits": (4, 6, 8), "late": 8, "merge": (0, 0, 16, 0, 0, 12, 0, 0, 8),
     "batch_size": 256, "image_size": 128, "warmup_steps": 500, "router_pixels": 64, "router_steps": 7000, "head_steps": 2000,
-    "pretrain_lr": 5e-4, "lr": 2e-4, "exit_lr": 5e-4,
+    "pretrain_lr": 5e-4, "lr": 2e-4, "exit_lr": 5e-4, "budgets": (0.62, 0.65, 0.67, 0.68, BUDGET, 0.80),
 }  # fmt: skip
 # The tests' setting: seconds.
 _TINY = {
@@ -93,14 +93,14 @@ _TINY = {
     "depth": 3, "patch_size": 32, "context_length": 16, "batch_size": 8, "image_size": 64, "train_images": 200,
     "calibration": 40, "queries": 24, "distractors": 16, "warmup_steps": 1, "dtype": "float32", "checkpoint_every": 2,
     "router_pixels": 32, "router_steps": 2, "head_blocks": 1, "head_steps": 2, "bootstrap": 100, "random_draws": 3,
-    "eval_batch": 8, "vocabulary": 300, "budgets": (BUDGET,),
+    "eval_batch": 8, "vocabulary": 300, "budgets": (0.9,),
 }  # fmt: skip
 
 SETTINGS: dict[str, dict[str, Sizes]] = {
     "small": {
         "scenes": Sizes(**_SMALL),
         "photos": Sizes(**_SMALL, **_PHOTOS),
-        "objects": Sizes(**_SMALL | {"after": "scenes", "pretrain_steps": 2400}),
+        "objects": Sizes(**_SMALL | {"after": "scenes", "pretrain_steps": 300}),
     },
     "large": {
         "scenes": Sizes(**_LARGE, pretrain_steps=10_000, steps=2000),
@@ -121,7 +121,7 @@ class Recipe:
 
     note: what the table says about it. many: the exits of `Sizes.exits`, not the one of `Sizes.exit`. exits: False for towers
     without any. init: the run that it starts from, one of PRETRAINED or a recipe of the same seed; empty: from scratch, for as
-    many pairs as the others see in all.
+    many pairs as the others see in all (of PRETRAINED: from scratch, or from the towers of `Sizes.after`).
     """
 
     note: str

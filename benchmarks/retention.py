@@ -265,7 +265,8 @@ def main() -> None:
         todo = jobs(plan, heads=not args.train_only)  # every configuration is checked before the first hour
         if "objects" in plan.datasets:
             sizes = plan.sizes["objects"]
-            photo_objects.write(Path(plan.photos), recipes.objects_folder(plan.out, sizes), sizes.image_size)
+            folder = recipes.objects_folder(plan.out, sizes)
+            photo_objects.write(Path(plan.photos), folder, sizes.image_size, sizes.queries, sizes.distractors)
         try:
             run_all(plan, todo, train_only=args.train_only)
         except subprocess.CalledProcessError as error:

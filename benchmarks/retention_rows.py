@@ -55,8 +55,8 @@ class Images:
 def images_of(config: ExperimentConfig, calibration: int, distractors: int) -> Images:
     """The held-out images of a run.
 
-    Distractors come from `test`, as the queries are those of `val`; of photographs without `test` they are held out of training
-    along with the calibration images.
+    Distractors are held out of training along with the calibration images; where nothing but these was, as of scenes, they come
+    from `test`, as the queries do from `val`.
     """
     queries, held = sources.eval_source(config.data, config.eval), sources.calibration_source(config.data)
     if config.data.source == "scenes":

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import random_clip, tiny_config
+from PIL import Image
 from test_folders import put_images, put_karpathy
 
 from icar_jax.config import ConfigError
 from icar_jax.data.folders import open_folder
 from icar_jax.data.scenes import Scenes
-from icar_jax.data.scenes.captions import describe_items
 from icar_jax.data.splits import record_names
 from icar_jax.evaluation.calibration import costs
 from icar_jax.evaluation.metrics import Distractors, ranks, recall
@@ -73,6 +73,7 @@ def test_every_recipe_is_a_configuration_with_the_same_pairs(setting, dataset, t
         wanted = (start | dict.fromkeys(("frozen", "frozen_attention"), "baseline/1")).get(name, "pretrained/0")
         assert config.train.init == (str(tmp_path / dataset / wanted) if wanted else ""), name
     assert found["exits"].clip.exits == sizes.exits and found["shared"].clip.exits == (sizes.exit,)
+    assert found["combined"].clip.exits == (sizes.late,) and found["combined"].loss.exit_weights == (0.05, 1.0)
     assert found["growing"].loss.exit_weights[-1] == 1 and found["growing"].loss.exit_weights[0] < 1
 
 
@@ -133,24 +134,43 @@ def test_heads_on_a_tower_are_configurations(setting, tmp_path):
 
 def test_objects_are_drawn_on_photographs_of_one_split_each(photos, tmp_path):
     folder = tmp_path / "objects"
-    (folder / "images").mkdir(parents=True)
-    (folder / "images" / "half.png").write_bytes(b"")  # of a run that was stopped
-    photo_objects.write(photos, folder, 64, held=2)
+    photo_objects.write(photos, folder, 64, queries=2, distractors=8)
     parts = {split: open_folder(str(folder), split) for split in photo_objects.TIMES}
-    stems = {split: {name.rpartition("-")[0] for name in part.names} for split, part in parts.items()}
-    assert {split: len(names) for split, names in stems.items()} == {"train": 4, "test": 2, "val": 1}
-    assert all(len(part) == len(stems[split]) * photo_objects.TIMES[split] for split, part in parts.items())
-    assert len(set.union(*stems.values())) == 7 and not (folder / "images" / "half.png").exists()
-    first, again = (parts["val"][i] for i in (0, 1))
-    assert first.captions == tuple(f"{text}." for text in describe_items(Scenes("val", 2).scene(0)))
-    assert first.image().size == (64, 64) and first.image().tobytes() != again.image().tobytes()
+    # One photograph of `val` and one of `train` are asked for, two more make the distractors, three are learnt from.
+    assert {split: len(part) for split, part in parts.items()} == {"train": 18, "test": 8, "val": 2}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["objects", "photos"]  # nothing half-made is left
+    first = parts["val"][0]
+    assert first.captions == photo_objects.captions(Scenes("val", 6).scene(0)) and first.image().size == (64, 64)
+    for split in ("test", "val"):
+        texts = [text for i in range(len(parts[split])) for text in parts[split][i].captions]
+        assert len(set(texts)) == len(texts)
     before = (folder / photo_objects.FILE).stat().st_mtime_ns
-    photo_objects.write(photos, folder, 64, held=2)
+    photo_objects.write(photos, folder, 64, queries=2, distractors=8)
     assert (folder / photo_objects.FILE).stat().st_mtime_ns == before
 
 
+def test_a_tinted_photograph_keeps_its_light_and_shade():
+    shades = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))
+    for k in range(20):
+        scene = Scenes("val", 20).scene(k)
+        found = photo_objects.tinted(Image.fromarray(shades).convert("RGB"), scene, 64).astype(int)
+        assert (np.diff(found, axis=1) >= 0).all() and (found[:, -1] > found[:, 0] + 60).all()
+        assert scene.background.colours[0] in photo_objects.captions(scene)[0]
+
+
+def test_objects_of_other_photographs_are_refused(photos, tmp_path):
+    photo_objects.write(photos, tmp_path / "objects", 64, queries=2, distractors=8)
+    put_images(tmp_path / "others" / "images", ["a.png", "b.png", "c.png", "d.png"])
+    put_karpathy(tmp_path / "others", [(f"{n}.png", "val" if n == "d" else "train", ["Dogs."], {}) for n in "abcd"])
+    with pytest.raises(ConfigError, match="use another --out"):
+        photo_objects.write(tmp_path / "others", tmp_path / "objects", 64, queries=2, distractors=8)
+    with pytest.raises(ConfigError, match="3 photographs in `train` and 1 in `val` are too few"):
+        photo_objects.write(tmp_path / "others", tmp_path / "more", 64, queries=2, distractors=8)
+    assert not (tmp_path / "more").exists()
+
+
 def test_distractors_are_those_of_test_where_only_thresholds_are_cut_out(photos, tmp_path):
-    photo_objects.write(photos, tmp_path / "objects", 64, held=2)
+    photo_objects.write(photos, tmp_path / "objects", 64, queries=2, distractors=8)
     of_folder = {"data.source": "folder", "data.root": str(tmp_path / "objects"), "data.calibration_size": 5}
     config = recipes.changed(tiny_config(), of_folder)
     images = retention_rows.images_of(config, 5, 3)
@@ -319,14 +339,16 @@ def test_the_row_shown_is_the_dearest_within_the_time_not_the_one_that_keeps_mos
 @pytest.mark.check
 def test_end_to_end_and_resumed(tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "retention.py", "--setting", "tiny", "--seeds", "1"]
-    command += ["--recipes", "combined", "--routers", "complexity", "--out", tmp_path]
+    command += ["--recipes", "combined", "--routers", "regret", "--out", tmp_path]
     quick = "--xla_backend_optimization_level=0"  # compiling takes longer than these steps
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick}
     first = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "run 1 of 6: ConvNeXt-IC" in first.stdout and "== run 6 of 6: scenes/combined/seed 1; about" in first.stdout
+    assert "run 1 of 6: scenes/pretrained" in first.stdout
+    assert "== run 6 of 6: scenes/combined/seed 1, router regret; about" in first.stdout
     record = json.loads((tmp_path / "retention.json").read_text())
     rows = {(r["recipe"], r["row"]) for r in record["datasets"]["scenes"]["rows"]}
-    assert {("baseline", "full"), ("static", "full"), ("combined", "full"), ("combined", "exit_1")} <= rows
+    assert {("baseline", "full"), ("static", "full"), ("combined", "full"), ("combined", "exit_2")} <= rows
+    assert {("combined", "regret@0.90"), ("combined", "regret@0.90 random")} <= rows
     weights = tmp_path / "scenes/combined/1/model/params.safetensors"
     before = weights.stat().st_mtime_ns
     (tmp_path / "scenes/static/1/rows.json").unlink()

@@ -175,6 +175,9 @@ def test_items_are_described_without_their_background():
         before_red = replace(scene, background=replace(scene.background, kind="plain", colours=("red",)), confetti=())
         for complete in (read(f"{t} against solid red.", before_red) for t in texts):
             assert complete["sizes"] == len(scene.items)
+        for text in texts:
+            textures = [m.group(3) for m in NOUN.finditer(text[0].lower() + text[1:])]
+            assert sum(t is not None for t in textures) == sum(i.texture != "plain" for i in scene.items)
 
 
 def test_items_are_drawn_on_a_given_picture():
