@@ -80,7 +80,7 @@ _PHOTOS = {"vocabulary": 4096, "calibration": 500, "distractors": 500, "weight_d
 _SMALL = {
     "variant": "vit_demo", "exit": 3, "exits": (2, 4), "late": 4, "merge": (0, 24, 16),
     "pretrain_steps": 1500, "steps": 300, "batch_size": 64, "image_size": 64, "patch_size": 8, "dtype": "float32",
-    "router_pixels": 32, "head_steps": 300,
+    "router_pixels": 32, "head_steps": 600,
 }  # fmt: skip
 _LARGE = {
     "variant": "vit_s16", "exit": 6, "exits": (4, 6, 8), "late": 8, "merge": (0, 0, 16, 0, 0, 12, 0, 0, 8),
