@@ -1,13 +1,11 @@
-"""Tinted photographs with the objects of scenes drawn on them, which the captions name: `objects` of benchmarks/retention.py.
+"""Scenes whose backgrounds have the light and shade of photographs: `objects` of benchmarks/retention.py.
 
-A few thousand captioned photographs are too few for a small tower to be better than a shallower one. Here a photograph, in
-shades of one colour, is what the objects have to be told from; what is asked for, the objects, how they lie and the colour,
-is what towers pretrained on scenes know, and needs depth.
+A few thousand captioned photographs are too few for a small tower to be better than a shallower one. Here photographs are
+what scenes have to be made out in: the captions are those of the scene, which towers pretrained on scenes know.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -22,13 +20,14 @@ from tqdm import tqdm
 from icar_jax.config import ConfigError
 from icar_jax.data.folders import open_folder
 from icar_jax.data.records import Record
-from icar_jax.data.scenes import Scene, Scenes
-from icar_jax.data.scenes.captions import describe_items
+from icar_jax.data.scenes import Scenes
+from icar_jax.data.scenes.captions import describe
 from icar_jax.data.scenes.draw import draw_scene
 from icar_jax.data.splits import calibration_split, record_names
 
 FILE = "dataset_objects.json"
 TIMES = {"train": 6, "test": 4, "val": 1}  # how often a photograph comes
+DARKEST, BRIGHTEST = 0.4, 1.4  # light of a photograph's blacks and whites
 _VERSION = 1  # of the way of drawing
 
 
@@ -80,39 +79,21 @@ def write(photos: Path, folder: Path, size: int, queries: int, distractors: int)
         shutil.rmtree(part, ignore_errors=True)
 
 
-def tinted(photo: Image.Image, scene: Scene, size: int) -> np.ndarray:
-    """The photograph as [size, size, 3] uint8, in shades of the colour of the scene's background."""
+def light_of(photo: Image.Image, size: int) -> np.ndarray:
+    """The photograph's light and shade: [size, size] float32, around 1."""
     grey = ImageOps.autocontrast(photo.convert("L").resize((size, size), Image.Resampling.BICUBIC), cutoff=1)
-    share = np.asarray(grey, np.float32)[..., None] / 255
-    base = np.asarray(scene.background.rgb[0], np.float32)
-    dark, light = 0.4 * base, 0.6 * base + 0.4
-    return (255 * np.clip(dark + share * (light - dark), 0, 1)).astype(np.uint8)
-
-
-def captions(scene: Scene) -> tuple[str, str]:
-    """The items and the colour of what is behind them, in two wordings."""
-    first, second = describe_items(scene)
-    colour = scene.background.colours[0]
-    article = "an" if colour[0] in "aeiou" else "a"
-    return f"{first} on {article} {colour} background.", f"{second} against {colour}."
+    return DARKEST + (BRIGHTEST - DARKEST) * np.asarray(grey, np.float32) / 255
 
 
 def _drawn(records: Sequence[Record], split: str, folder: Path, size: int) -> list[dict]:
-    """What the dataset file says of the pictures of one split, which are written to `folder`; no two have the same caption."""
-    count = len(records) * TIMES[split]
-    scenes, found, said, k = Scenes(split, 3 * count, image_size=size), [], set(), 0
-    with tqdm(total=count, desc=f"draw objects on photographs, {split}", unit="image") as bar:
-        while len(found) < count:
-            scene = dataclasses.replace(scenes.scene(k), confetti=())
-            texts, k = captions(scene), k + 1
-            if split != "train" and not said.isdisjoint(texts):
-                continue
-            said.update(texts)
-            name = f"{split}-{len(found):06d}.png"
-            ground = tinted(records[len(found) % len(records)].image(), scene, size)
-            Image.fromarray(draw_scene(scene, size, ground)).save(folder / name)
-            found.append({"filename": name, "split": split, "sentences": [{"raw": text} for text in texts]})
-            bar.update()
+    """What the dataset file says of the pictures of one split, which are written to `folder`."""
+    count, found = len(records) * TIMES[split], []
+    scenes = Scenes(split, count, image_size=size)
+    for i in tqdm(range(count), desc=f"scenes in the light of photographs, {split}", unit="image"):
+        name, scene = f"{split}-{i:06d}.png", scenes.scene(i)
+        light = light_of(records[i % len(records)].image(), size)
+        Image.fromarray(draw_scene(scene, size, light)).save(folder / name)
+        found.append({"filename": name, "split": split, "sentences": [{"raw": text} for text in describe(scene)]})
     return found
 
 

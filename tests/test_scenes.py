@@ -15,7 +15,6 @@ from icar_jax.data.folders import open_folder
 from icar_jax.data.records import Record, Source
 from icar_jax.data.scenes import HELDOUT_PAIRS, SPLITS, Scenes, contact_sheet, picture_folder
 from icar_jax.data.scenes import grammar as g
-from icar_jax.data.scenes.captions import describe_items
 from icar_jax.data.scenes.draw import draw_scene
 from icar_jax.evaluation.colour_baseline import colour_histogram_baseline
 
@@ -168,28 +167,20 @@ def test_captions_are_true(split):
             assert sum(t is not None for t in textures) == sum(i.texture != "plain" for i in scene.items)
 
 
-def test_items_are_described_without_their_background():
-    for scene in scenes_of("val", 300):
-        texts = describe_items(scene)
-        assert texts[0] != texts[1] and not any("background" in t or "against" in t or t.endswith((".", ",")) for t in texts)
-        before_red = replace(scene, background=replace(scene.background, kind="plain", colours=("red",)), confetti=())
-        for complete in (read(f"{t} against solid red.", before_red) for t in texts):
-            assert complete["sizes"] == len(scene.items)
-        for text in texts:
-            textures = [m.group(3) for m in NOUN.finditer(text[0].lower() + text[1:])]
-            assert sum(t is not None for t in textures) == sum(i.texture != "plain" for i in scene.items)
-
-
-def test_items_are_drawn_on_a_given_picture():
-    ground = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+def test_light_falls_on_the_background_alone():
+    light = np.tile(np.linspace(0.4, 1.4, 64, dtype=np.float32), (64, 1))
     still = g.Nuisance(0, 0, 1, 0, 0, 1, 0, 0, 0)
+    axis = (np.arange(64) + 0.5) / 64
     for scene in scenes_of("val", 20):
-        scene = replace(scene, nuisance=still, confetti=())
-        np.testing.assert_array_equal(draw_scene(replace(scene, items=()), 64, ground), ground)
-        changed = (draw_scene(scene, 64, ground) != ground).any(axis=-1)
-        axis = (np.arange(64) + 0.5) / 64
-        near = np.any([np.hypot(axis - i.x, axis[:, None] - i.y) < 1.5 * i.radius for i in scene.items], axis=0)
-        assert changed.any() and not changed[~near].any()
+        item = replace(scene.items[0], shape="square", texture="plain")
+        scene = replace(scene, nuisance=still, confetti=(), items=(item,), relation=None)
+        plain, lit = draw_scene(scene, 64), draw_scene(scene, 64, light)
+        np.testing.assert_array_equal(draw_scene(scene, 64, np.ones_like(light)), plain)
+        away = np.hypot(axis - item.x, axis[:, None] - item.y)
+        far, inside = away > 1.5 * item.radius, away < 0.5 * item.radius
+        expected = np.clip(plain * light[..., None], 0, 255)
+        assert np.abs(lit[far] - expected[far]).max() <= 2.5  # both were rounded down
+        np.testing.assert_array_equal(lit[inside], plain[inside])
 
 
 def test_relations_and_sizes_hold_in_the_picture():

@@ -92,10 +92,3 @@ def describe(scene: g.Scene) -> tuple[str, str, str]:
     detail = {"size": False} if flips[8] else {"texture": False}
     third = f"{_subject(scene, forms[2], converse=bool(flips[9]), **detail)} {_ground(scene, forms[3], confetti=False)}"
     return tuple(text[0].upper() + text[1:] + "." for text in (first, second, third))
-
-
-def describe_items(scene: g.Scene) -> tuple[str, str]:
-    """The items alone, complete and in two wordings, as the beginning of a sentence: nothing of what is behind them."""
-    forms = [int(scene.wording[0] >= 0.5), int(scene.wording[0] < 0.5)]
-    texts = (_subject(scene, form, converse=bool(turn)).rstrip(",") for turn, form in enumerate(forms))
-    return tuple(text[0].upper() + text[1:] for text in texts)

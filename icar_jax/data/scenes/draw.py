@@ -145,12 +145,14 @@ def _draw_item(canvas: np.ndarray, item: g.Item) -> None:
     box += np.clip(0.5 - distance * scale, 0, 1)[..., None] * (fill - box)
 
 
-def draw_scene(scene: g.Scene, size: int, ground: np.ndarray | None = None) -> np.ndarray:
+def draw_scene(scene: g.Scene, size: int, light: np.ndarray | None = None) -> np.ndarray:
     """The picture as [size, size, 3] uint8. The layout is the same at every size; only pixel noise differs.
 
-    ground: a picture [size, size, 3] uint8 that takes the place of the scene's background.
+    light: [size, size] float32, what the background's brightness is multiplied by.
     """
-    canvas = _background(scene.background, size) if ground is None else ground.astype(np.float32) / 255
+    canvas = _background(scene.background, size)
+    if light is not None:
+        canvas = np.clip(canvas * light[..., None], 0, 1)
     if scene.confetti:
         _draw_confetti(canvas, scene.confetti)
     order = (1, 0, 2) if scene.relation == "inside" else range(3)
