@@ -194,11 +194,21 @@ def request(
 
 
 def evaluated(asked_for: Mapping[str, Any]) -> bool:
-    """Whether the workdir holds the rows of exactly this request."""
+    """Whether the workdir holds the rows of exactly this request, of the weights that are there now."""
     file = Path(asked_for["workdir"]) / ROWS
     if not file.is_file():
         return False
-    return json.loads(file.read_text(encoding="utf-8")).get("asked") == json.loads(json.dumps(asked_for))
+    record = json.loads(file.read_text(encoding="utf-8"))
+    return record.get("asked") == json.loads(json.dumps(asked_for)) and record.get("weights") == _weights(asked_for)
+
+
+def _weights(asked_for: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of the parameters of every model that a request names: one that was trained anew is evaluated anew."""
+    folders = {"clip": Path(asked_for["workdir"]) / "model"}
+    if asked_for["against"]:
+        folders["against"] = Path(asked_for["against"]) / "model"
+    folders |= {name: checkpoint.find(folder, ("complexity",)) for name, folder in asked_for["routers"].items()}
+    return {name: checkpoint.describe(folder)["hashes"][checkpoint.WEIGHTS] for name, folder in folders.items()}
 
 
 def evaluate(asked_for: Mapping[str, Any]) -> None:
@@ -257,7 +267,7 @@ def evaluate(asked_for: Mapping[str, Any]) -> None:
         },
         "source": images.queries.name,
     }  # fmt: skip
-    rows.write(workdir, extra | {"asked": asked_for})
+    rows.write(workdir, extra | {"asked": asked_for, "weights": _weights(asked_for)})
 
 
 def measured(

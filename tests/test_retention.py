@@ -217,6 +217,15 @@ def out(tmp_path_factory, tower, complexity_folder):
     return out
 
 
+def test_what_was_trained_anew_is_evaluated_anew(out, monkeypatch):
+    asked_for = json.loads((out / "scenes" / "baseline" / "0" / retention_rows.ROWS).read_text())["asked"]
+    assert retention_rows.evaluated(asked_for)
+    describe = retention_rows.checkpoint.describe
+    changed = lambda folder: describe(folder) | {"hashes": {"params.safetensors": "0" * 64}}
+    monkeypatch.setattr(retention_rows.checkpoint, "describe", changed)
+    assert not retention_rows.evaluated(asked_for)
+
+
 def test_rows_are_those_of_the_galleries(out, tower):
     record, hits, arrays = retention_rows.read(out / "scenes" / "baseline" / "0")
     rows = record["rows"]
