@@ -1,7 +1,7 @@
 """What benchmarks/retention.py trains: the sizes of its settings, and recipes as changes of one configuration.
 
 As in ICAR, a pretrained CLIP gets its exits by training on: the full tower, the static one and the one that merges patches
-are pretrained once for a dataset, each on the same pairs (for `objects` after those of scenes), and every recipe goes on from
+are pretrained once for a dataset, each on the same pairs (for `shaded` after those of scenes), and every recipe goes on from
 there: all see the same number of pairs, but for `frozen` ones, which go on from the baseline, and in the same order for the
 same seed, but for `summed`, which starts from scratch. The ablation puts one lever at a time on top of `shared`, and merging on
 a tower without exits; `combined` is the candidate that puts several together.
@@ -28,7 +28,7 @@ from icar_jax.config import (
 from icar_jax.models.flops import vision_flops
 from icar_jax.models.registry import clip_arch
 
-DATASETS = ("scenes", "photos", "objects")  # objects: drawn on photographs
+DATASETS = ("scenes", "photos", "shaded")  # shaded: scenes in the light and shade of photographs
 BUDGET = 0.70  # share of full depth's cost that routing may take, its router included
 
 
@@ -100,17 +100,17 @@ SETTINGS: dict[str, dict[str, Sizes]] = {
     "small": {
         "scenes": Sizes(**_SMALL),
         "photos": Sizes(**_SMALL, **_PHOTOS),
-        "objects": Sizes(**_SMALL | {"after": "scenes", "pretrain_steps": 300}),
+        "shaded": Sizes(**_SMALL | {"after": "scenes", "pretrain_steps": 300}),
     },
     "large": {
         "scenes": Sizes(**_LARGE, pretrain_steps=10_000, steps=2000),
         "photos": Sizes(**_LARGE, **_PHOTOS, pretrain_steps=3000, steps=600),
-        "objects": Sizes(**_LARGE, after="scenes", pretrain_steps=3000, steps=600),
+        "shaded": Sizes(**_LARGE, after="scenes", pretrain_steps=3000, steps=600),
     },
     "tiny": {
         "scenes": Sizes(**_TINY),
         "photos": Sizes(**_TINY | {"augment": True}),
-        "objects": Sizes(**_TINY, after="scenes"),
+        "shaded": Sizes(**_TINY, after="scenes"),
     },
 }
 
@@ -302,9 +302,9 @@ def _data(dataset: str, s: Sizes, photos: str, out: Path) -> DataConfig:
             source="scenes", scenes_size=s.train_images, scenes_pixels=s.image_size, calibration_size=s.calibration,
             vocabulary=s.vocabulary, scenes_kept=_drawn(out),
         )  # fmt: skip
-    if dataset == "objects":
+    if dataset == "shaded":
         return DataConfig(
-            source="folder", root=str(objects_folder(out, s)), resize="squash", calibration_size=s.calibration,
+            source="folder", root=str(shaded_folder(out, s)), resize="squash", calibration_size=s.calibration,
             vocabulary=s.vocabulary,
         )  # fmt: skip
     return DataConfig(
@@ -314,9 +314,9 @@ def _data(dataset: str, s: Sizes, photos: str, out: Path) -> DataConfig:
     )  # fmt: skip
 
 
-def objects_folder(out: Path, sizes: Sizes) -> Path:
-    """Where photographs with objects are kept."""
-    return out / f"objects_{sizes.image_size}"
+def shaded_folder(out: Path, sizes: Sizes) -> Path:
+    """Where scenes shaded by photographs are kept."""
+    return out / f"shaded_{sizes.image_size}"
 
 
 def _drawn(out: Path) -> str:

@@ -23,10 +23,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import photo_objects
 import recipes
 import retention_report
 import retention_rows
+import shaded_scenes
 from recipes import DATASETS, RECIPES, SETTINGS, Sizes
 
 from icar_jax import workdir as files
@@ -222,7 +222,7 @@ def _duration(seconds: float) -> str:
 
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Plan]:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    of = "both: scenes and photos; objects: those of scenes, drawn on photographs"
+    of = "both: scenes and photos; shaded: scenes in the light and shade of photographs"
     p.add_argument("--dataset", nargs="+", choices=(*DATASETS, "both"), default=["scenes"], help=of)
     p.add_argument("--setting", choices=list(SETTINGS), default="small")
     p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -236,7 +236,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Plan]
     args = p.parse_args(arguments)
     asked = {*args.dataset} - {"both"} | ({"scenes", "photos"} if "both" in args.dataset else set())
     datasets = tuple(name for name in DATASETS if name in asked)
-    if {"photos", "objects"} & asked and not (args.photos and Path(args.photos).is_dir()):
+    if {"photos", "shaded"} & asked and not (args.photos and Path(args.photos).is_dir()):
         p.error(f"--photos {args.photos!r} is no folder; name the one that holds dataset*.json")
     names = list(RECIPES) if args.recipes == ["all"] else args.recipes
     if unknown := [name for name in names if name not in RECIPES]:
@@ -263,10 +263,10 @@ def main() -> None:
             report(plan)
             return
         todo = jobs(plan, heads=not args.train_only)  # every configuration is checked before the first hour
-        if "objects" in plan.datasets:
-            sizes = plan.sizes["objects"]
-            folder = recipes.objects_folder(plan.out, sizes)
-            photo_objects.write(Path(plan.photos), folder, sizes.image_size, sizes.queries, sizes.distractors)
+        if "shaded" in plan.datasets:
+            sizes = plan.sizes["shaded"]
+            folder = recipes.shaded_folder(plan.out, sizes)
+            shaded_scenes.write(Path(plan.photos), folder, sizes.image_size, sizes.queries, sizes.distractors)
         try:
             run_all(plan, todo, train_only=args.train_only)
         except subprocess.CalledProcessError as error:

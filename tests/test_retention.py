@@ -28,12 +28,12 @@ from icar_jax.models.vision import VisionArch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import photo_objects  # noqa: E402
 import recipes  # noqa: E402
 import retention  # noqa: E402
 import retention_figure  # noqa: E402
 import retention_report  # noqa: E402
 import retention_rows  # noqa: E402
+import shaded_scenes  # noqa: E402
 import why_exits  # noqa: E402
 
 BUDGETS = (0.7, 0.8)
@@ -57,7 +57,7 @@ def test_every_recipe_is_a_configuration_with_the_same_pairs(setting, dataset, t
     sizes = recipes.SETTINGS[setting][dataset]
     found = {n: recipes.clip_config(n, dataset, sizes, 1, str(tmp_path), tmp_path) for n in recipes.RECIPES}
     pretrained = recipes.clip_config("pretrained", dataset, sizes, 0, str(tmp_path), tmp_path)
-    assert pretrained.train.init == (str(tmp_path / "scenes/pretrained/0") if dataset == "objects" else "")
+    assert pretrained.train.init == (str(tmp_path / "scenes/pretrained/0") if dataset == "shaded" else "")
     assert len({(c.train.batch_size, c.train.seed, c.data.calibration_size) for c in found.values()}) == 1
     once = sizes.pretrain_steps + sizes.steps
     begun = {"": 0, "baseline": once} | dict.fromkeys(recipes.PRETRAINED, sizes.pretrain_steps)
@@ -115,12 +115,12 @@ def test_the_towers_that_others_are_compared_with_come_first(tmp_path):
     assert [len(job.heads) for job in todo] == [0] * 7 + [2, 2]
 
 
-def test_towers_for_objects_are_pretrained_on_scenes_first(tmp_path):
+def test_shaded_scenes_go_on_from_the_towers_of_scenes(tmp_path):
     arguments = ["--out", str(tmp_path), "--setting", "tiny", "--seeds", "1", "--recipes", "shared", "summed"]
-    _, plan = retention.parse([*arguments, "--dataset", "objects", "--photos", str(tmp_path)])
+    _, plan = retention.parse([*arguments, "--dataset", "shaded", "--photos", str(tmp_path)])
     names = [job.run.name for job in retention.jobs(plan)]
-    begin = [f"{dataset}/{name}" for dataset in ("scenes", "objects") for name in ("pretrained", "pretrained_static")]
-    assert names == ["ConvNeXt-IC", *begin, *(f"objects/{name}/seed 1" for name in ("baseline", "static", "shared"))]
+    begin = [f"{dataset}/{name}" for dataset in ("scenes", "shaded") for name in ("pretrained", "pretrained_static")]
+    assert names == ["ConvNeXt-IC", *begin, *(f"shaded/{name}/seed 1" for name in ("baseline", "static", "shared"))]
 
 
 @pytest.mark.parametrize("setting", recipes.SETTINGS)
@@ -132,46 +132,46 @@ def test_heads_on_a_tower_are_configurations(setting, tmp_path):
         assert (config.data.source == "folder") == (dataset != "scenes" and router == "regret")
 
 
-def test_objects_are_drawn_on_photographs_of_one_split_each(photos, tmp_path):
-    folder = tmp_path / "objects"
-    photo_objects.write(photos, folder, 64, queries=2, distractors=8)
-    parts = {split: open_folder(str(folder), split) for split in photo_objects.TIMES}
+def test_scenes_are_shaded_by_photographs_of_one_split_each(photos, tmp_path):
+    folder = tmp_path / "shaded"
+    shaded_scenes.write(photos, folder, 64, queries=2, distractors=8)
+    parts = {split: open_folder(str(folder), split) for split in shaded_scenes.TIMES}
     # One photograph of `val` and one of `train` are asked for, two more make the distractors, three are learnt from.
     assert {split: len(part) for split, part in parts.items()} == {"train": 18, "test": 8, "val": 2}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["objects", "photos"]  # nothing half-made is left
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos", "shaded"]  # nothing half-made is left
     first, scene = parts["val"][0], Scenes("val", 2)[0]
     assert first.captions == scene.captions and first.image().size == (64, 64)
     assert first.image().tobytes() != scene.image().tobytes()
-    before = (folder / photo_objects.FILE).stat().st_mtime_ns
-    photo_objects.write(photos, folder, 64, queries=2, distractors=8)
-    assert (folder / photo_objects.FILE).stat().st_mtime_ns == before
+    before = (folder / shaded_scenes.FILE).stat().st_mtime_ns
+    shaded_scenes.write(photos, folder, 64, queries=2, distractors=8)
+    assert (folder / shaded_scenes.FILE).stat().st_mtime_ns == before
 
 
 def test_the_light_of_a_photograph():
     shades = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))
-    light = photo_objects.light_of(Image.fromarray(shades).convert("RGB"), 64)
+    light = shaded_scenes.light_of(Image.fromarray(shades).convert("RGB"), 64)
     assert light.shape == (64, 64) and light.dtype == np.float32 and (np.diff(light, axis=1) >= 0).all()
-    np.testing.assert_allclose([light.min(), light.max()], [photo_objects.DARKEST, photo_objects.BRIGHTEST], rtol=1e-6)
+    np.testing.assert_allclose([light.min(), light.max()], [shaded_scenes.DARKEST, shaded_scenes.BRIGHTEST], rtol=1e-6)
 
 
-def test_objects_of_other_photographs_are_refused(photos, tmp_path):
-    photo_objects.write(photos, tmp_path / "objects", 64, queries=2, distractors=8)
+def test_scenes_shaded_by_other_photographs_are_refused(photos, tmp_path):
+    shaded_scenes.write(photos, tmp_path / "shaded", 64, queries=2, distractors=8)
     put_images(tmp_path / "others" / "images", ["a.png", "b.png", "c.png", "d.png"])
     put_karpathy(tmp_path / "others", [(f"{n}.png", "val" if n == "d" else "train", ["Dogs."], {}) for n in "abcd"])
     with pytest.raises(ConfigError, match="use another --out"):
-        photo_objects.write(tmp_path / "others", tmp_path / "objects", 64, queries=2, distractors=8)
+        shaded_scenes.write(tmp_path / "others", tmp_path / "shaded", 64, queries=2, distractors=8)
     with pytest.raises(ConfigError, match="3 photographs in `train` and 1 in `val` are too few"):
-        photo_objects.write(tmp_path / "others", tmp_path / "more", 64, queries=2, distractors=8)
+        shaded_scenes.write(tmp_path / "others", tmp_path / "more", 64, queries=2, distractors=8)
     assert not (tmp_path / "more").exists()
 
 
 def test_distractors_are_those_of_test_where_only_thresholds_are_cut_out(photos, tmp_path):
-    photo_objects.write(photos, tmp_path / "objects", 64, queries=2, distractors=8)
-    of_folder = {"data.source": "folder", "data.root": str(tmp_path / "objects"), "data.calibration_size": 5}
+    shaded_scenes.write(photos, tmp_path / "shaded", 64, queries=2, distractors=8)
+    of_folder = {"data.source": "folder", "data.root": str(tmp_path / "shaded"), "data.calibration_size": 5}
     config = recipes.changed(tiny_config(), of_folder)
     images = retention_rows.images_of(config, 5, 3)
     assert [len(part) for part in (images.queries, images.far, images.calibration)] == [2, 3, 5]
-    assert set(record_names(images.far)) <= set(open_folder(str(tmp_path / "objects"), "test").names)
+    assert set(record_names(images.far)) <= set(open_folder(str(tmp_path / "shaded"), "test").names)
     cut = retention_rows.images_of(config, 3, 2)  # two more than thresholds need
     assert [len(part) for part in (cut.far, cut.calibration)] == [2, 3]
     assert not set(record_names(cut.far)) & set(record_names(cut.calibration))

@@ -1,4 +1,4 @@
-"""Scenes whose backgrounds have the light and shade of photographs: `objects` of benchmarks/retention.py.
+"""Scenes whose backgrounds have the light and shade of photographs: `shaded` of benchmarks/retention.py.
 
 A few thousand captioned photographs are too few for a small tower to be better than a shallower one. Here photographs are
 what scenes have to be made out in: the captions are those of the scene, which towers pretrained on scenes know.
@@ -25,7 +25,7 @@ from icar_jax.data.scenes.captions import describe
 from icar_jax.data.scenes.draw import draw_scene
 from icar_jax.data.splits import calibration_split, record_names
 
-FILE = "dataset_objects.json"
+FILE = "dataset_shaded.json"
 TIMES = {"train": 6, "test": 4, "val": 1}  # how often a photograph comes
 DARKEST, BRIGHTEST = 0.4, 1.4  # light of a photograph's blacks and whites
 _VERSION = 1  # of the way of drawing
@@ -52,13 +52,13 @@ def write(photos: Path, folder: Path, size: int, queries: int, distractors: int)
         if found != made_of:
             raise ConfigError(
                 f"{folder} holds pictures made of {found}, and --photos={photos} would give {made_of}; use another --out, or "
-                "delete that folder and all runs of `objects`"
+                "delete that folder and all runs of `shaded`"
             )
         return
     test, more = -(-distractors // TIMES["test"]), max(0, queries - len(asked))
     if len(known) <= test + more:
         raise ConfigError(
-            f"--photos={photos}: {len(known)} photographs in `train` and {len(asked)} in `val` are too few to draw objects on: "
+            f"--photos={photos}: {len(known)} photographs in `train` and {len(asked)} in `val` are too few to shade scenes by: "
             f"{queries} are asked for, {test} more make the distractors, and the others are learnt from"
         )
     rest, held = calibration_split(record_names(known), seed=0, size=test + more)
@@ -72,7 +72,7 @@ def write(photos: Path, folder: Path, size: int, queries: int, distractors: int)
     (part / "images").mkdir(parents=True)
     try:
         images = [each for split, records in parts.items() for each in _drawn(records, split, part / "images", size)]
-        (part / FILE).write_text(json.dumps({"dataset": "objects", "made_of": made_of, "images": images}), encoding="utf-8")
+        (part / FILE).write_text(json.dumps({"dataset": "shaded", "made_of": made_of, "images": images}), encoding="utf-8")
         if not (folder / FILE).is_file():
             part.rename(folder)
     finally:
