@@ -94,7 +94,8 @@ _LARGE = {
 }  # fmt: skip
 # The tests' setting: seconds.
 _TINY = {
-    "variant": "vit_demo", "exit": 1, "exits": (1, 2), "late": 2, "merge": (0, 1), "gentle": (0, 1), "pretrain_steps": 2, "steps": 3,
+    "variant": "vit_demo", "exit": 1, "exits": (1, 2), "late": 2, "merge": (0, 1), "gentle": (0, 1),
+    "pretrain_steps": 2, "steps": 3,
     "depth": 3, "patch_size": 32, "context_length": 16, "batch_size": 8, "image_size": 64, "train_images": 200,
     "calibration": 40, "queries": 24, "distractors": 16, "warmup_steps": 1, "dtype": "float32", "checkpoint_every": 2,
     "router_pixels": 32, "router_steps": 2, "head_blocks": 1, "head_steps": 2, "bootstrap": 100, "random_draws": 3,
