@@ -37,9 +37,9 @@ class Sizes:
     """Everything that a setting fixes for a dataset. Pixels, blocks, images and optimiser steps."""
 
     variant: str
-    exit: int  # the one early exit of every recipe but `exits` and `combined`
+    exit: int  # the one early exit of every recipe but `exits` and those of `late`
     exits: tuple[int, ...]  # of the recipe `exits`
-    late: int  # the exit of `combined`: where patches are merged on the way up, what it leaves out is cheap
+    late: int  # the exit of `combined`, `combined_gently`: where patches are merged, what it leaves out is cheap
     merge: tuple[int, ...]  # patches merged after each block, so that full depth meets the budget
     gentle: tuple[int, ...]  # the same, as few as meet it
     pretrain_steps: int
@@ -139,7 +139,9 @@ class Recipe:
 
 _WEIGHTS = "loss.exit_weights"
 _MERGED = {"clip.merge": "merge"}
+_GENTLY = {"clip.merge": "gentle"}
 _HELD = {"loss.distill_init": 10.0}
+_LATE = {_WEIGHTS: "twentieth", "clip.exits": "late", "clip.exit_head": "attention"}
 
 # Trained once for a dataset, with a seed of its own, so that no recipe begins with the batches that pretraining began with.
 PRETRAINING_SEED = 0
@@ -182,19 +184,16 @@ RECIPES: dict[str, Recipe] = {
         {"train.freeze": ("image", "text", "temperature"), "clip.exit_head": "attention", "loss.distill_cosine": 1.0},
         init="baseline",
     ),
-    "held_gently": Recipe("held, fewer patches merged", {"clip.merge": "gentle"} | _HELD, exits=False),
+    "held_gently": Recipe("held, fewer patches merged", _GENTLY | _HELD, exits=False),
     "combined_half": Recipe(
         "held, with an attention pool halfway as exit head that weighs a fiftieth of full depth",
         {_WEIGHTS: "fiftieth", "clip.exit_head": "attention"} | _MERGED | _HELD,
     ),
     "combined": Recipe(
         "held, with an attention pool two thirds of the way as exit head that weighs a twentieth of full depth",
-        {_WEIGHTS: "twentieth", "clip.exits": "late", "clip.exit_head": "attention"} | _MERGED | _HELD,
+        _LATE | _MERGED | _HELD,
     ),
-    "combined_gently": Recipe(
-        "combined, fewer patches merged",
-        {_WEIGHTS: "twentieth", "clip.exits": "late", "clip.exit_head": "attention", "clip.merge": "gentle"} | _HELD,
-    ),
+    "combined_gently": Recipe("combined, fewer patches merged", _LATE | _GENTLY | _HELD),
 }  # fmt: skip
 
 
