@@ -172,7 +172,7 @@ def evaluate(plan: Plan, job: Job) -> None:
     asked_for = retention_rows.request(
         job.run.config, job.run.workdir,
         {router: router_folder(plan, dataset, router, recipe, seed) for router in plan.routers} if many else {},
-        calibration=s.calibration, distractors=s.distractors, budgets=s.budgets if many else (), draws=s.random_draws,
+        calibration=s.calibration, distractors=s.distractors, budgets=recipes.budgets_of(recipe, s), draws=s.random_draws,
         against=None if recipe == "baseline" else recipes.folder(plan.out, dataset, "baseline", seed),
     )  # fmt: skip
     if retention_rows.evaluated(asked_for):

@@ -63,6 +63,16 @@ def test_every_recipe_is_a_configuration_with_the_same_pairs(setting, dataset, t
     assert found["growing"].loss.exit_weights[-1] == 1 and found["growing"].loss.exit_weights[0] < 1
 
 
+def test_every_recipe_with_exits_has_budgets_below_its_own_cost(tmp_path):
+    sizes = recipes.SETTINGS["small"]["scenes"]
+    for name, recipe in recipes.RECIPES.items():
+        budgets = recipes.budgets_of(name, sizes)
+        assert bool(budgets) == recipe.exits, name
+        own = [vision_flops(clip_arch(recipes.clip_config(n, "scenes", sizes, 1, "", tmp_path).clip).vision)
+               for n in (name, "baseline")]  # fmt: skip
+        assert sum(budget < own[0] / own[1] for budget in budgets) >= 3 or not budgets, name
+
+
 def test_the_ablation_changes_one_lever_of_shared(tmp_path):
     sizes = recipes.SETTINGS["small"]["scenes"]
     flat = lambda name: {
@@ -260,6 +270,7 @@ def test_why_exits_of_the_same_runs(out):
     lost = why_exits.regret(arrays, 1, 3)
     assert first["images_that_lose"]["value"] == pytest.approx(100 * np.mean(lost > 0))
     assert set(first["routers"]) == {"complexity"} and "captured" in first["routers"]["complexity"]
+    assert first["routers"]["complexity"]["budget"] in BUDGETS
     assert (out / "why_exits.png").read_bytes()[:4] == b"\x89PNG" and "scenes" in (out / "why_exits.md").read_text()
 
 
