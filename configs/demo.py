@@ -1,7 +1,12 @@
 """The demo: a small multi-exit CLIP and its complexity model on `scenes`, sized for two CPU cores.
 
-configs/demo.py:clip and configs/demo.py:complexity; configs/demo.py:cheaper goes on from the first, by the recipe of
-docs/recipe.md: patches are merged on the way up, the tower is held to what it said, and the exits hardly weigh on it.
+configs/demo.py:clip and configs/demo.py:complexity. The recipe of docs/recipe.md goes on from the first of them: patches are
+merged on the way up, the tower is held to what it said, its exit hardly weighs on it (:cheaper), and a head on its first two
+blocks learns whom to send early (:router).
+
+    python train.py --config=configs/demo.py:cheaper --workdir=workdir/cheaper
+    python train.py --config=configs/demo.py:router --workdir=workdir/cheaper/router
+    python evaluate.py --config=configs/demo.py:cheaper --workdir=workdir/cheaper
 """
 
 from icar_jax.config import (
@@ -16,7 +21,7 @@ from icar_jax.config import (
     TrainConfig,
 )
 
-ARGUMENTS = ("clip", "complexity", "cheaper")
+ARGUMENTS = ("clip", "complexity", "cheaper", "router")
 
 
 def get_config(task: str = "clip") -> ExperimentConfig:
@@ -33,14 +38,14 @@ def get_config(task: str = "clip") -> ExperimentConfig:
         return ExperimentConfig(
             task="clip",
             clip=ClipConfig(
-                variant="vit_demo", exits=(2, 4), exit_head="attention", merge=(0, 24, 16), context_length=32,
+                variant="vit_demo", exits=(4,), exit_head="attention", merge=(0, 20, 14), context_length=32,
                 temperature="shared",
             ),
-            loss=LossConfig(exit_weights=(0.05, 0.05, 1.0), distill_init=10.0),
+            loss=LossConfig(exit_weights=(0.05, 1.0), distill_init=10.0),
             data=DataConfig(source="scenes", vocabulary=512),
             optim=OptimConfig(lr=5e-4, exit_lr=1e-3, warmup_steps=30),
             train=TrainConfig(steps=300, batch_size=64, checkpoint_every=100, init="workdir/demo"),
-            eval=EvalConfig(split="val", size=500, complexity="workdir/demo/complexity"),
+            eval=EvalConfig(split="val", size=500, complexity="workdir/cheaper/router", early_share=(0.2,)),
         )  # fmt: skip
     if task == "complexity":
         return ExperimentConfig(
@@ -50,4 +55,12 @@ def get_config(task: str = "clip") -> ExperimentConfig:
             optim=OptimConfig(lr=1e-3, warmup_steps=100),
             train=TrainConfig(steps=1200, batch_size=64, checkpoint_every=400, dtype="float32"),
         )
-    raise ConfigError(f"configs/demo.py:{task}: unknown; use configs/demo.py:clip, :complexity or :cheaper")
+    if task == "router":
+        return ExperimentConfig(
+            task="complexity",
+            complexity=ComplexityConfig(variant="blocks", clip="workdir/cheaper", blocks=2, target="regret", dropout=0.0),
+            data=DataConfig(source="scenes", vocabulary=512),
+            optim=OptimConfig(lr=1e-3, warmup_steps=100),
+            train=TrainConfig(steps=600, batch_size=64, checkpoint_every=300, dtype="float32"),
+        )
+    raise ConfigError(f"configs/demo.py:{task}: unknown; use configs/demo.py:{', :'.join(ARGUMENTS)}")
