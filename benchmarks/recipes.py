@@ -70,7 +70,7 @@ class Sizes:
     head_blocks: int = 2  # blocks below the head of the routers `blocks` and `regret`
     head_steps: int = 500
     # Shares of the baseline's counted cost; of a tower that merges patches all lie below its own.
-    budgets: tuple[float, ...] = (0.60, BUDGET, 0.80)
+    budgets: tuple[float, ...] = (BUDGET, 0.80)
     merged_budgets: tuple[float, ...] = (0.58, 0.60, 0.62, 0.64, 0.66, 0.67)
     bootstrap: int = 2000
     random_draws: int = 10

@@ -70,7 +70,7 @@ def test_every_recipe_with_exits_has_budgets_below_its_own_cost(tmp_path):
         assert bool(budgets) == recipe.exits, name
         own = [vision_flops(clip_arch(recipes.clip_config(n, "scenes", sizes, 1, "", tmp_path).clip).vision)
                for n in (name, "baseline")]  # fmt: skip
-        assert sum(budget < own[0] / own[1] for budget in budgets) >= 3 or not budgets, name
+        assert sum(budget < own[0] / own[1] for budget in budgets) >= 2 or not budgets, name
 
 
 def test_the_ablation_changes_one_lever_of_shared(tmp_path):
