@@ -185,6 +185,7 @@ RECIPES: dict[str, Recipe] = {
         {"train.freeze": ("image", "text", "temperature"), "clip.exit_head": "attention", "loss.distill_cosine": 1.0},
         init="baseline",
     ),
+    "held_full": Recipe("full depth alone, every patch kept, held to what the pretrained tower said", _HELD, exits=False),
     "held_gently": Recipe("held, fewer patches merged", _GENTLY | _HELD, exits=False),
     "combined_half": Recipe(
         "held, with an attention pool halfway as exit head that weighs a fiftieth of full depth",
