@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     """Two panels a dataset that has routed rows; the record is that of retention_report.write."""
     parts = {name: part for name, part in record["datasets"].items() if any(r["kind"] == "routed" for r in part["rows"])}
     most = max(len({row["recipe"] for row in part["rows"]}) for part in parts.values())
-    figure, first = figures.new_figure((13.0, len(parts) * (2.4 + 0.36 * most)))
+    figure, first = figures.new_figure((13.0, len(parts) * max(4.6, 2.4 + 0.36 * most)))
     figure.delaxes(first)
     for (left, right), (name, part) in zip(figure.subplots(len(parts), 2, squeeze=False), parts.items()):
         for axes in (left, right):
@@ -91,7 +90,7 @@ def _frontier(axes: Axes, dataset: str, part: Mapping[str, Any]) -> None:
         if not RECIPES[row["recipe"]].exits:
             _point(axes, row, row["recipe"], "#000000", "o")
     count = max(len(row["seeds"]) for row in rows)
-    axes.set_xlabel("time per image, % of the baseline's, router included (dice and oracle: counted)")
+    axes.set_xlabel("FLOPs per image, % of the baseline's, router included (thin lines end at the measured time)")
     axes.set_ylabel("mean recall kept, %")
     axes.set_title(
         f"{dataset}: {best}, gallery of {part['gallery']['images']:,} images, {count} seed{'s' if count > 1 else ''}",
@@ -128,23 +127,32 @@ def cost(row: Row) -> float:
 
 
 def _curve(axes: Axes, rows: Sequence[Row], label: str, **style: Any) -> None:
-    """Against measured time; dice and the oracle, of which none or not every one is timed, against the counted cost."""
-    timed = cost if all(row["kind"] == "routed" for row in rows) else operator.itemgetter("counted")
-    rows = sorted((row for row in rows if row["retention"] is not None), key=timed)
+    """Against counted FLOPs, which every row has and noise has not; routed rows also say their time."""
+    rows = sorted((row for row in rows if row["retention"] is not None), key=lambda row: row["counted"])
     if not rows:
         return
     kept = np.array([[row["retention"][name] for name in ("low", "value", "high")] for row in rows])
-    x = np.array([100 * timed(row) for row in rows])
+    x = np.array([100 * row["counted"] for row in rows])
     axes.plot(x, kept[:, 1], label=label, markersize=4.5, **style)
     if "marker" in style:
         axes.fill_between(x, kept[:, 0], kept[:, 2], color=style["color"], alpha=0.12, linewidth=0)
+        for row in rows:
+            _time(axes, row, style["color"])
 
 
 def _point(axes: Axes, row: Row, name: str, colour: str, marker: str) -> None:
-    kept = row["retention"]
+    kept, x = row["retention"], 100 * row["counted"]
     bars = [[max(kept["value"] - kept["low"], 0)], [max(kept["high"] - kept["value"], 0)]]
-    axes.errorbar(100 * cost(row), kept["value"], bars, color=colour, marker=marker, capsize=2, linestyle="none")
-    axes.annotate(name, (100 * cost(row), kept["value"]), (5, 5), textcoords="offset points", fontsize=8.5, color=colour)
+    axes.errorbar(x, kept["value"], bars, color=colour, marker=marker, capsize=2, linestyle="none")
+    axes.annotate(name, (x, kept["value"]), (5, 5), textcoords="offset points", fontsize=8.5, color=colour)
+    _time(axes, row, colour)
+
+
+def _time(axes: Axes, row: Row, colour: str) -> None:
+    """A thin line from a row's FLOPs to its measured time."""
+    if row["measured"] is not None:
+        x, y = (100 * row["counted"], 100 * row["measured"]), (row["retention"]["value"],) * 2
+        axes.plot(x, y, color=colour, linewidth=0.6, marker="|", markevery=[1], markersize=5, alpha=0.8)
 
 
 def _lines(line: Any) -> None:
