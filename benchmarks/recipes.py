@@ -77,7 +77,7 @@ class Sizes:
     eval_batch: int = 64  # of 512 images that are timed: large ones would leave the queues of the exits half empty
 
 
-_SCENES = {"queries": 4000, "distractors": 1000}  # they cost nothing, and more that are asked for make intervals narrower
+_SCENES = {"queries": 4000, "distractors": 1000}  # they cost little, and more that are asked for make intervals narrower
 _PHOTOS = {"vocabulary": 4096, "calibration": 500, "distractors": 500, "weight_decay": 0.2, "augment": True}
 # Two CPU cores: float32 is faster where there are no bf16 instructions. Patches of 8 pixels, as of 16 there are too few (16) to
 # merge any.
@@ -107,12 +107,12 @@ SETTINGS: dict[str, dict[str, Sizes]] = {
     "small": {
         "scenes": Sizes(**_SMALL, **_SCENES),
         "photos": Sizes(**_SMALL | {"pretrain_steps": 750}, **_PHOTOS),  # ten times each of a few thousand photographs
-        "shaded": Sizes(**_SMALL | {"after": "scenes", "pretrain_steps": 300}),
+        "shaded": Sizes(**_SMALL | {"pretrain_steps": 800}, **_SCENES, after="scenes"),
     },
     "large": {
         "scenes": Sizes(**_LARGE, **_SCENES, pretrain_steps=10_000, steps=2000),
         "photos": Sizes(**_LARGE, **_PHOTOS, pretrain_steps=3000, steps=600),
-        "shaded": Sizes(**_LARGE, after="scenes", pretrain_steps=3000, steps=600),
+        "shaded": Sizes(**_LARGE, **_SCENES, after="scenes", pretrain_steps=3000, steps=600),
     },
     "tiny": {
         "scenes": Sizes(**_TINY),

@@ -26,9 +26,9 @@ from icar_jax.data.scenes.draw import draw_scene
 from icar_jax.data.splits import calibration_split, record_names
 
 FILE = "dataset_shaded.json"
-TIMES = {"train": 6, "test": 4, "val": 1}  # how often a photograph comes
+TIMES = {"train": 10, "test": 4, "val": 4}  # how often a photograph comes at most
 DARKEST, BRIGHTEST = 0.4, 1.4  # light of a photograph's blacks and whites
-_VERSION = 1  # of the way of drawing
+_VERSION = 2  # of the way of drawing
 
 
 def write(photos: Path, folder: Path, size: int, queries: int, distractors: int) -> None:
@@ -37,7 +37,7 @@ def write(photos: Path, folder: Path, size: int, queries: int, distractors: int)
     Args:
         photos: a folder of captioned photographs with splits `train` and `val`.
         size: side of the pictures in pixels.
-        queries: pictures of split `val`: of all photographs of `val`, and as many of `train` as are missing.
+        queries: pictures of split `val`, of photographs of `val` and, where these are too few, of `train`.
         distractors: pictures of split `test`, of photographs of `train`; all others are `train`.
 
     Raises:
@@ -55,23 +55,27 @@ def write(photos: Path, folder: Path, size: int, queries: int, distractors: int)
                 "delete that folder and all runs of `shaded`"
             )
         return
-    test, more = -(-distractors // TIMES["test"]), max(0, queries - len(asked))
+    test, val = -(-distractors // TIMES["test"]), -(-queries // TIMES["val"])
+    more = max(0, val - len(asked))
     if len(known) <= test + more:
         raise ConfigError(
             f"--photos={photos}: {len(known)} photographs in `train` and {len(asked)} in `val` are too few to shade scenes by: "
-            f"{queries} are asked for, {test} more make the distractors, and the others are learnt from"
+            f"{val} make what is asked for, {test} more the distractors, and the others are learnt from"
         )
     rest, held = calibration_split(record_names(known), seed=0, size=test + more)
     order = np.random.default_rng(0).permutation(held).tolist()
     parts = {
         "train": [known[i] for i in rest.tolist()],
         "test": [known[i] for i in order[more:]],
-        "val": [asked[i] for i in range(min(queries, len(asked)))] + [known[i] for i in order[:more]],
+        "val": [asked[i] for i in range(min(val, len(asked)))] + [known[i] for i in order[:more]],
     }
+    counts = {"train": len(rest) * TIMES["train"], "test": distractors, "val": queries}
     part = folder.with_name(f".{folder.name}.{os.getpid()}")  # another process may be drawing too
     (part / "images").mkdir(parents=True)
     try:
-        images = [each for split, records in parts.items() for each in _drawn(records, split, part / "images", size)]
+        images = []
+        for split, records in parts.items():
+            images += _drawn(records, split, counts[split], part / "images", size)
         (part / FILE).write_text(json.dumps({"dataset": "shaded", "made_of": made_of, "images": images}), encoding="utf-8")
         if not (folder / FILE).is_file():
             part.rename(folder)
@@ -85,16 +89,18 @@ def light_of(photo: Image.Image, size: int) -> np.ndarray:
     return DARKEST + (BRIGHTEST - DARKEST) * np.asarray(grey, np.float32) / 255
 
 
-def _drawn(records: Sequence[Record], split: str, folder: Path, size: int) -> list[dict]:
+def _drawn(records: Sequence[Record], split: str, count: int, folder: Path, size: int) -> list[dict]:
     """What the dataset file says of the pictures of one split, which are written to `folder`."""
-    count, found = len(records) * TIMES[split], []
-    scenes = Scenes(split, count, image_size=size)
-    for i in tqdm(range(count), desc=f"scenes in the light of photographs, {split}", unit="image"):
-        name, scene = f"{split}-{i:06d}.png", scenes.scene(i)
-        light = light_of(records[i % len(records)].image(), size)
-        Image.fromarray(draw_scene(scene, size, light)).save(folder / name)
-        found.append({"filename": name, "split": split, "sentences": [{"raw": text} for text in describe(scene)]})
-    return found
+    scenes, found = Scenes(split, count, image_size=size), {}
+    with tqdm(total=count, desc=f"scenes in the light of photographs, {split}", unit="image") as bar:
+        for first, record in enumerate(records):
+            light = light_of(record.image(), size)  # decoding it takes longer than drawing
+            for i in range(first, count, len(records)):
+                name, scene = f"{split}-{i:06d}.png", scenes.scene(i)
+                Image.fromarray(draw_scene(scene, size, light)).save(folder / name)
+                found[i] = {"filename": name, "split": split, "sentences": [{"raw": text} for text in describe(scene)]}
+                bar.update()
+    return [found[i] for i in range(count)]
 
 
 def _digest(names: Sequence[str]) -> str:

@@ -33,16 +33,16 @@ def photos(tmp_path):
 
 def test_scenes_are_shaded_by_photographs_of_one_split_each(photos, tmp_path):
     folder = tmp_path / "shaded"
-    shaded_scenes.write(photos, folder, 64, queries=2, distractors=8)
+    shaded_scenes.write(photos, folder, 64, queries=6, distractors=7)
     parts = {split: open_folder(str(folder), split) for split in shaded_scenes.TIMES}
-    # One photograph of `val` and one of `train` are asked for, two more make the distractors, three are learnt from.
-    assert {split: len(part) for split, part in parts.items()} == {"train": 18, "test": 8, "val": 2}
+    # The photograph of `val` and one of `train` are asked for, two more make the distractors, three are learnt from.
+    assert {split: len(part) for split, part in parts.items()} == {"train": 30, "test": 7, "val": 6}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["photos", "shaded"]  # nothing half-made is left
     first, scene = parts["val"][0], Scenes("val", 2)[0]
     assert first.captions == scene.captions and first.image().size == (64, 64)
     assert first.image().tobytes() != scene.image().tobytes()
     before = (folder / shaded_scenes.FILE).stat().st_mtime_ns
-    shaded_scenes.write(photos, folder, 64, queries=2, distractors=8)
+    shaded_scenes.write(photos, folder, 64, queries=6, distractors=7)
     assert (folder / shaded_scenes.FILE).stat().st_mtime_ns == before
 
 
@@ -54,22 +54,22 @@ def test_the_light_of_a_photograph():
 
 
 def test_scenes_shaded_by_other_photographs_are_refused(photos, tmp_path):
-    shaded_scenes.write(photos, tmp_path / "shaded", 64, queries=2, distractors=8)
+    shaded_scenes.write(photos, tmp_path / "shaded", 64, queries=6, distractors=7)
     put_images(tmp_path / "others" / "images", ["a.png", "b.png", "c.png", "d.png"])
     put_karpathy(tmp_path / "others", [(f"{n}.png", "val" if n == "d" else "train", ["Dogs."], {}) for n in "abcd"])
     with pytest.raises(ConfigError, match="use another --out"):
-        shaded_scenes.write(tmp_path / "others", tmp_path / "shaded", 64, queries=2, distractors=8)
+        shaded_scenes.write(tmp_path / "others", tmp_path / "shaded", 64, queries=6, distractors=7)
     with pytest.raises(ConfigError, match="3 photographs in `train` and 1 in `val` are too few"):
-        shaded_scenes.write(tmp_path / "others", tmp_path / "more", 64, queries=2, distractors=8)
+        shaded_scenes.write(tmp_path / "others", tmp_path / "more", 64, queries=6, distractors=7)
     assert not (tmp_path / "more").exists()
 
 
 def test_distractors_are_those_of_test_where_only_thresholds_are_cut_out(photos, tmp_path):
-    shaded_scenes.write(photos, tmp_path / "shaded", 64, queries=2, distractors=8)
+    shaded_scenes.write(photos, tmp_path / "shaded", 64, queries=6, distractors=7)
     of_folder = {"data.source": "folder", "data.root": str(tmp_path / "shaded"), "data.calibration_size": 5}
     config = recipes.changed(tiny_config(), of_folder)
     images = retention_rows.images_of(config, 5, 3)
-    assert [len(part) for part in (images.queries, images.far, images.calibration)] == [2, 3, 5]
+    assert [len(part) for part in (images.queries, images.far, images.calibration)] == [6, 3, 5]
     assert set(record_names(images.far)) <= set(open_folder(str(tmp_path / "shaded"), "test").names)
     cut = retention_rows.images_of(config, 3, 2)  # two more than thresholds need
     assert [len(part) for part in (cut.far, cut.calibration)] == [2, 3]
