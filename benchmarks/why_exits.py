@@ -160,7 +160,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     """A row of panels a dataset: offsets of cosines, flips of ranks, what routers capture."""
     datasets = record["datasets"]
     longest = max(len(rows) for rows in datasets.values())
-    figure, first = figures.new_figure((13.5, len(datasets) * (1.9 + 0.34 * longest)))
+    figure, first = figures.new_figure((13.5, len(datasets) * max(3.4, 1.9 + 0.34 * longest)))
     figure.delaxes(first)
     grid = np.atleast_2d(figure.subplots(len(datasets), 3))
     for panels, (dataset, rows) in zip(grid, datasets.items()):
@@ -174,7 +174,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         _captures(panels[2], rows, y)
         panels[0].set_title(f"{dataset}: cosine at the first exit minus full depth", fontsize=10)
     for axes in grid[-1]:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=8.5)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False, fontsize=8.5)
     figures.save(figure, path)
 
 
@@ -210,7 +210,7 @@ def _captures(axes: Any, rows: Sequence[Mapping[str, Any]], y: np.ndarray) -> No
             shift = 0.2 * (place - (len(routers) - 1) / 2)
             _bars(axes, [each for _, each in shown], np.array([at for at, _ in shown]) + shift, *style, router)
     axes.set_xlabel("% of the oracle's gain over dice (95% interval)")
-    axes.set_title(f"captured by each router within {BUDGET:.0%} of the baseline's time", fontsize=10)
+    axes.set_title(f"captured within {BUDGET:.0%} of the baseline's time", fontsize=10)
 
 
 def _bars(axes: Any, found: Sequence[Mapping[str, float]], y: np.ndarray, colour: str, marker: str, label: str) -> None:
