@@ -1,12 +1,13 @@
 """How much of a separately trained full-depth CLIP is kept at a share of its cost, by training recipe, router and seed.
 
     python benchmarks/retention.py --dataset both --setting small --photos PATH/TO/flickr8k --out workdir/retention
-        [--seeds 1 2 3] [--recipes all|NAME ...] [--routers complexity regret blocks] [--train-only | --report-only]
+        [--seeds 1 2 3] [--recipes all|NAME ...] [--routers complexity regret blocks] [--jobs N] [--train-only | --report-only]
 
 Trains every recipe of benchmarks/recipes.py with train.py, each run a workdir OUT/DATASET/RECIPE/SEED; evaluates it in a
 gallery of held-out images and distractors; writes OUT/retention.json, retention.md and retention.png. Finished runs are
 skipped and an interrupted one goes on, so Ctrl-C and the same command continue. The baseline and the static tower come first:
-whether depth pays at all is printed before the rest begins.
+whether depth pays at all is printed as soon as they are evaluated. `--jobs 2` trains two runs side by side, each on half of
+the cores, which on a CPU takes little longer than one on all of them; the programs then write to OUT/DATASET/RECIPE/SEED.log.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +29,11 @@ import retention_report
 import retention_rows
 import shaded_scenes
 from recipes import DATASETS, RECIPES, SETTINGS, Sizes
+from retention_jobs import Children, Job, Progress, Run, work_through
 
 from icar_jax import workdir as files
 from icar_jax.cli.errors import user_errors
-from icar_jax.config import ExperimentConfig, to_json
+from icar_jax.config import to_json
 
 ROOT = Path(__file__).parent.parent
 ROUTERS = ("complexity", "regret", "blocks")
@@ -50,28 +52,7 @@ class Plan:
     recipes: tuple[str, ...]
     routers: tuple[str, ...]
     photos: str
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: its workdir, its configuration, and how it is called in the progress line."""
-
-    name: str
-    workdir: Path
-    config: ExperimentConfig
-
-    @property
-    def finished(self) -> bool:
-        return (self.workdir / "model" / "icar.json").is_file()
-
-
-@dataclass(frozen=True)
-class Job:
-    """A CLIP with the routers that are trained on its tower; or, without `of`, what several others need."""
-
-    run: Run
-    heads: tuple[Run, ...] = ()
-    of: tuple[str, str, int] | None = None  # dataset, recipe, seed
+    jobs: int = 1
 
 
 def jobs(plan: Plan, heads: bool = True) -> list[Job]:
@@ -90,7 +71,8 @@ def jobs(plan: Plan, heads: bool = True) -> list[Job]:
             sizes = SETTINGS[plan.setting][dataset]
             config = recipes.clip_config(name, dataset, sizes, recipes.PRETRAINING_SEED, plan.photos, plan.out)
             workdir = recipes.folder(plan.out, dataset, name, recipes.PRETRAINING_SEED)
-            found.append(Job(Run(f"{dataset}/{name}", workdir, config)))
+            start = recipes.start_of(name, dataset, sizes, recipes.PRETRAINING_SEED, plan.out)
+            found.append(Job(Run(f"{dataset}/{name}", workdir, config), needs=(start,) if start else ()))
     others = [name for name in plan.recipes if name not in FIRST]
     for seed, names in [(seed, names) for names in (FIRST, others) for seed in plan.seeds]:
         for dataset in plan.datasets:
@@ -100,7 +82,11 @@ def jobs(plan: Plan, heads: bool = True) -> list[Job]:
                 config = recipes.clip_config(name, dataset, plan.sizes[dataset], seed, plan.photos, plan.out)
                 run = Run(f"{dataset}/{name}/seed {seed}", recipes.folder(plan.out, dataset, name, seed), config)
                 of = dataset, name, seed
-                found.append(Job(run, tuple(heads_of(plan, *of, config.clip.exits)) if heads else (), of))
+                needs = [recipes.start_of(name, dataset, plan.sizes[dataset], seed, plan.out)]
+                needs += [recipes.folder(plan.out, dataset, "baseline", seed)] if name != "baseline" else []
+                needs += [plan.out / "router"] if config.clip.exits and "complexity" in plan.routers else []
+                given = tuple(heads_of(plan, *of, config.clip.exits)) if heads else ()
+                found.append(Job(run, given, of, tuple(each for each in needs if each)))
     return found
 
 
@@ -122,51 +108,25 @@ def heads_of(plan: Plan, dataset: str, recipe: str, seed: int, exits: tuple[int,
         yield Run(f"{dataset}/{recipe}/seed {seed}, router {router}", workdir, config)
 
 
-class Progress:
-    """Says run k of n and how long the rest may take, by the share of training steps done so far."""
-
-    def __init__(self, todo: list[Run]):
-        self._todo = todo
-        self._left = sum(run.config.train.steps * run.config.train.batch_size for run in todo if not run.finished)
-        self._pairs, self._seconds = 0, 0.0
-
-    def begin(self, number: int, run: Run) -> None:
-        left = "" if not self._pairs else f"; about {_duration(self._left * self._seconds / self._pairs)} of training left"
-        print(f"\n== run {number} of {len(self._todo)}: {run.name}{left}", flush=True)
-
-    def end(self, run: Run, seconds: float) -> None:
-        if not seconds:
-            return  # it was finished before
-        pairs = run.config.train.steps * run.config.train.batch_size
-        self._left, self._pairs, self._seconds = self._left - pairs, self._pairs + pairs, self._seconds + seconds
-
-
-def train(run: Run) -> float:
-    """Runs or continues train.py; returns the seconds it took, 0 for a run that was finished.
+def train(run: Run, children: Children, log: Path | None = None) -> None:
+    """Runs or continues train.py, its output in `log`; a finished run is left alone.
 
     Raises ConfigError where the workdir holds another run, CalledProcessError where train.py fails.
     """
     if run.finished:
         files.require_same_config(run.workdir, run.config, files.FREE_ON_RESUME)
-        return 0.0
+        return
     file = run.workdir.with_name(f"{run.workdir.name}.config.json")
     files.write_text(file, to_json(run.config) + "\n")
-    start = time.perf_counter()
     command = [sys.executable, ROOT / "train.py", f"--config={Path(__file__).parent / 'config_file.py'}:{file}"]
-    child = subprocess.Popen([*command, f"--workdir={run.workdir}"])
-    try:
-        status = child.wait()
-    except (KeyboardInterrupt, SystemExit):
-        child.terminate()  # it saves its state
-        child.wait()
-        raise
-    if status or not run.finished:
-        raise subprocess.CalledProcessError(status or 1, command)
-    return time.perf_counter() - start
+    command += [f"--workdir={run.workdir}"]
+    children.call(command, log)
+    if not run.finished:
+        raise subprocess.CalledProcessError(1, command)
 
 
-def evaluate(plan: Plan, job: Job) -> None:
-    """Writes the rows of a trained run, where they are not there yet. Raises CalledProcessError where that fails."""
+def evaluate(plan: Plan, job: Job, children: Children, log: Path | None = None) -> bool:
+    """Writes the rows of a trained run; False where they are there already. Raises CalledProcessError where that fails."""
     dataset, recipe, seed = job.of
     s, many = plan.sizes[dataset], RECIPES[recipe].exits
     asked_for = retention_rows.request(
@@ -176,30 +136,45 @@ def evaluate(plan: Plan, job: Job) -> None:
         against=None if recipe == "baseline" else recipes.folder(plan.out, dataset, "baseline", seed),
     )  # fmt: skip
     if retention_rows.evaluated(asked_for):
-        return
+        return False
     print(f"-- evaluate {job.run.name}", flush=True)
     file = job.run.workdir.with_name(f"{seed}.evaluate.json")
     files.write_text(file, json.dumps(asked_for, indent=1) + "\n")
-    subprocess.run([sys.executable, Path(retention_rows.__file__), file], check=True)
+    children.call([sys.executable, Path(retention_rows.__file__), file], log)
+    return True
 
 
 def run_all(plan: Plan, todo: list[Job], *, train_only: bool) -> None:
-    """Trains and evaluates what is not finished, in order; reports on depth before the other recipes and after each seed."""
-    progress = Progress([run for job in todo for run in (job.run, *job.heads)])
-    number = 0
-    for position, job in enumerate(todo):
-        for run in (job.run, *job.heads):
-            number += 1
+    """Trains and evaluates what is not finished; reports when it is known whether depth pays, after each seed, at the end."""
+    progress, children = Progress([run for job in todo for run in job.runs]), Children()
+    part = {job.of: "depth" if job.of[1] in FIRST else job.of[2] for job in todo if job.of}
+    new, lock = False, threading.Lock()
+
+    def do(job: Job) -> None:
+        nonlocal new
+        log = None if plan.jobs == 1 else job.run.workdir.with_name(f"{job.run.workdir.name}.log")
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+        for run in job.runs:
             if not run.finished:
-                progress.begin(number, run)
-            progress.end(run, train(run))
+                progress.begin(run, log)
+                train(run, children, log)
+                progress.end(run)
+            else:
+                train(run, children)
         if train_only or job.of is None:
-            continue
-        evaluate(plan, job)
-        following = todo[position + 1].of if position + 1 < len(todo) else None
-        first = job.of[1] in FIRST
-        if following is None or (first and following[1] not in FIRST) or (not first and following[2] != job.of[2]):
-            report(plan)
+            return
+        evaluated = evaluate(plan, job, children, log)
+        with lock:
+            new |= evaluated
+            of = part.pop(job.of)
+            if new and part and of not in part.values():
+                report(plan)
+                new = False
+
+    work_through(todo, do, plan.jobs, children)
+    if not train_only:
+        report(plan)
 
 
 def report(plan: Plan) -> None:
@@ -215,11 +190,6 @@ def report(plan: Plan) -> None:
     print(f"Table: {plan.out / 'retention.md'}", flush=True)
 
 
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"
-
-
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Plan]:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     of = "both: scenes and photos; shaded: scenes in the light and shade of photographs"
@@ -230,6 +200,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Plan]
     p.add_argument("--routers", nargs="+", choices=ROUTERS, default=list(ROUTERS))
     p.add_argument("--photos", default="", help="folder of the photographs, with dataset*.json (Karpathy's layout)")
     p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--jobs", type=int, default=1, help="runs side by side, each with its share of the cores (CPUs)")
     only = p.add_mutually_exclusive_group()
     only.add_argument("--train-only", action="store_true", help="no evaluation, no routers on the towers")
     only.add_argument("--report-only", action="store_true", help="only what is evaluated already")
@@ -243,11 +214,14 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Plan]
         p.error(f"--recipes {' '.join(unknown)}: unknown; use all, or some of {', '.join(RECIPES)}")
     if recipes.PRETRAINING_SEED in args.seeds:
         p.error(f"--seeds {recipes.PRETRAINING_SEED}: that is pretraining's, its first batches would come again; use others")
+    if args.jobs < 1:
+        p.error(f"--jobs {args.jobs}: use 1, or more to train side by side")
     names = tuple(dict.fromkeys((*FIRST, *names)))
     photos = str(Path(args.photos).resolve()) if args.photos else ""
     sizes = {dataset: SETTINGS[args.setting][dataset] for dataset in datasets}
     plan = Plan(
-        args.out.resolve(), datasets, sizes, args.setting, tuple(dict.fromkeys(args.seeds)), names, tuple(args.routers), photos
+        args.out.resolve(), datasets, sizes, args.setting, tuple(dict.fromkeys(args.seeds)), names, tuple(args.routers), photos,
+        args.jobs,
     )
     return args, plan
 

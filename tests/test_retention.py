@@ -296,12 +296,12 @@ def test_the_row_shown_is_the_dearest_within_the_time_not_the_one_that_keeps_mos
 @pytest.mark.check
 def test_end_to_end_and_resumed(tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "retention.py", "--setting", "tiny", "--seeds", "1"]
-    command += ["--recipes", "combined", "--routers", "regret", "--out", tmp_path]
+    command += ["--recipes", "combined", "--routers", "regret", "--jobs", "2", "--out", tmp_path]
     quick = "--xla_backend_optimization_level=0"  # compiling takes longer than these steps
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick}
     first = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "run 1 of 6: scenes/pretrained" in first.stdout
-    assert "== run 6 of 6: scenes/combined/seed 1, router regret; about" in first.stdout
+    assert "run 1 of 6: scenes/pretrained (" in first.stdout and "Finished" in (tmp_path / "scenes/static/1.log").read_text()
+    assert "== run 6 of 6: scenes/combined/seed 1, router regret (" in first.stdout and "left\n" in first.stdout
     record = json.loads((tmp_path / "retention.json").read_text())
     rows = {(r["recipe"], r["row"]) for r in record["datasets"]["scenes"]["rows"]}
     assert {("baseline", "full"), ("static", "full"), ("combined", "full"), ("combined", "exit_2")} <= rows
