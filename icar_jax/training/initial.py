@@ -1,9 +1,8 @@
 """The weights a run starts from: a checkpoint of this library, fitted to the run's architecture.
 
-What may differ: exits that the checkpoint lacks start from the head of its full tower, residuals of exit heads that it lacks
-start at zero, position embeddings are resized to
-another image grid or cut to a shorter context, and a backbone of ImageNet gets a fresh head of complexity. Anything else is
-refused.
+What may differ: exits that the checkpoint lacks start from the head of its full tower, exits that the run lacks are left out,
+residuals of exit heads that it lacks start at zero, position embeddings are resized to another image grid or cut to a shorter
+context, and a backbone of ImageNet gets a fresh head of complexity. Anything else is refused.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from icar_jax.models.complexity import ComplexityArch
 from icar_jax.models.convnext import ConvNeXtArch
 from icar_jax.models.scorers import ScorerArch, scorer_arch
 
+_OF_AN_EXIT = ("vision/exits", "exit_logit_scale", "exit_logit_bias")
 KINDS = {"clip": ("clip",), "complexity": ("complexity", "convnext")}
 # What a variant of the registry fixes, and what a checkpoint says beside it: shapes do not tell these, and no field sets them.
 _SIZES = ("width", "depth", "mlp_width", "embed_dim", "patch_size")
@@ -229,10 +229,14 @@ def _fit_clip(
     note: Callable,
     exit_start: str,
 ) -> dict[str, Any]:
-    """`leaves` with positions of the run's sizes, and the exits and biases that the run has and the checkpoint has not."""
-    leaves, wanted = dict(leaves), pytree.flatten(shapes)
+    """`leaves` with positions of the run's sizes, the run's exits alone, and biases that it has and the checkpoint has not."""
+    wanted, old, new = pytree.flatten(shapes), saved.vision, arch.vision
     where = f"{os.fspath(path)}: "
-    old, new = saved.vision, arch.vision
+    left = () if old.exit_sum else sorted({*old.exits} - {*new.exits})  # of a sum, full depth needs every head
+    theirs = tuple(f"{part}/{exit}/" for exit in left for part in _OF_AN_EXIT)
+    leaves = {name: leaf for name, leaf in leaves.items() if not f"{name}/".startswith(theirs)}
+    if left:
+        note(f"{where}exits {', '.join(map(str, left))} are left out, the run has {new.exits or 'none'} (config.clip.exits)")
     grid, positions = new.image_size // new.patch_size, leaves.get("vision/pos")
     if positions is not None and grid != old.image_size // old.patch_size and old.class_token == new.class_token:
         resize = lambda: resize_positions(np.asarray(positions), grid, new.class_token)
@@ -249,7 +253,7 @@ def _fit_clip(
         leaves["logit_bias"] = Leaf((), (), lambda: LOGIT_BIAS_START)
         note(f"{where}it has no logit bias; the logit scales start from {math.exp(SIGMOID_SCALE_START):g} and the biases from "
              f"{LOGIT_BIAS_START:g}, as SigLIP's")  # fmt: skip
-    exits_of = lambda targets: ", ".join(map(str, sorted({int(target.split("/")[2]) for target in targets})))
+    exits_of = lambda names: ", ".join(map(str, sorted({int(name.split("/")[2]) for name in names})))
     new_heads = [target for target in wanted if target not in leaves and target.startswith("vision/exits/")]
     residuals = [target for target in new_heads if _RESIDUAL.match(target)]
     random = [target for target in new_heads if target not in residuals] if exit_start == "random" else []
@@ -313,9 +317,9 @@ def _clip_hints(arch: ClipArch, saved: ClipArch, leaves: Mapping[str, Any], shap
     extra = [name for name in leaves if name not in wanted]
     if any(_RESIDUAL.match(name) for name in extra) and arch.vision.exit_head != saved.vision.exit_head:
         hints.append(f"--config.clip.exit_head={saved.vision.exit_head}")
-    lost = sorted({int(n.split("/")[2]) for n in extra if n.startswith("vision/exits/")} - {*arch.vision.exits})
-    if lost:
-        hints.append(f"--config.clip.exits={tuple(sorted({*lost, *arch.vision.exits}))}: it has exits that the run has not")
+    every = tuple(sorted({*saved.vision.exits, *arch.vision.exits}))
+    if saved.vision.exit_sum and every != arch.vision.exits:
+        hints.append(f"--config.clip.exits={every}: its full depth sums the heads of all its exits")
     elif any(name.startswith("exit_logit_scale/") for name in extra):
         hints.append(f"--config.clip.temperature={saved.temperature}")
     if "logit_bias" in extra:
