@@ -4,7 +4,7 @@ As in ICAR, a pretrained CLIP gets its exits by training on: the full tower, the
 are pretrained once for a dataset, each on the same pairs (for `shaded` after those of scenes), and every recipe goes on from
 there: all see the same number of pairs, but for `frozen` ones, which go on from the baseline, and in the same order for the
 same seed, but for `summed`, which starts from scratch. The ablation puts one lever at a time on top of `shared`, and merging on
-a tower without exits; `combined` is the candidate that puts several together.
+a tower without exits; the `combined` ones put several together, of which `combined_gently` is what docs/recipe.md recommends.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Sizes:
     router_steps: int = 2000
     head_blocks: int = 2  # blocks below the head of the routers `blocks` and `regret`
     head_steps: int = 500
-    # Shares of the baseline's counted cost; of a tower that merges patches all lie below its own.
+    # Shares of the baseline's counted cost; those from a recipe's own full depth up become notes.
     budgets: tuple[float, ...] = (BUDGET, 0.80)
     merged_budgets: tuple[float, ...] = (0.58, 0.60, 0.62, 0.64, 0.66, 0.67)
     bootstrap: int = 2000

@@ -90,7 +90,7 @@ def _frontier(axes: Axes, dataset: str, part: Mapping[str, Any]) -> None:
         if not RECIPES[row["recipe"]].exits:
             _point(axes, row, row["recipe"], "#000000", "o")
     count = max(len(row["seeds"]) for row in rows)
-    axes.set_xlabel("FLOPs per image, % of the baseline's, router included (thin lines end at the measured time)")
+    axes.set_xlabel("FLOPs per image, % of the baseline's, router included (thin lines: to its time)")
     axes.set_ylabel("mean recall kept, %")
     axes.set_title(
         f"{dataset}: {best}, gallery of {part['gallery']['images']:,} images, {count} seed{'s' if count > 1 else ''}",
@@ -127,7 +127,7 @@ def cost(row: Row) -> float:
 
 
 def _curve(axes: Axes, rows: Sequence[Row], label: str, **style: Any) -> None:
-    """Against counted FLOPs, which every row has and noise has not; routed rows also say their time."""
+    """Against counted FLOPs, which every row has and which do not vary; routed rows also say their time."""
     rows = sorted((row for row in rows if row["retention"] is not None), key=lambda row: row["counted"])
     if not rows:
         return

@@ -9,7 +9,8 @@ cosines are offset cannot be ranked against each other, even where each ranks we
 Rank flips: share of queries whose rank is better, the same or worse where the image alone leaves early and all others run to
 full depth.
 Regret: what leaving early costs an image, the fall of its mean recall at 1, 5 and 10 with that of its captions. Beside its rank
-correlation with each router's score stands the share of the oracle's gain over dice, at equal shares, that the router captures.
+correlation with each router's score stands the share of the oracle's gain over dice, at equal shares, that the router captures:
+in its dearest row within the goal's time, or the cheapest where none is within it.
 """
 
 from __future__ import annotations
@@ -229,7 +230,8 @@ def _captured(found: Mapping[str, Any] | None) -> str:
         return "-"
     share, rank = found.get("captured"), found["spearman"]
     text = "-" if share is None else f"{share['value']:.0f} [{share['low']:.0f}, {share['high']:.0f}]"
-    return f"{text} ({'-' if rank is None else f'{rank:.2f}'})"
+    at = f" at {found['budget']:.2f}" if "budget" in found else ""
+    return f"{text}{at} ({'-' if rank is None else f'{rank:.2f}'})"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -45,7 +45,7 @@ def get_config(task: str = "clip") -> ExperimentConfig:
             data=DataConfig(source="scenes", vocabulary=512),
             optim=OptimConfig(lr=5e-4, exit_lr=1e-3, warmup_steps=30),
             train=TrainConfig(steps=300, batch_size=64, checkpoint_every=100, init="workdir/demo"),
-            eval=EvalConfig(split="val", size=500, complexity="workdir/cheaper/router", early_share=(0.2,)),
+            eval=EvalConfig(split="val", size=500, complexity="workdir/cheaper/router", early_share=(0.4,)),
         )  # fmt: skip
     if task == "complexity":
         return ExperimentConfig(

@@ -8,7 +8,7 @@
 
 configs/vit_l14_finetune.py:coco and :flickr30k follow docs/recipe.md, which was found on small towers: patches are merged a
 third and half of the way up, the tower is held to what the converted one said, an exit two thirds of the way weighs a
-twentieth, and a head that reads where merging begins (:coco,router) learns which fifth of the images to send out there.
+twentieth, and a head that reads where merging begins (:coco,router) learns which images to send out there.
 :coco,paper and :flickr30k,paper are the dual-path fine-tuning of the ICAR paper, whose rates both have. The folder holds
 dataset_coco.json or dataset_flickr30k.json and the pictures. Ten epochs at 128 pairs a step, one for the router; one caption of
 each picture is drawn an epoch.
@@ -54,7 +54,7 @@ def get_config(argument: str = "coco") -> ExperimentConfig:
     else:
         clip = ClipConfig(variant="vit_l14", exits=(16,), exit_head="attention", merge=MERGE, temperature="shared")
         loss = LossConfig(exit_weights=(0.05, 1.0), distill_init=10.0)
-        evaluation = EvalConfig(split="val", complexity="workdir/cheaper/router", early_share=(0.2,))
+        evaluation = EvalConfig(split="val", complexity="workdir/cheaper/router", early_share=(0.4,))
     return ExperimentConfig(
         clip=clip,
         loss=loss,
