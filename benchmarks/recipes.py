@@ -71,7 +71,7 @@ class Sizes:
     head_steps: int = 500
     # Shares of the baseline's counted cost; those from a recipe's own full depth up become notes.
     budgets: tuple[float, ...] = (BUDGET, 0.80)
-    merged_budgets: tuple[float, ...] = (0.58, 0.60, 0.62, 0.64, 0.66, 0.67)
+    merged_budgets: tuple[float, ...] = (0.58, 0.60, 0.62, 0.64, 0.66, 0.67, 0.68)
     bootstrap: int = 2000
     random_draws: int = 10
     eval_batch: int = 64  # of 512 images that are timed: large ones would leave the queues of the exits half empty
