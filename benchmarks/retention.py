@@ -137,7 +137,7 @@ def evaluate(plan: Plan, job: Job, children: Children, log: Path | None = None) 
     )  # fmt: skip
     if retention_rows.evaluated(asked_for):
         return False
-    print(f"-- evaluate {job.run.name}", flush=True)
+    print(f"-- evaluate {job.run.name}\n", end="", flush=True)  # at once: other threads print too
     file = job.run.workdir.with_name(f"{seed}.evaluate.json")
     files.write_text(file, json.dumps(asked_for, indent=1) + "\n")
     children.call([sys.executable, Path(retention_rows.__file__), file], log)

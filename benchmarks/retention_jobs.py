@@ -92,7 +92,7 @@ class Progress:
             seconds = time.perf_counter() - self._begun
             left = "" if not self._pairs else f"; about {_duration(self._left * seconds / self._pairs)} left"
             where = "" if log is None else f" ({log})"
-            print(f"\n== run {self._number[run.workdir]} of {len(self._number)}: {run.name}{where}{left}", flush=True)
+            print(f"\n== run {self._number[run.workdir]} of {len(self._number)}: {run.name}{where}{left}\n", end="", flush=True)
 
     def end(self, run: Run) -> None:
         with self._lock:
