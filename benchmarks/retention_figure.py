@@ -37,11 +37,13 @@ def _forest(axes: Axes, dataset: str, rows: Sequence[Row]) -> None:
     names = list(dict.fromkeys(row["recipe"] for row in rows if row["retention"] is not None and row["recipe"] != "baseline"))
     routers = [name for name in STYLES if any(row.get("router") == name for row in rows)]
     _lines(axes.axvline)
+    said: set[str] = set()  # a label stands at the first mark of its kind
     for y, name in enumerate(names):
         full = next((row for row in rows if row["recipe"] == name and row["row"] == "full"), None)
         if full is not None:
             label = "the recipe's own full depth, at any cost"
-            _bar(axes, full, y, "#000000", "o", "full", label if not y else None)
+            _bar(axes, full, y, "#000000", "o", "full", None if label in said else label)
+            said.add(label)
         for i, router in enumerate(routers):
             colour, marker = STYLES.get(router, OTHER)
             at = y + 0.55 * ((i + 1) / (len(routers) + 1) - 0.5)
@@ -49,17 +51,13 @@ def _forest(axes: Axes, dataset: str, rows: Sequence[Row]) -> None:
                 row = within_budget(rows, name, router, bool(suffix))
                 if row is not None and cost(row) <= BUDGET:
                     label = f"routed by {router}" + (", scores calibrated" if suffix else "")
-                    _bar(axes, row, at, colour, marker, fill, label if name == _first(names, rows) else None)
+                    _bar(axes, row, at, colour, marker, fill, None if label in said else label)
+                    said.add(label)
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel("mean recall kept, % of the baseline's (95% interval)")
     axes.set_title(f"{dataset}: every recipe, routed within {BUDGET:.0%} of the baseline's time", fontsize=10.5)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=8)
-
-
-def _first(names: Sequence[str], rows: Sequence[Row]) -> str | None:
-    """The recipe whose marks carry the labels: the first that is routed."""
-    return next((n for n in names if any(row["recipe"] == n and row["kind"] == "routed" for row in rows)), None)
 
 
 def _bar(axes: Axes, row: Row, y: float, colour: str, marker: str, fill: str, label: str | None) -> None:
