@@ -1,15 +1,18 @@
-"""A run that starts from a checkpoint: its own tokenizer, and a word where pictures are prepared otherwise."""
+"""A run that starts from a checkpoint: its own tokenizer, a word where pictures are prepared otherwise, exits it lacks."""
 
+import dataclasses
 import shutil
 
 import pytest
-from conftest import CAPTIONS, tiny_config
+from conftest import CAPTIONS, random_clip, tiny_config
 
-from icar_jax import checkpoint
-from icar_jax.config import ConfigError
+from icar_jax import checkpoint, pytree
+from icar_jax.config import ConfigError, from_dict
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
-from icar_jax.training.initial import note_preprocessing
+from icar_jax.models.clip import Clip, ClipArch
+from icar_jax.models.vision import VisionArch
+from icar_jax.training.initial import load_params, note_preprocessing
 from icar_jax.training.opening import tokenizer_of
 
 
@@ -58,3 +61,29 @@ def test_other_preprocessing_than_that_of_the_checkpoint_is_said(clip_folder):
         f"{clip_folder}: its pictures were prepared otherwise: resize_mode 'squash' there, 'crop' here; "
         "interpolation 'bicubic' there, 'bilinear' here (config.data)"
     ]
+
+
+def load(folder, arch, **kwargs):
+    return pytree.flatten(load_params(folder, "clip", arch, Clip(arch).shapes(), **kwargs))
+
+
+def with_exits(arch, exits):
+    return dataclasses.replace(arch, vision=dataclasses.replace(arch.vision, exits=exits))
+
+
+def test_exits_that_the_run_lacks_are_left_out_and_said(clip_folder):
+    saved = from_dict(checkpoint.describe(clip_folder)["arch"], ClipArch)
+    cases = {(2,): "exits 1 are left out, the run has (2,)", (): "exits 1, 2 are left out, the run has none"}
+    for exits, words in cases.items():
+        said = []
+        found = load(clip_folder, with_exits(saved, exits), note=said.append)
+        assert not [name for name in found if "exits/1/" in name or name == "exit_logit_scale/1"]
+        assert any(words in line for line in said)
+
+
+def test_exits_that_full_depth_sums_are_not_left_out(tmp_path):
+    vision = VisionArch(32, 8, 32, 3, 4, 64, 24, exits=(1, 2), exit_sum=True)
+    folder = random_clip(tmp_path / "model", vision)
+    saved = from_dict(checkpoint.describe(folder)["arch"], ClipArch)
+    with pytest.raises(ConfigError, match=r"unexpected: vision/exits/1/[^~]*--config.clip.exits=\(1, 2\): its full depth sums"):
+        load(folder, with_exits(saved, (2,)))

@@ -9,7 +9,6 @@ import optax
 import orbax.checkpoint as ocp
 import parity_cases
 import pytest
-from conftest import random_clip
 from jaxprs import equations
 
 from icar_jax import checkpoint, pytree
@@ -292,24 +291,6 @@ def test_every_difference_and_its_remedy_is_named_at_once(clip_folder):
         assert part in message, message
     with pytest.raises(ConfigError, match=r"--config.clip.temperature=own"):
         load(clip_folder, dataclasses.replace(saved, temperature="shared"))
-
-
-def test_exits_that_the_run_lacks_are_left_out_and_said(clip_folder):
-    saved = from_dict(checkpoint.describe(clip_folder)["arch"], ClipArch)
-    cases = {(2,): "exits 1 are left out, the run has (2,)", (): "exits 1, 2 are left out, the run has none"}
-    for exits, words in cases.items():
-        said = []
-        found = load(clip_folder, changed(saved, {"exits": exits}), note=said.append)
-        assert not [name for name in found if "exits/1/" in name or name == "exit_logit_scale/1"]
-        assert any(words in line for line in said)
-
-
-def test_exits_that_full_depth_sums_are_not_left_out(tmp_path):
-    vision = VisionArch(32, 8, 32, 3, 4, 64, 24, exits=(1, 2), exit_sum=True)
-    folder = random_clip(tmp_path / "model", vision)
-    saved = from_dict(checkpoint.describe(folder)["arch"], ClipArch)
-    with pytest.raises(ConfigError, match=r"unexpected: vision/exits/1/[^~]*--config.clip.exits=\(1, 2\): its full depth sums"):
-        load(folder, changed(saved, {"exits": (2,)}))
 
 
 def test_another_size_names_the_variant(tmp_path, clip_folder):

@@ -317,8 +317,7 @@ def _clip_hints(arch: ClipArch, saved: ClipArch, leaves: Mapping[str, Any], shap
     extra = [name for name in leaves if name not in wanted]
     if any(_RESIDUAL.match(name) for name in extra) and arch.vision.exit_head != saved.vision.exit_head:
         hints.append(f"--config.clip.exit_head={saved.vision.exit_head}")
-    every = tuple(sorted({*saved.vision.exits, *arch.vision.exits}))
-    if saved.vision.exit_sum and every != arch.vision.exits:
+    if saved.vision.exit_sum and (every := tuple(sorted({*saved.vision.exits, *arch.vision.exits}))) != arch.vision.exits:
         hints.append(f"--config.clip.exits={every}: its full depth sums the heads of all its exits")
     elif any(name.startswith("exit_logit_scale/") for name in extra):
         hints.append(f"--config.clip.temperature={saved.temperature}")
