@@ -71,8 +71,7 @@ def jobs(plan: Plan, heads: bool = True) -> list[Job]:
             sizes = SETTINGS[plan.setting][dataset]
             config = recipes.clip_config(name, dataset, sizes, recipes.PRETRAINING_SEED, plan.photos, plan.out)
             workdir = recipes.folder(plan.out, dataset, name, recipes.PRETRAINING_SEED)
-            start = recipes.start_of(name, dataset, sizes, recipes.PRETRAINING_SEED, plan.out)
-            found.append(Job(Run(f"{dataset}/{name}", workdir, config), needs=(start,) if start else ()))
+            found.append(Job(Run(f"{dataset}/{name}", workdir, config)))
     others = [name for name in plan.recipes if name not in FIRST]
     for seed, names in [(seed, names) for names in (FIRST, others) for seed in plan.seeds]:
         for dataset in plan.datasets:
@@ -82,11 +81,10 @@ def jobs(plan: Plan, heads: bool = True) -> list[Job]:
                 config = recipes.clip_config(name, dataset, plan.sizes[dataset], seed, plan.photos, plan.out)
                 run = Run(f"{dataset}/{name}/seed {seed}", recipes.folder(plan.out, dataset, name, seed), config)
                 of = dataset, name, seed
-                needs = [recipes.start_of(name, dataset, plan.sizes[dataset], seed, plan.out)]
-                needs += [recipes.folder(plan.out, dataset, "baseline", seed)] if name != "baseline" else []
-                needs += [plan.out / "router"] if config.clip.exits and "complexity" in plan.routers else []
+                judged_by = [recipes.folder(plan.out, dataset, "baseline", seed)] if name != "baseline" else []
+                judged_by += [plan.out / "router"] if config.clip.exits and "complexity" in plan.routers else []
                 given = tuple(heads_of(plan, *of, config.clip.exits)) if heads else ()
-                found.append(Job(run, given, of, tuple(each for each in needs if each)))
+                found.append(Job(run, given, of, tuple(judged_by)))
     return found
 
 

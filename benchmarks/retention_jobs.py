@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -34,11 +35,17 @@ class Job:
     run: Run
     heads: tuple[Run, ...] = ()
     of: tuple[str, str, int] | None = None  # dataset, recipe, seed
-    needs: tuple[Path, ...] = ()  # workdirs that must be finished before
+    judged_by: tuple[Path, ...] = ()  # workdirs that its evaluation reads
 
     @property
     def runs(self) -> tuple[Run, ...]:
         return (self.run, *self.heads)
+
+    @property
+    def ready(self) -> bool:
+        """Whether everything is finished that it starts from or is judged by."""
+        start = self.run.config.train.init
+        return all(map(_finished, (*([Path(start)] if start else []), *self.judged_by)))
 
 
 class Children:
@@ -69,6 +76,8 @@ class Children:
             if file is not None:
                 file.close()
         if status:
+            if log is not None and not self._stopped:  # the terminal has not seen why
+                print(f"failed, see {log}\n", end="", file=sys.stderr, flush=True)
             raise subprocess.CalledProcessError(status, command)
 
     def stop(self) -> None:
@@ -100,7 +109,7 @@ class Progress:
 
 
 def work_through(todo: Sequence[Job], do: Callable[[Job], None], side_by_side: int, children: Children) -> None:
-    """Calls `do` for every job, so many at a time: each is the first whose needs are finished, with its share of the cores.
+    """Calls `do` for every job, so many at a time: each is the first that is ready, with its share of the cores.
 
     Raises what the first job that failed raised, once the others have been stopped.
     """
@@ -114,7 +123,7 @@ def work_through(todo: Sequence[Job], do: Callable[[Job], None], side_by_side: i
         with changed:
             while waiting and not failed:
                 for job in waiting:
-                    if all(map(_finished, job.needs)):
+                    if job.ready:
                         waiting.remove(job)
                         return job
                 changed.wait()

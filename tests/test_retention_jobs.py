@@ -16,8 +16,10 @@ import retention_jobs as jobs  # noqa: E402
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
 
-def job(folder: Path, name: str, *needs: str) -> jobs.Job:
-    return jobs.Job(jobs.Run(name, folder / name, tiny_config()), needs=tuple(folder / each for each in needs))
+def job(folder: Path, name: str, start: str = "", *judged_by: str) -> jobs.Job:
+    config = tiny_config()
+    config.train.init = str(folder / start) if start else ""
+    return jobs.Job(jobs.Run(name, folder / name, config), judged_by=tuple(folder / each for each in judged_by))
 
 
 def finish(each: jobs.Job) -> None:
@@ -32,7 +34,7 @@ def test_a_job_begins_when_what_it_needs_is_finished(tmp_path, side_by_side):
 
     def do(each):
         nonlocal at_once, most
-        assert all((need / "model" / "icar.json").is_file() for need in each.needs)
+        assert each.ready
         with lock:
             begun.append(each.run.name)
             at_once += 1
@@ -44,6 +46,7 @@ def test_a_job_begins_when_what_it_needs_is_finished(tmp_path, side_by_side):
 
     jobs.work_through(todo, do, side_by_side, jobs.Children())
     assert sorted(begun) == ["a", "b", "c", "d"] and begun[-1] == "d" and most == min(side_by_side, 2)
+    assert begun.index("a") < begun.index("b")
     if side_by_side > 1:
         assert set(begun[:2]) == {"a", "c"}  # b waits for a, c goes first
 
@@ -64,12 +67,13 @@ def test_a_job_that_fails_stops_the_others(tmp_path):
     assert time.perf_counter() - begin < 30 and sorted(asked) == ["a", "b"]
 
 
-def test_a_program_that_fails_says_so_and_its_output_is_kept(tmp_path):
+def test_a_program_that_fails_says_so_and_its_output_is_kept(tmp_path, capfd):
     children, log = jobs.Children(), tmp_path / "x.log"
     children.call([sys.executable, "-c", "print('one')"], log)
     with pytest.raises(subprocess.CalledProcessError) as failed:
         children.call([sys.executable, "-c", "print('two'); raise SystemExit(3)"], log)
     assert failed.value.returncode == 3 and log.read_text().split() == ["one", "two"]
+    assert f"failed, see {log}" in capfd.readouterr().err
     children.stop()
     with pytest.raises(subprocess.CalledProcessError):
         children.call([sys.executable, "-c", "print('three')"], log)
