@@ -11,8 +11,7 @@ import dataclasses
 import functools
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +27,14 @@ from icar_jax.convert.errors import ConvertError
 from icar_jax.convert.positions import resize_positions
 from icar_jax.convert.tensors import read_weights
 from icar_jax.data.images import Preprocess
-from icar_jax.models import registry
 from icar_jax.models.clip import LOGIT_BIAS_START, SIGMOID_SCALE_START, ClipArch, exit_sources
-from icar_jax.models.complexity import ComplexityArch
 from icar_jax.models.convnext import ConvNeXtArch
 from icar_jax.models.scorers import ScorerArch, scorer_arch
+from icar_jax.training import misfits
 
 _OF_AN_EXIT = ("vision/exits", "exit_logit_scale", "exit_logit_bias")
 KINDS = {"clip": ("clip",), "complexity": ("complexity", "convnext")}
-# What a variant of the registry fixes, and what a checkpoint says beside it: shapes do not tell these, and no field sets them.
-_SIZES = ("width", "depth", "mlp_width", "embed_dim", "patch_size")
-_MANNERS = ("activation", "heads", "norm_eps", "head", "class_token", "patch_bias", "pre_norm", "causal", "proj_bias")
 _SUMMED = {False: "one head each", True: "summed heads (exit_sum)"}
-_RESIDUAL = re.compile(r"vision/exits/\d+/residual/")
 _SHOWN = 20  # lines of differing parameters
 
 
@@ -53,19 +47,19 @@ def adopt(arch: Any, path: str | os.PathLike) -> Any:
     if not isinstance(arch, ClipArch):
         return arch
     saved = saved_clip(path)
-    lines = _size_differences(arch, saved)
+    lines = misfits.size_differences(arch, saved)
     if lines:
-        raise _refusal(path, lines, [_clip_variant(saved)])
+        raise misfits.refusal(path, lines, [misfits.clip_variant(saved)])
     if arch.vision.exit_sum != saved.vision.exit_sum:
         raise ConfigError(
             f"config.train.init={os.fspath(path)}: its embeddings are those of {_SUMMED[saved.vision.exit_sum]}, and with "
             f"config.clip.exit_sum={arch.vision.exit_sum} full depth would begin somewhere else; set it to "
             f"{saved.vision.exit_sum}, or begin without config.train.init"
         )
-    vision = {name: getattr(saved.vision, name) for name in _MANNERS if hasattr(saved.vision, name)}
+    vision = {name: getattr(saved.vision, name) for name in misfits.MANNERS if hasattr(saved.vision, name)}
     if saved.vision.head == "map":
         vision["pool"] = "map"  # the only way its exits can start from its head
-    text = {name: getattr(saved.text, name) for name in (*_MANNERS, "pool") if hasattr(saved.text, name)}
+    text = {name: getattr(saved.text, name) for name in (*misfits.MANNERS, "pool") if hasattr(saved.text, name)}
     if saved.text.pool != "end":
         text["end_id"] = saved.text.end_id  # not used
     if saved.text.pool == "last" and arch.text.vocabulary < saved.text.vocabulary:
@@ -124,20 +118,20 @@ def load_params(
     if kind == "clip":
         saved = _saved_arch(path, folder, ClipArch)
         leaves = _fit_clip(path, arch, saved, leaves, shapes, fresh, note, exit_start)
-        lines = _size_differences(arch, saved) + _manner_differences(arch, saved)
-        hints = lambda: _clip_hints(arch, saved, leaves, shapes)
+        lines = misfits.size_differences(arch, saved) + misfits.manner_differences(arch, saved)
+        hints = lambda: misfits.clip_hints(arch, saved, leaves, shapes)
     elif description["kind"] == "convnext":
         saved = _saved_arch(path, folder, ConvNeXtArch)
         leaves = _fit_backbone(leaves, fresh, note)
-        lines, hints = [], lambda: [_backbone_variant(saved)]
+        lines, hints = [], lambda: [misfits.backbone_variant(saved)]
     else:
         saved = _saved_arch(path, folder, ScorerArch)
-        lines, hints = [], lambda: _complexity_hints(arch, saved)
+        lines, hints = [], lambda: misfits.complexity_hints(arch, saved)
     found = pytree.unflatten(leaves)
     differing = pytree.differences(shapes, found)
     if lines or differing:
         more = [f"... and {len(differing) - _SHOWN} more parameters"] if len(differing) > _SHOWN else []
-        raise _refusal(path, [*lines, *differing[:_SHOWN], *more], hints())
+        raise misfits.refusal(path, [*lines, *differing[:_SHOWN], *more], hints())
     return found
 
 
@@ -207,15 +201,6 @@ def _saved_arch(path: str | os.PathLike, folder: Path, arch: type) -> Any:
         raise _error(path, error) from error
 
 
-def _refusal(path: str | os.PathLike, lines: Iterable[str], hints: Iterable[str]) -> ConfigError:
-    listed = "\n  ".join(lines)
-    fixes = "\n  ".join(dict.fromkeys(hint for hint in hints if hint))
-    return ConfigError(
-        f"config.train.init={os.fspath(path)} does not fit the model that the configuration describes:\n  {listed}"
-        + (f"\nTo start from these weights:\n  {fixes}" if fixes else "")
-    )
-
-
 # --- fitting -----------------------------------------------------------------------------------------------------------------
 
 
@@ -255,7 +240,7 @@ def _fit_clip(
              f"{LOGIT_BIAS_START:g}, as SigLIP's")  # fmt: skip
     exits_of = lambda names: ", ".join(map(str, sorted({int(name.split("/")[2]) for name in names})))
     new_heads = [target for target in wanted if target not in leaves and target.startswith("vision/exits/")]
-    residuals = [target for target in new_heads if _RESIDUAL.match(target)]
+    residuals = [target for target in new_heads if misfits.RESIDUAL.match(target)]
     random = [target for target in new_heads if target not in residuals] if exit_start == "random" else []
     copied = {t: s for t, s in exit_sources(shapes).items() if t not in leaves and s in leaves and t not in random}
     leaves |= {target: leaves[source] for target, source in copied.items()}
@@ -280,72 +265,3 @@ def _fit_backbone(leaves: dict[str, Leaf], fresh: Callable[[], Mapping[str, Any]
     head = pytree.flatten(fresh()["head"], "head")
     note("the backbone's weights are taken, its classes left out; the head of complexity starts at random")
     return {f"backbone/{name}": leaf for name, leaf in leaves.items() if not name.startswith("head/fc/")} | head
-
-
-# --- what does not fit, and what to do about it ------------------------------------------------------------------------------
-
-
-def _differing(tower: str, run: Any, saved: Any, names: Iterable[str]) -> list[str]:
-    pairs = {name: (getattr(saved, name), getattr(run, name)) for name in names if hasattr(run, name)}
-    return [f"{tower} {name}: {a!r} in the checkpoint, {b!r} in the run" for name, (a, b) in pairs.items() if a != b]
-
-
-def _size_differences(arch: ClipArch, saved: ClipArch) -> list[str]:
-    return _differing("vision", arch.vision, saved.vision, _SIZES) + _differing("text", arch.text, saved.text, _SIZES)
-
-
-def _manner_differences(arch: ClipArch, saved: ClipArch) -> list[str]:
-    """What shapes do not show: with another activation or pooled token the same weights are another model."""
-    vision, text = (*_MANNERS,), (*_MANNERS, "pool")
-    if set(arch.vision.exits) & set(saved.vision.exits):
-        vision += ("pool",)
-    if saved.text.pool == "end":
-        text += ("end_id",)
-    return _differing("vision", arch.vision, saved.vision, vision) + _differing("text", arch.text, saved.text, text)
-
-
-def _clip_hints(arch: ClipArch, saved: ClipArch, leaves: Mapping[str, Any], shapes: pytree.Tree) -> list[str]:
-    hints = [_clip_variant(saved)] if _size_differences(arch, saved) else []
-    if arch.text.vocabulary != saved.text.vocabulary or arch.text.end_id != saved.text.end_id:
-        hints.append(
-            f"the tokenizer has {arch.text.vocabulary} tokens, the checkpoint's had {saved.text.vocabulary}: leave "
-            "config.data.tokenizer empty, which takes the checkpoint's, or name the file it was trained with"
-        )
-    if arch.text.context_length > saved.text.context_length:
-        hints.append(f"--config.clip.context_length={saved.text.context_length} or less")
-    wanted = pytree.flatten(shapes)
-    extra = [name for name in leaves if name not in wanted]
-    if any(_RESIDUAL.match(name) for name in extra) and arch.vision.exit_head != saved.vision.exit_head:
-        hints.append(f"--config.clip.exit_head={saved.vision.exit_head}")
-    if saved.vision.exit_sum and (every := tuple(sorted({*saved.vision.exits, *arch.vision.exits}))) != arch.vision.exits:
-        hints.append(f"--config.clip.exits={every}: its full depth sums the heads of all its exits")
-    elif any(name.startswith("exit_logit_scale/") for name in extra):
-        hints.append(f"--config.clip.temperature={saved.temperature}")
-    if "logit_bias" in extra:
-        hints.append("--config.loss.kind=sigmoid: it was trained with a logit bias")
-    if arch.vision.pool != saved.vision.pool and set(arch.vision.exits) & set(saved.vision.exits):
-        hints.append(f"--config.clip.pool={saved.vision.pool}")
-    return hints
-
-
-def _clip_variant(saved: ClipArch) -> str:
-    """The variant with these sizes, as flags."""
-    same = [n for n, a in registry.CLIP.items() if not [x for x in _size_differences(a, saved) if " patch_size" not in x]]
-    if not same:
-        return "no variant of models/registry.py has its sizes; add one"
-    exact = next((n for n in same if registry.CLIP[n].vision.patch_size == saved.vision.patch_size), None)
-    patch = "" if exact else f" --config.clip.patch_size={saved.vision.patch_size}"
-    return f"--config.clip.variant={exact or same[0]}{patch}"
-
-
-def _backbone_variant(saved: ConvNeXtArch) -> str:
-    plain = dataclasses.replace(saved, num_classes=0)
-    name = next((name for name, arch in registry.CONVNEXT.items() if arch == plain), None)
-    return f"--config.complexity.variant={name}" if name else "no variant of models/registry.py has its sizes; add one"
-
-
-def _complexity_hints(arch: ScorerArch, saved: ScorerArch) -> list[str]:
-    if not isinstance(saved, ComplexityArch):
-        return ["it is a head on the blocks of a CLIP; start from a ConvNeXt"]
-    hints = [_backbone_variant(saved.backbone)] if arch.backbone != saved.backbone else []
-    return hints + ([f"--config.complexity.head={saved.head}"] if arch.head != saved.head else [])
