@@ -14,6 +14,7 @@ from icar_jax.evaluation import figures
 
 STYLES = {"complexity": ("#D55E00", "D"), "regret": ("#0072B2", "s"), "blocks": ("#009E73", "^")}  # colour, marker
 OTHER = ("#CC79A7", "v")  # of a router that has no style
+EXIT = "#882255"
 GOAL = 99.0
 Row = Mapping[str, Any]
 
@@ -33,26 +34,32 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
 
 
 def _forest(axes: Axes, dataset: str, rows: Sequence[Row]) -> None:
-    """A line a recipe: its own full depth, and the dearest routing of each router within the goal's time."""
+    """A line a recipe: its own full depth, its exits for all images, and the dearest routing of each router within the goal's
+    time, or where none is within it the cheapest, paler."""
     names = list(dict.fromkeys(row["recipe"] for row in rows if row["retention"] is not None and row["recipe"] != "baseline"))
     routers = [name for name in STYLES if any(row.get("router") == name for row in rows)]
     _lines(axes.axvline)
-    said: set[str] = set()  # a label stands at the first mark of its kind
+    marks: list[tuple[Row, float, tuple[str, str, str], str]] = []
     for y, name in enumerate(names):
-        full = next((row for row in rows if row["recipe"] == name and row["row"] == "full"), None)
-        if full is not None:
-            label = "the recipe's own full depth, at any cost"
-            _bar(axes, full, y, "#000000", "o", "full", None if label in said else label)
-            said.add(label)
+        own = [row for row in rows if row["recipe"] == name]
+        for row in own:
+            if row["row"] == "full":
+                marks.append((row, y, ("#000000", "o", "full"), "the recipe's own full depth, at any cost"))
+            elif row["kind"] == "exit":
+                marks.append((row, y, (EXIT, "*", "full"), "an exit for all images"))
         for i, router in enumerate(routers):
-            colour, marker = STYLES.get(router, OTHER)
-            at = y + 0.55 * ((i + 1) / (len(routers) + 1) - 0.5)
+            at = y + 0.55 * ((i + 1) / (len(routers) + 1) - 0.5) if len(routers) > 1 else y + 0.22
             for suffix, fill in (("", "full"), (" affine", "none")):
                 row = within_budget(rows, name, router, bool(suffix))
-                if row is not None and cost(row) <= BUDGET:
+                if row is not None:
                     label = f"routed by {router}" + (", scores calibrated" if suffix else "")
-                    _bar(axes, row, at, colour, marker, fill, None if label in said else label)
-                    said.add(label)
+                    marks.append((row, at, (*STYLES.get(router, OTHER), fill), label))
+    said: set[str] = set()  # a label stands at the first mark of its kind
+    for row, y, style, label in marks:
+        beyond = row["kind"] == "routed" and cost(row) > BUDGET
+        label += f", beyond {BUDGET:.0%} of the time" if beyond else ""
+        _bar(axes, row, y, style, 0.4 if beyond else 1.0, None if label in said else label)
+        said.add(label)
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel("mean recall kept, % of the baseline's (95% interval)")
@@ -60,11 +67,12 @@ def _forest(axes: Axes, dataset: str, rows: Sequence[Row]) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=8)
 
 
-def _bar(axes: Axes, row: Row, y: float, colour: str, marker: str, fill: str, label: str | None) -> None:
-    kept = row["retention"]
+def _bar(axes: Axes, row: Row, y: float, style: tuple[str, str, str], alpha: float, label: str | None) -> None:
+    """A mark (colour, marker, fillstyle) with its interval."""
+    kept, (colour, marker, fill) = row["retention"], style
     bars = [[max(kept["value"] - kept["low"], 0)], [max(kept["high"] - kept["value"], 0)]]
-    style = {"color": colour, "marker": marker, "fillstyle": fill, "markersize": 4.5, "linewidth": 1, "capsize": 1.5}
-    axes.errorbar(kept["value"], y, xerr=bars, linestyle="none", label=label, **style)
+    drawn = {"color": colour, "marker": marker, "fillstyle": fill, "alpha": alpha}
+    axes.errorbar(kept["value"], y, xerr=bars, linestyle="none", label=label, markersize=4.5, linewidth=1, capsize=1.5, **drawn)
 
 
 def _frontier(axes: Axes, dataset: str, part: Mapping[str, Any]) -> None:
@@ -83,7 +91,7 @@ def _frontier(axes: Axes, dataset: str, part: Mapping[str, Any]) -> None:
             _curve(axes, others, f"{_WORDS[kind]}, shares of {router}", color=colour, linestyle=line, linewidth=0.9)
     for row in own:
         if row["kind"] in ("exit", "full"):
-            _point(axes, row, row["row"].replace("exit_", "exit "), "#882255", "*")
+            _point(axes, row, row["row"].replace("exit_", "exit "), EXIT, "*")
     for row in rows:
         if not RECIPES[row["recipe"]].exits:
             _point(axes, row, row["recipe"], "#000000", "o")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import random_clip, tiny_config
+from matplotlib.figure import Figure
 
 from icar_jax.config import ConfigError
 from icar_jax.evaluation.calibration import costs
@@ -291,6 +292,24 @@ def test_the_row_shown_is_the_dearest_within_the_time_not_the_one_that_keeps_mos
     shown = [each["row"] for each in retention_report.shown(rows)]
     assert shown == ["regret@0.65", "regret@0.65 random", "regret@0.70 affine"]
     assert retention_figure.within_budget(rows, "shared", "blocks", False) is None
+
+
+def test_a_routing_that_takes_too_long_is_drawn_paler_not_left_out():
+    def row(recipe, name, measured, kept, kind, router=None):
+        return {"recipe": recipe, "row": name, "kind": kind, "router": router, "measured": measured, "counted": measured,
+                "retention": {"value": kept, "low": kept - 1, "high": kept + 1}}  # fmt: skip
+
+    rows = [row("icar", "full", 1.0, 95, "full"), row("icar", "exit_3", 0.5, 57, "exit"),
+            row("icar", "complexity@0.70", 0.75, 66, "routed", "complexity"),
+            row("shared", "complexity@0.60", 0.62, 90, "routed", "complexity")]  # fmt: skip
+    axes = Figure().subplots()
+    retention_figure._forest(axes, "scenes", rows)
+    marks = {each.get_label(): each.lines[0] for each in axes.containers}
+    assert {label: mark.get_xdata()[0] for label, mark in marks.items()} == {
+        "the recipe's own full depth, at any cost": 95, "an exit for all images": 57,
+        "routed by complexity, beyond 70% of the time": 66, "routed by complexity": 90,
+    }  # fmt: skip
+    assert marks["routed by complexity, beyond 70% of the time"].get_alpha() < marks["routed by complexity"].get_alpha()
 
 
 @pytest.mark.check
