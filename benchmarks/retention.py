@@ -33,7 +33,7 @@ from retention_jobs import Children, Job, Progress, Run, work_through
 
 from icar_jax import workdir as files
 from icar_jax.cli.errors import user_errors
-from icar_jax.config import to_json
+from icar_jax.config import ConfigError, to_json
 
 ROOT = Path(__file__).parent.parent
 ROUTERS = ("complexity", "regret", "blocks")
@@ -77,7 +77,7 @@ def jobs(plan: Plan, heads: bool = True) -> list[Job]:
         for dataset in plan.datasets:
             for name in names:
                 if plan.sizes[dataset].after and not RECIPES[name].init:
-                    continue  # from scratch it would see fewer pairs than those that went on from another dataset's towers
+                    continue  # said by `left_out`
                 config = recipes.clip_config(name, dataset, plan.sizes[dataset], seed, plan.photos, plan.out)
                 run = Run(f"{dataset}/{name}/seed {seed}", recipes.folder(plan.out, dataset, name, seed), config)
                 of = dataset, name, seed
@@ -86,6 +86,14 @@ def jobs(plan: Plan, heads: bool = True) -> list[Job]:
                 given = tuple(heads_of(plan, *of, config.clip.exits)) if heads else ()
                 found.append(Job(run, given, of, tuple(judged_by)))
     return found
+
+
+def left_out(plan: Plan) -> list[str]:
+    """A sentence for each recipe that a dataset cannot have: from scratch it would see fewer pairs than the others."""
+    return [
+        f"{dataset}/{name} is left out: it starts from scratch, the others go on from towers of {plan.sizes[dataset].after}"
+        for dataset in plan.datasets for name in plan.recipes if plan.sizes[dataset].after and not RECIPES[name].init
+    ]  # fmt: skip
 
 
 def router_folder(plan: Plan, dataset: str, router: str, recipe: str = "", seed: int = 0) -> Path:
@@ -201,11 +209,12 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Plan]
     p.add_argument("--jobs", type=int, default=1, help="runs side by side, each with its share of the cores (CPUs)")
     only = p.add_mutually_exclusive_group()
     only.add_argument("--train-only", action="store_true", help="no evaluation, no routers on the towers")
-    only.add_argument("--report-only", action="store_true", help="only what is evaluated already")
+    only.add_argument("--report-only", action="store_true", help="only what is evaluated already (of all recipes by default)")
     args = p.parse_args(arguments)
     asked = {*args.dataset} - {"both"} | ({"scenes", "photos"} if "both" in args.dataset else set())
     datasets = tuple(name for name in DATASETS if name in asked)
-    if {"photos", "shaded"} & asked and not (args.photos and Path(args.photos).is_dir()):
+    needs_photos = {"photos", "shaded"} & asked and not args.report_only
+    if needs_photos and not (args.photos and Path(args.photos).is_dir()):
         p.error(f"--photos {args.photos!r} is no folder; name the one that holds dataset*.json")
     names = list(RECIPES) if args.recipes == ["all"] else args.recipes
     if unknown := [name for name in names if name not in RECIPES]:
@@ -232,9 +241,17 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of `train`, which ends its child first
     with user_errors("stopped; the same command continues"):
         if args.report_only:
+            runs = [recipes.folder(plan.out, d, "baseline", seed) for d in plan.datasets for seed in plan.seeds]
+            if not any((run / retention_rows.ROWS).is_file() for run in runs):
+                raise ConfigError(
+                    f"{plan.out} holds no evaluated baseline of {', '.join(plan.datasets)} with seeds "
+                    f"{', '.join(map(str, plan.seeds))}: run this command without --report-only before, or name its folder"
+                )
             report(plan)
             return
         todo = jobs(plan, heads=not args.train_only)  # every configuration is checked before the first hour
+        for sentence in left_out(plan):
+            print(sentence)
         if "shaded" in plan.datasets:
             sizes = plan.sizes["shaded"]
             folder = recipes.shaded_folder(plan.out, sizes)
@@ -242,7 +259,7 @@ def main() -> None:
         try:
             run_all(plan, todo, train_only=args.train_only)
         except subprocess.CalledProcessError as error:
-            sys.exit(error.returncode)  # the program that failed has said why
+            sys.exit(error.returncode if error.returncode > 0 else 128 - error.returncode)  # it has been said why
 
 
 if __name__ == "__main__":

@@ -119,12 +119,13 @@ def best_recipe(rows: Sequence[Row]) -> str:
 def within_budget(rows: Sequence[Row], recipe: str, router: str, calibrated: bool) -> Row | None:
     """Of a recipe's rows of one router the dearest within the goal's time, or the cheapest where none is within it.
 
-    Chosen by cost: what keeps most would be chosen on the very images that it is then judged by.
+    Chosen by cost: what keeps most would be chosen on the very images that it is then judged by. Dearest by FLOPs, as times of
+    neighbouring budgets are within noise of each other.
     """
     own = [row for row in rows if row["recipe"] == recipe and row["kind"] == "routed" and row["router"] == router]
     own = [row for row in own if row["row"].endswith("affine") == calibrated and row["retention"] is not None]
     within = [row for row in own if cost(row) <= BUDGET]
-    return max(within, key=cost) if within else min(own, key=cost, default=None)
+    return max(within, key=lambda row: row["counted"]) if within else min(own, key=cost, default=None)
 
 
 def cost(row: Row) -> float:

@@ -76,8 +76,10 @@ class Children:
             if file is not None:
                 file.close()
         if status:
-            if log is not None and not self._stopped:  # the terminal has not seen why
-                print(f"failed, see {log}\n", end="", file=sys.stderr, flush=True)
+            # A program that is killed, for memory say, says nothing itself; of what goes to a log the terminal sees nothing.
+            why = f"{Path(command[1]).name} was killed by signal {-status}" if status < 0 else "failed"
+            if not self._stopped and (status < 0 or log is not None):
+                print(f"{why}{f', see {log}' if log is not None else ''}\n", end="", file=sys.stderr, flush=True)
             raise subprocess.CalledProcessError(status, command)
 
     def stop(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import equal_cost
 import numpy as np
 import recipes
 import retention_figure
@@ -75,6 +76,7 @@ def rows_of(found: Mapping[tuple[str, str], Found], against: tuple[str, str] = (
             "seeds": list(one.seeds), "mean_recall": _plain(seeds.interval(one.values)), "retention": _plain(kept),
             "counted": float(np.mean([r["counted"] for r in one.records])),
             "measured": _middle([r["measured"] for r in one.records]),
+            "measured_by_seed": [r["measured"] for r in one.records],
             "share": {e: float(np.mean([r["share"][e] for r in one.records])) for e in first["share"]},
             "recall": {k: float(np.mean([r["recall"][k] for r in one.records])) for k in first["recall"]},
         }  # fmt: skip
@@ -84,10 +86,30 @@ def rows_of(found: Mapping[tuple[str, str], Found], against: tuple[str, str] = (
             plain = row.removesuffix(retention_rows.AFFINE)
             dice, best = (name, f"{plain} random"), (name, f"{plain} oracle")
             record["minus_random"] = _plain(_difference(found, (name, row), dice))
+            record["minus_random_flops"] = _plain(over_dice(found, name, one, "counted"))
+            record["minus_random_time"] = _plain(over_dice(found, name, one, "measured"))
             record["captured"] = _plain(seeds.captured(one.values, found[dice].values, found[best].values))
             record["lacks"] = lacks(record)
         records.append(record)
     return records
+
+
+def over_dice(found: Mapping[tuple[str, str], Found], recipe: str, routed: Found, cost: str) -> Interval | None:
+    """Mean recall of a routed row minus that of dice of the same 'counted' or 'measured' cost; None where none can be told."""
+    router, others = routed.records[0]["router"], []
+    for i, seed in enumerate(routed.seeds):
+        points = [
+            equal_cost.Point(record["counted"], record["measured"], other.values[other.seeds.index(seed)])
+            for (name, _), other in found.items() if name == recipe and seed in other.seeds
+            for record in [other.records[other.seeds.index(seed)]]
+            if record["kind"] in ("full", "exit") or (record["kind"] == "random" and record["router"] == router)
+        ]  # fmt: skip
+        own = routed.records[i][cost]
+        at = None if own is None else equal_cost.by_flops(points, own) if cost == "counted" else equal_cost.by_time(points, own)
+        if at is None:
+            return None
+        others.append(at)
+    return seeds.difference(routed.values, np.stack(others))
 
 
 def lacks(record: Mapping[str, Any]) -> list[str]:
@@ -99,7 +121,7 @@ def lacks(record: Mapping[str, Any]) -> list[str]:
         missing.append(f"lower bound below {LOWEST:g}%")
     if record["measured"] is None or record["measured"] > BUDGET:
         missing.append(f"more than {BUDGET:g} of the time")
-    for other, name in (("minus_random", "dice"), ("minus_static", "the static tower")):
+    for other, name in (("minus_random_time", "dice at equal time"), ("minus_static", "the static tower")):
         if record.get(other) is None or record[other]["low"] <= 0:
             missing.append(f"not surely above {name}")
     if len(record["seeds"]) < FEWEST_SEEDS:
@@ -162,11 +184,12 @@ def markdown(record: Mapping[str, Any]) -> str:
             f"{gallery['captions']:,} captions. Mean recall is the mean of R@1, R@5 and R@10 of both directions; kept is "
             "percent of the baseline's of the same seed, which went on from the same pretrained tower without exits. "
             "Intervals: 95%, over images and the seeds of going on; pretraining is one for all. Counted FLOPs and measured "
-            "time are shares of the baseline's, the router in both; of each router the dearest row within "
-            f"{BUDGET:.2f} of the time is shown, or the cheapest.", "",
+            "time (the median over seeds, and the least and the most) are shares of the baseline's, the router in both; of "
+            f"each router the dearest row within {BUDGET:.2f} of the time is shown, or the cheapest. Over dice: at the same "
+            "shares of the exits, where dice are cheaper by the router; of the same FLOPs; of the same time.", "",
             "| recipe | row | text to image R@1/5/10 | image to text R@1/5/10 | mean recall | kept % | counted | measured "
-            "| over dice | over static | over merged | lacks |",
-            "| " + " | ".join(["---"] * 12) + " |",
+            "| over dice: shares | FLOPs | time | over static | over merged | lacks |",
+            "| " + " | ".join(["---"] * 14) + " |",
         ]  # fmt: skip
         lines += [_line(row) for row in shown(part["rows"])]
         lines += ["", *(f"- {name}: {RECIPES[name].note}" for name in record["recipes"]), ""]
@@ -189,12 +212,17 @@ def shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def _line(row: Mapping[str, Any]) -> str:
     recall, name = row["recall"], row["row"]
     triples = ["/".join(f"{recall[f'{d}_r{k}']:.1f}" for k in (1, 5, 10)) for d in ("text_to_image", "image_to_text")]
-    measured = "-" if row["measured"] is None else f"{row['measured']:.2f}"
-    over = [_points(row.get(key)) for key in ("minus_random", "minus_static", "minus_merged")]
+    dice = ("minus_random", "minus_random_flops", "minus_random_time")
+    over = [_points(row.get(key)) for key in (*dice, "minus_static", "minus_merged")]
     lacking = "-" if row["kind"] != "routed" else "; ".join(row["lacks"]) or "nothing: the goal is reached"
     cells = [row["recipe"], name, *triples, _short(row["mean_recall"]), _short(row["retention"]), f"{row['counted']:.2f}",
-             measured, *over, lacking]  # fmt: skip
+             _time(row), *over, lacking]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
+
+
+def _time(row: Mapping[str, Any]) -> str:
+    known = [value for value in row["measured_by_seed"] if value is not None]
+    return f"{row['measured']:.2f} [{min(known):.2f}, {max(known):.2f}]" if known else "-"
 
 
 def _short(interval: Mapping[str, float] | None) -> str:

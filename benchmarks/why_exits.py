@@ -94,8 +94,12 @@ def regret(arrays: Arrays, exit: int, full: int) -> np.ndarray:
 
 
 def known(arrays: Sequence[Arrays], exits: Sequence[int]) -> dict[str, Any]:
-    """router -> Spearman correlation of its score with the regret at the first exit, by seed; None where one is constant."""
-    routers = sorted(name.removeprefix("scores_") for name in arrays[0] if name.startswith("scores_"))
+    """router -> Spearman correlation of its score with the regret at the first exit, by seed; None where one is constant.
+
+    Of routers that every seed has scores of: a budget that cannot be met leaves none.
+    """
+    everywhere = set.intersection(*({name for name in a if name.startswith("scores_")} for a in arrays))
+    routers = sorted(name.removeprefix("scores_") for name in everywhere)
     found = {}
     for router in routers:
         each = [spearmanr(a[f"scores_{router}"], regret(a, exits[0], exits[-1])).statistic for a in arrays]

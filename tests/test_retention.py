@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import random_clip, tiny_config
-from matplotlib.figure import Figure
 
 from icar_jax.config import ConfigError
 from icar_jax.evaluation.calibration import costs
@@ -26,7 +25,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import recipes  # noqa: E402
 import retention  # noqa: E402
-import retention_figure  # noqa: E402
 import retention_report  # noqa: E402
 import retention_rows  # noqa: E402
 import why_exits  # noqa: E402
@@ -118,6 +116,8 @@ def test_shaded_scenes_go_on_from_the_towers_of_scenes(tmp_path):
     names = [job.run.name for job in retention.jobs(plan)]
     begin = [f"{dataset}/{name}" for dataset in ("scenes", "shaded") for name in ("pretrained", "pretrained_static")]
     assert names == ["ConvNeXt-IC", *begin, *(f"shaded/{name}/seed 1" for name in ("baseline", "static", "shared"))]
+    (sentence,) = retention.left_out(plan)
+    assert "shaded/summed is left out: it starts from scratch" in sentence
 
 
 @pytest.mark.parametrize("setting", recipes.SETTINGS)
@@ -137,6 +137,16 @@ def test_unknown_recipes_and_missing_photos_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         retention.parse(["--out", str(tmp_path), "--seeds", "0", "1"])
     assert "pretraining" in capsys.readouterr().err
+
+
+def test_a_report_of_nothing_is_refused_and_needs_no_photographs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["retention.py", "--out", str(tmp_path), "--dataset", "shaded", "--report-only"])
+    monkeypatch.setattr(retention.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(retention.os, "environ", dict(os.environ))
+    with pytest.raises(SystemExit) as ended:
+        retention.main()
+    assert ended.value.code == 2 and f"{tmp_path} holds no evaluated baseline of shaded" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 # --- rows and report ---------------------------------------------------------------------------------------------------------
@@ -235,26 +245,17 @@ def test_the_report_compares_seed_by_seed(out, tmp_path):
     dice = rows["shared", "complexity@0.70 random"]
     expected = routed["mean_recall"]["value"] - dice["mean_recall"]["value"]
     assert routed["minus_random"]["value"] == pytest.approx(expected)
+    cheap = sorted((row for row in rows.values() if row["recipe"] == "shared" and row["kind"] in ("exit", "random", "full")),
+                   key=lambda row: row["counted"])  # fmt: skip
+    at = np.interp(routed["counted"], [r["counted"] for r in cheap], [r["mean_recall"]["value"] for r in cheap])
+    assert routed["minus_random_flops"]["value"] == pytest.approx(routed["mean_recall"]["value"] - at)
+    assert len(routed["measured_by_seed"]) == 2 and np.median(routed["measured_by_seed"]) == routed["measured"]
     assert "fewer than 3 seeds" in routed["lacks"]
     assert "does not surely pay" in retention_report.depth_sentence("scenes", record["datasets"]["scenes"])
     text = (out / "retention.md").read_text()
     assert "| shared | complexity@0.70 |" in text and "complexity@0.80" not in text
     assert json.loads((out / "retention.json").read_text())["datasets"].keys() == {"scenes"}
     assert (out / "retention.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_what_a_row_lacks_of_the_goal():
-    above = {"value": 2.0, "low": 1.0, "high": 3.0}
-    row = {"retention": {"value": 99.2, "low": 97.5, "high": 101}, "measured": 0.69, "minus_random": above,
-           "minus_static": above, "seeds": [0, 1, 2]}  # fmt: skip
-    assert retention_report.lacks(row) == []
-    for change, word in (
-        ({"retention": {"value": 98.9, "low": 97.5, "high": 101}}, "99%"),
-        ({"retention": {"value": 99.2, "low": 96.9, "high": 101}}, "97%"), ({"retention": None}, "97%"),
-        ({"measured": 0.71}, "time"), ({"measured": None}, "time"), ({"minus_random": None}, "dice"),
-        ({"minus_static": {"value": 2.0, "low": 0.0, "high": 3.0}}, "static"), ({"seeds": [0, 1]}, "seeds"),
-    ):  # fmt: skip
-        assert any(word in each for each in retention_report.lacks(row | change)), change
 
 
 def test_why_exits_of_the_same_runs(out):
@@ -279,37 +280,6 @@ def test_why_exits_says_what_is_missing(tmp_path, capsys):
     with pytest.raises(SystemExit):
         why_exits.main(["--out", str(tmp_path)])
     assert "benchmarks/retention.py" in capsys.readouterr().err
-
-
-def test_the_row_shown_is_the_dearest_within_the_time_not_the_one_that_keeps_most():
-    def row(name, measured, kept, kind="routed"):
-        return {"recipe": "shared", "row": name, "kind": kind, "router": "regret", "budget": 0.7, "measured": measured,
-                "counted": 0.9, "retention": {"value": kept, "low": kept, "high": kept}}  # fmt: skip
-
-    rows = [row("regret@0.60", 0.62, 99), row("regret@0.65", 0.69, 98), row("regret@0.70", 0.73, 99.5),
-            row("regret@0.65 random", None, 97, "random"), row("regret@0.60 random", None, 97, "random"),
-            row("regret@0.70 affine", 0.73, 99), row("regret@0.80 affine", 0.8, 99)]  # fmt: skip
-    shown = [each["row"] for each in retention_report.shown(rows)]
-    assert shown == ["regret@0.65", "regret@0.65 random", "regret@0.70 affine"]
-    assert retention_figure.within_budget(rows, "shared", "blocks", False) is None
-
-
-def test_a_routing_that_takes_too_long_is_drawn_paler_not_left_out():
-    def row(recipe, name, measured, kept, kind, router=None):
-        return {"recipe": recipe, "row": name, "kind": kind, "router": router, "measured": measured, "counted": measured,
-                "retention": {"value": kept, "low": kept - 1, "high": kept + 1}}  # fmt: skip
-
-    rows = [row("icar", "full", 1.0, 95, "full"), row("icar", "exit_3", 0.5, 57, "exit"),
-            row("icar", "complexity@0.70", 0.75, 66, "routed", "complexity"),
-            row("shared", "complexity@0.60", 0.62, 90, "routed", "complexity")]  # fmt: skip
-    axes = Figure().subplots()
-    retention_figure._forest(axes, "scenes", rows)
-    marks = {each.get_label(): each.lines[0] for each in axes.containers}
-    assert {label: mark.get_xdata()[0] for label, mark in marks.items()} == {
-        "the recipe's own full depth, at any cost": 95, "an exit for all images": 57,
-        "routed by complexity, beyond 70% of the time": 66, "routed by complexity": 90,
-    }  # fmt: skip
-    assert marks["routed by complexity, beyond 70% of the time"].get_alpha() < marks["routed by complexity"].get_alpha()
 
 
 @pytest.mark.check

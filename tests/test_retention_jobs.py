@@ -74,6 +74,12 @@ def test_a_program_that_fails_says_so_and_its_output_is_kept(tmp_path, capfd):
         children.call([sys.executable, "-c", "print('two'); raise SystemExit(3)"], log)
     assert failed.value.returncode == 3 and log.read_text().split() == ["one", "two"]
     assert f"failed, see {log}" in capfd.readouterr().err
+    killed = tmp_path / "killed.py"
+    killed.write_text("import os; os.kill(os.getpid(), 9)\n")
+    for into, where in ((None, "signal 9\n"), (log, f"signal 9, see {log}\n")):
+        with pytest.raises(subprocess.CalledProcessError):
+            children.call([sys.executable, killed], into)
+        assert capfd.readouterr().err == f"killed.py was killed by {where}"
     children.stop()
     with pytest.raises(subprocess.CalledProcessError):
         children.call([sys.executable, "-c", "print('three')"], log)
