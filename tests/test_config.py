@@ -163,7 +163,8 @@ def test_batch_that_does_not_divide_over_the_mesh_as_a_flag(tmp_path, monkeypatc
     "config, message",
     [
         ("configs/nothing.py", "configs/nothing.py is no file"),
-        ("configs/photos.py:large", "takes no argument"),
+        ("configs/vit_b16_siglip.py:large", "takes no argument"),
+        ("configs/photos.py:large", "use configs/photos.py:clip, :cheaper, :router"),
         ("configs/demo.py:clop", "use configs/demo.py:clip, :complexity, :cheaper, :router"),
     ],
 )

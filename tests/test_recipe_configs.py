@@ -11,6 +11,7 @@ from drawn import params
 from icar_jax import checkpoint
 from icar_jax.models import registry
 from icar_jax.models.clip import Clip
+from icar_jax.models.flops import vision_flops
 from icar_jax.training import initial
 
 ROOT = Path(__file__).parent.parent
@@ -18,25 +19,45 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import recipes  # noqa: E402
 
-CHEAPER = [("demo.py", "cheaper", "router"), *(("vit_l14_finetune.py", n, f"{n},router") for n in ("coco", "flickr30k"))]
+SMALL = [("demo.py", "scenes"), ("photos.py", "photos")]
+CHEAPER = [
+    *((file, "cheaper", "router") for file, _ in SMALL),
+    *(("vit_l14_finetune.py", name, f"{name},router") for name in ("coco", "flickr30k")),
+]
 
 
 def config(file, argument):
     return runpy.run_path(str(ROOT / "configs" / file))["get_config"](argument)
 
 
-def test_the_demo_trains_what_was_measured(tmp_path):
-    sizes = recipes.SETTINGS["small"]["scenes"]
-    measured, found = recipes.clip_config("combined_gently", "scenes", sizes, 1, "", tmp_path), config("demo.py", "cheaper")
-    for group, names in {
+@pytest.mark.parametrize("file, dataset", SMALL)
+def test_what_was_measured_is_what_is_trained(file, dataset, tmp_path):
+    sizes = recipes.SETTINGS["small"][dataset]
+    measured = recipes.clip_config("combined_gently", dataset, sizes, 1, str(tmp_path), tmp_path)
+    head = recipes.head_config("regret", dataset, sizes, 1, str(tmp_path), tmp_path, 4, tmp_path)
+    data = ("source", "crop_scale", "flip", "vocabulary")
+    same(measured, config(file, "cheaper"), {
         "clip": ("variant", "exits", "exit_head", "merge", "temperature"), "loss": ("exit_weights", "distill_init"),
-        "optim": ("lr", "exit_lr", "warmup_steps"), "train": ("steps", "batch_size"),
-    }.items():  # fmt: skip
-        for name in names:
-            assert getattr(getattr(found, group), name) == getattr(getattr(measured, group), name), name
-    head = recipes.head_config("regret", "scenes", sizes, 1, "", tmp_path, 4, tmp_path)
-    router = config("demo.py", "router")
-    assert (router.complexity.blocks, router.train.steps) == (head.complexity.blocks, head.train.steps)
+        "data": (*data, "resize"), "optim": ("lr", "exit_lr", "weight_decay", "warmup_steps"),
+        "train": ("steps", "batch_size"),
+    })  # fmt: skip
+    same(head, config(file, "router"), {
+        "complexity": ("variant", "blocks", "target", "dropout"), "data": data, "optim": ("lr", "warmup_steps"),
+        "train": ("steps", "batch_size", "dtype"),
+    })  # fmt: skip
+
+
+def same(one, other, names):
+    for group, fields in names.items():
+        for name in fields:
+            assert getattr(getattr(one, group), name) == getattr(getattr(other, group), name), f"{group}.{name}"
+
+
+@pytest.mark.parametrize("file, argument", [each[:2] for each in CHEAPER])
+def test_full_depth_costs_what_the_page_says(file, argument):
+    vision = registry.clip_arch(config(file, argument).clip).vision
+    share = vision_flops(vision) / vision_flops(dataclasses.replace(vision, merge=()))
+    assert round(share, 2) == (0.68 if file == "vit_l14_finetune.py" else 0.69)
 
 
 @pytest.mark.parametrize("file, argument, router", CHEAPER)
@@ -47,11 +68,12 @@ def test_the_router_reads_below_the_exit_and_the_merging(file, argument, router)
     assert cheaper.eval.complexity == f"{head.complexity.clip}/router" and len(cheaper.eval.early_share) == 1
 
 
-def test_the_demos_clip_can_be_gone_on_from(tmp_path):
-    arch, said = registry.clip_arch(config("demo.py", "clip").clip), []
-    cheaper = registry.clip_arch(config("demo.py", "cheaper").clip)
+@pytest.mark.parametrize("file, exit", [("demo.py", 2), ("photos.py", 3)])
+def test_the_trained_clip_can_be_gone_on_from(file, exit, tmp_path):
+    arch, said = registry.clip_arch(config(file, "clip").clip), []
+    cheaper = registry.clip_arch(config(file, "cheaper").clip)
     random = params(Clip(arch).shapes(), 0)
     folder = checkpoint.write(tmp_path / "model", "clip", {"arch": dataclasses.asdict(arch)}, random)
     shapes = Clip(cheaper).shapes()
     initial.load_params(folder, "clip", cheaper, shapes, lambda: params(shapes, 1), said.append)
-    assert any("exits 2 are left out" in line for line in said) and any("exits 4 start from" in line for line in said)
+    assert any(f"exits {exit} are left out" in line for line in said) and any("exits 4 start from" in line for line in said)
