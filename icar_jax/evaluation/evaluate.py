@@ -169,10 +169,12 @@ def _model_folder(config: ExperimentConfig, workdir: Path, folder: Path) -> tupl
         )
         return bundle, []
     found = f"there is none at config.eval.complexity={scorer!r}" if scorer else "config.eval.complexity is empty"
+    where = scorer or "workdir/complexity"
     note = (
-        f"not routed: no complexity model ({found}). Train one with "
-        "`python train.py --config=configs/demo.py:complexity --workdir=workdir/complexity` and pass "
-        "--config.eval.complexity=workdir/complexity"
+        f"not routed: no complexity model ({found}). Train the config's own router there where it has one (as "
+        "configs/demo.py:router is of :cheaper), or a ConvNeXt-IC for any CLIP: "
+        f"`python train.py --config=configs/demo.py:complexity --workdir={where}`"
+        + ("" if scorer else f", and pass --config.eval.complexity={where}")
     )
     logging.warning("%s", note)
     return folder, [note]
