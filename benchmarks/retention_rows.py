@@ -29,7 +29,7 @@ from icar_jax.evaluation.assignments import oracle_exits_at_share, random_exits,
 from icar_jax.evaluation.bootstrap import Hits
 from icar_jax.evaluation.calibration import costs, score_source
 from icar_jax.evaluation.gallery import Gallery, embed
-from icar_jax.evaluation.metrics import Distractors, Ranks, ranks
+from icar_jax.evaluation.metrics import RECALL_AT, Distractors, Ranks, ranks
 from icar_jax.evaluation.ranking import local_mesh
 from icar_jax.evaluation.seeds import mean_recall_hits
 from icar_jax.inference.budgets import thresholds_for_budget
@@ -39,7 +39,8 @@ from icar_jax.models.clip import ClipArch
 from icar_jax.models.flops import vision_flops
 
 ROWS, ARRAYS = "rows.json", "rows.npz"
-REPEATS = 9  # of every timed run: routing saves few percent, and shared machines vary by more
+TIMED = 2048  # images: the part-filled batches that end a run's queues shall count as little as in a whole collection
+REPEATS = 4  # of every timed run: routing saves few percent, and shared machines vary by more
 AFFINE = " affine"  # ends the name of a row whose scores are calibrated exit by exit
 
 
@@ -141,7 +142,7 @@ class Rows:
         )
         self.add(f"{name} random", "random", drawn, share, 0.0, **more)
         counts = {e: int(np.sum(exits[0] == e)) for e in self.model.exits}
-        best = [oracle_exits_at_share(self.alone, counts), *exits[1:]]
+        best = [oracle_exits_at_share(self.alone, counts, RECALL_AT), *exits[1:]]
         whole = {e: float(np.mean(np.concatenate(best) == e)) for e in self.model.exits}
         self.add(f"{name} oracle", "oracle", [self._mixed(best)], whole, 0.0, **more)
         self.arrays |= {f"exits_{name}": exits[0], f"scores_{router}": scores[0]}
@@ -189,7 +190,7 @@ def request(
     return {
         "config": dataclasses.asdict(config), "workdir": str(workdir), "calibration": calibration, "distractors": distractors,
         "routers": {name: str(folder) for name, folder in routers.items()}, "budgets": list(budgets), "draws": draws,
-        "against": str(against) if against is not None else None, "timed": [timing.SAMPLE, REPEATS],
+        "against": str(against) if against is not None else None, "timed": [TIMED, REPEATS],
     }  # fmt: skip
 
 
@@ -257,7 +258,7 @@ def evaluate(asked_for: Mapping[str, Any]) -> None:
     speed = {name: share * relative for name, share in speed.items()} or {"full": relative}
     for name, row in rows.records.items():
         row["counted"] = row["flops"] / unit
-        # Dice cost what the towers cost; an oracle cannot be run.
+        # An oracle cannot be run; of dice the times are those of the sample's shares.
         row["measured"] = None if row["kind"] == "oracle" else speed.get(name.removesuffix(AFFINE))
     extra = {
         "exits": list(model.exits), "notes": notes, "measured": speed,
@@ -274,20 +275,19 @@ def measured(
     clip: Path, router: Path, settings: Mapping[str, Sequence[float]], source: Source, scores: np.ndarray,
     loading: Mapping[str, Any], batches: Mapping[str, Any],
 ) -> dict[str, float]:  # fmt: skip
-    """Row -> time per image as a share of full depth's, the router's own time in it; also of the exits, and of dice."""
+    """Row -> time per image as a share of full depth's, the router's own time in it; also of the exits, and of all dice."""
     first = next(iter(settings.values()))
     both = ((clip / "model", "clip"), (router, "complexity"))
     parts = [checkpoint.read(checkpoint.find(folder, (kind,)), kind) for folder, kind in both]
     exits = sorted({*parts[0].description["arch"]["vision"]["exits"], parts[0].description["arch"]["vision"]["depth"]})
     bundle = Model(*parts, {"routing": {"exits": exits, "thresholds": list(first)}}, batches["batch_size"], batches["dtype"])
-    some = Subset(source, np.arange(min(timing.SAMPLE, len(source))), source.name)
-    sample = embed(bundle, some, loading, exits=bundle.exits[:1]).sample
-    taken = assign(scores[: len(sample.clip)], bundle.exits, first)
-    speed = timing.measure(bundle, sample, taken, dict(settings), repeats=REPEATS)
+    sample = timing.sample_of(bundle, source, TIMED, loading)
+    shares = scores[: len(sample.clip)]  # no picture that was scored is left out of the sample
+    taken = {f"{name} random": assign(shares, bundle.exits, limits) for name, limits in settings.items()}
+    speed = timing.measure(bundle, sample, next(iter(taken.values())), dict(settings), repeats=REPEATS, dice=taken)
     share = {name: speed["full"] / value for name, value in speed.items()}
-    name = next(iter(settings))
-    del share["routed"]
-    return {**share, f"{name} random": share.pop("random")}
+    del share["routed"], share["random"]  # the first setting, which has its own name too
+    return share
 
 
 def compared(
@@ -295,8 +295,7 @@ def compared(
 ) -> float:
     """Time per image of a tower as a share of another's, both at full depth."""
     small, large = load(clip / "model", **batches), load(against / "model", **batches)
-    some = Subset(source, np.arange(min(timing.SAMPLE, len(source))), source.name)
-    samples = [embed(each, some, loading, exits=each.exits[-1:]).sample for each in (small, large)]
+    samples = [timing.sample_of(each, source, TIMED, loading) for each in (small, large)]
     speed = timing.measure(large, samples[1], None, None, (small, samples[0]), REPEATS)
     return speed["full"] / speed["static"]
 

@@ -90,14 +90,16 @@ def test_free_oracle_takes_the_cheapest_exit_that_costs_no_rank(seed):
 
 @pytest.mark.parametrize("counts", [{3: 2, 6: 1, 12: 4}, {3: 3, 12: 4}, {6: 0, 3: 3, 12: 4}, {12: 7}, {3: 1, 6: 5, 12: 1}])
 @pytest.mark.parametrize("seed", range(3))
-def test_oracle_at_share_is_the_best_of_all_assignments(counts, seed):
-    alone = made_up(seed)
-    hits = {e: (found.image_to_text <= 4) / 7 for e, found in alone.items()}
+@pytest.mark.parametrize("k", [4, (1, 2, 4)])
+def test_oracle_at_share_is_the_best_of_all_assignments(counts, seed, k):
+    alone, hits = made_up(seed), {}
     for e, found in alone.items():
-        hits[e] = hits[e] + np.bincount(found.caption_image, weights=found.text_to_image <= 4, minlength=7) / 14
+        own, of_captions = (np.mean([ranks <= each for each in np.atleast_1d(k)], axis=0)
+                            for ranks in (found.image_to_text, found.text_to_image))  # fmt: skip
+        hits[e] = own / 7 + np.bincount(found.caption_image, weights=of_captions, minlength=7) / 14
     each = [e for e, count in counts.items() for _ in range(count)]
     best = max(sum(hits[e][i] for i, e in enumerate(order)) for order in set(itertools.permutations(each)))
-    found = oracle_exits_at_share(alone, counts, k=4)
+    found = oracle_exits_at_share(alone, counts, k=k)
     assert sorted(found.tolist()) == sorted(each)
     assert sum(hits[e][i] for i, e in enumerate(found)) == pytest.approx(best)
 

@@ -131,11 +131,12 @@ def oracle_exits(alone: Mapping[int, Ranks]) -> np.ndarray:
     return exits
 
 
-def oracle_exits_at_share(alone: Mapping[int, Ranks], counts: Mapping[int, int], k: int = 5) -> np.ndarray:
+def oracle_exits_at_share(alone: Mapping[int, Ranks], counts: Mapping[int, int], k: int | Sequence[int] = 5) -> np.ndarray:
     """int64 [N]: of all assignments with `counts[exit]` images at each exit the one with the highest recall at k.
 
-    The recall is the mean of both directions, of the ranks alone; images that are equal in hits are told apart by their
-    reciprocal ranks. Exact: a transportation problem, whose linear program has a whole-numbered solution (Dantzig 1951).
+    The recall is the mean of both directions, and over several k, of the ranks alone; images that are equal in hits are told
+    apart by their reciprocal ranks. Exact: a transportation problem, whose linear program has a whole-numbered solution
+    (Dantzig 1951).
     Compare it with the routed run of the same counts: an upper bound for any router that sees one image at a time, up to the
     effect of rivals.
 
@@ -146,17 +147,17 @@ def oracle_exits_at_share(alone: Mapping[int, Ranks], counts: Mapping[int, int],
     if set(counts) - set(exits) or sum(counts.values()) != n or min(counts.values()) < 0:
         raise ValueError(f"counts={dict(counts)} must deal out {n} images over the exits {exits}")
     used = [exit for exit in exits if counts.get(exit)]
-    gain = np.stack([_gain(alone[exit], k) for exit in used], axis=1)
+    gain = np.stack([_gain(alone[exit], np.atleast_1d(k)) for exit in used], axis=1)
     return np.array(used, np.int64)[_transport(gain, [counts[exit] for exit in used])]
 
 
-def _gain(ranks: Ranks, k: int) -> np.ndarray:
-    """[N] what each image adds to the mean recall at k of both directions, with a little for better ranks."""
+def _gain(ranks: Ranks, ks: np.ndarray) -> np.ndarray:
+    """[N] what each image adds to the mean recall at `ks` of both directions, with a little for better ranks."""
     n, m = len(ranks.image_to_text), len(ranks.caption_image)
-    little = 1 / (4 * max(n, m))  # of reciprocal ranks beside hits: all together weigh less than the smallest hit
+    little = 1 / (4 * len(ks) * max(n, m))  # of reciprocal ranks beside hits: all together weigh less than the smallest hit
 
     def worth(found: np.ndarray) -> np.ndarray:
-        return (found <= k) + little / found
+        return np.mean([found <= k for k in ks], axis=0) + little / found
 
     of_captions = np.bincount(ranks.caption_image, weights=worth(ranks.text_to_image), minlength=n)
     return (of_captions / m + worth(ranks.image_to_text) / n) / 2

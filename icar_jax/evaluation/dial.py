@@ -14,7 +14,6 @@ import numpy as np
 
 from icar_jax import workdir
 from icar_jax.config import ConfigError
-from icar_jax.data.pipeline import eval_batches
 from icar_jax.data.records import Source
 from icar_jax.evaluation import report_figures, timing
 from icar_jax.evaluation.bootstrap import difference, hits_at
@@ -118,17 +117,7 @@ def _exit_alone(bench: Bench, lowest: float, cost: str) -> dict[str, Any] | None
 
 def measure_costs(model: Model, source: Source, loading: Mapping[str, Any] | None = None) -> tuple[Costs, int]:
     """Measured costs on the first images of a source that can be read, and how many these were."""
-    kept: dict[str, list[np.ndarray]] = {key: [] for key in model.preprocesses}
-    with eval_batches(source, model.preprocesses, batch_size=model.batch_size, **(loading or {})) as batches:
-        for batch in batches:
-            for key, pixels in batch["images"].items():
-                kept[key].append(pixels)
-            if sum(map(len, kept["clip"])) >= timing.SAMPLE:
-                break
-    sample = {key: np.concatenate(parts)[: timing.SAMPLE] for key, parts in kept.items()}
-    if not len(sample["clip"]):
-        raise ValueError(f"no image of {source.name} could be read")
-    made = timing.Sample(sample["clip"], sample.get(model.scored_on))
+    made = timing.sample_of(model, source, loading=loading)
     return timing.measured_costs(model, made), len(made.clip)
 
 

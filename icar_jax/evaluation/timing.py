@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from icar_jax.data.pipeline import eval_batches
 from icar_jax.data.records import Source
 from icar_jax.inference.budgets import ABOVE_ALL, Costs
 from icar_jax.inference.forward import bucket_sizes, count_compilations, cut
@@ -32,6 +33,21 @@ class Sample:
     complexity: np.ndarray | None
 
 
+def sample_of(model: Model, source: Source, n: int = SAMPLE, loading: Mapping[str, Any] | None = None) -> Sample:
+    """The first n images of a source that can be read, prepared for a model. Raises ValueError where there is none."""
+    kept: dict[str, list[np.ndarray]] = {key: [] for key in model.preprocesses}
+    with eval_batches(source, model.preprocesses, batch_size=model.batch_size, **(loading or {})) as batches:
+        for batch in batches:
+            for key, pixels in batch["images"].items():
+                kept[key].append(pixels)
+            if sum(map(len, kept["clip"])) >= n:
+                break
+    if not sum(map(len, kept["clip"])):
+        raise ValueError(f"no image of {source.name} could be read")
+    sample = {key: np.concatenate(parts)[:n] for key, parts in kept.items()}
+    return Sample(sample["clip"], sample.get(model.scored_on))
+
+
 def warm_up(model: Model) -> dict[str, float]:
     """Compiles everything before it is used: 'compile_s', the seconds that takes, and 'programs', how many there were."""
     start = time.perf_counter()
@@ -47,6 +63,7 @@ def measure(
     settings: Mapping[str, Sequence[float]] | None = None,
     static: tuple[Model, Sample] | None = None,
     repeats: int = REPEATS,
+    dice: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, float]:
     """images/s by run: 'full', 'exit_<blocks>', and with a router also 'routed', 'random' (the same share) and `settings`.
 
@@ -54,6 +71,7 @@ def measure(
     settings: further runs of the router, name -> thresholds.
     static: a smaller model and the same images as it takes them, for the run 'static' at its full depth.
     repeats: of each run, of which the fastest counts.
+    dice: further runs without a router, name -> exits [n] whose shares are dealt out at random.
     Compilation is left out, the router's own time counted. The runs take turns, so that a slow moment of the machine
     does not fall on one of them alone.
     """
@@ -65,10 +83,8 @@ def measure(
         runs[name] = lambda tower=model.towers[exit]: tower(sample.clip)
     if exits is not None:
         routers = {"routed": model.router, **{name: model.router.at(limits) for name, limits in (settings or {}).items()}}
-        limits = np.cumsum([np.mean(exits == e) for e in model.exits])[:-1]
-        rng = np.random.default_rng(0)
-        dice = Router(model.towers, lambda pixels: rng.random(len(pixels), np.float32), limits, model.batch_size)
-        for name, router in {**routers, "random": dice}.items():
+        routers |= {name: _dice(model, taken) for name, taken in {"random": exits, **(dice or {})}.items()}
+        for name, router in routers.items():
             runs[name] = lambda router=router: router.embed(batches, model.embed_dim)
     if static is not None:
         small, pixels = static[0], static[1].clip
@@ -76,6 +92,13 @@ def measure(
         runs["static"] = lambda: small.towers[small.exits[-1]](pixels)
     seconds = _in_turns(runs, repeats)
     return {name: len(sample.clip) / min(taken) for name, taken in seconds.items()}
+
+
+def _dice(model: Model, exits: np.ndarray) -> Router:
+    """A router that draws its scores, with the shares of exits [n]."""
+    limits = np.cumsum([np.mean(exits == e) for e in model.exits])[:-1]
+    rng = np.random.default_rng(0)
+    return Router(model.towers, lambda pixels: rng.random(len(pixels), np.float32), limits, model.batch_size)
 
 
 def measured_costs(model: Model, sample: Sample) -> Costs:
