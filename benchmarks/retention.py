@@ -1,6 +1,6 @@
 """How much of a separately trained full-depth CLIP is kept at a share of its cost, by training recipe, router and seed.
 
-    python benchmarks/retention.py --dataset both --setting small --photos PATH/TO/flickr8k --out workdir/retention
+    python benchmarks/retention.py --dataset all --setting small --photos PATH/TO/flickr8k --out workdir/retention
         [--seeds 1 2 3] [--recipes all|NAME ...] [--routers complexity regret blocks] [--jobs N] [--train-only | --report-only]
 
 Trains every recipe of benchmarks/recipes.py with train.py, each run a workdir OUT/DATASET/RECIPE/SEED; evaluates it in a
@@ -198,8 +198,8 @@ def report(plan: Plan) -> None:
 
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Plan]:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    of = "both: scenes and photos; shaded: scenes in the light and shade of photographs"
-    p.add_argument("--dataset", nargs="+", choices=(*DATASETS, "both"), default=["scenes"], help=of)
+    of = "shaded: scenes in the light and shade of photographs; both: scenes and photos"
+    p.add_argument("--dataset", nargs="+", choices=(*DATASETS, "both", "all"), default=["scenes"], help=of)
     p.add_argument("--setting", choices=list(SETTINGS), default="small")
     p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     p.add_argument("--recipes", nargs="+", default=["all"], help=f"every one by default; of {', '.join(RECIPES)}")
@@ -211,7 +211,8 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Plan]
     only.add_argument("--train-only", action="store_true", help="no evaluation, no routers on the towers")
     only.add_argument("--report-only", action="store_true", help="only what is evaluated already (of all recipes by default)")
     args = p.parse_args(arguments)
-    asked = {*args.dataset} - {"both"} | ({"scenes", "photos"} if "both" in args.dataset else set())
+    several = {"both": ("scenes", "photos"), "all": DATASETS}
+    asked = {name for each in args.dataset for name in several.get(each, (each,))}
     datasets = tuple(name for name in DATASETS if name in asked)
     needs_photos = {"photos", "shaded"} & asked and not args.report_only
     if needs_photos and not (args.photos and Path(args.photos).is_dir()):

@@ -129,6 +129,12 @@ def test_heads_on_a_tower_are_configurations(setting, tmp_path):
         assert (config.data.source == "folder") == (dataset != "scenes" and router == "regret")
 
 
+def test_datasets_by_name_or_several_at_once(tmp_path):
+    asked = lambda *names: retention.parse(["--out", str(tmp_path), "--photos", str(tmp_path), "--dataset", *names])[1].datasets
+    assert asked("photos") == ("photos",) and asked("both") == ("scenes", "photos")
+    assert asked("both", "shaded") == asked("all") == recipes.DATASETS and asked("scenes", "both") == asked("both")
+
+
 def test_unknown_recipes_and_missing_photos_are_refused(tmp_path, capsys):
     for more in (["--recipes", "sharred"], ["--dataset", "photos"]):
         with pytest.raises(SystemExit):
