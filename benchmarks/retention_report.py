@@ -82,6 +82,8 @@ def rows_of(found: Mapping[tuple[str, str], Found], against: tuple[str, str] = (
         }  # fmt: skip
         for other in ("static", "merged"):
             record[f"minus_{other}"] = _plain(_difference(found, (name, row), (other, "full")))
+        # The ablation changes one lever of `shared`: row against row.
+        record["minus_shared"] = _plain(_difference(found, (name, row), ("shared", row))) if name != "shared" else None
         if first["kind"] == "routed":
             plain = row.removesuffix(retention_rows.AFFINE)
             dice, best = (name, f"{plain} random"), (name, f"{plain} oracle")
@@ -186,10 +188,11 @@ def markdown(record: Mapping[str, Any]) -> str:
             "Intervals: 95%, over images and the seeds of going on; pretraining is one for all. Counted FLOPs and measured "
             "time (the median over seeds, and the least and the most) are shares of the baseline's, the router in both; of "
             f"each router the dearest row within {BUDGET:.2f} of the time is shown, or the cheapest. Over dice: at the same "
-            "shares of the exits, where dice are cheaper by the router; of the same FLOPs; of the same time.", "",
+            "shares of the exits, where dice are cheaper by the router; of the same FLOPs; of the same time. Over shared: row "
+            "against row.", "",
             "| recipe | row | text to image R@1/5/10 | image to text R@1/5/10 | mean recall | kept % | counted | measured "
-            "| over dice: shares | FLOPs | time | over static | over merged | lacks |",
-            "| " + " | ".join(["---"] * 14) + " |",
+            "| over dice: shares | FLOPs | time | over static | over merged | over shared | lacks |",
+            "| " + " | ".join(["---"] * 15) + " |",
         ]  # fmt: skip
         lines += [_line(row) for row in shown(part["rows"])]
         lines += ["", *(f"- {name}: {RECIPES[name].note}" for name in record["recipes"]), ""]
@@ -213,7 +216,7 @@ def _line(row: Mapping[str, Any]) -> str:
     recall, name = row["recall"], row["row"]
     triples = ["/".join(f"{recall[f'{d}_r{k}']:.1f}" for k in (1, 5, 10)) for d in ("text_to_image", "image_to_text")]
     dice = ("minus_random", "minus_random_flops", "minus_random_time")
-    over = [_points(row.get(key)) for key in (*dice, "minus_static", "minus_merged")]
+    over = [_points(row.get(key)) for key in (*dice, "minus_static", "minus_merged", "minus_shared")]
     lacking = "-" if row["kind"] != "routed" else "; ".join(row["lacks"]) or "nothing: the goal is reached"
     cells = [row["recipe"], name, *triples, _short(row["mean_recall"]), _short(row["retention"]), f"{row['counted']:.2f}",
              _time(row), *over, lacking]  # fmt: skip

@@ -253,9 +253,9 @@ def evaluate(asked_for: Mapping[str, Any]) -> None:
             rows.add_routed(name, cost.router, scores, budget, thresholds, draws, fit)
             settings[f"{name}@{budget:.2f}"] = thresholds
         if settings:
-            speed |= measured(workdir, Path(folder), settings, images.queries, scores[0], loading, s)
-    relative = 1.0 if own == 1 else compared(workdir, against, images.queries, loading, s)
-    speed = {name: share * relative for name, share in speed.items()} or {"full": relative}
+            unit_of = against if own != 1 else None
+            speed |= measured(workdir, Path(folder), settings, images.queries, scores[0], loading, s, unit_of)
+    speed = speed or {"full": 1.0 if own == 1 else compared(workdir, against, images.queries, loading, s)}
     for name, row in rows.records.items():
         row["counted"] = row["flops"] / unit
         # An oracle cannot be run; of dice the times are those of the sample's shares.
@@ -273,21 +273,27 @@ def evaluate(asked_for: Mapping[str, Any]) -> None:
 
 def measured(
     clip: Path, router: Path, settings: Mapping[str, Sequence[float]], source: Source, scores: np.ndarray,
-    loading: Mapping[str, Any], batches: Mapping[str, Any],
+    loading: Mapping[str, Any], batches: Mapping[str, Any], against: Path | None,
 ) -> dict[str, float]:  # fmt: skip
-    """Row -> time per image as a share of full depth's, the router's own time in it; also of the exits, and of all dice."""
-    first = next(iter(settings.values()))
+    """Row -> time per image as a share of the full depth of `against`, or its own, which takes turns with all the others.
+
+    Of routed rows with the router's time in it, of the exits, and of all dice.
+    """
+    first, *others = settings  # the first is timed as the model's own routing
     both = ((clip / "model", "clip"), (router, "complexity"))
     parts = [checkpoint.read(checkpoint.find(folder, (kind,)), kind) for folder, kind in both]
     exits = sorted({*parts[0].description["arch"]["vision"]["exits"], parts[0].description["arch"]["vision"]["depth"]})
-    bundle = Model(*parts, {"routing": {"exits": exits, "thresholds": list(first)}}, batches["batch_size"], batches["dtype"])
+    bundle = Model(*parts, {"routing": {"exits": exits, "thresholds": list(settings[first])}}, batches["batch_size"], batches["dtype"])
     sample = timing.sample_of(bundle, source, TIMED, loading)
     shares = scores[: len(sample.clip)]  # no picture that was scored is left out of the sample
     taken = {f"{name} random": assign(shares, bundle.exits, limits) for name, limits in settings.items()}
-    speed = timing.measure(bundle, sample, next(iter(taken.values())), dict(settings), repeats=REPEATS, dice=taken)
-    share = {name: speed["full"] / value for name, value in speed.items()}
-    del share["routed"], share["random"]  # the first setting, which has its own name too
-    return share
+    own, dice = taken.pop(f"{first} random"), taken
+    other = load(against / "model", **batches) if against is not None else None
+    unit = (other, timing.sample_of(other, source, TIMED, loading)) if other is not None else None
+    speed = timing.measure(bundle, sample, own, {name: settings[name] for name in others}, unit, REPEATS, dice)
+    whole = speed.pop("static") if unit is not None else speed["full"]
+    speed |= {first: speed.pop("routed"), f"{first} random": speed.pop("random")}
+    return {name: whole / value for name, value in speed.items()}
 
 
 def compared(

@@ -245,6 +245,7 @@ def test_the_report_compares_seed_by_seed(out, tmp_path):
     same = rows["shared", "full"]
     assert same["retention"] == {"value": 100, "low": 100, "high": 100} and same["seeds"] == [0, 1]
     assert rows["static", "full"]["seeds"] == [0]
+    assert rows["baseline", "exit_1"]["minus_shared"] == {"value": 0, "low": 0, "high": 0} and same["minus_shared"] is None
     early = rows["shared", "exit_1"]
     assert early["retention"]["value"] == pytest.approx(100 * early["mean_recall"]["value"] / same["mean_recall"]["value"])
     routed = rows["shared", "complexity@0.70"]
