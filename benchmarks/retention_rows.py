@@ -283,7 +283,8 @@ def measured(
     both = ((clip / "model", "clip"), (router, "complexity"))
     parts = [checkpoint.read(checkpoint.find(folder, (kind,)), kind) for folder, kind in both]
     exits = sorted({*parts[0].description["arch"]["vision"]["exits"], parts[0].description["arch"]["vision"]["depth"]})
-    bundle = Model(*parts, {"routing": {"exits": exits, "thresholds": list(settings[first])}}, batches["batch_size"], batches["dtype"])
+    routing = {"routing": {"exits": exits, "thresholds": list(settings[first])}}
+    bundle = Model(*parts, routing, batches["batch_size"], batches["dtype"])
     sample = timing.sample_of(bundle, source, TIMED, loading)
     shares = scores[: len(sample.clip)]  # no picture that was scored is left out of the sample
     taken = {f"{name} random": assign(shares, bundle.exits, limits) for name, limits in settings.items()}
