@@ -26,8 +26,8 @@ ARGUMENTS = ("clip", "cheaper", "router")
 
 
 def get_config(task: str = "clip") -> ExperimentConfig:
-    data = {"source": "folder", "resize": "crop", "calibration_size": 500, "vocabulary": 4096}
-    cropped = DataConfig(**data, crop_scale=0.5, flip=True)
+    data = {"source": "folder", "calibration_size": 500, "vocabulary": 4096}
+    cropped = DataConfig(**data, resize="crop", crop_scale=0.5, flip=True)
     if task == "clip":
         return ExperimentConfig(
             task="clip",
@@ -54,7 +54,7 @@ def get_config(task: str = "clip") -> ExperimentConfig:
         return ExperimentConfig(
             task="complexity",
             complexity=ComplexityConfig(variant="blocks", clip="workdir/photos_light", blocks=2, target="regret", dropout=0.0),
-            data=DataConfig(**data),  # a router sees photographs as a search does, without random crops
+            data=DataConfig(**data),  # prepared as the CLIP prepares them, without random crops
             optim=OptimConfig(lr=1e-3, warmup_steps=100),
             train=TrainConfig(steps=600, batch_size=64, checkpoint_every=300, dtype="float32"),
         )
