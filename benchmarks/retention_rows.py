@@ -286,7 +286,7 @@ def measured(
     routing = {"routing": {"exits": exits, "thresholds": list(settings[first])}}
     bundle = Model(*parts, routing, batches["batch_size"], batches["dtype"])
     sample = timing.sample_of(bundle, source, TIMED, loading)
-    shares = scores[: len(sample.clip)]  # no picture that was scored is left out of the sample
+    shares = scores[: len(sample.clip)]  # of the very images that are timed
     taken = {f"{name} random": assign(shares, bundle.exits, limits) for name, limits in settings.items()}
     own, dice = taken.pop(f"{first} random"), taken
     other = load(against / "model", **batches) if against is not None else None

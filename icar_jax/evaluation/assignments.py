@@ -136,9 +136,8 @@ def oracle_exits_at_share(alone: Mapping[int, Ranks], counts: Mapping[int, int],
 
     The recall is the mean of both directions, and over several k, of the ranks alone; images that are equal in hits are told
     apart by their reciprocal ranks. Exact: a transportation problem, whose linear program has a whole-numbered solution
-    (Dantzig 1951).
-    Compare it with the routed run of the same counts: an upper bound for any router that sees one image at a time, up to the
-    effect of rivals.
+    (Dantzig 1951). Compare it with the routed run of the same counts: an upper bound for any router that sees one image at a
+    time, up to the effect of rivals.
 
     Raises ValueError where the counts do not add up to the N images, or name an exit without ranks.
     """

@@ -69,9 +69,9 @@ def measure(
 
     exits: [n] executed blocks of the sample's images under routing; None where nothing is routed.
     settings: further runs of the router, name -> thresholds.
-    static: a smaller model and the same images as it takes them, for the run 'static' at its full depth.
+    static: another model and the same images as it takes them, for the run 'static' at its full depth.
     repeats: of each run, of which the fastest counts.
-    dice: further runs without a router, name -> exits [n] whose shares are dealt out at random.
+    dice: further runs like 'random', name -> exits [n] whose shares are dealt out.
     Compilation is left out, the router's own time counted. The runs take turns, so that a slow moment of the machine
     does not fall on one of them alone.
     """
