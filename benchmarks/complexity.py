@@ -29,6 +29,7 @@ from icar_jax.models.clip import Clip
 from icar_jax.models.complexity import Complexity, ComplexityArch
 from icar_jax.models.flops import router_flops, vision_flops
 from icar_jax.models.host import jit_for_host
+from icar_jax.models.merging import Tokens
 
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 CONVNEXTS = (
@@ -84,7 +85,7 @@ def head_case(variant: str, blocks: int, batch: int) -> Case:
     model = BlocksScorer(arch)
 
     def ours(dtype):
-        tokens = jnp.ones((batch, vision.tokens, vision.width), dtype)
+        tokens = Tokens(jnp.ones((batch, vision.tokens, vision.width), dtype), jnp.ones((batch, vision.tokens)))
         head = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), model.shapes())
         return compiled(lambda p, t: model.score_of_tokens(p, t, dtype), head, tokens)
 

@@ -29,6 +29,7 @@ from icar_jax.models.blocks_scorer import BlocksArch, BlocksScorer, pool_tokens
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.complexity import ComplexityArch
 from icar_jax.models.flops import complexity_flops, router_flops, trunk_flops, vision_flops
+from icar_jax.models.merging import Tokens
 from icar_jax.models.scorers import make_scorer, scorer_arch
 from icar_jax.training.loop import train
 
@@ -147,7 +148,7 @@ def test_the_map_shares_out_the_log_odds_among_the_patches(head, clip_folder, tm
     tokens = scorer.tokens(params, images)
 
     def odds(scales):
-        scaled = tokens.at[:, 1:].multiply(scales[:, :, None])
+        scaled = tokens._replace(values=tokens.values.at[:, 1:].multiply(scales[:, :, None]))
         return jax.scipy.special.logit(scorer.score_of_tokens(params, scaled)).sum()
 
     slopes = jax.jit(jax.grad(odds))(np.ones((2, 16), np.float32))
@@ -223,8 +224,14 @@ def test_pooled_tokens(class_token):
     x = np.random.default_rng(0).normal(size=(3, 10, 4)).astype(np.float32)
     patches = x[:, 1:] if class_token else x
     expected = np.concatenate([*([x[:, 0]] if class_token else []), patches.mean(1), patches.std(1)], axis=1)
-    np.testing.assert_allclose(pool_tokens(x, class_token), expected, atol=1e-6)
-    flat = jax.grad(lambda t: pool_tokens(t, class_token).sum())(np.ones((1, 5, 2), np.float32))
+    ones = np.ones((3, 10), np.float32)
+    np.testing.assert_allclose(pool_tokens(Tokens(x, ones), class_token), expected, atol=1e-6)
+    # One token for two patches that are the same says as much as both.
+    twice, sizes = np.concatenate([x, x[:, -1:]], axis=1), ones.copy()
+    sizes[:, -1] = 2
+    found = [pool_tokens(Tokens(*each), class_token) for each in ((twice, np.ones((3, 11), np.float32)), (x, sizes))]
+    np.testing.assert_allclose(*found, atol=1e-6)
+    flat = jax.grad(lambda t: pool_tokens(Tokens(t, np.ones((1, 5), np.float32)), class_token).sum())(np.ones((1, 5, 2), np.float32))
     assert np.isfinite(flat).all()
 
 

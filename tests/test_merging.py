@@ -14,8 +14,9 @@ from icar_jax.config import ClipConfig, ComplexityConfig, ConfigError
 from icar_jax.data.images import Preprocess
 from icar_jax.models import registry
 from icar_jax.models.clip import Clip
+from icar_jax.models.flops import trunk_flops
 from icar_jax.models.layers import Bridge
-from icar_jax.models.merging import merge_similar
+from icar_jax.models.merging import Tokens, merge_similar
 from icar_jax.models.transformer import Execution
 from icar_jax.models.vision import Vision, VisionArch
 from icar_jax.training import plan_flops
@@ -32,7 +33,7 @@ def _embed(arch, params, exits, images):
     return jax.jit(lambda p, x: _tower(arch).bind(p)(x, exits, jnp.float32))(params, images)
 
 
-merge = jax.jit(merge_similar, static_argnums=(2, 3))
+merge = jax.jit(lambda x, sizes, *how: merge_similar(Tokens(x, sizes), *how), static_argnums=(2, 3))
 
 
 def _images(n=3):
@@ -108,7 +109,7 @@ def test_heads_up_to_the_merging_read_all_tokens_and_later_ones_what_is_left():
     for exit in (1, 2):
         np.testing.assert_allclose(found[exit], without[exit], atol=1e-6)
     whole = lambda p: _tower(plain).bind(p)
-    x = jax.jit(lambda p, x: whole(p).run(whole(p).embed(x, jnp.float32), (2,), jnp.float32)[2])(params, images)
+    x = jax.jit(lambda p, x: whole(p).run(whole(p).embed(x, jnp.float32), (2,), jnp.float32)[2])(params, images).values
     sizes = np.ones(x.shape[:2])
     # The rest of the tower, block by block and image by image.
     for block, count in ((3, 3), (4, 2)):
@@ -122,18 +123,19 @@ def test_heads_up_to_the_merging_read_all_tokens_and_later_ones_what_is_left():
     assert ARCH.first_merging == 2 and ARCH.exits_after_merging == (3,) and plain.first_merging == 4
 
 
-@pytest.mark.parametrize("start", [1, 2])
-def test_routing_goes_on_from_tokens_before_the_merging(start):
+@pytest.mark.parametrize("start", [1, 2, 3])
+def test_routing_goes_on_from_tokens_before_and_after_the_merging(start):
     params, images = drawn.params(_tower(ARCH).shapes(), 0), _images()
     tower = lambda p: _tower(ARCH).bind(p)
-    whole = _embed(ARCH, params, (2, 3, 4), images)
+    later = tuple(e for e in (2, 3, 4) if e >= start)
+    whole = _embed(ARCH, params, later, images)
     begin = jax.jit(lambda p, x: tower(p).run(tower(p).embed(x, jnp.float32), (start,), jnp.float32)[start])
-    rest = jax.jit(lambda p, x: {e: tower(p).resume(x, start, (e,), jnp.float32)[e] for e in (2, 3, 4)})
+    rest = jax.jit(lambda p, x: {e: tower(p).resume(x, start, (e,), jnp.float32)[e] for e in later})
     tokens = begin(params, images)
+    assert tokens.values.shape[1] == tokens.sizes.shape[1] == ARCH.tokens_after(start)
+    np.testing.assert_array_equal(tokens.sizes.sum(axis=1), ARCH.tokens)
     for exit, found in rest(params, tokens).items():
         np.testing.assert_allclose(found, whole[exit], atol=1e-5)
-    with pytest.raises(ValueError, match="tokens after 3 blocks: this tower has merged patches after 2"):
-        tower(params).resume(tokens, 3, (4,), jnp.float32)
 
 
 def test_gradients_are_the_same_in_a_loop_and_computed_again():
@@ -178,11 +180,14 @@ def test_what_merging_cannot_go_with():
         dataclasses.replace(ARCH, merge=(0, 0, 0, 1))
 
 
-def test_a_router_on_the_first_blocks_reads_all_patches(tmp_path):
-    arch = registry.clip_arch(ClipConfig(variant="vit_demo", exits=(3,), merge=(0, 2), patch_size=16))
+def test_a_router_reads_what_the_tower_has_merged_by_then(tmp_path):
+    arch = registry.clip_arch(ClipConfig(variant="vit_demo", exits=(3,), merge=(0, 2, 2), patch_size=16))
     description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(64, "squash").to_dict()}
     folder = checkpoint.write(tmp_path / "model", "clip", description, drawn.params(Clip(arch).shapes(), 0))
     config = ComplexityConfig(variant="blocks", clip=str(folder), blocks=2)
     assert registry.complexity_arch(config).vision.merge == ()
-    with pytest.raises(ConfigError, match="merges patches after 2 blocks, and the head reads them all"):
-        registry.complexity_arch(dataclasses.replace(config, blocks=3))
+    later = registry.complexity_arch(dataclasses.replace(config, blocks=3))
+    assert later.vision.merge == (0, 2) and later.vision.exits == ()
+    assert trunk_flops(later.vision, 3) == trunk_flops(arch.vision, 3)
+    with pytest.raises(ConfigError, match="config.complexity.blocks=4 must lie in 1 to 3, the first exit"):
+        registry.complexity_arch(dataclasses.replace(config, blocks=4))

@@ -31,14 +31,9 @@ def require_fits(clip: Checkpoint, clip_arch: ClipArch, scorer: Checkpoint, arch
             f"{where}, but {clip.path} has an exit after block {first}, which would leave before it is scored; "
             f"train the complexity model with --config.complexity.blocks={first} or less, or the CLIP with later exits"
         )
-    merging = clip_arch.vision.first_merging
-    if merging < arch.blocks:
-        raise CheckpointError(
-            f"{where}, but {clip.path} merges patches after block {merging} (config.clip.merge), and its rest goes on from "
-            f"tokens before that; train the complexity model with --config.complexity.blocks={merging} or less"
-        )
+    names = ("image_size", "patch_size", "heads", "activation", "norm_eps", "pre_norm")
     ours, theirs = (
-        {name: getattr(v, name) for name in ("image_size", "patch_size", "heads", "activation", "norm_eps", "pre_norm")}
+        {name: getattr(v, name) for name in names} | {"merge": v.merge_before(arch.blocks)}
         for v in (arch.vision, clip_arch.vision)
     )
     apart = [f"{name} {theirs[name]!r} against {value!r}" for name, value in ours.items() if value != theirs[name]]

@@ -22,6 +22,7 @@ from icar_jax.inference.router import SCORES_AHEAD, Routed, Run, assign, check_t
 from icar_jax.models.blocks_scorer import BlocksScorer
 from icar_jax.models.clip import Clip
 from icar_jax.models.host import jit_for_host
+from icar_jax.models.merging import Tokens
 from icar_jax.models.pixels import normalise
 
 
@@ -46,7 +47,7 @@ class SharedTower:
     def __post_init__(self):
         clip, scorer, p, dtype = self.clip, self.scorer, self.preprocess, self.dtype
         vision = clip.arch.vision
-        self.shape = (vision.tokens, vision.width)
+        self.shape = (vision.tokens_after(scorer.arch.blocks), vision.width)
 
         def begin(params, pixels):
             tokens = scorer.tokens(params, normalise(pixels, p.mean, p.std), dtype)
@@ -60,7 +61,7 @@ class SharedTower:
         self._put = jax.jit(_put, donate_argnums=0, out_shardings=self.placement.rows)
         self._take = jax.jit(_take, static_argnums=2, out_shardings=self.placement.rows)
 
-    def begin(self, pixels: np.ndarray) -> list[tuple[jax.Array, jax.Array, int]]:
+    def begin(self, pixels: np.ndarray) -> list[tuple[Tokens, jax.Array, int]]:
         """uint8 [n, S, S, 3] -> (tokens, scores, rows that count) for each piece of a static shape."""
         pieces = []
         for start, rows, bucket in cut(len(pixels), self.buckets):
@@ -70,22 +71,23 @@ class SharedTower:
             pieces.append((*self._begin(self.scorer_params, self.placement.batch(piece)), rows))
         return pieces
 
-    def buffer(self) -> jax.Array:
+    def buffer(self) -> Tokens:
         """Room for one full batch of tokens."""
-        return jnp.zeros((self.buckets[-1], *self.shape), self.dtype, device=self.placement.rows)
+        rows, place = self.buckets[-1], self.placement.rows
+        values = jnp.zeros((rows, *self.shape), self.dtype, device=place)
+        return Tokens(values, jnp.ones((rows, self.shape[0]), jnp.float32, device=place))
 
-    def put(self, buffer: jax.Array, tokens: jax.Array, rows: Sequence[int], places: Sequence[int]) -> jax.Array:
+    def put(self, buffer: Tokens, tokens: Tokens, rows: Sequence[int], places: Sequence[int]) -> Tokens:
         """`buffer` with tokens[rows] at `places`; the old buffer's memory is reused."""
-        source = np.full(len(buffer), -1, np.int32)
+        source = np.full(self.buckets[-1], -1, np.int32)
         source[list(places)] = rows
         return self._put(buffer, tokens, source)
 
-    def rest(self, exit: int, buffer: jax.Array, rows: int) -> Pending:
+    def rest(self, exit: int, buffer: Tokens, rows: int) -> Pending:
         """Starts the rest of the tower on the first `rows` rows of a buffer."""
         parts = []
         for start, n, bucket in cut(rows, self.buckets):
-            piece = buffer if bucket == len(buffer) else self._take(buffer, np.int32(start), bucket)
-            parts.append((self._rest[exit](self.clip_params, piece), n))
+            parts.append((self._rest[exit](self.clip_params, self._piece(buffer, start, bucket)), n))
         return Pending(parts)
 
     def warm_up(self) -> None:
@@ -95,25 +97,32 @@ class SharedTower:
             pixels = self.placement.batch(np.zeros((bucket, side, side, 3), np.uint8))
             tokens, _ = self._begin(self.scorer_params, pixels)
             buffer = self.put(self.buffer(), tokens, [0], [0])
-            piece = buffer if bucket == len(buffer) else self._take(buffer, np.int32(0), bucket)
+            piece = self._piece(buffer, 0, bucket)
             jax.block_until_ready([rest(self.clip_params, piece) for rest in self._rest.values()])
 
+    def _piece(self, buffer: Tokens, start: int, size: int) -> Tokens:
+        return buffer if size == self.buckets[-1] else self._take(buffer, np.int32(start), size)
 
-def _put(buffer: jax.Array, tokens: jax.Array, source: jax.Array) -> jax.Array:
+
+def _put(buffer: Tokens, tokens: Tokens, source: jax.Array) -> Tokens:
     # A gather and a choice: XLA scatters three times slower on a CPU.
-    return jnp.where((source >= 0)[:, None, None], jnp.take(tokens, source, axis=0, mode="clip"), buffer)
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        chosen = (source >= 0).reshape(-1, *[1] * (old.ndim - 1))
+        return jnp.where(chosen, jnp.take(new, source, axis=0, mode="clip"), old)
+
+    return jax.tree.map(put, buffer, tokens)
 
 
-def _take(buffer: jax.Array, start: jax.Array, size: int) -> jax.Array:
+def _take(buffer: Tokens, start: jax.Array, size: int) -> Tokens:
     # Rows past the end repeat the last one: they are padding.
-    return jnp.take(buffer, start + jnp.arange(size), axis=0, mode="clip")
+    return jax.tree.map(lambda rows: jnp.take(rows, start + jnp.arange(size), axis=0, mode="clip"), buffer)
 
 
 @dataclass
 class _Queue:
     """The images that wait for one exit: their tokens on the device, and which images they are."""
 
-    buffer: jax.Array
+    buffer: Tokens
     positions: list[int] = field(default_factory=list)
 
 
@@ -150,7 +159,7 @@ class SharedRouter:
             run.send(exit, queue.positions, lambda: tower.rest(exit, queue.buffer, len(queue.positions)), tower.buckets)
             queue.positions = []
 
-        def enqueue(tokens: jax.Array, submitted: Future) -> None:
+        def enqueue(tokens: Tokens, submitted: Future) -> None:
             nonlocal seen
             exits = assign(run.scores(submitted), self.exits, self.thresholds)
             for exit in np.unique(exits).tolist():
@@ -166,7 +175,7 @@ class SharedRouter:
             seen += len(exits)
 
         with Run() as run:
-            ahead: deque[tuple[jax.Array, Future]] = deque()
+            ahead: deque[tuple[Tokens, Future]] = deque()
             for pixels, _ in run.inputs(batches):
                 for tokens, raw, rows in tower.begin(pixels) if len(pixels) else ():
                     ahead.append((tokens, run.score(Pending([(raw, rows)]), (len(raw),))))

@@ -19,6 +19,7 @@ from flax import nnx
 from icar_jax import pytree
 from icar_jax.models.complexity import HEAD_MODULES, HEADS, dropout, log_odds
 from icar_jax.models.layers import Bridge, DType
+from icar_jax.models.merging import Tokens
 from icar_jax.models.vision import Trunk, VisionArch
 
 Array = jax.Array
@@ -81,13 +82,16 @@ class BlocksScorer:
         """{path of a parameter of the copied part: its path in the CLIP's parameters}."""
         return shared_paths(self.shapes())
 
-    def tokens(self, params: Mapping[str, Any], images: Array, dtype: DType = jnp.float32) -> Array:
+    def tokens(self, params: Mapping[str, Any], images: Array, dtype: DType = jnp.float32) -> Tokens:
         """images float [B, S, S, 3], normalised -> tokens [B, L, W] after `arch.blocks` blocks, in `dtype`."""
-        tower, blocks = self._bridge.bind(params).tower, self.arch.blocks
+        return self._tokens_after(self.arch.blocks, params, images, dtype)
+
+    def _tokens_after(self, blocks: int, params: Mapping[str, Any], images: Array, dtype: DType) -> Tokens:
+        tower = self._bridge.bind(params).tower
         return tower.run(tower.embed(images, dtype), (blocks,), dtype)[blocks]
 
     def logits_of_tokens(
-        self, params: Mapping[str, Any], tokens: Array, dropout_key: Array | None = None, dtype: DType = jnp.float32
+        self, params: Mapping[str, Any], tokens: Tokens, dropout_key: Array | None = None, dtype: DType = jnp.float32
     ) -> Array:
         """tokens [B, L, W] -> [B, 2] (classification) or [B, 1] (regression), float32."""
         pooled = pool_tokens(tokens, self.arch.vision.class_token)
@@ -99,7 +103,7 @@ class BlocksScorer:
         """images float [B, S, S, 3], normalised -> [B, 2] (classification) or [B, 1] (regression), float32."""
         return self.logits_of_tokens(params, self.tokens(params, images, dtype), dropout_key, dtype)
 
-    def score_of_tokens(self, params: Mapping[str, Any], tokens: Array, dtype: DType = jnp.float32) -> Array:
+    def score_of_tokens(self, params: Mapping[str, Any], tokens: Tokens, dtype: DType = jnp.float32) -> Array:
         """tokens [B, L, W] -> complexity [B] in [0, 1], float32; higher is more complex."""
         return jax.nn.sigmoid(log_odds(self.logits_of_tokens(params, tokens, dtype=dtype), self.arch.head))
 
@@ -115,21 +119,34 @@ class BlocksScorer:
         gradients by the pooled tokens, as of `models.complexity.activation_map`, would leave the deviation out. The mean of a
         map is the patches' share of the log odds to first order (both pools are homogeneous, Euler's theorem); the rest comes
         from the class token. Positive values raise the score, negative ones lower it.
+
+        Where patches are merged before the head reads them, tokens and gradients are those before the first merging, where
+        each patch still has its own; what blocks after it add is then in the map, but its mean is no share of the log odds.
         """
-        tokens = self.tokens(params, images, dtype)
-        odds, pull_back = jax.vjp(lambda x: log_odds(self.logits_of_tokens(params, x, dtype=dtype), self.arch.head), tokens)
+        vision, blocks = self.arch.vision, self.arch.blocks
+        start = min(blocks, vision.first_merging)
+        tower, tokens = self._bridge.bind(params).tower, self._tokens_after(start, params, images, dtype)
+
+        def odds_of(values: Array) -> Array:
+            read = tower.run(Tokens(values, tokens.sizes), (blocks,), dtype, start)[blocks]
+            return log_odds(self.logits_of_tokens(params, read, dtype=dtype), self.arch.head)
+
+        odds, pull_back = jax.vjp(odds_of, tokens.values)
         (gradient,) = pull_back(jnp.ones_like(odds))
-        first, side = int(self.arch.vision.class_token), self.arch.vision.image_size // self.arch.vision.patch_size
-        each = jnp.sum((tokens.astype(jnp.float32) * gradient.astype(jnp.float32))[:, first:], axis=-1)
-        return jax.nn.sigmoid(odds), each.reshape(-1, side, side) * side**2
+        each = jnp.sum((tokens.values.astype(jnp.float32) * gradient.astype(jnp.float32))[:, int(vision.class_token) :], axis=-1)
+        return jax.nn.sigmoid(odds), each.reshape(-1, vision.grid, vision.grid) * vision.grid**2
 
 
-def pool_tokens(tokens: Array, class_token: bool) -> Array:
-    """tokens [B, L, W] -> float32 [B, 3 W or 2 W]: the class token, and mean and standard deviation over the patches."""
-    x = tokens.astype(jnp.float32)
-    patches = x[:, 1:] if class_token else x
-    mean = patches.mean(axis=1)
-    variance = jnp.square(patches - mean[:, None]).mean(axis=1)
+def pool_tokens(tokens: Tokens, class_token: bool) -> Array:
+    """tokens [B, L, W] -> float32 [B, 3 W or 2 W]: the class token, and mean and standard deviation over the patches.
+
+    A token that stands for several patches counts as often.
+    """
+    x, first = tokens.values.astype(jnp.float32), int(class_token)
+    patches, part = x[:, first:], tokens.sizes[:, first:, None]
+    part = part / part.sum(axis=1, keepdims=True)
+    mean = (part * patches).sum(axis=1)
+    variance = (part * jnp.square(patches - mean[:, None])).sum(axis=1)
     # The gradient of sqrt at 0 is infinite; the patches of a flat image are told apart by their positions alone.
     return jnp.concatenate([*([x[:, 0]] if class_token else []), mean, jnp.sqrt(variance + 1e-12)], axis=-1)
 

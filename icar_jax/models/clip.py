@@ -18,6 +18,7 @@ from flax import nnx
 
 from icar_jax import pytree
 from icar_jax.models.layers import Bridge, DType
+from icar_jax.models.merging import Tokens
 from icar_jax.models.text import Text, TextArch
 from icar_jax.models.transformer import Execution
 from icar_jax.models.vision import Vision, VisionArch
@@ -104,14 +105,14 @@ class Clip:
         return {blocks_run: unit_norm(z) for blocks_run, z in embeds.items()}
 
     def encode_tokens(
-        self, params: Mapping[str, Any], tokens: Array, start: int, exit: int | None = None, dtype: DType = jnp.float32
+        self, params: Mapping[str, Any], tokens: Tokens, start: int, exit: int | None = None, dtype: DType = jnp.float32
     ) -> Array:
         """The rest of `encode_image`: tokens [B, L, W] of the vision tower after `start` blocks -> [B, D], unit norm."""
         blocks_run = self.arch.vision.check_exit(exit)
         return self.encode_tokens_exits(params, tokens, start, (blocks_run,), dtype)[blocks_run]
 
     def encode_tokens_exits(
-        self, params: Mapping[str, Any], tokens: Array, start: int, exits: tuple[int, ...], dtype: DType = jnp.float32
+        self, params: Mapping[str, Any], tokens: Tokens, start: int, exits: tuple[int, ...], dtype: DType = jnp.float32
     ) -> dict[int, Array]:
         """The rest of `encode_image_exits`: tokens [B, L, W] after `start` blocks -> {executed blocks: [B, D], unit norm}."""
         for blocks_run in exits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +11,22 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def merge_similar(x: Array, sizes: Array, count: int, class_token: bool) -> tuple[Array, Array]:
-    """Tokens [B, L, W] and the patches that each stands for [B, L] -> the same with `count` tokens fewer.
+class Tokens(NamedTuple):
+    """Images on their way up a vision tower: tokens `values` [B, L, W], and how many patches each stands for, `sizes` [B, L]."""
+
+    values: Array
+    sizes: Array  # float32; 1 for the class token and where nothing has been merged
+
+
+def merge_similar(tokens: Tokens, count: int, class_token: bool) -> Tokens:
+    """Tokens [B, L, W] -> the same images with `count` tokens fewer, [B, L - count, W].
 
     Bipartite matching of ToMe (Bolya et al. 2023, arXiv:2210.09461): every second patch looks for the most similar one among
     the others, and the `count` closest pairs become their mean, weighted by size. The class token stays, in its place; the
     patches that found no one come next, then the others. Similar is the cosine of the centred tokens, which needs no keys.
     Later attention does not weigh a token by its size, as ToMe's does for towers that are not trained to go without.
     """
-    first = int(class_token)
+    (x, sizes), first = tokens, int(class_token)
     # In full precision: accelerators would round away what tells pairs apart, and the tokens themselves in the sums below.
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     seeker, other = (x[:, first + start :: 2].astype(jnp.float32) for start in (0, 1))
@@ -35,8 +43,8 @@ def merge_similar(x: Array, sizes: Array, count: int, class_token: bool) -> tupl
     total = moves.sum(-1) + jnp.pad(other_size, ((0, 0), (alone, 0)))
     moved = product("bmn,bnw->bmw", moves / total[..., None], seeker)
     joined = moved[:, alone:] + (other_size / total[:, alone:])[..., None] * other
-    tokens = [x[:, :first], moved[:, :alone].astype(x.dtype), joined.astype(x.dtype)]
-    return jnp.concatenate(tokens, axis=1), jnp.concatenate([sizes[:, :first], total], axis=1)
+    values = [x[:, :first], moved[:, :alone].astype(x.dtype), joined.astype(x.dtype)]
+    return Tokens(jnp.concatenate(values, axis=1), jnp.concatenate([sizes[:, :first], total], axis=1))
 
 
 def _scaled_mean(x: Array) -> tuple[Array, Array]:

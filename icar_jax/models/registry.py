@@ -136,14 +136,8 @@ def _blocks_arch(config: cfg.ComplexityConfig) -> BlocksArch:
             f"config.complexity.blocks={config.blocks} must lie in 1 to {clip.vision.all_exits[0]}, the first exit of "
             f"{config.clip}: an image that leaves there has to be scored before"
         )
-    if config.blocks > clip.vision.first_merging:
-        raise cfg.ConfigError(
-            f"config.complexity.blocks={config.blocks}: {config.clip} merges patches after {clip.vision.first_merging} blocks, "
-            "and the head reads them all; use as many or fewer"
-        )
-    own = ("exits", "pool", "exit_head", "exit_sum", "merge")  # it has no exits of its own, and nothing is merged yet
-    plain = {name: getattr(VisionArch, name) for name in own}
-    vision = dataclasses.replace(clip.vision, **plain)
+    plain = {name: getattr(VisionArch, name) for name in ("exits", "pool", "exit_head", "exit_sum")}  # it has no exits
+    vision = dataclasses.replace(clip.vision, **plain, merge=clip.vision.merge_before(config.blocks))
     return BlocksArch(vision, config.blocks, config.head, config.dropout)
 
 

@@ -17,7 +17,7 @@ from flax import nnx
 
 from icar_jax.models.exit_heads import EXIT_HEADS, Adapter, TokenAttention
 from icar_jax.models.layers import DType, LayerNorm, Linear, PatchConv, normal
-from icar_jax.models.merging import merge_similar, merging_error
+from icar_jax.models.merging import Tokens, merge_similar, merging_error
 from icar_jax.models.transformer import AttentionPool, Block, Execution, run_blocks
 
 Array = jax.Array
@@ -94,6 +94,10 @@ class VisionArch:
         """The blocks after which patches are merged first; the depth where none are."""
         return next((i for i, count in enumerate(self.merge, 1) if count), self.depth)
 
+    def merge_before(self, blocks_run: int) -> tuple[int, ...]:
+        """The part of `merge` that what is read after `blocks_run` blocks depends on; () where that is not merged yet."""
+        return self.merge[: blocks_run - 1] if self.first_merging < blocks_run else ()
+
     @property
     def exits_after_merging(self) -> tuple[int, ...]:
         """The early exits whose heads read merged patches."""
@@ -161,7 +165,7 @@ class Trunk(nnx.Module):
             ]
         )
 
-    def embed(self, images: Array, dtype: DType) -> Array:
+    def embed(self, images: Array, dtype: DType) -> Tokens:
         """images [B, S, S, 3], normalised -> tokens [B, L, W] before the first block, in `dtype`."""
         x = self.patch(images.astype(dtype), dtype)
         b, _, _, width = x.shape
@@ -169,35 +173,34 @@ class Trunk(nnx.Module):
         if self.cls is not None:
             x = jnp.concatenate([jnp.broadcast_to(self.cls[...].astype(dtype), (b, 1, width)), x], axis=1)
         x = x + self.pos[...].astype(dtype)
-        return x if self.ln_pre is None else self.ln_pre(x)
+        return Tokens(x if self.ln_pre is None else self.ln_pre(x), jnp.ones(x.shape[:2], jnp.float32))
 
     def run(
         self,
-        x: Array,
+        tokens: Tokens,
         wanted: Iterable[int],
         dtype: DType,
         start: int = 0,
         execution: Execution = Execution(),
         scales: Array | None = None,
-    ) -> dict[int, Array]:
+    ) -> dict[int, Tokens]:
         """Tokens [B, L, W] after `start` blocks -> {executed blocks: tokens after them} for each of `wanted`.
 
-        What is wanted, or given, after the blocks at which patches are merged is not merged yet. Raises ValueError for a
-        `start` beyond the first merging: how many patches each token stands for would not be known.
+        What is wanted, or given, after the blocks at which patches are merged is not merged yet.
         """
-        part = lambda x, wanted, start: run_blocks(
-            self.blocks, x, wanted, causal=False, dtype=dtype, execution=execution, start=start, scales=scales
-        )
-        if start > self.arch.first_merging:
-            raise ValueError(f"tokens after {start} blocks: this tower has merged patches after {self.arch.first_merging}")
+
+        def part(tokens: Tokens, wanted: set[int], start: int) -> dict[int, Tokens]:
+            found = run_blocks(
+                self.blocks, tokens.values, wanted, causal=False, dtype=dtype, execution=execution, start=start, scales=scales
+            )
+            return {blocks_run: Tokens(x, tokens.sizes) for blocks_run, x in found.items()}
+
         wanted, taps = set(wanted), {}
-        sizes = jnp.ones(x.shape[:2], jnp.float32)
         for stop, count in enumerate(self.arch.merge, 1):
             if count and start <= stop < max(wanted):
-                taps |= part(x, {e for e in wanted if e < stop} - taps.keys() | {stop}, start)
-                x, sizes = merge_similar(taps[stop], sizes, count, self.arch.class_token)
-                start = stop
-        taps |= part(x, wanted - taps.keys(), start)
+                taps |= part(tokens, {e for e in wanted if e < stop} - taps.keys() | {stop}, start)
+                tokens, start = merge_similar(taps[stop], count, self.arch.class_token), stop
+        taps |= part(tokens, wanted - taps.keys(), start)
         return {e: taps[e] for e in sorted(wanted)}
 
 
@@ -229,7 +232,7 @@ class Vision(Trunk):
 
     def resume(
         self,
-        x: Array,
+        tokens: Tokens,
         start: int,
         exits: tuple[int, ...],
         dtype: DType,
@@ -238,8 +241,8 @@ class Vision(Trunk):
     ) -> dict[int, Array]:
         """The rest of the tower: tokens [B, L, W] after `start` blocks -> what `__call__` gives, for exits from `start` on."""
         parts = {exit: self.arch.heads_of(exit) for exit in exits}
-        taps = self.run(x, {e for heads in parts.values() for e in heads}, dtype, start, execution, scales)
-        each = {blocks_run: self._embed(x, blocks_run, dtype).astype(jnp.float32) for blocks_run, x in taps.items()}
+        taps = self.run(tokens, {e for heads in parts.values() for e in heads}, dtype, start, execution, scales)
+        each = {blocks_run: self._embed(tap.values, blocks_run, dtype).astype(jnp.float32) for blocks_run, tap in taps.items()}
         # In ascending order, as the pass gives them.
         return {exit: reduce(operator.add, (each[e] for e in parts[exit])) for exit in sorted(parts)}
 

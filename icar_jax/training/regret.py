@@ -18,6 +18,7 @@ from icar_jax.config import ConfigError, ExperimentConfig, from_dict
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.clip import Clip, ClipArch
+from icar_jax.models.merging import Tokens
 from icar_jax.models.pixels import normalise
 from icar_jax.models.regret import cosine_regret, loss_regret, unit_ranks
 from icar_jax.training import tower
@@ -46,7 +47,7 @@ class Teacher:
     def reads_captions(self) -> bool:
         return self.kind == "loss"
 
-    def regret(self, batch: dict[str, Any], pixels: jax.Array | None, tokens: jax.Array | None, start: int, dtype) -> jax.Array:
+    def regret(self, batch: dict[str, Any], pixels: jax.Array | None, tokens: Tokens | None, start: int, dtype) -> jax.Array:
         """Regrets [B] of a batch with the entries CLIP and, where captions are read, 'tokens' int32 [B, L].
 
         Images come as `pixels` float [B, S, S, 3], normalised, or as tokens [B, L, W] of the vision tower after `start` blocks.
@@ -65,7 +66,7 @@ class Teacher:
         return loss_regret(early, full, text, self.clip.logit_scales(params)[exits[-1]])
 
     def target(
-        self, batch: dict[str, Any], tokens: jax.Array | None, start: int, dtype
+        self, batch: dict[str, Any], tokens: Tokens | None, start: int, dtype
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(targets [B] in [0, 1], what is logged): ranks of the regrets in the batch."""
         pixels = None
