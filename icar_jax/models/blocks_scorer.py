@@ -133,7 +133,7 @@ class BlocksScorer:
 
         odds, pull_back = jax.vjp(odds_of, tokens.values)
         (gradient,) = pull_back(jnp.ones_like(odds))
-        each = jnp.sum((tokens.values.astype(jnp.float32) * gradient.astype(jnp.float32))[:, int(vision.class_token) :], axis=-1)
+        each = jnp.sum(tokens.values.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)[:, int(vision.class_token) :]
         return jax.nn.sigmoid(odds), each.reshape(-1, vision.grid, vision.grid) * vision.grid**2
 
 

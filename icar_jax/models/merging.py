@@ -12,7 +12,7 @@ Array = jax.Array
 
 
 class Tokens(NamedTuple):
-    """Images on their way up a vision tower: tokens `values` [B, L, W], and how many patches each stands for, `sizes` [B, L]."""
+    """Images on their way up a vision tower: tokens `values` [B, L, W]; `sizes` [B, L], the patches each stands for."""
 
     values: Array
     sizes: Array  # float32; 1 for the class token and where nothing has been merged
