@@ -277,7 +277,11 @@ def complexity_config(sizes: Sizes, out: Path) -> ExperimentConfig:
 def head_config(
     router: str, dataset: str, sizes: Sizes, seed: int, photos: str, clip: Path, exit: int, out: Path
 ) -> ExperimentConfig:
-    """A head on the first blocks of the CLIP at `clip`: `blocks` learns ratings of scenes, `regret` what an exit loses."""
+    """A head on the first blocks of the CLIP at `clip`.
+
+    `blocks` learns ratings of scenes, `regret` what an image loses by leaving; `shift`, which reads at the exit itself, how far
+    its embedding is from that of full depth.
+    """
     s = sizes
     # The tower's own preprocessing takes the place of the resizing named here; a router sees no random crops.
     data = dataclasses.replace(
@@ -285,15 +289,16 @@ def head_config(
     )
     config = ExperimentConfig(
         task="complexity",
-        complexity=ComplexityConfig(variant="blocks", clip=str(clip), blocks=min(s.head_blocks, exit), dropout=0.0),
+        complexity=ComplexityConfig(
+            variant="blocks", clip=str(clip), blocks=exit if router == "shift" else min(s.head_blocks, exit), dropout=0.0,
+            target="rating" if router == "blocks" else "regret", regret="cosine" if router == "shift" else "loss",
+        ),
         data=data,
         optim=OptimConfig(lr=1e-3, warmup_steps=min(100, s.head_steps // 2)),
         train=TrainConfig(
             steps=s.head_steps, batch_size=s.batch_size, seed=seed, dtype="float32", checkpoint_every=s.checkpoint_every, keep=1
         ),
     )
-    if router == "regret":
-        config = changed(config, {"complexity.target": "regret"})
     return validate(config)
 
 

@@ -12,8 +12,10 @@ from recipes import BUDGET, RECIPES
 
 from icar_jax.evaluation import figures
 
-STYLES = {"complexity": ("#D55E00", "D"), "regret": ("#0072B2", "s"), "blocks": ("#009E73", "^")}  # colour, marker
-OTHER = ("#CC79A7", "v")  # of a router that has no style
+STYLES = {  # colour, marker
+    "complexity": ("#D55E00", "D"), "regret": ("#0072B2", "s"), "shift": ("#CC79A7", "v"), "blocks": ("#009E73", "^"),
+}  # fmt: skip
+OTHER = ("#56B4E9", "P")  # of a router that has no style
 EXIT = "#882255"
 GOAL = 99.0
 Row = Mapping[str, Any]

@@ -107,7 +107,7 @@ def test_the_towers_that_others_are_compared_with_come_first(tmp_path):
     order = [job.of[1] if job.of else job.run.name for job in todo]
     begin = ["ConvNeXt-IC", "scenes/pretrained", "scenes/pretrained_static"]
     assert order == [*begin, "baseline", "static", "baseline", "static", "shared", "shared"]
-    assert [len(job.heads) for job in todo] == [0] * 7 + [2, 2]
+    assert [len(job.heads) for job in todo] == [0] * 7 + [3, 3]
 
 
 def test_shaded_scenes_go_on_from_the_towers_of_scenes(tmp_path):
@@ -122,11 +122,13 @@ def test_shaded_scenes_go_on_from_the_towers_of_scenes(tmp_path):
 
 @pytest.mark.parametrize("setting", recipes.SETTINGS)
 def test_heads_on_a_tower_are_configurations(setting, tmp_path):
-    for dataset, router in itertools.product(recipes.DATASETS, ("regret", "blocks")):
+    for dataset, router in itertools.product(recipes.DATASETS, ("regret", "shift", "blocks")):
         sizes = recipes.SETTINGS[setting][dataset]
         config = recipes.head_config(router, dataset, sizes, 0, str(tmp_path), tmp_path / "clip", sizes.exit, tmp_path)
         assert config.complexity.blocks <= sizes.exit and config.complexity.clip
-        assert (config.data.source == "folder") == (dataset != "scenes" and router == "regret")
+        assert (config.data.source == "folder") == (dataset != "scenes" and router != "blocks")
+        assert (config.complexity.target == "regret") == (router != "blocks")
+        assert (config.complexity.blocks == sizes.exit) >= (router == "shift")
 
 
 def test_datasets_by_name_or_several_at_once(tmp_path):
