@@ -69,6 +69,7 @@ class Sizes:
     router_steps: int = 2000
     head_blocks: int = 2  # blocks below the head of the routers `blocks` and `regret`
     head_steps: int = 500
+    shift_steps: int = 3000  # of `shift`, whose targets tell more: the head goes on learning
     # Shares of the baseline's counted cost; those from a recipe's own full depth up become notes.
     budgets: tuple[float, ...] = (BUDGET, 0.80)
     merged_budgets: tuple[float, ...] = (0.58, 0.60, 0.62, 0.64, 0.66, 0.67, 0.68)
@@ -90,7 +91,7 @@ _SMALL = {
 _LARGE = {
     "variant": "vit_s16", "exit": 6, "exits": (4, 6, 8), "late": 8,
     "merge": (0, 0, 16, 0, 0, 12, 0, 0, 8), "gentle": (0, 0, 16, 0, 0, 12, 0, 0, 7),
-    "batch_size": 256, "image_size": 128, "warmup_steps": 500, "router_pixels": 64, "router_steps": 7000, "head_steps": 2000,
+    "batch_size": 256, "image_size": 128, "warmup_steps": 500, "router_pixels": 64, "router_steps": 7000, "head_steps": 2000, "shift_steps": 6000,
     "pretrain_lr": 5e-4, "lr": 2e-4, "exit_lr": 5e-4, "merged_budgets": (0.62, 0.65, 0.67, 0.68),
 }  # fmt: skip
 # The tests' setting: seconds.
@@ -99,7 +100,7 @@ _TINY = {
     "pretrain_steps": 2, "steps": 3,
     "depth": 3, "patch_size": 32, "context_length": 16, "batch_size": 8, "image_size": 64, "train_images": 200,
     "calibration": 40, "queries": 24, "distractors": 16, "warmup_steps": 1, "dtype": "float32", "checkpoint_every": 2,
-    "router_pixels": 32, "router_steps": 2, "head_blocks": 1, "head_steps": 2, "bootstrap": 100, "random_draws": 3,
+    "router_pixels": 32, "router_steps": 2, "head_blocks": 1, "head_steps": 2, "shift_steps": 2, "bootstrap": 100, "random_draws": 3,
     "eval_batch": 8, "vocabulary": 300, "budgets": (0.9,), "merged_budgets": (0.9,),
 }  # fmt: skip
 
@@ -282,7 +283,7 @@ def head_config(
     `blocks` learns ratings of scenes, `regret` what an image loses by leaving; `shift`, which reads at the exit itself, how far
     its embedding is from that of full depth.
     """
-    s = sizes
+    s, steps = sizes, sizes.shift_steps if router == "shift" else sizes.head_steps
     # The tower's own preprocessing takes the place of the resizing named here; a router sees no random crops.
     data = dataclasses.replace(
         _data("scenes" if router == "blocks" else dataset, s, photos, out), resize="squash", crop_scale=1.0, flip=False
@@ -294,9 +295,9 @@ def head_config(
             target="rating" if router == "blocks" else "regret", regret="cosine" if router == "shift" else "loss",
         ),
         data=data,
-        optim=OptimConfig(lr=1e-3, warmup_steps=min(100, s.head_steps // 2)),
+        optim=OptimConfig(lr=1e-3, warmup_steps=min(100, steps // 2)),
         train=TrainConfig(
-            steps=s.head_steps, batch_size=s.batch_size, seed=seed, dtype="float32", checkpoint_every=s.checkpoint_every, keep=1
+            steps=steps, batch_size=s.batch_size, seed=seed, dtype="float32", checkpoint_every=s.checkpoint_every, keep=1
         ),
     )
     return validate(config)
