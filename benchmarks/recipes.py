@@ -91,7 +91,8 @@ _SMALL = {
 _LARGE = {
     "variant": "vit_s16", "exit": 6, "exits": (4, 6, 8), "late": 8,
     "merge": (0, 0, 16, 0, 0, 12, 0, 0, 8), "gentle": (0, 0, 16, 0, 0, 12, 0, 0, 7),
-    "batch_size": 256, "image_size": 128, "warmup_steps": 500, "router_pixels": 64, "router_steps": 7000, "head_steps": 2000, "shift_steps": 6000,
+    "batch_size": 256, "image_size": 128, "warmup_steps": 500, "router_pixels": 64,
+    "router_steps": 7000, "head_steps": 2000, "shift_steps": 6000,
     "pretrain_lr": 5e-4, "lr": 2e-4, "exit_lr": 5e-4, "merged_budgets": (0.62, 0.65, 0.67, 0.68),
 }  # fmt: skip
 # The tests' setting: seconds.
@@ -100,8 +101,8 @@ _TINY = {
     "pretrain_steps": 2, "steps": 3,
     "depth": 3, "patch_size": 32, "context_length": 16, "batch_size": 8, "image_size": 64, "train_images": 200,
     "calibration": 40, "queries": 24, "distractors": 16, "warmup_steps": 1, "dtype": "float32", "checkpoint_every": 2,
-    "router_pixels": 32, "router_steps": 2, "head_blocks": 1, "head_steps": 2, "shift_steps": 2, "bootstrap": 100, "random_draws": 3,
-    "eval_batch": 8, "vocabulary": 300, "budgets": (0.9,), "merged_budgets": (0.9,),
+    "router_pixels": 32, "router_steps": 2, "head_blocks": 1, "head_steps": 2, "shift_steps": 2, "bootstrap": 100,
+    "random_draws": 3, "eval_batch": 8, "vocabulary": 300, "budgets": (0.9,), "merged_budgets": (0.9,),
 }  # fmt: skip
 
 SETTINGS: dict[str, dict[str, Sizes]] = {
