@@ -69,7 +69,8 @@ class Sizes:
     router_steps: int = 2000
     head_blocks: int = 2  # blocks below the head of the routers `blocks` and `regret`
     head_steps: int = 500
-    shift_steps: int = 3000  # of `shift`, whose targets tell more: the head goes on learning
+    gallery_steps: int = 2000  # of the router `gallery`, whose targets tell more: its head goes on learning
+    rivals: int = 4000  # pairs of its gallery
     # Shares of the baseline's counted cost; those from a recipe's own full depth up become notes.
     budgets: tuple[float, ...] = (BUDGET, 0.80)
     merged_budgets: tuple[float, ...] = (0.58, 0.60, 0.62, 0.64, 0.66, 0.67, 0.68)
@@ -92,7 +93,7 @@ _LARGE = {
     "variant": "vit_s16", "exit": 6, "exits": (4, 6, 8), "late": 8,
     "merge": (0, 0, 16, 0, 0, 12, 0, 0, 8), "gentle": (0, 0, 16, 0, 0, 12, 0, 0, 7),
     "batch_size": 256, "image_size": 128, "warmup_steps": 500, "router_pixels": 64,
-    "router_steps": 7000, "head_steps": 2000, "shift_steps": 6000,
+    "router_steps": 7000, "head_steps": 2000, "gallery_steps": 6000,
     "pretrain_lr": 5e-4, "lr": 2e-4, "exit_lr": 5e-4, "merged_budgets": (0.62, 0.65, 0.67, 0.68),
 }  # fmt: skip
 # The tests' setting: seconds.
@@ -101,8 +102,8 @@ _TINY = {
     "pretrain_steps": 2, "steps": 3,
     "depth": 3, "patch_size": 32, "context_length": 16, "batch_size": 8, "image_size": 64, "train_images": 200,
     "calibration": 40, "queries": 24, "distractors": 16, "warmup_steps": 1, "dtype": "float32", "checkpoint_every": 2,
-    "router_pixels": 32, "router_steps": 2, "head_blocks": 1, "head_steps": 2, "shift_steps": 2, "bootstrap": 100,
-    "random_draws": 3, "eval_batch": 8, "vocabulary": 300, "budgets": (0.9,), "merged_budgets": (0.9,),
+    "router_pixels": 32, "router_steps": 2, "head_blocks": 1, "head_steps": 2, "gallery_steps": 2, "rivals": 20,
+    "bootstrap": 100, "random_draws": 3, "eval_batch": 8, "vocabulary": 300, "budgets": (0.9,), "merged_budgets": (0.9,),
 }  # fmt: skip
 
 SETTINGS: dict[str, dict[str, Sizes]] = {
@@ -281,10 +282,10 @@ def head_config(
 ) -> ExperimentConfig:
     """A head on the first blocks of the CLIP at `clip`.
 
-    `blocks` learns ratings of scenes, `regret` what an image loses by leaving; `shift`, which reads at the exit itself, how far
-    its embedding is from that of full depth.
+    `blocks` learns ratings of scenes, `regret` what an image loses by leaving; `gallery` the same among thousands of pairs, and
+    it reads at the exit itself.
     """
-    s, steps = sizes, sizes.shift_steps if router == "shift" else sizes.head_steps
+    s, steps = sizes, sizes.gallery_steps if router == "gallery" else sizes.head_steps
     # The tower's own preprocessing takes the place of the resizing named here; a router sees no random crops.
     data = dataclasses.replace(
         _data("scenes" if router == "blocks" else dataset, s, photos, out), resize="squash", crop_scale=1.0, flip=False
@@ -292,8 +293,8 @@ def head_config(
     config = ExperimentConfig(
         task="complexity",
         complexity=ComplexityConfig(
-            variant="blocks", clip=str(clip), blocks=exit if router == "shift" else min(s.head_blocks, exit), dropout=0.0,
-            target="rating" if router == "blocks" else "regret", regret="cosine" if router == "shift" else "loss",
+            variant="blocks", clip=str(clip), blocks=exit if router == "gallery" else min(s.head_blocks, exit), dropout=0.0,
+            target="rating" if router == "blocks" else "regret", rivals=s.rivals if router == "gallery" else 0,
         ),
         data=data,
         optim=OptimConfig(lr=1e-3, warmup_steps=min(100, steps // 2)),

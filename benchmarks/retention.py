@@ -1,7 +1,7 @@
 """How much of a separately trained full-depth CLIP is kept at a share of its cost, by training recipe, router and seed.
 
     python benchmarks/retention.py --dataset all --setting small --photos PATH/TO/flickr8k --out workdir/retention
-        [--seeds 1 2 3] [--recipes all|NAME ...] [--routers complexity regret shift blocks] [--jobs N]
+        [--seeds 1 2 3] [--recipes all|NAME ...] [--routers complexity regret gallery blocks] [--jobs N]
         [--train-only | --report-only]
 
 Trains every recipe of benchmarks/recipes.py with train.py, each run a workdir OUT/DATASET/RECIPE/SEED; evaluates it in a
@@ -37,7 +37,7 @@ from icar_jax.cli.errors import user_errors
 from icar_jax.config import ConfigError, to_json
 
 ROOT = Path(__file__).parent.parent
-ROUTERS = ("complexity", "regret", "shift", "blocks")
+ROUTERS = ("complexity", "regret", "gallery", "blocks")
 FIRST = ("baseline", "static")  # every other run is compared with these
 
 

@@ -13,7 +13,7 @@ from recipes import BUDGET, RECIPES
 from icar_jax.evaluation import figures
 
 STYLES = {  # colour, marker
-    "complexity": ("#D55E00", "D"), "regret": ("#0072B2", "s"), "shift": ("#CC79A7", "v"), "blocks": ("#009E73", "^"),
+    "complexity": ("#D55E00", "D"), "regret": ("#0072B2", "s"), "gallery": ("#CC79A7", "v"), "blocks": ("#009E73", "^"),
 }  # fmt: skip
 OTHER = ("#56B4E9", "P")  # of a router that has no style
 EXIT = "#882255"

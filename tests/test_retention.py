@@ -122,13 +122,13 @@ def test_shaded_scenes_go_on_from_the_towers_of_scenes(tmp_path):
 
 @pytest.mark.parametrize("setting", recipes.SETTINGS)
 def test_heads_on_a_tower_are_configurations(setting, tmp_path):
-    for dataset, router in itertools.product(recipes.DATASETS, ("regret", "shift", "blocks")):
+    for dataset, router in itertools.product(recipes.DATASETS, ("regret", "gallery", "blocks")):
         sizes = recipes.SETTINGS[setting][dataset]
         config = recipes.head_config(router, dataset, sizes, 0, str(tmp_path), tmp_path / "clip", sizes.exit, tmp_path)
         assert config.complexity.blocks <= sizes.exit and config.complexity.clip
         assert (config.data.source == "folder") == (dataset != "scenes" and router != "blocks")
         assert (config.complexity.target == "regret") == (router != "blocks")
-        assert (config.complexity.blocks == sizes.exit) >= (router == "shift")
+        assert (config.complexity.blocks == sizes.exit) >= (router == "gallery")
 
 
 def test_datasets_by_name_or_several_at_once(tmp_path):

@@ -215,6 +215,9 @@ def _validate_ratings(c: ExperimentConfig) -> None:
         return
     if c.complexity.exit:
         raise ConfigError(f"config.complexity.exit={c.complexity.exit} is for config.complexity.target='regret'; leave it 0")
+    if c.complexity.rivals and c.complexity.target != "regret":
+        said = f"config.complexity.rivals={c.complexity.rivals}"
+        raise ConfigError(f"{said} is for config.complexity.target='regret'; leave it 0")
     if d.source not in rated:
         raise ConfigError(
             f"config.data.source={d.source!r} holds no complexity ratings; use 'scenes', or 'ratings' with "
@@ -249,6 +252,11 @@ def _validate_regret(c: ExperimentConfig) -> None:
         )
     if complexity.exit < 0:
         raise ConfigError(f"config.complexity.exit={complexity.exit} must be an exit of config.complexity.clip, or 0")
+    if complexity.rivals < 0 or (complexity.rivals and complexity.regret != "loss"):
+        raise ConfigError(
+            f"config.complexity.rivals={complexity.rivals} must be 0, or a number of training pairs for "
+            f"config.complexity.regret='loss' (found {complexity.regret!r})"
+        )
     if d.source == "ratings" or d.ratings:
         found = f"ratings={d.ratings!r}" if d.ratings else "source='ratings'"
         raise ConfigError(

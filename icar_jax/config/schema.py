@@ -43,6 +43,7 @@ class ComplexityConfig:
     target: str = "rating"  # what the score says: the image's 'rating', or its 'regret' if it left `clip` early
     regret: str = "loss"  # regret: InfoNCE term at the exit minus that at full depth ('loss'), or 1 - their 'cosine'
     exit: int = 0  # regret: the exit of `clip`, in executed blocks; 0 is its first one
+    rivals: int = 0  # regret 'loss': training pairs that each pair is compared with, beside those of the batch
     # Variant blocks: the tower's weights stay as they are, and its preprocessing replaces image_size, data.resize,
     # data.interpolation and data.normalise. Target regret: the CLIP's weights stay as they are.
     clip: str = ""  # checkpoint or workdir of the CLIP that it is to route

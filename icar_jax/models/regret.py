@@ -11,6 +11,8 @@ that lose least, which is what a complexity score can only hope for.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -18,20 +20,36 @@ Array = jax.Array
 KINDS = ("loss", "cosine")
 
 
-def loss_regret(exit: Array, full: Array, text: Array, scale: Array) -> Array:
-    """Regrets [B] float32 of B pairs among each other; negative where the exit is the better one.
+class Rivals(NamedTuple):
+    """Further pairs that B pairs are compared with: image and text [M, D], unit norm, at full depth.
+
+    `same` bool [B, M]: which of them are of the pair's own image, and no rivals of it.
+    """
+
+    image: Array
+    text: Array
+    same: Array
+
+
+def loss_regret(exit: Array, full: Array, text: Array, scale: Array, more: Rivals | None = None) -> Array:
+    """Regrets [B] float32 of B pairs among each other, and among `more`; negative where the exit is the better one.
 
     exit, full, text: [B, D], unit norm, row i of each belongs to pair i; scale: scalar, of full depth.
     """
-    logits = scale * jnp.einsum("id,td->it", full, text, precision=jax.lax.Precision.HIGHEST)
-    own = jnp.eye(len(logits), dtype=bool)
-    others = jnp.where(own, -jnp.inf, logits)
-    images = jax.nn.logsumexp(others, axis=0)  # [t], all but its own
-    rivals = jnp.where(own, -jnp.inf, scale * jnp.einsum("id,td->it", exit, text, precision=jax.lax.Precision.HIGHEST))
+    images, texts, own = full, text, jnp.eye(len(full), dtype=bool)
+    if more is not None:
+        images, texts = jnp.concatenate([full, more.image]), jnp.concatenate([text, more.text])
+        own = jnp.concatenate([own, more.same], axis=1)
+
+    def rivalry(rows: Array, columns: Array) -> Array:
+        logits = scale * jnp.einsum("id,jd->ij", rows, columns, precision=jax.lax.Precision.HIGHEST)
+        return jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), axis=1)  # all but its own
+
+    others = rivalry(text, images)
     at_exit = scale * jnp.sum(exit * text, axis=1)
     at_full = scale * jnp.sum(full * text, axis=1)
-    early = jax.nn.softplus(jax.nn.logsumexp(rivals, axis=1) - at_exit) + jax.nn.softplus(images - at_exit)
-    late = jax.nn.softplus(jax.nn.logsumexp(others, axis=1) - at_full) + jax.nn.softplus(images - at_full)
+    early = jax.nn.softplus(rivalry(exit, texts) - at_exit) + jax.nn.softplus(others - at_exit)
+    late = jax.nn.softplus(rivalry(full, texts) - at_full) + jax.nn.softplus(others - at_full)
     return (early - late) / 2
 
 

@@ -18,6 +18,7 @@ from icar_jax.data.pipeline import BadFiles, train_batches
 from icar_jax.parallel import distributed
 from icar_jax.parallel.mesh import batch_sharding, batch_shards
 from icar_jax.parallel.rules import shardings
+from icar_jax.training import regret, rivals
 from icar_jax.training.checkpoints import StateStore, write_model
 from icar_jax.training.evaluator import Evaluation, MakeEvaluator, Trained, make_evaluation
 from icar_jax.training.initial import place
@@ -61,9 +62,10 @@ def _train(run: Run, request: StopRequest, stop_after: int, evaluators: tuple[Ma
     part = distributed.batch_part(sharding, t.batch_size)
     tokenizer = run.tokenizer if task.kind == "clip" else None  # regret reads captions with that of its CLIP
     trained = Trained(config, task.kind, task.description, tokenizer, sharding, batch_shards(run.mesh), part)
-    fixed = {
-        name: place(tree, shardings(task.given[name], run.mesh)) for name, tree in given_params(config, task).items()
-    }
+    given = given_params(config, task)
+    if regret.RIVALS in task.given:
+        given[regret.RIVALS] = rivals.embed(config, run.source, run.tokenizer, given[regret.CLIP])
+    fixed = {name: place(tree, shardings(task.given[name], run.mesh)) for name, tree in given.items()}
     with StateStore(workdir, t.keep) as store:
         start = distributed.from_main(store.latest_step or 0)  # a network file system may show the newest one late elsewhere
         evaluation = make_evaluation(trained, workdir, start, evaluators)

@@ -20,7 +20,7 @@ from icar_jax import config as cfg
 from icar_jax.config import ExperimentConfig
 from icar_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh
 from icar_jax.parallel.rules import shardings
-from icar_jax.training import plan_cost, plan_hlo
+from icar_jax.training import plan_cost, plan_hlo, regret
 from icar_jax.training.optimizer import make_optimizer
 from icar_jax.training.plan_chips import Chip
 from icar_jax.training.plan_cost import Collective
@@ -200,6 +200,7 @@ def abstract_batch(config: ExperimentConfig, task: Task, mesh: jax.sharding.Mesh
         "image": ((n, size, size, 3), jnp.uint8),
         "tokens": ((n, task.context_length), jnp.int32),
         "complexity": ((n,), jnp.float32),
+        regret.INDEX: ((n,), jnp.int32),
         **{name: ((n, p.image_size, p.image_size, 3), jnp.uint8) for name, p in task.others.items()},
     }
     sharding = batch_sharding(mesh)

@@ -61,7 +61,8 @@ def teacher_flops(config: ExperimentConfig) -> int:
     shared = flops.trunk_flops(vision, config.complexity.blocks) if config.complexity.blocks else 0
     heads = sum(flops.head_flops(vision, blocks) for blocks in (teacher.exit, vision.depth))
     captions = flops.text_flops(teacher.clip.arch.text) if teacher.reads_captions else 0
-    return flops.trunk_flops(vision, vision.depth) - shared + heads + captions
+    compared = 6 * teacher.rivals * vision.embed_dim  # the image at both depths with their texts, the text with their images
+    return flops.trunk_flops(vision, vision.depth) - shared + heads + captions + compared
 
 
 def image_flops(arch: VisionArch) -> int:

@@ -20,10 +20,12 @@ from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.merging import Tokens
 from icar_jax.models.pixels import normalise
-from icar_jax.models.regret import cosine_regret, loss_regret, unit_ranks
+from icar_jax.models.regret import Rivals, cosine_regret, loss_regret, unit_ranks
 from icar_jax.training import tower
 
 CLIP = "clip"  # entry of a batch: the parameters of the CLIP
+RIVALS = "rivals"  # entry of a batch: {'image', 'text': [M, D], unit norm, 'index': [M] of the training set}, float32
+INDEX = "index"  # entry of a batch, beside RIVALS: which image of the training set each one is
 IMAGE = "clip_image"  # entry of a batch: the pictures as the CLIP is given them, where the complexity model sees others
 KEPT = "start/clip.json"  # of a workdir: description of the CLIP that the regret is of
 
@@ -42,13 +44,14 @@ class Teacher:
     kind: str  # loss | cosine
     preprocess: Preprocess
     description: dict[str, Any]  # of the finished checkpoint: kind, exit, and which CLIP
+    rivals: int = 0  # pairs beside those of the batch
 
     @property
     def reads_captions(self) -> bool:
         return self.kind == "loss"
 
     def regret(self, batch: dict[str, Any], pixels: jax.Array | None, tokens: Tokens | None, start: int, dtype) -> jax.Array:
-        """Regrets [B] of a batch with the entries CLIP and, where captions are read, 'tokens' int32 [B, L].
+        """Regrets [B] of a batch with the entries CLIP and, where captions are read, 'tokens' int32 [B, L]; RIVALS and INDEX.
 
         Images come as `pixels` float [B, S, S, 3], normalised, or as tokens [B, L, W] of the vision tower after `start` blocks.
         No gradient flows through.
@@ -63,7 +66,11 @@ class Teacher:
         if self.kind == "cosine":
             return cosine_regret(early, full)
         text = self.clip.encode_text(params, batch["tokens"], dtype)
-        return loss_regret(early, full, text, self.clip.logit_scales(params)[exits[-1]])
+        more = None
+        if self.rivals:
+            found = jax.lax.stop_gradient(batch[RIVALS])
+            more = Rivals(found["image"], found["text"], batch[INDEX][:, None] == found["index"].astype(jnp.int32))
+        return loss_regret(early, full, text, self.clip.logit_scales(params)[exits[-1]], more)
 
     def target(
         self, batch: dict[str, Any], tokens: Tokens | None, start: int, dtype
@@ -97,8 +104,14 @@ def teacher(config: ExperimentConfig) -> Teacher:
             "take one of these, or 0 for the first"
         )
     exit = c.exit or arch.vision.exits[0]
-    told = {"kind": c.regret, "exit": exit, **tower.origin(config)}
-    return Teacher(Clip(arch), exit, c.regret, Preprocess.from_dict(description["preprocess"]), told)
+    told = {"kind": c.regret, "exit": exit, "rivals": c.rivals, **tower.origin(config)}
+    return Teacher(Clip(arch), exit, c.regret, Preprocess.from_dict(description["preprocess"]), told, c.rivals)
+
+
+def rival_shapes(found: Teacher) -> pytree.Tree:
+    """Shapes of RIVALS."""
+    leaf, dim = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32), found.clip.arch.vision.embed_dim
+    return {"image": leaf(found.rivals, dim), "text": leaf(found.rivals, dim), "index": leaf(found.rivals)}
 
 
 def params(config: ExperimentConfig, shapes: pytree.Tree) -> pytree.Tree:

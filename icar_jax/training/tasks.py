@@ -178,9 +178,12 @@ def _clip_task(config: ExperimentConfig, tokenizer: Tokenizer | None, mesh: Mesh
 
 
 def given_params(config: ExperimentConfig, task: Task) -> dict[str, pytree.Tree]:
-    """Values of `task.given`, for `initial.place`, from the checkpoints that the configuration names. Raises ConfigError."""
+    """Values of `task.given`, for `initial.place`, from the checkpoints that the configuration names. Raises ConfigError.
+
+    Rivals are not among them: `rivals.embed` makes them of these and of the training set.
+    """
     read = {regret.CLIP: lambda shapes: regret.params(config, shapes), anchor.PARAMS: lambda _: anchor.params(config)}
-    return {name: read[name](shapes) for name, shapes in task.given.items()}
+    return {name: read[name](shapes) for name, shapes in task.given.items() if name in read}
 
 
 def _complexity_task(config: ExperimentConfig, class_counts: tuple[int, int]) -> Task:
@@ -221,11 +224,12 @@ def _regret_task(config: ExperimentConfig, arch: Any, preprocess: Preprocess, de
         target, metrics = teacher.target(batch, tokens, blocks, dtype)
         return losses.complexity_loss(logits, target, arch.head, 0.0), metrics
 
-    fields = ("image", *others, *(("tokens",) if teacher.reads_captions else ()))
+    fields = ("image", *others, *(("tokens",) if teacher.reads_captions else ()), *((regret.INDEX,) if teacher.rivals else ()))
+    given = {regret.CLIP: teacher.clip.shapes()} | ({regret.RIVALS: regret.rival_shapes(teacher)} if teacher.rivals else {})
     described = {**described, "target": "regret", "regret": teacher.description}
     task = _scorer_task(arch, loss, preprocess, fields, described)
     length = teacher.clip.arch.text.context_length if teacher.reads_captions else 0
-    return dataclasses.replace(task, context_length=length, given={regret.CLIP: teacher.clip.shapes()}, others=others)
+    return dataclasses.replace(task, context_length=length, given=given, others=others)
 
 
 def _scorer_task(arch: Any, loss: Callable, preprocess: Preprocess, fields: tuple[str, ...], described: dict) -> Task:

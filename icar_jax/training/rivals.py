@@ -1,0 +1,80 @@
+"""Rivals of a pair whose regret is learnt: thousands of training pairs, as the frozen CLIP embeds them.
+
+In a batch of 64 nearly every image finds its caption, early or late. What an image loses in a gallery of thousands shows only
+among thousands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from icar_jax import pytree
+from icar_jax.config import ConfigError, ExperimentConfig
+from icar_jax.data import sources
+from icar_jax.data.pipeline import eval_batches
+from icar_jax.data.records import Source
+from icar_jax.data.splits import Subset
+from icar_jax.data.tokenizer import Tokenizer
+from icar_jax.models.host import jit_for_host
+from icar_jax.models.pixels import normalise
+from icar_jax.parallel import distributed
+from icar_jax.training import regret
+
+_BATCH = 64
+
+
+def embed(config: ExperimentConfig, source: Source, tokenizer: Tokenizer, params: Mapping[str, Any]) -> pytree.Tree:
+    """regret.RIVALS: config.complexity.rivals pairs of the training set, through the CLIP with `params`.
+
+    config.train.seed draws them; of an image the first caption counts. Every process of a run computes the same. Raises
+    ConfigError where the training set has fewer pairs that can be read.
+    """
+    count, teacher = config.complexity.rivals, regret.teacher(config)
+    _require(config, len(source))
+    clip, p, dtype = teacher.clip, teacher.preprocess, jnp.dtype(config.train.dtype)
+    params = jax.device_put(params)
+
+    @jit_for_host
+    def both(params, pixels, tokens):
+        image = clip.encode_image(params, normalise(pixels, p.mean, p.std), None, dtype)
+        return image, clip.encode_text(params, tokens, dtype)
+
+    order = np.random.default_rng(config.train.seed).permutation(len(source))
+    images, texts, found = [], [], []
+    reading = {"batch_size": _BATCH, **sources.loading(config.data)}
+    with (
+        eval_batches(Subset(source, order, f"{source.name}/rivals"), {"clip": p}, **reading) as batches,
+        tqdm(total=count, desc="embed rivals", unit="pair", disable=not distributed.is_main()) as bar,
+    ):
+        for batch in batches:
+            rows = [row for row, captions in enumerate(batch["captions"]) if captions][: count - len(found)]
+            if rows:
+                tokens, _ = tokenizer.encode([batch["captions"][row][0] for row in rows], clip.arch.text.context_length)
+                pixels, tokens = (_filled(each) for each in (batch["images"]["clip"][rows], tokens))
+                for whole, part in zip((images, texts), both(params, pixels, tokens), strict=True):
+                    whole.append(np.asarray(part, np.float32)[: len(rows)])
+                found += order[batch["index"][rows]].tolist()
+                bar.update(len(rows))
+            if len(found) == count:
+                break
+    _require(config, len(found))
+    return {"image": np.concatenate(images), "text": np.concatenate(texts), "index": np.array(found, np.float32)}
+
+
+def _filled(rows: np.ndarray) -> np.ndarray:
+    """The rows, and zeros up to a full batch: one program serves all."""
+    return np.concatenate([rows, np.zeros((_BATCH - len(rows), *rows.shape[1:]), rows.dtype)])
+
+
+def _require(config: ExperimentConfig, pairs: int) -> None:
+    if pairs < config.complexity.rivals:
+        raise ConfigError(
+            f"config.complexity.rivals={config.complexity.rivals}, but the training set has {pairs} pairs that can be read; "
+            "take as many or fewer, or 0 for those of the batch alone"
+        )
