@@ -20,8 +20,8 @@ from icar_jax.data.pipeline import train_batches
 from icar_jax.data.scenes import Scenes
 from icar_jax.evaluation.calibration import make_bundle
 from icar_jax.models.clip import Clip
-from icar_jax.models.regret import cosine_regret, loss_regret, unit_ranks
-from icar_jax.training import regret
+from icar_jax.models.regret import Rivals, cosine_regret, loss_regret, unit_ranks
+from icar_jax.training import regret, rivals
 from icar_jax.training.loop import train
 from icar_jax.training.tasks import make_task
 
@@ -56,6 +56,21 @@ def test_loss_regret_is_the_infonce_of_one_early_image_among_full_ones(n, scale,
     np.testing.assert_allclose(found, plain_regret(exit, full, text, scale), atol=1e-4 * scale)
     np.testing.assert_allclose(loss_regret(full, full, text, scale), 0, atol=1e-6 * scale)
     np.testing.assert_allclose(cosine_regret(exit, full), [1 - a @ b for a, b in zip(exit, full)], atol=1e-6)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 5), st.integers(0, 2**32 - 1))
+def test_rivals_count_as_pairs_of_the_batch_but_for_the_images_own(same, seed):
+    rng = np.random.default_rng(seed)
+    exit, full, text = (unit(rng, 4, 5) for _ in range(3))
+    image, caption = unit(rng, 6, 5), unit(rng, 6, 5)
+    mask = np.zeros((4, 6), bool)
+    mask[0, same] = True
+    found = loss_regret(exit, full, text, 14.0, Rivals(image, caption, mask))
+    for row in range(4):
+        kept = ~mask[row]
+        whole = [np.concatenate(each) for each in ((exit, image[kept]), (full, image[kept]), (text, caption[kept]))]
+        assert float(found[row]) == pytest.approx(plain_regret(*whole, 14.0)[row], abs=2e-3)
 
 
 @settings(max_examples=30, deadline=None)
@@ -149,7 +164,7 @@ def test_a_run_learns_regret_and_keeps_the_clip_out_of_its_checkpoint(variant, c
     about = trained.description
     assert about["target"] == "regret"
     sha = checkpoint.describe(clip_folder)["hashes"][checkpoint.WEIGHTS]
-    assert about["regret"] == {"kind": "loss", "exit": 1, "clip": str(clip_folder), "sha256": sha}
+    assert about["regret"] == {"kind": "loss", "exit": 1, "rivals": 0, "clip": str(clip_folder), "sha256": sha}
     assert trained.tokenizer is None and not (tmp_path / "run" / "tokenizer.json").exists()
     names = list(pytree.flatten(trained.params))
     assert not any(name.startswith(("clip", "text", "vision")) for name in names)
@@ -164,6 +179,46 @@ def test_a_run_learns_regret_and_keeps_the_clip_out_of_its_checkpoint(variant, c
     for path, leaf in pytree.flatten(trained.params).items():
         np.testing.assert_array_equal(leaf, pytree.flatten(again)[path])
     assert without_speed(tmp_path / "run") == without_speed(tmp_path / "cut")
+
+
+def test_rivals_are_training_pairs_as_the_clip_embeds_them(clip_folder, tmp_path):
+    config = regret_config(clip_folder, steps=4)
+    config.complexity.rivals, config.train.dtype = 70, "float32"  # more than one batch of them
+    source = Scenes("train", 100, image_size=32)
+    task = make_task(validate(config))
+    found = rivals.embed(config, source, regret.tokenizer(config), regret.params(config, task.given[regret.CLIP]))
+    index = found["index"].astype(int)
+    assert len(set(index.tolist())) == 70 and {k: v.shape for k, v in found.items()} == {
+        k: v.shape for k, v in task.given[regret.RIVALS].items()
+    }
+    clip, some = icar_jax.load(clip_folder), [0, 13, 69]
+    records = [source[index[i]] for i in some]
+    np.testing.assert_allclose(found["image"][some], clip.encode_image([r.image() for r in records]), atol=1e-5)
+    np.testing.assert_allclose(found["text"][some], clip.encode_text([r.captions[0] for r in records]), atol=1e-5)
+    # One batch: the regret among them is that of the formula, with the image itself left out.
+    params = regret.params(config, task.given[regret.CLIP])
+    batch = {regret.CLIP: params, regret.RIVALS: found, regret.INDEX: index[:3].astype(np.int32)}
+    pixels = np.random.default_rng(0).standard_normal((3, 32, 32, 3)).astype(np.float32)
+    batch["tokens"], _ = regret.tokenizer(config).encode(["a cat", "two dogs", "red"], task.context_length)
+    teacher = regret.teacher(config)
+    got = jax.jit(lambda b, x: teacher.regret(b, x, None, 0, np.float32))(batch, pixels)
+    full, text = teacher.clip.encode_image(params, pixels), teacher.clip.encode_text(params, batch["tokens"])
+    early, mask = teacher.clip.encode_image(params, pixels, 1), np.arange(3)[:, None] == np.arange(70)
+    scale = teacher.clip.logit_scales(params)[3]
+    more = Rivals(found["image"], found["text"], mask)
+    np.testing.assert_allclose(got, loss_regret(early, full, text, scale, more), atol=1e-4)
+    # A run among rivals learns other targets, and is the same where it is cut off.
+    whole = checkpoint.read(train(config, tmp_path / "run"), "complexity")
+    assert whole.description["regret"]["rivals"] == 70
+    train(config, tmp_path / "cut", stop_after=2)
+    again = checkpoint.read(train(config, tmp_path / "cut"), "complexity").params
+    for path, leaf in pytree.flatten(whole.params).items():
+        np.testing.assert_array_equal(leaf, pytree.flatten(again)[path])
+    config.complexity.rivals = 0
+    train(config, tmp_path / "alone")
+    assert [line["regret"] for line in metric_lines(tmp_path / "alone")] != [
+        line["regret"] for line in metric_lines(tmp_path / "run")
+    ]
 
 
 def test_a_continued_run_needs_the_clip_it_began_with(clip_folder, tmp_path):
@@ -193,6 +248,10 @@ def test_a_continued_run_needs_the_clip_it_began_with(clip_folder, tmp_path):
         ({"complexity.head": "classification"}, "config.complexity.head='classification', but .* has no classes"),
         ({"complexity.target": "rating", "complexity.exit": 1}, "config.complexity.exit=1 is for .*target='regret'"),
         ({"data.source": "ratings", "data.root": "x"}, "config.data.source='ratings', but .*target='regret' learns"),
+        ({"complexity.rivals": 10**6}, "config.complexity.rivals=1000000, but the training set has 200 pairs that can be read"),
+        ({"complexity.rivals": -1}, "config.complexity.rivals=-1 must be 0, or a number of training pairs"),
+        ({"complexity.rivals": 4, "complexity.regret": "cosine"}, "config.complexity.rivals=4 .*regret='loss' .found 'cosine'"),
+        ({"complexity.rivals": 4, "complexity.target": "rating"}, "config.complexity.rivals=4 is for .*target='regret'"),
         ({"data.ratings": "x.csv"}, "config.data.ratings='x.csv', but .*target='regret' learns"),
     ],
 )  # fmt: skip

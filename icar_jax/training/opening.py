@@ -25,7 +25,7 @@ from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models import registry
 from icar_jax.parallel import distributed
 from icar_jax.parallel.mesh import batch_shards, make_mesh
-from icar_jax.training import anchor, regret, start, tower
+from icar_jax.training import anchor, regret, rivals, start, tower
 from icar_jax.training.checkpoints import require_space
 from icar_jax.training.initial import load_params, load_tokenizer, note_preprocessing
 from icar_jax.training.optimizer import make_optimizer
@@ -87,6 +87,7 @@ def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> Run:
             if starts_from_weights(config) and not resumed:
                 initial_params(config, task, _quiet)  # what does not fit is named now; the values are read later
             given_params(config, task)  # what is damaged is named now
+            rivals.require_enough(config, len(source))
             if config.train.eval_every:
                 sources.validation_source(config)  # the same of a split that is not there
             abstract = abstract_state(task, optimizer_of(config), mesh, config)

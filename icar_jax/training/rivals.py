@@ -29,6 +29,15 @@ from icar_jax.training import regret
 _BATCH = 64
 
 
+def require_enough(config: ExperimentConfig, pairs: int) -> None:
+    """Raises ConfigError where config.complexity.rivals asks for more than so many pairs."""
+    if pairs < config.complexity.rivals:
+        raise ConfigError(
+            f"config.complexity.rivals={config.complexity.rivals}, but the training set has {pairs} pairs that can be read; "
+            "take as many or fewer, or 0 for those of the batch alone"
+        )
+
+
 def embed(config: ExperimentConfig, source: Source, tokenizer: Tokenizer, params: Mapping[str, Any]) -> pytree.Tree:
     """regret.RIVALS: config.complexity.rivals pairs of the training set, through the CLIP with `params`.
 
@@ -36,7 +45,6 @@ def embed(config: ExperimentConfig, source: Source, tokenizer: Tokenizer, params
     ConfigError where the training set has fewer pairs that can be read.
     """
     count, teacher = config.complexity.rivals, regret.teacher(config)
-    _require(config, len(source))
     clip, p, dtype = teacher.clip, teacher.preprocess, jnp.dtype(config.train.dtype)
     params = jax.device_put(params)
 
@@ -63,18 +71,10 @@ def embed(config: ExperimentConfig, source: Source, tokenizer: Tokenizer, params
                 bar.update(len(rows))
             if len(found) == count:
                 break
-    _require(config, len(found))
+    require_enough(config, len(found))
     return {"image": np.concatenate(images), "text": np.concatenate(texts), "index": np.array(found, np.float32)}
 
 
 def _filled(rows: np.ndarray) -> np.ndarray:
     """The rows, and zeros up to a full batch: one program serves all."""
     return np.concatenate([rows, np.zeros((_BATCH - len(rows), *rows.shape[1:]), rows.dtype)])
-
-
-def _require(config: ExperimentConfig, pairs: int) -> None:
-    if pairs < config.complexity.rivals:
-        raise ConfigError(
-            f"config.complexity.rivals={config.complexity.rivals}, but the training set has {pairs} pairs that can be read; "
-            "take as many or fewer, or 0 for those of the batch alone"
-        )
