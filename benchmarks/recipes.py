@@ -70,6 +70,7 @@ class Sizes:
     head_blocks: int = 2  # blocks below the head of the routers `blocks` and `regret`
     head_steps: int = 500
     gallery_steps: int = 2000  # of the router `gallery`, whose targets tell more: its head goes on learning
+    gallery_batch: int = 256
     rivals: int = 4000  # pairs of its gallery
     # Shares of the baseline's counted cost; those from a recipe's own full depth up become notes.
     budgets: tuple[float, ...] = (BUDGET, 0.80)
@@ -102,8 +103,9 @@ _TINY = {
     "pretrain_steps": 2, "steps": 3,
     "depth": 3, "patch_size": 32, "context_length": 16, "batch_size": 8, "image_size": 64, "train_images": 200,
     "calibration": 40, "queries": 24, "distractors": 16, "warmup_steps": 1, "dtype": "float32", "checkpoint_every": 2,
-    "router_pixels": 32, "router_steps": 2, "head_blocks": 1, "head_steps": 2, "gallery_steps": 2, "rivals": 20,
-    "bootstrap": 100, "random_draws": 3, "eval_batch": 8, "vocabulary": 300, "budgets": (0.9,), "merged_budgets": (0.9,),
+    "router_pixels": 32, "router_steps": 2, "head_blocks": 1, "head_steps": 2, "gallery_steps": 2, "gallery_batch": 8,
+    "rivals": 20, "bootstrap": 100, "random_draws": 3, "eval_batch": 8, "vocabulary": 300, "budgets": (0.9,),
+    "merged_budgets": (0.9,),
 }  # fmt: skip
 
 SETTINGS: dict[str, dict[str, Sizes]] = {
@@ -282,10 +284,11 @@ def head_config(
 ) -> ExperimentConfig:
     """A head on the first blocks of the CLIP at `clip`.
 
-    `blocks` learns ratings of scenes, `regret` what an image loses by leaving; `gallery` the same among thousands of pairs, and
-    it reads at the exit itself.
+    `blocks` learns ratings of scenes, `regret` what an image loses by leaving; `gallery` the same among thousands of pairs,
+    which count as surely as full depth finds them, and it reads at the exit itself.
     """
-    s, steps = sizes, sizes.gallery_steps if router == "gallery" else sizes.head_steps
+    s, learnt = sizes, router == "gallery"
+    steps, batch = (s.gallery_steps, s.gallery_batch) if learnt else (s.head_steps, s.batch_size)
     # The tower's own preprocessing takes the place of the resizing named here; a router sees no random crops.
     data = dataclasses.replace(
         _data("scenes" if router == "blocks" else dataset, s, photos, out), resize="squash", crop_scale=1.0, flip=False
@@ -293,13 +296,13 @@ def head_config(
     config = ExperimentConfig(
         task="complexity",
         complexity=ComplexityConfig(
-            variant="blocks", clip=str(clip), blocks=exit if router == "gallery" else min(s.head_blocks, exit), dropout=0.0,
-            target="rating" if router == "blocks" else "regret", rivals=s.rivals if router == "gallery" else 0,
+            variant="blocks", clip=str(clip), blocks=exit if learnt else min(s.head_blocks, exit), dropout=0.0,
+            target="rating" if router == "blocks" else "regret", **({"regret": "kl", "rivals": s.rivals} if learnt else {}),
         ),
         data=data,
         optim=OptimConfig(lr=1e-3, warmup_steps=min(100, steps // 2)),
         train=TrainConfig(
-            steps=steps, batch_size=s.batch_size, seed=seed, dtype="float32", checkpoint_every=s.checkpoint_every, keep=1
+            steps=steps, batch_size=batch, seed=seed, dtype="float32", checkpoint_every=s.checkpoint_every, keep=1
         ),
     )
     return validate(config)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import drawn
 import jax
 import numpy as np
 import pytest
@@ -233,6 +234,18 @@ def test_pooled_tokens(class_token):
     np.testing.assert_allclose(*found, atol=1e-6)
     flat = jax.grad(lambda t: pool_tokens(Tokens(t, ones[:1, :5]), class_token).sum())(np.ones((1, 5, 2), np.float32))
     assert np.isfinite(flat).all()
+
+
+def test_parts_of_one_scale_are_read_alike_however_large_each_is():
+    vision = registry.CLIP["vit_demo"].vision
+    tokens = Tokens(np.random.default_rng(0).normal(size=(4, vision.tokens, vision.width)).astype(np.float32), None)
+    tokens = tokens._replace(sizes=np.ones(tokens.values.shape[:2], np.float32))
+    louder = tokens._replace(values=np.concatenate([100 * tokens.values[:, :1], tokens.values[:, 1:]], axis=1))
+    for norm_parts in (True, False):
+        scorer = BlocksScorer(BlocksArch(vision, 2, "regression", norm_parts=norm_parts))
+        params = drawn.params(scorer.shapes(), 0)
+        plain, loud = (scorer.logits_of_tokens(params, each) for each in (tokens, louder))
+        assert bool(np.allclose(plain, loud, atol=1e-3)) == norm_parts
 
 
 def blocks_config(clip_folder, **train_fields):

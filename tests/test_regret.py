@@ -31,19 +31,22 @@ def unit(rng, *shape):
     return z / np.linalg.norm(z, axis=-1, keepdims=True)
 
 
-def plain_regret(exit, full, text, scale):
-    """The InfoNCE terms of a pair in a gallery in which its image alone leaves early, less those in the gallery of all full."""
+def plain_regret(exit, full, text, scale, weighed=False):
+    """The InfoNCE terms of a pair in a gallery in which its image alone leaves early, less those in the gallery of all full.
 
-    def term(i, images):
-        logits = scale * images.astype(np.float64) @ text.T.astype(np.float64)
-        to_text = np.log(np.exp(logits[i]).sum()) - logits[i, i]
-        return (to_text + np.log(np.exp(logits[:, i]).sum()) - logits[i, i]) / 2
+    Weighed: the terms of the pair in the divergence of the softmax with the early image from that without.
+    """
+
+    def chances(i, images):
+        logits = np.exp(scale * images.astype(np.float64) @ text.T.astype(np.float64))
+        return np.array([logits[i, i] / logits[i].sum(), logits[i, i] / logits[:, i].sum()])
 
     found = []
     for i in range(len(full)):
         mixed = full.copy()
         mixed[i] = exit[i]
-        found.append(term(i, mixed) - term(i, full))
+        late = chances(i, full)
+        found.append(np.mean((late if weighed else 1) * np.log(late / chances(i, mixed))))
     return np.array(found)
 
 
@@ -54,6 +57,8 @@ def test_loss_regret_is_the_infonce_of_one_early_image_among_full_ones(n, scale,
     exit, full, text = (unit(rng, n, 5) for _ in range(3))
     found = loss_regret(exit, full, text, scale)
     np.testing.assert_allclose(found, plain_regret(exit, full, text, scale), atol=1e-4 * scale)
+    found = loss_regret(exit, full, text, scale, weighed=True)
+    np.testing.assert_allclose(found, plain_regret(exit, full, text, scale, weighed=True), atol=1e-4 * scale)
     np.testing.assert_allclose(loss_regret(full, full, text, scale), 0, atol=1e-6 * scale)
     np.testing.assert_allclose(cosine_regret(exit, full), [1 - a @ b for a, b in zip(exit, full)], atol=1e-6)
 
@@ -66,7 +71,8 @@ def test_rivals_count_as_pairs_of_the_batch_but_for_the_images_own(same, seed):
     image, caption = unit(rng, 6, 5), unit(rng, 6, 5)
     mask = np.zeros((4, 6), bool)
     mask[0, same] = True
-    found = loss_regret(exit, full, text, 14.0, Rivals(image, caption, mask))
+    more = Rivals(image, caption, mask)
+    found = loss_regret(exit, full, text, 14.0, more)
     for row in range(4):
         kept = ~mask[row]
         whole = [np.concatenate(each) for each in ((exit, image[kept]), (full, image[kept]), (text, caption[kept]))]
@@ -98,7 +104,7 @@ def batch_of(config, task):
     return {name: batch[name] for name in task.fields} | given
 
 
-@pytest.mark.parametrize("kind", ["loss", "cosine"])
+@pytest.mark.parametrize("kind", ["loss", "kl", "cosine"])
 @pytest.mark.parametrize(("variant", "size"), [("blocks", 0), ("convnextv2_demo", 32), ("convnextv2_demo", 48)])
 def test_targets_are_the_ranks_of_the_clips_own_regrets(variant, size, kind, clip_folder):
     config = regret_config(clip_folder, variant)
@@ -111,10 +117,10 @@ def test_targets_are_the_ranks_of_the_clips_own_regrets(variant, size, kind, cli
     pixels = (batch.get("clip_image", batch["image"]) / 255).astype(np.float32)
     mean, std = (np.array(v, np.float32) for v in (teacher.preprocess.mean, teacher.preprocess.std))
     embeds = jax.jit(lambda p, x: clip.encode_image_exits(p, x, (2, 3)))(params, (pixels - mean) / std)
-    if kind == "loss":
+    if kind != "cosine":
         text = np.asarray(jax.jit(clip.encode_text)(params, batch["tokens"]))
         scale = float(clip.logit_scales(params)[3])
-        expected = plain_regret(np.asarray(embeds[2]), np.asarray(embeds[3]), text, scale)
+        expected = plain_regret(np.asarray(embeds[2]), np.asarray(embeds[3]), text, scale, kind == "kl")
     else:
         assert "tokens" not in batch
         expected = 1 - np.sum(np.asarray(embeds[2]) * np.asarray(embeds[3]), axis=1)
@@ -250,7 +256,7 @@ def test_a_continued_run_needs_the_clip_it_began_with(clip_folder, tmp_path):
         ({"data.source": "ratings", "data.root": "x"}, "config.data.source='ratings', but .*target='regret' learns"),
         ({"complexity.rivals": 10**6}, "config.complexity.rivals=1000000, but the training set has 200 pairs that can be read"),
         ({"complexity.rivals": -1}, "config.complexity.rivals=-1 must be 0, or a number of training pairs"),
-        ({"complexity.rivals": 4, "complexity.regret": "cosine"}, "config.complexity.rivals=4 .*regret='loss' .found 'cosine'"),
+        ({"complexity.rivals": 4, "complexity.regret": "cosine"}, "rivals=4 .*regret='loss' or 'kl' .found 'cosine'"),
         ({"complexity.rivals": 4, "complexity.target": "rating"}, "config.complexity.rivals=4 is for .*target='regret'"),
         ({"data.ratings": "x.csv"}, "config.data.ratings='x.csv', but .*target='regret' learns"),
     ],

@@ -63,7 +63,7 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     _choice("config.complexity.head", c.complexity.head, ("regression", "classification"))
     _choice("config.complexity.class_weights", c.complexity.class_weights, ("none", "balanced"))
     _choice("config.complexity.target", c.complexity.target, ("rating", "regret"))
-    _choice("config.complexity.regret", c.complexity.regret, ("loss", "cosine"))
+    _choice("config.complexity.regret", c.complexity.regret, ("loss", "kl", "cosine"))
     _choice("config.eval.score_calibration", c.eval.score_calibration, ("none", "affine"))
     _choice("config.loss.direction", c.loss.direction, ("symmetric", "image_to_text"))
     _choice("config.loss.kind", c.loss.kind, ("softmax", "sigmoid"))
@@ -252,10 +252,10 @@ def _validate_regret(c: ExperimentConfig) -> None:
         )
     if complexity.exit < 0:
         raise ConfigError(f"config.complexity.exit={complexity.exit} must be an exit of config.complexity.clip, or 0")
-    if complexity.rivals < 0 or (complexity.rivals and complexity.regret != "loss"):
+    if complexity.rivals < 0 or (complexity.rivals and complexity.regret == "cosine"):
         raise ConfigError(
             f"config.complexity.rivals={complexity.rivals} must be 0, or a number of training pairs for "
-            f"config.complexity.regret='loss' (found {complexity.regret!r})"
+            f"config.complexity.regret='loss' or 'kl' (found {complexity.regret!r})"
         )
     if d.source == "ratings" or d.ratings:
         found = f"ratings={d.ratings!r}" if d.ratings else "source='ratings'"

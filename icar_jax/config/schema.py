@@ -41,9 +41,11 @@ class ComplexityConfig:
     threshold: float = 0.5  # classification: a rated complexity above this is the class 'complex'
     class_weights: str = "none"  # of the cross-entropy: none | balanced (each class weighs as much as the other)
     target: str = "rating"  # what the score says: the image's 'rating', or its 'regret' if it left `clip` early
-    regret: str = "loss"  # regret: InfoNCE term at the exit minus that at full depth ('loss'), or 1 - their 'cosine'
+    # regret: InfoNCE term at the exit minus that at full depth ('loss'), weighed by how surely full depth finds the pair
+    # ('kl'), or 1 - the 'cosine' of both embeddings.
+    regret: str = "loss"
     exit: int = 0  # regret: the exit of `clip`, in executed blocks; 0 is its first one
-    rivals: int = 0  # regret 'loss': training pairs that each pair is compared with, beside those of the batch
+    rivals: int = 0  # regret 'loss', 'kl': training pairs that each pair is compared with, beside those of the batch
     # Variant blocks: the tower's weights stay as they are, and its preprocessing replaces image_size, data.resize,
     # data.interpolation and data.normalise. Target regret: the CLIP's weights stay as they are.
     clip: str = ""  # checkpoint or workdir of the CLIP that it is to route

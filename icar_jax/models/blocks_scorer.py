@@ -34,6 +34,7 @@ class BlocksArch:
     blocks: int
     head: str
     dropout: float = 0.2  # regression head only, while training
+    norm_parts: bool = False  # class token, mean and deviation are brought to one scale before the head's own norm
     type: str = "blocks"
 
     def __post_init__(self):
@@ -95,6 +96,9 @@ class BlocksScorer:
     ) -> Array:
         """tokens [B, L, W] -> [B, 2] (classification) or [B, 1] (regression), float32."""
         pooled = pool_tokens(tokens, self.arch.vision.class_token)
+        if self.arch.norm_parts:
+            parts = pooled.reshape(len(pooled), -1, self.arch.vision.width)
+            pooled = jax.nn.standardize(parts, epsilon=1e-5).reshape(pooled.shape)
         return self._bridge.bind(params).head(pooled, dtype, dropout(self.arch.dropout, dropout_key))
 
     def logits(

@@ -138,7 +138,7 @@ def _blocks_arch(config: cfg.ComplexityConfig) -> BlocksArch:
         )
     plain = {name: getattr(VisionArch, name) for name in ("exits", "pool", "exit_head", "exit_sum")}  # it has no exits
     vision = dataclasses.replace(clip.vision, **plain, merge=clip.vision.merge_before(config.blocks))
-    return BlocksArch(vision, config.blocks, config.head, config.dropout)
+    return BlocksArch(vision, config.blocks, config.head, config.dropout, norm_parts=True)
 
 
 def routed_clip(config: cfg.ComplexityConfig) -> Path:

@@ -7,6 +7,9 @@ With s(i, c) the cosine of image i and caption c and T the temperature of full d
 for the image embedded as z, its caption t_i, the captions c of other images, and the other images z_k at full depth: InfoNCE of
 both directions. The regret is l_i(z_exit) - l_i(z_full). A router that sorts images by regret gives the early exit to those
 that lose least, which is what a complexity score can only hope for.
+
+A caption that fits many images is not found at either depth, however much is lost: each direction may count by the probability
+p of the pair at full depth. With q the one at the exit it is p log(p / q), the pair's term of the divergence KL(full || exit).
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-KINDS = ("loss", "cosine")
+KINDS = ("loss", "kl", "cosine")
 
 
 class Rivals(NamedTuple):
@@ -31,10 +34,13 @@ class Rivals(NamedTuple):
     same: Array
 
 
-def loss_regret(exit: Array, full: Array, text: Array, scale: Array, more: Rivals | None = None) -> Array:
+def loss_regret(
+    exit: Array, full: Array, text: Array, scale: Array, more: Rivals | None = None, weighed: bool = False
+) -> Array:
     """Regrets [B] float32 of B pairs among each other, and among `more`; negative where the exit is the better one.
 
-    exit, full, text: [B, D], unit norm, row i of each belongs to pair i; scale: scalar, of full depth.
+    exit, full, text: [B, D], unit norm, row i of each belongs to pair i; scale: scalar, of full depth. `weighed`: each
+    direction counts by the probability of the pair at full depth.
     """
     images, texts, own = full, text, jnp.eye(len(full), dtype=bool)
     if more is not None:
@@ -48,9 +54,9 @@ def loss_regret(exit: Array, full: Array, text: Array, scale: Array, more: Rival
     others = rivalry(text, images)
     at_exit = scale * jnp.sum(exit * text, axis=1)
     at_full = scale * jnp.sum(full * text, axis=1)
-    early = jax.nn.softplus(rivalry(exit, texts) - at_exit) + jax.nn.softplus(others - at_exit)
-    late = jax.nn.softplus(rivalry(full, texts) - at_full) + jax.nn.softplus(others - at_full)
-    return (early - late) / 2
+    early = jax.nn.softplus(jnp.stack([rivalry(exit, texts), others]) - at_exit)
+    late = jax.nn.softplus(jnp.stack([rivalry(full, texts), others]) - at_full)
+    return jnp.mean((early - late) * (jnp.exp(-late) if weighed else 1.0), axis=0)
 
 
 def cosine_regret(exit: Array, full: Array) -> Array:

@@ -41,14 +41,14 @@ class Teacher:
 
     clip: Clip
     exit: int  # executed blocks
-    kind: str  # loss | cosine
+    kind: str  # one of models.regret.KINDS
     preprocess: Preprocess
     description: dict[str, Any]  # of the finished checkpoint: kind, exit, and which CLIP
     rivals: int = 0  # pairs beside those of the batch
 
     @property
     def reads_captions(self) -> bool:
-        return self.kind == "loss"
+        return self.kind != "cosine"
 
     def regret(self, batch: dict[str, Any], pixels: jax.Array | None, tokens: Tokens | None, start: int, dtype) -> jax.Array:
         """Regrets [B] of a batch with the entries CLIP and, where captions are read, 'tokens' int32 [B, L]; RIVALS and INDEX.
@@ -70,7 +70,7 @@ class Teacher:
         if self.rivals:
             found = jax.lax.stop_gradient(batch[RIVALS])
             more = Rivals(found["image"], found["text"], batch[INDEX][:, None] == found["index"].astype(jnp.int32))
-        return loss_regret(early, full, text, self.clip.logit_scales(params)[exits[-1]], more)
+        return loss_regret(early, full, text, self.clip.logit_scales(params)[exits[-1]], more, self.kind == "kl")
 
     def target(
         self, batch: dict[str, Any], tokens: Tokens | None, start: int, dtype
@@ -130,13 +130,13 @@ def params(config: ExperimentConfig, shapes: pytree.Tree) -> pytree.Tree:
 
 def tokenizer(config: ExperimentConfig) -> Tokenizer | None:
     """The CLIP's own; None where the regret reads no captions. Raises ConfigError where the checkpoint has none."""
-    if config.complexity.regret != "loss":
+    if config.complexity.regret == "cosine":
         return None
     file = tower.folder(config) / checkpoint.TOKENIZER
     if not file.is_file():
         raise ConfigError(
-            f"config.complexity.clip={config.complexity.clip} holds no tokenizer, and regret 'loss' reads captions: convert it "
-            "with one, or set config.complexity.regret=cosine"
+            f"config.complexity.clip={config.complexity.clip} holds no tokenizer, and regret {config.complexity.regret!r} "
+            "reads captions: convert it with one, or set config.complexity.regret=cosine"
         )
     return Tokenizer.from_file(file)
 
