@@ -26,9 +26,10 @@ from icar_jax.training.loop import train
 def test_of_one_caption_an_image_it_is_the_regret_of_training(n, scale, seed):
     rng = np.random.default_rng(seed)
     exit, full, text = (unit(rng, n, 5) for _ in range(3))
-    found = regret.regrets(exit, full, text, np.arange(n), scale)
-    np.testing.assert_allclose(found, plain_regret(exit, full, text, scale), atol=1e-4 * scale)
-    np.testing.assert_allclose(found, loss_regret(exit, full, text, scale), atol=1e-4 * scale)
+    for kind, weighed in (("loss", False), ("kl", True)):
+        found = regret.regrets(exit, full, text, np.arange(n), scale, kind)
+        np.testing.assert_allclose(found, plain_regret(exit, full, text, scale, weighed), atol=1e-4 * scale)
+        np.testing.assert_allclose(found, loss_regret(exit, full, text, scale, weighed=weighed), atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize("seed", range(4))

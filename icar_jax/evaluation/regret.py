@@ -31,7 +31,8 @@ def regrets(
     """Regret [N] float64 of each image, as of models/regret.py, among all N images and M captions; mean over its captions.
 
     exit, full: [N, D]; texts: [M, D], unit norm; caption_image: [M] image of each caption, every image having one or more.
-    An image's other captions are no rivals of its caption. `scale` is that of full depth; kind 'cosine' reads no captions.
+    An image's other captions are no rivals of its caption. `scale` is that of full depth; kind, one of models.regret.KINDS:
+    'cosine' reads no captions.
     """
     if kind == "cosine":
         return 1 - np.einsum("nd,nd->n", exit, full, dtype=np.float64)
@@ -39,10 +40,10 @@ def regrets(
     at_exit, at_full = (scale * np.einsum("md,md->m", z[owner], texts, dtype=np.float64) for z in (exit, full))
     rivals_exit, rivals_full = (_log_sums(z, texts, scale, lambda rows: rows[:, None] != owner[None, :]) for z in (exit, full))
     images = _log_sums(texts, full, scale, lambda rows: owner[rows][:, None] != np.arange(len(full))[None, :])
-    early = np.logaddexp(0, rivals_exit[owner] - at_exit) + np.logaddexp(0, images - at_exit)
-    late = np.logaddexp(0, rivals_full[owner] - at_full) + np.logaddexp(0, images - at_full)
-    counts = np.bincount(owner, minlength=len(full))
-    return np.bincount(owner, weights=(early - late) / 2, minlength=len(full)) / counts
+    early = np.logaddexp(0, np.stack([rivals_exit[owner], images]) - at_exit)
+    late = np.logaddexp(0, np.stack([rivals_full[owner], images]) - at_full)
+    each = np.mean((early - late) * (np.exp(-late) if kind == "kl" else 1.0), axis=0)
+    return np.bincount(owner, weights=each, minlength=len(full)) / np.bincount(owner, minlength=len(full))
 
 
 def _log_sums(a: np.ndarray, b: np.ndarray, scale: float, counted) -> np.ndarray:
