@@ -81,7 +81,7 @@ def convnext_case(size: str, side: int, batch: int, with_torch: bool) -> Case:
 
 def head_case(variant: str, blocks: int, batch: int) -> Case:
     vision = registry.CLIP[variant].vision
-    arch = BlocksArch(vision, blocks, "regression")
+    arch = BlocksArch(vision, blocks, "regression", norm_parts=True)
     model = BlocksScorer(arch)
 
     def ours(dtype):

@@ -289,6 +289,7 @@ def head_config(
     """
     s, learnt = sizes, router == "gallery"
     steps, batch = (s.gallery_steps, s.gallery_batch) if learnt else (s.head_steps, s.batch_size)
+    more = {"regret": "kl", "rivals": s.rivals, "pooled_norm": "parts"} if learnt else {}
     # The tower's own preprocessing takes the place of the resizing named here; a router sees no random crops.
     data = dataclasses.replace(
         _data("scenes" if router == "blocks" else dataset, s, photos, out), resize="squash", crop_scale=1.0, flip=False
@@ -297,7 +298,7 @@ def head_config(
         task="complexity",
         complexity=ComplexityConfig(
             variant="blocks", clip=str(clip), blocks=exit if learnt else min(s.head_blocks, exit), dropout=0.0,
-            target="rating" if router == "blocks" else "regret", **({"regret": "kl", "rivals": s.rivals} if learnt else {}),
+            target="rating" if router == "blocks" else "regret", **more,
         ),
         data=data,
         optim=OptimConfig(lr=1e-3, warmup_steps=min(100, steps // 2)),

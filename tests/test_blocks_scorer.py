@@ -40,11 +40,11 @@ def pictures(n, seed=0):
     return [rng.integers(0, 256, size=(40, 40, 3), dtype=np.uint8) // np.uint8(rng.integers(1, 6)) for _ in range(n)]
 
 
-def write_scorer(folder, clip_folder, blocks, head="regression", change=lambda flat: flat, spread=30.0):
+def write_scorer(folder, clip_folder, blocks, head="regression", change=lambda flat: flat, spread=30.0, norm_parts=False):
     """A head on `clip_folder`'s first blocks, random, with scores that differ between images."""
     clip = checkpoint.read(clip_folder, "clip")
     vision = from_dict(clip.description["arch"], ClipArch).vision
-    arch = BlocksArch(dataclasses.replace(vision, exits=()), blocks, head)
+    arch = BlocksArch(dataclasses.replace(vision, exits=()), blocks, head, norm_parts=norm_parts)
     scorer = BlocksScorer(arch)
     flat, weights = pytree.flatten(scorer.init(jax.random.key(3))), pytree.flatten(clip.params)
     flat |= {path: weights[source] for path, source in scorer.shared_paths().items()}
@@ -137,10 +137,10 @@ def test_bfloat16_follows_float32(bundle, model):
     np.testing.assert_allclose(routed.embeddings, low.encode_image(images, exit=exit), atol=0.02)
 
 
-@pytest.mark.parametrize("head", ["regression", "classification"])
-def test_the_map_shares_out_the_log_odds_among_the_patches(head, clip_folder, tmp_path):
+@pytest.mark.parametrize(("head", "norm_parts"), [("regression", False), ("classification", False), ("regression", True)])
+def test_the_map_shares_out_the_log_odds_among_the_patches(head, norm_parts, clip_folder, tmp_path):
     """A cell is how the log odds follow the scale of that patch's token."""
-    folder = write_scorer(tmp_path / "model", clip_folder, 1, head, spread=3.0)
+    folder = write_scorer(tmp_path / "model", clip_folder, 1, head, spread=3.0, norm_parts=norm_parts)
     scorer, params = icar_jax.load(folder).scorer.complexity, checkpoint.read(folder, "complexity").params
     images = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype(np.float32)
     scores, maps = scorer.score_and_map(params, images)
@@ -154,6 +154,7 @@ def test_the_map_shares_out_the_log_odds_among_the_patches(head, clip_folder, tm
 
     slopes = jax.jit(jax.grad(odds))(np.ones((2, 16), np.float32))
     np.testing.assert_allclose(maps, 16 * slopes.reshape(2, 4, 4), rtol=1e-3, atol=1e-4)
+    assert bool(np.all(np.abs(maps.mean(axis=(1, 2))) < 1e-3 * np.abs(maps).max())) == norm_parts
 
 
 def test_patches_are_explained_in_a_bundle_as_alone(bundle, scorer_folder, tmp_path, capsys):
@@ -282,6 +283,8 @@ def test_training_lowers_the_loss_and_leaves_the_tower_alone(clip_folder, tmp_pa
         ({"blocks": 0}, "config.complexity.blocks=0 must lie in 1 to 1, the first exit of"),
         ({"blocks": 2}, "config.complexity.blocks=2 must lie in 1 to 1"),
         ({"variant": "convnextv2_demo", "blocks": 0}, "config.complexity.clip='.*' is for config.complexity.variant='blocks'"),
+        ({"pooled_norm": "each"}, "config.complexity.pooled_norm='each'"),
+        ({"variant": "convnextv2_demo", "clip": "", "blocks": 0, "pooled_norm": "parts"}, "pooled_norm='parts' is for"),
         ({"variant": "convnextv2_demo", "clip": ""}, "config.complexity.blocks=1 is for config.complexity.variant='blocks'"),
     ],
 )

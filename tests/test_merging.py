@@ -188,6 +188,7 @@ def test_a_router_reads_what_the_tower_has_merged_by_then(tmp_path):
     assert registry.complexity_arch(config).vision.merge == ()
     later = registry.complexity_arch(dataclasses.replace(config, blocks=3))
     assert later.vision.merge == (0, 2) and later.vision.exits == ()
+    assert dataclasses.replace(arch.vision, merge=(0, 2, 0, 1)).merge_before(4) == (0, 2)
     assert trunk_flops(later.vision, 3) == trunk_flops(arch.vision, 3)
     with pytest.raises(ConfigError, match="config.complexity.blocks=4 must lie in 1 to 3, the first exit"):
         registry.complexity_arch(dataclasses.replace(config, blocks=4))

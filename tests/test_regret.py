@@ -23,6 +23,7 @@ from icar_jax.models.clip import Clip
 from icar_jax.models.regret import Rivals, cosine_regret, loss_regret, unit_ranks
 from icar_jax.training import regret, rivals
 from icar_jax.training.loop import train
+from icar_jax.training.preemption import StopRequest
 from icar_jax.training.tasks import make_task
 
 
@@ -64,19 +65,15 @@ def test_loss_regret_is_the_infonce_of_one_early_image_among_full_ones(n, scale,
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.integers(0, 5), st.integers(0, 2**32 - 1))
-def test_rivals_count_as_pairs_of_the_batch_but_for_the_images_own(same, seed):
+@given(st.integers(0, 5), st.booleans(), st.integers(0, 2**32 - 1))
+def test_rivals_count_as_pairs_of_the_batch_but_for_those_in_it(same, weighed, seed):
     rng = np.random.default_rng(seed)
     exit, full, text = (unit(rng, 4, 5) for _ in range(3))
     image, caption = unit(rng, 6, 5), unit(rng, 6, 5)
-    mask = np.zeros((4, 6), bool)
-    mask[0, same] = True
-    more = Rivals(image, caption, mask)
-    found = loss_regret(exit, full, text, 14.0, more)
-    for row in range(4):
-        kept = ~mask[row]
-        whole = [np.concatenate(each) for each in ((exit, image[kept]), (full, image[kept]), (text, caption[kept]))]
-        assert float(found[row]) == pytest.approx(plain_regret(*whole, 14.0)[row], abs=2e-3)
+    kept = np.arange(6) != same
+    found = loss_regret(exit, full, text, 14.0, Rivals(image, caption, ~kept), weighed)
+    whole = [np.concatenate(each) for each in ((exit, image[kept]), (full, image[kept]), (text, caption[kept]))]
+    np.testing.assert_allclose(found, plain_regret(*whole, 14.0, weighed)[:4], atol=2e-3)
 
 
 @settings(max_examples=30, deadline=None)
@@ -187,14 +184,32 @@ def test_a_run_learns_regret_and_keeps_the_clip_out_of_its_checkpoint(variant, c
     assert without_speed(tmp_path / "run") == without_speed(tmp_path / "cut")
 
 
+def torn():
+    raise OSError("torn")
+
+
+class Marred:
+    """A source of which one picture cannot be read, and another has no caption."""
+
+    def __init__(self, source):
+        self.source, self.name = source, source.name
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        return dataclasses.replace(self.source[i], **{3: {"image": torn}, 4: {"captions": ()}}.get(i, {}))
+
+
 def test_rivals_are_training_pairs_as_the_clip_embeds_them(clip_folder, tmp_path):
     config = regret_config(clip_folder, steps=4)
-    config.complexity.rivals, config.train.dtype = 70, "float32"  # more than one batch of them
-    source = Scenes("train", 100, image_size=32)
+    config.complexity.rivals, config.complexity.regret, config.train.dtype = 70, "kl", "float32"  # more than one batch of them
+    source = Marred(Scenes("train", 100, image_size=32))
     task = make_task(validate(config))
-    found = rivals.embed(config, source, regret.tokenizer(config), regret.params(config, task.given[regret.CLIP]))
-    index = found["index"].astype(int)
-    assert len(set(index.tolist())) == 70 and {k: v.shape for k, v in found.items()} == {
+    params, request = regret.params(config, task.given[regret.CLIP]), StopRequest()
+    found = rivals.embed(config, source, regret.tokenizer(config), params, request)
+    index = found["index"]
+    assert len(set(index.tolist())) == 70 and not np.isin(index, (3, 4)).any() and {k: v.shape for k, v in found.items()} == {
         k: v.shape for k, v in task.given[regret.RIVALS].items()
     }
     clip, some = icar_jax.load(clip_folder), [0, 13, 69]
@@ -202,17 +217,19 @@ def test_rivals_are_training_pairs_as_the_clip_embeds_them(clip_folder, tmp_path
     np.testing.assert_allclose(found["image"][some], clip.encode_image([r.image() for r in records]), atol=1e-5)
     np.testing.assert_allclose(found["text"][some], clip.encode_text([r.captions[0] for r in records]), atol=1e-5)
     # One batch: the regret among them is that of the formula, with the image itself left out.
-    params = regret.params(config, task.given[regret.CLIP])
     batch = {regret.CLIP: params, regret.RIVALS: found, regret.INDEX: index[:3].astype(np.int32)}
     pixels = np.random.default_rng(0).standard_normal((3, 32, 32, 3)).astype(np.float32)
     batch["tokens"], _ = regret.tokenizer(config).encode(["a cat", "two dogs", "red"], task.context_length)
     teacher = regret.teacher(config)
     got = jax.jit(lambda b, x: teacher.regret(b, x, None, 0, np.float32))(batch, pixels)
     full, text = teacher.clip.encode_image(params, pixels), teacher.clip.encode_text(params, batch["tokens"])
-    early, mask = teacher.clip.encode_image(params, pixels, 1), np.arange(3)[:, None] == np.arange(70)
-    scale = teacher.clip.logit_scales(params)[3]
-    more = Rivals(found["image"], found["text"], mask)
-    np.testing.assert_allclose(got, loss_regret(early, full, text, scale, more), atol=1e-4)
+    early, scale = teacher.clip.encode_image(params, pixels, 1), teacher.clip.logit_scales(params)[3]
+    more = Rivals(found["image"], found["text"], np.arange(70) < 3)
+    np.testing.assert_allclose(got, loss_regret(early, full, text, scale, more, weighed=True), atol=1e-4)
+    config.complexity.rivals = 99
+    with pytest.raises(ConfigError, match="of 100 images of the training set 98 can be read and have a caption; take fewer"):
+        rivals.embed(config, source, regret.tokenizer(config), params, request)
+    config.complexity.rivals = 70
     # A run among rivals learns other targets, and is the same where it is cut off.
     whole = checkpoint.read(train(config, tmp_path / "run"), "complexity")
     assert whole.description["regret"]["rivals"] == 70
@@ -254,7 +271,7 @@ def test_a_continued_run_needs_the_clip_it_began_with(clip_folder, tmp_path):
         ({"complexity.head": "classification"}, "config.complexity.head='classification', but .* has no classes"),
         ({"complexity.target": "rating", "complexity.exit": 1}, "config.complexity.exit=1 is for .*target='regret'"),
         ({"data.source": "ratings", "data.root": "x"}, "config.data.source='ratings', but .*target='regret' learns"),
-        ({"complexity.rivals": 10**6}, "config.complexity.rivals=1000000, but the training set has 200 pairs that can be read"),
+        ({"complexity.rivals": 10**6}, "config.complexity.rivals=1000000, but the training set has 200 images; take fewer"),
         ({"complexity.rivals": -1}, "config.complexity.rivals=-1 must be 0, or a number of training pairs"),
         ({"complexity.rivals": 4, "complexity.regret": "cosine"}, "rivals=4 .*regret='loss' or 'kl' .found 'cosine'"),
         ({"complexity.rivals": 4, "complexity.target": "rating"}, "config.complexity.rivals=4 is for .*target='regret'"),
@@ -302,5 +319,8 @@ def test_the_teacher_is_counted(clip_folder):
     rated = dataclasses.replace(config, complexity=dataclasses.replace(config.complexity, target="rating", clip=""))
     arch = regret.teacher(config).clip.arch
     extra = step_flops(config, make_task(config).arch).model - step_flops(rated, make_task(rated).arch).model
+    among = dataclasses.replace(config, complexity=dataclasses.replace(config.complexity, rivals=50))
+    more = step_flops(among, make_task(among).arch).model - step_flops(config, make_task(config).arch).model
+    assert more == config.train.batch_size * 3 * 2 * 50 * arch.vision.embed_dim
     pair = flops.vision_flops(arch.vision) + flops.head_flops(arch.vision, 1) + flops.text_flops(arch.text)
     assert extra == pytest.approx(config.train.batch_size * pair)

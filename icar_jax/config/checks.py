@@ -64,6 +64,7 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     _choice("config.complexity.class_weights", c.complexity.class_weights, ("none", "balanced"))
     _choice("config.complexity.target", c.complexity.target, ("rating", "regret"))
     _choice("config.complexity.regret", c.complexity.regret, ("loss", "kl", "cosine"))
+    _choice("config.complexity.pooled_norm", c.complexity.pooled_norm, ("whole", "parts"))
     _choice("config.eval.score_calibration", c.eval.score_calibration, ("none", "affine"))
     _choice("config.loss.direction", c.loss.direction, ("symmetric", "image_to_text"))
     _choice("config.loss.kind", c.loss.kind, ("softmax", "sigmoid"))
@@ -215,7 +216,7 @@ def _validate_ratings(c: ExperimentConfig) -> None:
         return
     if c.complexity.exit:
         raise ConfigError(f"config.complexity.exit={c.complexity.exit} is for config.complexity.target='regret'; leave it 0")
-    if c.complexity.rivals and c.complexity.target != "regret":
+    if c.complexity.rivals:
         said = f"config.complexity.rivals={c.complexity.rivals}"
         raise ConfigError(f"{said} is for config.complexity.target='regret'; leave it 0")
     if d.source not in rated:

@@ -50,6 +50,9 @@ class ComplexityConfig:
     # data.interpolation and data.normalise. Target regret: the CLIP's weights stay as they are.
     clip: str = ""  # checkpoint or workdir of the CLIP that it is to route
     blocks: int = 0  # variant blocks: blocks of its vision tower that run before the head; at most its first exit
+    # Variant blocks: class token, mean and deviation are normed together ('whole'), or first each on its own ('parts'), so that
+    # the largest does not drown the others.
+    pooled_norm: str = "whole"
 
 
 @dataclass

@@ -84,7 +84,7 @@ class BlocksScorer:
         return shared_paths(self.shapes())
 
     def tokens(self, params: Mapping[str, Any], images: Array, dtype: DType = jnp.float32) -> Tokens:
-        """images float [B, S, S, 3], normalised -> tokens [B, L, W] after `arch.blocks` blocks, in `dtype`."""
+        """images float [B, S, S, 3], normalised -> Tokens of [B, L, W] after `arch.blocks` blocks, in `dtype`."""
         return self._tokens_after(self.arch.blocks, params, images, dtype)
 
     def _tokens_after(self, blocks: int, params: Mapping[str, Any], images: Array, dtype: DType) -> Tokens:
@@ -94,11 +94,13 @@ class BlocksScorer:
     def logits_of_tokens(
         self, params: Mapping[str, Any], tokens: Tokens, dropout_key: Array | None = None, dtype: DType = jnp.float32
     ) -> Array:
-        """tokens [B, L, W] -> [B, 2] (classification) or [B, 1] (regression), float32."""
+        """Tokens of [B, L, W] -> [B, 2] (classification) or [B, 1] (regression), float32."""
         pooled = pool_tokens(tokens, self.arch.vision.class_token)
         if self.arch.norm_parts:
             parts = pooled.reshape(len(pooled), -1, self.arch.vision.width)
-            pooled = jax.nn.standardize(parts, epsilon=1e-5).reshape(pooled.shape)
+            parts = parts - parts.mean(axis=-1, keepdims=True)
+            parts = parts * jax.lax.rsqrt(jnp.square(parts).mean(axis=-1, keepdims=True) + 1e-5)
+            pooled = parts.reshape(pooled.shape)
         return self._bridge.bind(params).head(pooled, dtype, dropout(self.arch.dropout, dropout_key))
 
     def logits(
@@ -108,7 +110,7 @@ class BlocksScorer:
         return self.logits_of_tokens(params, self.tokens(params, images, dtype), dropout_key, dtype)
 
     def score_of_tokens(self, params: Mapping[str, Any], tokens: Tokens, dtype: DType = jnp.float32) -> Array:
-        """tokens [B, L, W] -> complexity [B] in [0, 1], float32; higher is more complex."""
+        """Tokens of [B, L, W] -> complexity [B] in [0, 1], float32; higher is more complex."""
         return jax.nn.sigmoid(log_odds(self.logits_of_tokens(params, tokens, dtype=dtype), self.arch.head))
 
     def score(self, params: Mapping[str, Any], images: Array, dtype: DType = jnp.float32) -> Array:
@@ -122,7 +124,8 @@ class BlocksScorer:
         its token times the gradient by it, times h w: a patch counts through the mean and through the deviation, whose
         gradients by the pooled tokens, as of `models.complexity.activation_map`, would leave the deviation out. The mean of a
         map is the patches' share of the log odds to first order (both pools are homogeneous, Euler's theorem); the rest comes
-        from the class token. Positive values raise the score, negative ones lower it.
+        from the class token. Positive values raise the score, negative ones lower it. With `norm_parts` the size of a part is
+        taken out, and that mean is 0: a map says what speaks for 'complex' more than the rest of the image.
 
         Where patches are merged before the head reads them, tokens and gradients are those before the first merging, where
         each patch still has its own; what blocks after it add is then in the map, but its mean is no share of the log odds.
@@ -142,7 +145,7 @@ class BlocksScorer:
 
 
 def pool_tokens(tokens: Tokens, class_token: bool) -> Array:
-    """tokens [B, L, W] -> float32 [B, 3 W or 2 W]: the class token, and mean and standard deviation over the patches.
+    """Tokens of [B, L, W] -> float32 [B, 3 W or 2 W]: the class token, and mean and standard deviation over the patches.
 
     A token that stands for several patches counts as often.
     """

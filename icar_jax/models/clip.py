@@ -107,14 +107,14 @@ class Clip:
     def encode_tokens(
         self, params: Mapping[str, Any], tokens: Tokens, start: int, exit: int | None = None, dtype: DType = jnp.float32
     ) -> Array:
-        """The rest of `encode_image`: tokens [B, L, W] of the vision tower after `start` blocks -> [B, D], unit norm."""
+        """The rest of `encode_image`: Tokens of [B, L, W] in the vision tower after `start` blocks -> [B, D], unit norm."""
         blocks_run = self.arch.vision.check_exit(exit)
         return self.encode_tokens_exits(params, tokens, start, (blocks_run,), dtype)[blocks_run]
 
     def encode_tokens_exits(
         self, params: Mapping[str, Any], tokens: Tokens, start: int, exits: tuple[int, ...], dtype: DType = jnp.float32
     ) -> dict[int, Array]:
-        """The rest of `encode_image_exits`: tokens [B, L, W] after `start` blocks -> {executed blocks: [B, D], unit norm}."""
+        """The rest of `encode_image_exits`: Tokens of [B, L, W] after `start` blocks -> {executed blocks: [B, D], unit}."""
         for blocks_run in exits:
             first = self.arch.vision.heads_of(self.arch.vision.check_exit(blocks_run))[0]
             if start > first:

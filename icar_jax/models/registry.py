@@ -111,7 +111,7 @@ def complexity_arch(config: cfg.ComplexityConfig) -> ScorerArch:
         raise cfg.ConfigError(f"config.complexity.dropout={config.dropout} must lie in [0, 1)")
     if config.variant == BLOCKS:
         return _blocks_arch(config)
-    for name, off in (("clip", ""), ("blocks", 0)):
+    for name, off in (("clip", ""), ("blocks", 0), ("pooled_norm", "whole")):
         if getattr(config, name) != off and not (name == "clip" and config.target == "regret"):
             where = " or target='regret'" if name == "clip" else ""
             raise cfg.ConfigError(
@@ -138,7 +138,7 @@ def _blocks_arch(config: cfg.ComplexityConfig) -> BlocksArch:
         )
     plain = {name: getattr(VisionArch, name) for name in ("exits", "pool", "exit_head", "exit_sum")}  # it has no exits
     vision = dataclasses.replace(clip.vision, **plain, merge=clip.vision.merge_before(config.blocks))
-    return BlocksArch(vision, config.blocks, config.head, config.dropout, norm_parts=True)
+    return BlocksArch(vision, config.blocks, config.head, config.dropout, config.pooled_norm == "parts")
 
 
 def routed_clip(config: cfg.ComplexityConfig) -> Path:

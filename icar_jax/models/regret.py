@@ -26,12 +26,12 @@ KINDS = ("loss", "kl", "cosine")
 class Rivals(NamedTuple):
     """Further pairs that B pairs are compared with: image and text [M, D], unit norm, at full depth.
 
-    `same` bool [B, M]: which of them are of the pair's own image, and no rivals of it.
+    `left_out` bool [M]: which are of an image that is among the B already.
     """
 
     image: Array
     text: Array
-    same: Array
+    left_out: Array
 
 
 def loss_regret(
@@ -45,7 +45,7 @@ def loss_regret(
     images, texts, own = full, text, jnp.eye(len(full), dtype=bool)
     if more is not None:
         images, texts = jnp.concatenate([full, more.image]), jnp.concatenate([text, more.text])
-        own = jnp.concatenate([own, more.same], axis=1)
+        own = jnp.concatenate([own, jnp.broadcast_to(more.left_out, (len(full), len(more.image)))], axis=1)
 
     def rivalry(rows: Array, columns: Array) -> Array:
         logits = scale * jnp.einsum("id,jd->ij", rows, columns, precision=jax.lax.Precision.HIGHEST)

@@ -96,7 +96,8 @@ class VisionArch:
 
     def merge_before(self, blocks_run: int) -> tuple[int, ...]:
         """The part of `merge` that what is read after `blocks_run` blocks depends on; () where that is not merged yet."""
-        return self.merge[: blocks_run - 1] if self.first_merging < blocks_run else ()
+        before = self.merge[: blocks_run - 1]
+        return before[: max((i for i, count in enumerate(before, 1) if count), default=0)]
 
     @property
     def exits_after_merging(self) -> tuple[int, ...]:
@@ -166,7 +167,7 @@ class Trunk(nnx.Module):
         )
 
     def embed(self, images: Array, dtype: DType) -> Tokens:
-        """images [B, S, S, 3], normalised -> tokens [B, L, W] before the first block, in `dtype`."""
+        """images [B, S, S, 3], normalised -> Tokens of [B, L, W] before the first block, in `dtype`."""
         x = self.patch(images.astype(dtype), dtype)
         b, _, _, width = x.shape
         x = x.reshape(b, -1, width)
@@ -184,7 +185,7 @@ class Trunk(nnx.Module):
         execution: Execution = Execution(),
         scales: Array | None = None,
     ) -> dict[int, Tokens]:
-        """Tokens [B, L, W] after `start` blocks -> {executed blocks: tokens after them} for each of `wanted`.
+        """Tokens of [B, L, W] after `start` blocks -> {executed blocks: tokens after them} for each of `wanted`.
 
         What is wanted, or given, after the blocks at which patches are merged is not merged yet.
         """
@@ -239,7 +240,7 @@ class Vision(Trunk):
         execution: Execution = Execution(),
         scales: Array | None = None,
     ) -> dict[int, Array]:
-        """The rest of the tower: tokens [B, L, W] after `start` blocks -> what `__call__` gives, for exits from `start` on."""
+        """The rest of the tower: Tokens of [B, L, W] after `start` blocks -> what `__call__` gives, for exits from there on."""
         parts = {exit: self.arch.heads_of(exit) for exit in exits}
         taps = self.run(tokens, {e for heads in parts.values() for e in heads}, dtype, start, execution, scales)
         each = {blocks_run: self._embed(tap.values, blocks_run, dtype).astype(jnp.float32) for blocks_run, tap in taps.items()}

@@ -136,7 +136,7 @@ def load_params(
 
 
 def place(params: Mapping[str, Any], shardings: Mapping[str, Any]) -> pytree.Tree:
-    """Arrays or `Leaf`s -> float32 device arrays laid out as `shardings` say.
+    """Arrays or `Leaf`s -> device arrays laid out as `shardings` say; integers stay what they are, all others become float32.
 
     One leaf at a time is held whole in host memory, and each device receives its part alone; in a run of several processes each
     calls this with the same parameters.
@@ -144,7 +144,8 @@ def place(params: Mapping[str, Any], shardings: Mapping[str, Any]) -> pytree.Tre
     layout = pytree.flatten(shardings)
 
     def put(path: str, leaf: Any) -> jax.Array:
-        host = np.asarray(leaf, np.float32)
+        host = np.asarray(leaf)
+        host = host if host.dtype.kind in "iu" else host.astype(np.float32, copy=False)
         parts = layout[path].addressable_devices_indices_map(host.shape)
         # A copy for each device: on CPU a device array can be the numpy array itself, and the step writes over its state.
         pieces = [jax.device_put(np.array(host[index]), device) for device, index in parts.items()]

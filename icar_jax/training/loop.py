@@ -63,11 +63,15 @@ def _train(run: Run, request: StopRequest, stop_after: int, evaluators: tuple[Ma
     tokenizer = run.tokenizer if task.kind == "clip" else None  # regret reads captions with that of its CLIP
     trained = Trained(config, task.kind, task.description, tokenizer, sharding, batch_shards(run.mesh), part)
     given = given_params(config, task)
-    if regret.RIVALS in task.given:
-        given[regret.RIVALS] = rivals.embed(config, run.source, run.tokenizer, given[regret.CLIP])
     fixed = {name: place(tree, shardings(task.given[name], run.mesh)) for name, tree in given.items()}
     with StateStore(workdir, t.keep) as store:
         start = distributed.from_main(store.latest_step or 0)  # a network file system may show the newest one late elsewhere
+        if regret.RIVALS in task.given and start < min(t.steps, stop_after):
+            with distributed.together("embedding the rivals"):
+                found = rivals.embed(config, run.source, run.tokenizer, given[regret.CLIP], request)
+            if found is not None:  # else a signal has come, and no step is done
+                distributed.require_same("set of rivals (images that can be read)", found["index"].tobytes().hex())
+                fixed[regret.RIVALS] = place(found, shardings(task.given[regret.RIVALS], run.mesh))
         evaluation = make_evaluation(trained, workdir, start, evaluators)
         if start:
             state = store.restore(start, abstract_state(task, optimizer, run.mesh, config))

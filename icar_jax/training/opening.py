@@ -87,7 +87,8 @@ def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> Run:
             if starts_from_weights(config) and not resumed:
                 initial_params(config, task, _quiet)  # what does not fit is named now; the values are read later
             given_params(config, task)  # what is damaged is named now
-            rivals.require_enough(config, len(source))
+            if regret.has_regret(config):
+                rivals.require_enough(config, len(source))
             if config.train.eval_every:
                 sources.validation_source(config)  # the same of a split that is not there
             abstract = abstract_state(task, optimizer_of(config), mesh, config)

@@ -24,7 +24,8 @@ from icar_jax.models.regret import Rivals, cosine_regret, loss_regret, unit_rank
 from icar_jax.training import tower
 
 CLIP = "clip"  # entry of a batch: the parameters of the CLIP
-RIVALS = "rivals"  # entry of a batch: {'image', 'text': [M, D], unit norm, 'index': [M] of the training set}, float32
+# Entry of a batch: {'image', 'text': float32 [M, D], unit norm; 'index': int32 [M], which image of the training set}.
+RIVALS = "rivals"
 INDEX = "index"  # entry of a batch, beside RIVALS: which image of the training set each one is
 IMAGE = "clip_image"  # entry of a batch: the pictures as the CLIP is given them, where the complexity model sees others
 KEPT = "start/clip.json"  # of a workdir: description of the CLIP that the regret is of
@@ -43,7 +44,7 @@ class Teacher:
     exit: int  # executed blocks
     kind: str  # one of models.regret.KINDS
     preprocess: Preprocess
-    description: dict[str, Any]  # of the finished checkpoint: kind, exit, and which CLIP
+    description: dict[str, Any]  # of the finished checkpoint: kind, exit, rivals, and which CLIP
     rivals: int = 0  # pairs beside those of the batch
 
     @property
@@ -53,7 +54,7 @@ class Teacher:
     def regret(self, batch: dict[str, Any], pixels: jax.Array | None, tokens: Tokens | None, start: int, dtype) -> jax.Array:
         """Regrets [B] of a batch with the entries CLIP and, where captions are read, 'tokens' int32 [B, L]; RIVALS and INDEX.
 
-        Images come as `pixels` float [B, S, S, 3], normalised, or as tokens [B, L, W] of the vision tower after `start` blocks.
+        Images come as `pixels` float [B, S, S, 3], normalised, or as Tokens of [B, L, W] in the tower after `start` blocks.
         No gradient flows through.
         """
         params = jax.lax.stop_gradient(batch[CLIP])
@@ -69,7 +70,7 @@ class Teacher:
         more = None
         if self.rivals:
             found = jax.lax.stop_gradient(batch[RIVALS])
-            more = Rivals(found["image"], found["text"], batch[INDEX][:, None] == found["index"].astype(jnp.int32))
+            more = Rivals(found["image"], found["text"], jnp.any(batch[INDEX][:, None] == found["index"], axis=0))
         return loss_regret(early, full, text, self.clip.logit_scales(params)[exits[-1]], more, self.kind == "kl")
 
     def target(
@@ -110,8 +111,8 @@ def teacher(config: ExperimentConfig) -> Teacher:
 
 def rival_shapes(found: Teacher) -> pytree.Tree:
     """Shapes of RIVALS."""
-    leaf, dim = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32), found.clip.arch.vision.embed_dim
-    return {"image": leaf(found.rivals, dim), "text": leaf(found.rivals, dim), "index": leaf(found.rivals)}
+    embeddings = jax.ShapeDtypeStruct((found.rivals, found.clip.arch.vision.embed_dim), jnp.float32)
+    return {"image": embeddings, "text": embeddings, "index": jax.ShapeDtypeStruct((found.rivals,), jnp.int32)}
 
 
 def params(config: ExperimentConfig, shapes: pytree.Tree) -> pytree.Tree:

@@ -12,12 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 from icar_jax import pytree
 from icar_jax.config import ConfigError, ExperimentConfig
 from icar_jax.data import sources
-from icar_jax.data.pipeline import eval_batches
+from icar_jax.data.order import examples_at
+from icar_jax.data.pipeline import BadFiles, eval_batches
 from icar_jax.data.records import Source
 from icar_jax.data.splits import Subset
 from icar_jax.data.tokenizer import Tokenizer
@@ -25,24 +27,24 @@ from icar_jax.models.host import jit_for_host
 from icar_jax.models.pixels import normalise
 from icar_jax.parallel import distributed
 from icar_jax.training import regret
+from icar_jax.training.preemption import StopRequest
 
 _BATCH = 64
 
 
-def require_enough(config: ExperimentConfig, pairs: int) -> None:
-    """Raises ConfigError where config.complexity.rivals asks for more than so many pairs."""
-    if pairs < config.complexity.rivals:
-        raise ConfigError(
-            f"config.complexity.rivals={config.complexity.rivals}, but the training set has {pairs} pairs that can be read; "
-            "take as many or fewer, or 0 for those of the batch alone"
-        )
+def require_enough(config: ExperimentConfig, images: int) -> None:
+    """Raises ConfigError where a training set of so many images has fewer than config.complexity.rivals."""
+    if images < config.complexity.rivals:
+        raise _error(config, f"the training set has {images} images")
 
 
-def embed(config: ExperimentConfig, source: Source, tokenizer: Tokenizer, params: Mapping[str, Any]) -> pytree.Tree:
-    """regret.RIVALS: config.complexity.rivals pairs of the training set, through the CLIP with `params`.
+def embed(
+    config: ExperimentConfig, source: Source, tokenizer: Tokenizer, params: Mapping[str, Any], request: StopRequest
+) -> pytree.Tree | None:
+    """regret.RIVALS: config.complexity.rivals pairs of the training set, through the CLIP with `params`; None if stopped.
 
-    config.train.seed draws them; of an image the first caption counts. Every process of a run computes the same. Raises
-    ConfigError where the training set has fewer pairs that can be read.
+    config.train.seed draws them; of an image the first caption counts. Every process of a run computes the same, with the
+    whole CLIP on one of its devices. Raises ConfigError where too few pairs can be read.
     """
     count, teacher = config.complexity.rivals, regret.teacher(config)
     clip, p, dtype = teacher.clip, teacher.preprocess, jnp.dtype(config.train.dtype)
@@ -53,14 +55,18 @@ def embed(config: ExperimentConfig, source: Source, tokenizer: Tokenizer, params
         image = clip.encode_image(params, normalise(pixels, p.mean, p.std), None, dtype)
         return image, clip.encode_text(params, tokens, dtype)
 
-    order = np.random.default_rng(config.train.seed).permutation(len(source))
-    images, texts, found = [], [], []
+    tried = min(len(source), 2 * count + _BATCH)  # some cannot be read or have no caption
+    _, order = examples_at(np.arange(tried), len(source), config.train.seed + 1)  # not those that training begins with
+    images, texts, found, bad = [], [], [], BadFiles()
     reading = {"batch_size": _BATCH, **sources.loading(config.data)}
     with (
         eval_batches(Subset(source, order, f"{source.name}/rivals"), {"clip": p}, **reading) as batches,
         tqdm(total=count, desc="embed rivals", unit="pair", disable=not distributed.is_main()) as bar,
     ):
         for batch in batches:
+            if request.name and jax.process_count() == 1:
+                return None
+            bad.add(batch)
             rows = [row for row, captions in enumerate(batch["captions"]) if captions][: count - len(found)]
             if rows:
                 tokens, _ = tokenizer.encode([batch["captions"][row][0] for row in rows], clip.arch.text.context_length)
@@ -71,10 +77,19 @@ def embed(config: ExperimentConfig, source: Source, tokenizer: Tokenizer, params
                 bar.update(len(rows))
             if len(found) == count:
                 break
-    require_enough(config, len(found))
-    return {"image": np.concatenate(images), "text": np.concatenate(texts), "index": np.array(found, np.float32)}
+    if bad:
+        logging.warning("%s", bad.summary())
+    if len(found) < count:
+        raise _error(config, f"of {tried} images of the training set {len(found)} can be read and have a caption")
+    return {"image": np.concatenate(images), "text": np.concatenate(texts), "index": np.array(found, np.int32)}
 
 
 def _filled(rows: np.ndarray) -> np.ndarray:
     """The rows, and zeros up to a full batch: one program serves all."""
     return np.concatenate([rows, np.zeros((_BATCH - len(rows), *rows.shape[1:]), rows.dtype)])
+
+
+def _error(config: ExperimentConfig, found: str) -> ConfigError:
+    return ConfigError(
+        f"config.complexity.rivals={config.complexity.rivals}, but {found}; take fewer, or 0 for the pairs of the batch alone"
+    )

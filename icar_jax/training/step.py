@@ -75,7 +75,7 @@ def make_step(
 ) -> Callable[[State, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
     """The jitted step: (state, batch) -> (state, metrics); the old state's memory is reused.
 
-    The batch has the entries `task.fields` and, beside them, the parameters `task.given`.
+    The batch has the entries `task.fields` and, beside them, the arrays `task.given`.
 
     Metrics hold `loss`, what the task adds, and `grad_norm` of what learns before clipping, all float32 scalars.
     """

@@ -55,7 +55,7 @@ class Task:
     context_length: int  # tokens per caption; 0 where captions are not read
     fields: tuple[str, ...]
     description: dict[str, Any]
-    # Shapes of parameters that every batch carries along and that do not learn: {entry of the batch: tree}.
+    # Shapes of arrays that every batch carries along and that do not learn: {entry of the batch: tree}.
     given: dict[str, pytree.Tree] = field(default_factory=dict)
     # How the pictures are prepared a second time: {entry of the batch: preprocess}.
     others: dict[str, Preprocess] = field(default_factory=dict)
