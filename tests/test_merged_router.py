@@ -14,6 +14,7 @@ from icar_jax import checkpoint
 from icar_jax.checkpoint import CheckpointError
 from icar_jax.config import ClipConfig, validate
 from icar_jax.data.images import Preprocess
+from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.evaluation.calibration import make_bundle
 from icar_jax.inference.explain import Explainer
 from icar_jax.inference.shared import SharedRouter
@@ -26,9 +27,11 @@ VISION = {"exits": (3,), "exit_head": "attention", "merge": (1, 2, 1), "patch_si
 
 
 def write_clip(folder, seed=0, **changes):
-    arch = registry.clip_arch(ClipConfig(variant="vit_demo", context_length=16, **VISION | changes))
+    words = Tokenizer.train(["a small red circle", "two stripes"], 300)
+    config = ClipConfig(variant="vit_demo", context_length=16, **VISION | changes)
+    arch = registry.clip_arch(config, words.vocab_size, words.end_id)
     description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(32, "squash").to_dict()}
-    return checkpoint.write(folder, "clip", description, drawn.params(Clip(arch).shapes(), seed))
+    return checkpoint.write(folder, "clip", description, drawn.params(Clip(arch).shapes(), seed), words.to_json())
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +45,14 @@ def scorer(clip, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(clip, scorer, tmp_path_factory):
+def merged_bundle(clip, scorer, tmp_path_factory):
     middle = float(np.median(icar_jax.load(scorer, batch_size=8).score(pictures(40))))
-    folder = make_bundle(clip, scorer, tmp_path_factory.mktemp("merged") / "bundle", thresholds=(middle,))
-    return icar_jax.load(folder, batch_size=8)
+    return make_bundle(clip, scorer, tmp_path_factory.mktemp("merged") / "bundle", thresholds=(middle,))
+
+
+@pytest.fixture(scope="module")
+def model(merged_bundle):
+    return icar_jax.load(merged_bundle, batch_size=8)
 
 
 def test_routing_at_the_exit_equals_each_exit_run_alone(model, scorer):

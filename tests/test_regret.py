@@ -11,6 +11,7 @@ from conftest import metric_lines, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata
+from test_parallel import on_eight_devices
 
 import icar_jax
 from icar_jax import checkpoint, pytree
@@ -21,6 +22,7 @@ from icar_jax.data.scenes import Scenes
 from icar_jax.evaluation.calibration import make_bundle
 from icar_jax.models.clip import Clip
 from icar_jax.models.regret import Rivals, cosine_regret, loss_regret, unit_ranks
+from icar_jax.parallel.rules import FSDP_FALLBACK_SIZE
 from icar_jax.training import regret, rivals
 from icar_jax.training.loop import train
 from icar_jax.training.preemption import StopRequest
@@ -242,6 +244,39 @@ def test_rivals_are_training_pairs_as_the_clip_embeds_them(clip_folder, tmp_path
     assert [line["regret"] for line in metric_lines(tmp_path / "alone")] != [
         line["regret"] for line in metric_lines(tmp_path / "run")
     ]
+
+
+SHARDED = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from conftest import metric_lines
+from test_regret import among_rivals
+from icar_jax.config import MeshConfig
+from icar_jax.training.loop import train
+
+config = among_rivals(sys.argv[1])
+config.mesh = MeshConfig(2, 2, 2)
+train(config, sys.argv[2])
+print(json.dumps(metric_lines(Path(sys.argv[2]))))
+"""
+
+
+def among_rivals(clip):
+    """Enough of them to be cut over fsdp."""
+    config = regret_config(clip, steps=2, batch_size=16)
+    config.complexity.rivals, config.complexity.regret, config.data.scenes_size = 2800, "kl", 3000
+    return config
+
+
+@pytest.mark.check
+def test_eight_devices_see_the_rivals_that_one_sees(clip_folder, tmp_path):
+    assert 2800 * 24 >= FSDP_FALLBACK_SIZE
+    found = on_eight_devices(SHARDED, str(clip_folder), str(tmp_path / "eight"))
+    train(among_rivals(clip_folder), tmp_path / "one")
+    for one, eight in zip(metric_lines(tmp_path / "one"), found, strict=True):
+        for name in ("regret", "loss"):
+            assert eight[name] == pytest.approx(one[name], rel=1e-3)
 
 
 def test_a_continued_run_needs_the_clip_it_began_with(clip_folder, tmp_path):
