@@ -287,9 +287,9 @@ def head_config(
     `blocks` learns ratings of scenes, `regret` what an image loses by leaving; `gallery` the same among thousands of pairs,
     which count as surely as full depth finds them, and it reads at the exit itself.
     """
-    s, learnt = sizes, router == "gallery"
-    steps, batch = (s.gallery_steps, s.gallery_batch) if learnt else (s.head_steps, s.batch_size)
-    more = {"regret": "kl", "rivals": s.rivals, "pooled_norm": "parts"} if learnt else {}
+    s, gallery = sizes, router == "gallery"
+    steps, batch = (s.gallery_steps, s.gallery_batch) if gallery else (s.head_steps, s.batch_size)
+    more = {"regret": "kl", "rivals": s.rivals, "pooled_norm": "parts"} if gallery else {}
     # The tower's own preprocessing takes the place of the resizing named here; a router sees no random crops.
     data = dataclasses.replace(
         _data("scenes" if router == "blocks" else dataset, s, photos, out), resize="squash", crop_scale=1.0, flip=False
@@ -297,7 +297,7 @@ def head_config(
     config = ExperimentConfig(
         task="complexity",
         complexity=ComplexityConfig(
-            variant="blocks", clip=str(clip), blocks=exit if learnt else min(s.head_blocks, exit), dropout=0.0,
+            variant="blocks", clip=str(clip), blocks=exit if gallery else min(s.head_blocks, exit), dropout=0.0,
             target="rating" if router == "blocks" else "regret", **more,
         ),
         data=data,

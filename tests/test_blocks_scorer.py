@@ -239,9 +239,9 @@ def test_pooled_tokens(class_token):
 
 def test_parts_of_one_scale_are_read_alike_however_large_each_is():
     vision = registry.CLIP["vit_demo"].vision
-    tokens = Tokens(np.random.default_rng(0).normal(size=(4, vision.tokens, vision.width)).astype(np.float32), None)
-    tokens = tokens._replace(sizes=np.ones(tokens.values.shape[:2], np.float32))
-    louder = tokens._replace(values=np.concatenate([100 * tokens.values[:, :1], tokens.values[:, 1:]], axis=1))
+    values = np.random.default_rng(0).normal(size=(4, vision.tokens, vision.width)).astype(np.float32)
+    tokens = Tokens(values, np.ones(values.shape[:2], np.float32))
+    louder = tokens._replace(values=np.concatenate([100 * values[:, :1], values[:, 1:]], axis=1))
     for norm_parts in (True, False):
         scorer = BlocksScorer(BlocksArch(vision, 2, "regression", norm_parts=norm_parts))
         params = drawn.params(scorer.shapes(), 0)

@@ -100,11 +100,15 @@ def test_a_tower_that_merges_otherwise_before_the_head_is_refused(scorer, tmp_pa
     make_bundle(later, scorer, tmp_path / "bundle", thresholds=(0.5,))
 
 
-def test_a_head_at_the_exit_learns_how_far_embeddings_shift(clip, tmp_path):
+def test_a_head_trained_at_the_exit_routes_its_clip(clip, tmp_path):
     config = tiny_config("complexity", steps=3)
     c = config.complexity
     c.variant, c.head, c.clip, c.blocks, c.target, c.regret = "blocks", "regression", str(clip), 3, "regret", "cosine"
     config.data.scenes_pixels = 32
+    c.pooled_norm = "parts"
     folder = train(validate(config), tmp_path / "run")
-    bundle = make_bundle(clip, folder, tmp_path / "bundle", thresholds=(0.5,))
-    assert np.isfinite(icar_jax.load(bundle, batch_size=8).route(pictures(5)).embeddings).all()
+    arch = checkpoint.describe(folder)["arch"]
+    assert (arch["blocks"], arch["vision"]["merge"], arch["norm_parts"]) == (3, [1, 2], True)
+    trained = icar_jax.load(make_bundle(clip, folder, tmp_path / "bundle", thresholds=(-1.0,)), batch_size=8)
+    images = pictures(5)
+    np.testing.assert_allclose(trained.route(images).embeddings, trained.encode_image(images, exit=4), atol=1e-5)

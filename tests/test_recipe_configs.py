@@ -61,7 +61,7 @@ def test_full_depth_costs_what_the_page_says(file, argument):
 
 
 @pytest.mark.parametrize("file, argument, router", CHEAPER)
-def test_the_router_reads_where_the_recipe_says(file, argument, router):
+def test_the_router_reads_below_the_exit_and_the_merging(file, argument, router):
     cheaper, head = config(file, argument), config(file, router)
     merging = next(i for i, patches in enumerate(cheaper.clip.merge, 1) if patches)
     assert 1 <= head.complexity.blocks <= min(cheaper.clip.exits[0], merging)

@@ -214,11 +214,9 @@ def _validate_ratings(c: ExperimentConfig) -> None:
     if c.complexity.target == "regret":
         _validate_regret(c)
         return
-    if c.complexity.exit:
-        raise ConfigError(f"config.complexity.exit={c.complexity.exit} is for config.complexity.target='regret'; leave it 0")
-    if c.complexity.rivals:
-        said = f"config.complexity.rivals={c.complexity.rivals}"
-        raise ConfigError(f"{said} is for config.complexity.target='regret'; leave it 0")
+    for name in ("exit", "rivals"):
+        if value := getattr(c.complexity, name):
+            raise ConfigError(f"config.complexity.{name}={value} is for config.complexity.target='regret'; leave it 0")
     if d.source not in rated:
         raise ConfigError(
             f"config.data.source={d.source!r} holds no complexity ratings; use 'scenes', or 'ratings' with "
