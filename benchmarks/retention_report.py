@@ -24,7 +24,7 @@ KEPT, LOWEST, FEWEST_SEEDS = 99.0, 97.0, 3  # the goal: percent kept, its lower 
 
 @dataclass(frozen=True)
 class Found:
-    """One row of one recipe: what each seed's rows.json says, and its recall [S, 1 + R] on the common resamples."""
+    """One row of one recipe: what each seed's rows.json says, `smoothed`, and its recall [S, 1 + R] on the common resamples."""
 
     seeds: tuple[int, ...]
     records: tuple[Mapping[str, Any], ...]
@@ -41,6 +41,7 @@ def collect(
             if (found := retention_rows.read(recipes.folder(out, dataset, name, seed))) is not None:
                 read[name, seed] = found
     read = {(name, seed): found for (name, seed), found in read.items() if ("baseline", seed) in read}
+    records = {run: equal_cost.smoothed(found["rows"]) for run, (found, _, _) in read.items()}
     hits = {(name, row, seed): h for (name, seed), (_, by_row, _) in read.items() for row, h in by_row.items()}
     values = seeds.resampled(hits, n=resamples)
     rows: dict[tuple[str, str], list[int]] = {}
@@ -48,7 +49,7 @@ def collect(
         rows.setdefault((name, row), []).append(seed)
     return {
         (name, row): Found(
-            tuple(given), tuple(read[name, seed][0]["rows"][row] for seed in given),
+            tuple(given), tuple(records[name, seed][row] for seed in given),
             np.stack([values[name, row, seed] for seed in given]),
         )
         for (name, row), given in rows.items()

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -27,6 +28,26 @@ def test_dice_of_the_same_cost():
     assert equal_cost.by_time(untimed, 0.7) is None and equal_cost.by_time([points[1], *untimed], 0.7) is None
     shrinking = [dataclasses.replace(point, measured=1.5 - point.counted) for point in points]
     assert equal_cost.by_time(shrinking, 0.45) is None
+
+
+def test_times_of_one_router_lie_on_a_line_through_them():
+    def row(kind, router, counted, measured):
+        return {"kind": kind, "router": router, "counted": counted, "measured": measured}
+
+    rows = {
+        "full": row("full", None, 1.0, 0.97), "a@0.6 random": row("random", "a", 0.59, 0.7),
+        "a@0.6 oracle": row("oracle", "a", 0.6, None),
+        **{f"a@{c}": row("routed", "a", c, 0.1 + c + e) for c, e in ((0.6, 0.01), (0.7, -0.02), (0.8, 0.01))},
+        "b@0.6": row("routed", "b", 0.6, 0.9), "b@0.7": row("routed", "b", 0.7, 0.8),
+    }  # fmt: skip
+    before = {name: dict(each) for name, each in rows.items()}
+    found = equal_cost.smoothed(rows)
+    assert rows == before
+    for counted in (0.6, 0.7, 0.8):
+        assert found[f"a@{counted}"]["measured"] == pytest.approx(0.1 + counted)
+    assert {k: v for k, v in found.items() if not k.startswith("a@") or " " in k} == {
+        k: v for k, v in rows.items() if not k.startswith("a@") or " " in k
+    }  # two budgets are no line; dice have their own, in `by_time`
 
 
 def test_what_a_row_lacks_of_the_goal():
