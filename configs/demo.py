@@ -1,8 +1,8 @@
 """The demo: a small multi-exit CLIP and its complexity model on `scenes`, sized for two CPU cores.
 
 configs/demo.py:clip and configs/demo.py:complexity. The recipe of docs/recipe.md goes on from the first of them: patches are
-merged on the way up, the tower is held to what it said, its exit hardly weighs on it (:cheaper), and a head on its first two
-blocks learns whom to send early (:router).
+merged on the way up, the tower is held to what it said, its exit hardly weighs on it (:cheaper), and a head at that exit learns
+among thousands of pairs whom to send out there (:router).
 
     python train.py --config=configs/demo.py:cheaper --workdir=workdir/cheaper
     python train.py --config=configs/demo.py:router --workdir=workdir/cheaper/router
@@ -58,9 +58,12 @@ def get_config(task: str = "clip") -> ExperimentConfig:
     if task == "router":
         return ExperimentConfig(
             task="complexity",
-            complexity=ComplexityConfig(variant="blocks", clip="workdir/cheaper", blocks=2, target="regret", dropout=0.0),
+            complexity=ComplexityConfig(
+                variant="blocks", clip="workdir/cheaper", blocks=4, target="regret", regret="kl", rivals=4000,
+                pooled_norm="parts", dropout=0.0,
+            ),
             data=DataConfig(source="scenes", vocabulary=512),
             optim=OptimConfig(lr=1e-3, warmup_steps=100),
-            train=TrainConfig(steps=600, batch_size=64, checkpoint_every=300, dtype="float32"),
-        )
+            train=TrainConfig(steps=2000, batch_size=256, checkpoint_every=250, dtype="float32"),
+        )  # fmt: skip
     raise ConfigError(f"configs/demo.py:{task}: unknown; use configs/demo.py:{', :'.join(ARGUMENTS)}")

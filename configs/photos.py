@@ -53,9 +53,12 @@ def get_config(task: str = "clip") -> ExperimentConfig:
     if task == "router":
         return ExperimentConfig(
             task="complexity",
-            complexity=ComplexityConfig(variant="blocks", clip="workdir/photos_light", blocks=2, target="regret", dropout=0.0),
+            complexity=ComplexityConfig(
+                variant="blocks", clip="workdir/photos_light", blocks=4, target="regret", regret="kl", rivals=4000,
+                pooled_norm="parts", dropout=0.0,
+            ),
             data=DataConfig(**data),  # prepared as the CLIP prepares them, without random crops
             optim=OptimConfig(lr=1e-3, warmup_steps=100),
-            train=TrainConfig(steps=600, batch_size=64, checkpoint_every=300, dtype="float32"),
-        )
+            train=TrainConfig(steps=2000, batch_size=256, checkpoint_every=250, dtype="float32"),
+        )  # fmt: skip
     raise ConfigError(f"configs/photos.py:{task}: unknown; use configs/photos.py:{', :'.join(ARGUMENTS)}")

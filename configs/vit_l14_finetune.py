@@ -8,7 +8,7 @@
 
 configs/vit_l14_finetune.py:coco and :flickr30k follow docs/recipe.md, which was found on small towers: patches are merged a
 third and half of the way up, the tower is held to what the converted one said, an exit two thirds of the way weighs a
-twentieth, and a head that reads where merging begins (:coco,router) learns which images to send out there.
+twentieth, and a head that reads there (:coco,router) learns among thousands of pairs which images to send out.
 :coco,paper and :flickr30k,paper are the dual-path fine-tuning of the ICAR paper, whose rates both have. The folder holds
 dataset_coco.json or dataset_flickr30k.json and the pictures. Ten epochs at 128 pairs a step, one for the router; one caption of
 each picture is drawn an epoch.
@@ -43,11 +43,14 @@ def get_config(argument: str = "coco") -> ExperimentConfig:
     if kind == "router":
         return ExperimentConfig(
             task="complexity",
-            complexity=ComplexityConfig(variant="blocks", clip="workdir/cheaper", blocks=8, target="regret", dropout=0.0),
+            complexity=ComplexityConfig(
+                variant="blocks", clip="workdir/cheaper", blocks=16, target="regret", regret="kl", rivals=4000,
+                pooled_norm="parts", dropout=0.0,
+            ),
             data=data,
             optim=OptimConfig(lr=1e-3, warmup_steps=100),
             train=TrainConfig(steps=pictures // 128, batch_size=128, seed=42),
-        )
+        )  # fmt: skip
     if kind == "paper":
         clip, loss = ClipConfig(variant="vit_l14", exits=(13,), temperature="own"), LossConfig()
         evaluation = EvalConfig(split="val")

@@ -34,7 +34,7 @@ def config(file, argument):
 def test_what_was_measured_is_what_is_trained(file, dataset, tmp_path):
     sizes = recipes.SETTINGS["small"][dataset]
     measured = recipes.clip_config("combined_gently", dataset, sizes, 1, str(tmp_path), tmp_path)
-    head = recipes.head_config("regret", dataset, sizes, 1, str(tmp_path), tmp_path, 4, tmp_path)
+    head = recipes.head_config("gallery", dataset, sizes, 1, str(tmp_path), tmp_path, 4, tmp_path)
     data = ("source", "crop_scale", "flip", "vocabulary")
     same(measured, config(file, "cheaper"), {
         "clip": ("variant", "exits", "exit_head", "merge", "temperature"), "loss": ("exit_weights", "distill_init"),
@@ -42,8 +42,8 @@ def test_what_was_measured_is_what_is_trained(file, dataset, tmp_path):
         "train": ("steps", "batch_size"),
     })  # fmt: skip
     same(head, config(file, "router"), {
-        "complexity": ("variant", "blocks", "target", "dropout"), "data": data, "optim": ("lr", "warmup_steps"),
-        "train": ("steps", "batch_size", "dtype"),
+        "complexity": ("variant", "blocks", "target", "regret", "rivals", "pooled_norm", "dropout"), "data": data,
+        "optim": ("lr", "warmup_steps"), "train": ("steps", "batch_size", "dtype"),
     })  # fmt: skip
 
 
@@ -61,10 +61,9 @@ def test_full_depth_costs_what_the_page_says(file, argument):
 
 
 @pytest.mark.parametrize("file, argument, router", CHEAPER)
-def test_the_router_reads_below_the_exit_and_the_merging(file, argument, router):
+def test_the_router_reads_at_the_exit(file, argument, router):
     cheaper, head = config(file, argument), config(file, router)
-    merging = next(i for i, patches in enumerate(cheaper.clip.merge, 1) if patches)
-    assert 1 <= head.complexity.blocks <= min(cheaper.clip.exits[0], merging)
+    assert (head.complexity.blocks,) == cheaper.clip.exits
     assert cheaper.eval.complexity == f"{head.complexity.clip}/router" and len(cheaper.eval.early_share) == 1
 
 
