@@ -77,7 +77,7 @@ class Sizes:
     merged_budgets: tuple[float, ...] = (0.58, 0.60, 0.62, 0.64, 0.66, 0.67, 0.68)
     bootstrap: int = 2000
     random_draws: int = 10
-    eval_batch: int = 64  # of 512 images that are timed: large ones would leave the queues of the exits half empty
+    eval_batch: int = 64  # of 1,024 images that are timed: large ones would leave the queues of the exits half empty
 
 
 _SCENES = {"queries": 4000, "distractors": 1000}  # they cost little, and more that are asked for make intervals narrower
