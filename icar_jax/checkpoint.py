@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from icar_jax import pytree, tensorfile
+from icar_jax.config import not_local
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS, TOKENIZER = "icar.json", "params.safetensors", "tokenizer.json"
@@ -125,6 +126,7 @@ def amend(folder: str | os.PathLike, changes: Mapping[str, Any]) -> None:
 
 def require_replaceable(path: str | os.PathLike, kind: str) -> None:
     """Raises CheckpointError where `path` holds anything but a checkpoint of the same kind: that is never overwritten."""
+    _require_local(path)
     path = Path(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
@@ -170,6 +172,11 @@ def _keep_strangers(old: Path, new: Path) -> None:
             os.replace(entry, new / entry.name)
 
 
+def _require_local(path: str | os.PathLike) -> None:
+    if (why := not_local(path)) is not None:
+        raise CheckpointError(f"{why}; copy the checkpoint to a disk, or mount the bucket and give its folder")
+
+
 def find(path: str | os.PathLike, kinds: tuple[str, ...] = KINDS) -> Path:
     """The checkpoint folder meant by `path`: itself, or bundle/ or model/ of a workdir, in that order.
 
@@ -177,6 +184,7 @@ def find(path: str | os.PathLike, kinds: tuple[str, ...] = KINDS) -> Path:
     trained nor reported on. A CLIP's best/ was chosen on the evaluated split, so it has to be asked for by name.
     Raises CheckpointError where there is none of the wanted kinds, saying what is there.
     """
+    _require_local(path)
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; expected a bundle, a checkpoint or a workdir of train.py")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from absl import logging
 
 from icar_jax.cli import embed, index, routing, score, search, serve, training, weights
+from icar_jax.cli.arguments import require_local_paths
 from icar_jax.cli.errors import user_errors
 from icar_jax.cli.program import run_program
 
@@ -30,4 +31,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     # So that half-written folders are removed before the program ends.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with user_errors("stopped; nothing was written"):
+        require_local_paths(args, sys.argv[1:] if argv is None else argv)
         args.run(args)

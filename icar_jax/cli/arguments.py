@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+from icar_jax.config import require_local
+
+# A store may lie in a bucket; the others are no places at all.
+_NO_PATHS = {"command", "store", "query", "where", "token", "host", "allowed_host", "coordinator", "overrides", "config"}
 
 
 def positive(text: str) -> int:
@@ -27,6 +32,19 @@ def add_images(p: argparse.ArgumentParser, done: str, batch_size: int, nargs: st
     p.add_argument("--batch-size", type=positive, default=batch_size, metavar="N", help=f"images at a time ({batch_size})")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations (float32)")
     p.add_argument("--threads", type=positive, default=0, metavar="N", help="threads that decode; one a core by default")
+
+
+def require_local_paths(args: argparse.Namespace, words: Sequence[str]) -> None:
+    """Raises ConfigError where an option that takes a path of this machine is given an address such as s3://bucket/name.
+
+    Every text is such a path but for those in _NO_PATHS; `words` are the arguments as they were typed.
+    """
+    for name, value in vars(args).items():
+        option = "--" + name.replace("_", "-")
+        typed = option if any(word.partition("=")[0] == option for word in words) else name.upper()
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(text, str) and name not in _NO_PATHS:
+                require_local(typed, text)
 
 
 def stdin_paths() -> Iterator[str]:

@@ -4,6 +4,7 @@ A file in configs/ returns an `ExperimentConfig`; `--config.optim.lr=1e-4` overr
 overrides happen after construction, the checks live in `validate`, which names the field, the value and the fix.
 """
 
+from icar_jax.config.addresses import not_local, require_local
 from icar_jax.config.checks import validate, validate_batch, validate_depth
 from icar_jax.config.errors import ConfigError, unknown
 from icar_jax.config.schema import (
@@ -34,6 +35,8 @@ __all__ = [
     "TrainConfig",
     "check_override",
     "from_dict",
+    "not_local",
+    "require_local",
     "to_json",
     "unknown",
     "validate",

@@ -5,6 +5,7 @@ import math
 import typing
 from typing import Any
 
+from icar_jax.config.addresses import require_local
 from icar_jax.config.errors import ConfigError, unknown
 from icar_jax.config.levers import validate_levers
 from icar_jax.config.schema import FREEZE, MIN_VOCABULARY, REMAT, SOURCES, TASKS, DataConfig, ExperimentConfig
@@ -44,6 +45,19 @@ def _at_least(name: str, value: float, low: float, fix: str) -> None:
         raise ConfigError(f"{name}={value} must be at least {low}; {fix}")
 
 
+def _require_paths(c: ExperimentConfig) -> None:
+    """Every field that names a file or a folder."""
+    d, complexity, far = c.data, c.complexity, c.eval.distractors
+    paths = {
+        "data.root": d.root, "data.ratings": d.ratings, "data.scenes_kept": d.scenes_kept, "data.tokenizer": d.tokenizer,
+        "complexity.clip": complexity.clip, "train.init": c.train.init, "eval.complexity": c.eval.complexity,
+        "eval.static": c.eval.static, "eval.labels": c.eval.labels, "eval.distractors.root": far.root,
+        "eval.distractors.labels": far.labels,
+    }  # fmt: skip
+    for name, value in paths.items():
+        require_local(f"config.{name}", value)
+
+
 def validate(config: ExperimentConfig) -> ExperimentConfig:
     """Checks types, names and ranges; returns the config with lists made tuples. Raises ConfigError.
 
@@ -51,6 +65,7 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     """
     _check_types(config, "config")
     c = config
+    _require_paths(c)
     _choice("config.task", c.task, TASKS)
     _choice("config.data.source", c.data.source, SOURCES)
     _choice("config.data.resize", c.data.resize, ("squash", "crop"))

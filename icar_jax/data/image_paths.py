@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from icar_jax.config import require_local
 from icar_jax.data.folders import IMAGE_SUFFIXES
 
 STDIN = "-"
@@ -36,6 +37,8 @@ class ImagePaths:
 
     def __init__(self, named: Sequence[str], lines: Iterable[str] = ()):
         self.named, self._lines = [os.fspath(name) for name in named], lines
+        for name in self.named:
+            require_local("PATH", name)
         self.duplicates = 0
         self.empty: list[str] = []
         self.folders: list[str] = []

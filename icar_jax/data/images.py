@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from icar_jax.config import not_local
+
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -56,6 +58,8 @@ def decode(image: ImageLike, name: str | None = None) -> Image.Image:
         raise TypeError(
             f"{name or 'image'}: expected a path, bytes, a uint8 array or a PIL image, got {type(image).__name__}"
         )
+    if stream is image and (why := not_local(image)) is not None:
+        raise ImageError(f"{name}: {why}; download the picture first")
     try:
         opened = Image.open(stream)
     except FileNotFoundError:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 from absl import logging
 
-from icar_jax.config import ConfigError
+from icar_jax.config import ConfigError, require_local
 from icar_jax.data.images import ImageError
 from icar_jax.data.records import Record, Source
 from icar_jax.data.splits import Subset, name_hash
@@ -234,8 +234,7 @@ def find_shards(root: str, split: str, suffix: str) -> tuple[list[str], list[str
     names. Raises ConfigError naming config.data.root where nothing, or not everything that braces name, is there.
     """
     where = f"config.data.root={root!r}"
-    if "://" in root:
-        raise ConfigError(f"{where}: only paths are read; mount the bucket (gcsfuse, mountpoint-s3) and give the folder")
+    require_local("config.data.root", root)
     root = os.path.expanduser(root)
     found: list[str] = []
     for part in split.split("+"):

@@ -38,6 +38,7 @@ def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
     Returns the metrics as documented in evaluation/table.py. Raises ConfigError or CheckpointError.
     """
     config = cfg.validate(config)
+    cfg.require_local("--workdir", workdir)
     workdir = Path(workdir)
     folder = checkpoint.find(workdir, ("bundle", "clip"))
     if (workdir / files.CONFIG).is_file():

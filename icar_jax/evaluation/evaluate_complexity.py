@@ -58,6 +58,7 @@ def evaluate_complexity(config: ExperimentConfig, workdir: str | Path) -> dict[s
     must be those that the run in `workdir` was started on, or some that it trained on could be among the held-out ones.
     """
     config = cfg.validate(config)
+    cfg.require_local("--workdir", workdir)
     workdir = Path(workdir)
     folder = checkpoint.find(workdir, ("complexity",))
     if (workdir / files.CONFIG).is_file():

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from icar_jax import workdir
+from icar_jax.config import require_local
 
 FORMAT = 1
 MANIFEST, BAD = "corpus.json", "bad.csv"
@@ -145,6 +146,7 @@ class CorpusWriter:
     """
 
     def __init__(self, path: str | os.PathLike, manifest: Mapping[str, Any]):
+        require_local("the corpus", path)
         self.path = Path(path)
         self._manifest = {"format": FORMAT, **json.loads(json.dumps(manifest))}
         self.done: set[bytes] = set()

@@ -49,6 +49,7 @@ def train(
     Raises ConfigError before anything is written; NonFiniteLoss naming the step and the batch's files; SaveError or OSError
     where the disk fails, PeerError where another process does: the checkpoints saved before are intact.
     """
+    cfg.require_local("--workdir", workdir)
     with StopRequest() as request, contextlib.ExitStack() as held:
         run = open_run(cfg.validate(config), Path(workdir), held)
         return _train(run, request, run.config.train.steps if stop_after is None else stop_after, evaluators)
