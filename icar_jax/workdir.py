@@ -38,6 +38,11 @@ FREE_ON_RESUME = (
     "config.data.root", "config.data.workers", "config.data.threads", "config.data.retries", "config.data.stall_timeout_s",
     "config.data.scenes_kept",
 )  # fmt: skip
+# Fields that steer a run from where it stands. They may change too, which makes it another run from there on, and so is logged.
+STEERING = (
+    "config.train.steps", "config.train.epochs", "config.optim.lr", "config.optim.exit_lr", "config.optim.temperature_lr",
+    "config.optim.warmup_steps", "config.optim.final_lr", "config.optim.weight_decay", "config.optim.clip_norm",
+)  # fmt: skip
 # Fields that an evaluation does not use. What the model is and what it was trained on must be as in training, or images
 # that were trained on could end up in the gallery or in the calibration set.
 FREE_ON_EVALUATION = (
@@ -87,31 +92,44 @@ def _read(file: Path) -> dict[str, Any]:
 
 def has_checkpoint(workdir: Path) -> bool:
     """Whether a training state was saved; until then the workdir holds no run that could be continued."""
+    return last_checkpoint(workdir) > 0
+
+
+def last_checkpoint(workdir: Path) -> int:
+    """Step of the newest training state that is complete; 0 where there is none."""
     folder = workdir / CHECKPOINTS
-    return folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
+    return max((int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()), default=0) if folder.is_dir() else 0
 
 
 def require_same_config(workdir: Path, config: ExperimentConfig, free: Iterable[str]) -> None:
     """Raises ConfigError naming every field, outside `free`, that differs from the run in `workdir`."""
-    changed = _changes(dataclasses.asdict(load_config(workdir)), dataclasses.asdict(config), tuple(free))
-    if changed:
+    found = _changes(dataclasses.asdict(load_config(workdir)), dataclasses.asdict(config), tuple(free))
+    if found:
+        changed = "; ".join(f"{path} was {then!r}, now {now!r}" for path, (then, now) in found.items())
         raise ConfigError(
             f"{workdir} holds a run with another configuration; pass the flags it was trained with, or use another "
-            f"--workdir: {'; '.join(changed)}"
+            f"--workdir: {changed}"
         )
 
 
-def _changes(then: dict, now: dict, free: tuple[str, ...], prefix: str = "config") -> list[str]:
-    lines = []
+def steered(workdir: Path, config: ExperimentConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields of STEERING that differ from the run in `workdir` -> (what they were, what they are now)."""
+    found = _changes(dataclasses.asdict(load_config(workdir)), dataclasses.asdict(config), ())
+    return {path: values for path, values in found.items() if path in STEERING}
+
+
+def _changes(then: dict, now: dict, free: tuple[str, ...], prefix: str = "config") -> dict[str, tuple[Any, Any]]:
+    """Fields outside `free` that differ -> (what they were, what they are now)."""
+    found: dict[str, tuple[Any, Any]] = {}
     for key, value in now.items():
         path = f"{prefix}.{key}"
         if path in free:
             continue
         if isinstance(value, dict):
-            lines += _changes(then[key], value, free, path)
+            found |= _changes(then[key], value, free, path)
         elif then[key] != value:
-            lines.append(f"{path} was {then[key]!r}, now {value!r}")
-    return lines
+            found[path] = then[key], value
+    return found
 
 
 def recover(workdir: Path, names: Iterable[str] = ("model", "best")) -> None:

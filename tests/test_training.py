@@ -80,12 +80,39 @@ def test_a_non_finite_loss_names_step_and_files_and_keeps_the_checkpoint(tmp_pat
     config = tiny_config()
     train(config, tmp_path, stop_after=2)
     monkeypatch.setattr(losses, "contrastive", lambda *a, **k: real(*a, **k) * jnp.nan)
-    with pytest.raises(NonFiniteLoss, match=r"step 3: not finite: .*loss.*files of the batch: scenes/train/\d+"):
+    named = r"step 3: not finite: .*loss.*files of the batch: scenes/train/\d+.*checkpoint of step 2.*--config.optim.lr=0.0005"
+    with pytest.raises(NonFiniteLoss, match=named):
         train(config, tmp_path)
     monkeypatch.undo()
     train(config, tmp_path)
     assert all(np.isfinite(leaf).all() for leaf in weights(tmp_path).values())
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_run_that_diverged_continues_with_the_settings_its_message_names(tmp_path, capsys):
+    config = tiny_config(steps=6)
+    config.optim.lr, config.optim.clip_norm = 1e-3, 0.0
+    train(config, tmp_path, stop_after=2)
+    config.optim.lr = 1e38  # steered into the wall: this too is logged
+    with pytest.raises(NonFiniteLoss, match=r"step 4: not finite.*checkpoint of step 2.*same batches again.*clip_norm may"):
+        train(config, tmp_path)
+    config = tiny_config(steps=5)
+    config.optim.exit_lr, config.optim.clip_norm, config.optim.weight_decay, config.optim.warmup_steps = 1e-4, 1.0, 0.1, 0
+    capsys.readouterr()
+    train(config, tmp_path)
+    assert "config.optim.clip_norm from 0.0 to 1.0" in capsys.readouterr().out
+    events = [line for line in lines(tmp_path) if "event" in line]
+    assert [(e["step"], e["event"]) for e in events] == [(2, "steered")] * 2
+    assert events[0]["changed"] == {"config.optim.lr": [0.001, 1e38]}
+    assert events[1]["changed"] == {
+        "config.optim.lr": [1e38, 0.001], "config.optim.exit_lr": [0.001, 0.0001], "config.optim.weight_decay": [0.05, 0.1],
+        "config.optim.clip_norm": [0.0, 1.0], "config.optim.warmup_steps": [2, 0], "config.train.steps": [6, 5],
+    }  # fmt: skip
+    assert [line["step"] for line in lines(tmp_path) if "event" not in line] == [1, 2, 3, 4, 5]
+    assert all(np.isfinite(leaf).all() for leaf in weights(tmp_path).values())
+    with pytest.raises(ConfigError, match=r"config.train.steps=4, but the run in .* is at step 5"):
+        train(tiny_config(steps=4), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 5
 
 
 @pytest.mark.check

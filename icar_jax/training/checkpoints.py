@@ -57,6 +57,11 @@ class StateStore:
         """The newest completed checkpoint; one cut off while it was written does not count."""
         return self._complete
 
+    @property
+    def newest(self) -> int | None:
+        """The newest checkpoint, be it on disk or on its way there."""
+        return self._saving or self._complete
+
     def save(self, step: int, state: State) -> None:
         """Starts writing; returns once the arrays may be changed again. Raises SaveError, for the save before too."""
         self.wait()

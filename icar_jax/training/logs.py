@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -26,6 +27,9 @@ class SilentLog:
     def metrics(self, step: int, values: dict[str, float]) -> None:
         pass
 
+    def event(self, step: int, name: str, values: dict[str, Any]) -> None:
+        pass
+
     def advance(self) -> None:
         pass
 
@@ -45,14 +49,7 @@ class RunLog:
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Appends one line and shows the losses beside the bar; values are plain floats. Raises OSError naming the file."""
-        try:
-            self._lines.write(json.dumps({"step": step, **values}) + "\n")
-            self._lines.flush()
-        except OSError as error:
-            raise OSError(
-                f"{self._path} cannot be written at step {step}: {error}; make room and run the command again, "
-                "it continues from the last checkpoint"
-            ) from error
+        self._append({"step": step, **values})
         shown = {k: f"{v:.3f}" for k, v in values.items() if k.startswith("loss")}
         for unit in UNITS.values():
             if (speed := values.get(f"{unit}_per_s")) is not None:
@@ -62,6 +59,20 @@ class RunLog:
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
+
+    def event(self, step: int, name: str, values: dict[str, Any]) -> None:
+        """Appends a line on something that happened after `step`: {"step", "event": name, **values}. Raises OSError."""
+        self._append({"step": step, "event": name, **values})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        try:
+            self._lines.write(json.dumps(line) + "\n")
+            self._lines.flush()
+        except OSError as error:
+            raise OSError(
+                f"{self._path} cannot be written at step {line['step']}: {error}; make room and run the command again, "
+                "it continues from the last checkpoint"
+            ) from error
 
     def advance(self) -> None:
         self._bar.update(1)

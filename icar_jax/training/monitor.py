@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,9 @@ from icar_jax.training.logs import UNITS, RunLog
 from icar_jax.training.optimizer import schedule
 
 
+_NAMED = 64  # files of a batch that a message lists
+
+
 class NonFiniteLoss(RuntimeError):
     """The loss of a step is not finite; the last checkpoint on disk is from before it."""
 
@@ -23,8 +27,9 @@ class NonFiniteLoss(RuntimeError):
 class Monitor:
     """Reads metrics one step late, so that the host prepares the next batch while the device works."""
 
-    def __init__(self, config: ExperimentConfig, log: RunLog):
-        self._config, self._log = config, log
+    def __init__(self, config: ExperimentConfig, log: RunLog, saved: Callable[[], int | None]):
+        """`saved()` is the step of the newest checkpoint, None before there is one."""
+        self._config, self._log, self._saved = config, log, saved
         self._pending: deque = deque()
         self._share = schedule(config.optim, config.train.steps)
         self._speed = f"{UNITS[config.task]}_per_s"
@@ -53,8 +58,7 @@ class Monitor:
             distributed.end_together()  # metrics are the same on every process
             raise NonFiniteLoss(
                 f"step {step}: not finite: {', '.join(n for n, v in values.items() if not math.isfinite(v))}; "
-                f"files of the batch: {', '.join(map(str, names))}. Checkpoints saved before it are intact; "
-                "lower config.optim.lr or inspect these files, then run the command again."
+                f"files of the batch: {_listed(names)}. {self._way_on()}"
             )
         now = time.perf_counter()
         if self._since is None:
@@ -66,6 +70,24 @@ class Monitor:
                 self._since = (step, now)
             values["lr"] = self._config.optim.lr * float(self._share(step - 1))
             self._log.metrics(step, values)
+
+
+    def _way_on(self) -> str:
+        saved, optim = self._saved(), self._config.optim
+        fields = "config.optim.lr, exit_lr, temperature_lr, warmup_steps, weight_decay and clip_norm"
+        if saved is None:
+            return f"No checkpoint was saved before it: run the command with lower rates ({fields}) or without files at fault"
+        return (
+            f"The checkpoint of step {saved} is intact, and from there the same command meets the same batches again: continue "
+            f"with other settings, such as --config.optim.lr={optim.lr / 2:g} (now {optim.lr:g}); {fields} may change. A file "
+            "at fault may be replaced under its name; with fewer files it is another run, in a new --workdir"
+        )
+
+
+def _listed(names: Any) -> str:
+    names = [str(name) for name in names]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 class CutCaptions:

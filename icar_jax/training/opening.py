@@ -46,6 +46,8 @@ class Run:
     source: Source
     tokenizer: Tokenizer | None
     task: Task
+    # Fields of workdir.STEERING that are not what they were when the run was last started -> (then, now).
+    steered: Mapping[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
 
 
 def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> Run:
@@ -63,14 +65,18 @@ def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> Run:
         source = open_data() if source is None else source
         trained_on = sources.fingerprint(source)
         config = with_length(config, len(source))
-        resumed = files.has_checkpoint(workdir)
+        resumed, steered = files.has_checkpoint(workdir), {}
         if resumed:
-            # Steps that follow from the number of images: where that has changed, the images are what to complain of.
-            free = (*files.FREE_ON_RESUME, "config.train.steps") if config.train.epochs else files.FREE_ON_RESUME
+            free = (*files.FREE_ON_RESUME, *files.STEERING)
             files.require_same_config(workdir, config, free)
             files.require_same_data(workdir, trained_on)
             regret.require_same(config, workdir)
             anchor.require_same(config, workdir)
+            steered = files.steered(workdir, config)
+            if (done := files.last_checkpoint(workdir)) > config.train.steps:
+                raise cfg.ConfigError(
+                    f"config.train.steps={config.train.steps}, but the run in {workdir} is at step {done}; ask for more steps"
+                )
         rates = config.task == "complexity" and not regret.has_regret(config)
         rated = look_at(config, source) if rates else None
         counts = rated.class_counts if rated else (1, 1)
@@ -113,7 +119,7 @@ def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> Run:
         (workdir / files.TOKEN).unlink(missing_ok=True)
     for line in rated.lines if rated else ():
         say(line)
-    return Run(config, workdir, mesh, source, tokenizer, task)
+    return Run(config, workdir, mesh, source, tokenizer, task, steered)
 
 
 def with_length(config: ExperimentConfig, images: int) -> ExperimentConfig:

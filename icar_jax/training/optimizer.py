@@ -66,10 +66,11 @@ def schedule(config: OptimConfig, steps: int):
 def make_optimizer(config: OptimConfig, steps: int, freeze: tuple[str, ...] = ()) -> optax.GradientTransformation:
     """Clip by global norm, Adam, decoupled decay, then the group's rate along the schedule.
 
-    Frozen leaves (see `trainable`) are not changed, have no moments, and do not count in the norm that is clipped.
+    Frozen leaves (see `trainable`) are not changed, have no moments, and do not count in the norm that is clipped. The state has
+    the same structure for every configuration of these, so that a run may be continued with another one.
     """
-    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    parts += [
+    parts = [
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.dtype(config.mu_dtype)),
         optax.add_decayed_weights(
             config.weight_decay,
