@@ -258,6 +258,34 @@ def test_folders_that_are_missing_or_empty_are_no_reason_to_remove_their_rows(mo
         index_files(store, ImagePaths([str(tmp_path / "other" / "*.png")]), None, never, prune=True)
 
 
+def test_a_folder_below_that_has_become_empty_is_no_reason_to_remove_its_rows(model, pictures, store):
+    """Such as the mount point of a disk that is not mounted."""
+    disk, album = draw(pictures / "disk" / "2020", 3, seed=4).parent, draw(pictures / "album", 2, seed=5)
+    index(model, pictures, store)
+    away = pictures.parent / "away"
+    disk.rename(away)
+    disk.mkdir()
+    (disk / "lost+found").mkdir()
+    before = rows(store)
+    with pytest.raises(IndexingError, match=rf"{disk} holds no image, and the store has 3 from there: is its disk mounted"):
+        index(model, pictures, store, prune=True)
+    assert rows(store) == before
+    assert counts(index(model, pictures, store)) == {"gone": 3, "unchanged": 25}
+    # A folder that is gone itself was removed by somebody; what is mounted again is as it was.
+    disk.joinpath("lost+found").rmdir()
+    disk.rmdir()
+    away.rename(disk)
+    for file in album.iterdir():
+        file.unlink()
+    album.rmdir()
+    assert counts(index(model, pictures, store, prune=True)) == {"removed": 2, "unchanged": 26}
+    for file in (disk / "2020").iterdir():
+        file.unlink()
+    with pytest.raises(IndexingError, match=rf"{disk / '2020'} holds no image, and the store has 3"):
+        index(model, pictures, store, prune=True)
+    assert counts(index(model, pictures, store, prune=True, prune_missing=True)) == {"removed": 3, "unchanged": 23}
+
+
 def test_only_rows_below_the_named_folders_are_removed(model, pictures, store, tmp_path):
     beside = draw(tmp_path / "pictures2", 2, seed=3)
     index(model, [pictures, beside], store)

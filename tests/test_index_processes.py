@@ -84,6 +84,40 @@ def test_killed_at_random_moments_nothing_is_lost_or_doubled(stages, bundle, who
     require_same(store, expected)
 
 
+MAKE = """
+import sys, time
+from icar_jax.search.opening import create, open_store
+from icar_jax.search.access import StoreExists
+print("ready", flush=True)
+start = float(sys.stdin.readline())
+for i in range(int(sys.argv[2])):
+    time.sleep(max(0, start + 0.1 * i - time.time()))
+    try:
+        create(f"{sys.argv[1]}/{i}", {"clip": "a"}, 4, (1, 2), "/c")
+        print("made", flush=True)
+    except StoreExists:
+        print("exists", flush=True)
+    assert open_store(f"{sys.argv[1]}/{i}").count() == 0
+"""
+
+
+@pytest.mark.parametrize("writers", [2, 4])
+@pytest.mark.parametrize("prefix", ["", "file://"], ids=["folder", "address"])
+def test_writers_that_make_a_store_at_the_same_moment_make_one(prefix, writers, tmp_path):
+    """Of an address, which has no lock, too."""
+    rounds, command = 25, [sys.executable, "-c", MAKE, f"{prefix}{tmp_path}", "25"]
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(writers)
+    ]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * writers
+    start = time.time() + 0.2
+    ended = [process.communicate(f"{start}\n", timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0] * writers, [err[-1000:] for _, err in ended]
+    said = "".join(out for out, _ in ended).split()
+    assert (said.count("made"), said.count("exists")) == (rounds, rounds * (writers - 1))
+
+
 def test_two_runs_at_once_write_every_row_once(bundle, whole, cache, tmp_path):
     pictures, expected = whole
     store = tmp_path / "store"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icar_jax.search import MissingExtra, extra, opening
+from icar_jax.search import MissingExtra, extra, opening, tables
 from icar_jax.search import store as stores
 from icar_jax.search.access import StoreError
 from icar_jax.search.opening import create, open_store
@@ -133,13 +133,62 @@ def test_changes_of_nothing_write_no_version(uri):
 
 def test_compaction_joins_pieces_and_bounds_the_disk(tmp_path):
     store = make(tmp_path / "store")
-    for i in range(stores.SMALL_FRAGMENTS + 1):
+    for i in range(tables.SMALL_FRAGMENTS + 1):
         store.upsert(table([(f"{i}/{j}", "x", 1) for j in range(20)]))
     before, held = store.images.stats()["fragment_stats"]["num_fragments"], stored(store)
     files = len(list((tmp_path / "store").rglob("*.lance")))
     store.compact(keep=timedelta(milliseconds=1))
-    assert before == stores.SMALL_FRAGMENTS + 1 and store.images.stats()["fragment_stats"]["num_fragments"] == 1
+    assert before == tables.SMALL_FRAGMENTS + 1 and store.images.stats()["fragment_stats"]["num_fragments"] == 1
     assert stored(store) == held and len(list((tmp_path / "store").rglob("*.lance"))) < files
+
+
+def disk(folder):
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return len(files), sum(file.stat().st_size for file in files)
+
+
+def test_notes_of_returned_images_do_not_pile_up(tmp_path):
+    store, sizes = make(tmp_path / "store"), []
+    for i in range(120):
+        store.note_returned([f"{j}" for j in range(i, i + 20)])
+        sizes.append(disk(tmp_path / "store" / "returned.lance"))
+    assert len(store.returned()) == 139 and store.returned()["50"] == 20
+    files, size = map(max, zip(*sizes, strict=True))
+    assert files < 5 * tables.MANY_VERSIONS and size < 2_000_000, "27 MB and 1,944 files for 400 notes were once left"
+    assert max(sizes[-40:])[1] < 1.2 * max(sizes[40:80])[1], "it does not grow"
+
+
+@pytest.mark.parametrize("name", ["images", "bad", "meta", "returned"])
+def test_replaced_versions_are_freed_by_age_and_by_number(name, tmp_path):
+    store = make(tmp_path / "store")
+    write = {
+        "images": lambda i: store.upsert(table([("a", f"{i}", 1)])),  # rewritten, as new captions do
+        "bad": lambda i: store.set_bad([{"path": "x", "size": i, "mtime_ns": 4, "reason": "no"}]),
+        "meta": lambda i: store.set_meta(checkpoint=f"/{i}"),
+        "returned": lambda i: store._merge("returned", pa.table({"path": ["x"], "times": [i]}, tables.RETURNED)),
+    }[name]
+    versions = lambda: len(store._tables[name].list_versions())
+    for i in range(4):
+        write(i)
+    had, state = versions(), stored(store)
+    store.compact()
+    assert versions() == had, "young and few: searches may still read them"
+    store.compact(keep=timedelta(milliseconds=1))
+    assert versions() < 4 and stored(store) == state and open_store(tmp_path / "store").meta == store.meta
+    for i in range(tables.MANY_VERSIONS + 2):
+        write(i)
+    store._tidy(name, stores.KEEP_VERSIONS, keep_of_many=timedelta(milliseconds=1))
+    assert versions() < 4
+
+
+def test_a_reader_outlives_the_versions_it_saw(tmp_path):
+    writer = make(tmp_path / "store")
+    writer.upsert(table([("a", "x", 1)]))
+    reader = open_store(tmp_path / "store")
+    assert reader.count() == 1
+    writer.upsert(table([("b", "x", 1)]))
+    writer.compact(keep=timedelta(milliseconds=1))
+    assert reader.count() == 2 and set(stored(reader)) == {"a", "b"}
 
 
 def test_broken_vectors_and_paths_named_twice_are_refused(tmp_path):

@@ -27,6 +27,8 @@ def add(commands) -> None:
     p.add_argument("-k", type=positive, default=20, metavar="N", help="images to list (20)")
     p.add_argument("--where", metavar="SQL", help='only images for which this holds, such as "complexity < 0.4 AND exit = 6"')
     p.add_argument("--exact", action="store_true", help="compare every image even where the store has a vector index")
+    p.add_argument("--note-hits", action="store_true", help="count these hits in the store, for `icar index --pass refine "
+                   "--order returned`, as `icar serve` does; without it a search writes nothing")  # fmt: skip
     p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     p.add_argument("--checkpoint", help="bundle or CLIP; by default the one that the store was indexed with")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations (float32)")
@@ -53,10 +55,8 @@ def _search(args: argparse.Namespace) -> None:
         print(json.dumps(_record(args, store.uri, found), indent=2, ensure_ascii=False))
     else:
         print(_table(found, args.where))
-    try:
+    if args.note_hits:
         store.note_returned(hit.path for hit in found.hits)
-    except StoreError as error:
-        print(f"warning: the hits are not noted, so that refining cannot begin with them: {error}", file=sys.stderr)
 
 
 def _record(args: argparse.Namespace, uri: str, found: Any) -> dict[str, Any]:

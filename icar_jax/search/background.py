@@ -27,8 +27,8 @@ from tqdm import tqdm
 from icar_jax.inference.model import Model
 from icar_jax.search.access import StoreError, reported
 from icar_jax.search.plain import PLAIN
-from icar_jax.search.store import Store
-from icar_jax.search.tables import vector_column
+from icar_jax.search.store import KEEP_OF_MANY, KEEP_VERSIONS, Store
+from icar_jax.search.tables import needs_tidying, vector_column
 
 TABLE = "background"
 OWN = 128  # captions of the store in the background
@@ -186,4 +186,6 @@ def _write(store: Store, background: Background, texts: Sequence[str], images: i
     schema = pa.schema([*SCHEMA_TEXT, ("threshold", pa.float64()), ("vector", pa.list_(pa.float16(), width))])
     with store.commit_lock(), reported(store.uri, f"writing its table {TABLE}"):
         mode = "overwrite" if TABLE in _tables(store) else "create"
-        store.database.create_table(TABLE, pa.table(columns, schema), mode=mode)
+        table = store.database.create_table(TABLE, pa.table(columns, schema), mode=mode)
+        if (older := needs_tidying(table, KEEP_VERSIONS, KEEP_OF_MANY)) is not None:
+            table.optimize(cleanup_older_than=older)

@@ -249,12 +249,23 @@ def _peek(paths: ImagePaths, missing: Sequence[str]) -> Callable[[], None]:
 
 
 def _refuse_empty(store: Store, roots: Sequence[str]) -> None:
-    for root in roots:
-        if os.path.isdir(root) and next(walk(root), None) is None and store.count_below(root):
+    """Raises IndexingError for a folder, at or below one of `roots`, that holds no image any more but has rows in the store.
+
+    A disk that is not mounted leaves its folder behind, empty. A folder that is gone itself was removed by somebody.
+    """
+    for folder in sorted({_remaining(folder, root) for root in roots for folder in store.folders_below(root)}):
+        if next(walk(folder), None) is None:
             raise IndexingError(
-                f"{root} holds no image, and the store has {store.count_below(root):,} from there: is its disk mounted? To "
+                f"{folder} holds no image, and the store has {store.count_below(folder):,} from there: is its disk mounted? To "
                 "remove them all, use --prune with --prune-missing"
             )
+
+
+def _remaining(folder: str, root: str) -> str:
+    """The nearest folder at or above `folder` that exists, `root` at most."""
+    while folder != root and not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return folder
 
 
 def _without(

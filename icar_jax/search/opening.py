@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ import pyarrow as pa
 from icar_jax.search import extra
 from icar_jax.search.access import LOCK, StoreError, StoreExists, address, is_local, locked, reported
 from icar_jax.search.store import Store
-from icar_jax.search.tables import BAD, FORMAT, RETURNED, TABLES, image_schema, meta_table, now
+from icar_jax.search.tables import BAD, FORMAT, META, RETURNED, TABLES, image_schema, meta_table, now
+
+
+_ATTEMPTS, _PAUSE_S = 6, 0.05  # of making a store where writers meet without a lock
 
 
 def create(
@@ -31,15 +35,30 @@ def create(
     }  # fmt: skip
     if is_local(uri):
         _require_own_folder(Path(uri))
-    with locked(uri), reported(uri, "creating it"):
-        database = lancedb.connect(uri)
-        if "meta" in _table_names(database):
-            raise StoreExists(f"{uri} is a store already; open it, or choose another address")
-        schemas = {"images": image_schema(embed_dim), "bad": BAD, "returned": RETURNED}
-        tables = {name: _table(database, uri, name, schema) for name, schema in schemas.items()}
-        # Its rows come with it in one commit: there is no store before that, and a whole one afterwards.
-        tables["meta"] = database.create_table("meta", meta_table(meta))
-    return Store(uri, database, meta, tables)
+    with locked(uri):
+        for attempt in range(_ATTEMPTS):
+            try:
+                with reported(uri, "creating it"):
+                    return Store(uri, database := lancedb.connect(uri), meta, _created(database, uri, embed_dim, meta))
+            except StoreError as error:
+                # Without a lock another writer may be at the same work: it, or the next attempt, completes the store.
+                if isinstance(error, StoreExists) or attempt == _ATTEMPTS - 1 or "conflict" not in str(error).lower():
+                    raise
+            time.sleep(_PAUSE_S * 2**attempt)
+
+
+def _created(database: Any, uri: str, embed_dim: int, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables of a new store. Raises StoreExists where another writer was there first."""
+    exists = StoreExists(f"{uri} is a store already; open it, or choose another address")
+    if _opened(database, "meta") is not None:
+        raise exists
+    schemas = {"images": image_schema(embed_dim), "bad": BAD, "returned": RETURNED}
+    tables = {name: _table(database, uri, name, schema) for name, schema in schemas.items()}
+    # Its rows come with it in one commit: there is no store before that, and a whole one afterwards.
+    tables["meta"], was_first = _make(database, "meta", meta_table(meta), META)
+    if not was_first:
+        raise exists
+    return tables
 
 
 def open_store(uri: str | os.PathLike) -> Store:
@@ -51,12 +70,11 @@ def open_store(uri: str | os.PathLike) -> Store:
         raise StoreError(missing)
     with reported(uri, "opening it"):
         database = lancedb.connect(uri)
-        names = _table_names(database)
-        if "meta" not in names:
+        tables = {name: _opened(database, name) for name in TABLES}
+        if tables["meta"] is None:
             raise StoreError(missing)
-        if absent := sorted(set(TABLES) - set(names)):
+        if absent := sorted(name for name, table in tables.items() if table is None):
             raise StoreError(f"the store {uri} is damaged: it lacks {', '.join(absent)}; restore it from a copy, or index anew")
-        tables = {name: database.open_table(name) for name in TABLES}
         rows = tables["meta"].search().to_arrow().to_pylist()
     try:
         meta = {row["key"]: json.loads(row["value"]) for row in rows}
@@ -75,12 +93,12 @@ def open_store(uri: str | os.PathLike) -> Store:
 
 
 def exists(uri: str | os.PathLike) -> bool:
-    """Whether there is a store at an address, usable or not."""
+    """Whether there is a store at an address, usable or not; one that is being made is none yet."""
     uri = address(uri)
-    if is_local(uri):
-        return Path(uri, "meta.lance").is_dir()
+    if is_local(uri) and not Path(uri, "meta.lance").is_dir():
+        return False
     with reported(uri, "opening it"):
-        return "meta" in _table_names(extra("lancedb").connect(uri))
+        return _opened(extra("lancedb").connect(uri), "meta") is not None
 
 
 def _require_own_folder(folder: Path) -> None:
@@ -94,19 +112,41 @@ def _require_own_folder(folder: Path) -> None:
         )
 
 
-def _table_names(database: Any) -> list[str]:
-    names, token = [], None
-    while True:
-        page = database.list_tables(page_token=token)
-        names += page.tables
-        token = page.page_token
-        if not token:
-            return names
+def _opened(database: Any, name: str) -> Any | None:
+    """A table; None where there is none, or its first commit was never made."""
+    try:
+        return database.open_table(name)
+    except ValueError as error:
+        if "not found" in str(error):
+            return None
+        raise
 
 
 def _table(database: Any, uri: str, name: str, schema: pa.Schema) -> Any:
-    """A new table, or the empty one that a killed `create` left."""
-    table = database.create_table(name, schema=schema, exist_ok=True)
+    """A new table, or the empty one that a killed `create`, or another writer, left."""
+    table = _opened(database, name)
+    if table is None:
+        table, _ = _make(database, name, schema.empty_table(), schema)
     if table.count_rows() or any(field not in table.schema for field in schema):
+        if _opened(database, "meta") is not None:  # another writer has made the store meanwhile, and writes to it
+            raise StoreExists(f"{uri} is a store already; open it, or choose another address")
         raise StoreError(f"{uri} holds a table {name} of another store without its meta; remove it, or choose another address")
     return table
+
+
+def _make(database: Any, name: str, rows: pa.Table, schema: pa.Schema) -> tuple[Any, bool]:
+    """(a table with these rows, True), or (the table that another writer made at the same moment, False).
+
+    Where no lock keeps writers apart, both find nothing, and the second one's first commit replaces what the first one has
+    committed by then; this takes it back.
+    """
+    try:
+        table = database.create_table(name, rows, schema=schema)
+    except ValueError as error:
+        if "already exists" not in str(error):
+            raise
+        return database.open_table(name), False
+    if table.version == 1:
+        return table, True
+    table.restore(table.version - 1)
+    return table, False

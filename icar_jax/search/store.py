@@ -14,6 +14,7 @@ not, nor can scores of another complexity model be compared, so both are refused
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from icar_jax.search.tables import (
     filter_in,
     image_schema,
     meta_table,
+    needs_tidying,
     now,
     pieces,
     quoted,
@@ -39,9 +41,9 @@ from icar_jax.search.tables import (
     where_in,
 )
 
-# Versions of a table that are replaced stay readable for so long, for searches that opened them.
+# Versions of a table that are replaced stay readable for so long, for searches that opened them; of many versions, less long.
 KEEP_VERSIONS = timedelta(hours=1)
-SMALL_FRAGMENTS = 8  # pieces that small commits leave in a table before it is compacted
+KEEP_OF_MANY = timedelta(minutes=5)
 _ATTEMPTS = 8  # of a commit to an object store, where writers meet without a lock
 
 
@@ -101,9 +103,14 @@ class Store:
 
     def count_below(self, folder: str) -> int:
         """Number of images in and below an absolute folder."""
-        prefix = folder.rstrip("/")
-        with self.reading() as images:  # '0' comes after '/'
-            return images.count_rows(f"path >= {quoted(prefix + '/')} AND path < {quoted(prefix + '0')}")
+        with self.reading() as images:
+            return images.count_rows(_below(folder))
+
+    def folders_below(self, root: str) -> set[str]:
+        """Folders at and below `root`, an absolute path, that images of the store are in."""
+        with self.reading() as images:
+            paths = images.search().where(_below(root)).select(["path"]).to_arrow()["path"]
+        return {os.path.dirname(path) for chunk in paths.chunks for path in chunk.to_pylist()}
 
     def state(self, *more: str) -> pa.Table:
         """The columns of STATE, and `more`, of every image; one scan, without the vectors."""
@@ -216,11 +223,12 @@ class Store:
                 for row in before:
                     times[row["path"]] += row["times"]
                 self._merge("returned", pa.table({"path": list(times), "times": list(times.values())}, RETURNED))
-                self._tidy("returned", KEEP_VERSIONS)
+                # Whoever reads this table of a local store holds the lock, so that no version of it has to stay.
+                self._tidy("returned", KEEP_VERSIONS, timedelta() if self.is_local else KEEP_OF_MANY)
 
     def returned(self) -> dict[str, int]:
         """Path -> times that a search returned it."""
-        with self.reading("returned") as returned:
+        with self.commit_lock(), self.reading("returned") as returned:
             table = returned.search().select(RETURNED.names).to_arrow()
         return dict(zip(table["path"].to_pylist(), table["times"].to_pylist(), strict=True))
 
@@ -252,18 +260,21 @@ class Store:
         self.meta["roots"] = merged
 
     def compact(self, keep: timedelta = KEEP_VERSIONS) -> None:
-        """Joins what many commits left in pieces, brings indices up to date and frees versions older than `keep`."""
+        """Joins what many commits left in pieces, brings indices up to date and frees versions older than `keep`.
+
+        Nothing is written where no version is as old, and pieces are few.
+        """
         with self.commit_lock():
             others = self.version() != self._known_version
             for name in TABLES:
                 self._tidy(name, keep)
             self._known_version = -1 if others else self.version()
 
-    def _tidy(self, name: str, keep: timedelta) -> None:
+    def _tidy(self, name: str, keep: timedelta, keep_of_many: timedelta = KEEP_OF_MANY) -> None:
         with self.reading(name) as table:
-            small = table.stats()["fragment_stats"]["num_small_fragments"]
-        if small > SMALL_FRAGMENTS:
-            self._retry(lambda: table.optimize(cleanup_older_than=keep))
+            older = needs_tidying(table, keep, keep_of_many)
+        if older is not None:
+            self._retry(lambda: table.optimize(cleanup_older_than=older))
 
     def require_model(self, identity: Mapping[str, str], where: str) -> None:
         """Raises StoreError where rows of a model with this Model.identity, opened at `where`, do not belong here.
@@ -330,3 +341,9 @@ class Store:
     def _reported(self, doing: str) -> Iterator[None]:
         with reported(self.uri, doing):
             yield
+
+
+def _below(folder: str) -> str:
+    """SQL that holds for paths below an absolute folder."""
+    prefix = folder.rstrip("/")  # '0' comes after '/'
+    return f"path >= {quoted(prefix + '/')} AND path < {quoted(prefix + '0')}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ BAD = pa.schema(
 RETURNED = pa.schema([_key("path"), ("times", pa.int64())])
 META = pa.schema([_key("key"), ("value", pa.string())])
 TABLES = ("images", "bad", "returned", "meta")
+SMALL_FRAGMENTS = 8  # pieces that small commits leave in a table before it is compacted
+MANY_VERSIONS = 32  # versions of a table, beyond which those that are replaced stay for a shorter time
 _NAMES = 2000  # paths named in one filter
 
 
@@ -59,6 +61,19 @@ def now() -> datetime:
 
 def meta_table(entries: Mapping[str, Any]) -> pa.Table:
     return pa.table({"key": list(entries), "value": [json.dumps(value) for value in entries.values()]}, META)
+
+
+def needs_tidying(table: Any, keep: timedelta, keep_of_many: timedelta) -> timedelta | None:
+    """Age beyond which replaced versions of a table are to be freed now, and its pieces joined; None where nothing is to do.
+
+    Replaced versions stay for `keep`, and where there are more than MANY_VERSIONS, for `keep_of_many`.
+    """
+    replaced = [version["timestamp"] for version in table.list_versions()[:-1]]  # local time, oldest first
+    keep = min(keep, keep_of_many) if len(replaced) >= MANY_VERSIONS else keep
+    small = table.stats()["fragment_stats"]["num_small_fragments"]
+    old = bool(replaced) and min(replaced) < datetime.now() - keep
+    # LanceDB warns at an age of nothing, and takes everything that is replaced for a moment as well.
+    return max(keep, timedelta(milliseconds=1)) if old or small > SMALL_FRAGMENTS else None
 
 
 def where_in(table: Any, column: str, values: Iterable[Any], columns: Sequence[str] | None = None) -> pa.Table:
