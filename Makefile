@@ -1,34 +1,39 @@
-# Two commands for newcomers: `make demo` (`make demo SEARCH=1` also indexes its gallery and searches it) and `make test`. Both
-# need only python3 (3.11 or newer) with pip.
+# For newcomers: `make demo` and `make test`. Both need only python3 (3.11 or newer) with pip.
+# For who changes the code: `make quick` (what a change touches), `make check` (slow tests), `make parity`, `make coverage`.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := workdir/demo
+# Programs that one command of the demo has compiled the next one reads.
+KEPT := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/$(DEMO)/programs JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
+# Programs of tests run for a moment: optimising them takes longer than it saves. `make check` and `make parity` run what users do.
+FAST := ICAR_JAX_TESTS_COMPILE_FAST=1
+PYTEST := $(BIN)/python -m pytest -q --durations=10
 
-.PHONY: demo test check parity clean
+.PHONY: demo test quick check parity coverage clean
 
 demo: .venv/installed
-	$(BIN)/python train.py --config=configs/demo.py:complexity --workdir=$(DEMO)/complexity
-	$(BIN)/python train.py --config=configs/demo.py:clip --workdir=$(DEMO)
-	$(BIN)/icar bundle --clip $(DEMO) --complexity $(DEMO)/complexity --out $(DEMO)/bundle
-	$(BIN)/python evaluate.py --config=configs/demo.py:clip --workdir=$(DEMO)
-ifdef SEARCH
-	$(BIN)/icar scenes $(DEMO)/gallery -n 500
-	$(BIN)/icar index $(DEMO)/gallery/images --checkpoint $(DEMO)/bundle --store $(DEMO)/store --captions $(DEMO)/gallery/captions.jsonl
-	$(BIN)/icar search "A small red circle on a yellow background." --store $(DEMO)/store -k 5
-endif
+	$(KEPT) $(BIN)/python examples/demo.py $(DEMO)
 
-# Programs that run for a moment: optimising them would take longer than it saves. `make check` and `make parity` do.
 test: .venv/installed
-	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0" $(BIN)/python -m pytest -q -n 2 -m "not check and not parity"
+	$(FAST) $(PYTEST) -n 2 --dist worksteal -m "not check and not parity"
 
-# Slow tests: several devices and processes, whole runs.
+quick: .venv/installed
+	$(FAST) $(PYTEST) -n 2 -m "not check and not parity" $$($(BIN)/python tests/touched.py)
+
+# Slow tests: several devices and processes, whole runs. Those that time something or fill both cores come last, one by one.
 check: .venv/installed
-	$(BIN)/python -m pytest -q -m check
+	$(PYTEST) -n 2 --dist worksteal -m "check and not alone"
+	$(PYTEST) -m "check and alone"
 
 # Against PyTorch and the libraries that weights come from. timm and open_clip are installed without what they depend on:
 # they ask for a torchvision whose own dependencies would replace the CPU build of torch.
 parity: .venv/parity
-	$(BIN)/python -m pytest -q -n 2 -m parity
+	$(PYTEST) -n 2 -m parity
+
+# Share of each folder's lines that `make test` runs, in this process; what child processes run does not count.
+coverage: .venv/installed
+	$(FAST) $(PYTEST) -n 2 -m "not check and not parity" --cov=icar_jax --cov-report=json:coverage.json
+	$(BIN)/python tests/covered.py coverage.json
 
 .venv/parity: .venv/installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0 transformers
@@ -37,6 +42,7 @@ parity: .venv/parity
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "icar_jax needs Python 3.11 or newer: make PYTHON=python3.12")'
+	@echo "Installing into .venv (a minute or two, about 1.5 GB)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@

@@ -1,16 +1,12 @@
 """Small trained pieces that several tests share; made once a session."""
 
 import dataclasses
+import gc
 import json
-import os
-import tempfile
 
-# Before jax is imported anywhere: tests run on the CPU and on one device, whatever the machine has.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Many tests train the same tiny model: each program is compiled once a session, in whichever process comes first.
-_CACHE = tempfile.TemporaryDirectory(prefix="icar_jax_tests_")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # small ones, but thousands of them
+import compiling
+
+compiling.prepare()  # before jax is imported anywhere
 
 import drawn
 import pytest
@@ -27,13 +23,24 @@ from icar_jax.config import (
 )
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
+from icar_jax.models import registry
 from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.complexity import Complexity, ComplexityArch
 from icar_jax.models.convnext import ConvNeXtArch
 from icar_jax.models.text import TextArch
 from icar_jax.models.vision import VisionArch
 
+# What most training tests train: as little of everything as shows an exit below full depth.
+registry.CLIP["vit_tests"] = ClipArch(
+    VisionArch(64, 32, 64, 3, 4, 128, 64), TextArch(77, 49408, 64, 1, 4, 128, 64)
+)  # fmt: skip
+registry.CONVNEXT["convnextv2_tests"] = ConvNeXtArch((1, 1, 1, 1), (8, 8, 16, 16), 2)
 CAPTIONS = ["a small red circle on the left", "two blue squares above a large green star", "stripes"]
+
+# Tracing makes objects by the million, and a third of its time went into looking for cycles among them.
+gc.collect()
+gc.freeze()
+gc.set_threshold(200_000, 20, 20)
 
 
 def metric_lines(workdir):
@@ -46,8 +53,8 @@ def tiny_config(task="clip", **train):
     steps = {"steps": 4, "batch_size": 8, "dtype": "float32", "log_every": 1, "checkpoint_every": 2, **train}
     return ExperimentConfig(
         task=task,
-        clip=ClipConfig(variant="vit_demo", exits=(2,), patch_size=32, context_length=16),
-        complexity=ComplexityConfig(variant="convnextv2_demo", image_size=32),
+        clip=ClipConfig(variant="vit_tests", exits=(2,), context_length=16),
+        complexity=ComplexityConfig(variant="convnextv2_tests", image_size=32),
         data=DataConfig(source="scenes", scenes_size=200, calibration_size=40, vocabulary=300),
         optim=OptimConfig(warmup_steps=2),
         train=TrainConfig(**steps),

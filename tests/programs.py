@@ -8,10 +8,16 @@ import sys
 import time
 from pathlib import Path
 
+import compiling
+
 ROOT = Path(__file__).parent.parent
 FLAGS = (
     "--config=configs/demo.py:clip",
+    "--config.clip.image_size=64",
     "--config.clip.patch_size=32",
+    "--config.clip.depth=3",
+    "--config.clip.exit_head=linear",
+    "--config.optim.kind=adamw",
     "--config.clip.context_length=16",
     "--config.data.scenes_size=200",
     "--config.data.vocabulary=300",
@@ -29,7 +35,7 @@ def environment(cache, devices=1):
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {compiling.flags(fast=True)}",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_ENABLE_COMPILATION_CACHE": str(devices == 1).lower(),  # see distributed.avoid_cached_collectives

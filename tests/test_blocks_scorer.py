@@ -143,10 +143,10 @@ def test_the_map_shares_out_the_log_odds_among_the_patches(head, norm_parts, cli
     folder = write_scorer(tmp_path / "model", clip_folder, 1, head, spread=3.0, norm_parts=norm_parts)
     scorer, params = icar_jax.load(folder).scorer.complexity, checkpoint.read(folder, "complexity").params
     images = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype(np.float32)
-    scores, maps = scorer.score_and_map(params, images)
-    np.testing.assert_allclose(scores, scorer.score(params, images), atol=1e-6)
+    scores, maps = jax.jit(scorer.score_and_map)(params, images)
+    np.testing.assert_allclose(scores, jax.jit(scorer.score)(params, images), atol=1e-6)
     assert maps.shape == (2, 4, 4)
-    tokens = scorer.tokens(params, images)
+    tokens = jax.jit(scorer.tokens)(params, images)
 
     def odds(scales):
         scaled = tokens._replace(values=tokens.values.at[:, 1:].multiply(scales[:, :, None]))

@@ -249,7 +249,7 @@ def test_speed_is_counted_in_what_is_trained_on(tmp_path):
         config.train.log_every = 1
         (tmp_path / task).mkdir()
         log = RunLog(tmp_path / task, 3, 0, False, "t")
-        monitor = Monitor(config, log)
+        monitor = Monitor(config, log, lambda: None)
         for step in (1, 2, 3):
             monitor.push(step, {"loss": jnp.ones(())}, [])
         monitor.flush()

@@ -94,7 +94,10 @@ def run_train(*flags, workdir, config="configs/demo.py:clip"):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=env)
 
 
-@pytest.mark.parametrize("flag", ["--config.train.stepz=3", "--config.train.steps=many", "--config.clip.exits=(3,99)"])
+@pytest.mark.parametrize(
+    "flag",
+    ["--config.train.stepz=3", *(pytest.param(flag, marks=pytest.mark.check) for flag in ("--config.train.steps=many", "--config.clip.exits=(3,99)"))],
+)
 def test_the_program_ends_with_a_message_and_no_traceback(flag, tmp_path):
     result = run_train(flag, workdir=tmp_path / "w")
     assert result.returncode != 0
@@ -151,6 +154,7 @@ def test_every_fault_of_a_complexity_run_does_too(flag, outcomes):
     assert not missing, outcomes["complexity" + flag]
 
 
+@pytest.mark.check
 def test_batch_that_does_not_divide_over_the_mesh_as_a_flag(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     result = run_train("--config.train.batch_size=9", workdir=tmp_path / "w")
@@ -159,13 +163,14 @@ def test_batch_that_does_not_divide_over_the_mesh_as_a_flag(tmp_path, monkeypatc
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     "config, message",
     [
         ("configs/nothing.py", "configs/nothing.py is no file"),
         ("configs/vit_b16_siglip.py:large", "takes no argument"),
         ("configs/photos.py:large", "use configs/photos.py:clip, :cheaper, :router"),
-        ("configs/demo.py:clop", "use configs/demo.py:clip, :complexity, :cheaper, :router"),
+        ("configs/demo.py:clop", "use configs/demo.py:clip, :complexity, :long, :cheaper, :router"),
     ],
 )
 def test_mistakes_in_the_name_of_the_config(config, message, tmp_path):

@@ -203,6 +203,7 @@ def test_a_stalled_training_source_names_positions(tmp_path):
             next(batches)
 
 
+@pytest.mark.check
 def test_a_folder_on_storage_that_does_not_answer(tmp_path):
     """A pipe that nobody writes into: opening it blocks in the system, as a hung mount does; the program still ends."""
     script = textwrap.dedent(f"""

@@ -41,6 +41,7 @@ def gone(pid):
     return not os.path.exists(f"/proc/{pid}") or "zombie" in Path(f"/proc/{pid}/status").read_text()
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("way, code", [("kill", -signal.SIGKILL), ("signals", 0), ("forgotten", 0)])
 def test_workers_end_with_their_parent_and_outlive_signals_to_the_group(way, code, tmp_path):
     file = tmp_path / "script.py"

@@ -76,7 +76,7 @@ def test_heads_against_numpy(name, pool):
 def test_at_its_start_a_head_is_the_linear_head_and_learns(name):
     made = bridge(with_head(name)).init(jax.random.key(0))
     linear = {"ln": made["ln"], "proj": made["proj"]}
-    run = lambda arch, p: bridge(arch).bind(p)(tokens(), jnp.float32)
+    run = lambda arch, p: jax.jit(lambda p: bridge(arch).bind(p)(tokens(), jnp.float32))(p)
     np.testing.assert_allclose(run(with_head(name), made), run(ARCH, linear), atol=1e-6)
     last = {"adapter": "residual/mlp/fc2/kernel", "attention": "residual/attn/out/kernel"}[name]
     grads = pytree.flatten(jax.grad(lambda p: run(with_head(name), p)[:, 0].sum())(made))

@@ -106,7 +106,9 @@ def contrast(loss=None, temperature="own", key=KEY):
     if config.loss.kind == "sigmoid":
         params |= {"logit_bias": jnp.float32(-3.0), "exit_logit_bias": {k: jnp.float32(-2.0) for k in own}}
     found = {"image": {str(e): z for e, z in images.items()}, "text": text}
-    (value, metrics), grads = jax.value_and_grad(task.contrast, argnums=1, has_aux=True)(params, found, key)
+    contrast = jax.value_and_grad(task.contrast, argnums=1, has_aux=True)
+    # The ring is a program of many parts, which would be compiled one by one.
+    (value, metrics), grads = (jax.jit(contrast) if config.loss.chunk else contrast)(params, found, key)
     return value, metrics, grads, (images, text, {2: np.exp(1.0), 4: np.exp(1.5), 6: np.exp(2.0)})
 
 

@@ -212,6 +212,7 @@ def compare_on_meshes() -> dict:
     return {"checked": checked}
 
 
+@pytest.mark.check
 def test_ring_equals_float64_and_plain_on_every_mesh():
     assert on_eight_devices("print(json.dumps(test_losses.compare_on_meshes()))") == {"checked": len(MESHES) * len(KINDS) * 2}
 
@@ -230,6 +231,7 @@ def loss_memory() -> dict:
     }
 
 
+@pytest.mark.check
 def test_memory_of_the_ring_is_bounded_by_chunk_and_width():
     """Temporaries of one device of 2 x 4, forward and backward: 2 exits of b = 512 rows against chunks of c texts."""
     found = on_eight_devices("print(json.dumps(test_losses.loss_memory()))")

@@ -56,12 +56,13 @@ def test_block_against_numpy(causal, activation):
 def test_vision_tower_against_numpy_at_every_exit(pool, images):
     clip = Clip(tiny_arch(pool, exits=(1, 2)))
     params = randomised(clip.init(jax.random.key(0)))
-    found = clip.encode_image_exits(params, images)
+    found = jax.jit(clip.encode_image_exits)(params, images)
     assert set(found) == {1, 2, 3}
     for exit, embeds in found.items():
         expected = [ref.vision(i, ref.f64(params)["vision"], clip.arch.vision, exit) for i in images.astype(np.float64)]
         np.testing.assert_allclose(embeds, expected, atol=1e-4)
-        np.testing.assert_allclose(clip.encode_image(params, images, exit), embeds, atol=1e-6)
+        alone = jax.jit(clip.encode_image, static_argnums=2)(params, images, exit)
+        np.testing.assert_allclose(alone, embeds, atol=1e-6)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
@@ -70,7 +71,7 @@ def test_text_tower_against_numpy_pools_the_first_end_token(activation):
     params = randomised(clip.init(jax.random.key(0)))
     # The second caption is padded with the end token, the third with zeros: neither may change the pooled position.
     tokens = np.array([[48, 1, 2, 3, 49] + [0] * 7, [48, 5, 49] + [49] * 9, [48] + [7] * 10 + [49]], np.int32)
-    found = clip.encode_text(params, tokens)
+    found = jax.jit(clip.encode_text)(params, tokens)
     expected = [ref.text(t, ref.f64(params)["text"], clip.arch.text, getattr(ref, activation)) for t in tokens]
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
@@ -136,7 +137,7 @@ def test_blocks_keep_their_order_with_string_keys():
     scattered["vision"]["blocks"] = dict(sorted(shuffled.items()))
     assert list(scattered["vision"]["blocks"])[:3] == ["0", "1", "10"]
     expected = ref.vision(images[0].astype(np.float64), ref.f64(params)["vision"], clip.arch.vision, 12)
-    np.testing.assert_allclose(clip.encode_image(scattered, images)[0], expected, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(clip.encode_image)(scattered, images)[0], expected, atol=1e-4)
 
 
 def test_exit_heads_start_from_the_final_head_or_at_random():
@@ -238,8 +239,10 @@ TOTAL_PARAMS = {
 
 
 def test_every_named_variant_is_counted():
-    assert set(TOTAL_PARAMS) == set(registry.CLIP)
-    assert {f"{family}_{size}" for family in ("convnext", "convnextv2") for size in CONVNEXT_PARAMS} == set(registry.CONVNEXT)
+    assert set(TOTAL_PARAMS) == set(registry.CLIP) - {"vit_tests"}
+    assert {f"{family}_{size}" for family in ("convnext", "convnextv2") for size in CONVNEXT_PARAMS} == {
+        *registry.CONVNEXT
+    } - {"convnextv2_tests"}
 
 
 def test_text_flops_against_the_published_count():
@@ -247,7 +250,7 @@ def test_text_flops_against_the_published_count():
     assert flops.text_flops(registry.CLIP["vit_l14"].text) / 1e9 == pytest.approx(13.30, abs=0.01)
 
 
-@pytest.mark.parametrize("name", list(registry.CLIP))
+@pytest.mark.parametrize("name", list(TOTAL_PARAMS))
 def test_clip_parameter_counts(name):
     shapes = Clip(registry.CLIP[name]).shapes()
     assert pytree.count(shapes) == TOTAL_PARAMS[name]

@@ -73,7 +73,7 @@ def test_captions_vary_and_all_images_come(folder, tokenizer):
     assert [p for b in batches for p in b["position"]] == list(range(240))
 
 
-@pytest.mark.parametrize("workers, threads", [(0, 0), (1, 0), (2, 2)])
+@pytest.mark.parametrize("workers, threads", [(0, 0), *(pytest.param(*n, marks=pytest.mark.check) for n in ((1, 0), (2, 2)))])
 def test_workers_change_nothing(folder, tokenizer, workers, threads):
     expected = take(9, folder, PREPROCESS, tokenizer, 12)
     assert any(len(b["bad"]) for b in expected)
@@ -135,7 +135,7 @@ class Broken:
         raise self.error
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.check)])
 def test_unreadable_source_stops_with_names(workers):
     with pytest.raises(ValueError, match=rf"(?s)position 0: .*{MAX_SUBSTITUTES} substitutes.*\d+\.jpg: disk gone"):
         take(1, Broken(OSError("disk gone")), PREPROCESS, None, num_workers=workers)
@@ -168,7 +168,7 @@ def test_wrong_options(folder, tokenizer, options, message):
         take(1, folder, PREPROCESS, tokenizer, **({"context_length": 8} | options))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.check)])
 def test_evaluation_keeps_order_and_leaves_bad_files_out(folder, workers):
     preprocess = {"clip": Preprocess(16), "complexity": Preprocess(24, "squash")}
     with eval_batches(folder, preprocess, batch_size=5, num_workers=workers) as batches:
@@ -189,6 +189,7 @@ def test_evaluation_batches_may_be_empty(folder):
     assert sizes[BAD[0]] == (0, 8, 8, 3) and sizes.count((1, 8, 8, 3)) == COUNT - len(BAD)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_program_that_ends_without_closing_is_quiet(folder, workers, tmp_path):
     script = tmp_path / "script.py"
@@ -206,6 +207,7 @@ def test_a_program_that_ends_without_closing_is_quiet(folder, workers, tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "(4, 32, 32, 3)\n", "")
 
 
+@pytest.mark.check
 def test_script_without_main_guard_fails_and_does_not_hang(folder, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

@@ -154,6 +154,7 @@ for mesh in (ranking.local_mesh(), make_mesh(MeshConfig(2, 2, 2))):
 """
 
 
+@pytest.mark.check
 def test_eight_devices_rank_as_one():
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     env["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), env.get("PYTHONPATH", "")])

@@ -100,8 +100,13 @@ def batch_of(config, task):
     return {name: batch[name] for name in task.fields} | given
 
 
-@pytest.mark.parametrize("kind", ["loss", "kl", "cosine"])
-@pytest.mark.parametrize(("variant", "size"), [("blocks", 0), ("convnextv2_demo", 32), ("convnextv2_demo", 48)])
+_EACH = [("blocks", 0, "loss"), ("convnextv2_tests", 32, "kl"), ("convnextv2_tests", 48, "cosine")]
+_ALL = [(v, s, k) for v, s in (("blocks", 0), ("convnextv2_tests", 32), ("convnextv2_tests", 48)) for k in ("loss", "kl", "cosine")]
+
+
+@pytest.mark.parametrize(
+    ("variant", "size", "kind"), [*_EACH, *(pytest.param(*case, marks=pytest.mark.check) for case in _ALL if case not in _EACH)]
+)
 def test_targets_are_the_ranks_of_the_clips_own_regrets(variant, size, kind, clip_folder):
     config = regret_config(clip_folder, variant)
     config.complexity.image_size, config.complexity.regret, config.complexity.exit = size or 224, kind, 2
@@ -129,7 +134,7 @@ def test_targets_are_the_ranks_of_the_clips_own_regrets(variant, size, kind, cli
         )
         from icar_jax.models.scorers import make_scorer
 
-        tower = make_scorer(task.arch).tokens(whole, (pixels - mean) / std)
+        tower = jax.jit(make_scorer(task.arch).tokens)(whole, (pixels - mean) / std)
     found, metrics = teacher.target(batch, tower, 1 if variant == "blocks" else 0, np.float32)
     np.testing.assert_allclose(found, (rankdata(expected) - 1) / 7, atol=1e-6)
     assert float(metrics["regret"]) == pytest.approx(expected.mean(), abs=1e-4)
@@ -158,7 +163,7 @@ def without_speed(workdir):
     return [{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in metric_lines(workdir)]
 
 
-@pytest.mark.parametrize("variant", ["blocks", pytest.param("convnextv2_demo", marks=pytest.mark.check)])
+@pytest.mark.parametrize("variant", ["blocks", pytest.param("convnextv2_tests", marks=pytest.mark.check)])
 def test_a_run_learns_regret_and_keeps_the_clip_out_of_its_checkpoint(variant, clip_folder, tmp_path):
     config = regret_config(clip_folder, variant, steps=4)
     folder = train(config, tmp_path / "run")
@@ -239,14 +244,14 @@ def changed(clip_folder, folder, **arch):
 def test_a_clip_without_exits_tokenizer_or_its_weights_is_named(clip_folder, tmp_path):
     plain = changed(clip_folder, tmp_path / "plain", exits=())
     with pytest.raises(ConfigError, match="has no early exit, so no image can leave it early"):
-        train(regret_config(plain, "convnextv2_demo"), tmp_path / "run")
+        train(regret_config(plain, "convnextv2_tests"), tmp_path / "run")
     mute = shutil.copytree(clip_folder, tmp_path / "mute")
     (mute / checkpoint.TOKENIZER).unlink()
     with pytest.raises(ConfigError, match="holds no tokenizer, and regret 'loss' reads captions"):
-        train(regret_config(mute, "convnextv2_demo"), tmp_path / "run")
+        train(regret_config(mute, "convnextv2_tests"), tmp_path / "run")
     other = changed(clip_folder, tmp_path / "other", mlp_width=128)
     with pytest.raises(ConfigError, match="its weights do not fit its description"):
-        train(regret_config(other, "convnextv2_demo"), tmp_path / "run")
+        train(regret_config(other, "convnextv2_tests"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -254,7 +259,7 @@ def test_the_teacher_is_counted(clip_folder):
     from icar_jax.models import flops
     from icar_jax.training.plan_flops import step_flops
 
-    config = regret_config(clip_folder, "convnextv2_demo")
+    config = regret_config(clip_folder, "convnextv2_tests")
     rated = dataclasses.replace(config, complexity=dataclasses.replace(config.complexity, target="rating", clip=""))
     arch = regret.teacher(config).clip.arch
     extra = step_flops(config, make_task(config).arch).model - step_flops(rated, make_task(rated).arch).model

@@ -132,6 +132,7 @@ def test_a_signal_is_noted_and_the_handlers_come_back(capfd):
     assert capfd.readouterr().err.count("SIGTERM: stopping after this step") == 1
 
 
+@pytest.mark.check
 def test_a_second_signal_ends_the_program_at_once():
     script = (
         "import os, signal, time\n"

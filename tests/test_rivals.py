@@ -59,10 +59,11 @@ def test_rivals_are_training_pairs_as_the_clip_embeds_them(clip_folder, tmp_path
     batch["tokens"], _ = regret.tokenizer(config).encode(["a cat", "two dogs", "red"], task.context_length)
     teacher = regret.teacher(config)
     got = jax.jit(lambda b, x: teacher.regret(b, x, None, 0, np.float32))(batch, pixels)
-    full, text = teacher.clip.encode_image(params, pixels), teacher.clip.encode_text(params, batch["tokens"])
-    early, scale = teacher.clip.encode_image(params, pixels, 1), teacher.clip.logit_scales(params)[3]
+    embeds = jax.jit(lambda p, x: teacher.clip.encode_image_exits(p, x, (1, 3)))(params, pixels)
+    text, scale = jax.jit(teacher.clip.encode_text)(params, batch["tokens"]), teacher.clip.logit_scales(params)[3]
     more = Rivals(found["image"], found["text"], np.arange(70) < 3)
-    np.testing.assert_allclose(got, loss_regret(early, full, text, scale, more, weighed=True), atol=1e-4)
+    expected = jax.jit(lambda e, t: loss_regret(e[1], e[3], t, scale, more, weighed=True))(embeds, text)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
     config.complexity.rivals = 99
     with pytest.raises(ConfigError, match="of 100 images of the training set 98 can be read and have a caption; take fewer"):
         rivals.embed(config, source, regret.tokenizer(config), params, request)

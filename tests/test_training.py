@@ -60,7 +60,7 @@ def test_the_loss_falls_and_is_logged_for_every_exit(tmp_path):
     config.data.scenes_size = 8  # few enough to be learnt by heart in seconds
     train(config, tmp_path)
     log = lines(tmp_path)
-    assert {"loss", "loss_2", "loss_6", "scale_2", "grad_norm", "lr"} <= log[0].keys()
+    assert {"loss", "loss_2", "loss_3", "scale_2", "grad_norm", "lr"} <= log[0].keys()
     assert log[-1]["loss"] < 0.9 * log[0]["loss"]
     assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 30
 
@@ -135,7 +135,7 @@ def test_training_on_a_folder_with_a_broken_picture_names_and_counts_it(tmp_path
     assert icar_jax.load(tmp_path / "w").encode_text(["picture"]).shape == (1, 128)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.check)])
 def test_a_folder_of_broken_pictures_ends_in_a_message(workers, tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(20):
@@ -272,6 +272,6 @@ def test_the_baseline_is_the_same_step_with_no_early_exit(dtype):
         "tokens": tokenizer(["a red circle"] * 8, task.context_length),
     }
     state, metrics = step(state, batch)
-    assert {k for k in metrics if k.startswith("loss")} == {"loss", "loss_6"}
+    assert {k for k in metrics if k.startswith("loss")} == {"loss", "loss_3"}
     assert metrics["loss"] == pytest.approx(np.log(8), rel=0.5) and int(state["step"]) == 1
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state["params"]))

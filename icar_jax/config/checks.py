@@ -83,6 +83,7 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     _choice("config.eval.score_calibration", c.eval.score_calibration, ("none", "affine"))
     _choice("config.loss.direction", c.loss.direction, ("symmetric", "image_to_text"))
     _choice("config.loss.kind", c.loss.kind, ("softmax", "sigmoid"))
+    _choice("config.optim.kind", c.optim.kind, ("adamw", "muon"))
     _choice("config.optim.mu_dtype", c.optim.mu_dtype, ("bfloat16", "float32"))
     _choice("config.train.remat", c.train.remat, REMAT)
     for group in c.train.freeze:

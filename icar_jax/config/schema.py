@@ -91,8 +91,9 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW with one learning rate for each parameter group."""
+    """The optimizer, with one learning rate for each parameter group."""
 
+    kind: str = "adamw"  # adamw | muon (matrices by orthogonal momentum, the rest by Adam; rates mean the same)
     lr: float = 1e-3  # towers
     exit_lr: float = 1e-3  # exit heads
     temperature_lr: float = 1e-3  # logit scales (never decayed)

@@ -102,8 +102,12 @@ class Bridge:
         return pytree.map_with_path(lambda _, leaf: leaf, self._abstract[1])
 
     def init(self, key: Array) -> pytree.Tree:
-        """Random float32 parameters as a plain nested dict; call under jit to create them sharded."""
-        return pytree.map_with_path(lambda _, leaf: leaf, nnx.to_pure_dict(nnx.state(self.build(nnx.Rngs(key)))))
+        """Random float32 parameters as a plain nested dict; one program, which a jit around it may create sharded."""
+
+        def make(key: Array) -> pytree.Tree:
+            return pytree.map_with_path(lambda _, leaf: leaf, nnx.to_pure_dict(nnx.state(self.build(nnx.Rngs(key)))))
+
+        return jax.jit(make)(key)
 
     def bind(self, params: Mapping[str, Any]) -> Any:
         """The module over `params`; use inside a traced function, it costs nothing at run time."""

@@ -1,4 +1,4 @@
-"""AdamW with parameter groups: towers, exit heads and temperatures each have their own rate, and groups may be frozen.
+"""AdamW or Muon with parameter groups: towers, exit heads and temperatures have rates of their own; groups may be frozen.
 
 Also the moving average of the weights.
 """
@@ -6,12 +6,12 @@ Also the moving average of the weights.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from icar_jax import pytree
 from icar_jax.config import OptimConfig
@@ -21,6 +21,8 @@ GROUPS: tuple[tuple[str, str], ...] = (
     (r"(^|/)exits/", "exit"),
     (r"", "backbone"),
 )
+
+MUON_BETA = 0.95
 
 # Frozen is what a model is made of, rates are what is learnt alike: the image tower and the text tower share a rate.
 FREEZE_GROUPS: tuple[tuple[str, str], ...] = (
@@ -50,6 +52,11 @@ def decays(path: str, ndim: int) -> bool:
     return ndim >= 2 and not path.endswith("/pos")
 
 
+def orthogonalised(path: str, ndim: int) -> bool:
+    """Whether Muon treats a parameter: matrices that multiply; not embeddings, positions, norms, biases or convolutions."""
+    return ndim == 2 and path.endswith("/kernel")
+
+
 def schedule(config: OptimConfig, steps: int):
     """Share of the peak rate at a step: linear warm-up from 0, then a cosine down to `final_lr` at the last step."""
     warmup = min(config.warmup_steps, steps)
@@ -64,14 +71,14 @@ def schedule(config: OptimConfig, steps: int):
 
 
 def make_optimizer(config: OptimConfig, steps: int, freeze: tuple[str, ...] = ()) -> optax.GradientTransformation:
-    """Clip by global norm, Adam, decoupled decay, then the group's rate along the schedule.
+    """Clip by global norm, Adam or Muon, decoupled decay, then the group's rate along the schedule.
 
     Frozen leaves (see `trainable`) are not changed, have no moments, and do not count in the norm that is clipped. The state has
     the same structure for every configuration of these, so that a run may be continued with another one.
     """
     parts = [
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.dtype(config.mu_dtype)),
+        _muon(config) if config.kind == "muon" else _adam(config),
         optax.add_decayed_weights(
             config.weight_decay,
             # A leaf that is masked out because it is frozen has no dimensions.
@@ -83,12 +90,36 @@ def make_optimizer(config: OptimConfig, steps: int, freeze: tuple[str, ...] = ()
     if not freeze:
         return learn
 
-    def labels(params: Any) -> Any:
-        if not isinstance(params, Mapping):  # optax.tree_map_params passes a placeholder for all parameters
-            return "learn"
+    def labels(params: pytree.Tree) -> pytree.Tree:
         return pytree.map_with_path(lambda path, _: "learn" if trainable(path, freeze) else "frozen", params)
 
     return optax.partition({"learn": learn, "frozen": _stay()}, labels)
+
+
+def _adam(config: OptimConfig) -> optax.GradientTransformation:
+    return optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.dtype(config.mu_dtype))
+
+
+def _muon(config: OptimConfig) -> optax.GradientTransformation:
+    """Momentum made orthogonal by Newton-Schulz steps for matrices, Adam for everything else.
+
+    Updates are scaled by 0.2 sqrt(max(rows, columns)), which gives them the root mean square that Adam's have (Liu et al., arXiv
+    2502.16982), so that rates and decay mean the same as for AdamW.
+    """
+    one_matrix = lambda tree: jax.tree.map(lambda _: contrib.MuonDimensionNumbers(), tree)
+    like_adam = optax.stateless(lambda updates, _: jax.tree.map(lambda u: 0.2 * max(u.shape) ** 0.5 * u, updates))
+    matrices = contrib.scale_by_muon(
+        # Rescaled so that four steps do what five do of matrices scaled by their norm alone (Boissin et al., arXiv 2512.04632).
+        ns_steps=4, preconditioning="aol", beta=MUON_BETA, mu_dtype=jnp.dtype(config.mu_dtype),
+        weight_dimension_numbers=one_matrix,
+    )
+
+    def labels(params: pytree.Tree) -> pytree.Tree:
+        return pytree.map_with_path(
+            lambda path, leaf: "matrix" if orthogonalised(path, getattr(leaf, "ndim", 0)) else "other", params
+        )
+
+    return optax.partition({"matrix": optax.chain(matrices, like_adam), "other": _adam(config)}, labels)
 
 
 def _stay() -> optax.GradientTransformation:
@@ -113,17 +144,17 @@ def _scale_by_group(config: OptimConfig, steps: int) -> optax.GradientTransforma
 def state_like(optimizer: optax.GradientTransformation, shapes: pytree.Tree, of_params: pytree.Tree, other: Any) -> Any:
     """The optimizer's state with each moment replaced by its parameter's entry of `of_params`, anything else by `other`.
 
-    `shapes` are those of the parameters. Frozen parameters have no moment and so no entry.
+    `shapes` are those of the parameters. A moment is what lies at the path of a parameter and has its shape; frozen parameters
+    have none.
     """
-    absent = lambda leaf: isinstance(leaf, optax.MaskedNode)
-    return optax.tree_map_params(
-        optimizer,
-        lambda moment, entry: moment if absent(moment) else entry,
-        jax.eval_shape(optimizer.init, shapes),
-        of_params,
-        transform_non_params=lambda _: other,
-        is_leaf=absent,
-    )
+    entries, parameters = pytree.flatten(of_params), pytree.flatten(shapes)
+
+    def entry(keys: tuple[Any, ...], leaf: Any) -> Any:
+        named = [isinstance(key, jax.tree_util.DictKey) for key in keys]
+        path = "/".join(str(key.key) for key in keys[len(keys) - named[::-1].index(False) if False in named else 0 :])
+        return entries[path] if path in parameters and parameters[path].shape == leaf.shape else other
+
+    return jax.tree_util.tree_map_with_path(entry, jax.eval_shape(optimizer.init, shapes))
 
 
 def ema_init(params: pytree.Tree) -> pytree.Tree:
