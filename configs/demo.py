@@ -33,7 +33,6 @@ def get_config(task: str = "clip") -> ExperimentConfig:
             clip=ClipConfig(
                 variant="vit_demo", image_size=48, exits=(2,), exit_head="attention", context_length=32, temperature="shared"
             ),
-            loss=LossConfig(exit_weights=(1.5, 1.0)),
             data=DataConfig(source="scenes", vocabulary=512),
             optim=OptimConfig(kind="muon", lr=1.5e-3, exit_lr=3e-3, warmup_steps=30),
             # In float32: processors without bf16 instructions take several times as long for bf16.
@@ -67,8 +66,8 @@ def get_config(task: str = "clip") -> ExperimentConfig:
             task="complexity",
             complexity=ComplexityConfig(variant="convnextv2_demo", head="regression", image_size=64, dropout=0.0),
             data=DataConfig(source="scenes", normalise="imagenet"),
-            optim=OptimConfig(lr=1e-3, warmup_steps=100),
-            train=TrainConfig(steps=1200, batch_size=64, checkpoint_every=400, dtype="float32"),
+            optim=OptimConfig(kind="muon", lr=2e-3, warmup_steps=40),
+            train=TrainConfig(steps=700, batch_size=64, checkpoint_every=350, dtype="float32"),
         )
     if task == "router":
         return ExperimentConfig(

@@ -1,6 +1,7 @@
 """The store of search: its tables against a dict, refusals, and writers that meet."""
 
 import threading
+import time
 from datetime import timedelta
 
 import numpy as np
@@ -137,6 +138,7 @@ def test_compaction_joins_pieces_and_bounds_the_disk(tmp_path):
         store.upsert(table([(f"{i}/{j}", "x", 1) for j in range(20)]))
     before, held = store.images.stats()["fragment_stats"]["num_fragments"], stored(store)
     files = len(list((tmp_path / "store").rglob("*.lance")))
+    time.sleep(0.05)  # the last version is to be older than a tick of the clock
     store.compact(keep=timedelta(milliseconds=1))
     assert before == tables.SMALL_FRAGMENTS + 1 and store.images.stats()["fragment_stats"]["num_fragments"] == 1
     assert stored(store) == held and len(list((tmp_path / "store").rglob("*.lance"))) < files
@@ -173,10 +175,12 @@ def test_replaced_versions_are_freed_by_age_and_by_number(name, tmp_path):
     had, state = versions(), stored(store)
     store.compact()
     assert versions() == had, "young and few: searches may still read them"
+    time.sleep(0.05)
     store.compact(keep=timedelta(milliseconds=1))
     assert versions() < 4 and stored(store) == state and open_store(tmp_path / "store").meta == store.meta
     for i in range(tables.MANY_VERSIONS + 2):
         write(i)
+    time.sleep(0.05)
     store._tidy(name, stores.KEEP_VERSIONS, keep_of_many=timedelta(milliseconds=1))
     assert versions() < 4
 
@@ -187,6 +191,7 @@ def test_a_reader_outlives_the_versions_it_saw(tmp_path):
     reader = open_store(tmp_path / "store")
     assert reader.count() == 1
     writer.upsert(table([("b", "x", 1)]))
+    time.sleep(0.05)
     writer.compact(keep=timedelta(milliseconds=1))
     assert reader.count() == 2 and set(stored(reader)) == {"a", "b"}
 
