@@ -78,7 +78,8 @@ def _config(task: str):
 def _train(task: str, workdir: str) -> None:
     from icar_jax.training.loop import train
 
-    train(_config(task), Path(workdir))
+    if train(_config(task), Path(workdir)) == Path(workdir):  # stopped by a signal; what was trained is saved
+        sys.exit(143)
 
 
 def _evaluate(folder: Path, scorer: str) -> None:

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-FAST = "ICAR_JAX_TESTS_COMPILE_FAST"  # set by `make test`: compiling takes longer than running; `make check` runs what users do
+FAST = "ICAR_JAX_TESTS_COMPILE_FAST"  # set by `make test`: compiling takes longer than running
 CACHE = "ICAR_JAX_TESTS_CACHE"  # folder that keeps programs between sessions; without it they are kept for one session
 _MOST_BYTES = 2_000_000_000
 _session = None

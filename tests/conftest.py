@@ -32,7 +32,7 @@ from icar_jax.models.vision import VisionArch
 
 # What most training tests train: as little of everything as shows an exit below full depth.
 registry.CLIP["vit_tests"] = ClipArch(
-    VisionArch(64, 32, 64, 3, 4, 128, 64), TextArch(77, 49408, 64, 1, 4, 128, 64)
+    VisionArch(64, 32, 128, 3, 4, 256, 64), TextArch(77, 49408, 64, 1, 4, 128, 64)
 )  # fmt: skip
 registry.CONVNEXT["convnextv2_tests"] = ConvNeXtArch((1, 1, 1, 1), (8, 8, 16, 16), 2)
 CAPTIONS = ["a small red circle on the left", "two blue squares above a large green star", "stripes"]

@@ -205,8 +205,12 @@ def test_stopped_before_any_write_it_continues_to_the_same_corpus(nth, model, pi
         embed(model, pictures, tmp_path / "out")
     monkeypatch.undo()
     embed(model, pictures, tmp_path / "out")
-    for a, b in zip(content(tmp_path / "out"), content(tmp_path / "whole"), strict=True):
-        np.testing.assert_array_equal(a, b)
+    ours, whole = content(tmp_path / "out"), content(tmp_path / "whole")
+    # What is left over is run in batches of other sizes, which round otherwise; embeddings are float16.
+    np.testing.assert_allclose(ours[0], whole[0], atol=1e-3)
+    scores = [np.array([row.pop("complexity") for row in rows], np.float64) for rows in (ours[1], whole[1])]
+    np.testing.assert_allclose(*scores, atol=1e-6)
+    assert ours[1] == whole[1]
     manifests = [json.loads((tmp_path / name / "corpus.json").read_text()) for name in ("out", "whole")]
     assert manifests[0] == manifests[1] and manifests[0]["complete"] and manifests[0]["bad"] == 1
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}

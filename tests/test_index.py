@@ -247,7 +247,7 @@ def test_folders_that_are_missing_or_empty_are_no_reason_to_remove_their_rows(mo
         with pytest.raises(IndexingError, match="does not exist; is its disk mounted"):
             index(model, [pictures, other], store, **options)
     pictures.mkdir()
-    with pytest.raises(IndexingError, match="holds no image, and the store has 23 from there"):
+    with pytest.raises(IndexingError, match="holds no image, and the store has 23 from there: is a disk not mounted"):
         index(model, [pictures, other], store, prune=True)
     done = index(model, [pictures, other], store)
     assert counts(done) == {"gone": 23, "unchanged": 3} and done.empty == [str(pictures)]
@@ -267,7 +267,7 @@ def test_a_folder_below_that_has_become_empty_is_no_reason_to_remove_its_rows(mo
     disk.mkdir()
     (disk / "lost+found").mkdir()
     before = rows(store)
-    with pytest.raises(IndexingError, match=rf"{disk} holds no image, and the store has 3 from there: is its disk mounted"):
+    with pytest.raises(IndexingError, match=rf"{disk} holds no image, and the store has 3 from there: is a disk not mounted"):
         index(model, pictures, store, prune=True)
     assert rows(store) == before
     assert counts(index(model, pictures, store)) == {"gone": 3, "unchanged": 25}

@@ -80,7 +80,7 @@ def test_flops_of_a_step_count_the_matrix_of_the_mixed_gallery_and_the_gradient_
 
 def all_levers(**train):
     config = tiny_config(layer_dropout=0.4, **train)
-    config.clip = dataclasses.replace(config.clip, exits=(2, 4), exit_head="adapter", merge=(0, 1))
+    config.clip = dataclasses.replace(config.clip, exits=(1, 2), exit_head="adapter", merge=(0, 1))
     config.loss = LossConfig(distill_cosine=0.5, distill_kl=0.5, mixed=0.5, exit_weights=(0.2, 0.3, 0.5))
     return config
 

@@ -132,7 +132,7 @@ def test_training_on_a_folder_with_a_broken_picture_names_and_counts_it(tmp_path
     with caplog.at_level(std_logging.WARNING):
         train(config, tmp_path / "w")
     assert "07.png" in caplog.text and "1 unreadable image files" in caplog.text
-    assert icar_jax.load(tmp_path / "w").encode_text(["picture"]).shape == (1, 128)
+    assert icar_jax.load(tmp_path / "w").encode_text(["picture"]).shape == (1, 64)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.check)])

@@ -2,7 +2,8 @@
 
     python tests/touched.py [REVISION]     compares the working tree with REVISION, HEAD by default
 
-Where no test imports a changed module, the tests of the modules that import it are taken instead, and so on.
+Where no test imports a changed module, the tests of the modules that import it are taken instead, and so on. A file that is
+not imported (a configuration, a script, a page) belongs to the tests that name it; where none does, all tests are printed.
 """
 
 from __future__ import annotations
@@ -41,13 +42,17 @@ def touched(changed: set[Path], files: list[Path]) -> list[Path]:
     while wave:
         importers: set[Path] = set()
         for file in wave:
-            mine = {other for other in files if module(file) in imports[other]} - seen
+            mine = {other for other in files if file.suffix == ".py" and module(file) in imports[other]} - seen
             tests = {other for other in mine if is_test(other)}
+            if not mine and not is_test(file):
+                tests = {other for other in files if is_test(other) and file.name in (ROOT / other).read_text(encoding="utf-8")}
+                if not tests and file in changed:
+                    return [Path("tests")]
             found |= tests
             importers |= set() if tests else mine  # nobody tests it directly: look one floor up
         seen |= importers
         wave = importers
-    return sorted(found | {Path("tests/test_layering.py")})
+    return sorted(file for file in {*found, Path("tests/test_layering.py")} if (ROOT / file).is_file())
 
 
 def main() -> None:
@@ -55,7 +60,8 @@ def main() -> None:
     git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     names = {*git("diff", "--name-only", revision), *git("ls-files", "--others", "--exclude-standard")}
     files = [p.relative_to(ROOT) for top in ("icar_jax", "tests", "benchmarks") for p in sorted((ROOT / top).rglob("*.py"))]
-    print(*touched({Path(name) for name in names if name.endswith(".py") and (ROOT / name).is_file()}, files))
+    prose = (".md", ".png", ".json", ".txt", ".gitignore", "LICENSE")
+    print(*touched({Path(name) for name in names if not name.endswith(prose) or name.startswith("icar_jax/")}, files))
 
 
 if __name__ == "__main__":

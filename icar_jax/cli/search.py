@@ -28,7 +28,7 @@ def add(commands) -> None:
     p.add_argument("--where", metavar="SQL", help='only images for which this holds, such as "complexity < 0.4 AND exit = 6"')
     p.add_argument("--exact", action="store_true", help="compare every image even where the store has a vector index")
     p.add_argument("--note-hits", action="store_true", help="count these hits in the store, for `icar index --pass refine "
-                   "--order returned`, as `icar serve` does; without it a search writes nothing")  # fmt: skip
+                   "--order returned`, as `icar serve` does; without it nothing is counted")  # fmt: skip
     p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     p.add_argument("--checkpoint", help="bundle or CLIP; by default the one that the store was indexed with")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations (float32)")

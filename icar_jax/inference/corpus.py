@@ -146,7 +146,7 @@ class CorpusWriter:
     """
 
     def __init__(self, path: str | os.PathLike, manifest: Mapping[str, Any]):
-        require_local("the corpus", path)
+        require_local("corpus", path)
         self.path = Path(path)
         self._manifest = {"format": FORMAT, **json.loads(json.dumps(manifest))}
         self.done: set[bytes] = set()

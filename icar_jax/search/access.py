@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from icar_jax.config import not_local
 from icar_jax.search import MissingExtra
 
 LOCK = ".lock"
@@ -29,6 +30,8 @@ def is_local(uri: str) -> bool:
 def address(uri: str | os.PathLike) -> str:
     """The address in full: of a folder its absolute path."""
     uri = os.fspath(uri)
+    if is_local(uri) and not_local(uri) is not None:  # as pathlib spells it
+        raise StoreError(f"{uri}: write the address of a store with two slashes, such as s3://bucket/name, and not as a Path")
     return os.path.abspath(os.path.expanduser(uri)) if is_local(uri) else uri
 
 

@@ -28,7 +28,7 @@ from icar_jax.parallel import distributed
 from icar_jax.search import opening
 from icar_jax.search.access import StoreExists, address
 from icar_jax.search.captions import Captions
-from icar_jax.search.scan import Scan, share
+from icar_jax.search.scan import Scan, is_below, share
 from icar_jax.search.store import Store
 from icar_jax.search.writing import Writer, read_found
 
@@ -253,12 +253,19 @@ def _refuse_empty(store: Store, roots: Sequence[str]) -> None:
 
     A disk that is not mounted leaves its folder behind, empty. A folder that is gone itself was removed by somebody.
     """
-    for folder in sorted({_remaining(folder, root) for root in roots for folder in store.folders_below(root)}):
-        if next(walk(folder), None) is None:
-            raise IndexingError(
-                f"{folder} holds no image, and the store has {store.count_below(folder):,} from there: is its disk mounted? To "
-                "remove them all, use --prune with --prune-missing"
-            )
+    there = sorted({_remaining(folder, root) for root in roots for folder in store.folders_below(root)})
+    empty = [folder for folder in there if next(walk(folder), None) is None]
+    empty = [folder for folder in empty if not any(is_below(folder, [other]) for other in empty if other != folder)]
+    if empty:
+        counts = [store.count_below(folder) for folder in empty]
+        named = "; ".join(
+            f"{folder} holds no image, and the store has {count:,} from there" for folder, count in zip(empty[:5], counts)
+        )
+        more = f"; and {len(empty) - 5} more such folders" if len(empty) > 5 else ""
+        raise IndexingError(
+            f"{named}{more}: is a disk not mounted? --prune with --prune-missing removes all {sum(counts):,} of these rows, and "
+            "those of files that vanished elsewhere"
+        )
 
 
 def _remaining(folder: str, root: str) -> str:

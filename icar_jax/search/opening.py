@@ -117,7 +117,7 @@ def _opened(database: Any, name: str) -> Any | None:
     try:
         return database.open_table(name)
     except ValueError as error:
-        if "not found" in str(error):
+        if f"'{name}' was not found" in str(error):
             return None
         raise
 
@@ -148,5 +148,6 @@ def _make(database: Any, name: str, rows: pa.Table, schema: pa.Schema) -> tuple[
         return database.open_table(name), False
     if table.version == 1:
         return table, True
-    table.restore(table.version - 1)
+    if table.list_versions()[-1]["version"] == table.version:  # else somebody has written since, onto what is here now
+        table.restore(1 if name == "meta" else table.version - 1)  # the first one's description is the one that holds
     return table, False

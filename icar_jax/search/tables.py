@@ -27,6 +27,7 @@ META = pa.schema([_key("key"), ("value", pa.string())])
 TABLES = ("images", "bad", "returned", "meta")
 SMALL_FRAGMENTS = 8  # pieces that small commits leave in a table before it is compacted
 MANY_VERSIONS = 32  # versions of a table, beyond which those that are replaced stay for a shorter time
+KEEP_ALL = timedelta(days=1)  # beyond the age of the oldest version: nothing is freed
 _NAMES = 2000  # paths named in one filter
 
 
@@ -68,12 +69,16 @@ def needs_tidying(table: Any, keep: timedelta, keep_of_many: timedelta) -> timed
 
     Replaced versions stay for `keep`, and where there are more than MANY_VERSIONS, for `keep_of_many`.
     """
-    replaced = [version["timestamp"] for version in table.list_versions()[:-1]]  # local time, oldest first
-    keep = min(keep, keep_of_many) if len(replaced) >= MANY_VERSIONS else keep
+    made = [version["timestamp"] for version in table.list_versions()]  # local time, oldest first
+    keep = min(keep, keep_of_many) if len(made) > MANY_VERSIONS else keep
+    # A version was replaced when the next one was made. LanceDB frees by when a version itself was made: all up to `last` are to go.
+    since = datetime.now()
+    last = max((made[i] for i in range(len(made) - 1) if made[i + 1] < since - keep), default=None)
     small = table.stats()["fragment_stats"]["num_small_fragments"]
-    old = bool(replaced) and min(replaced) < datetime.now() - keep
-    # LanceDB warns at an age of nothing, and takes everything that is replaced for a moment as well.
-    return max(keep, timedelta(milliseconds=1)) if old or small > SMALL_FRAGMENTS else None
+    if last is None:
+        return since - made[0] + KEEP_ALL if small > SMALL_FRAGMENTS else None
+    # It warns at an age of nothing.
+    return max(since - last - timedelta(microseconds=1), timedelta(milliseconds=1))
 
 
 def where_in(table: Any, column: str, values: Iterable[Any], columns: Sequence[str] | None = None) -> pa.Table:

@@ -91,8 +91,15 @@ class StateStore:
         self._complete, self._saving = self._saving, None
 
     def restore(self, step: int, abstract: State) -> State:
-        """The state of `step`, laid out as `abstract` says. Raises ValueError where the structures differ."""
-        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        """The state of `step`, laid out as `abstract` says. Raises SaveError where the structures differ."""
+        try:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        except ValueError as error:
+            raise SaveError(
+                f"the checkpoint of step {step} in {self._workdir / CHECKPOINTS} does not hold what this run needs: "
+                f"{_first_line(error)}. It may be of another version of icar_jax, which kept the state of config.optim.clip_norm=0 "
+                "otherwise; continue it with that version, or start from its weights in a new --workdir"
+            ) from error
 
     def _failed(self, error: Exception) -> SaveError:
         step, self._saving = self._saving, None

@@ -21,13 +21,16 @@ def open_log(workdir: Path, steps: int, start: int, tensorboard: bool, title: st
     return RunLog(workdir, steps, start, tensorboard, title) if distributed.is_main() else SilentLog()
 
 
+def note_event(workdir: Path, step: int, name: str, **values: Any) -> None:
+    """Appends a line on something that happened after `step` to the metrics: {"step", "event": name, **values}. Raises OSError."""
+    with (workdir / METRICS).open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps({"step": step, "event": name, **values}) + "\n")
+
+
 class SilentLog:
     """Takes what a log takes and keeps nothing."""
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        pass
-
-    def event(self, step: int, name: str, values: dict[str, Any]) -> None:
         pass
 
     def advance(self) -> None:
@@ -49,7 +52,14 @@ class RunLog:
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Appends one line and shows the losses beside the bar; values are plain floats. Raises OSError naming the file."""
-        self._append({"step": step, **values})
+        try:
+            self._lines.write(json.dumps({"step": step, **values}) + "\n")
+            self._lines.flush()
+        except OSError as error:
+            raise OSError(
+                f"{self._path} cannot be written at step {step}: {error}; make room and run the command again, "
+                "it continues from the last checkpoint"
+            ) from error
         shown = {k: f"{v:.3f}" for k, v in values.items() if k.startswith("loss")}
         for unit in UNITS.values():
             if (speed := values.get(f"{unit}_per_s")) is not None:
@@ -59,20 +69,6 @@ class RunLog:
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
-
-    def event(self, step: int, name: str, values: dict[str, Any]) -> None:
-        """Appends a line on something that happened after `step`: {"step", "event": name, **values}. Raises OSError."""
-        self._append({"step": step, "event": name, **values})
-
-    def _append(self, line: dict[str, Any]) -> None:
-        try:
-            self._lines.write(json.dumps(line) + "\n")
-            self._lines.flush()
-        except OSError as error:
-            raise OSError(
-                f"{self._path} cannot be written at step {line['step']}: {error}; make room and run the command again, "
-                "it continues from the last checkpoint"
-            ) from error
 
     def advance(self) -> None:
         self._bar.update(1)

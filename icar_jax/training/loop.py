@@ -83,10 +83,6 @@ def _train(run: Run, request: StopRequest, stop_after: int, evaluators: tuple[Ma
             state = init_state(task, optimizer, run.mesh, config, params)
         log = open_log(workdir, t.steps, start, t.tensorboard, f"train {config.task}")
         with _batches(run, start, part) as batches, contextlib.closing(log):
-            if run.steered:
-                changes = {field: list(values) for field, values in run.steered.items()}
-                log.event(start, "steered", {"changed": changes})
-                say("Changed: " + "; ".join(f"{field} from {then!r} to {now!r}" for field, (then, now) in changes.items()))
             advance = lambda state, batch: step_fn(state, put_batch(batch, task.fields, run.mesh) | fixed)
             steps = range(start + 1, min(t.steps, stop_after) + 1)
             with _naming_lost_peers(workdir):

@@ -74,7 +74,7 @@ class Monitor:
 
     def _way_on(self) -> str:
         saved, optim = self._saved(), self._config.optim
-        fields = "config.optim.lr, exit_lr, temperature_lr, warmup_steps, weight_decay and clip_norm"
+        fields = "config.optim.lr, exit_lr, temperature_lr, warmup_steps, final_lr, weight_decay and clip_norm"
         if saved is None:
             return f"No checkpoint was saved before it: run the command with lower rates ({fields}) or without files at fault"
         return (

@@ -28,6 +28,7 @@ from icar_jax.parallel.mesh import batch_shards, make_mesh
 from icar_jax.training import anchor, regret, rivals, start, tower
 from icar_jax.training.checkpoints import require_space
 from icar_jax.training.initial import load_params, load_tokenizer, note_preprocessing
+from icar_jax.training.logs import note_event
 from icar_jax.training.optimizer import make_optimizer
 from icar_jax.training.rated_run import RatedRun, look_at
 from icar_jax.training.step import abstract_state
@@ -46,8 +47,6 @@ class Run:
     source: Source
     tokenizer: Tokenizer | None
     task: Task
-    # Fields of workdir.STEERING that are not what they were when the run was last started -> (then, now).
-    steered: Mapping[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
 
 
 def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> Run:
@@ -107,6 +106,8 @@ def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> Run:
                     )
                 if resumed:
                     files.require_same_config(workdir, config, free)
+                if steered:  # before config.json says so: a run that is killed in between notes it again
+                    note_event(workdir, files.last_checkpoint(workdir), "steered", changed=steered)
                 _claim_workdir(config, workdir, trained_on, tokenizer, rated, token)
             except OSError as error:
                 raise cfg.ConfigError(f"--workdir={workdir} cannot be written: {error}; choose a writable folder") from error
@@ -117,9 +118,11 @@ def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> Run:
             task = make_task(start.recall(config, workdir), tokenizer, mesh, counts)
     if distributed.is_main():
         (workdir / files.TOKEN).unlink(missing_ok=True)
+    for field, (then, now) in steered.items():
+        say(f"Changed: {field} from {then!r} to {now!r}")
     for line in rated.lines if rated else ():
         say(line)
-    return Run(config, workdir, mesh, source, tokenizer, task, steered)
+    return Run(config, workdir, mesh, source, tokenizer, task)
 
 
 def with_length(config: ExperimentConfig, images: int) -> ExperimentConfig:

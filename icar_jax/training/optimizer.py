@@ -74,7 +74,7 @@ def make_optimizer(config: OptimConfig, steps: int, freeze: tuple[str, ...] = ()
     """Clip by global norm, Adam or Muon, decoupled decay, then the group's rate along the schedule.
 
     Frozen leaves (see `trainable`) are not changed, have no moments, and do not count in the norm that is clipped. The state has
-    the same structure for every configuration of these, so that a run may be continued with another one.
+    the same structure whatever the rates, decay and clipping, so that a run may be continued with others.
     """
     parts = [
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
