@@ -26,7 +26,8 @@ PLAN = """ICAR on drawn scenes: a CLIP with an exit after two of six blocks, and
   2  train the CLIP                  5  index {scenes} scenes that were never seen
   3  bundle both with a threshold    6  search them by words
 
-It takes about {minutes} minutes on two CPU cores and 200 MB of disk in {folder}. The same command continues where it was stopped."""
+It takes about {minutes} minutes on two CPU cores, and 200 MB of disk in {folder}.
+The same command continues where it was stopped."""
 MINUTES = "two to five"
 
 

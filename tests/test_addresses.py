@@ -34,7 +34,9 @@ def test_an_address_is_told_from_a_path(address):
         cfg.require_local("--out", address)
 
 
-@pytest.mark.parametrize("path", ["run", "/mnt/s3/run", "./s3:/run", "a:b", "C:/pictures", "2024:/x", "", "folder/http:/x", b"run"])
+@pytest.mark.parametrize(
+    "path", ["run", "/mnt/s3/run", "./s3:/run", "a:b", "C:/pictures", "2024:/x", "", "folder/http:/x", b"run"]
+)
 def test_a_path_is_no_address(path):
     assert cfg.not_local(path) is None
 

@@ -96,7 +96,11 @@ def run_train(*flags, workdir, config="configs/demo.py:clip"):
 
 @pytest.mark.parametrize(
     "flag",
-    ["--config.train.stepz=3", *(pytest.param(flag, marks=pytest.mark.check) for flag in ("--config.train.steps=many", "--config.clip.exits=(3,99)"))],
+    [
+        "--config.train.stepz=3",
+        pytest.param("--config.train.steps=many", marks=pytest.mark.check),
+        pytest.param("--config.clip.exits=(3,99)", marks=pytest.mark.check),
+    ],
 )
 def test_the_program_ends_with_a_message_and_no_traceback(flag, tmp_path):
     result = run_train(flag, workdir=tmp_path / "w")

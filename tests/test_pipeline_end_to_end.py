@@ -292,8 +292,9 @@ def test_the_demo_reaches_its_numbers(tmp_path):
     order = ["minutes on two CPU cores", "Retrieval in a gallery of 500 images", "rank cosine", "retention.png"]
     assert [said.index(part) for part in order] == sorted(said.index(part) for part in order)
     assert Image.open(demo / "retention.png").size[0] > 500
-    icar = [sys.executable, "-m", "icar_jax.cli", "search", "A small red circle on a yellow background.", "--json"]
-    search = subprocess.run([*icar, "--store", str(demo / "store"), "-k", "5"], cwd=ROOT, env=env, capture_output=True, text=True)
+    words = ["search", "A small red circle on a yellow background.", "--json", "--store", str(demo / "store"), "-k", "5"]
+    command = [sys.executable, "-m", "icar_jax.cli", *words]
+    search = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert search.returncode == 0, search.stderr[-3000:]
     found = json.loads(search.stdout)
     assert sum("red" in hit["caption"] for hit in found["hits"]) >= 3, found["hits"]

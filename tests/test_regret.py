@@ -101,7 +101,7 @@ def batch_of(config, task):
 
 
 _EACH = [("blocks", 0, "loss"), ("convnextv2_tests", 32, "kl"), ("convnextv2_tests", 48, "cosine")]
-_ALL = [(v, s, k) for v, s in (("blocks", 0), ("convnextv2_tests", 32), ("convnextv2_tests", 48)) for k in ("loss", "kl", "cosine")]
+_ALL = [(variant, size, kind) for variant, size, _ in _EACH for kind in ("loss", "kl", "cosine")]
 
 
 @pytest.mark.parametrize(

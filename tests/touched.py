@@ -9,6 +9,7 @@ not imported (a configuration, a script, a page) belongs to the tests that name 
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -16,15 +17,21 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
+@functools.cache
 def imported(file: Path) -> set[str]:
     """Modules that a Python file imports, with every package above them left out."""
     names = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(text(file))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
+
+
+@functools.cache
+def text(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
 
 
 def module(file: Path) -> str:
@@ -45,7 +52,7 @@ def touched(changed: set[Path], files: list[Path]) -> list[Path]:
             mine = {other for other in files if file.suffix == ".py" and module(file) in imports[other]} - seen
             tests = {other for other in mine if is_test(other)}
             if not mine and not is_test(file):
-                tests = {other for other in files if is_test(other) and file.name in (ROOT / other).read_text(encoding="utf-8")}
+                tests = {other for other in files if is_test(other) and file.name in text(ROOT / other)}
                 if not tests and file in changed:
                     return [Path("tests")]
             found |= tests

@@ -259,12 +259,13 @@ def _refuse_empty(store: Store, roots: Sequence[str]) -> None:
     if empty:
         counts = [store.count_below(folder) for folder in empty]
         named = "; ".join(
-            f"{folder} holds no image, and the store has {count:,} from there" for folder, count in zip(empty[:5], counts)
+            f"{folder} holds no image, and the store has {count:,} from there"
+            for folder, count in zip(empty[:5], counts, strict=False)
         )
         more = f"; and {len(empty) - 5} more such folders" if len(empty) > 5 else ""
         raise IndexingError(
-            f"{named}{more}: is a disk not mounted? --prune with --prune-missing removes all {sum(counts):,} of these rows, and "
-            "those of files that vanished elsewhere"
+            f"{named}{more}: is a disk not mounted? --prune with --prune-missing removes all {sum(counts):,} of these rows, "
+            "and those of files that vanished elsewhere"
         )
 
 

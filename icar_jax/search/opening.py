@@ -16,7 +16,6 @@ from icar_jax.search.access import LOCK, StoreError, StoreExists, address, is_lo
 from icar_jax.search.store import Store
 from icar_jax.search.tables import BAD, FORMAT, META, RETURNED, TABLES, image_schema, meta_table, now
 
-
 _ATTEMPTS, _PAUSE_S = 6, 0.05  # of making a store where writers meet without a lock
 
 

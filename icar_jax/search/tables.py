@@ -71,7 +71,7 @@ def needs_tidying(table: Any, keep: timedelta, keep_of_many: timedelta) -> timed
     """
     made = [version["timestamp"] for version in table.list_versions()]  # local time, oldest first
     keep = min(keep, keep_of_many) if len(made) > MANY_VERSIONS else keep
-    # A version was replaced when the next one was made. LanceDB frees by when a version itself was made: all up to `last` are to go.
+    # A version was replaced when the next one was made. LanceDB frees by when a version itself was made: those up to `last`.
     since = datetime.now()
     last = max((made[i] for i in range(len(made) - 1) if made[i + 1] < since - keep), default=None)
     small = table.stats()["fragment_stats"]["num_small_fragments"]

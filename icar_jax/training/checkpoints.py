@@ -97,8 +97,9 @@ class StateStore:
         except ValueError as error:
             raise SaveError(
                 f"the checkpoint of step {step} in {self._workdir / CHECKPOINTS} does not hold what this run needs: "
-                f"{_first_line(error)}. It may be of another version of icar_jax, which kept the state of config.optim.clip_norm=0 "
-                "otherwise; continue it with that version, or start from its weights in a new --workdir"
+                f"{_first_line(error)}. It may be of another version of icar_jax, which kept the state of "
+                "config.optim.clip_norm=0 otherwise; continue it with that version, or start from its weights in a new "
+                "--workdir"
             ) from error
 
     def _failed(self, error: Exception) -> SaveError:

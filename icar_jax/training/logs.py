@@ -22,7 +22,7 @@ def open_log(workdir: Path, steps: int, start: int, tensorboard: bool, title: st
 
 
 def note_event(workdir: Path, step: int, name: str, **values: Any) -> None:
-    """Appends a line on something that happened after `step` to the metrics: {"step", "event": name, **values}. Raises OSError."""
+    """Appends to the metrics what happened after `step`: {"step", "event": name, **values}. Raises OSError."""
     with (workdir / METRICS).open("a", encoding="utf-8") as lines:
         lines.write(json.dumps({"step": step, "event": name, **values}) + "\n")
 

@@ -16,7 +16,6 @@ from icar_jax.parallel import distributed
 from icar_jax.training.logs import UNITS, RunLog
 from icar_jax.training.optimizer import schedule
 
-
 _NAMED = 64  # files of a batch that a message lists
 
 
@@ -70,7 +69,6 @@ class Monitor:
                 self._since = (step, now)
             values["lr"] = self._config.optim.lr * float(self._share(step - 1))
             self._log.metrics(step, values)
-
 
     def _way_on(self) -> str:
         saved, optim = self._saved(), self._config.optim

@@ -73,8 +73,8 @@ def schedule(config: OptimConfig, steps: int):
 def make_optimizer(config: OptimConfig, steps: int, freeze: tuple[str, ...] = ()) -> optax.GradientTransformation:
     """Clip by global norm, Adam or Muon, decoupled decay, then the group's rate along the schedule.
 
-    Frozen leaves (see `trainable`) are not changed, have no moments, and do not count in the norm that is clipped. The state has
-    the same structure whatever the rates, decay and clipping, so that a run may be continued with others.
+    Frozen leaves (see `trainable`) are not changed, have no moments, and do not count in the norm that is clipped. The state
+    has the same structure whatever the rates, decay and clipping, so that a run may be continued with others.
     """
     parts = [
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
@@ -103,8 +103,8 @@ def _adam(config: OptimConfig) -> optax.GradientTransformation:
 def _muon(config: OptimConfig) -> optax.GradientTransformation:
     """Momentum made orthogonal by Newton-Schulz steps for matrices, Adam for everything else.
 
-    Updates are scaled by 0.2 sqrt(max(rows, columns)), which gives them the root mean square that Adam's have (Liu et al., arXiv
-    2502.16982), so that rates and decay mean the same as for AdamW.
+    Updates are scaled by 0.2 sqrt(max(rows, columns)), which gives them the root mean square that Adam's have (Liu et al.,
+    arXiv 2502.16982), so that rates and decay mean the same as for AdamW.
     """
     one_matrix = lambda tree: jax.tree.map(lambda _: contrib.MuonDimensionNumbers(), tree)
     like_adam = optax.stateless(lambda updates, _: jax.tree.map(lambda u: 0.2 * max(u.shape) ** 0.5 * u, updates))
