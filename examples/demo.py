@@ -77,9 +77,14 @@ def _config(task: str):
 
 
 def _train(task: str, workdir: str) -> None:
+    from icar_jax.config import ConfigError
     from icar_jax.training.loop import train
 
-    if train(_config(task), Path(workdir)) == Path(workdir):  # stopped by a signal; what was trained is saved
+    try:
+        done = train(_config(task), Path(workdir))
+    except ConfigError as error:
+        raise ConfigError(f"{error}. Is it an older demo? Remove the folder, or name another: examples/demo.py FOLDER") from None
+    if done == Path(workdir):  # stopped by a signal; what was trained is saved
         sys.exit(143)
 
 
