@@ -5,7 +5,7 @@ BIN := .venv/bin
 DEMO := workdir/demo
 # Programs that one command of the demo has compiled the next one reads.
 KEPT := JAX_COMPILATION_CACHE_DIR="$(abspath $(DEMO))/programs" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
-# Memory in huge pages: every training step on a CPU asks for hundreds of MB anew, and page faults were a quarter of its time.
+# Memory in huge pages: every training step on a CPU asks for hundreds of MB anew, and much of its time went into page faults.
 # Ignored where the C library or the kernel has none.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 # Programs of tests run for a moment: optimising them takes longer than it saves. `make check`, but for its child processes, and

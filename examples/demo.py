@@ -83,7 +83,7 @@ def _train(task: str, workdir: str) -> None:
     try:
         done = train(_config(task), Path(workdir))
     except ConfigError as error:
-        raise ConfigError(f"{error}. Is it an older demo? Remove the folder, or name another: examples/demo.py FOLDER") from None
+        raise ConfigError(f"{error}. Is it an older demo? Remove it, or name another folder: examples/demo.py DIR") from None
     if done == Path(workdir):  # stopped by a signal; what was trained is saved
         sys.exit(143)
 
