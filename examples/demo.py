@@ -23,19 +23,18 @@ SCENES, QUERY = 500, "A small red circle on a yellow background."
 PLAN = """ICAR on drawn scenes: a CLIP with an exit after two of six blocks, and a complexity model that chooses the exit.
 
   1  train the complexity model      4  evaluate full depth, exit, routing, random routing and an oracle
-  2  train the CLIP                  5  index {scenes} scenes that were never seen
-  3  bundle both with a threshold    6  search them by words
+  2  train the CLIP                  5  draw {scenes} scenes that were never seen
+  3  bundle both with a threshold    6, 7  index them, and search them by words
 
-It takes about {minutes} minutes on two CPU cores, and 200 MB of disk in {folder}.
+It takes three to seven minutes on two CPU cores, and 200 MB of disk in {folder}.
 The same command continues where it was stopped."""
-MINUTES = "two to five"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", default="workdir/demo", help="where everything is written (workdir/demo)")
     folder = Path(parser.parse_args().folder)
-    print(PLAN.format(scenes=SCENES, minutes=MINUTES, folder=folder), flush=True)
+    print(PLAN.format(scenes=SCENES, folder=folder), flush=True)
     start = time.perf_counter()
     steps = list(enumerate(commands(folder), 1))
     for number, (title, words, run) in steps:

@@ -102,7 +102,7 @@ def test_a_run_that_diverged_continues_with_the_settings_its_message_names(tmp_p
     train(config, tmp_path)
     assert "config.optim.clip_norm from 0.0 to 1.0" in capsys.readouterr().out
     events = [line for line in lines(tmp_path) if "event" in line]
-    assert [(e["step"], e["event"]) for e in events] == [(2, "steered")] * 2
+    assert [(e["step"], e["event"]) for e in events] == [(2, "config_changed")] * 2
     assert events[0]["changed"] == {"config.optim.lr": [0.001, 1e38]}
     assert events[1]["changed"] == {
         "config.optim.lr": [1e38, 0.001], "config.optim.exit_lr": [0.001, 0.0001], "config.optim.weight_decay": [0.05, 0.1],

@@ -107,7 +107,7 @@ def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> Run:
                 if resumed:
                     files.require_same_config(workdir, config, free)
                 if steered:  # before config.json says so: a run that is killed in between notes it again
-                    note_event(workdir, files.last_checkpoint(workdir), "steered", changed=steered)
+                    note_event(workdir, files.last_checkpoint(workdir), "config_changed", changed=steered)
                 _claim_workdir(config, workdir, trained_on, tokenizer, rated, token)
             except OSError as error:
                 raise cfg.ConfigError(f"--workdir={workdir} cannot be written: {error}; choose a writable folder") from error
