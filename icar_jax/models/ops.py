@@ -1,16 +1,20 @@
 """The arithmetic of the towers: matrix products, attention, depthwise convolution, normalisation, activations.
 
 Pure functions of arrays, no modules. Every matrix product of a tower is a `dot` or `dot_t`: operands in the compute dtype,
-accumulation in float32, in the forward and in the backward pass. All functions differentiate in reverse mode only.
+accumulation in float32, in the forward and in the backward pass. Backward passes are written by hand; all functions
+differentiate in both modes and any number of times.
 """
 
 from __future__ import annotations
 
-from functools import partial
+import operator
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from icar_jax.models.autodiff import Derivatives, with_derivatives
 
 Array = jax.Array
 
@@ -46,25 +50,31 @@ def _transpose(x: Array) -> Array:
     return jnp.swapaxes(x, -1, -2)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dot(lhs: Array, rhs: Array, dtype) -> Array:
     """[..., M, K] x [..., K, N] -> [..., M, N] float32; equal leading dimensions; operands are cast to `dtype`.
 
     The cotangent is cast to `dtype` before the backward dots, which accumulate in float32 too; plain autodiff would run them
     on float32 operands. Cotangents come back in the operands' own dtypes (float32 for float32 weights).
     """
-    batch = tuple(range(lhs.ndim - 2))
-    return _dot_general(lhs, rhs, (((lhs.ndim - 1,), (rhs.ndim - 2,)), (batch, batch)), dtype)
+    return _dot(lhs, rhs, jnp.dtype(dtype))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dot_t(lhs: Array, rhs: Array, dtype) -> Array:
     """[..., M, K] x [..., N, K] -> [..., M, N] float32: `dot` with a transposed right operand, without transposing it."""
+    return _dot_t(lhs, rhs, jnp.dtype(dtype))
+
+
+def _dot_forward(lhs, rhs, dtype):
     batch = tuple(range(lhs.ndim - 2))
-    return _dot_general(lhs, rhs, (((lhs.ndim - 1,), (rhs.ndim - 1,)), (batch, batch)), dtype)
+    return _dot_general(lhs, rhs, (((lhs.ndim - 1,), (rhs.ndim - 2,)), (batch, batch)), dtype), (lhs, rhs)
 
 
-def _dot_bwd(dtype, operands, g):
+def _dot_t_forward(lhs, rhs, dtype):
+    batch = tuple(range(lhs.ndim - 2))
+    return _dot_general(lhs, rhs, (((lhs.ndim - 1,), (rhs.ndim - 1,)), (batch, batch)), dtype), (lhs, rhs)
+
+
+def _dot_backward(operands, g, dtype):
     lhs, rhs = operands
     g = g.astype(dtype)
     d_lhs = dot_t(g, rhs, dtype)
@@ -72,7 +82,7 @@ def _dot_bwd(dtype, operands, g):
     return d_lhs.astype(lhs.dtype), d_rhs.astype(rhs.dtype)
 
 
-def _dot_t_bwd(dtype, operands, g):
+def _dot_t_backward(operands, g, dtype):
     lhs, rhs = operands
     g = g.astype(dtype)
     d_lhs = dot(g, rhs, dtype)
@@ -80,8 +90,25 @@ def _dot_t_bwd(dtype, operands, g):
     return d_lhs.astype(lhs.dtype), d_rhs.astype(rhs.dtype)
 
 
-dot.defvjp(lambda lhs, rhs, dtype: (dot(lhs, rhs, dtype), (lhs, rhs)), _dot_bwd)
-dot_t.defvjp(lambda lhs, rhs, dtype: (dot_t(lhs, rhs, dtype), (lhs, rhs)), _dot_t_bwd)
+def _sum(*terms: Array | None) -> Array:
+    """The sum of the terms that are not None."""
+    return reduce(operator.add, (term for term in terms if term is not None))
+
+
+def _product_rule(product):
+    """The tangent of a bilinear `product(lhs, rhs, dtype)`."""
+
+    def tangent(operands, tangents, dtype):
+        (lhs, rhs), (d_lhs, d_rhs) = operands, tangents
+        return _sum(
+            None if d_lhs is None else product(d_lhs, rhs, dtype), None if d_rhs is None else product(lhs, d_rhs, dtype)
+        )
+
+    return tangent
+
+
+_dot = with_derivatives(Derivatives(_dot_forward, _product_rule(dot), _dot_backward), arrays=2)
+_dot_t = with_derivatives(Derivatives(_dot_t_forward, _product_rule(dot_t), _dot_t_backward), arrays=2)
 
 
 def linear(x: Array, kernel: Array, bias: Array | None = None, *, dtype) -> Array:
@@ -112,17 +139,12 @@ def _attend(q: Array, k: Array, v: Array, causal: bool, dtype) -> tuple[Array, A
     return (dot(weights, v, dtype) / total).astype(dtype), weights, total
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attention(q, k, v, causal, dtype):
-    return _attend(q, k, v, causal, dtype)[0]
-
-
-def _attention_fwd(q, k, v, causal, dtype):
+def _attention_forward(q, k, v, causal, dtype):
     out, weights, total = _attend(q, k, v, causal, dtype)
     return out, (q, k, v, weights, total, out)
 
 
-def _attention_bwd(causal, dtype, residuals, g):
+def _attention_backward(residuals, g, causal, dtype):
     # With p = weights / total: dv = p^T g, dp = g v^T and ds = p (dp - rowsum(p dp)), where rowsum(p dp) = rowsum(g out).
     # g is divided by total once, so that the unnormalised weights serve as p.
     q, k, v, weights, total, out = residuals
@@ -136,7 +158,19 @@ def _attention_bwd(causal, dtype, residuals, g):
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+def _attention_tangent(residuals, tangents, causal, dtype):
+    # With p = weights / total and the scores' tangent ds: dp = p (ds - rowsum(p ds)); what is masked has p = 0.
+    q, k, v, weights, total, _ = residuals
+    dq, dk, dv = tangents
+    p, out = weights.astype(jnp.float32) / total, None
+    if dq is not None or dk is not None:
+        ds = _sum(None if dq is None else dot_t(dq, k, dtype), None if dk is None else dot_t(q, dk, dtype))
+        ds = ds * q.shape[-1] ** -0.5
+        out = dot(p * (ds - (p * ds).sum(-1, keepdims=True)), v, dtype)
+    return _sum(out, None if dv is None else dot(p, dv, dtype)).astype(dtype)
+
+
+_attention = with_derivatives(Derivatives(_attention_forward, _attention_tangent, _attention_backward), arrays=3)
 
 
 def attention(q: Array, k: Array, v: Array, *, causal: bool = False, dtype) -> Array:
@@ -204,18 +238,22 @@ def _kernel_gradient_tiles(x: Array, kernel: Array, g: Array) -> Array:
     return jnp.stack(sums, axis=1)[:, :, None].astype(kernel.dtype)
 
 
-@jax.custom_vjp
-def _depthwise(x: Array, kernel: Array) -> Array:
-    return lax.platform_dependent(x, kernel, cpu=_shifted_sum, default=_conv)
+def _depthwise_forward(x, kernel):
+    return lax.platform_dependent(x, kernel, cpu=_shifted_sum, default=_conv), (x, kernel)
 
 
-def _depthwise_bwd(residuals, g):
+def _depthwise_backward(residuals, g):
     x, kernel = residuals
     d_kernel = lax.platform_dependent(x, kernel, g, cpu=_kernel_gradient_tiles, default=_kernel_gradient_conv)
     return _depthwise(g, kernel[::-1, ::-1]), d_kernel
 
 
-_depthwise.defvjp(lambda x, kernel: (_depthwise(x, kernel), (x, kernel)), _depthwise_bwd)
+def _depthwise_tangent(residuals, tangents):
+    (x, kernel), (dx, d_kernel) = residuals, tangents
+    return _sum(None if dx is None else _depthwise(dx, kernel), None if d_kernel is None else _depthwise(x, d_kernel))
+
+
+_depthwise = with_derivatives(Derivatives(_depthwise_forward, _depthwise_tangent, _depthwise_backward), arrays=2)
 
 
 def depthwise_conv(x: Array, kernel: Array, bias: Array | None = None, *, dtype) -> Array:
@@ -248,12 +286,7 @@ def _normalise(x: Array, mean: Array, inverse: Array) -> Array:
     return (x.astype(jnp.float32) - mean) * inverse
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _layer_norm(x, scale, bias, eps, dtype):
-    return _layer_norm_fwd(x, scale, bias, eps, dtype)[0]
-
-
-def _layer_norm_fwd(x, scale, bias, eps, dtype):
+def _layer_norm_forward(x, scale, bias, eps, dtype):
     y = x.astype(jnp.float32)
     mean = y.mean(-1, keepdims=True)
     inverse = lax.rsqrt(jnp.square(y - mean).mean(-1, keepdims=True) + eps)
@@ -262,7 +295,7 @@ def _layer_norm_fwd(x, scale, bias, eps, dtype):
     return (_normalise(x, mean, inverse) * scale + bias).astype(dtype), (x, scale, bias, mean, inverse)
 
 
-def _layer_norm_bwd(eps, dtype, residuals, g):
+def _layer_norm_backward(residuals, g, eps, dtype):
     x, scale, bias, mean, inverse = residuals
     g = g.astype(jnp.float32)
     y = _normalise(x, mean, inverse)
@@ -275,7 +308,18 @@ def _layer_norm_bwd(eps, dtype, residuals, g):
     return dx.astype(x.dtype), d_scale.astype(scale.dtype), d_bias.astype(bias.dtype)
 
 
-_layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
+def _layer_norm_tangent(residuals, tangents, eps, dtype):
+    (x, scale, _, mean, inverse), (dx, d_scale, d_bias) = residuals, tangents
+    y, out = _normalise(x, mean, inverse), None
+    if dx is not None:
+        dx = dx.astype(jnp.float32)
+        means = dx.mean(-1, keepdims=True), (dx * y).mean(-1, keepdims=True)
+        out = (dx - means[0] - y * means[1]) * inverse * scale
+    out = _sum(out, None if d_scale is None else y * d_scale, None if d_bias is None else jnp.broadcast_to(d_bias, y.shape))
+    return out.astype(dtype)
+
+
+_layer_norm = with_derivatives(Derivatives(_layer_norm_forward, _layer_norm_tangent, _layer_norm_backward), arrays=3)
 
 
 def layer_norm(x: Array, scale: Array, bias: Array, *, eps: float, dtype=None) -> Array:
@@ -286,16 +330,19 @@ def layer_norm(x: Array, scale: Array, bias: Array, *, eps: float, dtype=None) -
 def _recomputed(function):
     """An elementwise function evaluated in float32 and returned in x.dtype, of which the backward pass stores x alone."""
 
-    def call(x):
-        return function(x.astype(jnp.float32)).astype(x.dtype)
+    def forward(x):
+        return function(x.astype(jnp.float32)).astype(x.dtype), (x,)
 
-    def backward(x, g):
+    def backward(residuals, g):
+        (x,) = residuals
         x32 = lax.optimization_barrier(x).astype(jnp.float32)  # or XLA would store intermediates of the forward pass
         return (jax.vjp(function, x32)[1](g.astype(jnp.float32))[0].astype(x.dtype),)
 
-    activation = jax.custom_vjp(call)
-    activation.defvjp(lambda x: (call(x), x), backward)
-    return activation
+    def tangent(residuals, tangents):
+        (x,), (dx,) = residuals, tangents
+        return jax.jvp(function, (x.astype(jnp.float32),), (dx.astype(jnp.float32),))[1].astype(x.dtype)
+
+    return with_derivatives(Derivatives(forward, tangent, backward), arrays=1)
 
 
 _gelu_erf = _recomputed(lambda x: 0.5 * x * (1 + lax.erf(x * 0.5**0.5)))

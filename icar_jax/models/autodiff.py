@@ -1,0 +1,141 @@
+"""Derivatives written by hand that serve both modes of automatic differentiation.
+
+`jax.custom_vjp` gives a hand-written backward pass and takes forward mode away: `jax.jvp`, `jax.hessian`, Hessian-vector
+products. `with_derivatives` keeps it: forward mode applies the tangent map, reverse mode the hand-written transpose of that map.
+The map is a primitive of its own, because `jax.custom_derivatives.linear_call` can be neither batched nor differentiated twice.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Derivatives:
+    """A differentiable function of arrays and static values.
+
+    Attributes:
+        forward: (*arrays, *static) -> (out, residuals); residuals are a tuple of arrays.
+        tangent: (residuals, tangents, *static) -> tangent of `out`, linear in `tangents`, which are None for arrays that do not
+            vary.
+        backward: (residuals, cotangent, *static) -> a cotangent for each of the arrays.
+    """
+
+    forward: Callable[..., tuple[Array, tuple[Array, ...]]]
+    tangent: Callable[..., Array]
+    backward: Callable[..., tuple[Array, ...]]
+
+
+def with_derivatives(derivatives: Derivatives, arrays: int) -> Callable[..., Array]:
+    """The function of `derivatives`, whose first `arrays` arguments are arrays and whose others are static and hashable."""
+
+    @functools.lru_cache(maxsize=None)
+    def of_static(static: tuple) -> Callable[..., Array]:
+        @jax.custom_jvp
+        def function(*args: Array) -> Array:
+            return derivatives.forward(*args, *static)[0]
+
+        def rule(primals: tuple[Array, ...], tangents: tuple) -> tuple[Array, Array]:
+            out, residuals = derivatives.forward(*primals, *static)
+            varies = tuple(type(t) is not SymbolicZero for t in tangents)
+            if not any(varies):
+                return out, jax.numpy.zeros_like(out)
+            given = [t for t, moves in zip(tangents, varies) if moves]
+            linear = _Linear(derivatives, static, len(residuals), varies)
+            (tangent,) = _linear_p.bind(*residuals, *given, linear=linear, shape=out.shape, dtype=out.dtype)
+            return out, tangent
+
+        function.defjvp(rule, symbolic_zeros=True)
+        return function
+
+    def call(*args: Any) -> Array:
+        return of_static(args[arrays:])(*args[:arrays])
+
+    return call
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """Static description of one application of a tangent map; its operands are the residuals, then the tangents that vary."""
+
+    derivatives: Derivatives
+    static: tuple
+    residuals: int
+    varies: tuple[bool, ...]
+    batched: int = 0  # leading axes that `jax.vmap` has added to all operands
+
+    def apply(self, *operands: Array) -> Array:
+        return self._vmapped(self._apply)(*operands)
+
+    def transpose(self, *operands: Array) -> tuple[Array, ...]:
+        """(residuals, cotangent) -> cotangents of the tangents that vary."""
+        return self._vmapped(self._transpose)(*operands)
+
+    def _apply(self, *operands: Array) -> Array:
+        given = iter(operands[self.residuals :])
+        tangents = [next(given) if moves else None for moves in self.varies]
+        return self.derivatives.tangent(operands[: self.residuals], tangents, *self.static)
+
+    def _transpose(self, *operands: Array) -> tuple[Array, ...]:
+        found = self.derivatives.backward(operands[: self.residuals], operands[-1], *self.static)
+        return tuple(each for each, moves in zip(found, self.varies, strict=True) if moves)
+
+    def _vmapped(self, function: Callable) -> Callable:
+        return function if not self.batched else _Linear._vmapped(self.outer(), jax.vmap(function))
+
+    def outer(self) -> _Linear:
+        """The same with one batch axis fewer."""
+        return _Linear(self.derivatives, self.static, self.residuals, self.varies, self.batched - 1)
+
+
+_linear_p = Primitive("icar_linear")
+_linear_p.multiple_results = True
+
+
+def _apply_rule(*operands: Array, linear: _Linear, shape, dtype) -> list[Array]:
+    return [linear.apply(*operands)]
+
+
+def _jvp_rule(primals, tangents, *, linear: _Linear, shape, dtype):
+    return jax.jvp(lambda *operands: [linear.apply(*operands)], primals, tuple(map(ad.instantiate_zeros, tangents)))
+
+
+def _transpose_rule(cotangents, *operands, linear: _Linear, shape, dtype):
+    (cotangent,) = cotangents
+    unknown = [ad.is_undefined_primal(x) for x in operands]
+    if any(unknown[: linear.residuals]):
+        raise NotImplementedError("a tangent map of icar_jax.models.autodiff is linear in its tangents, not in its residuals")
+    if type(cotangent) is ad.Zero:
+        return [ad.Zero(x.aval) if moves else None for x, moves in zip(operands, unknown)]
+    found = linear.transpose(*operands[: linear.residuals], cotangent)
+    # The tangents that are known here are constants of the linear map; nothing asks for their cotangents.
+    wanted = [c if moves else None for c, moves in zip(found, unknown[linear.residuals :], strict=True)]
+    return [None] * linear.residuals + wanted
+
+
+def _batching_rule(operands, axes, *, linear: _Linear, shape, dtype):
+    size = next(x.shape[axis] for x, axis in zip(operands, axes) if axis is not None)
+    spread = [
+        jax.numpy.broadcast_to(x, (size, *x.shape)) if axis is None else jax.numpy.moveaxis(x, axis, 0)
+        for x, axis in zip(operands, axes)
+    ]
+    more = _Linear(linear.derivatives, linear.static, linear.residuals, linear.varies, linear.batched + 1)
+    return _linear_p.bind(*spread, linear=more, shape=(size, *shape), dtype=dtype), [0]
+
+
+_linear_p.def_impl(jax.jit(_apply_rule, static_argnames=("linear", "shape", "dtype")))
+_linear_p.def_abstract_eval(lambda *_, linear, shape, dtype: [jax.core.ShapedArray(shape, dtype)])
+ad.primitive_jvps[_linear_p] = _jvp_rule
+ad.primitive_transposes[_linear_p] = _transpose_rule
+batching.primitive_batchers[_linear_p] = _batching_rule
+mlir.register_lowering(_linear_p, mlir.lower_fun(_apply_rule, multiple_results=True))
