@@ -24,12 +24,12 @@ import torch_complexity
 from tqdm import tqdm
 
 from icar_jax.models import registry
-from icar_jax.models.blocks_scorer import BlocksArch, BlocksScorer
 from icar_jax.models.clip import Clip
-from icar_jax.models.complexity import Complexity, ComplexityArch
+from icar_jax.models.complexity import ComplexityArch, ComplexityModel
 from icar_jax.models.flops import router_flops, vision_flops
 from icar_jax.models.host import jit_for_host
 from icar_jax.models.merging import Tokens
+from icar_jax.models.token_router import BlocksArch, TokenRouter
 
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 CONVNEXTS = (
@@ -66,11 +66,11 @@ def random_images(batch: int, side: int) -> np.ndarray:
 def convnext_case(size: str, side: int, batch: int, with_torch: bool) -> Case:
     name = f"convnextv2_{size}"
     arch = ComplexityArch(registry.CONVNEXT[name], "regression", side)
-    model, images = Complexity(arch), random_images(batch, side)
+    images = random_images(batch, side)
 
     def ours(dtype):
-        params = jax.jit(model.init)(jax.random.key(0))
-        return compiled(lambda p, x: model.score(p, x, dtype), params, jnp.asarray(images))
+        params = ComplexityModel.init(jax.random.key(0), arch)
+        return compiled(ComplexityModel.graph(arch, dtype=dtype).score, params, jnp.asarray(images))
 
     runs = {f"jax {key}": lambda dtype=dtype: ours(dtype) for key, dtype in DTYPES.items()}
     if with_torch and name in TIMM:
@@ -82,27 +82,26 @@ def convnext_case(size: str, side: int, batch: int, with_torch: bool) -> Case:
 def head_case(variant: str, blocks: int, batch: int) -> Case:
     vision = registry.CLIP[variant].vision
     arch = BlocksArch(vision, blocks, "regression", norm_parts=True)
-    model = BlocksScorer(arch)
 
     def ours(dtype):
+        model = TokenRouter.graph(arch, dtype=dtype)
         tokens = Tokens(jnp.ones((batch, vision.tokens, vision.width), dtype), jnp.ones((batch, vision.tokens)))
-        head = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), model.shapes())
-        return compiled(lambda p, t: model.score_of_tokens(p, t, dtype), head, tokens)
+        head = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), model.shapes)
+        return compiled(model.score_of_tokens, head, tokens)
 
     runs = {f"jax {key}": lambda dtype=dtype: ours(dtype) for key, dtype in DTYPES.items()}
     return Case(f"head on {variant} block {blocks}", batch, router_flops(arch) / vision_flops(TOWER), runs)
 
 
 def tower_case() -> Case:
-    clip = Clip(registry.CLIP["vit_l14"])
-
     def ours(dtype):
+        clip = Clip.graph(registry.CLIP["vit_l14"], dtype=dtype)
         # Constant weights: the time does not depend on them, and drawing 300 million takes longer than the benchmark.
-        params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), {"vision": clip.shapes()["vision"]})
-        params |= {name: leaf for name, leaf in clip.shapes().items() if name != "vision"}
+        params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), {"vision": clip.shapes["vision"]})
+        params |= {name: leaf for name, leaf in clip.shapes.items() if name != "vision"}
         images = jnp.asarray(random_images(TOWER_BATCH, TOWER.image_size))
         given, rest = {"vision": params.pop("vision")}, params
-        return compiled(lambda p, x: clip.encode_image({**_zeros(rest), **p}, x, None, dtype), given, images)
+        return compiled(lambda p, x: clip.encode_image({**_zeros(rest), **p}, x), given, images)
 
     runs = {f"jax {key}": lambda dtype=dtype: ours(dtype) for key, dtype in DTYPES.items()}
     return Case("vit_l14 tower", TOWER_BATCH, 1.0, runs)

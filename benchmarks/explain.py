@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 import icar_jax
 from icar_jax import workdir
 from icar_jax.evaluation import deletion, figures
-from icar_jax.models.blocks_scorer import BlocksScorer
 from icar_jax.models.complexity import MAP_STAGE, MAP_STAGES
+from icar_jax.models.token_router import BlocksArch
 
 SHARES = (0.05, 0.1, 0.2, 0.4)
 _STYLES = {
@@ -67,7 +67,7 @@ def main() -> None:
     p.add_argument("--figure")
     args = p.parse_args()
     model = icar_jax.load(args.checkpoint, batch_size=64)
-    patches = isinstance(model.scorer.complexity, BlocksScorer)
+    patches = isinstance(model.scorer.complexity.arch, BlocksArch)
     stages, default = ((None,), None) if patches else (MAP_STAGES, MAP_STAGE)
     record = deletion.measure(model, images=args.images, stages=stages)
     print(f"{args.images} scenes of {record['pixels']} pixels, PCC {record['pcc']:.3f}; the fall of the score, 20% deleted")

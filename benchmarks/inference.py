@@ -42,12 +42,12 @@ from icar_jax.inference.forward import Forward
 from icar_jax.inference.router import OneExit, Router
 from icar_jax.models import registry
 from icar_jax.models.clip import unit_norm
-from icar_jax.models.complexity import Complexity, ComplexityArch
+from icar_jax.models.complexity import ComplexityArch, ComplexityModel
 from icar_jax.models.flops import router_flops, vision_flops
+from icar_jax.models.functional import Graph
 from icar_jax.models.host import has_bf16_instructions, jit_for_host
-from icar_jax.models.layers import Bridge
 from icar_jax.models.pixels import normalise
-from icar_jax.models.vision import Vision, VisionArch
+from icar_jax.models.vision import VisionArch, VisionTower
 
 CLIP_MEAN = CLIP_STD = (0.5, 0.5, 0.5)
 ICC_MEAN, ICC_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -73,15 +73,15 @@ class Case:
     batches: int
 
     @cached_property
-    def tower(self) -> Bridge:
-        return Bridge(lambda rngs: Vision(self.arch, rngs=rngs))
+    def tower(self) -> Graph[VisionTower]:
+        return VisionTower.graph(self.arch)
 
     @cached_property
     def params(self) -> dict[str, Any]:
         """Parameters of the tower and of the scorer, float32: drawn numbers that repeat, as drawing them all takes long."""
         numbers = 0.02 * np.random.default_rng(1).standard_normal(1_000_003, np.float32)
         leaf = lambda path, s: jnp.asarray(np.resize(numbers, s.shape) + np.float32(path.endswith("scale")))
-        shapes = {"tower": self.tower.shapes(), "scorer": Complexity(self.scorer).shapes()}
+        shapes = {"tower": self.tower.shapes, "scorer": ComplexityModel.graph(self.scorer).shapes}
         return {name: pytree.map_with_path(leaf, tree) for name, tree in shapes.items()}
 
     @cached_property
@@ -96,17 +96,18 @@ class Case:
 def jax_runs(case: Case, dtype: Any) -> tuple[Runs, float]:
     """What is timed of this package, by name, and the seconds that compiling took."""
     full, early = case.arch.depth, case.early
+    vision, complexity = VisionTower.graph(case.arch, dtype=dtype), ComplexityModel.graph(case.scorer, dtype=dtype)
 
     def tower(exit: int) -> Forward:
         def embed(params: Any, pixels: jax.Array) -> jax.Array:
             images = normalise(pixels, CLIP_MEAN, CLIP_STD)
-            return unit_norm(case.tower.bind(params)(images, (exit,), dtype)[exit])
+            return unit_norm(vision(params, images, (exit,))[exit])
 
         return Forward(embed, case.params["tower"], (case.batch,))
 
     def score(params: Any, pixels: jax.Array) -> jax.Array:
         # A float times zero may be NaN, so that the compiler cannot leave the score out.
-        value = Complexity(case.scorer).score(params, normalise(pixels, ICC_MEAN, ICC_STD), dtype)
+        value = complexity.score(params, normalise(pixels, ICC_MEAN, ICC_STD))
         return pixels[:, 0, 0, 0] / 255 + 0 * value
 
     towers = {exit: tower(exit) for exit in case.arch.all_exits}

@@ -33,7 +33,8 @@ from icar_jax.evaluation.metrics import RECALL_AT, Distractors, Ranks, ranks
 from icar_jax.evaluation.ranking import local_mesh
 from icar_jax.evaluation.seeds import mean_recall_hits
 from icar_jax.inference.budgets import thresholds_for_budget
-from icar_jax.inference.model import Model, load
+from icar_jax.inference.loading import load
+from icar_jax.inference.model import Model
 from icar_jax.inference.router import assign
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.flops import vision_flops
@@ -78,7 +79,7 @@ class Rows:
         self.model, self.gallery, self.far = model, gallery, far
         self.galleries = [gallery, *([far] if far is not None else [])]
         self.mesh = local_mesh()
-        self.flops = {e: float(vision_flops(model.clip.arch.vision, e)) for e in model.exits}
+        self.flops = {e: float(vision_flops(model.arch.vision, e)) for e in model.exits}
         self.records: dict[str, dict[str, Any]] = {}
         self.hits: dict[str, Hits] = {}
         self.arrays: dict[str, np.ndarray] = {"owner": gallery.caption_image}
@@ -231,7 +232,7 @@ def evaluate(asked_for: Mapping[str, Any]) -> None:
     times: list[dict[str, float]] = []
     for name, folder in routers.items() if len(model.exits) > 1 else ():
         judge = load(folder, **s)
-        cost = costs(model.clip.arch, judge.scorer.complexity.arch)
+        cost = costs(model.arch, judge.scorer.complexity.arch)
         chosen = score_source(judge, images.calibration, f"calibrate {name}", loading).scores
         asked = [each for each in (images.queries, images.far) if each is not None]
         scores = [score_source(judge, each, f"score by {name}", loading).scores for each in asked]

@@ -32,7 +32,7 @@ from icar_jax.inference.forward import Forward
 from icar_jax.inference.router import OneExit, Routed, Router
 from icar_jax.models import registry
 from icar_jax.models.clip import Clip
-from icar_jax.models.complexity import Complexity, ComplexityArch
+from icar_jax.models.complexity import ComplexityArch, ComplexityModel
 from icar_jax.models.pixels import normalise
 
 EXITS = {"vit_b32": 6, "vit_b16": 6, "vit_l14": 13}
@@ -63,12 +63,12 @@ def measure(name: str, scorer_name: str, batch: int, images: int, repeats: int, 
     arch = registry.clip_arch(ClipConfig(variant=name, exits=(EXITS[name],)))
     size, _, scorer_side = scorer_name.partition("@")
     scorer_arch = ComplexityArch(registry.CONVNEXT[f"convnextv2_{size}"], "regression", int(scorer_side))
-    clip, scorer = Clip(arch), Complexity(scorer_arch)
-    params, scorer_params = drawn(clip.shapes()), drawn(scorer.shapes())
+    clip, scorer = Clip.graph(arch, dtype=dtype), ComplexityModel.graph(scorer_arch, dtype=dtype)
+    params, scorer_params = drawn(clip.shapes), drawn(scorer.shapes)
     early, full = arch.vision.all_exits
 
     def tower(exit: int) -> Forward:
-        fn = lambda params, pixels: clip.encode_image(params, normalise(pixels, MEAN, STD), exit, dtype)
+        fn = lambda params, pixels: clip.encode_image(params, normalise(pixels, MEAN, STD), exit)
         return Forward(fn, params, (batch,))
 
     towers = {exit: tower(exit) for exit in (early, full)}
@@ -76,7 +76,7 @@ def measure(name: str, scorer_name: str, batch: int, images: int, repeats: int, 
     def drawn_score(params: Any, pixels: jax.Array) -> jax.Array:
         number = jnp.sum(pixels.astype(jnp.int32), axis=(1, 2, 3)) % 1009
         # A float times zero may be NaN, so that the compiler cannot leave the score out.
-        return number / 1009 + 0 * scorer.score(params, normalise(pixels, MEAN, STD), dtype)
+        return number / 1009 + 0 * scorer.score(params, normalise(pixels, MEAN, STD))
 
     score = Forward(drawn_score, scorer_params, (batch,))
     side, dim = arch.vision.image_size, arch.vision.embed_dim

@@ -11,7 +11,7 @@ __all__ = ["load"]
 def __getattr__(name: str) -> Any:
     # Importing the package must not start JAX: worker processes of the data pipeline import it too.
     if name == "load":
-        from icar_jax.inference.model import load
+        from icar_jax.inference.loading import load
 
         return load
     raise AttributeError(f"module 'icar_jax' has no attribute {name!r}")

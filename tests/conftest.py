@@ -25,7 +25,7 @@ from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models import registry
 from icar_jax.models.clip import Clip, ClipArch
-from icar_jax.models.complexity import Complexity, ComplexityArch
+from icar_jax.models.complexity import ComplexityArch, ComplexityModel
 from icar_jax.models.convnext import ConvNeXtArch
 from icar_jax.models.text import TextArch
 from icar_jax.models.vision import VisionArch
@@ -68,7 +68,7 @@ def random_clip(folder, vision):
     text = TextArch(16, tokenizer.vocab_size, 16, 1, 2, 32, 24, end_id=tokenizer.end_id)
     arch = ClipArch(vision, text)
     description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(vision.image_size, "squash").to_dict()}
-    return checkpoint.write(folder, "clip", description, drawn.params(Clip(arch).shapes(), 0), tokenizer.to_json())
+    return checkpoint.write(folder, "clip", description, drawn.params(Clip.graph(arch).shapes, 0), tokenizer.to_json())
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +83,7 @@ def complexity_folder(tmp_path_factory):
     """A random complexity checkpoint."""
     arch = ComplexityArch(ConvNeXtArch((1, 1, 1, 1), (8, 8, 8, 8)), "regression", 32)
     description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(32, "squash").to_dict()}
-    params = drawn.params(Complexity(arch).shapes(), 3)
+    params = drawn.params(ComplexityModel.graph(arch).shapes, 3)
     # A fresh head scores nearly all images alike; a steeper last layer spreads them.
     params["head"]["fc3"]["kernel"] = params["head"]["fc3"]["kernel"] * 8
     return checkpoint.write(tmp_path_factory.mktemp("complexity") / "model", "complexity", description, params)

@@ -147,7 +147,7 @@ def openai_source(folder: Path) -> tuple[Path, dict]:
     )
     rng = np.random.default_rng(0)
     params = pytree.map_with_path(
-        lambda _, leaf: (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32), Clip(arch).shapes()
+        lambda _, leaf: (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32), Clip.graph(arch).shapes
     )
     state = dict(export_weights(params, open_clip_rules(), "source"))
     state |= {name: np.array(size) for name, size in (("input_resolution", 12), ("context_length", 10), ("vocab_size", 64))}

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icar_jax.models.complexity import Complexity, ComplexityArch, activation_map
-from icar_jax.models.convnext import Classifier, ConvNeXtArch
+from icar_jax.models.complexity import ComplexityArch, ComplexityModel, activation_map
+from icar_jax.models.convnext import ConvNeXt, ConvNeXtArch
 
 # Compiling the depthwise convolutions is what takes time here: few blocks, and each program serves several tests.
 BACKBONE = ConvNeXtArch((0, 1, 0, 1), (8, 8, 12, 16))
@@ -18,8 +18,8 @@ BACKBONE = ConvNeXtArch((0, 1, 0, 1), (8, 8, 12, 16))
 
 @functools.cache
 def model_of(head, seed=0):
-    model = Complexity(ComplexityArch(BACKBONE, head, 64))
-    leaves, tree = jax.tree.flatten(model.shapes())
+    model = ComplexityModel.graph(ComplexityArch(BACKBONE, head, 64))
+    leaves, tree = jax.tree.flatten(model.shapes)
     rng = np.random.default_rng(seed)
     # Not from `init`, which would take most of the time of this file.
     params = tree.unflatten([rng.normal(0.3, 0.3, x.shape).astype(np.float32) for x in leaves])
@@ -70,9 +70,9 @@ def score_and_map(head, stage):
 
 @functools.cache
 def features_of(head):
-    backbone = Classifier(BACKBONE)._bridge
+    backbone = ConvNeXt.graph(BACKBONE)
     _, params = model_of(head)
-    return jax.jit(lambda p, x: backbone.bind(p).feature_map(x, 4, jnp.float32))(params["backbone"], pictures())
+    return jax.jit(lambda p, x: backbone.feature_map(p, x, 4))(params["backbone"], pictures())
 
 
 @pytest.mark.parametrize("head, stage", [("classification", 4), ("regression", 4), ("regression", 2)])

@@ -73,10 +73,10 @@ def test_the_loss_is_what_the_embeddings_have_moved_by(origin, tokenizer):
     task, params, batch = made(config, tokenizer)
     value, metrics = jax.jit(task.loss)(params, batch, jax.random.key(0))
     plain, _ = jax.jit(make_task(held(origin, weight=0.0), tokenizer, None).loss)(params, batch, jax.random.key(0))
-    started = Clip(clip_arch(held(origin, (), ()), tokenizer))
+    started = Clip.graph(clip_arch(held(origin, (), ()), tokenizer))
     pixels = jnp.asarray(batch["image"], jnp.float32) / 127.5 - 1
     then = jax.jit(started.encode_image)(checkpoint.read(origin, "clip").params, pixels)
-    now = jax.jit(Clip(task.arch).encode_image_exits)(params, pixels)
+    now = jax.jit(Clip.graph(task.arch).encode_image_exits)(params, pixels)
     moved = {exit: 1 - float(np.mean(np.sum(np.asarray(z) * then, axis=1))) for exit, z in now.items()}
     assert moved[3] > 0.001  # patches merged
     assert float(metrics["distill_init"]) == pytest.approx((0.2 * moved[2] + moved[3]) / 1.2, rel=1e-4)

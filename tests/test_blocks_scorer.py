@@ -26,12 +26,12 @@ from icar_jax.inference.forward import count_compilations
 from icar_jax.inference.router import assign
 from icar_jax.inference.shared import SharedRouter
 from icar_jax.models import registry
-from icar_jax.models.blocks_scorer import BlocksArch, BlocksScorer, pool_tokens
 from icar_jax.models.clip import ClipArch
-from icar_jax.models.complexity import ComplexityArch
+from icar_jax.models.complexity import ComplexityArch, ComplexityModel
 from icar_jax.models.flops import complexity_flops, router_flops, trunk_flops, vision_flops
 from icar_jax.models.merging import Tokens
-from icar_jax.models.scorers import make_scorer, scorer_arch
+from icar_jax.models.scorers import scorer_arch, scorer_class
+from icar_jax.models.token_router import BlocksArch, TokenRouter, pool_tokens, shared_paths
 from icar_jax.training.loop import train
 
 
@@ -45,9 +45,9 @@ def write_scorer(folder, clip_folder, blocks, head="regression", change=lambda f
     clip = checkpoint.read(clip_folder, "clip")
     vision = from_dict(clip.description["arch"], ClipArch).vision
     arch = BlocksArch(dataclasses.replace(vision, exits=()), blocks, head, norm_parts=norm_parts)
-    scorer = BlocksScorer(arch)
-    flat, weights = pytree.flatten(scorer.init(jax.random.key(3))), pytree.flatten(clip.params)
-    flat |= {path: weights[source] for path, source in scorer.shared_paths().items()}
+    scorer = TokenRouter.graph(arch)
+    flat, weights = pytree.flatten(TokenRouter.init(jax.random.key(3), arch)), pytree.flatten(clip.params)
+    flat |= {path: weights[source] for path, source in shared_paths(scorer.shapes).items()}
     last = "head/fc3/kernel" if head == "regression" else "head/fc/kernel"
     flat[last] = flat[last] * spread
     description = {
@@ -216,7 +216,7 @@ def test_an_architecture_without_type_is_a_convnext():
     assert scorer_arch(json.loads(json.dumps(dataclasses.asdict(arch))), "arch") == arch
     blocks = BlocksArch(registry.CLIP["vit_demo"].vision, 2, "regression")
     read = scorer_arch(json.loads(json.dumps(dataclasses.asdict(blocks))), "arch")
-    assert read == blocks and isinstance(make_scorer(read), BlocksScorer)
+    assert read == blocks and scorer_class(read) is TokenRouter and scorer_class(arch) is ComplexityModel
     with pytest.raises(ConfigError, match="arch.type='resnet'"):
         scorer_arch({"type": "resnet"}, "arch")
 
@@ -243,8 +243,8 @@ def test_parts_of_one_scale_are_read_alike_however_large_each_is():
     tokens = Tokens(values, np.ones(values.shape[:2], np.float32))
     louder = tokens._replace(values=np.concatenate([100 * values[:, :1], values[:, 1:]], axis=1))
     for norm_parts in (True, False):
-        scorer = BlocksScorer(BlocksArch(vision, 2, "regression", norm_parts=norm_parts))
-        params = drawn.params(scorer.shapes(), 0)
+        scorer = TokenRouter.graph(BlocksArch(vision, 2, "regression", norm_parts=norm_parts))
+        params = drawn.params(scorer.shapes, 0)
         plain, loud = (scorer.logits_of_tokens(params, each) for each in (tokens, louder))
         assert bool(np.allclose(plain, loud, atol=1e-3)) == norm_parts
 
@@ -265,7 +265,7 @@ def test_training_lowers_the_loss_and_leaves_the_tower_alone(clip_folder, tmp_pa
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     trained, clip = checkpoint.read(folder, "complexity"), checkpoint.read(clip_folder, "clip")
     have, want = pytree.flatten(trained.params), pytree.flatten(clip.params)
-    shared = BlocksScorer(scorer_arch(trained.description["arch"], "arch")).shared_paths()
+    shared = shared_paths(trained.params)
     assert len(shared) > 15
     for path, source in shared.items():
         np.testing.assert_array_equal(have[path], want[source])

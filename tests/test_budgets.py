@@ -48,7 +48,7 @@ def model(clip_folder, complexity_folder, tmp_path_factory):
     vision, text = VisionArch(32, 4, 64, 6, 4, 256, 24, exits=(2, 4)), TextArch(16, 300, 16, 1, 2, 32, 24, end_id=299)
     arch, folder = ClipArch(vision, text), tmp_path_factory.mktemp("budget")
     description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(32, "squash").to_dict()}
-    checkpoint.write(folder / "clip", "clip", description, Clip(arch).init(jax.random.key(0), "random"))
+    checkpoint.write(folder / "clip", "clip", description, Clip.init(jax.random.key(0), arch, "random"))
     bundle = make_bundle(folder / "clip", complexity_folder, folder / "bundle", thresholds=(0.3, 0.6))
     scores = icar_jax.load(complexity_folder, batch_size=8).score(pictures())
     routing = checkpoint.describe(bundle)["routing"] | {"scores": pack_quantiles(scores)}
@@ -64,7 +64,7 @@ def pictures(n=60):
 def test_a_budget_routes_the_calibration_images_at_its_cost(model):
     from icar_jax.inference.budgets import counted_costs
 
-    costs = counted_costs(model.clip.arch, model.scorer.complexity.arch)
+    costs = counted_costs(model.arch, model.scorer.complexity.arch)
     shares = {}
     for budget in (0.5, 0.8):
         routed = model.route(pictures(), budget=budget)

@@ -18,7 +18,7 @@ from icar_jax.data.images import Preprocess
 from icar_jax.data.scenes import Scenes
 from icar_jax.evaluation.calibration import calibrate, costs_of, make_bundle
 from icar_jax.inference.router import assign
-from icar_jax.models.complexity import Complexity, ComplexityArch
+from icar_jax.models.complexity import ComplexityArch, ComplexityModel
 from icar_jax.models.convnext import ConvNeXtArch
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +45,7 @@ def bundle(clip_folder, complexity_folder, tmp_path):
 def classifier_weights(tmp_path_factory):
     arch = ComplexityArch(ConvNeXtArch((1, 1, 1, 1), (8, 8, 8, 8)), "classification", 32)
     description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(32, "squash").to_dict()}
-    params = drawn.params(Complexity(arch).shapes(), 2)
+    params = drawn.params(ComplexityModel.graph(arch).shapes, 2)
     params["head"]["fc"]["kernel"] = params["head"]["fc"]["kernel"] * 2
     return arch, description, params
 
@@ -102,7 +102,7 @@ def test_costs_count_the_router(bundle):
     from icar_jax.models.flops import complexity_flops, vision_flops
 
     assert costs.router == complexity_flops(model.scorer.complexity.arch)
-    assert costs.full == vision_flops(model.clip.arch.vision)
+    assert costs.full == vision_flops(model.arch.vision)
     assert costs.share_of_full({1: 0, 2: 0, 3: 1}) == pytest.approx(1 + costs.router / costs.full)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from icar_jax.config import ComplexityConfig
 from icar_jax.models import registry
-from icar_jax.models.complexity import Complexity
+from icar_jax.models.complexity import ComplexityModel
 from icar_jax.models.flops import complexity_flops, vision_flops
 
 
@@ -15,16 +15,16 @@ from icar_jax.models.flops import complexity_flops, vision_flops
 @pytest.mark.parametrize("variant", ["atto", "femto", "pico", "nano"])
 def test_every_variant_takes_every_size(variant, head, size):
     arch = registry.complexity_arch(ComplexityConfig(variant=f"convnextv2_{variant}", head=head, image_size=size))
-    model = Complexity(arch)
+    model = ComplexityModel.graph(arch)
     images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
-    assert jax.eval_shape(model.score, model.shapes(), images).shape == (2,)
+    assert jax.eval_shape(model.score, model.shapes, images).shape == (2,)
     assert 0 < complexity_flops(arch) < 0.04 * vision_flops(registry.CLIP["vit_l14"].vision)
 
 
 def test_pixels_beyond_the_last_whole_stride_do_not_count():
     arch = registry.complexity_arch(ComplexityConfig(variant="convnextv2_demo", image_size=35))
-    model = Complexity(arch)
-    params = model.init(jax.random.key(0))
+    model = ComplexityModel.graph(arch)
+    params = ComplexityModel.init(jax.random.key(0), arch)
     images = jax.random.normal(jax.random.key(1), (2, 35, 35, 3))
     score = jax.jit(model.score)
     assert jnp.array_equal(score(params, images), score(params, images.at[:, 32:].set(9.0).at[:, :, 32:].set(9.0)))

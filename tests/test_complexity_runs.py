@@ -24,7 +24,7 @@ from icar_jax.data.images import Preprocess
 from icar_jax.data.scenes import Scenes
 from icar_jax.evaluation import during_training, ratings_metrics
 from icar_jax.models import registry
-from icar_jax.models.convnext import Classifier
+from icar_jax.models.convnext import ConvNeXt
 from icar_jax.training import evaluator, losses
 from icar_jax.training.logs import RunLog
 from icar_jax.training.loop import train
@@ -64,7 +64,7 @@ def evaluators(config):
 def backbone(tmp_path_factory):
     """An ImageNet backbone as `icar convert` leaves it."""
     arch = dataclasses.replace(registry.CONVNEXT["convnextv2_demo"], num_classes=0)
-    params = Classifier(arch).init(jax.random.key(3))
+    params = ConvNeXt.init(jax.random.key(3), arch)
     description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(32, "squash").to_dict()}
     return checkpoint.write(tmp_path_factory.mktemp("timm") / "model", "convnext", description, params)
 

@@ -21,7 +21,7 @@ from icar_jax.evaluation import agreement, classical, complexity_table
 from icar_jax.evaluation import ratings_metrics as m
 from icar_jax.evaluation.agreement import Predicted
 from icar_jax.evaluation.evaluate_complexity import NUISANCES, evaluate_complexity
-from icar_jax.models.complexity import Complexity, ComplexityArch
+from icar_jax.models.complexity import ComplexityArch, ComplexityModel
 from icar_jax.models.convnext import ConvNeXtArch
 from icar_jax.models.flops import complexity_flops
 
@@ -32,7 +32,7 @@ def finished_run(folder, head):
     config.complexity.head = head
     config.eval.size = 60
     arch = ComplexityArch(ConvNeXtArch((1, 1, 1, 1), (8, 8, 8, 8)), head, 32)
-    params = drawn.params(Complexity(arch).shapes(), 2)
+    params = drawn.params(ComplexityModel.graph(arch).shapes, 2)
     last = params["head"]["fc3" if head == "regression" else "fc"]
     last["kernel"] = last["kernel"] * 10
     description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(32, "squash").to_dict()}

@@ -44,18 +44,18 @@ def siglip_arch():
 def random_params(arch):
     rng = np.random.default_rng(0)
     draw = lambda path, leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape) + path.endswith("/scale"), jnp.float32)
-    return pytree.map_with_path(draw, Clip(arch).shapes())
+    return pytree.map_with_path(draw, Clip.graph(arch).shapes)
 
 
 def embed_and_loss(arch, execution, dtype):
-    clip = Clip(arch, execution)
+    clip = Clip.graph(arch, execution=execution, dtype=dtype)
     weigh = np.random.default_rng(1).standard_normal(arch.vision.embed_dim).astype(np.float32)
     images = np.random.default_rng(2).standard_normal((2, 16, 16, 3)).astype(np.float32)
     tokens = np.array([[18, 3, 19, 0, 0, 0], [18, 1, 2, 3, 4, 19]], np.int32)
 
     def loss(params):
-        embeds = clip.encode_image_exits(params, images, dtype=dtype)
-        embeds[0] = clip.encode_text(params, tokens, dtype)
+        embeds = clip.encode_image_exits(params, images)
+        embeds[0] = clip.encode_text(params, tokens)
         # Exits weigh unequally, so that an exit that reads another block's output shows.
         return sum((i + 1) * (z * weigh).sum() for i, z in enumerate(embeds.values())), embeds
 
@@ -95,7 +95,7 @@ def test_bfloat16_gradients_of_a_scan_are_as_good_as_unrolled():
 
 def test_one_scan_between_exits_over_matrices_in_the_compute_dtype():
     arch = clip_arch(6, (1, 3))
-    params = Clip(arch).shapes()
+    params = Clip.graph(arch).shapes
     program = jax.make_jaxpr(embed_and_loss(arch, SCAN, jnp.bfloat16))(params)
     scans = [e for e in equations(program.jaxpr) if e.primitive.name == "scan"]
     assert [e.params["length"] for e in scans] == [2, 3]  # blocks 2 and 3, then 4 to 6; one block alone is not a loop
@@ -115,7 +115,7 @@ def test_what_the_backward_pass_computes_again(scan):
     counts = {}
     for remat in ("none", "dots", "full"):
         loss = lambda p, e=Execution(remat, scan): embed_and_loss(arch, e, jnp.float32)(p)[0]
-        program = jax.make_jaxpr(jax.grad(loss))(Clip(arch).shapes())
+        program = jax.make_jaxpr(jax.grad(loss))(Clip.graph(arch).shapes)
         counts[remat] = _count_dots(program.jaxpr)
     blocks = 3 + 1
     assert counts["dots"] - counts["none"] == 2 * blocks
@@ -140,9 +140,9 @@ def test_remat_stores_less_from_the_forward_for_the_backward_pass(scan):
     images = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
     stored = {}
     for remat in ("none", "dots", "full"):
-        clip = Clip(MANY_TOKENS, Execution(remat, scan))
-        embed = lambda p, x, clip=clip: clip.encode_image(p, x, dtype=jnp.bfloat16)
-        kept = jax.eval_shape(lambda p, x, embed=embed: jax.vjp(embed, p, x)[1], clip.shapes(), images)
+        clip = Clip.graph(MANY_TOKENS, execution=Execution(remat, scan), dtype=jnp.bfloat16)
+        embed = lambda p, x, clip=clip: clip.encode_image(p, x)
+        kept = jax.eval_shape(lambda p, x, embed=embed: jax.vjp(embed, p, x)[1], clip.shapes, images)
         stored[remat] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
     assert stored["none"] > 1.8 * stored["dots"] and stored["dots"] > 1.8 * stored["full"]
 
@@ -153,16 +153,16 @@ def test_remat_takes_less_memory_in_the_compiled_program():
     images = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
     memory = {}
     for remat in ("none", "dots", "full"):
-        clip = Clip(MANY_TOKENS, Execution(remat, True))
+        clip = Clip.graph(MANY_TOKENS, execution=Execution(remat, True))
         grad = jax.grad(lambda p, x, clip=clip: clip.encode_image(p, x).sum())
-        memory[remat] = jax.jit(grad).lower(clip.shapes(), images).compile().memory_analysis().temp_size_in_bytes
+        memory[remat] = jax.jit(grad).lower(clip.shapes, images).compile().memory_analysis().temp_size_in_bytes
     assert memory["none"] > 1.3 * memory["dots"] and memory["dots"] > 1.3 * memory["full"]
 
 
 @pytest.mark.parametrize("execution", ALL, ids=str)
 def test_bf16_towers_have_no_float32_operand_in_any_dot(execution):
     arch = clip_arch(4, (1,), 2)
-    program = jax.make_jaxpr(jax.grad(lambda p: embed_and_loss(arch, execution, jnp.bfloat16)(p)[0]))(Clip(arch).shapes())
+    program = jax.make_jaxpr(jax.grad(lambda p: embed_and_loss(arch, execution, jnp.bfloat16)(p)[0]))(Clip.graph(arch).shapes)
     dots = [e for e in equations(program.jaxpr) if e.primitive.name == "dot_general"]
     assert len(dots) >= 3 * 6 * 3
     assert {str(v.aval.dtype) for e in dots for v in e.invars} == {"bfloat16"}
@@ -170,7 +170,7 @@ def test_bf16_towers_have_no_float32_operand_in_any_dot(execution):
 
 
 def test_the_default_is_unrolled_and_stores_all():
-    assert Clip(clip_arch()).execution == Execution("none", False)
+    assert Clip.graph(clip_arch()).vision.execution == Execution("none", False)
     with pytest.raises(ValueError, match="remat 'blocks' must be one of"):
         Execution("blocks")
 
@@ -195,8 +195,8 @@ def loss_of(clip):
 
 def run(shape, remat, scan):
     mesh = make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
-    clip = Clip(arch, Execution(remat, scan, batch_sharding(mesh)))
-    layout = shardings(clip.shapes(), mesh)
+    clip = Clip.graph(arch, execution=Execution(remat, scan, batch_sharding(mesh)))
+    layout = shardings(clip.shapes, mesh)
     params = initial.place(host, layout)
     for placed, whole in zip(jax.tree.leaves(params), jax.tree.leaves(host)):
         for shard in placed.addressable_shards:
@@ -210,7 +210,7 @@ def run(shape, remat, scan):
 
 # The images' gradients one by one, summed in float64: XLA's program for the whole batch rounds its sums by 1e-5 of a leaf's
 # largest entry on one device already, that of one device's share by 1e-6.
-grad = jax.jit(jax.grad(loss_of(Clip(arch))))
+grad = jax.jit(jax.grad(loss_of(Clip.graph(arch))))
 each = [grad(host, images[i : i + 1]) for i in range(16)]
 expected = jax.tree.map(lambda a, *g: a - np.sum(g, axis=0, dtype=np.float64), host, *each)
 found = {}

@@ -5,7 +5,6 @@ import re
 
 import drawn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference as ref
@@ -18,9 +17,8 @@ from icar_jax.convert.export import export
 from icar_jax.data.images import Preprocess
 from icar_jax.models import flops, registry
 from icar_jax.models.clip import Clip, ClipArch, exit_sources, start_exits_from_final
-from icar_jax.models.layers import Bridge
 from icar_jax.models.transformer import Block, Execution, block_scales, run_blocks
-from icar_jax.models.vision import ExitHead, Vision, VisionArch
+from icar_jax.models.vision import ExitHead, VisionArch, VisionTower
 from icar_jax.parallel.rules import RULES
 from icar_jax.training import initial
 
@@ -33,7 +31,7 @@ def with_head(name, arch=ARCH, **changes):
 
 
 def bridge(arch):
-    return Bridge(lambda rngs: ExitHead(arch, rngs=rngs))
+    return ExitHead.graph(arch)
 
 
 def tokens(seed=0, batch=2):
@@ -66,17 +64,17 @@ def expected(x, p, arch):
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_heads_against_numpy(name, pool):
     arch = with_head(name, pool=pool)
-    params = drawn.params(bridge(arch).shapes(), 1)
-    found = jax.jit(lambda p, x: bridge(arch).bind(p)(x, jnp.float32))(params, tokens())
+    params = drawn.params(bridge(arch).shapes, 1)
+    found = jax.jit(lambda p, x: bridge(arch)(p, x))(params, tokens())
     for row, x in zip(found, tokens().astype(np.float64), strict=True):
         np.testing.assert_allclose(row, expected(x, ref.f64(params), arch), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_at_its_start_a_head_is_the_linear_head_and_learns(name):
-    made = bridge(with_head(name)).init(jax.random.key(0))
+    made = ExitHead.init(jax.random.key(0), with_head(name))
     linear = {"ln": made["ln"], "proj": made["proj"]}
-    run = lambda arch, p: jax.jit(lambda p: bridge(arch).bind(p)(tokens(), jnp.float32))(p)
+    run = lambda arch, p: jax.jit(lambda p: bridge(arch)(p, tokens()))(p)
     np.testing.assert_allclose(run(with_head(name), made), run(ARCH, linear), atol=1e-6)
     last = {"adapter": "residual/mlp/fc2/kernel", "attention": "residual/attn/out/kernel"}[name]
     grads = pytree.flatten(jax.grad(lambda p: run(with_head(name), p)[:, 0].sum())(made))
@@ -86,7 +84,7 @@ def test_at_its_start_a_head_is_the_linear_head_and_learns(name):
 @pytest.mark.parametrize("name", HEADS)
 def test_only_norm_and_projection_start_from_the_final_head(name):
     arch = registry.clip_arch(ClipConfig(variant="vit_demo", exits=(2,), patch_size=32, exit_head=name))
-    shapes = Clip(arch).shapes()
+    shapes = Clip.graph(arch).shapes
     assert set(exit_sources(shapes)) == {
         *(f"vision/exits/2/{leaf}" for leaf in ("ln/scale", "ln/bias", "proj/kernel")), "exit_logit_scale/2",
     }  # fmt: skip
@@ -100,16 +98,16 @@ def test_only_norm_and_projection_start_from_the_final_head(name):
 def test_every_parameter_of_the_heads_has_a_rule_of_sharding():
     for name in HEADS:
         arch = registry.clip_arch(ClipConfig(variant="vit_demo", exits=(2,), exit_head=name))
-        paths = [p for p in pytree.flatten(Clip(arch).shapes()) if "/residual/" in p]
+        paths = [p for p in pytree.flatten(Clip.graph(arch).shapes) if "/residual/" in p]
         assert paths and [p for p in paths if not any(re.search(pattern, p) for pattern, _ in RULES)] == []
 
 
 def test_summed_heads_are_the_sum_of_what_each_gives():
     own, summed = (dataclasses.replace(ARCH, exits=(1, 2), exit_sum=on) for on in (False, True))
-    tower = lambda arch: Bridge(lambda rngs: Vision(arch, rngs=rngs))
-    params = drawn.params(tower(own).shapes(), 0)
+    tower = lambda arch: VisionTower.graph(arch)
+    params = drawn.params(tower(own).shapes, 0)
     images = np.random.default_rng(1).standard_normal((2, 32, 32, 3)).astype(np.float32)
-    run = lambda arch, exits: jax.jit(lambda p: tower(arch).bind(p)(images, exits, jnp.float32))(params)
+    run = lambda arch, exits: jax.jit(lambda p: tower(arch)(p, images, exits))(params)
     each = run(own, (1, 2, 3))
     for exit in (1, 2, 3):
         (found,) = run(summed, (exit,)).values()
@@ -118,12 +116,12 @@ def test_summed_heads_are_the_sum_of_what_each_gives():
 
 
 def test_summed_heads_go_on_from_tokens_before_the_first_of_them():
-    clip = Clip(registry.clip_arch(ClipConfig(variant="vit_demo", exits=(2, 4), patch_size=32, exit_sum=True)))
-    params = drawn.params(clip.shapes(), 0)
+    clip = Clip.graph(registry.clip_arch(ClipConfig(variant="vit_demo", exits=(2, 4), patch_size=32, exit_sum=True)))
+    params = drawn.params(clip.shapes, 0)
     images = np.random.default_rng(1).standard_normal((2, 64, 64, 3)).astype(np.float32)
     whole = clip.encode_image_exits(params, images)
-    trunk = Bridge(lambda rngs: Vision(clip.arch.vision, rngs=rngs)).bind(params["vision"])
-    tokens = trunk.run(trunk.embed(images, jnp.float32), (2,), jnp.float32)[2]
+    trunk = VisionTower.graph(clip.arch.vision).merge(params["vision"])
+    tokens = trunk.run(trunk.embed(images), (2,))[2]
     for exit, expected_ in whole.items():
         np.testing.assert_allclose(clip.encode_tokens(params, tokens, 2, exit), expected_, atol=1e-5)
     with pytest.raises(ValueError, match="past the head after 2 of the exit after 4"):
@@ -143,7 +141,7 @@ def test_what_summed_heads_cannot_go_with(tmp_path):
             validate(config)
     made = registry.clip_arch(ClipConfig(variant="vit_demo", exits=(2,), patch_size=32))
     description = {"arch": dataclasses.asdict(made), "preprocess": Preprocess(64, "squash").to_dict()}
-    folder = checkpoint.write(tmp_path / "model", "clip", description, drawn.params(Clip(made).shapes(), 0))
+    folder = checkpoint.write(tmp_path / "model", "clip", description, drawn.params(Clip.graph(made).shapes, 0))
     other = dataclasses.replace(made, vision=dataclasses.replace(made.vision, exit_sum=True))
     with pytest.raises(ConfigError, match="full depth would begin somewhere else; set it to False"):
         initial.adopt(other, folder)
@@ -178,7 +176,7 @@ def test_heads_that_are_refused(clip_folder, tmp_path):
     arch = dataclasses.replace(arch, vision=vision)
     saved = checkpoint.describe(clip_folder) | {"arch": dataclasses.asdict(arch)}
     kept = {name: value for name, value in saved.items() if name not in ("format", "kind", "hashes")}
-    model = checkpoint.write(tmp_path / "model", "clip", kept, drawn.params(Clip(arch).shapes(), 0), None)
+    model = checkpoint.write(tmp_path / "model", "clip", kept, drawn.params(Clip.graph(arch).shapes, 0), None)
     with pytest.raises(ConvertError, match=r"icar layout cannot hold this model: its exit head has a residual \(attention\)"):
         export(model, tmp_path / "out", "icar")
 
@@ -187,9 +185,9 @@ def test_heads_that_are_refused(clip_folder, tmp_path):
 def test_a_run_with_residuals_starts_from_a_checkpoint_without(name, clip_folder):
     saved = from_dict(checkpoint.describe(clip_folder)["arch"], ClipArch)
     arch = dataclasses.replace(saved, vision=with_head(name, saved.vision))
-    clip, notes = Clip(arch), []
-    fresh = lambda: drawn.params(clip.shapes(), 5)
-    found = initial.load_params(clip_folder, "clip", arch, clip.shapes(), fresh, notes.append)
+    clip, notes = Clip.graph(arch), []
+    fresh = lambda: drawn.params(clip.shapes, 5)
+    found = initial.load_params(clip_folder, "clip", arch, clip.shapes, fresh, notes.append)
     assert notes == [f"{clip_folder}: exits 1, 2 get a residual ({name}), which starts at zero"]
     own = pytree.flatten(checkpoint.read(clip_folder, "clip").params)
     for path, leaf in pytree.flatten(found).items():
@@ -201,14 +199,14 @@ def test_new_exits_of_a_run_start_at_random_where_asked(clip_folder, tmp_path):
     arch = from_dict(checkpoint.describe(clip_folder)["arch"], ClipArch)
     plain = dataclasses.replace(arch, vision=dataclasses.replace(arch.vision, exits=(), merge=(1,)))
     about = {"arch": dataclasses.asdict(plain), "preprocess": checkpoint.describe(clip_folder)["preprocess"]}
-    own = drawn.params(Clip(plain).shapes(), 0)
+    own = drawn.params(Clip.graph(plain).shapes, 0)
     model = checkpoint.write(tmp_path / "model", "clip", about, own, None)
-    clip, own, notes = Clip(arch), pytree.flatten(own), []
-    fresh = drawn.params(clip.shapes(), 5)
+    clip, own, notes = Clip.graph(arch), pytree.flatten(own), []
+    fresh = drawn.params(clip.shapes, 5)
     for how in ("random", "final"):
-        found = initial.load_params(model, "clip", arch, clip.shapes(), lambda: fresh, notes.append, how)
+        found = initial.load_params(model, "clip", arch, clip.shapes, lambda: fresh, notes.append, how)
         for path, leaf in pytree.flatten(found).items():
-            expected = own[path] if path in own else own[exit_sources(clip.shapes())[path]]
+            expected = own[path] if path in own else own[exit_sources(clip.shapes)[path]]
             if how == "random" and path.startswith("vision/exits/"):
                 expected = pytree.flatten(fresh)[path]
             np.testing.assert_array_equal(np.asarray(leaf), expected, path)
@@ -221,11 +219,11 @@ def test_residuals_that_the_run_has_not_are_named(clip_folder, tmp_path):
     saved = from_dict(checkpoint.describe(clip_folder)["arch"], ClipArch)
     arch = dataclasses.replace(saved, vision=with_head("adapter", saved.vision))
     about = {"arch": dataclasses.asdict(arch), "preprocess": checkpoint.describe(clip_folder)["preprocess"]}
-    model = checkpoint.write(tmp_path / "model", "clip", about, drawn.params(Clip(arch).shapes(), 0), None)
+    model = checkpoint.write(tmp_path / "model", "clip", about, drawn.params(Clip.graph(arch).shapes, 0), None)
     for other in ("linear", "attention"):
         run = dataclasses.replace(saved, vision=with_head(other, saved.vision))
         with pytest.raises(initial.ConfigError, match=r"residual/mlp[^~]*--config.clip.exit_head=adapter") as error:
-            initial.load_params(model, "clip", run, Clip(run).shapes())
+            initial.load_params(model, "clip", run, Clip.graph(run).shapes)
         assert "--config.clip.exits" not in str(error.value)
 
 
@@ -244,13 +242,11 @@ def test_chances_grow_from_nothing_and_the_mean_scale_is_one():
 
 @pytest.mark.parametrize("execution", [Execution(), Execution(scan=True), Execution("full", scan=True)])
 def test_scaled_blocks_against_numpy(execution):
-    made = Bridge(lambda rngs: Block(16, 2, 24, 3, "gelu", 1e-5, rngs=rngs))
-    params = [drawn.params(made.shapes(), i) for i in range(3)]
+    made = Block.graph(16, 2, 24, depth=3)
+    params = [drawn.params(made.shapes, i) for i in range(3)]
     x = np.random.default_rng(2).standard_normal((3, 4, 16)).astype(np.float32)
     scales = np.array([[1, 0, 2], [0, 0, 0], [1, 1, 1]], np.float32)
-    run = lambda ps, x, s: run_blocks(
-        [made.bind(p) for p in ps], x, (1, 3), causal=False, dtype=jnp.float32, execution=execution, scales=s
-    )
+    run = lambda ps, x, s: run_blocks([made.merge(p) for p in ps], x, (1, 3), execution=execution, scales=s)
     found = jax.jit(run)(params, x, scales)
     for image in range(3):
         y = x[image].astype(np.float64)

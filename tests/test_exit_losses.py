@@ -102,7 +102,8 @@ def contrast(loss=None, temperature="own", key=KEY):
     task = make_task(config, Tokenizer.train(CAPTIONS, 300), mesh)
     images, text = embeddings(rows=8)
     own = {"2": jnp.float32(1.0), "4": jnp.float32(1.5)} if temperature == "own" else {}
-    params = {"logit_scale": jnp.float32(2.0), "exit_logit_scale": own}
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), task.shapes)
+    params |= {"logit_scale": jnp.float32(2.0), "exit_logit_scale": own}
     if config.loss.kind == "sigmoid":
         params |= {"logit_bias": jnp.float32(-3.0), "exit_logit_bias": {k: jnp.float32(-2.0) for k in own}}
     found = {"image": {str(e): z for e, z in images.items()}, "text": text}

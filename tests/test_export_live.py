@@ -93,7 +93,7 @@ def test_openai(tmp_path):
     state = torch.load(folder / "model.pt", weights_only=True)
     model = open_clip.model.build_model_from_openai_state_dict(dict(state)).float()  # the loader rounds to float16
     model.load_state_dict({name: tensor for name, tensor in state.items() if tensor.is_floating_point()})
-    clip = Clip(from_dict(checkpoint.describe(tmp_path / "model")["arch"], ClipArch, "arch"))
+    clip = Clip.graph(from_dict(checkpoint.describe(tmp_path / "model")["arch"], ClipArch, "arch"))
     images = np.random.default_rng(0).standard_normal((2, 12, 12, 3)).astype(np.float32)
     tokens = np.array([[62, 5, 6, 63, 0, 0, 0, 0, 0, 0], [62, *range(1, 9), 63]], np.int32)
     close(model.encode_image(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())), clip.encode_image(params, images))

@@ -53,12 +53,12 @@ def test_both_sides_score_the_same():
     torch = pytest.importorskip("torch")
     import torch_towers
 
-    from icar_jax.models.complexity import Complexity
+    from icar_jax.models.complexity import ComplexityModel
     from icar_jax.models.pixels import normalise
 
     pixels = SMALL.parts[0]
     images = lambda pixels: normalise(pixels, inference.ICC_MEAN, inference.ICC_STD)
-    score = jax.jit(lambda params, pixels: Complexity(SMALL.scorer).score(params, images(pixels)))
+    score = jax.jit(lambda params, pixels: ComplexityModel.graph(SMALL.scorer).score(params, images(pixels)))
     ours = np.asarray(score(SMALL.params["scorer"], pixels))
     module = torch_towers.load(torch_towers.Complexity(SMALL.scorer.backbone), SMALL.params["scorer"])
     with torch.inference_mode():

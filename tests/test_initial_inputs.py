@@ -64,7 +64,7 @@ def test_other_preprocessing_than_that_of_the_checkpoint_is_said(clip_folder):
 
 
 def load(folder, arch, **kwargs):
-    return pytree.flatten(load_params(folder, "clip", arch, Clip(arch).shapes(), **kwargs))
+    return pytree.flatten(load_params(folder, "clip", arch, Clip.graph(arch).shapes, **kwargs))
 
 
 def with_exits(arch, exits):

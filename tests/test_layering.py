@@ -18,7 +18,7 @@ ALLOWED = {
     "data": {"config", "pytree", "checkpoint"},
     "parallel": {"config", "pytree", "checkpoint"},
     "convert": {"config", "pytree", "tensorfile", "checkpoint", "models", "data"},
-    "inference": {"config", "pytree", "checkpoint", "workdir", "models", "parallel", "data"},
+    "inference": {"config", "pytree", "checkpoint", "workdir", "models", "parallel", "data", "convert"},
     "training": {"config", "pytree", "checkpoint", "workdir", "models", "parallel", "data", "convert"},
     "evaluation": {"config", "pytree", "checkpoint", "workdir", "models", "data", "inference"},
     "search": {"config", "pytree", "checkpoint", "workdir", "models", "parallel", "data", "inference", "evaluation"},

@@ -20,6 +20,7 @@ from icar_jax.inference.explain import Explainer
 from icar_jax.inference.shared import SharedRouter
 from icar_jax.models import registry
 from icar_jax.models.clip import Clip
+from icar_jax.models.token_router import TokenRouter
 from icar_jax.training.loop import train
 
 # Merged after one block, two and three: the head at the exit reads what two mergings have left, and the rest merges once more.
@@ -31,7 +32,7 @@ def write_clip(folder, seed=0, **changes):
     config = ClipConfig(variant="vit_demo", context_length=16, **VISION | changes)
     arch = registry.clip_arch(config, words.vocab_size, words.end_id)
     description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(32, "squash").to_dict()}
-    return checkpoint.write(folder, "clip", description, drawn.params(Clip(arch).shapes(), seed), words.to_json())
+    return checkpoint.write(folder, "clip", description, drawn.params(Clip.graph(arch).shapes, seed), words.to_json())
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +75,14 @@ def test_a_map_of_merged_patches_is_that_of_the_patches_before(model):
     images = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype(np.float32)
     _, maps = jax.jit(scorer.score_and_map)(params, images)
     assert [each.map.shape for each in explained] == [(4, 4)] * 2 and np.ptp(explained[0].map) > 0
-    first = dataclasses.replace(scorer, arch=dataclasses.replace(scorer.arch, blocks=1))
-    tower = scorer._bridge.bind(params).tower
+    first, tower = TokenRouter.graph(dataclasses.replace(scorer.arch, blocks=1)), scorer.merge(params).tower
 
     @jax.jit
     def odds(step):
         """Of both images as the one patch of each that `step` [2, 16] names grows."""
         tokens = first.tokens(params, images)
         values = tokens.values.at[:, 1:].multiply(1 + step[:, :, None])
-        read = tower.run(tokens._replace(values=values), (3,), np.float32, 1)[3]
+        read = tower.run(tokens._replace(values=values), (3,), 1)[3]
         return jax.scipy.special.logit(scorer.score_of_tokens(params, read))
 
     for patch in (0, 5, 15):

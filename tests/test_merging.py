@@ -15,22 +15,21 @@ from icar_jax.data.images import Preprocess
 from icar_jax.models import registry
 from icar_jax.models.clip import Clip
 from icar_jax.models.flops import trunk_flops
-from icar_jax.models.layers import Bridge
 from icar_jax.models.merging import Tokens, merge_similar
 from icar_jax.models.transformer import Execution
-from icar_jax.models.vision import Vision, VisionArch
+from icar_jax.models.vision import VisionArch, VisionTower
 from icar_jax.training import plan_flops
 
 ARCH = VisionArch(32, 8, 32, 4, 4, 64, 32, exits=(1, 2, 3), merge=(0, 3, 2))
 
 
-def _tower(arch):
-    return Bridge(lambda rngs: Vision(arch, rngs=rngs))
+def _tower(arch, execution=Execution()):
+    return VisionTower.graph(arch, execution=execution)
 
 
 def _embed(arch, params, exits, images):
     """Compiled as a whole: op by op it takes a minute."""
-    return jax.jit(lambda p, x: _tower(arch).bind(p)(x, exits, jnp.float32))(params, images)
+    return jax.jit(lambda p, x: _tower(arch)(p, x, exits))(params, images)
 
 
 merge = jax.jit(lambda x, sizes, *how: merge_similar(Tokens(x, sizes), *how), static_argnums=(2, 3))
@@ -104,19 +103,19 @@ def test_equal_patches_merge_without_loss():
 
 def test_heads_up_to_the_merging_read_all_tokens_and_later_ones_what_is_left():
     plain = dataclasses.replace(ARCH, merge=())
-    params, images = drawn.params(_tower(ARCH).shapes(), 0), _images()
+    params, images = drawn.params(_tower(ARCH).shapes, 0), _images()
     found, without = (_embed(arch, params, (1, 2, 3, 4), images) for arch in (ARCH, plain))
     for exit in (1, 2):
         np.testing.assert_allclose(found[exit], without[exit], atol=1e-6)
-    whole = lambda p: _tower(plain).bind(p)
-    x = jax.jit(lambda p, x: whole(p).run(whole(p).embed(x, jnp.float32), (2,), jnp.float32)[2])(params, images).values
+    whole = lambda p: _tower(plain).merge(p)
+    x = jax.jit(lambda p, x: whole(p).run(whole(p).embed(x), (2,))[2])(params, images).values
     sizes = np.ones(x.shape[:2])
     # The rest of the tower, block by block and image by image.
     for block, count in ((3, 3), (4, 2)):
         each = [by_hand(np.asarray(one), own, count, True) for one, own in zip(x, sizes)]
         x, sizes = (np.stack(part).astype(np.float32) for part in zip(*each))
-        x = jax.jit(lambda p, x, n=block: whole(p).blocks[n - 1](x, causal=False, dtype=jnp.float32))(params, x)
-        head = jax.jit(lambda p, x, n=block: whole(p)._embed(x, n, jnp.float32))
+        x = jax.jit(lambda p, x, n=block: whole(p).blocks[n - 1](x))(params, x)
+        head = jax.jit(lambda p, x, n=block: whole(p)._embed(x, n))
         np.testing.assert_allclose(found[block], head(params, x), atol=1e-4)
         assert np.abs(found[block] - without[block]).max() > 1e-3
     assert {e: ARCH.tokens_after(e) for e in ARCH.all_exits} == {1: 17, 2: 17, 3: 14, 4: 12}
@@ -125,12 +124,12 @@ def test_heads_up_to_the_merging_read_all_tokens_and_later_ones_what_is_left():
 
 @pytest.mark.parametrize("start", [1, 2, 3])
 def test_routing_goes_on_from_tokens_before_and_after_the_merging(start):
-    params, images = drawn.params(_tower(ARCH).shapes(), 0), _images()
-    tower = lambda p: _tower(ARCH).bind(p)
+    params, images = drawn.params(_tower(ARCH).shapes, 0), _images()
+    tower = lambda p: _tower(ARCH).merge(p)
     later = tuple(e for e in (2, 3, 4) if e >= start)
     whole = _embed(ARCH, params, later, images)
-    begin = jax.jit(lambda p, x: tower(p).run(tower(p).embed(x, jnp.float32), (start,), jnp.float32)[start])
-    rest = jax.jit(lambda p, x: {e: tower(p).resume(x, start, (e,), jnp.float32)[e] for e in later})
+    begin = jax.jit(lambda p, x: tower(p).run(tower(p).embed(x), (start,))[start])
+    rest = jax.jit(lambda p, x: {e: tower(p).resume(x, start, (e,))[e] for e in later})
     tokens = begin(params, images)
     assert tokens.values.shape[1] == tokens.sizes.shape[1] == ARCH.tokens_after(start)
     np.testing.assert_array_equal(tokens.sizes.sum(axis=1), ARCH.tokens)
@@ -139,10 +138,10 @@ def test_routing_goes_on_from_tokens_before_and_after_the_merging(start):
 
 
 def test_gradients_are_the_same_in_a_loop_and_computed_again():
-    params = drawn.params(_tower(ARCH).shapes(), 0)
+    params = drawn.params(_tower(ARCH).shapes, 0)
 
     def loss(params, execution):
-        each = _tower(ARCH).bind(params)(_images(), (1, 4), jnp.float32, execution)
+        each = _tower(ARCH, execution)(params, _images(), (1, 4))
         return sum(jnp.sum(jnp.sin(z)) for z in each.values())
 
     run = lambda execution: jax.jit(jax.grad(lambda p: loss(p, execution)))(params)
@@ -183,7 +182,7 @@ def test_what_merging_cannot_go_with():
 def test_a_router_reads_what_the_tower_has_merged_by_then(tmp_path):
     arch = registry.clip_arch(ClipConfig(variant="vit_demo", exits=(3,), merge=(0, 2, 2), patch_size=16))
     description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(64, "squash").to_dict()}
-    folder = checkpoint.write(tmp_path / "model", "clip", description, drawn.params(Clip(arch).shapes(), 0))
+    folder = checkpoint.write(tmp_path / "model", "clip", description, drawn.params(Clip.graph(arch).shapes, 0))
     config = ComplexityConfig(variant="blocks", clip=str(folder), blocks=2)
     assert registry.complexity_arch(config).vision.merge == ()
     later = registry.complexity_arch(dataclasses.replace(config, blocks=3))

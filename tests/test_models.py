@@ -13,9 +13,8 @@ from icar_jax import config as cfg
 from icar_jax import pytree
 from icar_jax.models import flops, registry
 from icar_jax.models.clip import Clip, ClipArch
-from icar_jax.models.complexity import Complexity, ComplexityArch
+from icar_jax.models.complexity import ComplexityArch, ComplexityModel
 from icar_jax.models.convnext import ConvNeXt, ConvNeXtArch
-from icar_jax.models.layers import Bridge
 from icar_jax.models.pixels import normalise
 from icar_jax.models.text import TextArch
 from icar_jax.models.transformer import Block
@@ -44,18 +43,18 @@ def images():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 def test_block_against_numpy(causal, activation):
-    bridge = Bridge(lambda rngs: Block(32, 4, 48, 3, activation, 1e-5, rngs=rngs))
-    params = randomised(bridge.init(jax.random.key(0)))
+    block = Block.graph(32, 4, 48, depth=3, activation=activation, causal=causal)
+    params = randomised(Block.init(jax.random.key(0), 32, 4, 48, depth=3))
     x = np.random.default_rng(2).standard_normal((2, 9, 32)).astype(np.float32)
-    found = jax.jit(lambda p, x: bridge.bind(p)(x, causal=causal, dtype=jnp.float32))(params, x)
+    found = jax.jit(block)(params, x)
     expected = [ref.block(row, ref.f64(params), 4, causal, getattr(ref, activation)) for row in x.astype(np.float64)]
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean", "first_patch"])
 def test_vision_tower_against_numpy_at_every_exit(pool, images):
-    clip = Clip(tiny_arch(pool, exits=(1, 2)))
-    params = randomised(clip.init(jax.random.key(0)))
+    clip = Clip.graph(tiny_arch(pool, exits=(1, 2)))
+    params = randomised(Clip.init(jax.random.key(0), clip.arch))
     found = jax.jit(clip.encode_image_exits)(params, images)
     assert set(found) == {1, 2, 3}
     for exit, embeds in found.items():
@@ -67,8 +66,8 @@ def test_vision_tower_against_numpy_at_every_exit(pool, images):
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 def test_text_tower_against_numpy_pools_the_first_end_token(activation):
-    clip = Clip(tiny_arch(activation=activation))
-    params = randomised(clip.init(jax.random.key(0)))
+    clip = Clip.graph(tiny_arch(activation=activation))
+    params = randomised(Clip.init(jax.random.key(0), clip.arch))
     # The second caption is padded with the end token, the third with zeros: neither may change the pooled position.
     tokens = np.array([[48, 1, 2, 3, 49] + [0] * 7, [48, 5, 49] + [49] * 9, [48] + [7] * 10 + [49]], np.int32)
     found = jax.jit(clip.encode_text)(params, tokens)
@@ -79,28 +78,27 @@ def test_text_tower_against_numpy_pools_the_first_end_token(activation):
 @pytest.mark.parametrize("version", [1, 2])
 def test_convnext_against_numpy(version):
     arch = ConvNeXtArch((1, 1, 2, 1), (8, 12, 16, 24), version)
-    bridge = Bridge(lambda rngs: ConvNeXt(arch, rngs=rngs))
-    params = randomised(bridge.init(jax.random.key(0)))
+    params = randomised(ConvNeXt.init(jax.random.key(0), arch))
     # 44 pixels: 11, 5, 2, 1 positions a side, so that odd sides are dropped as a strided convolution drops them.
     images = np.random.default_rng(3).standard_normal((2, 44, 44, 3)).astype(np.float32)
-    found = jax.jit(lambda p, x: bridge.bind(p)(x, jnp.float32))(params, images)
+    found = jax.jit(ConvNeXt.graph(arch))(params, images)
     expected = [ref.convnext(i, ref.f64(params)) for i in images.astype(np.float64)]
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_convnext_gradient_is_finite_where_a_channel_is_zero():
     arch = ConvNeXtArch((1, 1, 1, 1), (8, 8, 8, 8), 2)
-    bridge = Bridge(lambda rngs: ConvNeXt(arch, rngs=rngs))
-    params = jax.tree.map(jnp.zeros_like, bridge.init(jax.random.key(0)))
-    grads = jax.jit(jax.grad(lambda p: bridge.bind(p)(jnp.zeros((1, 32, 32, 3)), jnp.float32).sum()))(params)
+    model = ConvNeXt.graph(arch)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), model.shapes)
+    grads = jax.jit(jax.grad(lambda p: model(p, jnp.zeros((1, 32, 32, 3))).sum()))(params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize("head", ["classification", "regression"])
 def test_complexity_heads_against_numpy(head):
     backbone = ConvNeXtArch((1, 1, 1, 1), (8, 8, 8, 12), 2)
-    model = Complexity(ComplexityArch(backbone, head, 32))
-    params = randomised(model.init(jax.random.key(0)))
+    model = ComplexityModel.graph(ComplexityArch(backbone, head, 32))
+    params = randomised(ComplexityModel.init(jax.random.key(0), model.arch))
     images = np.random.default_rng(4).standard_normal((3, 32, 32, 3)).astype(np.float32)
     p = ref.f64(params)
     expected = []
@@ -117,8 +115,8 @@ def test_complexity_heads_against_numpy(head):
 
 
 def test_dropout_only_with_a_key():
-    model = Complexity(ComplexityArch(ConvNeXtArch((1, 1, 1, 1), (8, 8, 8, 8)), "regression", 32, dropout=0.5))
-    params = randomised(model.init(jax.random.key(0)))
+    model = ComplexityModel.graph(ComplexityArch(ConvNeXtArch((1, 1, 1, 1), (8, 8, 8, 8)), "regression", 32, dropout=0.5))
+    params = randomised(ComplexityModel.init(jax.random.key(0), model.arch))
     x = jnp.ones((4, 32, 32, 3))
     logits = jax.jit(model.logits)
     plain = logits(params, x)
@@ -128,8 +126,8 @@ def test_dropout_only_with_a_key():
 
 def test_blocks_keep_their_order_with_string_keys():
     """'10' sorts before '2': with twelve blocks reloaded from scattered string keys each block keeps its own weights."""
-    clip = Clip(tiny_arch(depth=12, exits=(10, 11)))
-    params = randomised(clip.init(jax.random.key(0)))
+    clip = Clip.graph(tiny_arch(depth=12, exits=(10, 11)))
+    params = randomised(Clip.init(jax.random.key(0), clip.arch))
     images = np.random.default_rng(1).standard_normal((1, 32, 32, 3)).astype(np.float32)
     flat = pytree.flatten(params)
     scattered = pytree.unflatten(dict(sorted(flat.items())))
@@ -141,46 +139,46 @@ def test_blocks_keep_their_order_with_string_keys():
 
 
 def test_exit_heads_start_from_the_final_head_or_at_random():
-    clip = Clip(tiny_arch(exits=(1, 2)))
-    final = clip.init(jax.random.key(0), "final")["vision"]
+    clip = Clip.graph(tiny_arch(exits=(1, 2)))
+    final = Clip.init(jax.random.key(0), clip.arch, "final")["vision"]
     for head in final["exits"].values():
         np.testing.assert_array_equal(head["proj"]["kernel"], final["proj"]["kernel"])
         np.testing.assert_array_equal(head["ln"]["scale"], final["ln_post"]["scale"])
-    random = clip.init(jax.random.key(0), "random")["vision"]
+    random = Clip.init(jax.random.key(0), clip.arch, "random")["vision"]
     assert np.abs(random["exits"]["1"]["proj"]["kernel"] - random["proj"]["kernel"]).max() > 1e-3
 
 
 def test_temperatures():
-    own = Clip(tiny_arch(temperature="own"))
-    params = own.init(jax.random.key(0))
+    own = Clip.graph(tiny_arch(temperature="own"))
+    params = Clip.init(jax.random.key(0), own.arch)
     assert own.logit_scales(params)[2] == pytest.approx(1 / 0.07, rel=1e-5)
     params["exit_logit_scale"]["2"] = jnp.float32(9.0)
     scales = own.logit_scales(params)
     assert scales[2] == 100.0 and scales[3] == pytest.approx(1 / 0.07, rel=1e-5)
-    shared = Clip(tiny_arch(temperature="shared"))
-    params = shared.init(jax.random.key(0))
+    shared = Clip.graph(tiny_arch(temperature="shared"))
+    params = Clip.init(jax.random.key(0), shared.arch)
     assert "exit_logit_scale" not in params or not params["exit_logit_scale"]
     params["logit_scale"] = jnp.float32(2.0)
     assert len({float(s) for s in shared.logit_scales(params).values()}) == 1
 
 
 def test_unknown_exit_is_named():
-    clip = Clip(tiny_arch(exits=(2,)))
+    clip = Clip.graph(tiny_arch(exits=(2,)))
     with pytest.raises(ValueError, match=r"exit=1 has no head.*\(2, 3\)"):
-        clip.encode_image(clip.shapes(), jnp.zeros((1, 32, 32, 3)), exit=1)
+        clip.encode_image(clip.shapes, jnp.zeros((1, 32, 32, 3)), exit=1)
 
 
 def test_the_tower_stops_at_the_requested_exit():
     """Later blocks are absent from the compiled program: their parameters are unused and the FLOPs fall with the exit."""
-    clip = Clip(tiny_arch(depth=6, exits=(2, 4)))
+    clip = Clip.graph(tiny_arch(depth=6, exits=(2, 4)))
     x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     costs, used = {}, {}
     for exit in (2, 4, 6):
-        compiled = jax.jit(lambda p, x, e=exit: clip.encode_image(p, x, e)).lower(clip.shapes(), x).compile()
+        compiled = jax.jit(lambda p, x, e=exit: clip.encode_image(p, x, e)).lower(clip.shapes, x).compile()
         costs[exit] = compiled.cost_analysis()["flops"]
         used[exit] = compiled.as_text().count("f32[32,96]")  # the q, k, v kernels that the program takes in
-        closed = jax.make_jaxpr(lambda p, x, e=exit: clip.encode_image(p, x, e))(clip.shapes(), x)
-        names = list(pytree.flatten(clip.shapes()))
+        closed = jax.make_jaxpr(lambda p, x, e=exit: clip.encode_image(p, x, e))(clip.shapes, x)
+        names = list(pytree.flatten(clip.shapes))
         live = {str(v) for eqn in closed.jaxpr.eqns for v in eqn.invars}
         dead = {n for n, v in zip(names, closed.jaxpr.invars) if str(v) not in live}
         late = {n for n in names if n.startswith("vision/blocks/") and int(n.split("/")[2]) >= exit}
@@ -193,22 +191,22 @@ def test_the_tower_stops_at_the_requested_exit():
 def test_counted_flops_agree_with_the_compiler(exit):
     """Matrix products dominate at this size, so the count and XLA's own analysis agree within 10%."""
     vision = VisionArch(64, 8, 128, 6, 4, 512, 64, exits=(2, 4))
-    clip = Clip(ClipArch(vision, TextArch(8, 50, 16, 1, 2, 32, 64, end_id=49)))
+    clip = Clip.graph(ClipArch(vision, TextArch(8, 50, 16, 1, 2, 32, 64, end_id=49)))
     x = jax.ShapeDtypeStruct((4, 64, 64, 3), jnp.float32)
-    compiled = jax.jit(lambda p, x: clip.encode_image(p, x, exit)).lower(clip.shapes(), x).compile()
+    compiled = jax.jit(lambda p, x: clip.encode_image(p, x, exit)).lower(clip.shapes, x).compile()
     counted = 4 * flops.vision_flops(vision, exit)
     assert compiled.cost_analysis()["flops"] == pytest.approx(counted, rel=0.1)
 
 
 def test_bf16_towers_have_no_float32_operand_in_any_dot_forward_or_backward():
-    clip = Clip(tiny_arch(exits=(1, 2)))
+    clip = Clip.graph(tiny_arch(exits=(1, 2)), dtype=jnp.bfloat16)
 
     def loss(params, images, tokens):
-        embeds = clip.encode_image_exits(params, images, dtype=jnp.bfloat16)
-        return sum(z.sum() for z in embeds.values()) + clip.encode_text(params, tokens, jnp.bfloat16).sum()
+        embeds = clip.encode_image_exits(params, images)
+        return sum(z.sum() for z in embeds.values()) + clip.encode_text(params, tokens).sum()
 
     tokens = jnp.full((2, 12), 49, jnp.int32)
-    program = jax.make_jaxpr(jax.grad(loss))(clip.init(jax.random.key(0)), jnp.zeros((2, 32, 32, 3)), tokens)
+    program = jax.make_jaxpr(jax.grad(loss))(Clip.init(jax.random.key(0), clip.arch), jnp.zeros((2, 32, 32, 3)), tokens)
     dots = [e for e in equations(program.jaxpr) if e.primitive.name == "dot_general"]
     # Three towers' worth of blocks: 4 projections and 2 attention products each, forward once and backward twice.
     assert len(dots) >= (3 + 2) * 6 * 3
@@ -252,7 +250,7 @@ def test_text_flops_against_the_published_count():
 
 @pytest.mark.parametrize("name", list(TOTAL_PARAMS))
 def test_clip_parameter_counts(name):
-    shapes = Clip(registry.CLIP[name]).shapes()
+    shapes = Clip.graph(registry.CLIP[name]).shapes
     assert pytree.count(shapes) == TOTAL_PARAMS[name]
     if name in IMAGE_PARAMS_M:
         assert round(pytree.count(shapes["vision"]) / 1e6, 2) == IMAGE_PARAMS_M[name]
@@ -281,9 +279,9 @@ def test_convnext_parameter_counts(size):
     for name, expected in zip((f"convnext_{size}", f"convnextv2_{size}"), CONVNEXT_PARAMS[size]):
         arch = registry.CONVNEXT[name]
         headed = dataclasses.replace(arch, num_classes=1000)
-        count = pytree.count(Bridge(lambda rngs: ConvNeXt(headed, rngs=rngs)).shapes())
+        count = pytree.count(ConvNeXt.graph(headed).shapes)
         assert count == expected
-        assert pytree.count(Bridge(lambda rngs: ConvNeXt(arch, rngs=rngs)).shapes()) == count - (arch.dims[3] + 1) * 1000
+        assert pytree.count(ConvNeXt.graph(arch).shapes) == count - (arch.dims[3] + 1) * 1000
         for image_size, gmacs in zip((224, 512), CONVNEXT_GMACS.get(size, ())):
             assert flops.convnext_flops(headed, image_size) / 2e9 == pytest.approx(gmacs, rel=5e-3)
 

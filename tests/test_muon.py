@@ -16,7 +16,7 @@ from icar_jax.models.clip import Clip
 from icar_jax.training.loop import train
 from icar_jax.training.optimizer import make_optimizer, orthogonalised, schedule, state_like
 
-SHAPES = Clip(registry.CLIP["vit_tests"]).shapes()
+SHAPES = Clip.graph(registry.CLIP["vit_tests"]).shapes
 
 
 def tree(seed, scale=1.0):

@@ -44,7 +44,7 @@ def test_spec_of_a_path(path, shape, spec):
 
 def test_every_large_leaf_of_the_large_model_is_cut():
     """ViT-L/14 by shapes alone: no matrix of a million scalars or more is left whole on every device."""
-    shapes = pytree.flatten(Clip(registry.CLIP["vit_l14"]).shapes())
+    shapes = pytree.flatten(Clip.graph(registry.CLIP["vit_l14"]).shapes)
     whole = [p for p, leaf in shapes.items() if spec_for(p, leaf.shape, SHAPE) == P() and leaf.size >= 1 << 20]
     assert whole == []
 
@@ -52,13 +52,13 @@ def test_every_large_leaf_of_the_large_model_is_cut():
 def test_no_leaf_of_the_large_model_is_unmatched():
     """ViT-L/14 with exits and both losses' scalars: a rule of the table for every parameter, and so for its moments."""
     arch = registry.clip_arch(registry.cfg.ClipConfig(variant="vit_l14", exits=(6, 12)))
-    paths = list(pytree.flatten(Clip(dataclasses.replace(arch, logit_bias=True)).shapes()))
+    paths = list(pytree.flatten(Clip.graph(dataclasses.replace(arch, logit_bias=True)).shapes))
     assert len(paths) > 400 and [p for p in paths if not any(re.search(pattern, p) for pattern, _ in RULES)] == []
 
 
 def test_every_rule_is_used():
     config = registry.cfg.ClipConfig(variant="vit_l14", exits=(12,))
-    paths = list(pytree.flatten(Clip(registry.clip_arch(config)).shapes()))
+    paths = list(pytree.flatten(Clip.graph(registry.clip_arch(config)).shapes))
     for pattern, _ in RULES:
         assert any(re.search(pattern, path) for path in paths), pattern
 

@@ -20,11 +20,10 @@ from icar_jax.convert.convert import Options, convert
 from icar_jax.convert.errors import ConvertError
 from icar_jax.convert.positions import resize_positions
 from icar_jax.models.clip import Clip, ClipArch
-from icar_jax.models.complexity import Complexity, ComplexityArch
-from icar_jax.models.convnext import Classifier, ConvNeXt, ConvNeXtArch
-from icar_jax.models.layers import Bridge
-from icar_jax.models.text import Text
-from icar_jax.models.vision import Vision
+from icar_jax.models.complexity import ComplexityArch, ComplexityModel
+from icar_jax.models.convnext import ConvNeXt, ConvNeXtArch
+from icar_jax.models.text import TextTower
+from icar_jax.models.vision import VisionTower
 
 LIVE_SEED = 7
 ARCHS = {"clip": ClipArch, "complexity": ComplexityArch, "convnext": ConvNeXtArch}
@@ -69,16 +68,16 @@ def test_towers(model):
     case, outputs = model.case, model.case.outputs
     found = {}
     if case.kind == "clip":
-        clip = Clip(model.arch)
+        clip = Clip.graph(model.arch)
         embeds = jax.jit(clip.encode_image_exits)(model.params, case.images)
         found = {f"exit_{blocks}": z for blocks, z in embeds.items()}
         found["image_embeds"] = found.pop(f"exit_{model.arch.vision.depth}")
         found["text_embeds"] = jax.jit(clip.encode_text)(model.params, case.inputs["tokens"])
     elif case.kind == "complexity":
-        found["logits"] = jax.jit(Complexity(model.arch).logits)(model.params, case.images)
+        found["logits"] = jax.jit(ComplexityModel.graph(model.arch).logits)(model.params, case.images)
     else:
         name = "logits" if model.arch.num_classes else "features"
-        found[name] = jax.jit(Classifier(model.arch).apply)(model.params, case.images)
+        found[name] = jax.jit(ConvNeXt.graph(model.arch))(model.params, case.images)
     expected = {name for name in outputs if name.split("_")[0] in ("image", "text", "logits", "features")}
     expected |= {name for name in outputs if name.removeprefix("exit_").isdigit()}
     assert set(found) == expected
@@ -101,15 +100,13 @@ def run_layers(model):
 
 def run_layer(arch, kind, path, params, x):
     root, rest = ("", path) if kind == "convnext" else path.split("/", 1)
-    build, more = partial(ConvNeXt, arch.backbone if kind == "complexity" else arch), {}
+    graph = ConvNeXt.graph(arch.backbone if kind == "complexity" else arch) if kind != "clip" else None
     if kind == "clip":
-        build = {"vision": partial(Vision, arch.vision), "text": partial(Text, arch.text)}[root]
-        if "blocks" in rest:
-            more = {"causal": root == "text" and arch.text.causal}
-    layer = Bridge(lambda rngs: build(rngs=rngs)).bind(params[root] if root else params)
+        graph = VisionTower.graph(arch.vision) if root == "vision" else TextTower.graph(arch.text)
+    layer = graph.merge(params[root] if root else params)
     for part in rest.split("/"):
         layer = layer[int(part)] if part.isdigit() else getattr(layer, part)
-    return layer(jnp.asarray(x), dtype=jnp.float32, **more)
+    return layer(jnp.asarray(x))
 
 
 def test_every_value_arrives_once_and_unrounded(model):
@@ -186,7 +183,7 @@ def test_the_two_text_poolings_differ_on_these_captions(name, tmp_path):
     """Otherwise the wrong pooling would pass."""
     model = golden_model(name, tmp_path)
     other = replace(model.arch.text, pool="end" if model.arch.text.pool == "argmax" else "argmax")
-    found = jax.jit(Clip(replace(model.arch, text=other)).encode_text)(model.params, model.case.inputs["tokens"])
+    found = jax.jit(Clip.graph(replace(model.arch, text=other)).encode_text)(model.params, model.case.inputs["tokens"])
     assert np.abs(found - model.case.outputs["text_embeds"]).max() > 0.1
 
 
@@ -262,8 +259,8 @@ def monkeypatch_module():
 def refuse(request, tmp_path_factory, monkeypatch_module):
     """(a case, and a function that gives other weights to its files, sees them refused and returns the message)."""
     # The same architecture is asked for hundreds of times: traced once, these tests take a tenth of the time.
-    for kind in (Clip, Classifier):
-        monkeypatch_module.setattr(kind, "shapes", cache(kind.shapes))
+    for kind in (Clip, ConvNeXt):
+        monkeypatch_module.setattr(kind, "graph", cache(kind.graph))
     case, folder = cases.load(request.param), tmp_path_factory.mktemp(request.param)
     source, dest, absent = cases.write_source(case, folder / "source"), folder / "model", folder / "absent"
     convert(source, dest, Options())

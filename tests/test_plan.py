@@ -46,18 +46,18 @@ def dot_flops(jaxpr) -> int:
 
 def require_counted(arch):
     """The counted FLOPs of the image tower are those of the traced programs, of each exit and of all together."""
-    clip = Clip(arch)
+    clip = Clip.graph(arch)
     image = jax.ShapeDtypeStruct((1, arch.vision.image_size, arch.vision.image_size, 3), jnp.float32)
     for exit in arch.vision.all_exits:
-        program = jax.make_jaxpr(lambda p, x, e=exit: clip.encode_image(p, x, e))(clip.shapes(), image)
+        program = jax.make_jaxpr(lambda p, x, e=exit: clip.encode_image(p, x, e))(clip.shapes, image)
         assert dot_flops(program.jaxpr) == flops.vision_flops(arch.vision, exit)
-    program = jax.make_jaxpr(clip.encode_image_exits)(clip.shapes(), image)
+    program = jax.make_jaxpr(clip.encode_image_exits)(clip.shapes, image)
     assert dot_flops(program.jaxpr) == plan_flops.image_flops(arch.vision)
 
 
 def embeddings_of(arch, remat="none"):
     """(a scalar of all embeddings of one pair, its arguments as shapes)."""
-    clip = Clip(arch, Execution(remat=remat))
+    clip = Clip.graph(arch, execution=Execution(remat=remat))
     size = arch.vision.image_size
     shapes = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32), jax.ShapeDtypeStruct((1, 77), jnp.int32)
 
@@ -65,7 +65,7 @@ def embeddings_of(arch, remat="none"):
         embeds = [clip.encode_text(params, tokens), *clip.encode_image_exits(params, images).values()]
         return sum(z.sum() for z in embeds)
 
-    return scalar, (clip.shapes(), *shapes)
+    return scalar, (clip.shapes, *shapes)
 
 
 def test_forward_and_backward_flops_are_those_of_the_traced_program():

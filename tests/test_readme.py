@@ -29,7 +29,7 @@ def test_the_examples_run(clip_folder, complexity_folder, tmp_path, monkeypatch,
     checkpoint.amend("workdir/demo/bundle", {"routing": routing})
     embed_files(model, ImagePaths(["a.jpg", "b.png"]), "workdir/corpus")
     # A tower of tests costs little beside any complexity model, so no budget below 1 could be met.
-    lowest = counted_costs(model.clip.arch, model.scorer.complexity.arch).lowest_budget
+    lowest = counted_costs(model.arch, model.scorer.complexity.arch).lowest_budget
     small = lambda block: block.replace("budget=0.7", "budget=1.0") if lowest > 0.7 else block
 
     examples = [block for block in BLOCKS if "CLIP[" not in block]

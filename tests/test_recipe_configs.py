@@ -71,8 +71,8 @@ def test_the_router_reads_at_the_exit(file, argument, router):
 def test_the_trained_clip_can_be_gone_on_from(file, exit, tmp_path):
     arch, said = registry.clip_arch(config(file, "long" if file == "demo.py" else "clip").clip), []
     cheaper = registry.clip_arch(config(file, "cheaper").clip)
-    random = params(Clip(arch).shapes(), 0)
+    random = params(Clip.graph(arch).shapes, 0)
     folder = checkpoint.write(tmp_path / "model", "clip", {"arch": dataclasses.asdict(arch)}, random)
-    shapes = Clip(cheaper).shapes()
+    shapes = Clip.graph(cheaper).shapes
     initial.load_params(folder, "clip", cheaper, shapes, lambda: params(shapes, 1), said.append)
     assert any(f"exits {exit} are left out" in line for line in said) and any("exits 4 start from" in line for line in said)

@@ -114,7 +114,7 @@ def test_targets_are_the_ranks_of_the_clips_own_regrets(variant, size, kind, cli
     batch = batch_of(config, task)
     assert ("clip_image" in batch) == (size == 48), "a second picture only where the CLIP sees another one"
     teacher = regret.teacher(config)
-    clip, params = Clip(teacher.clip.arch), batch["clip"]
+    clip, params = Clip.graph(teacher.clip.arch), batch["clip"]
     pixels = (batch.get("clip_image", batch["image"]) / 255).astype(np.float32)
     mean, std = (np.array(v, np.float32) for v in (teacher.preprocess.mean, teacher.preprocess.std))
     embeds = jax.jit(lambda p, x: clip.encode_image_exits(p, x, (2, 3)))(params, (pixels - mean) / std)
@@ -132,10 +132,10 @@ def test_targets_are_the_ranks_of_the_clips_own_regrets(variant, size, kind, cli
         whole = pytree.map_with_path(
             lambda path, leaf: flat[path.replace("tower/", "vision/", 1)] if path.startswith("tower/") else leaf, whole
         )
-        from icar_jax.models.scorers import make_scorer
+        from icar_jax.models.token_router import TokenRouter
 
-        tower = jax.jit(make_scorer(task.arch).tokens)(whole, (pixels - mean) / std)
-    found, metrics = teacher.target(batch, tower, 1 if variant == "blocks" else 0, np.float32)
+        tower = jax.jit(TokenRouter.graph(task.arch).tokens)(whole, (pixels - mean) / std)
+    found, metrics = teacher.target(batch, tower, 1 if variant == "blocks" else 0)
     np.testing.assert_allclose(found, (rankdata(expected) - 1) / 7, atol=1e-6)
     assert float(metrics["regret"]) == pytest.approx(expected.mean(), abs=1e-4)
     (loss, metrics), grads = jax.jit(

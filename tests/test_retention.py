@@ -15,7 +15,7 @@ from conftest import random_clip, tiny_config
 from icar_jax.config import ConfigError
 from icar_jax.evaluation.calibration import costs
 from icar_jax.evaluation.metrics import Distractors, ranks, recall
-from icar_jax.inference.model import load
+from icar_jax.inference.loading import load
 from icar_jax.models.flops import vision_flops
 from icar_jax.models.registry import clip_arch
 from icar_jax.models.vision import VisionArch
@@ -226,7 +226,7 @@ def test_routed_rows_have_dice_and_an_oracle_at_the_same_shares(out, complexity_
     rows = record["rows"]
     assert any("the first exit and the router alone cost" in note for note in record["notes"]) and "complexity@0.05" not in rows
     model, router = load(out / "scenes" / "baseline" / "0" / "model"), load(complexity_folder)
-    cost = costs(model.clip.arch, router.scorer.complexity.arch)
+    cost = costs(model.arch, router.scorer.complexity.arch)
     for budget in BUDGETS:
         name = f"complexity@{budget:.2f}"
         routed, dice, oracle = rows[name], rows[f"{name} random"], rows[f"{name} oracle"]

@@ -58,7 +58,7 @@ def test_rivals_are_training_pairs_as_the_clip_embeds_them(clip_folder, tmp_path
     pixels = np.random.default_rng(0).standard_normal((3, 32, 32, 3)).astype(np.float32)
     batch["tokens"], _ = regret.tokenizer(config).encode(["a cat", "two dogs", "red"], task.context_length)
     teacher = regret.teacher(config)
-    got = jax.jit(lambda b, x: teacher.regret(b, x, None, 0, np.float32))(batch, pixels)
+    got = jax.jit(lambda b, x: teacher.regret(b, x, None, 0))(batch, pixels)
     embeds = jax.jit(lambda p, x: teacher.clip.encode_image_exits(p, x, (1, 3)))(params, pixels)
     text, scale = jax.jit(teacher.clip.encode_text)(params, batch["tokens"]), teacher.clip.logit_scales(params)[3]
     more = Rivals(found["image"], found["text"], np.arange(70) < 3)

@@ -17,7 +17,7 @@ from icar_jax.convert.convert import Options, convert
 from icar_jax.convert.positions import resize_positions
 from icar_jax.models import registry
 from icar_jax.models.clip import LOGIT_BIAS_START, Clip, ClipArch
-from icar_jax.models.complexity import Complexity, ComplexityArch
+from icar_jax.models.complexity import ComplexityArch, ComplexityModel
 from icar_jax.models.convnext import ConvNeXtArch
 from icar_jax.models.text import TextArch
 from icar_jax.models.transformer import Execution
@@ -61,7 +61,7 @@ def test_the_group_of_a_parameter(path):
 
 @pytest.mark.parametrize("freeze", [("image",), ("text", "temperature"), ("exits",)])
 def test_frozen_parameters_keep_every_bit_and_have_no_moments(freeze, tmp_path):
-    shapes = Clip(ARCH).shapes()
+    shapes = Clip.graph(ARCH).shapes
     params = random_tree(shapes, 0)
     for group in (params["vision"], params["vision"]["exits"]["1"]["ln"], params["text"]["ln_final"]):
         name = "bias" if "bias" in group else "cls"
@@ -92,7 +92,7 @@ def test_frozen_parameters_keep_every_bit_and_have_no_moments(freeze, tmp_path):
 
 
 def test_gradients_of_frozen_parameters_do_not_count_in_clipping():
-    shapes = Clip(ARCH).shapes()
+    shapes = Clip.graph(ARCH).shapes
     params, grads = random_tree(shapes, 0), random_tree(shapes, 1)
     frozen_large = pytree.map_with_path(lambda path, g: g if trainable(path, ("image",)) else 1e6 * g, grads)
     frozen_zero = pytree.map_with_path(lambda path, g: g if trainable(path, ("image",)) else 0 * g, grads)
@@ -110,7 +110,7 @@ def test_gradients_of_frozen_parameters_do_not_count_in_clipping():
 
 @pytest.mark.parametrize("freeze", [(), ("image", "temperature")])
 def test_moments_are_laid_out_as_their_parameters(freeze):
-    shapes, mesh = Clip(ARCH).shapes(), make_mesh(MeshConfig())
+    shapes, mesh = Clip.graph(ARCH).shapes, make_mesh(MeshConfig())
     optimizer, layout = make_optimizer(CONFIG, 10, freeze), shardings(shapes, mesh)
     state = state_like(optimizer, shapes, layout, replicated(mesh))
     assert jax.tree.structure(state) == jax.tree.structure(jax.eval_shape(optimizer.init, shapes))
@@ -125,14 +125,14 @@ def test_moments_are_laid_out_as_their_parameters(freeze):
 @pytest.mark.parametrize("execution", [Execution(), Execution("full", True)], ids=str)
 def test_the_backward_pass_of_a_stopped_tower_is_not_traced(execution):
     """What freezing saves: behind stop_gradient neither a scan nor remat computes a frozen block's gradient."""
-    clip, images = Clip(ARCH, execution), jnp.zeros((2, 16, 16, 3))
+    clip, images = Clip.graph(ARCH, execution=execution), jnp.zeros((2, 16, 16, 3))
 
     def loss(params, freeze):
         params = pytree.map_with_path(lambda p, x: x if trainable(p, freeze) else jax.lax.stop_gradient(x), params)
         return sum(z.sum() for z in clip.encode_image_exits(params, images).values())
 
     def dots(function):
-        program = jax.make_jaxpr(function)(clip.shapes()).jaxpr
+        program = jax.make_jaxpr(function)(clip.shapes).jaxpr
         return len([e for e in equations(program) if e.primitive.name == "dot_general"])
 
     forward = dots(lambda p: loss(p, ()))
@@ -146,7 +146,7 @@ def test_the_backward_pass_of_a_stopped_tower_is_not_traced(execution):
 
 
 def test_mu_dtype_is_that_of_the_first_moment_alone():
-    shapes = Clip(ARCH).shapes()
+    shapes = Clip.graph(ARCH).shapes
     params, grads = random_tree(shapes, 0), random_tree(shapes, 1, 1e-3)
     updates = {}
     for dtype in ("float32", "bfloat16"):
@@ -171,7 +171,7 @@ def test_mu_dtype_is_that_of_the_first_moment_alone():
 
 
 def test_ema_against_a_loop_in_numpy():
-    shapes = Clip(ARCH).shapes()
+    shapes = Clip.graph(ARCH).shapes
     params = random_tree(shapes, 0)
     ema = ema_init(params)
     expected = {path: np.asarray(leaf, np.float64) for path, leaf in pytree.flatten(params).items()}
@@ -213,7 +213,7 @@ def changed(arch, vision=None, text=None, **clip):
 
 
 def load(path, arch, **kwargs):
-    return pytree.flatten(initial.load_params(path, "clip", arch, Clip(arch).shapes(), **kwargs))
+    return pytree.flatten(initial.load_params(path, "clip", arch, Clip.graph(arch).shapes, **kwargs))
 
 
 def test_converted_weights_with_added_exits_another_image_size_and_a_shorter_context(tmp_path):
@@ -227,7 +227,7 @@ def test_converted_weights_with_added_exits_another_image_size_and_a_shorter_con
     softmax = changed(arch, {"exits": (1,)})
     np.testing.assert_array_equal(np.asarray(load(model, softmax)["exit_logit_scale/1"]), saved["logit_scale"])
     run, notes = changed(arch, {"exits": (1,), "image_size": 24}, {"context_length": 7}, logit_bias=True), []
-    mesh, shapes = make_mesh(MeshConfig()), Clip(run).shapes()
+    mesh, shapes = make_mesh(MeshConfig()), Clip.graph(run).shapes
     params = initial.load_params(model, "clip", run, shapes, note=notes.append)
     placed = initial.place(params, shardings(shapes, mesh))
     assert pytree.differences(shapes, placed) == []
@@ -249,7 +249,7 @@ def test_converted_weights_with_added_exits_another_image_size_and_a_shorter_con
     for part in ("resized from 12 to 24 pixels", "cut from 10 to 7", "the logit scales start from 10", "exits 1 start"):
         assert part in "\n".join(notes)
     images = np.repeat(np.repeat(case.images, 2, axis=1), 2, axis=2)
-    assert jax.jit(lambda p, x: Clip(run).encode_image(p, x, exit=1))(placed, images).shape == (2, 32)
+    assert jax.jit(lambda p, x: Clip.graph(run).encode_image(p, x, exit=1))(placed, images).shape == (2, 32)
 
 
 @pytest.mark.parametrize("name", ["hf_quick_gelu", "siglip", "openai"])
@@ -270,8 +270,8 @@ def test_a_run_takes_over_what_only_the_checkpoint_knows(name, tmp_path):
     assert adopted == changed(saved, {"pool": adopted.vision.pool})
     params = pytree.map_with_path(lambda _, leaf: np.asarray(leaf), pytree.unflatten(load(model, adopted)))
     images = np.zeros((1, saved.vision.image_size, saved.vision.image_size, 3), np.float32)
-    expected = jax.jit(Clip(saved).encode_image)(checkpoint.read(model, "clip").params, images)
-    np.testing.assert_array_equal(jax.jit(Clip(adopted).encode_image)(params, images), expected)
+    expected = jax.jit(Clip.graph(saved).encode_image)(checkpoint.read(model, "clip").params, images)
+    np.testing.assert_array_equal(jax.jit(Clip.graph(adopted).encode_image)(params, images), expected)
     with_exit = initial.adopt(changed(run, {"exits": (1,)}), model)
     assert with_exit.vision.exits == (1,) and with_exit.vision.pool == ("map" if saved.vision.head == "map" else "cls")
     load(model, with_exit)
@@ -308,11 +308,12 @@ def test_another_size_names_the_variant(tmp_path, clip_folder):
 def test_a_complexity_model_starts_from_an_imagenet_backbone(tmp_path):
     _, model, saved = converted("convnext_v2_linear", tmp_path)
     arch = ComplexityArch(dataclasses.replace(saved, num_classes=0), "regression", 64)
-    complexity, notes = Complexity(arch), []
-    fresh = random_tree(complexity.shapes(), 0)
-    load = lambda arch: initial.load_params(model, "complexity", arch, Complexity(arch).shapes(), lambda: fresh, notes.append)
+    complexity, notes = ComplexityModel.graph(arch), []
+    note = notes.append
+    fresh = random_tree(complexity.shapes, 0)
+    load = lambda arch: initial.load_params(model, "complexity", arch, ComplexityModel.graph(arch).shapes, lambda: fresh, note)
     params = load(arch)
-    assert pytree.differences(complexity.shapes(), params) == []
+    assert pytree.differences(complexity.shapes, params) == []
     backbone = pytree.flatten(checkpoint.read(model, "convnext").params)
     for path, leaf in pytree.flatten(params).items():
         expected = pytree.flatten(fresh)[path] if path.startswith("head/") else backbone[path.removeprefix("backbone/")]
@@ -325,13 +326,13 @@ def test_a_complexity_model_starts_from_an_imagenet_backbone(tmp_path):
 def test_a_complexity_model_starts_from_another_and_names_a_different_head(complexity_folder):
     saved = from_dict(checkpoint.describe(complexity_folder)["arch"], ComplexityArch)
     arch = dataclasses.replace(saved, image_size=64, dropout=0.0)  # neither is in the parameters
-    params = initial.load_params(complexity_folder, "complexity", arch, Complexity(arch).shapes())
+    params = initial.load_params(complexity_folder, "complexity", arch, ComplexityModel.graph(arch).shapes)
     expected = pytree.flatten(checkpoint.read(complexity_folder, "complexity").params)
     for path, leaf in pytree.flatten(params).items():
         np.testing.assert_array_equal(np.asarray(leaf), expected[path])
     other = dataclasses.replace(saved, head="classification")
     with pytest.raises(ConfigError, match=r"missing: head/fc/kernel[^~]*--config.complexity.head=regression"):
-        initial.load_params(complexity_folder, "complexity", other, Complexity(other).shapes())
+        initial.load_params(complexity_folder, "complexity", other, ComplexityModel.graph(other).shapes)
 
 
 def test_bundles_workdirs_and_what_is_not_there(tmp_path, clip_folder, complexity_folder):

@@ -20,7 +20,7 @@ from icar_jax.convert.verify import (
 )
 from icar_jax.models import convnext
 from icar_jax.models.clip import Clip, ClipArch
-from icar_jax.models.complexity import Complexity, ComplexityArch
+from icar_jax.models.complexity import ComplexityArch, ComplexityModel
 from icar_jax.models.convnext import ConvNeXtArch
 from icar_jax.models.text import TextArch
 from icar_jax.models.vision import VisionArch
@@ -56,7 +56,7 @@ def write(path, layout, **arrays):
 @pytest.fixture(scope="module")
 def clip():
     """(parameters, arrays of their reference), the outputs from float64 numpy towers."""
-    params = random_params(Clip(CLIP).shapes(), 0)
+    params = random_params(Clip.graph(CLIP).shapes, 0)
     p, images = ref.f64(params), normalised_images(2, 16)
     tokens = np.array([[38, 5, 9, 39, 39, 39, 39, 39], [38, 3, 30, 2, 7, 7, 1, 39]], np.int64)
     embeds = {e: np.stack([ref.vision(x, p["vision"], CLIP.vision, e, ref.quick_gelu) for x in images]) for e in (2, 3)}
@@ -70,7 +70,7 @@ def clip():
 
 @pytest.fixture(scope="module")
 def complexity():
-    params = random_params(Complexity(COMPLEXITY).shapes(), 2)
+    params = random_params(ComplexityModel.graph(COMPLEXITY).shapes, 2)
     p, images = ref.f64(params), normalised_images(2, 32)
     head = p["head"]
     features = np.stack([ref.convnext(x, p["backbone"]) for x in images])
@@ -170,8 +170,8 @@ def test_complexity_logits(complexity, tmp_path):
 
 
 def test_backbone_features(tmp_path):
-    model = convnext.Classifier(BACKBONE)
-    params, images = random_params(model.shapes(), 3), normalised_images(2, 32)
+    model = convnext.ConvNeXt.graph(BACKBONE)
+    params, images = random_params(model.shapes, 3), normalised_images(2, 32)
     features = np.stack([ref.convnext(x, ref.f64(params)) for x in images])
     reference = read_reference(write(tmp_path / "r.npz", "timm", images=images, features=features))
     (right,) = compare("convnext", BACKBONE, params, reference)

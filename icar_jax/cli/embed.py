@@ -36,7 +36,7 @@ def _embed(args: argparse.Namespace) -> None:
     from icar_jax.data.image_paths import ImagePaths
     from icar_jax.inference.corpus import BAD
     from icar_jax.inference.embedding import embed_files
-    from icar_jax.inference.model import load, local_mesh
+    from icar_jax.inference.loading import load, local_mesh
 
     paths = ImagePaths(args.paths, stdin_paths())
     mesh = local_mesh(args.batch_size) if args.sharded else None

@@ -76,7 +76,7 @@ def _index(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from icar_jax.data.image_paths import ImagePaths
-    from icar_jax.inference.model import load
+    from icar_jax.inference.loading import load
     from icar_jax.parallel import distributed
     from icar_jax.search.indexing import index_files
     from icar_jax.search.opening import open_store

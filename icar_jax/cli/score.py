@@ -40,7 +40,7 @@ def _score(args: argparse.Namespace) -> None:
     from icar_jax.data.image_paths import ImagePaths
     from icar_jax.evaluation.explanations import require_folder, write_explanations
     from icar_jax.evaluation.score_sheet import score_sheet
-    from icar_jax.inference.model import load
+    from icar_jax.inference.loading import load
     from icar_jax.inference.score_table import require_writable, write_scores
     from icar_jax.inference.scoring import require_scorer
 

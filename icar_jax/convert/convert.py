@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 from icar_jax import checkpoint, pytree
+from icar_jax.checkpoint import Checkpoint
 from icar_jax.config import from_dict
 from icar_jax.convert import clip, convnext, engine, hf, icar, siglip, verify, vocabulary
 from icar_jax.convert.engine import Leaf, Rule
@@ -29,8 +31,8 @@ from icar_jax.convert.source import Source, open_source
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.clip import Clip, ClipArch, exit_sources
-from icar_jax.models.complexity import Complexity
-from icar_jax.models.convnext import Classifier
+from icar_jax.models.complexity import ComplexityModel
+from icar_jax.models.convnext import ConvNeXt
 from icar_jax.models.vision import POOLS
 
 
@@ -103,32 +105,62 @@ def convert(
     With `reference`, an .npz of `icar reference`, the converted model is compared with it first. Raises ConvertError for
     anything that does not fit, and CheckpointError where `dest` holds something else; nothing is written then.
     """
-    if _is_own(Path(source)):
+    if is_own(source):
         return _retokenize(Path(source), Path(dest), options, reference)
     opened = open_source(source)
     made = read(opened, options)
     checkpoint.require_replaceable(dest, made.kind)
-    file = opened.weights.path
-    differences = []
-    described = {"layout": opened.layout, "file": file.name, "sha256": verify.weights_sha256(file)}
+    differences, description = [], _description(opened, made)
     if reference:
         made.params = pytree.map_with_path(lambda _, leaf: np.asarray(leaf, np.float32), made.params)
         loaded = verify.read_reference(reference)
-        differences = verify.compare(made.kind, made.arch, made.params, loaded, source_sha256=described["sha256"])
+        differences = verify.compare(made.kind, made.arch, made.params, loaded, source_sha256=description["source"]["sha256"])
         verify.require_equal(differences)
         if opened.layout != "icar" and options.exits:
             made.notes.append("the added exits have no counterpart in the source, so the comparison does not cover them")
-    description = {
-        "arch": dataclasses.asdict(made.arch),
-        "preprocess": made.preprocess.to_dict(),
-        "source": described | made.origin,
-        **made.extra,
-    }
     leaves = pytree.flatten(made.params)
     with tqdm(total=len(leaves), desc="convert", unit="tensor", leave=False) as bar:
         _write(dest, made, description, lambda name: bar.update())
     path = Path(dest)
     return Report(path, opened.layout, checkpoint.describe(path), pytree.count(made.params), differences, made.notes)
+
+
+def in_memory(source: str | os.PathLike, options: Options = Options()) -> Checkpoint:
+    """The checkpoint that `convert` would write, without writing it; parameters are float32 numpy arrays.
+
+    Raises ConvertError for anything that does not fit.
+    """
+    opened = open_source(source)
+    made = read(opened, options)
+    for note in made.notes:
+        logging.warning("%s: %s", source, note)
+    params = pytree.map_with_path(lambda _, leaf: np.asarray(leaf, np.float32), made.params)
+    bad = [path for path, leaf in pytree.flatten(params).items() if not np.isfinite(leaf).all()]
+    if bad:
+        raise _not_finite(made, bad)
+    description = {"format": checkpoint.FORMAT, "kind": made.kind, **_description(opened, made)}
+    given = {name: getattr(options, name) for name in sorted(options.given())}
+    description["hashes"] = {checkpoint.WEIGHTS: f"{description['source']['sha256']} {given}"}
+    tokenizer = made.tokenizer.to_json() if made.tokenizer else None
+    return Checkpoint(Path(source), made.kind, description, params, tokenizer)
+
+
+def is_own(path: str | os.PathLike) -> bool:
+    """Whether `path` is what `icar_jax` itself writes: a checkpoint, a bundle or a workdir."""
+    folder = Path(path)
+    places = (folder, folder / "bundle", folder / "best", folder / "model")
+    return any((place / checkpoint.DESCRIPTION).is_file() for place in places) or (folder / "checkpoints").is_dir()
+
+
+def _description(opened: Source, made: Converted) -> dict[str, Any]:
+    file = opened.weights.path
+    described = {"layout": opened.layout, "file": file.name, "sha256": verify.weights_sha256(file)}
+    return {
+        "arch": dataclasses.asdict(made.arch),
+        "preprocess": made.preprocess.to_dict(),
+        "source": described | made.origin,
+        **made.extra,
+    }
 
 
 def _line(part: dict[str, Any]) -> str:
@@ -140,12 +172,16 @@ def _write(dest: str | os.PathLike, made: Converted, description: dict[str, Any]
     try:
         checkpoint.write(dest, made.kind, description, made.params, tokenizer, on_leaf)
     except checkpoint.NotFinite as error:
-        leaves = pytree.flatten(made.params)
-        names = [name for path in error.names for name in getattr(leaves[path], "sources", (path,))]
-        raise ConvertError(
-            "the source holds NaN, infinity or numbers beyond float32, nothing was written: "
-            f"{', '.join(names[:10])} ({len(names)} tensors)"
-        ) from error
+        raise _not_finite(made, error.names) from error
+
+
+def _not_finite(made: Converted, paths: Sequence[str]) -> ConvertError:
+    leaves = pytree.flatten(made.params)
+    names = [name for path in paths for name in getattr(leaves[path], "sources", (path,))]
+    return ConvertError(
+        "the source holds NaN, infinity or numbers beyond float32, nothing was written: "
+        f"{', '.join(names[:10])} ({len(names)} tensors)"
+    )
 
 
 def read(source: Source, options: Options = Options()) -> Converted:
@@ -178,7 +214,7 @@ def _read_clip(source: Source, options: Options) -> Converted:
         rules = clip.open_clip_rules(clip.text_prefix(source))
         arch = _architecture(source, options, partial(clip.open_clip_arch, activation=activation), rules)
     preprocess = _clip_preprocess(source, options, arch)
-    leaves = engine.import_weights(source.tensors, rules, Clip(arch).shapes(), str(source.path))
+    leaves = engine.import_weights(source.tensors, rules, Clip.graph(arch).shapes, str(source.path))
     arch, leaves = _resize(arch, leaves, options.image_size)
     arch, leaves = _add_exits(source, arch, leaves, options)
     tokenizer, origin = vocabulary.find_tokenizer(source, options.tokenizer, arch.text)
@@ -247,14 +283,14 @@ def _add_exits(source: Source, arch: ClipArch, leaves: dict[str, Leaf], options:
     except ValueError as error:
         raise ConvertError(f"--exits {' '.join(map(str, options.exits))}: {error}") from error
     arch = dataclasses.replace(arch, vision=vision)
-    sources = exit_sources(Clip(arch).shapes())
+    sources = exit_sources(Clip.graph(arch).shapes)
     return arch, {**leaves, **{path: leaves[full] for path, full in sources.items()}}
 
 
 def _read_convnext(source: Source, options: Options) -> Converted:
     arch = convnext.arch(source)
     convnext.require_supported(source)
-    shapes = Classifier(arch).shapes()
+    shapes = ConvNeXt.graph(arch).shapes
     leaves = engine.import_weights(source.tensors, convnext.rules(convnext.has_conv_mlp(source)), shapes, str(source.path))
     found = None if options.preprocess else convnext.found_preprocess(source)
     size = options.image_size or (found.image_size if found else convnext.INPUT_SIZE)
@@ -268,7 +304,7 @@ def _read_classifier(source: Source, options: Options) -> Converted:
     arch = convnext.classifier_arch(source, options)
     conv_mlp = convnext.has_conv_mlp(source, "backbone.")
     leaves = engine.import_weights(
-        source.tensors, convnext.classifier_rules(conv_mlp), Complexity(arch).shapes(), str(source.path)
+        source.tensors, convnext.classifier_rules(conv_mlp), ComplexityModel.graph(arch).shapes, str(source.path)
     )
     made = Converted("complexity", arch, pytree.unflatten(leaves), convnext.classifier_preprocess(source, options))
     made.extra["conv_mlp"] = conv_mlp
@@ -281,11 +317,6 @@ def _read_classifier(source: Source, options: Options) -> Converted:
     else:
         made.extra["threshold"] = threshold
     return made
-
-
-def _is_own(path: Path) -> bool:
-    """Whether `path` is a checkpoint of this library, or a folder that holds one."""
-    return path.is_dir() and any((folder / checkpoint.DESCRIPTION).is_file() for folder in (path, path / "model"))
 
 
 def _retokenize(source: Path, dest: Path, options: Options, reference: str | os.PathLike) -> Report:

@@ -34,7 +34,7 @@ from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.pixels import normalise
-from icar_jax.models.scorers import make_scorer, scorer_arch
+from icar_jax.models.scorers import scorer_arch, scorer_class
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 DTYPES = ("float32", "bfloat16")
@@ -116,25 +116,26 @@ def export_programs(
 
 def _clip_programs(loaded: Checkpoint, dtype: Any) -> Iterator[_Program]:
     arch = from_dict(loaded.description["arch"], ClipArch, f"{loaded.path}: arch")
-    clip, p = Clip(arch), Preprocess.from_dict(loaded.description["preprocess"])
-    pytree.require_same(clip.shapes(), loaded.params, str(loaded.path))
+    clip, p = Clip.graph(arch, dtype=dtype), Preprocess.from_dict(loaded.description["preprocess"])
+    pytree.require_same(clip.shapes, loaded.params, str(loaded.path))
     side, output = p.image_size, f"float32 [batch, {arch.vision.embed_dim}], unit norm"
 
     def image(exit: int) -> Callable[[pytree.Tree, jax.Array], jax.Array]:
-        return lambda params, pixels: clip.encode_image(params, normalise(pixels, p.mean, p.std), exit, dtype)
+        return lambda params, pixels: clip.encode_image(params, normalise(pixels, p.mean, p.std), exit)
 
     for exit in arch.vision.all_exits:
         yield _Program(f"image_{exit}", image(exit), "clip", (side, side, 3), np.uint8, output, exit)
     length = arch.text.context_length
-    yield _Program("text", lambda params, t: clip.encode_text(params, t, dtype), "clip", (length,), np.int32, output)
+    yield _Program("text", clip.encode_text, "clip", (length,), np.int32, output)
 
 
 def _complexity_programs(loaded: Checkpoint, dtype: Any) -> Iterator[_Program]:
-    scorer = make_scorer(scorer_arch(loaded.description["arch"], f"{loaded.path}: arch"))
-    pytree.require_same(scorer.shapes(), loaded.params, str(loaded.path))
+    arch = scorer_arch(loaded.description["arch"], f"{loaded.path}: arch")
+    scorer = scorer_class(arch).graph(arch, dtype=dtype)
+    pytree.require_same(scorer.shapes, loaded.params, str(loaded.path))
     p = Preprocess.from_dict(loaded.description["preprocess"])
     shape, output = (p.image_size, p.image_size, 3), "float32 [batch], complexity in [0, 1]"
-    score = lambda params, pixels: scorer.score(params, normalise(pixels, p.mean, p.std), dtype)
+    score = lambda params, pixels: scorer.score(params, normalise(pixels, p.mean, p.std))
     yield _Program("complexity", score, "complexity", shape, np.uint8, output)
 
 

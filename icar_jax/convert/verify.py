@@ -36,7 +36,7 @@ from icar_jax.checkpoint import sha256
 from icar_jax.convert.errors import ConvertError
 from icar_jax.models import convnext
 from icar_jax.models.clip import Clip, ClipArch
-from icar_jax.models.complexity import Complexity, ComplexityArch
+from icar_jax.models.complexity import ComplexityArch, ComplexityModel
 
 TOLERANCE = 1e-4
 META = "meta"
@@ -234,7 +234,7 @@ Output = tuple[str, str, Any]  # part, name of the reference's array, our output
 def _clip_outputs(arch: ClipArch, params: Mapping[str, Any], reference: Reference) -> Iterator[Output]:
     _require(reference, ("images", "tokens", "image_embeds", "text_embeds"))
     _require_clip_inputs(arch, reference)
-    model, depth, arrays = Clip(arch), arch.vision.depth, reference.arrays
+    model, depth, arrays = Clip.graph(arch), arch.vision.depth, reference.arrays
     encode_image = jax.jit(lambda p, images: model.encode_image_exits(p, images, (*reference.exits, depth)))
     embeds = encode_image(params, jnp.asarray(arrays["images"], jnp.float32))
     yield "image", "image_embeds", embeds[depth]
@@ -266,7 +266,8 @@ def _require_clip_inputs(arch: ClipArch, reference: Reference) -> None:
 def _complexity_outputs(arch: ComplexityArch, params: Mapping[str, Any], reference: Reference) -> Iterator[Output]:
     _require(reference, ("images", "logits"))
     _require_size(reference, arch.image_size)
-    yield "logits", "logits", jax.jit(Complexity(arch).logits)(params, jnp.asarray(reference.arrays["images"], jnp.float32))
+    images = jnp.asarray(reference.arrays["images"], jnp.float32)
+    yield "logits", "logits", jax.jit(ComplexityModel.graph(arch).logits)(params, images)
 
 
 def _convnext_outputs(arch: Any, params: Mapping[str, Any], reference: Reference) -> Iterator[Output]:
@@ -274,7 +275,7 @@ def _convnext_outputs(arch: Any, params: Mapping[str, Any], reference: Reference
     _require(reference, ("images", name))
     if reference.arrays["images"].shape[1] < 32:  # the total stride; the weights fit every size above it
         raise _unfit(reference, "image size", "at least 32", reference.arrays["images"].shape[1])
-    yield name, name, jax.jit(convnext.Classifier(arch).apply)(params, jnp.asarray(reference.arrays["images"], jnp.float32))
+    yield name, name, jax.jit(convnext.ConvNeXt.graph(arch))(params, jnp.asarray(reference.arrays["images"], jnp.float32))
 
 
 def _scalar(params: Mapping[str, Any], reference: Reference, path: str) -> np.ndarray:

@@ -23,7 +23,8 @@ from icar_jax.data.sources import fingerprint
 from icar_jax.evaluation import dial, ratings_metrics
 from icar_jax.evaluation.thresholds import best_threshold, check_metric, full_shares, thresholds_for_shares
 from icar_jax.inference.budgets import Costs, counted_costs, pack_quantiles, thresholds_for_budget
-from icar_jax.inference.model import Model, load, load_parts
+from icar_jax.inference.loading import load, load_parts
+from icar_jax.inference.model import Model
 from icar_jax.inference.router import assign
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.scorers import scorer_arch
@@ -321,7 +322,7 @@ def make_bundle(
             )
         full_shares(shares, exits)
         scored = score_source(scorer, calibration, "calibrate", loading)
-        routing = routing_of(scored, exits, costs(clip_model.clip.arch, scorer.scorer.complexity.arch), shares=shares)
+        routing = routing_of(scored, exits, costs(clip_model.arch, scorer.scorer.complexity.arch), shares=shares)
     routing = {"exits": list(exits), **routing}
     logging.info("Thresholds %s for exits %s.", routing["thresholds"], exits)
     return checkpoint.write_bundle(

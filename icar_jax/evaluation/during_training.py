@@ -11,7 +11,6 @@ from statistics import fmean
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
@@ -30,7 +29,7 @@ from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.complexity import log_odds
 from icar_jax.models.pixels import normalise
 from icar_jax.models.registry import routed_clip
-from icar_jax.models.scorers import make_scorer, scorer_arch
+from icar_jax.models.scorers import scorer_arch, scorer_class
 
 AT = 5
 _LOOKED_AT = 100  # scenes whose complexity is compared before the run: all have another
@@ -100,15 +99,16 @@ class Retrieval:
     def __init__(self, trained: Any):
         self._tokenizer = trained.tokenizer
         self.gallery = gallery = _Gallery(trained, sources.validation_source(trained.config))
-        self.clip = Clip(from_dict(trained.description["arch"], ClipArch, "arch"))
-        clip, preprocess, dtype = self.clip, gallery.preprocess, jnp.dtype(trained.config.eval.dtype)
+        arch = from_dict(trained.description["arch"], ClipArch, "arch")
+        self.clip = clip = Clip.graph(arch, dtype=trained.config.eval.dtype)
+        preprocess = gallery.preprocess
 
         def images(params, ids, pixels):
             pixels = normalise(pixels, preprocess.mean, preprocess.std)
-            return ids, clip.encode_image_exits(params, pixels, dtype=dtype)
+            return ids, clip.encode_image_exits(params, pixels)
 
         def texts(params, ids, tokens):
-            return ids, clip.encode_text(params, tokens, dtype)
+            return ids, clip.encode_text(params, tokens)
 
         self._embed_images = jax.jit(images, out_shardings=gallery.everywhere)
         self._embed_texts = jax.jit(texts, out_shardings=gallery.everywhere)
@@ -178,11 +178,11 @@ class Ratings:
             )
         self._gallery = gallery = _Gallery(trained, source)
         arch = scorer_arch(trained.description["arch"], "arch")
-        model, preprocess, dtype = make_scorer(arch), gallery.preprocess, jnp.dtype(config.eval.dtype)
+        model, preprocess = scorer_class(arch).graph(arch, dtype=config.eval.dtype), gallery.preprocess
 
         def judge(params, ids, pixels, rated):
             pixels = normalise(pixels, preprocess.mean, preprocess.std)
-            return ids, log_odds(model.logits(params, pixels, dtype=dtype), arch.head), rated
+            return ids, log_odds(model.logits(params, pixels), arch.head), rated
 
         self._judge = jax.jit(judge, out_shardings=gallery.everywhere)
 

@@ -26,7 +26,8 @@ from icar_jax.evaluation.colour_baseline import colour_histogram_baseline
 from icar_jax.evaluation.gallery import Gallery, embed, full_scale, labelled
 from icar_jax.evaluation.runs import Static, measure
 from icar_jax.evaluation.score_calibration import ScoreCalibration
-from icar_jax.inference.model import Model, load
+from icar_jax.inference.loading import load
+from icar_jax.inference.model import Model
 
 BASELINE_IMAGES = 3000  # training images the colour baseline is fitted on
 
@@ -98,7 +99,7 @@ def _budgets(config: ExperimentConfig, model: Model, notes: list[str]) -> tuple[
         return {}, {}
     calibration = sources.calibration_source(config.data)
     scored = score_source(model, calibration, "score calibration images", sources.loading(config.data))
-    cost = costs(model.clip.arch, model.scorer.complexity.arch)
+    cost = costs(model.arch, model.scorer.complexity.arch)
     found = {f"budget_{b:g}": routing_of(scored, model.exits, cost, budget=b) for b in config.eval.budgets}
     return {name: tuple(routing["thresholds"]) for name, routing in found.items()}, found
 

@@ -26,7 +26,8 @@ from icar_jax.evaluation.agreement import Predicted
 from icar_jax.evaluation.calibration import labels_of
 from icar_jax.evaluation.table import write_metrics
 from icar_jax.evaluation.thresholds import best_threshold
-from icar_jax.inference.model import Model, load
+from icar_jax.inference.loading import load
+from icar_jax.inference.model import Model
 from icar_jax.models import registry
 from icar_jax.models.flops import complexity_flops, router_flops, vision_flops
 

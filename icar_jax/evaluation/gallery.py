@@ -106,7 +106,7 @@ def embed(
 
 def full_scale(model: Model) -> float:
     """The logit scale of full depth, at most 100 as in CLIP, or unbounded as in SigLIP."""
-    return model.temperature if model.clip.arch.logit_bias else min(model.temperature, LOGIT_SCALE_MAX)
+    return model.temperature if model.arch.logit_bias else min(model.temperature, LOGIT_SCALE_MAX)
 
 
 def labelled(

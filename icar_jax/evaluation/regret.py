@@ -18,7 +18,8 @@ from icar_jax.data import sources
 from icar_jax.data.records import Record, Source
 from icar_jax.evaluation import ratings_metrics as m
 from icar_jax.evaluation.gallery import embed, full_scale
-from icar_jax.inference.model import Model, load
+from icar_jax.inference.loading import load
+from icar_jax.inference.model import Model
 from icar_jax.models.registry import routed_clip
 
 KNOWN = "known_complexity"  # the run of what is known of the images, as a prediction of their regret

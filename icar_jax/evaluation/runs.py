@@ -65,8 +65,8 @@ class Runs:
         self.config, self.model, self.gallery, self.far = config, model, gallery, far
         self.galleries = [gallery, *([far] if far is not None else [])]
         self.mesh = local_mesh()
-        self.flops = {e: float(vision_flops(model.clip.arch.vision, e)) for e in model.exits}
-        self.costs = costs(model.clip.arch, model.scorer.complexity.arch) if gallery.exits is not None else None
+        self.flops = {e: float(vision_flops(model.arch.vision, e)) for e in model.exits}
+        self.costs = costs(model.arch, model.scorer.complexity.arch) if gallery.exits is not None else None
         self.records: dict[str, dict[str, Any]] = {}
         self.evidence = Evidence(gallery)
         self._hits: dict[str, Hits] = {}
@@ -144,7 +144,7 @@ class Runs:
         precise = None
         if any(self.gallery.labels):
             precise = category.precisions(own.by_exit[exit], own.texts, own.caption_image, self.gallery.labels, **given)
-        self.add("static", [(found, precise)], float(vision_flops(static.model.clip.arch.vision)), {str(exit): 1.0})
+        self.add("static", [(found, precise)], float(vision_flops(static.model.arch.vision)), {str(exit): 1.0})
 
     @property
     def asked(self) -> tuple[np.ndarray, np.ndarray]:
@@ -266,7 +266,7 @@ def _flops(model: Model, runs: Runs) -> dict[str, Any]:
     return {
         "exits": {str(e): {"counted": runs.flops[e], "compiler": timing.compiler_flops(model, e)} for e in model.exits},
         "router": runs.costs.router if runs.costs else None,
-        "text": float(text_flops(model.clip.arch.text)),
+        "text": float(text_flops(model.arch.text)),
     }
 
 

@@ -17,6 +17,7 @@ from icar_jax.inference.budgets import ABOVE_ALL, Costs
 from icar_jax.inference.forward import bucket_sizes, count_compilations, cut
 from icar_jax.inference.model import Model
 from icar_jax.inference.router import Router
+from icar_jax.models.clip import Clip
 from icar_jax.models.pixels import normalise
 
 SAMPLE = 512  # images that are timed; a larger gallery tells no more
@@ -161,12 +162,10 @@ def compiler_flops(model: Model, exit: int, *, optimised: bool = False) -> float
     Of the program as it was lowered, or as it was compiled (`optimised`, which takes a compilation). XLA also counts norms,
     activations and softmax, which `models.flops` leaves out, and counts the body of a loop once; these towers have none.
     """
-    p, clip = model.preprocess, model.clip
-    dtype = jnp.float32
+    p, clip = model.preprocess, Clip.graph(model.graph.arch)  # in float32
     shape = jax.ShapeDtypeStruct((1, p.image_size, p.image_size, 3), jnp.uint8)
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), clip.shapes())
-    forward = jax.jit(lambda params, images: clip.encode_image(params, normalise(images, p.mean, p.std), exit, dtype))
-    program = forward.lower(params, shape)
+    forward = jax.jit(lambda params, images: clip.encode_image(params, normalise(images, p.mean, p.std), exit))
+    program = forward.lower(clip.shapes, shape)
     cost = (program.compile() if optimised else program).cost_analysis()
     cost = cost[0] if isinstance(cost, (list, tuple)) else cost
     return float(cost["flops"]) if cost and cost.get("flops", 0) > 0 else None

@@ -14,9 +14,10 @@ from icar_jax.data.images import ImageLike, Preprocess, decode
 from icar_jax.inference.forward import Forward, bucket_sizes
 from icar_jax.inference.model import Model
 from icar_jax.inference.scoring import require_scorer
-from icar_jax.models.blocks_scorer import BlocksScorer
 from icar_jax.models.complexity import MAP_STAGE, MAP_STAGES
 from icar_jax.models.pixels import normalise
+from icar_jax.models.scorers import scorer_class
+from icar_jax.models.token_router import BlocksArch
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Explained:
     Attributes:
         picture: the decoded RGB picture, in its own size.
         score: complexity in [0, 1].
-        map: float32 [h, w] over the square that the model saw, in log odds of 'complex'; see Complexity.score_and_map and
-            BlocksScorer.score_and_map.
+        map: float32 [h, w] over the square that the model saw, in log odds of 'complex'; see ComplexityModel.score_and_map
+            and TokenRouter.score_and_map.
     """
 
     picture: Image.Image
@@ -49,13 +50,14 @@ class Explainer:
 
     def __init__(self, model: Model, stage: int | None = None, dtype: Any = jnp.float32):
         require_scorer(model)
-        complexity, self.preprocess = model.scorer.complexity, model.scorer.preprocess
-        if isinstance(complexity, BlocksScorer):
+        arch, self.preprocess = model.scorer.complexity.arch, model.scorer.preprocess
+        complexity = scorer_class(arch).graph(arch, dtype=dtype)
+        if isinstance(arch, BlocksArch):
             if stage is not None:
                 raise ValueError(
                     f"{model.scorer.path} scores patches of a vision tower, which have no ConvNeXt stage {stage}; leave it out"
                 )
-            stride, more = complexity.arch.vision.patch_size, ()
+            stride, more = arch.vision.patch_size, ()
         else:
             stage = MAP_STAGE if stage is None else stage
             if stage not in MAP_STAGES:
@@ -66,7 +68,7 @@ class Explainer:
         p = self.preprocess
 
         def packed(params, images):  # one array, as Forward hands over
-            score, found = complexity.score_and_map(params, normalise(images, p.mean, p.std), *more, dtype=dtype)
+            score, found = complexity.score_and_map(params, normalise(images, p.mean, p.std), *more)
             return jnp.concatenate([score[:, None], found.reshape(len(found), -1)], axis=1)
 
         self._forward = Forward(packed, model.scorer.forward.params, bucket_sizes(self._batch))

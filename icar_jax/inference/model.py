@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,21 +20,23 @@ from PIL import Image
 
 from icar_jax import checkpoint, pytree
 from icar_jax.checkpoint import Checkpoint, CheckpointError
-from icar_jax.config import ConfigError, MeshConfig, from_dict
 from icar_jax.data.images import ImageLike, Preprocess, decode
 from icar_jax.data.tokenizer import Tokenizer
+from icar_jax.inference import pretrained
 from icar_jax.inference.budgets import counted_costs, thresholds_for_budget, unpack_quantiles
 from icar_jax.inference.forward import Forward, Placement, bucket_sizes
+from icar_jax.inference.pretrained import Clip
 from icar_jax.inference.reading import in_order
 from icar_jax.inference.router import OneExit, Routed, Router
 from icar_jax.inference.same_tower import require_fits
 from icar_jax.inference.scorer import Scorer
 from icar_jax.inference.shared import SharedRouter, SharedTower
-from icar_jax.models.blocks_scorer import BlocksArch, BlocksScorer
-from icar_jax.models.clip import Clip, ClipArch
+from icar_jax.models.clip import ClipArch
+from icar_jax.models.complexity import ComplexityModel
+from icar_jax.models.functional import Graph, Module
 from icar_jax.models.pixels import normalise
 from icar_jax.models.scorers import scorer_arch
-from icar_jax.parallel.mesh import batch_shards, make_mesh
+from icar_jax.models.token_router import BlocksArch, TokenRouter
 
 
 class Model:
@@ -43,6 +46,9 @@ class Model:
         exits: depths an image embedding can be taken at, in executed blocks, full depth last; empty without CLIP.
         thresholds: complexity above thresholds[i] runs past exits[i]; None where nothing was calibrated.
         embed_dim: width D of the embeddings.
+        arch: shape of the CLIP; None without one.
+        preprocess: how images are prepared, the CLIP's where there is one.
+        tokenizer: of the CLIP; None where the checkpoint holds none.
         temperature: what the CLIP was trained to multiply cosines by before the softmax, e to its logit scale.
         description: icar.json of the checkpoint.
         identity: {'clip' and 'complexity': SHA-256 of its weights, architecture and preprocessing}; equal ones embed and score
@@ -65,18 +71,23 @@ class Model:
         self._dtype = jnp.dtype(dtype)
         self.exits: tuple[int, ...] = ()
         self.thresholds: tuple[float, ...] | None = None
-        self.clip: Clip | None = None
+        self.arch: ClipArch | None = None
+        self.tokenizer: Tokenizer | None = None
+        self._modules: dict[str, Module] = {}  # what `clip` and `complexity` have handed out
+        self._sources = [None if part is None else dataclasses.replace(part, params={}) for part in (clip, complexity)]
         if clip is not None:
             self._open_clip(clip)
         self.scorer: Scorer | None = None
         if complexity is not None:
             arch = scorer_arch(complexity.description["arch"], f"{complexity.path}: arch")
             if clip is not None:
-                require_fits(clip, self.clip.arch, complexity, arch)
+                require_fits(clip, self.arch, complexity, arch)
             shares = clip is not None and isinstance(arch, BlocksArch)
             self.scorer = Scorer(
-                complexity, batch_size, self._dtype, self._params if shares else None, self._placement
+                complexity, batch_size, self._dtype, self.params if shares else None, self._placement
             )
+            if clip is None:
+                self.preprocess = self.scorer.preprocess
         if clip is not None and complexity is not None:
             self.thresholds = tuple(description["routing"]["thresholds"])
             exits = tuple(description["routing"]["exits"])
@@ -84,30 +95,68 @@ class Model:
                 raise CheckpointError(f"the bundle routes to exits {exits}, its CLIP has {self.exits}; bundle it again")
 
     def _open_clip(self, loaded: Checkpoint) -> None:
-        arch = from_dict(loaded.description["arch"], ClipArch, f"{loaded.path}: arch")
-        self.clip = Clip(arch)
+        graph = pretrained.clip_graph(loaded, self._dtype)
+        self.arch = arch = graph.arch
         self.path = loaded.path
-        pytree.require_same(self.clip.shapes(), loaded.params, str(loaded.path))
         self.preprocess = Preprocess.from_dict(loaded.description["preprocess"])
         self.tokenizer = Tokenizer.from_json(loaded.tokenizer) if loaded.tokenizer is not None else None
         self.exits = arch.vision.all_exits
         self.embed_dim = arch.vision.embed_dim
         self.temperature = float(np.exp(loaded.params["logit_scale"]))
-        self._params = self._placement.params(loaded.params)
-        self.towers = {exit: self._tower(exit) for exit in self.exits}
-        clip, dtype = self.clip, self._dtype
-        self._text = Forward(
-            lambda params, tokens: clip.encode_text(params, tokens, dtype), self._params, self._buckets, self._placement
-        )
+        self._adopt_clip(graph, self._placement.params(loaded.params))
 
-    def _tower(self, exit: int) -> Forward:
-        clip, dtype, p = self.clip, self._dtype, self.preprocess
-        return Forward(
-            lambda params, images: clip.encode_image(params, normalise(images, p.mean, p.std), exit, dtype),
-            self._params,
-            self._buckets,
-            self._placement,
-        )
+    def _adopt_clip(self, graph: Graph[Clip], params: pytree.Tree) -> None:
+        p, self.graph, self.params = self.preprocess, graph, params
+        self.__dict__.pop("router", None)
+
+        def tower(exit: int) -> Forward:
+            run = lambda params, images: graph.encode_image(params, normalise(images, p.mean, p.std), exit)
+            return Forward(run, params, self._buckets, self._placement)
+
+        self.towers = {exit: tower(exit) for exit in self.exits}
+        self._text = Forward(graph.encode_text, params, self._buckets, self._placement)
+
+    @property
+    def clip(self) -> Clip | None:
+        """The CLIP as a module with its weights; None without one. What is changed in it counts from the next call on."""
+        if self.arch is None:
+            return None
+        return self._modules.setdefault("clip", self.graph.merge(self.params))
+
+    @property
+    def complexity(self) -> ComplexityModel | TokenRouter | None:
+        """The complexity model as a module; None without one. What is changed in it counts from the next call on."""
+        if self.scorer is None:
+            return None
+        return self._modules.setdefault("complexity", self.scorer.complexity.merge(self.scorer.forward.params))
+
+    def _take_changes(self) -> None:
+        """Computes with what was changed in the modules that were handed out."""
+        for name, module in self._modules.items():
+            graph, params = module.split()
+            was, held = (self.graph, self.params) if name == "clip" else (self.scorer.complexity, self.scorer.forward.params)
+            if graph == was and all(a is b for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(held), strict=True)):
+                continue
+            if self._shares_tower:
+                raise ValueError(
+                    f"model.{name} was changed, and the router of this bundle reads the tokens of the CLIP's own first blocks: "
+                    "a change of one would leave the other behind; call the modules themselves, or bundle the changed CLIP"
+                )
+            if name == "clip":
+                self._adopt_clip(graph, params)
+            else:
+                self.scorer.adopt(graph, params)
+                self.__dict__.pop("router", None)
+
+    def __reduce__(self):
+        if self._placement.mesh is not None:
+            raise TypeError("a model on a mesh cannot be pickled: devices belong to their process; load it there instead")
+        self._take_changes()
+        parts = [
+            None if part is None else dataclasses.replace(part, params=jax.tree.map(np.asarray, params))
+            for part, params in zip(self._sources, (getattr(self, "params", None), self.scorer and self.scorer.forward.params))
+        ]
+        return Model, (*parts, self.description, self.batch_size, self.dtype)
 
     @property
     def _buckets(self) -> tuple[int, ...]:
@@ -124,7 +173,7 @@ class Model:
                 f"{self.path} holds no tokenizer, so it cannot encode text; add one with "
                 f"`icar convert {path} {path} --tokenizer FILE` (a tokenizer.json, or CLIP's merges file)"
             )
-        length = self.clip.arch.text.context_length
+        length = self.arch.text.context_length
         tokens, truncated = self.tokenizer.encode(texts, length)
         if warn and truncated.any():
             logging.warning("%d of %d texts are longer than %d tokens and were cut.", truncated.sum(), len(texts), length)
@@ -152,6 +201,7 @@ class Model:
         """N paths, PIL images or uint8 arrays -> complexity float32 [N] in [0, 1]; higher is more complex."""
         if self.scorer is None:
             raise CheckpointError("this checkpoint holds no complexity model; `icar bundle` adds one")
+        self._take_changes()
         batches = self._prepare(images, {"complexity": self.scorer.preprocess})
         parts = [self.scorer.forward.submit(batch["complexity"]) for batch in batches]
         return np.concatenate([p.result() for p in parts]) if parts else np.zeros(0, np.float32)
@@ -164,7 +214,7 @@ class Model:
     def fixed_exit(self, exit: int | None) -> int | None:
         """The depth every image runs to: `exit`, checked, or full depth where images cannot be routed; None where they are."""
         self._need_clip("embedding images")
-        return None if exit is None and self.thresholds is not None else self.clip.arch.vision.check_exit(exit)
+        return None if exit is None and self.thresholds is not None else self.arch.vision.check_exit(exit)
 
     def route(self, images: Sequence[ImageLike], budget: float | None = None) -> Routed:
         """Embeddings with the score and the exit of each image; needs a bundle. `budget` as for `encode_image`."""
@@ -184,7 +234,7 @@ class Model:
                 "a budget needs the scores of calibration images, and this bundle was made without any; add them with "
                 f"`icar calibrate BUNDLE --images FOLDER --budget {budget:g}`"
             )
-        costs = counted_costs(self.clip.arch, self.scorer.complexity.arch)
+        costs = counted_costs(self.arch, self.scorer.complexity.arch)
         return thresholds_for_budget(unpack_quantiles(self.description["routing"]["scores"]), budget, costs)
 
     def embed(
@@ -199,7 +249,7 @@ class Model:
         """
         if exit is not None:
             self._need_clip("embed")
-            exit = self.clip.arch.vision.check_exit(exit)
+            exit = self.arch.vision.check_exit(exit)
             return OneExit(exit, self.towers[exit]).embed(((b["clip"], None) for b in batches), self.embed_dim)
         self._need_bundle()
         router = self.router if thresholds is None else self.router.at(thresholds)
@@ -220,12 +270,12 @@ class Model:
     @property
     def preprocesses(self) -> dict[str, Preprocess]:
         """How images are prepared for each part: 'clip' and, where there is one that needs pixels of its own, 'complexity'."""
-        made = {"clip": self.preprocess} if self.clip is not None else {}
+        made = {"clip": self.preprocess} if self.arch is not None else {}
         return made | ({"complexity": self.scorer.preprocess} if self.scored_on == "complexity" else {})
 
     @property
     def _shares_tower(self) -> bool:
-        return self.clip is not None and self.scorer is not None and isinstance(self.scorer.complexity, BlocksScorer)
+        return self.arch is not None and self.scorer is not None and isinstance(self.scorer.complexity.arch, BlocksArch)
 
     @cached_property
     def router(self) -> Router | SharedRouter:
@@ -235,7 +285,7 @@ class Model:
             scorer = self.scorer
             return SharedRouter(
                 SharedTower(
-                    self.clip, scorer.complexity, self._params, scorer.forward.params, self.preprocess, self._buckets,
+                    self.graph, scorer.complexity, self.params, scorer.forward.params, self.preprocess, self._buckets,
                     self._dtype, self._placement,
                 ),  # fmt: skip
                 self.thresholds,
@@ -250,14 +300,14 @@ class Model:
             self.warm_up_embed()
         if self.scorer is not None:
             self.scorer.warm_up()
-        if self.clip is not None:
-            self._text.warm_up((self.clip.arch.text.context_length,), np.int32)
+        if self.arch is not None:
+            self._text.warm_up((self.arch.text.context_length,), np.int32)
 
     def warm_up_embed(self, exit: int | None = None) -> None:
         """Compiles what `embed` runs with this `exit`, and no more."""
         side = self.preprocess.image_size
         if exit is not None:
-            self.towers[self.clip.arch.vision.check_exit(exit)].warm_up((side, side, 3), np.uint8)
+            self.towers[self.arch.vision.check_exit(exit)].warm_up((side, side, 3), np.uint8)
             return
         self.router.warm_up()
         if not self._shares_tower:
@@ -268,10 +318,12 @@ class Model:
     def _need_bundle(self) -> None:
         if self.thresholds is None:
             raise CheckpointError("routing needs thresholds: make a bundle with `icar bundle`, then load that")
+        self._take_changes()
 
     def _need_clip(self, what: str) -> None:
-        if self.clip is None:
+        if self.arch is None:
             raise CheckpointError(f"{what} needs a CLIP model; this is a complexity checkpoint, which can only score")
+        self._take_changes()
 
     def _prepare(self, images: Iterable[ImageLike], preprocess: dict[str, Preprocess]) -> Iterator[dict[str, np.ndarray]]:
         single_array = isinstance(images, np.ndarray) and images.ndim != 4
@@ -286,51 +338,3 @@ class Model:
         with closing(in_order(one, images, ahead=2 * self.batch_size)) as prepared:
             while rows := list(islice(prepared, self.batch_size)):
                 yield {key: np.stack([row[key] for row in rows]) for key in preprocess}
-
-
-def local_mesh(batch_size: int) -> Mesh:
-    """All devices of this process along the data axis, for `load`. Raises ConfigError where they do not divide a batch."""
-    mesh = make_mesh(MeshConfig(), jax.local_devices())
-    if batch_size % batch_shards(mesh):
-        raise ConfigError(f"a batch of {batch_size} images cannot be cut over {batch_shards(mesh)} devices; choose a multiple")
-    return mesh
-
-
-def load(
-    path: str | os.PathLike, *, batch_size: int = 64, dtype: str = "float32", mesh: Mesh | None = None
-) -> Model:
-    """Opens a bundle, a CLIP or complexity checkpoint, or a workdir of train.py; nothing else is needed.
-
-    `batch_size` is the largest static batch, `dtype` that of activations ('float32' or 'bfloat16'). With a `mesh` of this
-    process's devices (`icar_jax.parallel.mesh.make_mesh(MeshConfig(data=-1))`) each batch is cut over its data axes, which must
-    divide it; parameters lie whole on every device.
-    Raises CheckpointError saying what was expected at `path` and what was found.
-    """
-    folder = checkpoint.find(path)
-    description = checkpoint.describe(folder)
-    if description["kind"] == "bundle":
-        clip, complexity = checkpoint.read(folder / "clip", "clip"), checkpoint.read(folder / "complexity", "complexity")
-    elif description["kind"] == "convnext":
-        raise CheckpointError(
-            f"{folder} holds a ConvNeXt backbone, which neither embeds nor scores images; load a CLIP or a complexity model"
-        )
-    else:
-        loaded = checkpoint.read(folder, description["kind"])
-        clip, complexity = (loaded, None) if loaded.kind == "clip" else (None, loaded)
-    return Model(clip, complexity, description, batch_size, dtype, mesh)
-
-
-def load_parts(
-    clip: str | os.PathLike, complexity: str | os.PathLike, *, batch_size: int, dtype: str
-) -> tuple[Model, Model]:
-    """The CLIP and the complexity checkpoint of a bundle to be.
-
-    Raises CheckpointError where one is of the wrong kind, or the complexity model is a head on another CLIP.
-    """
-    parts = checkpoint.find(clip, ("clip",)), checkpoint.find(complexity, ("complexity",))
-    first, second = checkpoint.read(parts[0], "clip"), checkpoint.read(parts[1], "complexity")
-    models = (
-        Model(first, None, first.description, batch_size, dtype), Model(None, second, second.description, batch_size, dtype)
-    )  # fmt: skip
-    require_fits(first, models[0].clip.arch, second, models[1].scorer.complexity.arch)
-    return models

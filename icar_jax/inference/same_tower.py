@@ -7,9 +7,9 @@ import numpy as np
 from icar_jax import pytree
 from icar_jax.checkpoint import Checkpoint, CheckpointError
 from icar_jax.data.images import Preprocess
-from icar_jax.models.blocks_scorer import BlocksArch, BlocksScorer
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.scorers import ScorerArch
+from icar_jax.models.token_router import BlocksArch, shared_paths
 
 
 def require_fits(clip: Checkpoint, clip_arch: ClipArch, scorer: Checkpoint, arch: ScorerArch) -> None:
@@ -40,7 +40,7 @@ def require_fits(clip: Checkpoint, clip_arch: ClipArch, scorer: Checkpoint, arch
     if Preprocess.from_dict(clip.description["preprocess"]) != Preprocess.from_dict(scorer.description["preprocess"]):
         apart.append("the preprocessing")
     have, want = pytree.flatten(scorer.params), pytree.flatten(clip.params)
-    for path, source in BlocksScorer(arch).shared_paths().items():
+    for path, source in shared_paths(scorer.params).items():
         if source not in want or not np.array_equal(have[path], want[source]):
             apart.append(source)
     if apart:

@@ -10,8 +10,10 @@ from icar_jax import pytree
 from icar_jax.checkpoint import Checkpoint
 from icar_jax.data.images import Preprocess
 from icar_jax.inference.forward import Forward, Placement, bucket_sizes
+from icar_jax.models.functional import Graph
 from icar_jax.models.pixels import normalise
-from icar_jax.models.scorers import make_scorer, scorer_arch
+from icar_jax.models.scorers import scorer_arch, scorer_class
+from icar_jax.models.token_router import shared_paths
 
 
 class Scorer:
@@ -29,19 +31,22 @@ class Scorer:
         placement: Placement = Placement(),
     ):
         self.path = loaded.path
-        self.complexity = make_scorer(scorer_arch(loaded.description["arch"], f"{loaded.path}: arch"))
-        pytree.require_same(self.complexity.shapes(), loaded.params, str(loaded.path))
+        arch = scorer_arch(loaded.description["arch"], f"{loaded.path}: arch")
+        self.complexity = scorer_class(arch).graph(arch, dtype=dtype)
+        pytree.require_same(self.complexity.shapes, loaded.params, str(loaded.path))
         params = loaded.params
         if clip_params is not None:
-            shared, ours = self.complexity.shared_paths(), pytree.flatten(clip_params)
+            shared, ours = shared_paths(loaded.params), pytree.flatten(clip_params)
             params = pytree.map_with_path(lambda path, leaf: ours[shared[path]] if path in shared else leaf, params)
         self.preprocess = Preprocess.from_dict(loaded.description["preprocess"])
-        p = self.preprocess
+        self._buckets, self._placement = bucket_sizes(batch_size, placement.shards), placement
+        self.adopt(self.complexity, placement.params(params))
+
+    def adopt(self, graph: Graph, params: Any) -> None:
+        """Computes with another structure and parameters from here on."""
+        p, self.complexity = self.preprocess, graph
         self.forward = Forward(
-            lambda params, images: self.complexity.score(params, normalise(images, p.mean, p.std), dtype),
-            placement.params(params),
-            bucket_sizes(batch_size, placement.shards),
-            placement,
+            lambda params, images: graph.score(params, normalise(images, p.mean, p.std)), params, self._buckets, self._placement
         )
 
     def warm_up(self) -> None:

@@ -19,11 +19,12 @@ import numpy as np
 from icar_jax.data.images import Preprocess
 from icar_jax.inference.forward import Pending, Placement, cut
 from icar_jax.inference.router import SCORES_AHEAD, Routed, Run, assign, check_thresholds
-from icar_jax.models.blocks_scorer import BlocksScorer
 from icar_jax.models.clip import Clip
+from icar_jax.models.functional import Graph
 from icar_jax.models.host import jit_for_host
 from icar_jax.models.merging import Tokens
 from icar_jax.models.pixels import normalise
+from icar_jax.models.token_router import TokenRouter
 
 
 @dataclass
@@ -33,28 +34,28 @@ class SharedTower:
     Batches have the shapes `buckets`; the last of them is a full batch.
     """
 
-    clip: Clip
-    scorer: BlocksScorer
+    clip: Graph[Clip]
+    scorer: Graph[TokenRouter]
     clip_params: Any
     scorer_params: Any
     preprocess: Preprocess
     buckets: tuple[int, ...]
-    dtype: Any
+    dtype: Any  # of activations, which both compute in
     placement: Placement = Placement()
     _begin: Any = field(init=False, repr=False)
     _rest: dict[int, Any] = field(init=False, repr=False)
 
     def __post_init__(self):
-        clip, scorer, p, dtype = self.clip, self.scorer, self.preprocess, self.dtype
+        clip, scorer, p = self.clip, self.scorer, self.preprocess
         vision = clip.arch.vision
         self.shape = (vision.tokens_after(scorer.arch.blocks), vision.width)
 
         def begin(params, pixels):
-            tokens = scorer.tokens(params, normalise(pixels, p.mean, p.std), dtype)
-            return tokens, scorer.score_of_tokens(params, tokens, dtype)
+            tokens = scorer.tokens(params, normalise(pixels, p.mean, p.std))
+            return tokens, scorer.score_of_tokens(params, tokens)
 
         def rest(exit):
-            return jit_for_host(lambda params, tokens: clip.encode_tokens(params, tokens, scorer.arch.blocks, exit, dtype))
+            return jit_for_host(lambda params, tokens: clip.encode_tokens(params, tokens, scorer.arch.blocks, exit))
 
         self._begin = jit_for_host(begin)
         self._rest = {exit: rest(exit) for exit in vision.all_exits}

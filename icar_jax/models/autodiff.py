@@ -1,8 +1,8 @@
 """Derivatives written by hand that serve both modes of automatic differentiation.
 
 `jax.custom_vjp` gives a hand-written backward pass and takes forward mode away: `jax.jvp`, `jax.hessian`, Hessian-vector
-products. `with_derivatives` keeps it: forward mode applies the tangent map, reverse mode the hand-written transpose of that map.
-The map is a primitive of its own, because `jax.custom_derivatives.linear_call` can be neither batched nor differentiated twice.
+products. `with_derivatives` keeps it: forward mode applies the tangent map, reverse mode its hand-written transpose. The map is
+a primitive of its own, because `jax.custom_derivatives.linear_call` can be neither batched nor differentiated twice.
 """
 
 from __future__ import annotations

@@ -1,15 +1,11 @@
-"""CLIP over both towers: pure functions of a parameter dict.
-
-`Clip(arch)` holds no arrays. Its methods take `params`, so they can be jitted, differentiated and mapped freely.
-"""
+"""CLIP: a vision tower with early exits and a text tower that embed into one space."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +13,12 @@ import numpy as np
 from flax import nnx
 
 from icar_jax import pytree
-from icar_jax.models.layers import Bridge, DType
+from icar_jax.models.functional import Module, Params
+from icar_jax.models.layers import DType
 from icar_jax.models.merging import Tokens
-from icar_jax.models.text import Text, TextArch
-from icar_jax.models.transformer import Execution
-from icar_jax.models.vision import Vision, VisionArch
+from icar_jax.models.text import TextArch, TextTower
+from icar_jax.models.transformer import AttentionFn, Execution
+from icar_jax.models.vision import VisionArch, VisionTower
 
 Array = jax.Array
 LOGIT_SCALE_START = float(np.log(1 / 0.07))
@@ -45,100 +42,106 @@ class ClipArch:
             )
 
 
-class _ClipModule(nnx.Module):
-    def __init__(self, arch: ClipArch, rngs: nnx.Rngs):
-        self.vision = Vision(arch.vision, rngs=rngs)
-        self.text = Text(arch.text, rngs=rngs)
-        scale = SIGMOID_SCALE_START if arch.logit_bias else LOGIT_SCALE_START
-        self.logit_scale = nnx.Param(jnp.float32(scale))
-        own = arch.vision.exits if arch.temperature == "own" else ()
-        self.exit_logit_scale = nnx.Dict({str(e): nnx.Param(jnp.float32(scale)) for e in own})
-        if arch.logit_bias:
-            self.logit_bias = nnx.Param(jnp.float32(LOGIT_BIAS_START))
-            self.exit_logit_bias = nnx.Dict({str(e): nnx.Param(jnp.float32(LOGIT_BIAS_START)) for e in own})
+class ClipOutput(NamedTuple):
+    """What `Clip.__call__` gives; keys are executed blocks, full depth included."""
+
+    image: dict[int, Array]  # float32 [B, D], unit norm, of each exit
+    text: Array  # float32 [B, D], unit norm
+    logit_scale: dict[int, Array]  # what cosines are multiplied by; scalar
+    logit_bias: dict[int, Array]  # added after that; scalar, empty where the model has none
 
 
-@dataclass(frozen=True)
-class Clip:
-    """Pure functions of one CLIP architecture; embeddings are float32 with unit norm.
+class Clip(Module):
+    """Both towers; embeddings are float32 with unit norm.
 
-    `execution` is how the blocks run; parameters and values do not depend on it.
+    Args:
+        arch: shape of the towers.
+        execution: how the blocks run; parameters and values do not depend on it.
+        attention: what mixes tokens in both towers, as of `transformer.Attention`; None is `ops.attention`.
+        dtype: of activations; parameters are cast inside.
+        param_dtype: of parameters.
+        exit_start: 'final' starts exit heads as copies of ln_post and proj, 'random' draws them.
+        rngs: for the random start.
     """
 
-    arch: ClipArch
-    execution: Execution = Execution()
+    def __init__(
+        self, arch: ClipArch, *, execution: Execution = Execution(), attention: AttentionFn | None = None,
+        dtype: DType = jnp.float32, param_dtype: DType = jnp.float32, exit_start: str = "final", rngs: nnx.Rngs,
+    ):  # fmt: skip
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.arch = arch
+        self.vision = VisionTower(arch.vision, execution=execution, attention=attention, **types)
+        self.text = TextTower(arch.text, execution=execution, attention=attention, **types)
+        scalar = lambda value: nnx.Param(jnp.float32(value))
+        scale = SIGMOID_SCALE_START if arch.logit_bias else LOGIT_SCALE_START
+        self.logit_scale = scalar(scale)
+        own = arch.vision.exits if arch.temperature == "own" else ()
+        self.exit_logit_scale = nnx.Dict({str(e): scalar(scale) for e in own})
+        if arch.logit_bias:
+            self.logit_bias = scalar(LOGIT_BIAS_START)
+            self.exit_logit_bias = nnx.Dict({str(e): scalar(LOGIT_BIAS_START) for e in own})
+        if exit_start == "final":
+            variables = {"/".join(map(str, path)): v for path, v in nnx.to_flat_state(nnx.state(self))}
+            for path, source in exit_sources(nnx.to_pure_dict(nnx.state(self))).items():
+                # A copy: donated buffers must not be shared between two leaves.
+                variables[path][...] = jnp.array(variables[source][...])
 
-    @cached_property
-    def _bridge(self) -> Bridge:
-        return Bridge(lambda rngs: _ClipModule(self.arch, rngs))
-
-    def shapes(self) -> pytree.Tree:
-        """Parameter shapes without allocating them."""
-        return self._bridge.shapes()
-
-    def init(self, key: Array, exit_start: str = "final") -> pytree.Tree:
-        """Random float32 parameters; with `exit_start='final'` exit heads copy ln_post and proj."""
-        params = self._bridge.init(key)
+    @classmethod
+    def init(cls, key: Array, arch: ClipArch, exit_start: str = "final", **kwargs: Any) -> Params:
+        """Random parameters as a nested dict; arguments as of the class."""
+        params = super().init(key, arch, exit_start="random", **kwargs)
         return start_exits_from_final(params) if exit_start == "final" else params
 
-    def encode_image(
-        self, params: Mapping[str, Any], images: Array, exit: int | None = None, dtype: DType = jnp.float32
-    ) -> Array:
+    def __call__(self, images: Array, tokens: Array) -> ClipOutput:
+        """images float [B, S, S, 3], normalised; tokens int [N, L] -> embeddings of every exit and of the texts, scales."""
+        biases = self.logit_biases() if self.arch.logit_bias else {}
+        return ClipOutput(self.encode_image_exits(images), self.encode_text(tokens), self.logit_scales(), biases)
+
+    def encode_image(self, images: Array, exit: int | None = None) -> Array:
         """images float [B, S, S, 3], normalised -> [B, D], unit norm. `exit` counts executed blocks; None is all."""
         blocks_run = self.arch.vision.check_exit(exit)
-        return self.encode_image_exits(params, images, (blocks_run,), dtype)[blocks_run]
+        return self.encode_image_exits(images, (blocks_run,))[blocks_run]
 
     def encode_image_exits(
-        self,
-        params: Mapping[str, Any],
-        images: Array,
-        exits: tuple[int, ...] | None = None,
-        dtype: DType = jnp.float32,
-        scales: Array | None = None,
+        self, images: Array, exits: Sequence[int] | None = None, scales: Array | None = None
     ) -> dict[int, Array]:
         """One pass, every exit: images [B, S, S, 3] -> {executed blocks: [B, D], unit norm}; None means all exits.
 
         `scales` float32 [B, depth]: of each image's residuals in each block, for layer dropout while training; None for none.
         """
-        exits = tuple(self.arch.vision.check_exit(e) for e in exits or self.arch.vision.all_exits)
-        embeds = self._bridge.bind(params).vision(images, exits, dtype, self.execution, scales)
-        return {blocks_run: unit_norm(z) for blocks_run, z in embeds.items()}
+        return {blocks_run: unit_norm(z) for blocks_run, z in self.vision(images, exits, scales=scales).items()}
 
-    def encode_tokens(
-        self, params: Mapping[str, Any], tokens: Tokens, start: int, exit: int | None = None, dtype: DType = jnp.float32
-    ) -> Array:
+    def encode_tokens(self, tokens: Tokens, start: int, exit: int | None = None) -> Array:
         """The rest of `encode_image`: Tokens of [B, L, W] in the vision tower after `start` blocks -> [B, D], unit norm."""
         blocks_run = self.arch.vision.check_exit(exit)
-        return self.encode_tokens_exits(params, tokens, start, (blocks_run,), dtype)[blocks_run]
+        return self.encode_tokens_exits(tokens, start, (blocks_run,))[blocks_run]
 
-    def encode_tokens_exits(
-        self, params: Mapping[str, Any], tokens: Tokens, start: int, exits: tuple[int, ...], dtype: DType = jnp.float32
-    ) -> dict[int, Array]:
+    def encode_tokens_exits(self, tokens: Tokens, start: int, exits: Sequence[int]) -> dict[int, Array]:
         """The rest of `encode_image_exits`: Tokens of [B, L, W] after `start` blocks -> {executed blocks: [B, D], unit}."""
         for blocks_run in exits:
             first = self.arch.vision.heads_of(self.arch.vision.check_exit(blocks_run))[0]
             if start > first:
                 raise ValueError(f"tokens after {start} blocks are past the head after {first} of the exit after {blocks_run}")
-        embeds = self._bridge.bind(params).vision.resume(tokens, start, exits, dtype, self.execution)
-        return {blocks_run: unit_norm(z) for blocks_run, z in embeds.items()}
+        return {blocks_run: unit_norm(z) for blocks_run, z in self.vision.resume(tokens, start, exits).items()}
 
-    def encode_text(self, params: Mapping[str, Any], tokens: Array, dtype: DType = jnp.float32) -> Array:
-        """tokens int32 [B, L] -> [B, D], unit norm."""
-        return unit_norm(self._bridge.bind(params).text(tokens, dtype, self.execution))
+    def encode_text(self, tokens: Array) -> Array:
+        """tokens int [B, L] -> [B, D], unit norm."""
+        return unit_norm(self.text(tokens))
 
-    def logit_scales(self, params: Mapping[str, Any]) -> dict[int, Array]:
+    def logit_scales(self) -> dict[int, Array]:
         """{executed blocks: scale}, full depth included; each at most 100 as in CLIP, or unbounded as in SigLIP."""
-        scales = self._own_or_shared(params, "logit_scale")
         limit = jnp.inf if self.arch.logit_bias else LOGIT_SCALE_MAX
+        scales = self._own_or_shared(self.logit_scale, self.exit_logit_scale)
         return {e: jnp.minimum(jnp.exp(s), limit) for e, s in scales.items()}
 
-    def logit_biases(self, params: Mapping[str, Any]) -> dict[int, Array]:
+    def logit_biases(self) -> dict[int, Array]:
         """{executed blocks: bias} of a model with logit biases (SigLIP), full depth included."""
-        return self._own_or_shared(params, "logit_bias")
+        return self._own_or_shared(self.logit_bias, self.exit_logit_bias)
 
-    def _own_or_shared(self, params: Mapping[str, Any], name: str) -> dict[int, Array]:
-        own = {e: params[f"exit_{name}"][str(e)] for e in self.arch.vision.exits if self.arch.temperature == "own"}
-        return {e: own.get(e, params[name]) for e in self.arch.vision.all_exits}
+    def _own_or_shared(self, shared: nnx.Param, own: nnx.Dict) -> dict[int, Array]:
+        early = self.arch.vision.exits if self.arch.temperature == "own" else ()
+        values = {e: own[str(e)][...] for e in early}
+        return {e: values.get(e, shared[...]) for e in self.arch.vision.all_exits}
 
 
 def unit_norm(z: Array) -> Array:

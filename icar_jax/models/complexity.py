@@ -6,20 +6,19 @@ human ratings (IC9600). Both begin with a norm of their own after the backbone's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from icar_jax import pytree
 from icar_jax.models.convnext import INIT_STD, ConvNeXt, ConvNeXtArch
-from icar_jax.models.layers import Bridge, DType, LayerNorm, Linear
+from icar_jax.models.functional import Module
+from icar_jax.models.layers import DType, LayerNorm, Linear
 
 Array = jax.Array
+Drop = Callable[[Array, int], Array]  # (x, layer) -> x with some of its values zeroed
 HEADS = ("classification", "regression")
 MAP_STAGES = (2, 3, 4)  # strides 8, 16, 32; stage 1 sees edges, not objects
 MAP_STAGE = 2  # finds the objects of scenes best, see benchmarks/explain.py
@@ -44,35 +43,36 @@ class ComplexityArch:
 
 
 class ClassificationHead(nnx.Module):
-    """LN, then two logits (simple, complex); [B, C] -> [B, 2]."""
+    """LN, then two logits (simple, complex); [B, C] -> [B, 2], float32."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.norm = LayerNorm(width, 1e-5)
-        self.fc = Linear(width, 2, std=INIT_STD, rngs=rngs)
+    def __init__(self, width: int, *, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
+        self.norm = LayerNorm(width, 1e-5, param_dtype=param_dtype)
+        self.fc = Linear(width, 2, std=INIT_STD, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, x: Array, dtype: DType, drop) -> Array:
-        return self.fc(self.norm(x), dtype).astype(jnp.float32)
+    def __call__(self, x: Array, drop: Drop) -> Array:
+        return self.fc(self.norm(x)).astype(jnp.float32)
 
 
 class RegressionHead(nnx.Module):
-    """LN -> 512 -> ReLU -> 256 -> ReLU -> 1, dropout after each ReLU while training; [B, C] -> logit [B, 1]."""
+    """LN -> 512 -> ReLU -> 256 -> ReLU -> 1, dropout after each ReLU while training; [B, C] -> logit [B, 1], float32."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.norm = LayerNorm(width, 1e-5)
-        self.fc1 = Linear(width, 512, std=width**-0.5, rngs=rngs)
-        self.fc2 = Linear(512, 256, std=512**-0.5, rngs=rngs)
-        self.fc3 = Linear(256, 1, std=256**-0.5, rngs=rngs)
+    def __init__(self, width: int, *, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.norm = LayerNorm(width, 1e-5, param_dtype=param_dtype)
+        self.fc1 = Linear(width, 512, std=width**-0.5, **types)
+        self.fc2 = Linear(512, 256, std=512**-0.5, **types)
+        self.fc3 = Linear(256, 1, std=256**-0.5, **types)
 
-    def __call__(self, x: Array, dtype: DType, drop) -> Array:
-        x = drop(jax.nn.relu(self.fc1(self.norm(x), dtype)), 0)
-        x = drop(jax.nn.relu(self.fc2(x, dtype)), 1)
-        return self.fc3(x, dtype).astype(jnp.float32)
+    def __call__(self, x: Array, drop: Drop) -> Array:
+        x = drop(jax.nn.relu(self.fc1(self.norm(x))), 0)
+        x = drop(jax.nn.relu(self.fc2(x)), 1)
+        return self.fc3(x).astype(jnp.float32)
 
 
 HEAD_MODULES = {"classification": ClassificationHead, "regression": RegressionHead}
 
 
-def dropout(rate: float, key: Array | None) -> Callable[[Array, int], Array]:
+def dropout(rate: float, key: Array | None) -> Drop:
     """drop(x, layer): x with a share `rate` of its values zeroed and the rest scaled up; without a key x itself."""
 
     def drop(x: Array, layer: int) -> Array:
@@ -103,42 +103,35 @@ def activation_map(function: Callable[[Array], Array], features: Array) -> tuple
     return values, jnp.einsum("bhwc,bc->bhw", features.astype(jnp.float32), weights)
 
 
-class _ComplexityModule(nnx.Module):
-    def __init__(self, arch: ComplexityArch, rngs: nnx.Rngs):
-        self.backbone = ConvNeXt(arch.backbone, rngs=rngs)
-        self.head = HEAD_MODULES[arch.head](arch.backbone.dims[3], rngs=rngs)
+class ComplexityModel(Module):
+    """A ConvNeXt and a head; images float [B, S, S, 3], normalised -> complexity [B] in [0, 1], float32.
 
+    Args:
+        arch: its shape.
+        dtype: of activations; parameters are cast inside.
+        param_dtype: of parameters.
+    """
 
-@dataclass(frozen=True)
-class Complexity:
-    """Pure functions of one complexity architecture."""
+    def __init__(
+        self, arch: ComplexityArch, *, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32, rngs: nnx.Rngs
+    ):
+        types = {"dtype": jnp.dtype(dtype), "param_dtype": param_dtype, "rngs": rngs}
+        self.arch = arch
+        self.backbone = ConvNeXt(arch.backbone, **types)
+        self.head = HEAD_MODULES[arch.head](arch.backbone.dims[3], **types)
 
-    arch: ComplexityArch
+    def __call__(self, images: Array) -> Array:
+        return self.score(images)
 
-    @cached_property
-    def _bridge(self) -> Bridge:
-        return Bridge(lambda rngs: _ComplexityModule(self.arch, rngs))
-
-    def shapes(self) -> pytree.Tree:
-        return self._bridge.shapes()
-
-    def init(self, key: Array) -> pytree.Tree:
-        return self._bridge.init(key)
-
-    def logits(
-        self, params: Mapping[str, Any], images: Array, dropout_key: Array | None = None, dtype: DType = jnp.float32
-    ) -> Array:
+    def logits(self, images: Array, dropout_key: Array | None = None) -> Array:
         """images float [B, S, S, 3], normalised -> [B, 2] (classification) or [B, 1] (regression), float32."""
-        module = self._bridge.bind(params)
-        return module.head(module.backbone(images, dtype), dtype, dropout(self.arch.dropout, dropout_key))
+        return self.head(self.backbone(images), dropout(self.arch.dropout, dropout_key))
 
-    def score(self, params: Mapping[str, Any], images: Array, dtype: DType = jnp.float32) -> Array:
+    def score(self, images: Array) -> Array:
         """images float [B, S, S, 3], normalised -> complexity [B] in [0, 1], float32; higher is more complex."""
-        return jax.nn.sigmoid(self._logit(self.logits(params, images, dtype=dtype)))
+        return jax.nn.sigmoid(log_odds(self.logits(images), self.arch.head))
 
-    def score_and_map(
-        self, params: Mapping[str, Any], images: Array, stage: int = MAP_STAGE, dtype: DType = jnp.float32
-    ) -> tuple[Array, Array]:
+    def score_and_map(self, images: Array, stage: int = MAP_STAGE) -> tuple[Array, Array]:
         """The score, and where in the image it comes from: the class-activation map of the log odds of 'complex'.
 
         images float [B, S, S, 3], normalised -> complexity [B], as `score`; map [B, h, w], float32, with h = w = S // stride
@@ -149,16 +142,11 @@ class Complexity:
         """
         if stage not in MAP_STAGES:
             raise ValueError(f"a map can be taken after stage {', '.join(map(str, MAP_STAGES))}, not {stage}")
-        module = self._bridge.bind(params)
-        features = module.backbone.feature_map(images, stage, dtype)
+        features = self.backbone.feature_map(images, stage)
 
         def logit(features: Array) -> Array:
-            pooled = module.backbone.from_feature_map(features, stage, dtype)
-            return self._logit(module.head(pooled, dtype, dropout(0.0, None)))
+            pooled = self.backbone.from_feature_map(features, stage)
+            return log_odds(self.head(pooled, dropout(0.0, None)), self.arch.head)
 
         logits, activation = activation_map(logit, features)
         return jax.nn.sigmoid(logits), activation
-
-    def _logit(self, logits: Array) -> Array:
-        """Log odds of 'complex' [B], of which the score is the sigmoid."""
-        return log_odds(logits, self.arch.head)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from icar_jax import pytree
 from icar_jax.models import ops
-from icar_jax.models.layers import Bridge, DType, LayerNorm, Linear, PatchConv, normal, zeros
+from icar_jax.models.functional import Module
+from icar_jax.models.layers import DepthwiseConv, DType, LayerNorm, Linear, PatchConv
+from icar_jax.models.pixels import require_floats
 
 Array = jax.Array
 EPS = 1e-6
@@ -37,9 +36,9 @@ class ConvNeXtArch:
 class Grn(nnx.Module):
     """Global response normalisation; x [B, H, W, C] -> [B, H, W, C], statistics in float32 per image."""
 
-    def __init__(self, width: int):
-        self.gamma = zeros(width)
-        self.beta = zeros(width)
+    def __init__(self, width: int, *, param_dtype: DType = jnp.float32):
+        self.gamma = nnx.Param(jnp.zeros((width,), param_dtype))
+        self.beta = nnx.Param(jnp.zeros((width,), param_dtype))
 
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
@@ -47,141 +46,133 @@ class Grn(nnx.Module):
         # The gradient of sqrt at 0 is infinite; a channel that is zero everywhere must not poison the step.
         g = jnp.where(energy > 0, jnp.sqrt(jnp.where(energy > 0, energy, 1.0)), 0.0)
         n = g / (g.mean(axis=-1, keepdims=True) + 1e-6)
-        return (y + self.beta[...] + self.gamma[...] * (y * n)).astype(x.dtype)
+        gamma, beta = (each[...][None, None, None] for each in (self.gamma, self.beta))
+        return (y + beta + gamma * (y * n)).astype(x.dtype)
 
 
 class ConvMlp(nnx.Module):
-    def __init__(self, width: int, version: int, *, rngs: nnx.Rngs):
-        self.fc1 = Linear(width, 4 * width, std=INIT_STD, rngs=rngs)
-        self.grn = Grn(4 * width) if version == 2 else None
-        self.fc2 = Linear(4 * width, width, std=INIT_STD, rngs=rngs)
+    """Two linear maps with a GELU and, in version 2, GRN between; x [B, H, W, C] keeps its shape."""
 
-    def __call__(self, x: Array, dtype: DType) -> Array:
+    def __init__(self, width: int, version: int, *, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.activation = ops.gelu_erf
+        self.fc1 = Linear(width, 4 * width, std=INIT_STD, **types)
+        self.grn = Grn(4 * width, param_dtype=param_dtype) if version == 2 else None
+        self.fc2 = Linear(4 * width, width, std=INIT_STD, **types)
+
+    def __call__(self, x: Array) -> Array:
         # XLA on CPU would keep half of the GELU, then finish it once for the norm of GRN and once more for its product.
-        x = ops.stored(ops.gelu_erf(ops.stored(self.fc1(x, dtype))))
-        return self.fc2(x if self.grn is None else ops.stored(self.grn(x)), dtype)
+        x = ops.stored(self.activation(ops.stored(self.fc1(x))))
+        return self.fc2(x if self.grn is None else ops.stored(self.grn(x)))
 
 
 class ConvNeXtBlock(nnx.Module):
     """Depthwise 7x7, norm, MLP, (layer scale,) residual; x [B, H, W, C] keeps its shape."""
 
-    def __init__(self, width: int, version: int, *, rngs: nnx.Rngs):
-        self.conv_dw = DepthwiseConv(width, rngs=rngs)
-        self.norm = LayerNorm(width, EPS)
-        self.mlp = ConvMlp(width, version, rngs=rngs)
-        self.gamma = nnx.Param(jnp.full((width,), 1e-6, jnp.float32)) if version == 1 else None
+    def __init__(self, width: int, version: int, *, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.conv_dw = DepthwiseConv(width, std=INIT_STD, **types)
+        self.norm = LayerNorm(width, EPS, param_dtype=param_dtype)
+        self.mlp = ConvMlp(width, version, **types)
+        self.gamma = nnx.Param(jnp.full((width,), 1e-6, param_dtype)) if version == 1 else None
 
-    def __call__(self, x: Array, dtype: DType) -> Array:
-        y = self.mlp(self.norm(self.conv_dw(x, dtype)), dtype)
-        return x + (y if self.gamma is None else y * self.gamma[...].astype(dtype))
-
-
-class DepthwiseConv(nnx.Module):
-    """7x7 depthwise convolution, kernel [7, 7, 1, C]."""
-
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.kernel = normal(rngs, (7, 7, 1, width), INIT_STD)
-        self.bias = zeros(width)
-
-    def __call__(self, x: Array, dtype: DType) -> Array:
-        return ops.depthwise_conv(x, self.kernel[...], self.bias[...], dtype=dtype)
+    def __call__(self, x: Array) -> Array:
+        y = self.mlp(self.norm(self.conv_dw(x)))
+        return x + (y if self.gamma is None else y * self.gamma[...].astype(y.dtype)[None, None, None])
 
 
 class Downsample(nnx.Module):
     """Norm, then 2x2 convolution with stride 2; an odd last row or column is dropped."""
 
-    def __init__(self, n_in: int, n_out: int, *, rngs: nnx.Rngs):
-        self.norm = LayerNorm(n_in, EPS)
-        self.conv = PatchConv(2, n_in, n_out, std=INIT_STD, bias=True, rngs=rngs)
+    def __init__(self, n_in: int, n_out: int, *, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
+        self.norm = LayerNorm(n_in, EPS, param_dtype=param_dtype)
+        self.conv = PatchConv(2, n_in, n_out, std=INIT_STD, bias=True, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, x: Array, dtype: DType) -> Array:
-        return self.conv(self.norm(x), dtype)
+    def __call__(self, x: Array) -> Array:
+        return self.conv(self.norm(x))
 
 
 class Stage(nnx.Module):
-    def __init__(self, n_in: int, n_out: int, depth: int, version: int, first: bool, *, rngs: nnx.Rngs):
-        self.downsample = None if first else Downsample(n_in, n_out, rngs=rngs)
-        self.blocks = nnx.List([ConvNeXtBlock(n_out, version, rngs=rngs) for _ in range(depth)])
+    """Blocks of one resolution, after a `Downsample` in all stages but the first."""
 
-    def __call__(self, x: Array, dtype: DType) -> Array:
+    def __init__(self, n_in: int, n_out: int, depth: int, version: int, first: bool, **types: Any):
+        self.downsample = None if first else Downsample(n_in, n_out, **types)
+        self.blocks = nnx.List([ConvNeXtBlock(n_out, version, **types) for _ in range(depth)])
+
+    def __call__(self, x: Array) -> Array:
         if self.downsample is not None:
-            x = self.downsample(x, dtype)
+            x = self.downsample(x)
         for block in self.blocks:
-            x = block(x, dtype)
+            x = block(x)
         return x
 
 
 class Stem(nnx.Module):
     """4x4 convolution with stride 4, then norm."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.conv = PatchConv(4, 3, width, std=INIT_STD, bias=True, rngs=rngs)
-        self.norm = LayerNorm(width, EPS)
+    def __init__(self, width: int, *, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
+        self.conv = PatchConv(4, 3, width, std=INIT_STD, bias=True, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm = LayerNorm(width, EPS, param_dtype=param_dtype)
 
-    def __call__(self, x: Array, dtype: DType) -> Array:
-        return self.norm(self.conv(x, dtype))
+    def __call__(self, x: Array) -> Array:
+        return self.norm(self.conv(x))
 
 
 class Head(nnx.Module):
     """Average pool, norm, optional classifier; x [B, H, W, C] -> [B, C] or [B, classes], float32."""
 
-    def __init__(self, width: int, num_classes: int, *, rngs: nnx.Rngs):
-        self.norm = LayerNorm(width, EPS)
-        self.fc = Linear(width, num_classes, std=INIT_STD, rngs=rngs) if num_classes else None
+    def __init__(
+        self, width: int, num_classes: int, *, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs
+    ):
+        types = {"dtype": dtype, "param_dtype": param_dtype}
+        self.norm = LayerNorm(width, EPS, param_dtype=param_dtype)
+        self.fc = Linear(width, num_classes, std=INIT_STD, **types, rngs=rngs) if num_classes else None
 
-    def __call__(self, x: Array, dtype: DType) -> Array:
+    def __call__(self, x: Array) -> Array:
         x = self.norm(x.astype(jnp.float32).mean(axis=(1, 2)))
-        return x if self.fc is None else self.fc(x, dtype).astype(jnp.float32)
+        return x if self.fc is None else self.fc(x).astype(jnp.float32)
 
 
-class ConvNeXt(nnx.Module):
-    """images [B, H, W, 3], normalised -> pooled features [B, C] or logits [B, classes], float32."""
+class ConvNeXt(Module):
+    """images float [B, H, W, 3], normalised -> pooled features [B, C] or logits [B, classes], float32.
 
-    def __init__(self, arch: ConvNeXtArch, *, rngs: nnx.Rngs):
-        dims = arch.dims
-        self.stem = Stem(dims[0], rngs=rngs)
+    Args:
+        arch: its shape.
+        dtype: of activations; parameters are cast inside.
+        param_dtype: of parameters.
+    """
+
+    def __init__(
+        self, arch: ConvNeXtArch, *, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32, rngs: nnx.Rngs
+    ):
+        dims, types = arch.dims, {"dtype": jnp.dtype(dtype), "param_dtype": param_dtype, "rngs": rngs}
+        self.arch, self.dtype = arch, jnp.dtype(dtype)
+        self.stem = Stem(dims[0], **types)
         self.stages = nnx.List(
-            [
-                Stage(dims[max(i - 1, 0)], dims[i], arch.depths[i], arch.version, i == 0, rngs=rngs)
-                for i in range(4)
-            ]
+            [Stage(dims[max(i - 1, 0)], dims[i], arch.depths[i], arch.version, i == 0, **types) for i in range(4)]
         )
-        self.head = Head(dims[3], arch.num_classes, rngs=rngs)
+        self.head = Head(dims[3], arch.num_classes, **types)
 
-    def __call__(self, images: Array, dtype: DType) -> Array:
-        return self.from_feature_map(self.feature_map(images, len(self.stages), dtype), len(self.stages), dtype)
+    def __call__(self, images: Array) -> Array:
+        return self.from_feature_map(self.feature_map(images, len(self.stages)), len(self.stages))
 
-    def feature_map(self, images: Array, stage: int, dtype: DType) -> Array:
-        """images [B, H, W, 3], normalised -> what stage 1 to 4 hands on, [B, H / s, W / s, C] with s = 2 ** (stage + 1)."""
-        x = self.stem(images.astype(dtype), dtype)
+    def feature_map(self, images: Array, stage: int) -> Array:
+        """images [B, H, W, 3], normalised -> what stage 1 to 4 hands on, [B, H / s, W / s, C] with s = 2 ** (stage + 1).
+
+        Raises ValueError for other shapes or sizes below 32 pixels, and TypeError for integers.
+        """
+        if images.ndim != 4 or images.shape[3] != 3 or min(images.shape[1:3]) < 32:
+            raise ValueError(
+                f"images must be [batch, height, width, 3], channels last, of at least 32 pixels; got {list(images.shape)}"
+            )
+        require_floats(images)
+        x = self.stem(images.astype(self.dtype))
         for part in self.stages[:stage]:
-            x = part(x, dtype)
+            x = part(x)
         return x
 
-    def from_feature_map(self, x: Array, stage: int, dtype: DType) -> Array:
+    def from_feature_map(self, x: Array, stage: int) -> Array:
         """The rest of the network on the feature map of a stage; the two together are `__call__`."""
         for part in self.stages[stage:]:
-            x = part(x, dtype)
-        return self.head(x, dtype)
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """Pure functions of one ConvNeXt; also its backbone alone, where it has no classes."""
-
-    arch: ConvNeXtArch
-
-    @cached_property
-    def _bridge(self) -> Bridge:
-        return Bridge(lambda rngs: ConvNeXt(self.arch, rngs=rngs))
-
-    def shapes(self) -> pytree.Tree:
-        """Parameter shapes without allocating them."""
-        return self._bridge.shapes()
-
-    def init(self, key: Array) -> pytree.Tree:
-        return self._bridge.init(key)
-
-    def apply(self, params: Mapping[str, Any], images: Array, dtype: DType = jnp.float32) -> Array:
-        """images float [B, H, W, 3], normalised -> logits [B, classes], or pooled features [B, C], float32."""
-        return self._bridge.bind(params)(images, dtype)
+            x = part(x)
+        return self.head(x)

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from icar_jax.models.layers import DType, LayerNorm, Linear, normal, zeros
-from icar_jax.models.transformer import Attention, Mlp
+from icar_jax.models.functional import Module
+from icar_jax.models.layers import DType, LayerNorm, Linear, draw
+from icar_jax.models.transformer import Attention, AttentionFn, Mlp
 
 Array = jax.Array
 EXIT_HEADS = ("linear", "adapter", "attention")
@@ -24,27 +25,34 @@ def adapter_width(width: int) -> int:
     return max(1, width // 4)
 
 
-class Adapter(nnx.Module):
+class Adapter(Module):
     """LayerNorm and a bottleneck MLP on the pooled token: pooled [B, W] -> residual [B, W], zero at the start."""
 
-    def __init__(self, width: int, activation: str, *, rngs: nnx.Rngs):
-        self.ln = LayerNorm(width, _EPS)
-        self.mlp = Mlp(width, adapter_width(width), 1, activation, rngs=rngs)
-        self.mlp.fc2.kernel = zeros(adapter_width(width), width)
+    def __init__(
+        self, width: int, *, activation: str = "gelu", dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs
+    ):
+        hidden = adapter_width(width)
+        self.ln = LayerNorm(width, _EPS, param_dtype=param_dtype)
+        self.mlp = Mlp(width, hidden, activation=activation, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.mlp.fc2.kernel = nnx.Param(jnp.zeros((hidden, width), param_dtype))
 
-    def __call__(self, x: Array, pooled: Array, dtype: DType) -> Array:
-        return self.mlp(self.ln(pooled), dtype)
+    def __call__(self, x: Array, pooled: Array) -> Array:
+        return self.mlp(self.ln(pooled))
 
 
-class TokenAttention(nnx.Module):
+class TokenAttention(Module):
     """One learned query attends to all tokens: x [B, L, W] -> residual [B, W], zero at the start."""
 
-    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
-        self.probe = normal(rngs, (width,), width**-0.5)
-        self.ln = LayerNorm(width, _EPS)
-        self.attn = Attention(width, heads, 1, rngs=rngs)
-        self.attn.out = Linear(width, width, std=0.0, rngs=rngs)
+    def __init__(
+        self, width: int, heads: int, *, attention: AttentionFn | None = None, dtype: DType = None,
+        param_dtype: DType = jnp.float32, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.probe = draw(rngs, (width,), width**-0.5, param_dtype)
+        self.ln = LayerNorm(width, _EPS, param_dtype=param_dtype)
+        self.attn = Attention(width, heads, attention=attention, **types)
+        self.attn.out = Linear(width, width, std=0.0, **types)
 
-    def __call__(self, x: Array, pooled: Array, dtype: DType) -> Array:
+    def __call__(self, x: Array, pooled: Array) -> Array:
         probe = jnp.broadcast_to(self.probe[...], (x.shape[0], 1, x.shape[2]))
-        return self.attn.read(probe, self.ln(x), dtype=dtype)[:, 0]
+        return self.attn.read(probe, self.ln(x))[:, 0]

@@ -5,11 +5,11 @@ Counted are the matrix products and convolutions, as the field does; norms, acti
 
 from __future__ import annotations
 
-from icar_jax.models.blocks_scorer import BlocksArch
 from icar_jax.models.complexity import ComplexityArch
 from icar_jax.models.convnext import ConvNeXtArch
 from icar_jax.models.exit_heads import adapter_width
 from icar_jax.models.text import TextArch
+from icar_jax.models.token_router import BlocksArch
 from icar_jax.models.vision import VisionArch
 
 

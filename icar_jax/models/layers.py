@@ -1,79 +1,134 @@
-"""Parameter-holding layers shared by all towers, and the bridge from modules to pure functions.
+"""Layers of all towers: Flax's own classes, initialised and computed our way.
 
-Modules exist to name parameters and to write the forward pass down once. Outside models/ parameters are plain nested
-dicts; `Bridge` builds them and runs a module's method on them inside a traced function.
+They are subclasses of `nnx.Linear`, `nnx.LayerNorm` and `nnx.Conv`, so that LoRA, quantisers and filters find them; the
+arithmetic is that of `ops`. A layer that is given another `dot_general`, `precision` or `promote_dtype` computes as Flax does.
+`dtype` is that of the result, None the input's; parameters have `param_dtype` and are cast inside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 
-from icar_jax import pytree
 from icar_jax.models import ops
 
 Array = jax.Array
 DType = Any
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
-    """A float32 parameter drawn from N(0, std^2)."""
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+def draw(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: DType = jnp.float32) -> nnx.Param:
+    """A parameter drawn from N(0, std^2)."""
+    return nnx.Param(_normal(std)(rngs.params(), shape, dtype))
 
 
-def zeros(*shape: int) -> nnx.Param:
-    return nnx.Param(jnp.zeros(shape, jnp.float32))
+def _normal(std: float) -> Callable:
+    return lambda key, shape, dtype: (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
-def ones(*shape: int) -> nnx.Param:
-    return nnx.Param(jnp.ones(shape, jnp.float32))
+class _OneKey:
+    """A stream of one key, for layers of which only the kernel is random: Flax draws a key for the bias too."""
+
+    def __init__(self, rngs: nnx.Rngs | None):
+        self._key = None if rngs is None else rngs.params()
+
+    def params(self) -> Array | None:
+        return self._key
 
 
-class Linear(nnx.Module):
-    """x [..., n_in] -> [..., n_out]; kernel [n_in, n_out], optional bias [n_out]."""
-
-    def __init__(self, n_in: int, n_out: int, *, std: float, bias: bool = True, rngs: nnx.Rngs):
-        self.kernel = normal(rngs, (n_in, n_out), std)
-        self.bias = zeros(n_out) if bias else None
-
-    def __call__(self, x: Array, dtype: DType) -> Array:
-        return ops.linear(x, self.kernel[...], None if self.bias is None else self.bias[...], dtype=dtype)
+def _plain(layer: nnx.Module) -> bool:
+    """Whether a layer computes as it was built to, and not by what a Flax user has put in."""
+    usual = layer.promote_dtype is promote_dtype and getattr(layer, "precision", None) is None
+    return usual and getattr(layer, "preferred_element_type", None) is None
 
 
-class LayerNorm(nnx.Module):
-    """LayerNorm over the last axis, statistics in float32; keeps the input's dtype."""
-
-    def __init__(self, width: int, eps: float):
-        self.scale = ones(width)
-        self.bias = zeros(width)
-        self.eps = eps
-
-    def __call__(self, x: Array) -> Array:
-        return ops.layer_norm(x, self.scale[...], self.bias[...], eps=self.eps)
+def _dtype(layer: nnx.Module, x: Array) -> DType:
+    return x.dtype if layer.dtype is None else layer.dtype
 
 
-class PatchConv(nnx.Module):
+def _usual_conv(layer: nnx.Conv) -> bool:
+    return layer.conv_general_dilated is jax.lax.conv_general_dilated and layer.mask is None and _plain(layer)
+
+
+class Linear(nnx.Linear):
+    """x [..., n_in] -> [..., n_out]; kernel [n_in, n_out], optional bias [n_out], accumulated in float32."""
+
+    def __init__(
+        self, n_in: int, n_out: int, *, std: float, bias: bool = True, dtype: DType = None,
+        param_dtype: DType = jnp.float32, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        super().__init__(
+            n_in, n_out, use_bias=bias, dtype=dtype, param_dtype=param_dtype, kernel_init=_normal(std), rngs=_OneKey(rngs)
+        )
+
+    def __call__(self, x: Array, out_sharding: Any = None) -> Array:
+        if out_sharding is not None or self.dot_general is not jax.lax.dot_general or not _plain(self):
+            return super().__call__(x, out_sharding)
+        bias = None if self.bias is None else self.bias[...]
+        return ops.linear(x, self.kernel[...], bias, dtype=_dtype(self, x))
+
+    def columns(self, x: Array, start: int, stop: int | None) -> Array:
+        """Columns start:stop of the result, at the cost of these alone."""
+        bias = None if self.bias is None else self.bias[start:stop]
+        return ops.linear(x, self.kernel[:, start:stop], bias, dtype=_dtype(self, x))
+
+
+class LayerNorm(nnx.LayerNorm):
+    """LayerNorm over the last axis, statistics in float32; keeps the input's dtype unless given one."""
+
+    def __init__(self, width: int, eps: float, *, dtype: DType = None, param_dtype: DType = jnp.float32):
+        super().__init__(width, epsilon=eps, dtype=dtype, param_dtype=param_dtype, rngs=_OneKey(None))
+
+    def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
+        if mask is not None or self.scale is None or self.bias is None or self.axis_name is not None or not _plain(self):
+            return super().__call__(x, mask=mask)
+        return ops.layer_norm(x, self.scale[...], self.bias[...], eps=self.epsilon, dtype=self.dtype)
+
+
+class PatchConv(nnx.Conv):
     """Convolution whose stride equals its kernel, as one matrix product; kernel [P, P, C_in, C_out].
 
     x [B, H, W, C_in] -> [B, H // P, W // P, C_out]; rows and columns beyond a multiple of P are dropped.
     """
 
-    def __init__(self, patch: int, n_in: int, n_out: int, *, std: float, bias: bool, rngs: nnx.Rngs):
-        self.kernel = normal(rngs, (patch, patch, n_in, n_out), std)
-        self.bias = zeros(n_out) if bias else None
+    def __init__(
+        self, patch: int, n_in: int, n_out: int, *, std: float, bias: bool, dtype: DType = None,
+        param_dtype: DType = jnp.float32, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        super().__init__(
+            n_in, n_out, (patch, patch), (patch, patch), padding="VALID", use_bias=bias, dtype=dtype, param_dtype=param_dtype,
+            kernel_init=_normal(std), rngs=_OneKey(rngs),
+        )  # fmt: skip
 
-    def __call__(self, x: Array, dtype: DType) -> Array:
+    def __call__(self, x: Array, out_sharding: Any = None) -> Array:
+        if out_sharding is not None or not _usual_conv(self):
+            return super().__call__(x, out_sharding)
         p, _, c, out = self.kernel[...].shape
         b, h, w = x.shape[0], x.shape[1] // p, x.shape[2] // p
         x = x[:, : h * p, : w * p].reshape(b, h, p, w, p, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, h, w, p * p * c)
         kernel = self.kernel[...].reshape(p * p * c, out)
-        return ops.linear(x, kernel, None if self.bias is None else self.bias[...], dtype=dtype)
+        return ops.linear(x, kernel, None if self.bias is None else self.bias[...], dtype=_dtype(self, x))
+
+
+class DepthwiseConv(nnx.Conv):
+    """7x7 depthwise convolution; kernel [7, 7, 1, C], x [B, H, W, C] keeps its shape."""
+
+    def __init__(
+        self, width: int, *, std: float, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs
+    ):
+        super().__init__(
+            width, width, (7, 7), feature_group_count=width, dtype=dtype, param_dtype=param_dtype, kernel_init=_normal(std),
+            rngs=_OneKey(rngs),
+        )  # fmt: skip
+
+    def __call__(self, x: Array, out_sharding: Any = None) -> Array:
+        if out_sharding is not None or self.bias is None or not _usual_conv(self):
+            return super().__call__(x, out_sharding)
+        return ops.depthwise_conv(x, self.kernel[...], self.bias[...], dtype=_dtype(self, x))
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -81,43 +136,3 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": ops.gelu_tanh,
     "quick_gelu": ops.quick_gelu,
 }
-
-
-@dataclass(frozen=True)
-class Bridge:
-    """Pure functions over a module class: parameters in, arrays out.
-
-    `build(rngs)` makes the module. Nothing here holds arrays, so an instance can be closed over by a jitted function.
-    """
-
-    build: Callable[[nnx.Rngs], nnx.Module]
-
-    @cached_property
-    def _abstract(self) -> tuple[Any, dict]:
-        graph, state = nnx.split(nnx.eval_shape(lambda: self.build(nnx.Rngs(0))))
-        return graph, nnx.to_pure_dict(state)
-
-    def shapes(self) -> pytree.Tree:
-        """Parameters as ShapeDtypeStructs: exact shapes at no cost."""
-        return pytree.map_with_path(lambda _, leaf: leaf, self._abstract[1])
-
-    def init(self, key: Array) -> pytree.Tree:
-        """Random float32 parameters as a plain nested dict; one program, which a jit around it may create sharded."""
-
-        def make(key: Array) -> pytree.Tree:
-            return pytree.map_with_path(lambda _, leaf: leaf, nnx.to_pure_dict(nnx.state(self.build(nnx.Rngs(key)))))
-
-        return jax.jit(make)(key)
-
-    def bind(self, params: Mapping[str, Any]) -> Any:
-        """The module over `params`; use inside a traced function, it costs nothing at run time."""
-        graph, template = self._abstract
-        return nnx.merge(graph, _with_module_keys(params, template))
-
-
-def _with_module_keys(params: Mapping[str, Any], template: Mapping) -> dict:
-    """String keys back to the module's own: list entries are integers there, and '10' would sort before '2'."""
-    return {
-        key: _with_module_keys(params[str(key)], sub) if isinstance(sub, Mapping) else params[str(key)]
-        for key, sub in template.items()
-    }

@@ -173,9 +173,9 @@ def _attention_tangent(residuals, tangents, causal, dtype):
 _attention = with_derivatives(Derivatives(_attention_forward, _attention_tangent, _attention_backward), arrays=3)
 
 
-def attention(q: Array, k: Array, v: Array, *, causal: bool = False, dtype) -> Array:
-    """Scaled dot-product attention; q, k, v [B, L, H, K] -> [B, L, H, K] in `dtype`; softmax in float32."""
-    dtype = jnp.dtype(dtype)
+def attention(q: Array, k: Array, v: Array, *, causal: bool = False, dtype=None) -> Array:
+    """Scaled dot-product attention; q, k, v [B, L, H, K] -> [B, L, H, K] in `dtype` (None: q's); softmax in float32."""
+    dtype = jnp.dtype(q.dtype if dtype is None else dtype)
     out = _attention(*(jnp.swapaxes(t.astype(dtype), 1, 2) for t in (q, k, v)), causal, dtype)
     return jnp.swapaxes(out, 1, 2)
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from icar_jax import checkpoint
 from icar_jax import config as cfg
-from icar_jax.models.blocks_scorer import BlocksArch
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.complexity import ComplexityArch
 from icar_jax.models.convnext import ConvNeXtArch
 from icar_jax.models.scorers import ScorerArch
 from icar_jax.models.text import TextArch
+from icar_jax.models.token_router import BlocksArch
 from icar_jax.models.vision import VisionArch
 
 

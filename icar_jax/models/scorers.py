@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from icar_jax.config import from_dict, unknown
-from icar_jax.models.blocks_scorer import BlocksArch, BlocksScorer
-from icar_jax.models.complexity import Complexity, ComplexityArch
+from icar_jax.models.complexity import ComplexityArch, ComplexityModel
+from icar_jax.models.token_router import BlocksArch, TokenRouter
 
 ScorerArch = ComplexityArch | BlocksArch
 
@@ -23,6 +23,6 @@ def scorer_arch(values: Mapping[str, Any], where: str) -> ScorerArch:
     return from_dict(dict(values), ComplexityArch if kind is None else BlocksArch, where)
 
 
-def make_scorer(arch: ScorerArch) -> Complexity | BlocksScorer:
-    """The pure functions of an architecture."""
-    return BlocksScorer(arch) if isinstance(arch, BlocksArch) else Complexity(arch)
+def scorer_class(arch: ScorerArch) -> type[ComplexityModel | TokenRouter]:
+    """The module that an architecture describes."""
+    return TokenRouter if isinstance(arch, BlocksArch) else ComplexityModel

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from icar_jax.models.layers import DType, LayerNorm, Linear, normal
-from icar_jax.models.transformer import Block, Execution, run_blocks
+from icar_jax.models.functional import Module
+from icar_jax.models.layers import DType, LayerNorm, Linear, draw
+from icar_jax.models.transformer import AttentionFn, Block, Execution, run_blocks
 
 Array = jax.Array
 POOLS = ("end", "argmax", "last")
@@ -44,26 +45,40 @@ class TextArch:
             raise ValueError(f"end token {self.end_id} lies outside the vocabulary of {self.vocabulary}")
 
 
-class Text(nnx.Module):
-    """tokens int32 [B, L] -> [B, D] before normalisation, float32."""
+class TextTower(Module):
+    """Text transformer; arguments as of `vision.VisionTower`."""
 
-    def __init__(self, arch: TextArch, *, rngs: nnx.Rngs):
+    def __init__(
+        self, arch: TextArch, *, execution: Execution = Execution(), attention: AttentionFn | None = None,
+        dtype: DType = jnp.float32, param_dtype: DType = jnp.float32, rngs: nnx.Rngs,
+    ):  # fmt: skip
         a = arch
-        self.arch = arch
-        self.embed = normal(rngs, (a.vocabulary, a.width), 0.02)
-        self.pos = normal(rngs, (a.context_length, a.width), 0.01)
-        self.blocks = nnx.List(
-            [Block(a.width, a.heads, a.mlp_width, a.depth, a.activation, a.norm_eps, rngs=rngs) for _ in range(a.depth)]
-        )
-        self.ln_final = LayerNorm(a.width, a.norm_eps)
-        self.proj = Linear(a.width, a.embed_dim, std=a.width**-0.5, bias=a.proj_bias, rngs=rngs)
+        self.arch, self.execution, self.dtype = arch, execution, jnp.dtype(dtype)
+        types = {"dtype": self.dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.embed = draw(rngs, (a.vocabulary, a.width), 0.02, param_dtype)
+        self.pos = draw(rngs, (a.context_length, a.width), 0.01, param_dtype)
+        kind = {"depth": a.depth, "activation": a.activation, "eps": a.norm_eps, "causal": a.causal, "attention": attention}
+        self.blocks = nnx.List([Block(a.width, a.heads, a.mlp_width, **kind, **types) for _ in range(a.depth)])
+        self.ln_final = LayerNorm(a.width, a.norm_eps, param_dtype=param_dtype)
+        self.proj = Linear(a.width, a.embed_dim, std=a.width**-0.5, bias=a.proj_bias, **types)
 
-    def __call__(self, tokens: Array, dtype: DType, execution: Execution = Execution()) -> Array:
-        length = tokens.shape[1]
-        x = (self.embed[...][tokens] + self.pos[...][:length]).astype(dtype)
-        depth = self.arch.depth
-        x = run_blocks(self.blocks, x, (depth,), causal=self.arch.causal, dtype=dtype, execution=execution)[depth]
-        return self.proj(self.ln_final(self._pool(x, tokens)), dtype).astype(jnp.float32)
+    def __call__(self, tokens: Array) -> Array:
+        """tokens int [B, L], L at most the context length -> [B, D] before normalisation, float32.
+
+        Raises ValueError for other shapes, and TypeError for floats.
+        """
+        context = self.arch.context_length
+        if tokens.ndim != 2 or tokens.shape[1] > context:
+            raise ValueError(
+                f"tokens must be [batch, length] with a length of at most {context}, the context of this text tower; got "
+                f"{list(tokens.shape)}"
+            )
+        if not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise TypeError(f"tokens must be integer ids, got {tokens.dtype}")
+        length, depth = tokens.shape[1], self.arch.depth
+        x = (self.embed[...][tokens] + self.pos[...][None, :length]).astype(self.dtype)
+        x = run_blocks(self.blocks, x, (depth,), execution=self.execution)[depth]
+        return self.proj(self.ln_final(self._pool(x, tokens))).astype(jnp.float32)
 
     def _pool(self, x: Array, tokens: Array) -> Array:
         if self.arch.pool == "last":

@@ -11,9 +11,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from icar_jax.models import ops
-from icar_jax.models.layers import ACTIVATIONS, DType, LayerNorm, Linear, normal
+from icar_jax.models.functional import Module, as_callable, state_besides_parameters
+from icar_jax.models.layers import ACTIVATIONS, DType, LayerNorm, Linear, draw
 
 Array = jax.Array
+Activation = Callable[[Array], Array]
+AttentionFn = Callable[..., Array]  # (q, k, v, *, causal), [B, L, H, K] each -> [B, L, H, K]
 REMAT = ("none", "dots", "full")
 # Outputs of a block's matrix products with weights, as they are named for remat. The last product is not among them: the
 # backward pass of a block does not need its output.
@@ -38,65 +41,86 @@ class Execution:
         if self.remat not in REMAT:
             raise ValueError(f"remat {self.remat!r} must be one of {REMAT}")
 
+    @property
+    def how(self) -> str:
+        """What differs from running blocks one by one, as a sentence names it."""
+        return f"scan={self.scan}" if self.remat == "none" else f"remat={self.remat!r}"
 
-class Attention(nnx.Module):
-    """Multi-head self-attention; x [B, L, W] -> [B, L, W]. One projection holds q, k, v in that order."""
 
-    def __init__(self, width: int, heads: int, depth: int, *, rngs: nnx.Rngs):
+class Attention(Module):
+    """Multi-head self-attention; x [B, L, W] -> [B, L, W]. One projection holds q, k, v in that order.
+
+    `attention(q, k, v, *, causal)` is the function that mixes tokens: q, k, v [B, L, H, K], compute dtype -> [B, L, H, K].
+    It may be given, or replaced later: `block.attn.attention = mine`.
+    """
+
+    def __init__(
+        self, width: int, heads: int, *, depth: int = 1, causal: bool = False, attention: AttentionFn | None = None,
+        dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        """`depth`: blocks of the tower; the output projection starts smaller in deeper ones, as CLIP's does."""
         if width % heads:
             raise ValueError(f"width {width} does not divide into {heads} heads")
-        self.heads = heads
-        self.qkv = Linear(width, 3 * width, std=width**-0.5, rngs=rngs)
-        self.out = Linear(width, width, std=(2 * depth * width) ** -0.5, rngs=rngs)
+        self.width, self.heads, self.causal = width, heads, causal
+        self.attention = ops.attention if attention is None else attention
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.qkv = Linear(width, 3 * width, std=width**-0.5, **types)
+        self.out = Linear(width, width, std=(2 * depth * width) ** -0.5, **types)
 
-    def __call__(self, x: Array, *, causal: bool, dtype: DType) -> Array:
-        b, length, width = x.shape
-        qkv = checkpoint_name(self.qkv(x, dtype), "qkv")
+    def __call__(self, x: Array) -> Array:
+        qkv = checkpoint_name(self.qkv(x), "qkv")
         # split, not slices: its gradient is one concatenation, where slices give padded arrays to be added.
-        heads = (b, length, self.heads, width // self.heads)
-        q, k, v = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
-        y = ops.attention(q, k, v, causal=causal, dtype=dtype)
-        return checkpoint_name(self.out(y.reshape(b, length, width), dtype), "attn_out")
+        q, k, v = map(self._by_head, jnp.split(qkv, 3, axis=-1))
+        y = self.attention(q, k, v, causal=self.causal)
+        return checkpoint_name(self.out(y.reshape(x.shape)), "attn_out")
 
-    def read(self, query: Array, x: Array, *, dtype: DType) -> Array:
+    def read(self, query: Array, x: Array) -> Array:
         """Cross-attention with the same parameters: query [B, M, W] over x [B, L, W] -> [B, M, W]."""
-        b, asked, width = query.shape
-        size = (self.heads, width // self.heads)
-        kernel, bias = self.qkv.kernel[...], self.qkv.bias[...]
-        q = ops.linear(query, kernel[:, :width], bias[:width], dtype=dtype).reshape(b, asked, *size)
-        kv = ops.linear(x, kernel[:, width:], bias[width:], dtype=dtype)
-        k, v = (part.reshape(b, -1, *size) for part in jnp.split(kv, 2, axis=-1))
-        return self.out(ops.attention(q, k, v, dtype=dtype).reshape(b, asked, width), dtype)
+        if isinstance(self.qkv, Linear):  # each side pays for its own part of the projection
+            q, kv = self.qkv.columns(query, 0, self.width), self.qkv.columns(x, self.width, None)
+        else:
+            q, kv = self.qkv(query)[..., : self.width], self.qkv(x)[..., self.width :]
+        y = self.attention(*map(self._by_head, (q, *jnp.split(kv, 2, axis=-1))), causal=False)
+        return self.out(y.reshape(query.shape))
+
+    def _by_head(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:-1], self.heads, self.width // self.heads)
 
 
-class Mlp(nnx.Module):
-    """Two linear maps with an activation between; x [B, L, W] -> [B, L, W]."""
+class Mlp(Module):
+    """Two linear maps with an activation, a function, between; x [B, L, W] -> [B, L, W]."""
 
-    def __init__(self, width: int, hidden: int, depth: int, activation: str, *, rngs: nnx.Rngs):
-        self.activation = activation
-        self.fc1 = Linear(width, hidden, std=(2 * width) ** -0.5, rngs=rngs)
-        self.fc2 = Linear(hidden, width, std=(2 * depth * width) ** -0.5, rngs=rngs)
+    def __init__(
+        self, width: int, hidden: int, *, depth: int = 1, activation: str | Activation = "gelu", dtype: DType = None,
+        param_dtype: DType = jnp.float32, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.activation = as_callable(activation, ACTIVATIONS, "activation")
+        self.fc1 = Linear(width, hidden, std=(2 * width) ** -0.5, **types)
+        self.fc2 = Linear(hidden, width, std=(2 * depth * width) ** -0.5, **types)
 
-    def __call__(self, x: Array, dtype: DType) -> Array:
-        hidden = checkpoint_name(self.fc1(x, dtype), "mlp_hidden")
-        return self.fc2(ACTIVATIONS[self.activation](hidden), dtype)
+    def __call__(self, x: Array) -> Array:
+        return self.fc2(self.activation(checkpoint_name(self.fc1(x), "mlp_hidden")))
 
 
-class Block(nnx.Module):
+class Block(Module):
     """x + attn(ln1(x)), then x + mlp(ln2(x)); x [B, L, W] in the compute dtype."""
 
     def __init__(
-        self, width: int, heads: int, hidden: int, depth: int, activation: str, eps: float, *, rngs: nnx.Rngs
-    ):
-        self.ln1 = LayerNorm(width, eps)
-        self.attn = Attention(width, heads, depth, rngs=rngs)
-        self.ln2 = LayerNorm(width, eps)
-        self.mlp = Mlp(width, hidden, depth, activation, rngs=rngs)
+        self, width: int, heads: int, hidden: int, *, depth: int = 1, activation: str | Activation = "gelu", eps: float = 1e-5,
+        causal: bool = False, attention: AttentionFn | None = None, dtype: DType = None, param_dtype: DType = jnp.float32,
+        rngs: nnx.Rngs,
+    ):  # fmt: skip
+        types = {"dtype": dtype, "param_dtype": param_dtype}
+        self.ln1 = LayerNorm(width, eps, param_dtype=param_dtype)
+        self.attn = Attention(width, heads, depth=depth, causal=causal, attention=attention, **types, rngs=rngs)
+        self.ln2 = LayerNorm(width, eps, param_dtype=param_dtype)
+        self.mlp = Mlp(width, hidden, depth=depth, activation=activation, **types, rngs=rngs)
 
-    def __call__(self, x: Array, scale: Array | None = None, *, causal: bool, dtype: DType) -> Array:
+    def __call__(self, x: Array, scale: Array | None = None) -> Array:
         """`scale` float32 [B] multiplies both residuals of each image; at 0 the image passes the block unchanged."""
-        x = x + _scaled(self.attn(self.ln1(x), causal=causal, dtype=dtype), scale)
-        return x + _scaled(self.mlp(self.ln2(x), dtype), scale)
+        x = x + _scaled(self.attn(self.ln1(x)), scale)
+        return x + _scaled(self.mlp(self.ln2(x)), scale)
 
 
 def _scaled(residual: Array, scale: Array | None) -> Array:
@@ -115,12 +139,10 @@ def block_scales(key: Array, batch: int, depth: int, dropout: float) -> Array:
 
 
 def run_blocks(
-    blocks: Sequence[Block],
+    blocks: Sequence[nnx.Module],
     x: Array,
     wanted: Iterable[int],
     *,
-    causal: bool,
-    dtype: DType,
     execution: Execution,
     start: int = 0,
     scales: Array | None = None,
@@ -128,57 +150,94 @@ def run_blocks(
     """x [B, L, W] through the first max(wanted) blocks -> {executed blocks: [B, L, W] after them} for each of `wanted`.
 
     `start` blocks have been executed already, and none of `wanted` lies before. `scales` float32 [B, blocks] multiplies the
-    residuals of each image in each block; None leaves them as they are.
+    residuals of each image in each block; None leaves them as they are. A block is any module that maps x to x, and x and
+    scale [B] to x where scales are given.
+
+    Raises ValueError where `execution` stacks blocks that differ, or recomputes blocks that keep other state than parameters.
     """
     taps = {}
     for stop in sorted(set(wanted)):
         own = None if scales is None else scales[:, start:stop].T
-        x = taps[stop] = _run(blocks[start:stop], x, own, causal=causal, dtype=dtype, execution=execution)
+        x = taps[stop] = _run(blocks[start:stop], x, own, execution, start)
         start = stop
     return taps
 
 
-def _run(
-    blocks: Sequence[Block], x: Array, scales: Array | None, *, causal: bool, dtype: DType, execution: Execution
-) -> Array:
-    """x through all of these blocks; scales [blocks, B]."""
-    if not blocks:
+def _run(blocks: Sequence[nnx.Module], x: Array, scales: Array | None, execution: Execution, first: int) -> Array:
+    """x through all of these blocks, the first of which is block number `first`; scales [blocks, B]."""
+    place = lambda x: x if execution.sharding is None else jax.lax.with_sharding_constraint(x, execution.sharding)
+    run = lambda block, x, scale: place(block(place(x)) if scale is None else block(place(x), scale))
+    scan = execution.scan and len(blocks) > 1
+    if not scan and execution.remat == "none":
+        for i, block in enumerate(blocks):
+            x = run(block, x, None if scales is None else scales[i])
         return x
     split = [nnx.split(block) for block in blocks]
-    graph = split[0][0]
     params = [nnx.to_pure_dict(state) for _, state in split]
-    scan = execution.scan and len(blocks) > 1
-    place = lambda x: x if execution.sharding is None else jax.lax.with_sharding_constraint(x, execution.sharding)
-    block = lambda x, p, scale: place(nnx.merge(graph, p)(place(x), scale, causal=causal, dtype=dtype))
-    one = _rematerialised(block, execution.remat, scan)
+    for i, block in enumerate(blocks, first):
+        _require_parameters_only(block, i, execution)
+
+    def one_of(i: int) -> Callable:
+        def pure(x, p, scale):
+            block = nnx.merge(split[i][0], p)
+            y = run(block, x, scale)
+            _require_parameters_only(block, first + i, execution)  # nor has it begun to: `sow` does
+            return y
+
+        return _rematerialised(pure, execution.remat, scan)
+
     if not scan:
         for i, p in enumerate(params):
-            x = one(x, p, None if scales is None else scales[i])
+            x = one_of(i)(x, p, None if scales is None else scales[i])
         return x
+    _require_equal([graph for graph, _ in split], params, first)
     # Matrices are cast before they are stacked: the stack is a copy, and the blocks would cast them in any case.
-    cast = lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf
+    cast = lambda leaf: leaf.astype(x.dtype) if leaf.ndim > 1 else leaf
     stacked = jax.tree.map(lambda *leaves: jnp.stack([cast(leaf) for leaf in leaves]), *params)
+    one = one_of(0)
     return jax.lax.scan(lambda x, each: (one(x, *each), None), x, (stacked, scales))[0]
+
+
+def _require_equal(graphs: Sequence, params: Sequence, first: int) -> None:
+    shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in params]
+    apart = [first + i for i in range(1, len(graphs)) if graphs[i] != graphs[0] or shapes[i] != shapes[0]]
+    if apart:
+        raise ValueError(
+            f"a scan runs one compiled block for all, and blocks {', '.join(map(str, apart))} differ from block {first}; "
+            "run blocks that differ one by one: Execution(scan=False), config.train.scan_blocks=False"
+        )
+
+
+def _require_parameters_only(block: nnx.Module, number: int, execution: Execution) -> None:
+    if found := state_besides_parameters(block):
+        raise ValueError(
+            f"block {number} keeps other state than parameters ({found}), which {execution.how} would lose; run blocks one by "
+            "one and as they are: Execution('none', scan=False)"
+        )
 
 
 def _rematerialised(block: Callable, remat: str, in_loop: bool) -> Callable:
     if remat == "none":
         return block
-    # By name, because policies that look for matrix products do not see into the custom_vjp of `ops.dot`; and what is named is
-    # stored in the compute dtype, where the product itself is float32.
+    # By name, because policies that look for matrix products would keep those of attention too; and what is named is stored in
+    # the compute dtype, where the product itself is float32.
     policy = jax.checkpoint_policies.save_only_these_names(*_PRODUCTS) if remat == "dots" else None
     return jax.checkpoint(block, policy=policy, prevent_cse=not in_loop)
 
 
-class AttentionPool(nnx.Module):
+class AttentionPool(Module):
     """One learned query (the probe) attends to all tokens, then a residual MLP; x [B, L, W] -> [B, W]."""
 
-    def __init__(self, width: int, heads: int, hidden: int, activation: str, eps: float, *, rngs: nnx.Rngs):
-        self.probe = normal(rngs, (width,), width**-0.5)
-        self.attn = Attention(width, heads, 1, rngs=rngs)
-        self.ln = LayerNorm(width, eps)
-        self.mlp = Mlp(width, hidden, 1, activation, rngs=rngs)
+    def __init__(
+        self, width: int, heads: int, hidden: int, *, activation: str | Activation = "gelu", eps: float = 1e-5,
+        attention: AttentionFn | None = None, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        types = {"dtype": dtype, "param_dtype": param_dtype}
+        self.probe = draw(rngs, (width,), width**-0.5, param_dtype)
+        self.attn = Attention(width, heads, attention=attention, **types, rngs=rngs)
+        self.ln = LayerNorm(width, eps, param_dtype=param_dtype)
+        self.mlp = Mlp(width, hidden, activation=activation, **types, rngs=rngs)
 
-    def __call__(self, x: Array, dtype: DType) -> Array:
-        y = self.attn.read(jnp.broadcast_to(self.probe[...], (x.shape[0], 1, x.shape[2])), x, dtype=dtype)
-        return (y + self.mlp(self.ln(y), dtype))[:, 0]
+    def __call__(self, x: Array) -> Array:
+        y = self.attn.read(jnp.broadcast_to(self.probe[...], (x.shape[0], 1, x.shape[2])), x)
+        return (y + self.mlp(self.ln(y)))[:, 0]

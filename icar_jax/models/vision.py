@@ -7,18 +7,21 @@ the space that the full tower and the text tower share. Full depth is always an 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from icar_jax.models.exit_heads import EXIT_HEADS, Adapter, TokenAttention
-from icar_jax.models.layers import DType, LayerNorm, Linear, PatchConv, normal
+from icar_jax.models.functional import Module
+from icar_jax.models.layers import DType, LayerNorm, Linear, PatchConv, draw
 from icar_jax.models.merging import Tokens, merge_similar, merging_error
-from icar_jax.models.transformer import AttentionPool, Block, Execution, run_blocks
+from icar_jax.models.pixels import require_floats
+from icar_jax.models.transformer import AttentionFn, AttentionPool, Block, Execution, run_blocks
 
 Array = jax.Array
 POOLS = ("cls", "mean", "first_patch", "map")
@@ -122,78 +125,87 @@ class VisionArch:
         return exit
 
 
-class ExitHead(nnx.Module):
+class ExitHead(Module):
     """Residual stream [B, L, W] -> [B, D]: pooled token, LayerNorm and projection; or LayerNorm and attention pool.
 
     `arch.exit_head` may add to the pooled token what a small network finds in it ('adapter') or in all tokens ('attention').
     """
 
-    def __init__(self, arch: VisionArch, *, rngs: nnx.Rngs):
+    def __init__(
+        self, arch: VisionArch, *, attention: AttentionFn | None = None, dtype: DType = None, param_dtype: DType = jnp.float32,
+        rngs: nnx.Rngs,
+    ):  # fmt: skip
+        types = {"dtype": dtype, "param_dtype": param_dtype}
         self.pool = arch.pool
         self.class_token = arch.class_token
         if arch.pool == "map":
-            self.ln = LayerNorm(arch.width, arch.norm_eps)
-            self.map = _attention_pool(arch, rngs)
+            self.ln = LayerNorm(arch.width, arch.norm_eps, param_dtype=param_dtype)
+            self.map = _attention_pool(arch, attention=attention, **types, rngs=rngs)
         else:
-            self.ln = LayerNorm(arch.width, 1e-5)
-            self.proj = Linear(arch.width, arch.embed_dim, std=arch.width**-0.5, bias=False, rngs=rngs)
-        self.residual = _residual(arch, rngs)
+            self.ln = LayerNorm(arch.width, 1e-5, param_dtype=param_dtype)
+            self.proj = Linear(arch.width, arch.embed_dim, std=arch.width**-0.5, bias=False, **types, rngs=rngs)
+        make = {
+            "linear": lambda: None,
+            "adapter": lambda: Adapter(arch.width, activation=arch.activation, **types, rngs=rngs),
+            "attention": lambda: TokenAttention(arch.width, arch.heads, attention=attention, **types, rngs=rngs),
+        }
+        self.residual = nnx.data(make[arch.exit_head]())  # data, so that another one can be put in its place
 
-    def __call__(self, x: Array, dtype: DType) -> Array:
+    def __call__(self, x: Array) -> Array:
         if self.pool == "map":
-            return self.map(self.ln(x), dtype)
+            return self.map(self.ln(x))
         pooled = _pool(x, self.pool, self.class_token)
         if self.residual is not None:
-            pooled = pooled + self.residual(x, pooled, dtype)
-        return self.proj(self.ln(pooled), dtype)
+            pooled = pooled + self.residual(x, pooled)
+        return self.proj(self.ln(pooled))
 
 
-class Trunk(nnx.Module):
+class Trunk(Module):
     """What lies below the heads: patches, class token, positions, norm, and the first `blocks` blocks (None: all)."""
 
-    def __init__(self, arch: VisionArch, blocks: int | None = None, *, rngs: nnx.Rngs):
+    def __init__(
+        self, arch: VisionArch, blocks: int | None = None, *, execution: Execution = Execution(),
+        attention: AttentionFn | None = None, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32, rngs: nnx.Rngs,
+    ):  # fmt: skip
         a, std = arch, arch.width**-0.5
-        self.arch = arch
+        self.arch, self.execution, self.dtype = arch, execution, jnp.dtype(dtype)
+        types = {"dtype": self.dtype, "param_dtype": param_dtype, "rngs": rngs}
         patch_std = (3 * a.patch_size**2) ** -0.5
-        self.patch = PatchConv(a.patch_size, 3, a.width, std=patch_std, bias=a.patch_bias, rngs=rngs)
-        self.cls = normal(rngs, (a.width,), std) if a.class_token else None
-        self.pos = normal(rngs, (a.tokens, a.width), std)
-        self.ln_pre = LayerNorm(a.width, a.norm_eps) if a.pre_norm else None
-        self.blocks = nnx.List(
-            [
-                Block(a.width, a.heads, a.mlp_width, a.depth, a.activation, a.norm_eps, rngs=rngs)
-                for _ in range(a.depth if blocks is None else blocks)
-            ]
-        )
+        self.patch = PatchConv(a.patch_size, 3, a.width, std=patch_std, bias=a.patch_bias, **types)
+        self.cls = draw(rngs, (a.width,), std, param_dtype) if a.class_token else None
+        self.pos = draw(rngs, (a.tokens, a.width), std, param_dtype)
+        self.ln_pre = LayerNorm(a.width, a.norm_eps, param_dtype=param_dtype) if a.pre_norm else None
+        kind = {"depth": a.depth, "activation": a.activation, "eps": a.norm_eps, "attention": attention}
+        count = a.depth if blocks is None else blocks
+        self.blocks = nnx.List([Block(a.width, a.heads, a.mlp_width, **kind, **types) for _ in range(count)])
 
-    def embed(self, images: Array, dtype: DType) -> Tokens:
-        """images [B, S, S, 3], normalised -> Tokens of [B, L, W] before the first block, in `dtype`."""
-        x = self.patch(images.astype(dtype), dtype)
+    def embed(self, images: Array) -> Tokens:
+        """images float [B, S, S, 3], normalised -> Tokens of [B, L, W] before the first block, in the compute dtype.
+
+        Raises ValueError for other shapes, and TypeError for integers.
+        """
+        size = self.arch.image_size
+        if images.ndim != 4 or images.shape[1:] != (size, size, 3):
+            raise ValueError(
+                f"images must be [batch, {size}, {size}, 3], channels last, for this vision tower; got {list(images.shape)}"
+            )
+        require_floats(images)
+        x = self.patch(images.astype(self.dtype))
         b, _, _, width = x.shape
         x = x.reshape(b, -1, width)
         if self.cls is not None:
-            x = jnp.concatenate([jnp.broadcast_to(self.cls[...].astype(dtype), (b, 1, width)), x], axis=1)
-        x = x + self.pos[...].astype(dtype)
+            x = jnp.concatenate([jnp.broadcast_to(self.cls[...].astype(self.dtype), (b, 1, width)), x], axis=1)
+        x = x + self.pos[...].astype(self.dtype)[None]
         return Tokens(x if self.ln_pre is None else self.ln_pre(x), jnp.ones(x.shape[:2], jnp.float32))
 
-    def run(
-        self,
-        tokens: Tokens,
-        wanted: Iterable[int],
-        dtype: DType,
-        start: int = 0,
-        execution: Execution = Execution(),
-        scales: Array | None = None,
-    ) -> dict[int, Tokens]:
+    def run(self, tokens: Tokens, wanted: Iterable[int], start: int = 0, scales: Array | None = None) -> dict[int, Tokens]:
         """Tokens of [B, L, W] after `start` blocks -> {executed blocks: tokens after them} for each of `wanted`.
 
         What is wanted, or given, after the blocks at which patches are merged is not merged yet.
         """
 
         def part(tokens: Tokens, wanted: set[int], start: int) -> dict[int, Tokens]:
-            found = run_blocks(
-                self.blocks, tokens.values, wanted, causal=False, dtype=dtype, execution=execution, start=start, scales=scales
-            )
+            found = run_blocks(self.blocks, tokens.values, wanted, execution=self.execution, start=start, scales=scales)
             return {blocks_run: Tokens(x, tokens.sizes) for blocks_run, x in found.items()}
 
         wanted, taps = set(wanted), {}
@@ -205,64 +217,71 @@ class Trunk(nnx.Module):
         return {e: taps[e] for e in sorted(wanted)}
 
 
-class Vision(Trunk):
-    """images [B, S, S, 3], normalised -> {executed blocks: [B, D] before normalisation, float32}."""
+class VisionTower(Trunk):
+    """Vision transformer with a head at each exit.
 
-    def __init__(self, arch: VisionArch, *, rngs: nnx.Rngs):
-        super().__init__(arch, rngs=rngs)
-        self.ln_post = LayerNorm(arch.width, arch.norm_eps)
+    Args:
+        arch: its shape.
+        execution: how the blocks run, which changes no value.
+        attention: what mixes tokens, as of `transformer.Attention`; None is `ops.attention`.
+        dtype: of activations; parameters are cast inside.
+        param_dtype: of parameters.
+    """
+
+    def __init__(
+        self, arch: VisionArch, *, execution: Execution = Execution(), attention: AttentionFn | None = None,
+        dtype: DType = jnp.float32, param_dtype: DType = jnp.float32, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        super().__init__(arch, execution=execution, attention=attention, **types)
+        self.ln_post = LayerNorm(arch.width, arch.norm_eps, param_dtype=param_dtype)
         if arch.head == "map":
-            self.map = _attention_pool(arch, rngs)
+            self.map = _attention_pool(arch, attention=attention, **types)
         else:
-            self.proj = Linear(arch.width, arch.embed_dim, std=arch.width**-0.5, bias=False, rngs=rngs)
-        self.exits = nnx.Dict({str(e): ExitHead(arch, rngs=rngs) for e in arch.exits})
+            self.proj = Linear(arch.width, arch.embed_dim, std=arch.width**-0.5, bias=False, **types)
+        self.exits = nnx.Dict({str(e): ExitHead(arch, attention=attention, **types) for e in arch.exits})
 
     def __call__(
-        self,
-        images: Array,
-        exits: tuple[int, ...],
-        dtype: DType,
-        execution: Execution = Execution(),
-        scales: Array | None = None,
-    ) -> dict[int, Array]:
-        """Runs max(exits) blocks and no more, so later blocks are absent from the compiled program.
+        self, images: Array, exits: Sequence[int] | None = None, *, scales: Array | None = None, intermediates: bool = False
+    ) -> dict[int, Array] | tuple[dict[int, Array], dict[str, Array]]:
+        """images float [B, S, S, 3], normalised -> {executed blocks: [B, D] before normalisation, float32}; None: every exit.
 
-        `scales` float32 [B, depth] multiplies the residuals of each image in each block, 0 skips it; None is 1 for all.
+        Runs max(exits) blocks and no more, so later blocks are absent from the compiled program. `scales` float32 [B, depth]
+        multiplies the residuals of each image in each block, 0 skips it; None is 1 for all. With `intermediates` returns
+        also the tokens [B, L, W] by name: 'embed' before the first block, 'blocks/0' after it, up to the last block that runs.
         """
-        return self.resume(self.embed(images, dtype), 0, exits, dtype, execution, scales)
+        exits = tuple(self.arch.check_exit(e) for e in (self.arch.all_exits if exits is None else exits))
+        tokens = self.embed(images)
+        if not intermediates:
+            return self.resume(tokens, 0, exits, scales)
+        taps = self.run(tokens, range(1, max(exits) + 1), 0, scales)
+        named = {"embed": tokens.values} | {f"blocks/{n - 1}": tap.values for n, tap in taps.items()}
+        return self._heads(taps, exits), named
 
     def resume(
-        self,
-        tokens: Tokens,
-        start: int,
-        exits: tuple[int, ...],
-        dtype: DType,
-        execution: Execution = Execution(),
-        scales: Array | None = None,
+        self, tokens: Tokens, start: int, exits: Sequence[int], scales: Array | None = None
     ) -> dict[int, Array]:
         """The rest of the tower: Tokens of [B, L, W] after `start` blocks -> what `__call__` gives, for exits from there on."""
+        wanted = {e for exit in exits for e in self.arch.heads_of(exit)}
+        return self._heads(self.run(tokens, wanted, start, scales), exits)
+
+    def _heads(self, taps: dict[int, Tokens], exits: Sequence[int]) -> dict[int, Array]:
         parts = {exit: self.arch.heads_of(exit) for exit in exits}
-        taps = self.run(tokens, {e for heads in parts.values() for e in heads}, dtype, start, execution, scales)
-        each = {blocks_run: self._embed(tap.values, blocks_run, dtype).astype(jnp.float32) for blocks_run, tap in taps.items()}
+        heads = sorted({e for each in parts.values() for e in each})
+        each = {e: self._embed(taps[e].values, e).astype(jnp.float32) for e in heads}
         # In ascending order, as the pass gives them.
         return {exit: reduce(operator.add, (each[e] for e in parts[exit])) for exit in sorted(parts)}
 
-    def _embed(self, x: Array, blocks_run: int, dtype: DType) -> Array:
+    def _embed(self, x: Array, blocks_run: int) -> Array:
         if blocks_run != self.arch.depth:
-            return self.exits[str(blocks_run)](x, dtype)
+            return self.exits[str(blocks_run)](x)
         if self.arch.head == "map":
-            return self.map(self.ln_post(x), dtype)
-        return self.proj(self.ln_post(x[:, 0]), dtype)
+            return self.map(self.ln_post(x))
+        return self.proj(self.ln_post(x[:, 0]))
 
 
-def _residual(arch: VisionArch, rngs: nnx.Rngs) -> Adapter | TokenAttention | None:
-    if arch.exit_head == "adapter":
-        return Adapter(arch.width, arch.activation, rngs=rngs)
-    return TokenAttention(arch.width, arch.heads, rngs=rngs) if arch.exit_head == "attention" else None
-
-
-def _attention_pool(arch: VisionArch, rngs: nnx.Rngs) -> AttentionPool:
-    return AttentionPool(arch.width, arch.heads, arch.mlp_width, arch.activation, arch.norm_eps, rngs=rngs)
+def _attention_pool(arch: VisionArch, **kwargs: Any) -> AttentionPool:
+    return AttentionPool(arch.width, arch.heads, arch.mlp_width, activation=arch.activation, eps=arch.norm_eps, **kwargs)
 
 
 def _pool(x: Array, pool: str, class_token: bool) -> Array:

@@ -14,7 +14,8 @@ import pyarrow as pa
 from icar_jax import checkpoint as ckpt
 from icar_jax.checkpoint import CheckpointError
 from icar_jax.data.images import ImageLike
-from icar_jax.inference.model import Model, load
+from icar_jax.inference.loading import load
+from icar_jax.inference.model import Model
 from icar_jax.search import vector_index
 from icar_jax.search.access import StoreError
 from icar_jax.search.background import GROWN, SEED, TOP, Background, open_background
@@ -117,7 +118,7 @@ class Searcher:
         start = time.perf_counter()
         if embedding is None:
             embedding = self.model.encode_text([text])[0]
-        length = self.model.clip.arch.text.context_length
+        length = self.model.arch.text.context_length
         truncated = bool(self.model.tokenizer.encode([text], length)[1][0])
         encoded = time.perf_counter()
         rows = self._nearest(embedding, max(k, TOP), where, exact, k)

@@ -9,21 +9,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from icar_jax import checkpoint, pytree
 from icar_jax.config import ConfigError, ExperimentConfig
 from icar_jax.data.images import Preprocess
 from icar_jax.models.clip import Clip, unit_norm
-from icar_jax.models.layers import Bridge, DType
+from icar_jax.models.functional import Graph
+from icar_jax.models.layers import DType
 from icar_jax.models.pixels import normalise
 from icar_jax.models.transformer import Execution
-from icar_jax.models.vision import Vision, VisionArch
+from icar_jax.models.vision import VisionTower
 from icar_jax.training import initial, start
 
 PARAMS = "init"  # entry of a batch: {'vision': parameters of the tower}
@@ -34,29 +33,26 @@ IMAGE = "init_image"  # entry of a batch: its embeddings [B, D], which take the 
 class Anchor:
     """The tower as it was; holds no arrays."""
 
-    vision: VisionArch
+    tower: Graph[VisionTower]
     preprocess: Preprocess
-    execution: Execution
 
-    @cached_property
-    def _bridge(self) -> Bridge:
-        return Bridge(lambda rngs: Vision(self.vision, rngs=rngs))
-
+    @property
     def shapes(self) -> pytree.Tree:
-        return {"vision": self._bridge.shapes()}
+        """Of PARAMS."""
+        return {"vision": self.tower.shapes}
 
-    def embed(self, batch: Mapping[str, Any], dtype: DType) -> dict[str, Any]:
+    def embed(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with IMAGE [B, D], float32, unit norm, in place of PARAMS. No gradient flows through.
 
         All images at once, also where gradients are accumulated: without a backward pass nothing is kept of them.
         """
         params = jax.lax.stop_gradient(batch[PARAMS])["vision"]
-        pixels, full = normalise(batch["image"], self.preprocess.mean, self.preprocess.std), self.vision.depth
-        found = unit_norm(self._bridge.bind(params)(pixels, (full,), dtype, self.execution)[full].astype(jnp.float32))
+        pixels, full = normalise(batch["image"], self.preprocess.mean, self.preprocess.std), self.tower.arch.depth
+        found = unit_norm(self.tower(params, pixels, (full,))[full])
         return {**{name: each for name, each in batch.items() if name != PARAMS}, IMAGE: jax.lax.stop_gradient(found)}
 
 
-def anchor(config: ExperimentConfig, preprocess: Preprocess, execution: Execution) -> Anchor:
+def anchor(config: ExperimentConfig, preprocess: Preprocess, execution: Execution, dtype: DType) -> Anchor:
     """The tower of config.train.init, for a run that prepares pictures so. Raises ConfigError where it takes another size."""
     try:
         found = Preprocess.from_dict(_describe(config)["preprocess"])
@@ -68,13 +64,14 @@ def anchor(config: ExperimentConfig, preprocess: Preprocess, execution: Executio
             f"pictures: it takes {found.image_size} pixels, this run {preprocess.image_size}; set "
             f"config.clip.image_size={found.image_size}, or config.loss.distill_init=0"
         )
-    return Anchor(initial.saved_clip(config.train.init).vision, found, execution)
+    arch = initial.saved_clip(config.train.init).vision
+    return Anchor(VisionTower.graph(arch, execution=execution, dtype=dtype), found)
 
 
 def params(config: ExperimentConfig) -> pytree.Tree:
     """The tower's parameters, read when asked for. Raises ConfigError where they are damaged or not as described."""
     saved = initial.saved_clip(config.train.init)
-    return {"vision": initial.load_params(config.train.init, config.task, saved, Clip(saved).shapes())["vision"]}
+    return {"vision": initial.load_params(config.train.init, config.task, saved, Clip.graph(saved).shapes)["vision"]}
 
 
 def require_same(config: ExperimentConfig, workdir: Path) -> None:

@@ -18,6 +18,7 @@ from icar_jax.config import ConfigError, ExperimentConfig, from_dict
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.clip import Clip, ClipArch
+from icar_jax.models.functional import Graph
 from icar_jax.models.merging import Tokens
 from icar_jax.models.pixels import normalise
 from icar_jax.models.regret import Rivals, cosine_regret, loss_regret, unit_ranks
@@ -40,7 +41,7 @@ def has_regret(config: ExperimentConfig) -> bool:
 class Teacher:
     """The CLIP whose regret is learnt; holds no arrays."""
 
-    clip: Clip
+    clip: Graph[Clip]
     exit: int  # executed blocks
     kind: str  # one of models.regret.KINDS
     preprocess: Preprocess
@@ -51,7 +52,7 @@ class Teacher:
     def reads_captions(self) -> bool:
         return self.kind != "cosine"
 
-    def regret(self, batch: dict[str, Any], pixels: jax.Array | None, tokens: Tokens | None, start: int, dtype) -> jax.Array:
+    def regret(self, batch: dict[str, Any], pixels: jax.Array | None, tokens: Tokens | None, start: int) -> jax.Array:
         """Regrets [B] of a batch with the entries CLIP and, where captions are read, 'tokens' int32 [B, L]; RIVALS and INDEX.
 
         Images come as `pixels` float [B, S, S, 3], normalised, or as Tokens of [B, L, W] in the tower after `start` blocks.
@@ -60,28 +61,26 @@ class Teacher:
         params = jax.lax.stop_gradient(batch[CLIP])
         exits = (self.exit, self.clip.arch.vision.depth)
         if tokens is None:
-            image = self.clip.encode_image_exits(params, pixels, exits, dtype)
+            image = self.clip.encode_image_exits(params, pixels, exits)
         else:
-            image = self.clip.encode_tokens_exits(params, jax.lax.stop_gradient(tokens), start, exits, dtype)
+            image = self.clip.encode_tokens_exits(params, jax.lax.stop_gradient(tokens), start, exits)
         early, full = (image[e] for e in exits)
         if self.kind == "cosine":
             return cosine_regret(early, full)
-        text = self.clip.encode_text(params, batch["tokens"], dtype)
+        text = self.clip.encode_text(params, batch["tokens"])
         more = None
         if self.rivals:
             found = jax.lax.stop_gradient(batch[RIVALS])
             more = Rivals(found["image"], found["text"], jnp.any(batch[INDEX][:, None] == found["index"], axis=0))
         return loss_regret(early, full, text, self.clip.logit_scales(params)[exits[-1]], more, self.kind == "kl")
 
-    def target(
-        self, batch: dict[str, Any], tokens: Tokens | None, start: int, dtype
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def target(self, batch: dict[str, Any], tokens: Tokens | None, start: int) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(targets [B] in [0, 1], what is logged): ranks of the regrets in the batch."""
         pixels = None
         if tokens is None:
             picture = batch[IMAGE] if IMAGE in batch else batch["image"]
             pixels = normalise(picture, self.preprocess.mean, self.preprocess.std)
-        found = jax.lax.stop_gradient(self.regret(batch, pixels, tokens, start, dtype).astype(jnp.float32))
+        found = jax.lax.stop_gradient(self.regret(batch, pixels, tokens, start).astype(jnp.float32))
         return unit_ranks(found), {"regret": jnp.mean(found)}
 
 
@@ -106,7 +105,8 @@ def teacher(config: ExperimentConfig) -> Teacher:
         )
     exit = c.exit or arch.vision.exits[0]
     told = {"kind": c.regret, "exit": exit, "rivals": c.rivals, **tower.origin(config)}
-    return Teacher(Clip(arch), exit, c.regret, Preprocess.from_dict(description["preprocess"]), told, c.rivals)
+    clip = Clip.graph(arch, dtype=config.train.dtype)
+    return Teacher(clip, exit, c.regret, Preprocess.from_dict(description["preprocess"]), told, c.rivals)
 
 
 def rival_shapes(found: Teacher) -> pytree.Tree:

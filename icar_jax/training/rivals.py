@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from tqdm import tqdm
@@ -47,13 +46,13 @@ def embed(
     whole CLIP on one of its devices. Raises ConfigError where too few pairs can be read.
     """
     count, teacher = config.complexity.rivals, regret.teacher(config)
-    clip, p, dtype = teacher.clip, teacher.preprocess, jnp.dtype(config.train.dtype)
+    clip, p = teacher.clip, teacher.preprocess
     params = jax.device_put(params)
 
     @jit_for_host
     def both(params, pixels, tokens):
-        image = clip.encode_image(params, normalise(pixels, p.mean, p.std), None, dtype)
-        return image, clip.encode_text(params, tokens, dtype)
+        image = clip.encode_image(params, normalise(pixels, p.mean, p.std))
+        return image, clip.encode_text(params, tokens)
 
     tried = min(len(source), 2 * count + _BATCH)  # some cannot be read or have no caption
     _, order = examples_at(np.arange(tried), len(source), config.train.seed + 1)  # not those that training begins with

@@ -22,8 +22,9 @@ from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models import registry
 from icar_jax.models.clip import Clip, ClipArch
+from icar_jax.models.functional import Graph
 from icar_jax.models.pixels import normalise
-from icar_jax.models.scorers import make_scorer
+from icar_jax.models.scorers import scorer_class
 from icar_jax.models.transformer import Execution, block_scales
 from icar_jax.parallel.mesh import batch_sharding
 from icar_jax.training import anchor, exit_losses, initial, losses, regret, ring, tower
@@ -100,11 +101,11 @@ def _clip_task(config: ExperimentConfig, tokenizer: Tokenizer | None, mesh: Mesh
     arch = clip_arch(config, tokenizer)
     # Without it the compiler cuts the width of the activations over fsdp inside a scan.
     sharding = batch_sharding(mesh) if mesh is not None else None
-    clip = Clip(arch, Execution(config.train.remat, config.train.scan_blocks, sharding))
+    dtype = jnp.dtype(config.train.dtype)
+    clip = Clip.graph(arch, execution=Execution(config.train.remat, config.train.scan_blocks, sharding), dtype=dtype)
     exits = arch.vision.all_exits
     weights = losses.exit_weights(config.loss.exit_weights, exits)
     preprocess = _preprocess(config, arch.vision.image_size, config.data.resize)
-    dtype = jnp.dtype(config.train.dtype)
 
     form = {"kind": config.loss.kind, "direction": config.loss.direction}
     compare = partial(losses.per_exit, **form)
@@ -115,10 +116,10 @@ def _clip_task(config: ExperimentConfig, tokenizer: Tokenizer | None, mesh: Mesh
     dropout = config.train.layer_dropout
     origin = None
     if config.loss.distill_init:
-        origin = anchor.anchor(config, preprocess, Execution("none", config.train.scan_blocks, sharding))
+        origin = anchor.anchor(config, preprocess, Execution("none", config.train.scan_blocks, sharding), dtype)
 
     def draw(batch, key):
-        batch = batch if origin is None else origin.embed(batch, dtype)
+        batch = batch if origin is None else origin.embed(batch)
         if not dropout:
             return batch
         scales = block_scales(jax.random.fold_in(key, _LAYERS), len(batch["image"]), arch.vision.depth, dropout)
@@ -126,9 +127,9 @@ def _clip_task(config: ExperimentConfig, tokenizer: Tokenizer | None, mesh: Mesh
 
     def embed(params, batch):
         pixels = normalise(batch["image"], preprocess.mean, preprocess.std)
-        image = clip.encode_image_exits(params, pixels, dtype=dtype, scales=batch.get("block_scales"))
+        image = clip.encode_image_exits(params, pixels, scales=batch.get("block_scales"))
         # Text keys: JAX orders the keys of a dict, and integers and strings cannot be ordered together.
-        found = {"image": {str(e): z for e, z in image.items()}, "text": clip.encode_text(params, batch["tokens"], dtype)}
+        found = {"image": {str(e): z for e, z in image.items()}, "text": clip.encode_text(params, batch["tokens"])}
         return found if origin is None else {**found, anchor.IMAGE: batch[anchor.IMAGE]}
 
     def contrast(params, embeddings, key):
@@ -163,8 +164,8 @@ def _clip_task(config: ExperimentConfig, tokenizer: Tokenizer | None, mesh: Mesh
     return Task(
         arch,
         "clip",
-        clip.shapes(),
-        lambda key: clip.init(key, config.clip.exit_start),
+        clip.shapes,
+        lambda key: Clip.init(key, arch, config.clip.exit_start),
         loss,
         embed,
         contrast,
@@ -172,7 +173,7 @@ def _clip_task(config: ExperimentConfig, tokenizer: Tokenizer | None, mesh: Mesh
         arch.text.context_length,
         ("image", "tokens"),
         {"arch": dataclasses.asdict(arch), "preprocess": preprocess.to_dict()},
-        given={} if origin is None else {anchor.PARAMS: origin.shapes()},
+        given={} if origin is None else {anchor.PARAMS: origin.shapes},
         draw=draw,
     )
 
@@ -188,58 +189,57 @@ def given_params(config: ExperimentConfig, task: Task) -> dict[str, pytree.Tree]
 
 def _complexity_task(config: ExperimentConfig, class_counts: tuple[int, int]) -> Task:
     arch = registry.complexity_arch(config.complexity)
-    model = make_scorer(arch)
     described = {"arch": dataclasses.asdict(arch)}
     if tower.has_tower(config):
         preprocess = tower.preprocess(config)
         described["tower"] = tower.origin(config)
     else:
         preprocess = _preprocess(config, arch.image_size, config.data.resize)
-    dtype, threshold = jnp.dtype(config.train.dtype), config.complexity.threshold
+    model = scorer_class(arch).graph(arch, dtype=config.train.dtype)
+    threshold = config.complexity.threshold
     if regret.has_regret(config):
-        return _regret_task(config, arch, preprocess, described)
+        return _regret_task(config, model, preprocess, described)
     weights = losses.class_weights(config.complexity.class_weights, class_counts)
 
     def loss(params, batch, key):
         pixels = normalise(batch["image"], preprocess.mean, preprocess.std)
-        logits = model.logits(params, pixels, key, dtype)
+        logits = model.logits(params, pixels, key)
         return losses.complexity_loss(logits, batch["complexity"], arch.head, threshold, weights), {}
 
-    return _scorer_task(arch, loss, preprocess, ("image", "complexity"), described)
+    return _scorer_task(model, loss, preprocess, ("image", "complexity"), described)
 
 
-def _regret_task(config: ExperimentConfig, arch: Any, preprocess: Preprocess, described: dict[str, Any]) -> Task:
+def _regret_task(config: ExperimentConfig, model: Graph, preprocess: Preprocess, described: dict[str, Any]) -> Task:
     """The complexity task whose targets are the ranks of the images' regrets in the batch, instead of ratings."""
-    model, teacher, dtype = make_scorer(arch), regret.teacher(config), jnp.dtype(config.train.dtype)
+    arch, teacher = model.arch, regret.teacher(config)
     blocks = arch.blocks if tower.has_tower(config) else 0
     others = regret.others(teacher, preprocess, bool(blocks))
 
     def loss(params, batch, key):
         pixels, tokens = normalise(batch["image"], preprocess.mean, preprocess.std), None
         if blocks:  # both go on from the same tokens
-            tokens = model.tokens(params, pixels, dtype)
-            logits = model.logits_of_tokens(params, tokens, key, dtype)
+            tokens = model.tokens(params, pixels)
+            logits = model.logits_of_tokens(params, tokens, key)
         else:
-            logits = model.logits(params, pixels, key, dtype)
-        target, metrics = teacher.target(batch, tokens, blocks, dtype)
+            logits = model.logits(params, pixels, key)
+        target, metrics = teacher.target(batch, tokens, blocks)
         return losses.complexity_loss(logits, target, arch.head, 0.0), metrics
 
     fields = ("image", *others, *(("tokens",) if teacher.reads_captions else ()), *((regret.INDEX,) if teacher.rivals else ()))
-    given = {regret.CLIP: teacher.clip.shapes()} | ({regret.RIVALS: regret.rival_shapes(teacher)} if teacher.rivals else {})
+    given = {regret.CLIP: teacher.clip.shapes} | ({regret.RIVALS: regret.rival_shapes(teacher)} if teacher.rivals else {})
     described = {**described, "target": "regret", "regret": teacher.description}
-    task = _scorer_task(arch, loss, preprocess, fields, described)
+    task = _scorer_task(model, loss, preprocess, fields, described)
     length = teacher.clip.arch.text.context_length if teacher.reads_captions else 0
     return dataclasses.replace(task, context_length=length, given=given, others=others)
 
 
-def _scorer_task(arch: Any, loss: Callable, preprocess: Preprocess, fields: tuple[str, ...], described: dict) -> Task:
-    """A task of the complexity model `arch`, whose pairs are not compared; it reads no captions."""
-    model = make_scorer(arch)
+def _scorer_task(model: Graph, loss: Callable, preprocess: Preprocess, fields: tuple[str, ...], described: dict) -> Task:
+    """The task of a complexity model, whose pairs are not compared; it reads no captions."""
     return Task(
-        arch,
+        model.arch,
         "complexity",
-        model.shapes(),
-        model.init,
+        model.shapes,
+        lambda key: scorer_class(model.arch).init(key, model.arch),
         loss,
         None,
         None,

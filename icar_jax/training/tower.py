@@ -10,8 +10,8 @@ from icar_jax import checkpoint, pytree
 from icar_jax.checkpoint import CheckpointError
 from icar_jax.config import ConfigError, ExperimentConfig
 from icar_jax.data.images import Preprocess
-from icar_jax.models.blocks_scorer import shared_paths
 from icar_jax.models.registry import BLOCKS, routed_clip
+from icar_jax.models.token_router import shared_paths
 
 
 def has_tower(config: ExperimentConfig) -> bool:

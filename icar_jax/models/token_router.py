@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -18,7 +17,8 @@ from flax import nnx
 
 from icar_jax import pytree
 from icar_jax.models.complexity import HEAD_MODULES, HEADS, dropout, log_odds
-from icar_jax.models.layers import Bridge, DType
+from icar_jax.models.functional import Module
+from icar_jax.models.layers import DType
 from icar_jax.models.merging import Tokens
 from icar_jax.models.vision import Trunk, VisionArch
 
@@ -56,44 +56,36 @@ class BlocksArch:
         return (2 + self.vision.class_token) * self.vision.width
 
 
-class _BlocksModule(nnx.Module):
-    def __init__(self, arch: BlocksArch, rngs: nnx.Rngs):
-        self.tower = Trunk(arch.vision, arch.blocks, rngs=rngs)
-        self.head = HEAD_MODULES[arch.head](arch.features, rngs=rngs)
+class TokenRouter(Module):
+    """The first blocks of a vision tower and a head.
 
+    images float [B, S, S, 3], normalised -> complexity [B] in [0, 1], float32.
 
-@dataclass(frozen=True)
-class BlocksScorer:
-    """Pure functions of one architecture, as those of `Complexity`, and both halves of them."""
+    Args:
+        arch: its shape.
+        dtype: of activations; parameters are cast inside.
+        param_dtype: of parameters.
+    """
 
-    arch: BlocksArch
+    def __init__(
+        self, arch: BlocksArch, *, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32, rngs: nnx.Rngs
+    ):
+        types = {"dtype": jnp.dtype(dtype), "param_dtype": param_dtype, "rngs": rngs}
+        self.arch = arch
+        self.tower = Trunk(arch.vision, arch.blocks, **types)
+        self.head = HEAD_MODULES[arch.head](arch.features, **types)
 
-    @cached_property
-    def _bridge(self) -> Bridge:
-        return Bridge(lambda rngs: _BlocksModule(self.arch, rngs))
+    def __call__(self, images: Array) -> Array:
+        return self.score(images)
 
-    def shapes(self) -> pytree.Tree:
-        return self._bridge.shapes()
+    def tokens(self, images: Array) -> Tokens:
+        """images float [B, S, S, 3], normalised -> Tokens of [B, L, W] after `arch.blocks` blocks, in the compute dtype."""
+        return self._tokens_after(self.arch.blocks, images)
 
-    def init(self, key: Array) -> pytree.Tree:
-        """Random parameters, those of the tower included: `shared_paths` says what to replace them with."""
-        return self._bridge.init(key)
+    def _tokens_after(self, blocks: int, images: Array) -> Tokens:
+        return self.tower.run(self.tower.embed(images), (blocks,))[blocks]
 
-    def shared_paths(self) -> dict[str, str]:
-        """{path of a parameter of the copied part: its path in the CLIP's parameters}."""
-        return shared_paths(self.shapes())
-
-    def tokens(self, params: Mapping[str, Any], images: Array, dtype: DType = jnp.float32) -> Tokens:
-        """images float [B, S, S, 3], normalised -> Tokens of [B, L, W] after `arch.blocks` blocks, in `dtype`."""
-        return self._tokens_after(self.arch.blocks, params, images, dtype)
-
-    def _tokens_after(self, blocks: int, params: Mapping[str, Any], images: Array, dtype: DType) -> Tokens:
-        tower = self._bridge.bind(params).tower
-        return tower.run(tower.embed(images, dtype), (blocks,), dtype)[blocks]
-
-    def logits_of_tokens(
-        self, params: Mapping[str, Any], tokens: Tokens, dropout_key: Array | None = None, dtype: DType = jnp.float32
-    ) -> Array:
+    def logits_of_tokens(self, tokens: Tokens, dropout_key: Array | None = None) -> Array:
         """Tokens of [B, L, W] -> [B, 2] (classification) or [B, 1] (regression), float32."""
         pooled = pool_tokens(tokens, self.arch.vision.class_token)
         if self.arch.norm_parts:
@@ -101,23 +93,21 @@ class BlocksScorer:
             parts = parts - parts.mean(axis=-1, keepdims=True)
             parts = parts * jax.lax.rsqrt(jnp.square(parts).mean(axis=-1, keepdims=True) + 1e-5)
             pooled = parts.reshape(pooled.shape)
-        return self._bridge.bind(params).head(pooled, dtype, dropout(self.arch.dropout, dropout_key))
+        return self.head(pooled, dropout(self.arch.dropout, dropout_key))
 
-    def logits(
-        self, params: Mapping[str, Any], images: Array, dropout_key: Array | None = None, dtype: DType = jnp.float32
-    ) -> Array:
+    def logits(self, images: Array, dropout_key: Array | None = None) -> Array:
         """images float [B, S, S, 3], normalised -> [B, 2] (classification) or [B, 1] (regression), float32."""
-        return self.logits_of_tokens(params, self.tokens(params, images, dtype), dropout_key, dtype)
+        return self.logits_of_tokens(self.tokens(images), dropout_key)
 
-    def score_of_tokens(self, params: Mapping[str, Any], tokens: Tokens, dtype: DType = jnp.float32) -> Array:
+    def score_of_tokens(self, tokens: Tokens) -> Array:
         """Tokens of [B, L, W] -> complexity [B] in [0, 1], float32; higher is more complex."""
-        return jax.nn.sigmoid(log_odds(self.logits_of_tokens(params, tokens, dtype=dtype), self.arch.head))
+        return jax.nn.sigmoid(log_odds(self.logits_of_tokens(tokens), self.arch.head))
 
-    def score(self, params: Mapping[str, Any], images: Array, dtype: DType = jnp.float32) -> Array:
+    def score(self, images: Array) -> Array:
         """images float [B, S, S, 3], normalised -> complexity [B] in [0, 1], float32; higher is more complex."""
-        return self.score_of_tokens(params, self.tokens(params, images, dtype), dtype)
+        return self.score_of_tokens(self.tokens(images))
 
-    def score_and_map(self, params: Mapping[str, Any], images: Array, dtype: DType = jnp.float32) -> tuple[Array, Array]:
+    def score_and_map(self, images: Array) -> tuple[Array, Array]:
         """The score, and where in the image it comes from: what each patch's token adds to the log odds of 'complex'.
 
         images float [B, S, S, 3], normalised -> complexity [B], as `score`; map [B, h, w], float32, one cell a patch. A cell is
@@ -132,11 +122,11 @@ class BlocksScorer:
         """
         vision, blocks = self.arch.vision, self.arch.blocks
         start = min(blocks, vision.first_merging)
-        tower, tokens = self._bridge.bind(params).tower, self._tokens_after(start, params, images, dtype)
+        tokens = self._tokens_after(start, images)
 
         def odds_of(values: Array) -> Array:
-            read = tower.run(Tokens(values, tokens.sizes), (blocks,), dtype, start)[blocks]
-            return log_odds(self.logits_of_tokens(params, read, dtype=dtype), self.arch.head)
+            read = self.tower.run(Tokens(values, tokens.sizes), (blocks,), start)[blocks]
+            return log_odds(self.logits_of_tokens(read), self.arch.head)
 
         odds, pull_back = jax.vjp(odds_of, tokens.values)
         (gradient,) = pull_back(jnp.ones_like(odds))
