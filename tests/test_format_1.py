@@ -1,7 +1,7 @@
 """Checkpoints of format 1 as the first version wrote them: they load, to the last bit of every parameter, and compute the same.
 
-tests/fixtures/format_1 holds two bundles, one with a ConvNeXt and one with a head on the tower's own blocks, and what that version
-made of six pictures and three texts. Files are compared by their hashes when they are read.
+tests/fixtures/format_1 holds two bundles, one with a ConvNeXt and one with a head on the tower's own blocks, and what that
+version made of six pictures and three texts. Files are compared by their hashes when they are read.
 """
 
 from pathlib import Path

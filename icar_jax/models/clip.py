@@ -109,7 +109,8 @@ class Clip(Module):
 
         `scales` float32 [B, depth]: of each image's residuals in each block, for layer dropout while training; None for none.
         """
-        return {blocks_run: unit_norm(z) for blocks_run, z in self.vision(images, exits, scales=scales).items()}
+        given = () if exits is None and scales is None else (exits, scales)
+        return {blocks_run: unit_norm(z) for blocks_run, z in self.vision(images, *given).items()}
 
     def encode_tokens(self, tokens: Tokens, start: int, exit: int | None = None) -> Array:
         """The rest of `encode_image`: Tokens of [B, L, W] in the vision tower after `start` blocks -> [B, D], unit norm."""

@@ -45,25 +45,32 @@ class ComplexityArch:
 class ClassificationHead(nnx.Module):
     """LN, then two logits (simple, complex); [B, C] -> [B, 2], float32."""
 
-    def __init__(self, width: int, *, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, *, dropout: float = 0.0, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs
+    ):
+        """`dropout` is that of the other head; this one has none."""
         self.norm = LayerNorm(width, 1e-5, param_dtype=param_dtype)
         self.fc = Linear(width, 2, std=INIT_STD, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, x: Array, drop: Drop) -> Array:
+    def __call__(self, x: Array, dropout_key: Array | None = None) -> Array:
         return self.fc(self.norm(x)).astype(jnp.float32)
 
 
 class RegressionHead(nnx.Module):
-    """LN -> 512 -> ReLU -> 256 -> ReLU -> 1, dropout after each ReLU while training; [B, C] -> logit [B, 1], float32."""
+    """LN -> 512 -> ReLU -> 256 -> ReLU -> 1, dropout after each ReLU where a key is given; [B, C] -> logit [B, 1], float32."""
 
-    def __init__(self, width: int, *, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, *, dropout: float = 0.0, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs
+    ):
+        self.dropout = dropout
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.norm = LayerNorm(width, 1e-5, param_dtype=param_dtype)
         self.fc1 = Linear(width, 512, std=width**-0.5, **types)
         self.fc2 = Linear(512, 256, std=512**-0.5, **types)
         self.fc3 = Linear(256, 1, std=256**-0.5, **types)
 
-    def __call__(self, x: Array, drop: Drop) -> Array:
+    def __call__(self, x: Array, dropout_key: Array | None = None) -> Array:
+        drop = dropout(self.dropout, dropout_key)
         x = drop(jax.nn.relu(self.fc1(self.norm(x))), 0)
         x = drop(jax.nn.relu(self.fc2(x)), 1)
         return self.fc3(x).astype(jnp.float32)
@@ -118,14 +125,14 @@ class ComplexityModel(Module):
         types = {"dtype": jnp.dtype(dtype), "param_dtype": param_dtype, "rngs": rngs}
         self.arch = arch
         self.backbone = ConvNeXt(arch.backbone, **types)
-        self.head = HEAD_MODULES[arch.head](arch.backbone.dims[3], **types)
+        self.head = HEAD_MODULES[arch.head](arch.backbone.dims[3], dropout=arch.dropout, **types)
 
     def __call__(self, images: Array) -> Array:
         return self.score(images)
 
     def logits(self, images: Array, dropout_key: Array | None = None) -> Array:
         """images float [B, S, S, 3], normalised -> [B, 2] (classification) or [B, 1] (regression), float32."""
-        return self.head(self.backbone(images), dropout(self.arch.dropout, dropout_key))
+        return self.head(self.backbone(images), dropout_key)
 
     def score(self, images: Array) -> Array:
         """images float [B, S, S, 3], normalised -> complexity [B] in [0, 1], float32; higher is more complex."""
@@ -146,7 +153,7 @@ class ComplexityModel(Module):
 
         def logit(features: Array) -> Array:
             pooled = self.backbone.from_feature_map(features, stage)
-            return log_odds(self.head(pooled, dropout(0.0, None)), self.arch.head)
+            return log_odds(self.head(pooled), self.arch.head)
 
         logits, activation = activation_map(logit, features)
         return jax.nn.sigmoid(logits), activation

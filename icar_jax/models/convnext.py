@@ -154,13 +154,16 @@ class ConvNeXt(Module):
         self.head = Head(dims[3], arch.num_classes, **types)
 
     def __call__(self, images: Array) -> Array:
-        return self.from_feature_map(self.feature_map(images, len(self.stages)), len(self.stages))
+        return self.head(self._features(images, len(self.stages)))
 
     def feature_map(self, images: Array, stage: int) -> Array:
         """images [B, H, W, 3], normalised -> what stage 1 to 4 hands on, [B, H / s, W / s, C] with s = 2 ** (stage + 1).
 
         Raises ValueError for other shapes or sizes below 32 pixels, and TypeError for integers.
         """
+        return self._features(images, stage)
+
+    def _features(self, images: Array, stage: int) -> Array:
         if images.ndim != 4 or images.shape[3] != 3 or min(images.shape[1:3]) < 32:
             raise ValueError(
                 f"images must be [batch, height, width, 3], channels last, of at least 32 pixels; got {list(images.shape)}"

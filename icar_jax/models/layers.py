@@ -50,6 +50,10 @@ def _dtype(layer: nnx.Module, x: Array) -> DType:
     return x.dtype if layer.dtype is None else layer.dtype
 
 
+def _usual_linear(layer: nnx.Linear) -> bool:
+    return layer.dot_general is jax.lax.dot_general and _plain(layer)
+
+
 def _usual_conv(layer: nnx.Conv) -> bool:
     return layer.conv_general_dilated is jax.lax.conv_general_dilated and layer.mask is None and _plain(layer)
 
@@ -66,15 +70,18 @@ class Linear(nnx.Linear):
         )
 
     def __call__(self, x: Array, out_sharding: Any = None) -> Array:
-        if out_sharding is not None or self.dot_general is not jax.lax.dot_general or not _plain(self):
+        if out_sharding is not None or not _usual_linear(self):
             return super().__call__(x, out_sharding)
         bias = None if self.bias is None else self.bias[...]
         return ops.linear(x, self.kernel[...], bias, dtype=_dtype(self, x))
 
-    def columns(self, x: Array, start: int, stop: int | None) -> Array:
-        """Columns start:stop of the result, at the cost of these alone."""
-        bias = None if self.bias is None else self.bias[start:stop]
-        return ops.linear(x, self.kernel[:, start:stop], bias, dtype=_dtype(self, x))
+
+def columns(layer: nnx.Module, x: Array, start: int, stop: int | None) -> Array:
+    """Columns start:stop of layer(x), at the cost of these alone where the layer is a plain `Linear`."""
+    if not isinstance(layer, Linear) or not _usual_linear(layer):
+        return layer(x)[..., start:stop]
+    bias = None if layer.bias is None else layer.bias[start:stop]
+    return ops.linear(x, layer.kernel[:, start:stop], bias, dtype=_dtype(layer, x))
 
 
 class LayerNorm(nnx.LayerNorm):

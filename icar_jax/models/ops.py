@@ -116,7 +116,7 @@ def linear(x: Array, kernel: Array, bias: Array | None = None, *, dtype) -> Arra
     dtype = jnp.dtype(dtype)
     y = dot(x.astype(dtype).reshape(-1, x.shape[-1]), kernel, dtype)
     if bias is not None:
-        y = y + bias.astype(jnp.float32)
+        y = y + bias.astype(jnp.float32)[None]
     return y.astype(dtype).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
@@ -202,7 +202,7 @@ def _shifted_sum(x: Array, kernel: Array) -> Array:
     height, width = x.shape[1:3]
     padded = _pad_same(x, kernel.shape).astype(jnp.float32)
     taps = [(i, j) for i in range(kernel.shape[0]) for j in range(kernel.shape[1])]
-    return sum(padded[:, i : i + height, j : j + width] * kernel[i, j, 0] for i, j in taps).astype(x.dtype)
+    return sum(padded[:, i : i + height, j : j + width] * _along(kernel[i, j, 0], x) for i, j in taps).astype(x.dtype)
 
 
 def _kernel_gradient_conv(x: Array, kernel: Array, g: Array) -> Array:
@@ -229,7 +229,7 @@ def _kernel_gradient_tiles(x: Array, kernel: Array, g: Array) -> Array:
         g_tile = lax.dynamic_slice(g, corner, (1, tile_h, tile_w, channels))[0].astype(jnp.float32)
         places = [(a, b) for a in range(tile_h) for b in range(tile_w)]
         sums = tuple(
-            total + sum(x_tile[a : a + rows, b + j] * g_tile[a, b] for a, b in places) for j, total in enumerate(sums)
+            total + sum(x_tile[a : a + rows, b + j] * g_tile[a, b][None] for a, b in places) for j, total in enumerate(sums)
         )
         return sums, None
 
@@ -267,7 +267,7 @@ def depthwise_conv(x: Array, kernel: Array, bias: Array | None = None, *, dtype)
             f"depthwise_conv needs a kernel of shape [odd, odd, 1, {x.shape[-1]}] for x {x.shape}, got {kernel.shape}"
         )
     y = _depthwise(x.astype(dtype), kernel)
-    return y if bias is None else (y.astype(jnp.float32) + bias).astype(dtype)
+    return y if bias is None else (y.astype(jnp.float32) + _along(bias, y)).astype(dtype)
 
 
 def stored(x: Array) -> Array:
@@ -282,6 +282,11 @@ def stored(x: Array) -> Array:
 # --- normalisation and activations -----------------------------------------------------------------------------------------
 
 
+def _along(vector: Array, x: Array) -> Array:
+    """vector [D] with the rank of x [..., D]: `jax.numpy_rank_promotion` may forbid to do this silently."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
 def _normalise(x: Array, mean: Array, inverse: Array) -> Array:
     return (x.astype(jnp.float32) - mean) * inverse
 
@@ -292,7 +297,8 @@ def _layer_norm_forward(x, scale, bias, eps, dtype):
     inverse = lax.rsqrt(jnp.square(y - mean).mean(-1, keepdims=True) + eps)
     # The barrier has the normalised values computed where they are used; XLA would otherwise store them.
     mean, inverse = lax.optimization_barrier((mean, inverse))
-    return (_normalise(x, mean, inverse) * scale + bias).astype(dtype), (x, scale, bias, mean, inverse)
+    out = _normalise(x, mean, inverse) * _along(scale, x) + _along(bias, x)
+    return out.astype(dtype), (x, scale, bias, mean, inverse)
 
 
 def _layer_norm_backward(residuals, g, eps, dtype):
@@ -301,10 +307,10 @@ def _layer_norm_backward(residuals, g, eps, dtype):
     y = _normalise(x, mean, inverse)
     rows = tuple(range(x.ndim - 1))
     d_scale, d_bias = (g * y).sum(rows), g.sum(rows)
-    dy = g * scale
+    dy = g * _along(scale, x)
     means = dy.mean(-1, keepdims=True), (dy * y).mean(-1, keepdims=True)
     shift, slope = lax.optimization_barrier(means)
-    dx = (g * scale - shift - _normalise(x, mean, inverse) * slope) * inverse
+    dx = (g * _along(scale, x) - shift - _normalise(x, mean, inverse) * slope) * inverse
     return dx.astype(x.dtype), d_scale.astype(scale.dtype), d_bias.astype(bias.dtype)
 
 
@@ -314,8 +320,9 @@ def _layer_norm_tangent(residuals, tangents, eps, dtype):
     if dx is not None:
         dx = dx.astype(jnp.float32)
         means = dx.mean(-1, keepdims=True), (dx * y).mean(-1, keepdims=True)
-        out = (dx - means[0] - y * means[1]) * inverse * scale
-    out = _sum(out, None if d_scale is None else y * d_scale, None if d_bias is None else jnp.broadcast_to(d_bias, y.shape))
+        out = (dx - means[0] - y * means[1]) * inverse * _along(scale, x)
+    of_scale = None if d_scale is None else y * _along(d_scale, x)
+    out = _sum(out, of_scale, None if d_bias is None else jnp.broadcast_to(_along(d_bias, x), y.shape))
     return out.astype(dtype)
 
 

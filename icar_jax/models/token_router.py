@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from icar_jax import pytree
-from icar_jax.models.complexity import HEAD_MODULES, HEADS, dropout, log_odds
+from icar_jax.models.complexity import HEAD_MODULES, HEADS, log_odds
 from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType
 from icar_jax.models.merging import Tokens
-from icar_jax.models.vision import Trunk, VisionArch
+from icar_jax.models.vision import Trunk, VisionArch, run_trunk
 
 Array = jax.Array
 TOWER = "tower"  # parameters of the copied part; the others are the head's
@@ -73,7 +73,7 @@ class TokenRouter(Module):
         types = {"dtype": jnp.dtype(dtype), "param_dtype": param_dtype, "rngs": rngs}
         self.arch = arch
         self.tower = Trunk(arch.vision, arch.blocks, **types)
-        self.head = HEAD_MODULES[arch.head](arch.features, **types)
+        self.head = HEAD_MODULES[arch.head](arch.features, dropout=arch.dropout, **types)
 
     def __call__(self, images: Array) -> Array:
         return self.score(images)
@@ -83,7 +83,7 @@ class TokenRouter(Module):
         return self._tokens_after(self.arch.blocks, images)
 
     def _tokens_after(self, blocks: int, images: Array) -> Tokens:
-        return self.tower.run(self.tower.embed(images), (blocks,))[blocks]
+        return run_trunk(self.tower, self.tower.embed(images), (blocks,))[blocks]
 
     def logits_of_tokens(self, tokens: Tokens, dropout_key: Array | None = None) -> Array:
         """Tokens of [B, L, W] -> [B, 2] (classification) or [B, 1] (regression), float32."""
@@ -93,7 +93,7 @@ class TokenRouter(Module):
             parts = parts - parts.mean(axis=-1, keepdims=True)
             parts = parts * jax.lax.rsqrt(jnp.square(parts).mean(axis=-1, keepdims=True) + 1e-5)
             pooled = parts.reshape(pooled.shape)
-        return self.head(pooled, dropout(self.arch.dropout, dropout_key))
+        return self.head(pooled, dropout_key)
 
     def logits(self, images: Array, dropout_key: Array | None = None) -> Array:
         """images float [B, S, S, 3], normalised -> [B, 2] (classification) or [B, 1] (regression), float32."""
@@ -125,7 +125,7 @@ class TokenRouter(Module):
         tokens = self._tokens_after(start, images)
 
         def odds_of(values: Array) -> Array:
-            read = self.tower.run(Tokens(values, tokens.sizes), (blocks,), start)[blocks]
+            read = run_trunk(self.tower, Tokens(values, tokens.sizes), (blocks,), start)[blocks]
             return log_odds(self.logits_of_tokens(read), self.arch.head)
 
         odds, pull_back = jax.vjp(odds_of, tokens.values)

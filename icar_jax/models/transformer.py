@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from icar_jax.models import ops
 from icar_jax.models.functional import Module, as_callable, state_besides_parameters
-from icar_jax.models.layers import ACTIVATIONS, DType, LayerNorm, Linear, draw
+from icar_jax.models.layers import ACTIVATIONS, DType, LayerNorm, Linear, columns, draw
 
 Array = jax.Array
 Activation = Callable[[Array], Array]
@@ -76,10 +76,7 @@ class Attention(Module):
 
     def read(self, query: Array, x: Array) -> Array:
         """Cross-attention with the same parameters: query [B, M, W] over x [B, L, W] -> [B, M, W]."""
-        if isinstance(self.qkv, Linear):  # each side pays for its own part of the projection
-            q, kv = self.qkv.columns(query, 0, self.width), self.qkv.columns(x, self.width, None)
-        else:
-            q, kv = self.qkv(query)[..., : self.width], self.qkv(x)[..., self.width :]
+        q, kv = columns(self.qkv, query, 0, self.width), columns(self.qkv, x, self.width, None)
         y = self.attention(*map(self._by_head, (q, *jnp.split(kv, 2, axis=-1))), causal=False)
         return self.out(y.reshape(query.shape))
 

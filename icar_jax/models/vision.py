@@ -203,18 +203,25 @@ class Trunk(Module):
 
         What is wanted, or given, after the blocks at which patches are merged is not merged yet.
         """
+        return run_trunk(self, tokens, wanted, start, scales)
 
-        def part(tokens: Tokens, wanted: set[int], start: int) -> dict[int, Tokens]:
-            found = run_blocks(self.blocks, tokens.values, wanted, execution=self.execution, start=start, scales=scales)
-            return {blocks_run: Tokens(x, tokens.sizes) for blocks_run, x in found.items()}
 
-        wanted, taps = set(wanted), {}
-        for stop, count in enumerate(self.arch.merge, 1):
-            if count and start <= stop < max(wanted):
-                taps |= part(tokens, {e for e in wanted if e < stop} - taps.keys() | {stop}, start)
-                tokens, start = merge_similar(taps[stop], count, self.arch.class_token), stop
-        taps |= part(tokens, wanted - taps.keys(), start)
-        return {e: taps[e] for e in sorted(wanted)}
+def run_trunk(
+    trunk: Trunk, tokens: Tokens, wanted: Iterable[int], start: int = 0, scales: Array | None = None
+) -> dict[int, Tokens]:
+    """`Trunk.run`, for use inside modules: nnx.tabulate traces every argument of a method, and these are not all arrays."""
+
+    def part(tokens: Tokens, wanted: set[int], start: int) -> dict[int, Tokens]:
+        found = run_blocks(trunk.blocks, tokens.values, wanted, execution=trunk.execution, start=start, scales=scales)
+        return {blocks_run: Tokens(x, tokens.sizes) for blocks_run, x in found.items()}
+
+    wanted, taps = set(wanted), {}
+    for stop, count in enumerate(trunk.arch.merge, 1):
+        if count and start <= stop < max(wanted):
+            taps |= part(tokens, {e for e in wanted if e < stop} - taps.keys() | {stop}, start)
+            tokens, start = merge_similar(taps[stop], count, trunk.arch.class_token), stop
+    taps |= part(tokens, wanted - taps.keys(), start)
+    return {e: taps[e] for e in sorted(wanted)}
 
 
 class VisionTower(Trunk):
@@ -242,7 +249,7 @@ class VisionTower(Trunk):
         self.exits = nnx.Dict({str(e): ExitHead(arch, attention=attention, **types) for e in arch.exits})
 
     def __call__(
-        self, images: Array, exits: Sequence[int] | None = None, *, scales: Array | None = None, intermediates: bool = False
+        self, images: Array, exits: Sequence[int] | None = None, scales: Array | None = None, *, intermediates: bool = False
     ) -> dict[int, Array] | tuple[dict[int, Array], dict[str, Array]]:
         """images float [B, S, S, 3], normalised -> {executed blocks: [B, D] before normalisation, float32}; None: every exit.
 
@@ -253,8 +260,8 @@ class VisionTower(Trunk):
         exits = tuple(self.arch.check_exit(e) for e in (self.arch.all_exits if exits is None else exits))
         tokens = self.embed(images)
         if not intermediates:
-            return self.resume(tokens, 0, exits, scales)
-        taps = self.run(tokens, range(1, max(exits) + 1), 0, scales)
+            return self._resume(tokens, 0, exits, scales)
+        taps = run_trunk(self, tokens, range(1, max(exits) + 1), 0, scales)
         named = {"embed": tokens.values} | {f"blocks/{n - 1}": tap.values for n, tap in taps.items()}
         return self._heads(taps, exits), named
 
@@ -262,8 +269,11 @@ class VisionTower(Trunk):
         self, tokens: Tokens, start: int, exits: Sequence[int], scales: Array | None = None
     ) -> dict[int, Array]:
         """The rest of the tower: Tokens of [B, L, W] after `start` blocks -> what `__call__` gives, for exits from there on."""
+        return self._resume(tokens, start, exits, scales)
+
+    def _resume(self, tokens: Tokens, start: int, exits: Sequence[int], scales: Array | None) -> dict[int, Array]:
         wanted = {e for exit in exits for e in self.arch.heads_of(exit)}
-        return self._heads(self.run(tokens, wanted, start, scales), exits)
+        return self._heads(run_trunk(self, tokens, wanted, start, scales), exits)
 
     def _heads(self, taps: dict[int, Tokens], exits: Sequence[int]) -> dict[int, Array]:
         parts = {exit: self.arch.heads_of(exit) for exit in exits}
