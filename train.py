@@ -1,40 +1,6 @@
-"""Trains CLIP with early exits, or the complexity model that routes it.
+"""`icar train` as a script, for a checkout: python train.py --config=configs/demo.py:clip --workdir=workdir/demo"""
 
-    python train.py --config=configs/demo.py:clip --workdir=workdir/demo [--config.train.steps=100 ...]
-
-The same command continues a run that was cut off. TPU pods, srun and mpirun are found by themselves; elsewhere each of N
-processes gets --coordinator=HOST:PORT --processes=N --process=I, and a workdir that all of them see.
-"""
-
-from absl import app, flags
-from ml_collections import config_flags
-
-from icar_jax.cli import run_program, user_errors
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: configs/x.py or configs/x.py:argument.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: configuration, metrics, checkpoints, model.")
-COORDINATOR = flags.DEFINE_string("coordinator", "", "Several processes: host:port of process 0.")
-PROCESSES = flags.DEFINE_integer("processes", 0, "Several processes: how many there are.")
-PROCESS = flags.DEFINE_integer("process", -1, "Several processes: which one this is, from 0.")
-START_TIMEOUT = flags.DEFINE_integer("start_timeout_s", 300, "Several processes: seconds to wait for all of them.")
-flags.mark_flags_as_required(["config", "workdir"])
-
-
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides look like --config.train.steps=100")
-    from pathlib import Path
-
-    from icar_jax.evaluation import during_training
-    from icar_jax.parallel import distributed
-    from icar_jax.training.loop import train
-
-    with distributed.cut_off(), user_errors():
-        distributed.start(COORDINATOR.value, PROCESSES.value, PROCESS.value, timeout_s=START_TIMEOUT.value)
-        folder = train(CONFIG.value, WORKDIR.value, evaluators=(during_training.evaluator(CONFIG.value),))
-        if folder != Path(WORKDIR.value) and distributed.is_main():
-            print(f"Finished: {folder}")
-
+from icar_jax.cli.program import run
 
 if __name__ == "__main__":
-    run_program(main)
+    run("train")

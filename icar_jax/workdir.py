@@ -41,7 +41,8 @@ FREE_ON_RESUME = (
 # Fields that steer a run from where it stands. They may change too, which makes it another run from there on, and so is logged.
 STEERING = (
     "config.train.steps", "config.train.epochs", "config.optim.lr", "config.optim.exit_lr", "config.optim.temperature_lr",
-    "config.optim.warmup_steps", "config.optim.final_lr", "config.optim.weight_decay", "config.optim.clip_norm",
+    "config.optim.rates", "config.optim.warmup_steps", "config.optim.final_lr", "config.optim.weight_decay",
+    "config.optim.clip_norm",
 )  # fmt: skip
 # Fields that an evaluation does not use. What the model is and what it was trained on must be as in training, or images
 # that were trained on could end up in the gallery or in the calibration set.

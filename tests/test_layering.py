@@ -23,10 +23,12 @@ ALLOWED = {
     "evaluation": {"config", "pytree", "checkpoint", "workdir", "models", "data", "inference"},
     "search": {"config", "pytree", "checkpoint", "workdir", "models", "parallel", "data", "inference", "evaluation"},
     "cli": {
+        "extras",
         "config", "pytree", "checkpoint", "workdir", "models", "data", "convert", "inference", "training", "evaluation",
         "search", "parallel",
     },
-    "__init__": {"inference"},
+    "__init__": {"inference", "models", "data"},
+    "extras": set(),
 }  # fmt: skip
 
 

@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 from absl import logging
 
 from icar_jax.cli import embed, index, routing, score, search, serve, training, weights
 from icar_jax.cli.arguments import require_local_paths
 from icar_jax.cli.errors import user_errors
-from icar_jax.cli.program import run_program
 
-__all__ = ["main", "run_program", "user_errors"]
+__all__ = ["main", "user_errors"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The console script `icar`."""
+    """The console script `icar`. Called in another thread than the first, it leaves signals as they are."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in training.PROGRAMS:
+        with user_errors():
+            from icar_jax.cli.program import run
+
+            run(words[0], words[1:])
     parser = argparse.ArgumentParser(prog="icar", description="Image complexity-aware retrieval in JAX.")
     commands = parser.add_subparsers(dest="command", required=True)
     for group in (weights, routing, training, score, embed, index, search, serve):
         group.add(commands)
-    args, rest = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(words)
     args.overrides = [word for word in rest if word.startswith("--config.")]
     if set(rest) - set(args.overrides) or (rest and "config" not in args):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.set_verbosity(logging.WARNING)
-    # So that half-written folders are removed before the program ends.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with user_errors("stopped; nothing was written"):
-        require_local_paths(args, sys.argv[1:] if argv is None else argv)
+    with _cleaning_up(), user_errors("stopped; nothing was written"):
+        require_local_paths(args, words)
         args.run(args)
+
+
+@contextlib.contextmanager
+def _cleaning_up() -> Iterator[None]:
+    """While a command runs, SIGTERM raises SystemExit, so that half-written folders are removed before the program ends."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

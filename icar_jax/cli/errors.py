@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from icar_jax import checkpoint
+from icar_jax import checkpoint, extras
 from icar_jax import config as cfg
 
 
@@ -24,6 +24,10 @@ def user_errors(interrupted: str = "stopped; the same command continues from the
         sys.exit(141)  # as a shell reports SIGPIPE
     except (cfg.ConfigError, checkpoint.CheckpointError, OSError) as error:
         _fail(error)
+    except ModuleNotFoundError as error:
+        if (what := extras.missing(error)) is None:
+            raise
+        _fail(what)
     except (ValueError, RuntimeError) as error:
         # Raised by this package on purpose, or from deep inside a library: only the former reads well alone.
         if type(error).__module__.startswith("icar_jax") or _raised_here(error):
@@ -38,6 +42,6 @@ def _raised_here(error: BaseException) -> bool:
     return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("icar_jax")
 
 
-def _fail(error: BaseException) -> None:
+def _fail(error: BaseException | str) -> None:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

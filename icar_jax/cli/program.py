@@ -1,61 +1,102 @@
-"""The root scripts: their flags, and configurations with overrides."""
+"""`icar train` and `icar evaluate`: their flags, and configurations with overrides."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 import runpy
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+import icar_jax
 from icar_jax import config as cfg
 from icar_jax.cli.errors import user_errors
 
 
-def run_program(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs a root script: overrides of unknown fields are reported by name, and libraries log warnings only."""
+def run(name: str, argv: Sequence[str] | None = None) -> None:
+    """Runs 'train' or 'evaluate' with these arguments (None: those of the process) and ends the process.
+
+    Overrides of unknown fields are reported by name, and libraries log warnings only.
+    """
+    program = importlib.import_module(f"icar_jax.cli.{name}")
+    if argv is not None:
+        sys.argv = [f"icar {name}", *argv]
+    sys.modules["__main__"].__doc__ = program.__doc__  # what --help prints, with the flags that belong to this name:
+    for flag in flags.FLAGS.get_flags_for_module(program.__name__):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
     def parse(args: Sequence[str]) -> Sequence[str]:
         with user_errors():
+            args = [args[0], *_resolved(args[1:])]
             for arg in args[1:]:
-                name = arg.lstrip("-").partition("=")[0]
-                if arg.startswith("-") and name.startswith("config."):
-                    cfg.check_override(name)
-                elif name == "config" and "=" in arg:
-                    check_config_file(arg.partition("=")[2])
+                field = arg.lstrip("-").partition("=")[0]
+                if arg.startswith("-") and field.startswith("config."):
+                    cfg.check_override(field)
             rest = app.parse_flags_with_usage(args)
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         return rest
 
-    app.run(main, flags_parser=parse)
+    app.run(program.main, flags_parser=parse)
 
 
-def check_config_file(value: str) -> None:
-    """Raises ConfigError where --config names no file, or an argument its get_config does not take."""
-    path, _, argument = value.partition(":")
+def _resolved(args: Sequence[str]) -> list[str]:
+    """The arguments with the value of --config, given either way, as `config_file` finds it."""
+    found, after = [], ""
+    for arg in args:
+        flag, equals, value = arg.partition("=")
+        if after:
+            arg = config_file(arg)
+        elif flag.lstrip("-") == "config" and arg.startswith("-") and equals:
+            arg = f"{flag}={config_file(value)}"
+        after = arg if arg in ("-config", "--config") else ""
+        found.append(arg)
+    return found
+
+
+def packaged_configs() -> Path:
+    """The folder of the configurations that come with the package: icar_jax/configs, or configs/ of a checkout."""
+    package = Path(icar_jax.__file__).parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def config_file(value: str) -> str:
+    """--config as a file with its argument: of `value`, a path or the name of a packaged configuration, 'demo:clip'.
+
+    Raises ConfigError where it names neither, or an argument that its get_config does not take.
+    """
+    path, colon, argument = value.partition(":")
     if not Path(path).is_file():
-        raise cfg.ConfigError(f"--config={value}: {path} is no file; configs/demo.py:clip is an example")
+        named = packaged_configs() / f"{path.removesuffix('.py').removeprefix('configs/')}.py"
+        if not named.is_file():
+            names = ", ".join(sorted(file.stem for file in packaged_configs().glob("*.py") if file.stem != "__init__"))
+            raise cfg.ConfigError(
+                f"--config={value}: no such file, and no configuration of that name ({names}); demo:clip is an example"
+            )
+        path = str(named)
     get_config = runpy.run_path(path).get("get_config")
     if get_config is None:
         raise cfg.ConfigError(f"--config={value}: {path} defines no get_config()")
     if argument and not inspect.signature(get_config).parameters:
         raise cfg.ConfigError(f"--config={value}: {path} takes no argument; write --config={path}")
     get_config(*([argument] if argument else []))
+    return path + colon + argument
 
 
 def config_of(args: argparse.Namespace) -> cfg.ExperimentConfig:
-    """The configuration of --config with the overrides --config.a.b=value that the root scripts take."""
-    check_config_file(args.config)
+    """The configuration of --config with the overrides --config.a.b=value that training takes."""
+    path = config_file(args.config)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
     for word in args.overrides:
         cfg.check_override(word.lstrip("-").partition("=")[0])
     try:
-        values(["icar", f"--config={args.config}", *args.overrides])
+        values(["icar", f"--config={path}", *args.overrides])
     except flags.Error as error:
         raise cfg.ConfigError(str(error)) from error
     return values.config

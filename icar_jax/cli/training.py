@@ -1,4 +1,4 @@
-"""Commands around training: plan, scenes."""
+"""Commands around training: train and evaluate, whose flags are absl's, plan, scenes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ import sys
 from pathlib import Path
 
 from icar_jax import config as cfg
-from icar_jax.cli.program import config_of
+
+PROGRAMS = {
+    "train": "train CLIP with early exits, or the complexity model that routes it",
+    "evaluate": "evaluate a trained model on its held-out split",
+}
 
 
 def add(commands) -> None:
+    for name, what in PROGRAMS.items():
+        commands.add_parser(name, help=what)  # for the list alone: `cli.main` hands these words to absl
     _add_plan(commands)
     _add_scenes(commands)
 
@@ -30,6 +36,7 @@ def _add_plan(commands) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
+    from icar_jax.cli.program import config_of
     from icar_jax.training.plan_report import run
 
     sys.exit(run(config_of(args), args.topology, args.devices, args.sweep, sys.stdout))

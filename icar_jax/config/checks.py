@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import typing
 from typing import Any
 
@@ -86,8 +87,11 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     _choice("config.optim.kind", c.optim.kind, ("adamw", "muon"))
     _choice("config.optim.mu_dtype", c.optim.mu_dtype, ("bfloat16", "float32"))
     _choice("config.train.remat", c.train.remat, REMAT)
-    for group in c.train.freeze:
-        _choice("config.train.freeze", group, FREEZE)
+    for entry in c.train.freeze:
+        if entry not in FREEZE:
+            _regex("config.train.freeze", entry, f"a group ({', '.join(FREEZE)}) or ")
+    for entry in c.optim.rates:
+        parse_rate(entry)
     for name in ("train", "eval"):
         _choice(f"config.{name}.dtype", getattr(c, name).dtype, ("bfloat16", "float32"))
     _validate_ratings(c)
@@ -148,6 +152,28 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     if any(w < 0 for w in weights) or (weights and sum(weights) == 0):
         raise ConfigError(f"config.loss.exit_weights={weights} must be non-negative with a positive sum")
     return config
+
+
+def _regex(field: str, entry: str, more: str = "") -> None:
+    try:
+        re.compile(entry)
+    except re.error as error:
+        raise ConfigError(f"{field}={entry!r} must be {more}a regular expression for paths of parameters: {error}") from error
+
+
+def parse_rate(entry: str) -> tuple[str, float]:
+    """'vision/blocks/=0.1' -> ('vision/blocks/', 0.1). Raises ConfigError."""
+    pattern, _, share = entry.rpartition("=")
+    _regex("config.optim.rates", pattern)
+    try:
+        value = float(share)
+    except ValueError:
+        value = -1.0
+    if not pattern or not 0 <= value < float("inf"):
+        raise ConfigError(
+            f"config.optim.rates={entry!r} must read REGEX=SHARE with a share of at least 0: 'vision/blocks/=0.1'"
+        )
+    return pattern, value
 
 
 def _validate_training(c: ExperimentConfig) -> None:

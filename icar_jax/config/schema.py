@@ -97,6 +97,7 @@ class OptimConfig:
     lr: float = 1e-3  # towers
     exit_lr: float = 1e-3  # exit heads
     temperature_lr: float = 1e-3  # logit scales (never decayed)
+    rates: tuple[str, ...] = ()  # 'REGEX=SHARE' of the rate for parameters whose path it is found in; the first one counts
     weight_decay: float = 0.05  # matrices and embeddings only
     b1: float = 0.9
     b2: float = 0.98
@@ -138,7 +139,9 @@ class TrainConfig:
     remat: str = "none"  # what the backward pass computes again: none | dots (all but matrix products) | full (whole blocks)
     scan_blocks: bool = False  # one compiled block run in a loop: compiles faster and takes less memory on accelerators
     layer_dropout: float = 0.0  # chance that an image skips the last vision block in training, falling to 0 at the first block
-    freeze: tuple[str, ...] = ()  # groups that do not learn: image | text | exits | temperature; ('image',) is LiT
+    # What does not learn: groups (image | text | exits | temperature; ('image',) is LiT) and regular expressions that are
+    # searched for in the paths of parameters, such as 'vision/blocks/[0-5]/'.
+    freeze: tuple[str, ...] = ()
     init: str = ""  # checkpoint or workdir whose weights the run starts from; exits it lacks start from its final head
     eval_every: int = 0  # steps between evaluations while training; 0 evaluates only with evaluate.py, -1 once an epoch
     eval_split: str = ""  # what they are made on; empty: config.eval.split

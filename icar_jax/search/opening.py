@@ -41,7 +41,8 @@ def create(
                     return Store(uri, database := lancedb.connect(uri), meta, _created(database, uri, embed_dim, meta))
             except StoreError as error:
                 # Without a lock another writer may be at the same work: it, or the next attempt, completes the store.
-                if isinstance(error, StoreExists) or attempt == _ATTEMPTS - 1 or "conflict" not in str(error).lower():
+                met = "conflict" in str(error.__cause__ or error).lower()  # of the cause: the message names the address too
+                if isinstance(error, StoreExists) or attempt == _ATTEMPTS - 1 or not met:
                     raise
             time.sleep(_PAUSE_S * 2**attempt)
 

@@ -29,7 +29,7 @@ from icar_jax.training import anchor, regret, rivals, start, tower
 from icar_jax.training.checkpoints import require_space
 from icar_jax.training.initial import load_params, load_tokenizer, note_preprocessing
 from icar_jax.training.logs import note_event
-from icar_jax.training.optimizer import make_optimizer
+from icar_jax.training.optimizer import make_optimizer, require_matches
 from icar_jax.training.rated_run import RatedRun, look_at
 from icar_jax.training.step import abstract_state
 from icar_jax.training.tasks import Task, given_params, make_task
@@ -89,6 +89,7 @@ def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> Run:
             tokenizer = _tokenizer(config, source, workdir if resumed else None)
             # What does not fit is found before anything is written.
             task = make_task(start.recall(config, workdir), tokenizer, mesh, counts)
+            require_matches(config.train.freeze, config.optim.rates, task.shapes)
             if starts_from_weights(config) and not resumed:
                 initial_params(config, task, _quiet)  # what does not fit is named now; the values are read later
             given_params(config, task)  # what is damaged is named now

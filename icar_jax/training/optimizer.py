@@ -5,7 +5,9 @@ Also the moving average of the weights.
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +16,8 @@ import optax
 from optax import contrib
 
 from icar_jax import pytree
-from icar_jax.config import OptimConfig
+from icar_jax.config import ConfigError, OptimConfig
+from icar_jax.config.checks import parse_rate
 
 GROUPS: tuple[tuple[str, str], ...] = (
     (r"(^|/)(exit_)?logit_(scale|bias)(/|$)", "temperature"),
@@ -34,17 +37,45 @@ FREEZE_GROUPS: tuple[tuple[str, str], ...] = (
 )
 
 
+_GROUP_NAMES = frozenset(name for _, name in FREEZE_GROUPS)
+
+
 def group(path: str) -> str:
     """The parameter group of a path: temperature, exit or backbone."""
     return next(name for pattern, name in GROUPS if re.search(pattern, path))
 
 
 def trainable(path: str, freeze: tuple[str, ...]) -> bool:
-    """Whether a parameter of a CLIP learns while the groups `freeze` (image, text, exits, temperature) do not.
+    """Whether a parameter learns while `freeze` does not: groups (image, text, exits, temperature) and regexes of paths.
 
     'image' is the vision tower with its own head (ln_post, proj), 'exits' are the heads of its early exits.
     """
-    return next(name for pattern, name in FREEZE_GROUPS if re.search(pattern, path)) not in freeze
+    own = next(name for pattern, name in FREEZE_GROUPS if re.search(pattern, path))
+    return own not in freeze and not any(re.search(entry, path) for entry in freeze if entry not in _GROUP_NAMES)
+
+
+def rate_share(path: str, rates: Sequence[str]) -> float:
+    """What config.optim.rates multiplies the rate of a parameter by."""
+    for pattern, share in map(parse_rate, rates):
+        if re.search(pattern, path):
+            return share
+    return 1.0
+
+
+def require_matches(freeze: tuple[str, ...], rates: Sequence[str], shapes: pytree.Tree) -> None:
+    """Raises ConfigError for a regular expression that is found in no path, and where nothing is left to learn."""
+    paths = list(pytree.flatten(shapes))
+    patterns = [("config.train.freeze", entry) for entry in freeze if entry not in _GROUP_NAMES]
+    patterns += [("config.optim.rates", parse_rate(entry)[0]) for entry in rates]
+    for field, pattern in patterns:
+        if not any(re.search(pattern, path) for path in paths):
+            near = difflib.get_close_matches(pattern, [*_GROUP_NAMES, *paths], 3, 0.3)
+            raise ConfigError(
+                f"{field} holds {pattern!r}, which is found in no path of the {len(paths)} parameters; near it: "
+                f"{', '.join(near) or 'nothing'}"
+            )
+    if not any(trainable(path, freeze) for path in paths):
+        raise ConfigError(f"config.train.freeze={freeze} leaves nothing to train; take one of its entries out")
 
 
 def decays(path: str, ndim: int) -> bool:
@@ -129,13 +160,15 @@ def _stay() -> optax.GradientTransformation:
 
 
 def _scale_by_group(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    rates = {"backbone": config.lr, "exit": config.exit_lr, "temperature": config.temperature_lr}
+    groups = {"backbone": config.lr, "exit": config.exit_lr, "temperature": config.temperature_lr}
     share = schedule(config, steps)
 
     def update(updates: Any, state: optax.ScaleByScheduleState, params: Any = None):
         now = share(state.count)
-        rate = lambda path, u: u if isinstance(u, optax.MaskedNode) else -rates[group(path)] * now * u
-        scaled = pytree.map_with_path(rate, updates)
+        rate = lambda path: groups[group(path)] * rate_share(path, config.rates)
+        scaled = pytree.map_with_path(
+            lambda path, u: u if isinstance(u, optax.MaskedNode) else -rate(path) * now * u, updates
+        )
         return scaled, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32)), update)

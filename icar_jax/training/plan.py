@@ -21,7 +21,7 @@ from icar_jax.config import ExperimentConfig
 from icar_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh
 from icar_jax.parallel.rules import shardings
 from icar_jax.training import plan_cost, plan_hlo, regret
-from icar_jax.training.optimizer import make_optimizer
+from icar_jax.training.optimizer import make_optimizer, require_matches
 from icar_jax.training.plan_chips import Chip
 from icar_jax.training.plan_cost import Collective
 from icar_jax.training.plan_flops import step_flops
@@ -140,6 +140,7 @@ def plan(config: ExperimentConfig, devices: list, chip: Chip, compiler: str = "T
     mesh = make_mesh(config.mesh, devices)
     cfg.validate_batch(config.train.batch_size, batch_shards(mesh))
     task = make_task(config, mesh=mesh)
+    require_matches(config.train.freeze, config.optim.rates, task.shapes)
     optimizer = make_optimizer(config.optim, config.train.steps, frozen_groups(config))
     state, batch = abstract_state(task, optimizer, mesh, config), abstract_batch(config, task, mesh)
     work = step_flops(config, task.arch)

@@ -1,0 +1,24 @@
+"""Encodes pictures and a text, and ranks the pictures.
+
+    python examples/encode.py MODEL "a red circle" PICTURE PICTURE ...
+
+MODEL is a checkpoint, bundle or workdir of ours, or weights of Hugging Face, OpenCLIP or OpenAI.
+"""
+
+import sys
+
+import icar_jax
+
+
+def main(path: str, text: str, *pictures: str) -> list[tuple[str, float]]:
+    model = icar_jax.load(path)
+    images = model.encode_image(pictures)  # [N, D], unit norm
+    scores = images @ model.encode_text([text])[0]
+    ranking = sorted(zip(pictures, scores.tolist()), key=lambda pair: -pair[1])
+    for name, score in ranking:
+        print(f"{score:.3f}  {name}")
+    return ranking
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

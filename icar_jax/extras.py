@@ -1,0 +1,21 @@
+"""Which optional dependency a library belongs to, for errors that say what to install."""
+
+from __future__ import annotations
+
+# {top-level module: extra of pyproject.toml}
+EXTRAS = {
+    "array_record": "train", "cloudpickle": "train", "grain": "train", "matplotlib": "train", "ml_collections": "train",
+    "optax": "train", "orbax": "train", "tensorflow_datasets": "train",
+    "pyarrow": "tables",
+    "fastapi": "search", "lancedb": "search", "multipart": "search", "prometheus_client": "search", "uvicorn": "search",
+    "tensorboardX": "tensorboard",
+    "open_clip": "parity", "timm": "parity", "torch": "parity", "transformers": "parity",
+}  # fmt: skip
+
+
+def missing(error: ModuleNotFoundError) -> str | None:
+    """What to do about a library that is not installed; None where no extra has it."""
+    extra = EXTRAS.get((error.name or "").partition(".")[0])
+    if extra is None:
+        return None
+    return f"this needs {error.name}, which is not installed; install it with pip install 'icar-jax[{extra}]'"
