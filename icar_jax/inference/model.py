@@ -65,6 +65,7 @@ class Model:
         mesh: Mesh | None = None,
     ):
         self.description = description
+        self._process = os.getpid()
         self._placement = Placement(mesh)
         self.identity = {part.kind: checkpoint.identity(part.description) for part in (clip, complexity) if part is not None}
         self.batch_size = batch_size
@@ -131,7 +132,12 @@ class Model:
         return self._modules.setdefault("complexity", self.scorer.complexity.merge(self.scorer.forward.params))
 
     def _take_changes(self) -> None:
-        """Computes with what was changed in the modules that were handed out."""
+        """Computes with what was changed in the modules that were handed out. Raises RuntimeError in a forked child."""
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "this model was loaded before the process was forked, and JAX's threads stayed behind: a call would hang; "
+                "start workers with multiprocessing.get_context('spawn'), or load the model in each of them"
+            )
         for name, module in self._modules.items():
             graph, params = module.split()
             was, held = (self.graph, self.params) if name == "clip" else (self.scorer.complexity, self.scorer.forward.params)

@@ -34,12 +34,12 @@ def merge_similar(tokens: Tokens, count: int, class_token: bool) -> Tokens:
     (norm, mean), (other_norm, other_mean) = map(_scaled_mean, (seeker, other))
     similar = product("bnw,bmw->bnm", seeker, other) * norm[:, :, None] * other_norm[:, None]
     similar = jax.lax.stop_gradient(similar - mean[:, :, None] * other_mean[:, None])
-    best, order = similar.max(-1), jnp.arange(seeker.shape[1])
+    best, order = similar.max(-1), jnp.arange(seeker.shape[1])[None]
     # Ranks by comparing all pairs, and moves as a matrix: sorting and gathering are slow on all kinds of devices.
-    before = (best[:, :, None] < best[:, None]) | ((best[:, :, None] == best[:, None]) & (order[:, None] > order))
-    gone, alone = before.sum(-1) < count, len(order) - count
+    before = (best[:, :, None] < best[:, None]) | ((best[:, :, None] == best[:, None]) & (order[:, :, None] > order[:, None]))
+    gone, alone = before.sum(-1) < count, order.shape[1] - count
     to = jnp.where(gone, alone + similar.argmax(-1), jnp.cumsum(~gone, axis=1) - 1)
-    moves = jnp.where(to[:, None] == jnp.arange(alone + other.shape[1])[:, None], seeker_size[:, None], 0.0)
+    moves = jnp.where(to[:, None] == jnp.arange(alone + other.shape[1])[None, :, None], seeker_size[:, None], 0.0)
     total = moves.sum(-1) + jnp.pad(other_size, ((0, 0), (alone, 0)))
     moved = product("bmn,bnw->bmw", moves / total[..., None], seeker)
     joined = moved[:, alone:] + (other_size / total[:, alone:])[..., None] * other

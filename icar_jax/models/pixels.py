@@ -10,7 +10,7 @@ Array = jax.Array
 
 def normalise(images: Array, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Array:
     """images uint8 [B, S, S, 3] -> float32 [B, S, S, 3], (x / 255 - mean) / std per channel."""
-    mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+    mean, std = (jnp.asarray(each, jnp.float32).reshape(1, 1, 1, 3) for each in (mean, std))
     return images.astype(jnp.float32) * (1 / (255 * std)) - mean / std
 
 
