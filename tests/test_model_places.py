@@ -176,7 +176,7 @@ routed, text = asyncio.run(both())
 assert routed.embeddings.dtype == text.dtype == np.float32 and routed.embeddings.shape == (5, 16)
 grad = jax.jit(jax.grad(lambda p, x: model.graph.encode_image(p, x).sum()))
 side = model.preprocess.image_size
-grads = grad(model.params, jax.numpy.ones((1, side, side, 3), "float32"))
+grads = grad(model.params, jax.device_put(np.ones((1, side, side, 3), np.float32)))
 assert {str(leaf.dtype) for leaf in jax.tree.leaves(grads)} == {"float32"}
 print("held")
 """
@@ -184,7 +184,7 @@ print("held")
 
 @pytest.mark.parametrize("options", [
     ("jax_enable_x64=True",), ("jax_numpy_dtype_promotion=strict",), ("jax_debug_nans=True",),
-    ("jax_numpy_rank_promotion=raise",),
+    ("jax_numpy_rank_promotion=raise",), ("jax_transfer_guard=disallow",),
 ], ids=lambda o: o[0])  # fmt: skip
 @pytest.mark.check
 def test_strict_settings_of_jax_hold(options):

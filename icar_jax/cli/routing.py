@@ -9,7 +9,6 @@ from pathlib import Path
 from icar_jax import checkpoint, workdir
 from icar_jax import config as cfg
 from icar_jax.cli.arguments import positive
-from icar_jax.cli.program import config_of
 
 
 def add(commands) -> None:
@@ -139,6 +138,8 @@ def _calibration_images(args: argparse.Namespace, folder: Path):
         print("\n".join(rated.notes))
         return rated.split("+".join(sorted(rated.counts))), data, args.boundary
     if args.config:
+        from icar_jax.cli.program import config_of
+
         config = cfg.validate(config_of(args))
     else:
         workdirs = [path for path in (Path(args.checkpoint), folder.parent) if (path / workdir.CONFIG).is_file()]

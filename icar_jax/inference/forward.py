@@ -85,7 +85,7 @@ class Pending:
 
     def result(self) -> np.ndarray:
         """float32 [n, ...], rows in the order they were submitted."""
-        return np.concatenate([np.asarray(part, np.float32)[:rows] for part, rows in self.parts])
+        return np.concatenate([np.asarray(jax.device_get(part), np.float32)[:rows] for part, rows in self.parts])
 
 
 @dataclass
@@ -111,7 +111,8 @@ class Forward:
             piece = rows[start : start + n]
             if n < bucket:
                 piece = np.concatenate([piece, np.zeros((bucket - n, *piece.shape[1:]), piece.dtype)])
-            parts.append((self._jitted(self.params, self.placement.batch(piece)), n))
+            with jax.transfer_guard("allow"):  # of the batch, which is meant to go to the device
+                parts.append((self._jitted(self.params, self.placement.batch(piece)), n))
         return Pending(parts)
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
@@ -120,7 +121,8 @@ class Forward:
     def warm_up(self, shape: tuple[int, ...], dtype: Any) -> None:
         """Compiles every bucket for rows of `shape`."""
         for bucket in self.buckets:
-            jax.block_until_ready(self._jitted(self.params, self.placement.batch(np.zeros((bucket, *shape), dtype))))
+            with jax.transfer_guard("allow"):
+                jax.block_until_ready(self._jitted(self.params, self.placement.batch(np.zeros((bucket, *shape), dtype))))
 
 
 class _CompileCount:

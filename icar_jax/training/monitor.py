@@ -67,7 +67,8 @@ class Monitor:
             if step > before:
                 values[self._speed] = (step - before) * self._config.train.batch_size / max(now - then, 1e-9)
                 self._since = (step, now)
-            values["lr"] = self._config.optim.lr * float(self._share(step - 1))
+            with jax.transfer_guard("allow"):  # of the step's number
+                values["lr"] = self._config.optim.lr * float(self._share(step - 1))
             self._log.metrics(step, values)
 
     def _way_on(self) -> str:

@@ -52,7 +52,8 @@ def init_state(
 
     if params is not None:
         return jax.jit(rest, out_shardings=wanted, donate_argnums=0)(params)
-    return jax.jit(lambda key: rest(task.init(key)), out_shardings=wanted)(jax.random.key(config.train.seed))
+    with jax.transfer_guard("allow"):  # of the seed
+        return jax.jit(lambda key: rest(task.init(key)), out_shardings=wanted)(jax.random.key(config.train.seed))
 
 
 def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, config: ExperimentConfig) -> State:
