@@ -207,6 +207,13 @@ def find(path: str | os.PathLike, kinds: tuple[str, ...] = KINDS) -> Path:
     raise CheckpointError(f"{path} holds no {DESCRIPTION}; expected a bundle, a checkpoint or a workdir of train.py")
 
 
+def is_own(path: str | os.PathLike) -> bool:
+    """Whether `path` is what this library writes: a checkpoint, a bundle or a workdir."""
+    folder = Path(path)
+    places = (folder, folder / "bundle", folder / "best", folder / "model")
+    return any((place / DESCRIPTION).is_file() for place in places) or (folder / "checkpoints").is_dir()
+
+
 def describe(folder: str | os.PathLike) -> dict[str, Any]:
     """The parsed icar.json of a checkpoint folder. Raises CheckpointError for an unreadable or unknown one."""
     file = Path(folder) / DESCRIPTION

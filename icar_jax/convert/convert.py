@@ -105,7 +105,7 @@ def convert(
     With `reference`, an .npz of `icar reference`, the converted model is compared with it first. Raises ConvertError for
     anything that does not fit, and CheckpointError where `dest` holds something else; nothing is written then.
     """
-    if is_own(source):
+    if checkpoint.is_own(source):
         return _retokenize(Path(source), Path(dest), options, reference)
     opened = open_source(source)
     made = read(opened, options)
@@ -143,13 +143,6 @@ def in_memory(source: str | os.PathLike, options: Options = Options()) -> Checkp
     description["hashes"] = {checkpoint.WEIGHTS: f"{description['source']['sha256']} {given}"}
     tokenizer = made.tokenizer.to_json() if made.tokenizer else None
     return Checkpoint(Path(source), made.kind, description, params, tokenizer)
-
-
-def is_own(path: str | os.PathLike) -> bool:
-    """Whether `path` is what `icar_jax` itself writes: a checkpoint, a bundle or a workdir."""
-    folder = Path(path)
-    places = (folder, folder / "bundle", folder / "best", folder / "model")
-    return any((place / checkpoint.DESCRIPTION).is_file() for place in places) or (folder / "checkpoints").is_dir()
 
 
 def _description(opened: Source, made: Converted) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from icar_jax import checkpoint
 from icar_jax.checkpoint import CheckpointError
 from icar_jax.config import ConfigError, MeshConfig
-from icar_jax.convert.convert import is_own
 from icar_jax.inference import pretrained
 from icar_jax.inference.model import Model
 from icar_jax.inference.same_tower import require_fits
@@ -39,7 +38,7 @@ def load(
     divide it; parameters lie whole on every device.
     Raises CheckpointError or ConvertError saying what was expected at `path` and what was found.
     """
-    if options or (Path(path).exists() and not is_own(path)):
+    if options or (Path(path).exists() and not checkpoint.is_own(path)):
         loaded = pretrained.read(path, ("clip", "complexity"), **options)
         clip, complexity = (loaded, None) if loaded.kind == "clip" else (None, loaded)
         return Model(clip, complexity, loaded.description, batch_size, dtype, mesh)

@@ -12,7 +12,6 @@ import numpy as np
 from icar_jax import checkpoint, pytree
 from icar_jax.checkpoint import Checkpoint, CheckpointError
 from icar_jax.config import from_dict
-from icar_jax.convert import convert
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models import clip as clip_module
@@ -57,7 +56,9 @@ def read(path: str | os.PathLike, kinds: tuple[str, ...], **options: Any) -> Che
 
     Raises CheckpointError, and ConvertError for what is not ours.
     """
-    if Path(path).exists() and not convert.is_own(path):
+    if Path(path).exists() and not checkpoint.is_own(path):
+        from icar_jax.convert import convert
+
         loaded = convert.in_memory(path, _options(options))
         if loaded.kind not in kinds:
             raise CheckpointError(f"{path} holds a {loaded.kind} model, expected {' or '.join(kinds)}")
@@ -69,7 +70,9 @@ def read(path: str | os.PathLike, kinds: tuple[str, ...], **options: Any) -> Che
     return checkpoint.read(folder / kinds[0], kinds[0]) if kind == "bundle" else checkpoint.read(folder, kind)
 
 
-def _options(given: dict[str, Any]) -> convert.Options:
+def _options(given: dict[str, Any]) -> Any:
+    from icar_jax.convert import convert
+
     known = {field.name for field in dataclasses.fields(convert.Options)}
     if unknown := sorted(set(given) - known):
         raise TypeError(f"unknown options {', '.join(unknown)}; a source takes {', '.join(sorted(known))}")
