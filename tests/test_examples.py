@@ -1,6 +1,10 @@
 """The short examples run, and do what they say."""
 
+import json
+import os
 import runpy
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -80,3 +84,17 @@ def test_gradients_find_the_pixel(clip_folder, pictures, capsys):
 
 def test_a_linear_probe_separates_dark_from_light(clip_folder, pictures):
     assert main("linear_probe.py")(clip_folder, pictures) == 1.0
+
+
+@pytest.mark.check
+def test_the_notebook_runs_in_a_jupyter_kernel_and_shows_progress(tmp_path):
+    notebook = Path(__file__).parent.parent / "docs" / "quickstart.ipynb"
+    assert not any(cell.get("outputs") for cell in json.loads(notebook.read_text())["cells"]), "it is kept without outputs"
+    command = ["jupyter", "nbconvert", "--to", "notebook", "--execute", str(notebook), "--output-dir", str(tmp_path)]
+    env = {**os.environ, "JUPYTER_PLATFORM_DIRS": "1", "IPYTHONDIR": str(tmp_path / "ipython")}
+    run = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=500, env=env)
+    assert run.returncode == 0, run.stderr[-3000:]
+    cells = [c for c in json.loads((tmp_path / "quickstart.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
+    text = ["".join("".join(o.get("text", "")) for o in cell["outputs"]) for cell in cells]
+    assert "20/20" in text[0] and "the best of 12 pictures is number" in text[1] and "(12, 48, 48, 3)" in text[3]
+    assert float(text[2].split("changed by")[1]) > 1e-4
