@@ -22,6 +22,7 @@ from icar_jax import checkpoint, cli, pytree
 from icar_jax.checkpoint import CheckpointError
 from icar_jax.convert.convert import convert
 from icar_jax.convert.export import export
+from icar_jax.inference.forward import count_compilations
 
 FOLDER = Path(__file__).parent / "fixtures" / "format_1"
 BUNDLES = [FOLDER / "bundle_complexity", FOLDER / "bundle_blocks"]
@@ -98,6 +99,9 @@ def test_what_is_changed_in_a_part_counts_from_the_next_call_on():
     model.clip.vision.blocks[1].mlp.activation = jax.nn.relu
     changed = model.encode_image(PICTURES, exit=4)
     assert np.abs(changed - before).max() > 1e-4
+    with count_compilations() as compiled:  # a change is taken once
+        np.testing.assert_array_equal(model.encode_image(PICTURES, exit=4), changed)
+    assert compiled() == 0
     np.testing.assert_array_equal(model.encode_text(TEXTS), text)
     kernel = model.clip.text.proj.kernel
     kernel[...] = -kernel[...]
@@ -106,6 +110,9 @@ def test_what_is_changed_in_a_part_counts_from_the_next_call_on():
     fc = model.complexity.head.fc.kernel
     fc[...] = fc[...][:, ::-1]
     assert np.abs(model.score(PICTURES) - scores).max() > 1e-4
+    assert set(model.identity.values()).isdisjoint(icar_jax.load(BUNDLES[0]).identity.values())
+    with pytest.raises(TypeError, match="model.clip has another structure than its checkpoint describes"):
+        pickle.dumps(model)
     shared = icar_jax.load(BUNDLES[1])
     shared.clip.vision.blocks[1].mlp.activation = jax.nn.relu
     with pytest.raises(ValueError, match="model.clip was changed, and the router of this bundle reads the tokens"):

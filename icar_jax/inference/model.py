@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
+import threading
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
@@ -74,6 +76,8 @@ class Model:
         self.thresholds: tuple[float, ...] | None = None
         self.arch: ClipArch | None = None
         self.tokenizer: Tokenizer | None = None
+        self._lock = threading.Lock()
+        self._taken: dict[str, tuple[Graph, pytree.Tree]] = {}
         self._modules: dict[str, Module] = {}  # what `clip` and `complexity` have handed out
         self._sources = [None if part is None else dataclasses.replace(part, params={}) for part in (clip, complexity)]
         if clip is not None:
@@ -103,11 +107,11 @@ class Model:
         self.tokenizer = Tokenizer.from_json(loaded.tokenizer) if loaded.tokenizer is not None else None
         self.exits = arch.vision.all_exits
         self.embed_dim = arch.vision.embed_dim
-        self.temperature = float(np.exp(loaded.params["logit_scale"]))
         self._adopt_clip(graph, self._placement.params(loaded.params))
 
     def _adopt_clip(self, graph: Graph[Clip], params: pytree.Tree) -> None:
         p, self.graph, self.params = self.preprocess, graph, params
+        self.temperature = float(np.exp(jax.device_get(params["logit_scale"])))
         self.__dict__.pop("router", None)
 
         def tower(exit: int) -> Forward:
@@ -138,31 +142,49 @@ class Model:
                 "this model was loaded before the process was forked, and JAX's threads stayed behind: a call would hang; "
                 "start workers with multiprocessing.get_context('spawn'), or load the model in each of them"
             )
-        for name, module in self._modules.items():
-            graph, params = module.split()
-            was, held = (self.graph, self.params) if name == "clip" else (self.scorer.complexity, self.scorer.forward.params)
-            if graph == was and all(a is b for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(held), strict=True)):
-                continue
-            if self._shares_tower:
-                raise ValueError(
-                    f"model.{name} was changed, and the router of this bundle reads the tokens of the CLIP's own first blocks: "
-                    "a change of one would leave the other behind; call the modules themselves, or bundle the changed CLIP"
-                )
-            if name == "clip":
-                self._adopt_clip(graph, params)
-            else:
-                self.scorer.adopt(graph, params)
-                self.__dict__.pop("router", None)
+        if not self._modules:
+            return
+        with self._lock:
+            for name in tuple(self._modules):
+                self._take_changes_of(name)
+
+    def _held(self, name: str) -> tuple[Graph, pytree.Tree]:
+        return (self.graph, self.params) if name == "clip" else (self.scorer.complexity, self.scorer.forward.params)
+
+    def _take_changes_of(self, name: str) -> None:
+        graph, params = self._modules[name].split()
+        was, held = self._taken.get(name) or self._held(name)
+        if graph == was and all(a is b for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(held), strict=True)):
+            return
+        if self._shares_tower:
+            raise ValueError(
+                f"model.{name} was changed, and the router of this bundle reads the tokens of the CLIP's own first blocks: "
+                "a change of one would leave the other behind; call the modules themselves, or bundle the changed CLIP"
+            )
+        self._taken[name] = graph, params  # what was placed may be other arrays
+        # No other model embeds or scores alike: a store that was made with the one that was loaded refuses this one.
+        self.identity = {**self.identity, name: f"{self.identity[name]}, changed {uuid.uuid4()}"}
+        if name == "clip":
+            self._adopt_clip(graph, self._placement.params(params))
+        else:
+            self.scorer.adopt(graph, self._placement.params(params))
+            self.__dict__.pop("router", None)
 
     def __reduce__(self):
         if self._placement.mesh is not None:
             raise TypeError("a model on a mesh cannot be pickled: devices belong to their process; load it there instead")
         self._take_changes()
-        parts = [
-            None if part is None else dataclasses.replace(part, params=jax.tree.map(np.asarray, params))
-            for part, params in zip(self._sources, (getattr(self, "params", None), self.scorer and self.scorer.forward.params))
-        ]
-        return Model, (*parts, self.description, self.batch_size, self.dtype)
+        parts = []
+        for name, source in zip(("clip", "complexity"), self._sources):
+            if source is None:
+                parts.append(None)
+                continue
+            graph, params = self._held(name)
+            made = type(graph.merge(graph.shapes)).graph(graph.arch, dtype=self._dtype)
+            if graph != made:
+                raise TypeError(f"model.{name} has another structure than its checkpoint describes; pickle model.{name} itself")
+            parts.append(dataclasses.replace(source, params=jax.tree.map(np.asarray, params)))
+        return _rebuilt, (*parts, self.description, self.batch_size, self.dtype, self.identity)
 
     @property
     def _buckets(self) -> tuple[int, ...]:
@@ -344,3 +366,12 @@ class Model:
         with closing(in_order(one, images, ahead=2 * self.batch_size)) as prepared:
             while rows := list(islice(prepared, self.batch_size)):
                 yield {key: np.stack([row[key] for row in rows]) for key in preprocess}
+
+
+def _rebuilt(
+    clip: Checkpoint | None, complexity: Checkpoint | None, description: dict, batch_size: int, dtype: str, identity: dict
+) -> Model:
+    """A model out of a pickle."""
+    made = Model(clip, complexity, description, batch_size, dtype)
+    made.identity = identity
+    return made
