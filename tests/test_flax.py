@@ -16,6 +16,7 @@ from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.complexity import ComplexityArch, ComplexityModel
 from icar_jax.models.convnext import ConvNeXtArch
 from icar_jax.models.layers import LayerNorm, Linear
+from icar_jax.models.ops import gelu_erf
 from icar_jax.models.text import TextArch
 from icar_jax.models.transformer import Attention, Block, Execution
 from icar_jax.models.vision import VisionArch
@@ -348,3 +349,66 @@ def test_rank_promotion_and_transfers_may_be_forbidden(params):
 def loss_of(graph, params, images, tokens):
     out = graph(params, images, tokens)
     return sum(jnp.sum(z @ out.text.T) for z in out.image.values())
+
+
+def test_settings_of_a_layer_count(clip):
+    embeds = clip.encode_image(IMAGES)
+    clip.vision.ln_pre.reduction_axes = (1, 2)
+    assert np.abs(clip.encode_image(IMAGES) - embeds).max() > 1e-3
+    clip.vision.patch.strides = (4, 4)
+    assert clip.vision.patch(IMAGES).shape == (3, 3, 3, 24)
+
+
+def test_blocks_are_replaced_and_not_added_or_taken_out(clip):
+    clip.vision.blocks.append(Block(24, 3, 48, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="built with 4 blocks and has 5"):
+        clip.encode_image(IMAGES)
+    clip.text.blocks = nnx.List(list(clip.text.blocks)[:1])
+    with pytest.raises(ValueError, match="built with 2 blocks and has 1"):
+        clip.encode_text(TOKENS)
+
+
+class Scaled(nnx.Module):
+    """A block with a matrix that it reads in float32, whatever x is."""
+
+    def __init__(self, seed):
+        self.table = nnx.Param(jnp.asarray(np.random.default_rng(seed).standard_normal((5, 24)), jnp.float32))
+
+    def __call__(self, x):
+        return (x.astype(jnp.float32) + self.table[...][None]).astype(x.dtype)
+
+
+def test_a_scan_rounds_no_parameter_that_the_loop_keeps(params):
+    found = []
+    for scan in (False, True):
+        clip = Clip.graph(ARCH, execution=Execution(scan=scan), dtype=jnp.bfloat16).merge(params)
+        for i in range(4):
+            clip.vision.blocks[i] = Scaled(i)
+        found.append(clip.vision(IMAGES, (4,))[4])
+    np.testing.assert_array_equal(*found)
+
+
+def test_parts_of_a_graph_are_graphs_and_functions_are_kept(params):
+    graph = Clip.graph(ARCH)
+    assert graph.encode_image is graph.encode_image and graph.vision is graph.vision
+    found, expected = graph.vision(params["vision"], IMAGES), graph.merge(params).vision(IMAGES)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda c: c.encode_text(["a red square"]), "integer array .*, got list; a Tokenizer makes them"),
+    (lambda c: c.encode_image([[0.0]]), "float array .*, got list"),
+    (lambda c: Clip("vit_b32", rngs=nnx.Rngs(0)), r"arch must be a ClipArch, such as icar_jax.variants"),
+])  # fmt: skip
+def test_other_types_are_named(clip, call, message):
+    with pytest.raises(TypeError, match=message):
+        call(clip)
+
+
+def test_gradients_inside_shard_map():
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("d")
+    x = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
+    grad = jax.grad(lambda x: jnp.sum(jnp.sin(gelu_erf(x))))
+    found = jax.jit(jax.shard_map(grad, mesh=mesh, in_specs=spec, out_specs=spec))(x)
+    np.testing.assert_allclose(found, grad(x), atol=1e-6)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import parity_cases
 import pytest
 from flax import nnx
 
@@ -22,6 +23,7 @@ from icar_jax import checkpoint, cli, pytree
 from icar_jax.checkpoint import CheckpointError
 from icar_jax.convert.convert import convert
 from icar_jax.convert.export import export
+from icar_jax.inference.explain import Explainer
 from icar_jax.inference.forward import count_compilations
 
 FOLDER = Path(__file__).parent / "fixtures" / "format_1"
@@ -76,6 +78,12 @@ def test_a_saved_module_is_a_checkpoint_like_any_other(clip_folder, tmp_path):
     full["vision"].pop("exits")
     saved = plain.merge(full).save(tmp_path / "b", preprocess=model.preprocess, tokenizer=model.tokenizer)
     export(saved, tmp_path / "hf", "hf")
+    with pytest.raises(CheckpointError, match="images of 64 pixels, and this tower takes 32"):
+        clip.save(tmp_path / "c", preprocess=dataclasses.replace(model.preprocess, image_size=64))
+    other = icar_jax.Clip.from_pretrained(clip_folder)
+    other.vision.blocks[0].mlp.activation = jax.nn.relu
+    with pytest.raises(CheckpointError, match="computes otherwise than its `arch` says"):
+        other.save(tmp_path / "c", preprocess=model.preprocess)
     attn = clip.vision.blocks[0].attn
     attn.qkv = nnx.LoRA(32, 2, 96, base_module=attn.qkv, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"unexpected: vision/blocks/0/attn/qkv/lora_a"):
@@ -106,10 +114,13 @@ def test_what_is_changed_in_a_part_counts_from_the_next_call_on():
     kernel = model.clip.text.proj.kernel
     kernel[...] = -kernel[...]
     np.testing.assert_allclose(model.encode_text(TEXTS), -text, atol=1e-6)
-    scores = model.score(PICTURES)
+    scores, explained = model.score(PICTURES), Explainer(model).explain(PICTURES[:2])
+    np.testing.assert_allclose([e.score for e in explained], scores[:2], atol=1e-5)
     fc = model.complexity.head.fc.kernel
     fc[...] = fc[...][:, ::-1]
+    explained = Explainer(model).explain(PICTURES[:2])
     assert np.abs(model.score(PICTURES) - scores).max() > 1e-4
+    np.testing.assert_allclose([e.score for e in explained], model.score(PICTURES[:2]), atol=1e-5)
     assert set(model.identity.values()).isdisjoint(icar_jax.load(BUNDLES[0]).identity.values())
     with pytest.raises(TypeError, match="model.clip has another structure than its checkpoint describes"):
         pickle.dumps(model)
@@ -165,6 +176,7 @@ def test_the_command_line_in_a_thread_leaves_signals_alone(capsys):
 STRICT = """
 import asyncio, os, sys
 import numpy as np
+import parity_cases
 import jax
 for option in sys.argv[2:]:
     name, _, value = option.partition("=")
@@ -220,3 +232,16 @@ def test_a_forked_child_is_refused_and_a_spawned_one_works(how, expected):
     assert outcome == expected and not child.is_alive()
     assert how != "fork" or "get_context('spawn')" in what
     assert os.getpid() == model._process
+
+
+@pytest.mark.parametrize("name", ["openai", "open_clip_gelu", "open_clip_custom_text", "hf_quick_gelu", "siglip", "icar"])
+def test_every_librarys_clip_is_a_module_at_once(name, tmp_path):
+    case = parity_cases.load(name)
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in case.options.items()}
+    clip = icar_jax.Clip.from_pretrained(parity_cases.write_source(case, tmp_path / "source"), **options)
+    graph, params = clip.split()
+    image, text = jax.jit(lambda p, x, t: (graph.encode_image(p, x), graph.encode_text(p, t)))(
+        params, case.images, case.inputs["tokens"]
+    )
+    np.testing.assert_allclose(image, case.outputs["image_embeds"], atol=1e-4)
+    np.testing.assert_allclose(text, case.outputs["text_embeds"], atol=1e-4)

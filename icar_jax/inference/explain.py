@@ -50,8 +50,13 @@ class Explainer:
 
     def __init__(self, model: Model, stage: int | None = None, dtype: Any = jnp.float32):
         require_scorer(model)
-        arch, self.preprocess = model.scorer.complexity.arch, model.scorer.preprocess
-        complexity = scorer_class(arch).graph(arch, dtype=dtype)
+        model.take_changes()
+        complexity, self.preprocess = model.scorer.complexity, model.scorer.preprocess
+        arch = complexity.arch
+        if complexity == scorer_class(arch).graph(arch, dtype=model.dtype):
+            complexity = scorer_class(arch).graph(arch, dtype=dtype)
+        elif jnp.dtype(dtype) != model.dtype:
+            raise ValueError(f"model.complexity was changed and computes in {model.dtype}; pass dtype={model.dtype!r}")
         if isinstance(arch, BlocksArch):
             if stage is not None:
                 raise ValueError(

@@ -76,7 +76,7 @@ class Model:
         self.thresholds: tuple[float, ...] | None = None
         self.arch: ClipArch | None = None
         self.tokenizer: Tokenizer | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._taken: dict[str, tuple[Graph, pytree.Tree]] = {}
         self._modules: dict[str, Module] = {}  # what `clip` and `complexity` have handed out
         self._sources = [None if part is None else dataclasses.replace(part, params={}) for part in (clip, complexity)]
@@ -110,9 +110,8 @@ class Model:
         self._adopt_clip(graph, self._placement.params(loaded.params))
 
     def _adopt_clip(self, graph: Graph[Clip], params: pytree.Tree) -> None:
-        p, self.graph, self.params = self.preprocess, graph, params
+        p, self._graph, self._params = self.preprocess, graph, params
         self.temperature = float(np.exp(jax.device_get(params["logit_scale"])))
-        self.__dict__.pop("router", None)
 
         def tower(exit: int) -> Forward:
             run = lambda params, images: graph.encode_image(params, normalise(images, p.mean, p.std), exit)
@@ -120,6 +119,17 @@ class Model:
 
         self.towers = {exit: tower(exit) for exit in self.exits}
         self._text = Forward(graph.encode_text, params, self._buckets, self._placement)
+        self.__dict__.pop("_router", None)
+
+    @property
+    def graph(self) -> Graph[Clip] | None:
+        """The CLIP's structure, as of `clip.split()`; None without one."""
+        return getattr(self, "_graph", None)
+
+    @property
+    def params(self) -> pytree.Tree | None:
+        """The CLIP's parameters, a nested dict; None without one. To change them: nnx.update(model.clip, ...)."""
+        return getattr(self, "_params", None)
 
     @property
     def clip(self) -> Clip | None:
@@ -135,7 +145,7 @@ class Model:
             return None
         return self._modules.setdefault("complexity", self.scorer.complexity.merge(self.scorer.forward.params))
 
-    def _take_changes(self) -> None:
+    def take_changes(self) -> None:
         """Computes with what was changed in the modules that were handed out. Raises RuntimeError in a forked child."""
         if os.getpid() != self._process:
             raise RuntimeError(
@@ -164,16 +174,19 @@ class Model:
         self._taken[name] = graph, params  # what was placed may be other arrays
         # No other model embeds or scores alike: a store that was made with the one that was loaded refuses this one.
         self.identity = {**self.identity, name: f"{self.identity[name]}, changed {uuid.uuid4()}"}
+        archs = lambda: (graph.arch, graph.vision.arch, graph.text.arch)
+        if name == "clip" and archs() != (self.arch, self.arch.vision, self.arch.text):
+            raise ValueError("model.clip was given a tower of another shape; save it as a checkpoint of its own and load that")
         if name == "clip":
             self._adopt_clip(graph, self._placement.params(params))
         else:
             self.scorer.adopt(graph, self._placement.params(params))
-            self.__dict__.pop("router", None)
+            self.__dict__.pop("_router", None)
 
     def __reduce__(self):
         if self._placement.mesh is not None:
             raise TypeError("a model on a mesh cannot be pickled: devices belong to their process; load it there instead")
-        self._take_changes()
+        self.take_changes()
         parts = []
         for name, source in zip(("clip", "complexity"), self._sources):
             if source is None:
@@ -229,7 +242,7 @@ class Model:
         """N paths, PIL images or uint8 arrays -> complexity float32 [N] in [0, 1]; higher is more complex."""
         if self.scorer is None:
             raise CheckpointError("this checkpoint holds no complexity model; `icar bundle` adds one")
-        self._take_changes()
+        self.take_changes()
         batches = self._prepare(images, {"complexity": self.scorer.preprocess})
         parts = [self.scorer.forward.submit(batch["complexity"]) for batch in batches]
         return np.concatenate([p.result() for p in parts]) if parts else np.zeros(0, np.float32)
@@ -305,10 +318,15 @@ class Model:
     def _shares_tower(self) -> bool:
         return self.arch is not None and self.scorer is not None and isinstance(self.scorer.complexity.arch, BlocksArch)
 
-    @cached_property
+    @property
     def router(self) -> Router | SharedRouter:
         """The router over this bundle's towers. Raises CheckpointError for anything but a bundle."""
         self._need_bundle()
+        with self._lock:
+            return self._router
+
+    @cached_property
+    def _router(self) -> Router | SharedRouter:
         if self._shares_tower:
             scorer = self.scorer
             return SharedRouter(
@@ -322,6 +340,7 @@ class Model:
 
     def warm_up(self) -> None:
         """Compiles every forward for every batch shape, so that nothing compiles later."""
+        self.take_changes()
         for exit in self.exits:
             self.warm_up_embed(exit)
         if self.thresholds is not None:
@@ -333,6 +352,7 @@ class Model:
 
     def warm_up_embed(self, exit: int | None = None) -> None:
         """Compiles what `embed` runs with this `exit`, and no more."""
+        self.take_changes()
         side = self.preprocess.image_size
         if exit is not None:
             self.towers[self.arch.vision.check_exit(exit)].warm_up((side, side, 3), np.uint8)
@@ -346,12 +366,12 @@ class Model:
     def _need_bundle(self) -> None:
         if self.thresholds is None:
             raise CheckpointError("routing needs thresholds: make a bundle with `icar bundle`, then load that")
-        self._take_changes()
+        self.take_changes()
 
     def _need_clip(self, what: str) -> None:
         if self.arch is None:
             raise CheckpointError(f"{what} needs a CLIP model; this is a complexity checkpoint, which can only score")
-        self._take_changes()
+        self.take_changes()
 
     def _prepare(self, images: Iterable[ImageLike], preprocess: dict[str, Preprocess]) -> Iterator[dict[str, np.ndarray]]:
         single_array = isinstance(images, np.ndarray) and images.ndim != 4

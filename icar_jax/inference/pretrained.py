@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, Self
 
+import jax
 import numpy as np
 
 from icar_jax import checkpoint, pytree
@@ -33,7 +34,7 @@ class Clip(clip_module.Clip):
         Raises CheckpointError or ConvertError saying what was expected at `path` and what was found.
         """
         loaded = read(path, ("clip",), **options)
-        return clip_graph(loaded, dtype, cls).merge(loaded.params)
+        return clip_graph(loaded, dtype, cls).merge(jax.device_put(loaded.params))
 
     def save(
         self, path: str | os.PathLike, *, preprocess: Preprocess, tokenizer: Tokenizer | None = None, **description: Any
@@ -41,12 +42,24 @@ class Clip(clip_module.Clip):
         """Writes a checkpoint that `load`, `from_pretrained`, `icar bundle` and `icar export` read; returns its folder.
 
         `preprocess` is how the images were prepared that this model learnt from. `description` adds JSON entries to icar.json.
-        Raises CheckpointError for parameters that are not those of `arch`, such as LoRA's, which have to be merged first, and
-        for a folder that holds something else; NotFinite for NaN and infinity.
+        Raises ValueError for parameters that are not those of `arch`, such as LoRA's, which have to be merged first;
+        CheckpointError for a structure that a checkpoint cannot describe, such as another activation in one block, for images
+        of another size, and for a folder that holds something else; NotFinite for NaN and infinity.
         """
-        _, params = self.split()
+        graph, params = self.split()
         params = pytree.map_with_path(lambda _, leaf: np.asarray(leaf, np.float32), params)
         pytree.require_same(Clip.graph(self.arch).shapes, params, "the parameters of this module")
+        vision = self.vision
+        types = {"dtype": vision.dtype, "param_dtype": vision.patch.param_dtype, "execution": vision.execution}
+        if graph != type(self).graph(self.arch, **types):
+            raise CheckpointError(
+                "this module computes otherwise than its `arch` says (another activation, attention, block or dtype), "
+                "and a checkpoint describes the `arch` alone; pickle the module instead, or save its parameters"
+            )
+        if preprocess.image_size != self.arch.vision.image_size:
+            raise CheckpointError(
+                f"preprocess makes images of {preprocess.image_size} pixels, and this tower takes {self.arch.vision.image_size}"
+            )
         about = {**description, "arch": dataclasses.asdict(self.arch), "preprocess": preprocess.to_dict()}
         return checkpoint.write(path, "clip", about, params, tokenizer.to_json() if tokenizer is not None else None)
 

@@ -52,7 +52,7 @@ def with_derivatives(derivatives: Derivatives, arrays: int) -> Callable[..., Arr
                 return out, jax.numpy.zeros_like(out)
             given = [t for t, moves in zip(tangents, varies) if moves]
             linear = _Linear(derivatives, static, len(residuals), varies)
-            (tangent,) = _linear_p.bind(*residuals, *given, linear=linear, shape=out.shape, dtype=out.dtype)
+            (tangent,) = _linear_p.bind(*residuals, *given, linear=linear, aval=jax.typeof(out))
             return out, tangent
 
         function.defjvp(rule, symbolic_zeros=True)
@@ -102,15 +102,15 @@ _linear_p = Primitive("icar_linear")
 _linear_p.multiple_results = True
 
 
-def _apply_rule(*operands: Array, linear: _Linear, shape, dtype) -> list[Array]:
+def _apply_rule(*operands: Array, linear: _Linear, aval) -> list[Array]:
     return [linear.apply(*operands)]
 
 
-def _jvp_rule(primals, tangents, *, linear: _Linear, shape, dtype):
+def _jvp_rule(primals, tangents, *, linear: _Linear, aval):
     return jax.jvp(lambda *operands: [linear.apply(*operands)], primals, tuple(map(ad.instantiate_zeros, tangents)))
 
 
-def _transpose_rule(cotangents, *operands, linear: _Linear, shape, dtype):
+def _transpose_rule(cotangents, *operands, linear: _Linear, aval):
     (cotangent,) = cotangents
     unknown = [ad.is_undefined_primal(x) for x in operands]
     if any(unknown[: linear.residuals]):
@@ -123,18 +123,19 @@ def _transpose_rule(cotangents, *operands, linear: _Linear, shape, dtype):
     return [None] * linear.residuals + wanted
 
 
-def _batching_rule(operands, axes, *, linear: _Linear, shape, dtype):
+def _batching_rule(operands, axes, *, linear: _Linear, aval):
     size = next(x.shape[axis] for x, axis in zip(operands, axes) if axis is not None)
     spread = [
         jax.numpy.broadcast_to(x, (size, *x.shape)) if axis is None else jax.numpy.moveaxis(x, axis, 0)
         for x, axis in zip(operands, axes)
     ]
     more = _Linear(linear.derivatives, linear.static, linear.residuals, linear.varies, linear.batched + 1)
-    return _linear_p.bind(*spread, linear=more, shape=(size, *shape), dtype=dtype), [0]
+    batched = jax.core.ShapedArray((size, *aval.shape), aval.dtype)
+    return _linear_p.bind(*spread, linear=more, aval=batched), [0]
 
 
-_linear_p.def_impl(jax.jit(_apply_rule, static_argnames=("linear", "shape", "dtype")))
-_linear_p.def_abstract_eval(lambda *_, linear, shape, dtype: [jax.core.ShapedArray(shape, dtype)])
+_linear_p.def_impl(jax.jit(_apply_rule, static_argnames=("linear", "aval")))
+_linear_p.def_abstract_eval(lambda *_, linear, aval: [aval])  # the function's own: varying axes and sharding included
 ad.primitive_jvps[_linear_p] = _jvp_rule
 ad.primitive_transposes[_linear_p] = _transpose_rule
 batching.primitive_batchers[_linear_p] = _batching_rule

@@ -68,6 +68,8 @@ class Clip(Module):
         self, arch: ClipArch, *, execution: Execution = Execution(), attention: AttentionFn | None = None,
         dtype: DType = jnp.float32, param_dtype: DType = jnp.float32, exit_start: str = "final", rngs: nnx.Rngs,
     ):  # fmt: skip
+        if not isinstance(arch, ClipArch):
+            raise TypeError(f"arch must be a ClipArch, such as icar_jax.variants['vit_b32'], got {arch!r}")
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.arch = arch
         self.vision = VisionTower(arch.vision, execution=execution, attention=attention, **types)

@@ -57,7 +57,7 @@ class ConvMlp(nnx.Module):
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.activation = ops.gelu_erf
         self.fc1 = Linear(width, 4 * width, std=INIT_STD, **types)
-        self.grn = Grn(4 * width, param_dtype=param_dtype) if version == 2 else None
+        self.grn = nnx.data(Grn(4 * width, param_dtype=param_dtype) if version == 2 else None)
         self.fc2 = Linear(4 * width, width, std=INIT_STD, **types)
 
     def __call__(self, x: Array) -> Array:

@@ -28,7 +28,8 @@ class Graph(Generic[M]):
     """The structure of a module without its arrays; hashable, equal for equal structures.
 
     Every method of the module is here a pure function that takes the parameters first: `graph.encode_text(params, tokens)` is
-    `module.encode_text(tokens)`, `graph(params, ...)` is `module(...)`. Other attributes are the module's own: `graph.arch`.
+    `module.encode_text(tokens)`, `graph(params, ...)` is `module(...)`. A part of the module is a graph of its own:
+    `graph.vision(params["vision"], images)`. Other attributes are the module's: `graph.arch`.
 
     Attributes:
         shapes: the parameters as jax.ShapeDtypeStruct, a nested dict with string keys.
@@ -38,6 +39,7 @@ class Graph(Generic[M]):
         """`state`: the parameters as a pure dict with the module's own keys; of the leaves only shape and dtype are kept."""
         self._graphdef = graphdef
         self._state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(state))
+        self._functions: dict[str, Any] = {}
         self.shapes: Params = pytree.map_with_path(lambda _, leaf: leaf, self._state)
 
     def merge(self, params: Mapping[str, Any]) -> M:
@@ -57,7 +59,12 @@ class Graph(Generic[M]):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
+        if name in self._functions:
+            return self._functions[name]
         found = getattr(self._abstract, name)
+        if isinstance(found, nnx.Module) and not isinstance(found, (nnx.List, nnx.Dict)):
+            graphdef, state = nnx.split(found)
+            return self._functions.setdefault(name, Graph(graphdef, nnx.to_pure_dict(state)))
         if not inspect.ismethod(found) or found.__self__ is not self._abstract:
             return found
 
@@ -68,7 +75,7 @@ class Graph(Generic[M]):
         signature = inspect.signature(found)
         pure.__name__, pure.__doc__ = name, found.__doc__
         pure.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])  # jax.jit reads it
-        return pure
+        return self._functions.setdefault(name, pure)  # one object a name: jax.jit knows it again
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Graph) and self._graphdef == other._graphdef
@@ -95,7 +102,7 @@ class Module(nnx.Module):
         if len(jax.tree.leaves(rest)):
             raise ValueError(
                 f"split() keeps parameters only, and this {type(self).__name__} has other state: {_kinds(rest)}; "
-                "use nnx.split and nnx.merge, which carry it"
+                "use nnx.split and nnx.merge, which carry it, or drop what `sow` kept: nnx.pop(module, nnx.Intermediate)"
             )
         state = nnx.to_pure_dict(params)
         return Graph(graphdef, state), pytree.map_with_path(lambda _, leaf: leaf, state)

@@ -1,7 +1,7 @@
 """Layers of all towers: Flax's own classes, initialised and computed our way.
 
 They are subclasses of `nnx.Linear`, `nnx.LayerNorm` and `nnx.Conv`, so that LoRA, quantisers and filters find them; the
-arithmetic is that of `ops`. A layer that is given another `dot_general`, `precision` or `promote_dtype` computes as Flax does.
+arithmetic is that of `ops`. A layer with other settings (`dot_general`, `precision`, `strides`, ...) computes as Flax does.
 `dtype` is that of the result, None the input's; parameters have `param_dtype` and are cast inside.
 """
 
@@ -55,7 +55,9 @@ def _usual_linear(layer: nnx.Linear) -> bool:
 
 
 def _usual_conv(layer: nnx.Conv) -> bool:
-    return layer.conv_general_dilated is jax.lax.conv_general_dilated and layer.mask is None and _plain(layer)
+    given = layer.strides, layer.padding, layer.input_dilation, layer.kernel_dilation, layer.feature_group_count
+    usual = layer.conv_general_dilated is jax.lax.conv_general_dilated and layer.mask is None
+    return usual and given == layer.built and _plain(layer)
 
 
 class Linear(nnx.Linear):
@@ -78,7 +80,7 @@ class Linear(nnx.Linear):
 
 def columns(layer: nnx.Module, x: Array, start: int, stop: int | None) -> Array:
     """Columns start:stop of layer(x), at the cost of these alone where the layer is a plain `Linear`."""
-    if not isinstance(layer, Linear) or not _usual_linear(layer):
+    if type(layer) is not Linear or not _usual_linear(layer):
         return layer(x)[..., start:stop]
     bias = None if layer.bias is None else layer.bias[start:stop]
     return ops.linear(x, layer.kernel[:, start:stop], bias, dtype=_dtype(layer, x))
@@ -91,7 +93,8 @@ class LayerNorm(nnx.LayerNorm):
         super().__init__(width, epsilon=eps, dtype=dtype, param_dtype=param_dtype, rngs=_OneKey(None))
 
     def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
-        if mask is not None or self.scale is None or self.bias is None or self.axis_name is not None or not _plain(self):
+        axes = (self.reduction_axes, self.feature_axes, self.axis_name)
+        if mask is not None or self.scale is None or self.bias is None or axes != (-1, -1, None) or not _plain(self):
             return super().__call__(x, mask=mask)
         return ops.layer_norm(x, self.scale[...], self.bias[...], eps=self.epsilon, dtype=self.dtype)
 
@@ -110,6 +113,7 @@ class PatchConv(nnx.Conv):
             n_in, n_out, (patch, patch), (patch, patch), padding="VALID", use_bias=bias, dtype=dtype, param_dtype=param_dtype,
             kernel_init=_normal(std), rngs=_OneKey(rngs),
         )  # fmt: skip
+        self.built = self.strides, self.padding, self.input_dilation, self.kernel_dilation, self.feature_group_count
 
     def __call__(self, x: Array, out_sharding: Any = None) -> Array:
         if out_sharding is not None or not _usual_conv(self):
@@ -131,6 +135,7 @@ class DepthwiseConv(nnx.Conv):
             width, width, (7, 7), feature_group_count=width, dtype=dtype, param_dtype=param_dtype, kernel_init=_normal(std),
             rngs=_OneKey(rngs),
         )  # fmt: skip
+        self.built = self.strides, self.padding, self.input_dilation, self.kernel_dilation, self.feature_group_count
 
     def __call__(self, x: Array, out_sharding: Any = None) -> Array:
         if out_sharding is not None or self.bias is None or not _usual_conv(self):

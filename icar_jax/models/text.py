@@ -10,7 +10,7 @@ from flax import nnx
 
 from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType, LayerNorm, Linear, draw
-from icar_jax.models.transformer import AttentionFn, Block, Execution, run_blocks
+from icar_jax.models.transformer import AttentionFn, Block, Execution, require_blocks, run_blocks
 
 Array = jax.Array
 POOLS = ("end", "argmax", "last")
@@ -68,6 +68,11 @@ class TextTower(Module):
         Raises ValueError for other shapes, and TypeError for floats.
         """
         context = self.arch.context_length
+        if not hasattr(tokens, "ndim"):
+            raise TypeError(
+                f"tokens must be an integer array [batch, length], got {type(tokens).__name__}; a Tokenizer makes them of texts"
+            )
+        require_blocks(self.blocks, self.arch.depth)
         if tokens.ndim != 2 or tokens.shape[1] > context:
             raise ValueError(
                 f"tokens must be [batch, length] with a length of at most {context}, the context of this text tower; got "

@@ -188,11 +188,27 @@ def _run(blocks: Sequence[nnx.Module], x: Array, scales: Array | None, execution
             x = one_of(i)(x, p, None if scales is None else scales[i])
         return x
     _require_equal([graph for graph, _ in split], params, first)
-    # Matrices are cast before they are stacked: the stack is a copy, and the blocks would cast them in any case.
-    cast = lambda leaf: leaf.astype(x.dtype) if leaf.ndim > 1 else leaf
-    stacked = jax.tree.map(lambda *leaves: jnp.stack([cast(leaf) for leaf in leaves]), *params)
+    # Matrices are cast before they are stacked where the layer casts them in any case: the stack is a copy.
+    cast = {
+        (*path, "kernel") for path, layer in nnx.iter_modules(blocks[0]) if type(layer) is Linear and layer.dtype == x.dtype
+    }
+
+    def stack(path, *leaves):
+        keys = tuple(part.key for part in path)
+        return jnp.stack([leaf.astype(x.dtype) if keys in cast else leaf for leaf in leaves])
+
+    stacked = jax.tree_util.tree_map_with_path(stack, *params)
     one = one_of(0)
     return jax.lax.scan(lambda x, each: (one(x, *each), None), x, (stacked, scales))[0]
+
+
+def require_blocks(blocks: Sequence, depth: int) -> None:
+    """Raises ValueError where blocks were added or taken out: the depths of exits count them."""
+    if len(blocks) != depth:
+        raise ValueError(
+            f"this tower was built with {depth} blocks and has {len(blocks)}; replace single ones, or build it with "
+            "dataclasses.replace(arch, depth=...)"
+        )
 
 
 def _require_equal(graphs: Sequence, params: Sequence, first: int) -> None:

@@ -21,7 +21,7 @@ from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType, LayerNorm, Linear, PatchConv, draw
 from icar_jax.models.merging import Tokens, merge_similar, merging_error
 from icar_jax.models.pixels import require_floats
-from icar_jax.models.transformer import AttentionFn, AttentionPool, Block, Execution, run_blocks
+from icar_jax.models.transformer import AttentionFn, AttentionPool, Block, Execution, require_blocks, run_blocks
 
 Array = jax.Array
 POOLS = ("cls", "mean", "first_patch", "map")
@@ -174,9 +174,9 @@ class Trunk(Module):
         self.patch = PatchConv(a.patch_size, 3, a.width, std=patch_std, bias=a.patch_bias, **types)
         self.cls = draw(rngs, (a.width,), std, param_dtype) if a.class_token else None
         self.pos = draw(rngs, (a.tokens, a.width), std, param_dtype)
-        self.ln_pre = LayerNorm(a.width, a.norm_eps, param_dtype=param_dtype) if a.pre_norm else None
+        self.ln_pre = nnx.data(LayerNorm(a.width, a.norm_eps, param_dtype=param_dtype) if a.pre_norm else None)
         kind = {"depth": a.depth, "activation": a.activation, "eps": a.norm_eps, "attention": attention}
-        count = a.depth if blocks is None else blocks
+        self.depth = count = a.depth if blocks is None else blocks
         self.blocks = nnx.List([Block(a.width, a.heads, a.mlp_width, **kind, **types) for _ in range(count)])
 
     def embed(self, images: Array) -> Tokens:
@@ -185,6 +185,8 @@ class Trunk(Module):
         Raises ValueError for other shapes, and TypeError for integers.
         """
         size = self.arch.image_size
+        if not hasattr(images, "ndim"):
+            raise TypeError(f"images must be a float array [batch, {size}, {size}, 3], got {type(images).__name__}")
         if images.ndim != 4 or images.shape[1:] != (size, size, 3):
             raise ValueError(
                 f"images must be [batch, {size}, {size}, 3], channels last, for this vision tower; got {list(images.shape)}"
@@ -210,6 +212,8 @@ def run_trunk(
     trunk: Trunk, tokens: Tokens, wanted: Iterable[int], start: int = 0, scales: Array | None = None
 ) -> dict[int, Tokens]:
     """`Trunk.run`, for use inside modules: nnx.tabulate traces every argument of a method, and these are not all arrays."""
+
+    require_blocks(trunk.blocks, trunk.depth)
 
     def part(tokens: Tokens, wanted: set[int], start: int) -> dict[int, Tokens]:
         found = run_blocks(trunk.blocks, tokens.values, wanted, execution=trunk.execution, start=start, scales=scales)
@@ -258,6 +262,8 @@ class VisionTower(Trunk):
         also the tokens [B, L, W] by name: 'embed' before the first block, 'blocks/0' after it, up to the last block that runs.
         """
         exits = tuple(self.arch.check_exit(e) for e in (self.arch.all_exits if exits is None else exits))
+        if not exits:
+            raise ValueError(f"exits=() asks for nothing; this model has exits after {self.arch.all_exits} blocks")
         tokens = self.embed(images)
         if not intermediates:
             return self._resume(tokens, 0, exits, scales)

@@ -65,6 +65,9 @@ def rate_share(path: str, rates: Sequence[str]) -> float:
 def require_matches(freeze: tuple[str, ...], rates: Sequence[str], shapes: pytree.Tree) -> None:
     """Raises ConfigError for a regular expression that is found in no path, and where nothing is left to learn."""
     paths = list(pytree.flatten(shapes))
+    groups = {next(name for pattern, name in FREEZE_GROUPS if re.search(pattern, path)) for path in paths}
+    if idle := [entry for entry in freeze if entry in _GROUP_NAMES - groups]:
+        raise ConfigError(f"config.train.freeze holds {idle[0]!r}, and this model has no such parameters; take it out")
     patterns = [("config.train.freeze", entry) for entry in freeze if entry not in _GROUP_NAMES]
     patterns += [("config.optim.rates", parse_rate(entry)[0]) for entry in rates]
     for field, pattern in patterns:
