@@ -1,5 +1,7 @@
 """The vector index: recall against exact search, rows written after it, when it is built and extended."""
 
+import shutil
+
 import numpy as np
 import pytest
 from test_search import rows, unit
@@ -68,8 +70,9 @@ def test_filters_hold_through_the_index(indexed):
     assert len(found) == 10 and all(int(path[-7:-4]) < 50 for path in found["path"].to_pylist())
 
 
-def test_rows_after_the_build_are_found_and_taken_in_when_many(indexed):
-    store, _ = indexed
+def test_rows_after_the_build_are_found_and_taken_in_when_many(indexed, tmp_path):
+    shutil.copytree(indexed[0].uri, tmp_path / "store")  # the others' store stays as it was built
+    store = open_store(tmp_path / "store")
     rng = np.random.default_rng(4)
     late = unit(rng, 50, DIM)
     store.upsert(rows(late, (1, 2), prefix="/late"))
