@@ -176,7 +176,6 @@ def test_the_command_line_in_a_thread_leaves_signals_alone(capsys):
 STRICT = """
 import asyncio, os, sys
 import numpy as np
-import parity_cases
 import jax
 for option in sys.argv[2:]:
     name, _, value = option.partition("=")
