@@ -18,4 +18,9 @@ def missing(error: ModuleNotFoundError) -> str | None:
     extra = EXTRAS.get((error.name or "").partition(".")[0])
     if extra is None:
         return None
-    return f"this needs {error.name}, which is not installed; install it with pip install 'icar-jax[{extra}]'"
+    return advice("this", error.name, extra)
+
+
+def advice(what: str, library: str, extra: str) -> str:
+    """The sentence about a library that `what` needs."""
+    return f"{what} needs {library}, which is not installed; install it with pip install 'icar-jax[{extra}]'"

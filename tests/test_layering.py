@@ -21,7 +21,7 @@ ALLOWED = {
     "inference": {"config", "pytree", "checkpoint", "workdir", "models", "parallel", "data", "convert"},
     "training": {"config", "pytree", "checkpoint", "workdir", "models", "parallel", "data", "convert"},
     "evaluation": {"config", "pytree", "checkpoint", "workdir", "models", "data", "inference"},
-    "search": {"config", "pytree", "checkpoint", "workdir", "models", "parallel", "data", "inference", "evaluation"},
+    "search": {"extras", "config", "pytree", "checkpoint", "workdir", "models", "parallel", "data", "inference", "evaluation"},
     "cli": {
         "extras",
         "config", "pytree", "checkpoint", "workdir", "models", "data", "convert", "inference", "training", "evaluation",

@@ -124,7 +124,14 @@ def test_what_is_changed_in_a_part_counts_from_the_next_call_on():
     assert set(model.identity.values()).isdisjoint(icar_jax.load(BUNDLES[0]).identity.values())
     with pytest.raises(TypeError, match="model.clip has another structure than its checkpoint describes"):
         pickle.dumps(model)
+    swapped = icar_jax.load(BUNDLES[0])
+    other = dataclasses.replace(swapped.arch.vision, depth=5)
+    swapped.clip.vision = icar_jax.Clip(dataclasses.replace(swapped.arch, vision=other), rngs=nnx.Rngs(0)).vision
+    for _ in range(2):  # it is refused each time, not taken silently the second time
+        with pytest.raises(ValueError, match="model.clip was given a tower of another shape"):
+            swapped.encode_image(PICTURES)
     shared = icar_jax.load(BUNDLES[1])
+    assert shared.clip is shared.clip
     shared.clip.vision.blocks[1].mlp.activation = jax.nn.relu
     with pytest.raises(ValueError, match="model.clip was changed, and the router of this bundle reads the tokens"):
         shared.route(PICTURES)
@@ -207,6 +214,29 @@ print("held")
 @pytest.mark.check
 def test_strict_settings_of_jax_hold(options):
     run = subprocess.run([sys.executable, "-c", STRICT, str(BUNDLES[0]), *options], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0 and "held" in run.stdout, run.stderr[-3000:]
+
+
+TRAIN = """
+import sys, tempfile
+sys.path.insert(0, "tests")
+import jax
+jax.config.update("jax_transfer_guard", "disallow")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+from conftest import tiny_config
+from icar_jax.config import validate
+from icar_jax.training.loop import train
+for kind in ("clip", "complexity"):
+    with tempfile.TemporaryDirectory() as folder:
+        assert (train(validate(tiny_config(kind)), folder + "/run") / "icar.json").is_file()
+print("held")
+"""
+
+
+@pytest.mark.check
+def test_training_holds_without_implicit_transfers_and_rank_promotion():
+    root = Path(__file__).parent.parent
+    run = subprocess.run([sys.executable, "-c", TRAIN], capture_output=True, text=True, timeout=300, cwd=root)
     assert run.returncode == 0 and "held" in run.stdout, run.stderr[-3000:]
 
 

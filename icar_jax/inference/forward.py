@@ -111,9 +111,12 @@ class Forward:
             piece = rows[start : start + n]
             if n < bucket:
                 piece = np.concatenate([piece, np.zeros((bucket - n, *piece.shape[1:]), piece.dtype)])
-            with jax.transfer_guard("allow"):  # of the batch, which is meant to go to the device
-                parts.append((self._jitted(self.params, self.placement.batch(piece)), n))
+            parts.append((self._run(piece), n))
         return Pending(parts)
+
+    def _run(self, piece: np.ndarray) -> jax.Array:
+        with jax.transfer_guard("allow"):  # of the batch, which is meant to go to the device
+            return self._jitted(self.params, self.placement.batch(piece))
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         return self.submit(rows).result()
@@ -121,8 +124,7 @@ class Forward:
     def warm_up(self, shape: tuple[int, ...], dtype: Any) -> None:
         """Compiles every bucket for rows of `shape`."""
         for bucket in self.buckets:
-            with jax.transfer_guard("allow"):
-                jax.block_until_ready(self._jitted(self.params, self.placement.batch(np.zeros((bucket, *shape), dtype))))
+            jax.block_until_ready(self._run(np.zeros((bucket, *shape), dtype)))
 
 
 class _CompileCount:

@@ -37,7 +37,7 @@ from icar_jax.models.clip import ClipArch
 from icar_jax.models.complexity import ComplexityModel
 from icar_jax.models.functional import Graph, Module
 from icar_jax.models.pixels import normalise
-from icar_jax.models.scorers import scorer_arch
+from icar_jax.models.scorers import scorer_arch, scorer_class
 from icar_jax.models.token_router import BlocksArch, TokenRouter
 
 
@@ -136,14 +136,21 @@ class Model:
         """The CLIP as a module with its weights; None without one. What is changed in it counts from the next call on."""
         if self.arch is None:
             return None
-        return self._modules.setdefault("clip", self.graph.merge(self.params))
+        return self._handed_out("clip")
 
     @property
     def complexity(self) -> ComplexityModel | TokenRouter | None:
         """The complexity model as a module; None without one. What is changed in it counts from the next call on."""
         if self.scorer is None:
             return None
-        return self._modules.setdefault("complexity", self.scorer.complexity.merge(self.scorer.forward.params))
+        return self._handed_out("complexity")
+
+    def _handed_out(self, name: str) -> Module:
+        with self._lock:
+            if name not in self._modules:
+                graph, params = self._held(name)
+                self._modules[name] = graph.merge(params)
+            return self._modules[name]
 
     def take_changes(self) -> None:
         """Computes with what was changed in the modules that were handed out. Raises RuntimeError in a forked child."""
@@ -171,17 +178,18 @@ class Model:
                 f"model.{name} was changed, and the router of this bundle reads the tokens of the CLIP's own first blocks: "
                 "a change of one would leave the other behind; call the modules themselves, or bundle the changed CLIP"
             )
-        self._taken[name] = graph, params  # what was placed may be other arrays
-        # No other model embeds or scores alike: a store that was made with the one that was loaded refuses this one.
-        self.identity = {**self.identity, name: f"{self.identity[name]}, changed {uuid.uuid4()}"}
-        archs = lambda: (graph.arch, graph.vision.arch, graph.text.arch)
-        if name == "clip" and archs() != (self.arch, self.arch.vision, self.arch.text):
-            raise ValueError("model.clip was given a tower of another shape; save it as a checkpoint of its own and load that")
         if name == "clip":
+            if (graph.arch, graph.vision.arch, graph.text.arch) != (self.arch, self.arch.vision, self.arch.text):
+                raise ValueError(
+                    "model.clip was given a tower of another shape; save it as a checkpoint of its own and load that"
+                )
             self._adopt_clip(graph, self._placement.params(params))
         else:
             self.scorer.adopt(graph, self._placement.params(params))
             self.__dict__.pop("_router", None)
+        self._taken[name] = graph, params  # what was placed may be other arrays
+        # No other model embeds or scores alike: a store that was made with the one that was loaded refuses this one.
+        self.identity = {**self.identity, name: f"{self.identity[name]}, changed {uuid.uuid4()}"}
 
     def __reduce__(self):
         if self._placement.mesh is not None:
@@ -193,8 +201,8 @@ class Model:
                 parts.append(None)
                 continue
             graph, params = self._held(name)
-            made = type(graph.merge(graph.shapes)).graph(graph.arch, dtype=self._dtype)
-            if graph != made:
+            module = Clip if name == "clip" else scorer_class(graph.arch)
+            if graph != module.graph(graph.arch, dtype=self._dtype):
                 raise TypeError(f"model.{name} has another structure than its checkpoint describes; pickle model.{name} itself")
             parts.append(dataclasses.replace(source, params=jax.tree.map(np.asarray, params)))
         return _rebuilt, (*parts, self.description, self.batch_size, self.dtype, self.identity)

@@ -55,9 +55,12 @@ def _usual_linear(layer: nnx.Linear) -> bool:
 
 
 def _usual_conv(layer: nnx.Conv) -> bool:
-    given = layer.strides, layer.padding, layer.input_dilation, layer.kernel_dilation, layer.feature_group_count
     usual = layer.conv_general_dilated is jax.lax.conv_general_dilated and layer.mask is None
-    return usual and given == layer.built and _plain(layer)
+    return usual and _geometry(layer) == layer.built and _plain(layer)
+
+
+def _geometry(layer: nnx.Conv) -> tuple:
+    return layer.strides, layer.padding, layer.input_dilation, layer.kernel_dilation, layer.feature_group_count
 
 
 class Linear(nnx.Linear):
@@ -113,7 +116,7 @@ class PatchConv(nnx.Conv):
             n_in, n_out, (patch, patch), (patch, patch), padding="VALID", use_bias=bias, dtype=dtype, param_dtype=param_dtype,
             kernel_init=_normal(std), rngs=_OneKey(rngs),
         )  # fmt: skip
-        self.built = self.strides, self.padding, self.input_dilation, self.kernel_dilation, self.feature_group_count
+        self.built = _geometry(self)
 
     def __call__(self, x: Array, out_sharding: Any = None) -> Array:
         if out_sharding is not None or not _usual_conv(self):
@@ -135,7 +138,7 @@ class DepthwiseConv(nnx.Conv):
             width, width, (7, 7), feature_group_count=width, dtype=dtype, param_dtype=param_dtype, kernel_init=_normal(std),
             rngs=_OneKey(rngs),
         )  # fmt: skip
-        self.built = self.strides, self.padding, self.input_dilation, self.kernel_dilation, self.feature_group_count
+        self.built = _geometry(self)
 
     def __call__(self, x: Array, out_sharding: Any = None) -> Array:
         if out_sharding is not None or self.bias is None or not _usual_conv(self):

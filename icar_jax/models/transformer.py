@@ -11,7 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from icar_jax.models import ops
-from icar_jax.models.functional import Module, as_callable, state_besides_parameters
+from icar_jax.models.functional import Module, state_besides_parameters
 from icar_jax.models.layers import ACTIVATIONS, DType, LayerNorm, Linear, columns, draw
 
 Array = jax.Array
@@ -92,7 +92,9 @@ class Mlp(Module):
         param_dtype: DType = jnp.float32, rngs: nnx.Rngs,
     ):  # fmt: skip
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.activation = as_callable(activation, ACTIVATIONS, "activation")
+        if not callable(activation) and activation not in ACTIVATIONS:
+            raise ValueError(f"activation {activation!r} must be one of {tuple(ACTIVATIONS)}, or a function")
+        self.activation = activation if callable(activation) else ACTIVATIONS[activation]
         self.fc1 = Linear(width, hidden, std=(2 * width) ** -0.5, **types)
         self.fc2 = Linear(hidden, width, std=(2 * depth * width) ** -0.5, **types)
 

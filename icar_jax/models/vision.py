@@ -212,7 +212,6 @@ def run_trunk(
     trunk: Trunk, tokens: Tokens, wanted: Iterable[int], start: int = 0, scales: Array | None = None
 ) -> dict[int, Tokens]:
     """`Trunk.run`, for use inside modules: nnx.tabulate traces every argument of a method, and these are not all arrays."""
-
     require_blocks(trunk.blocks, trunk.depth)
 
     def part(tokens: Tokens, wanted: set[int], start: int) -> dict[int, Tokens]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from icar_jax import extras
+
 
 class MissingExtra(ValueError):
     """A library of the [search] extra is not installed."""
@@ -18,6 +20,4 @@ def extra(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise MissingExtra(
-            f"image search needs {error.name}, which is not installed; install it with pip install 'icar-jax[search]'"
-        ) from error
+        raise MissingExtra(extras.advice("image search", error.name, "search")) from error

@@ -42,7 +42,11 @@ _GROUP_NAMES = frozenset(name for _, name in FREEZE_GROUPS)
 
 def group(path: str) -> str:
     """The parameter group of a path: temperature, exit or backbone."""
-    return next(name for pattern, name in GROUPS if re.search(pattern, path))
+    return _first(GROUPS, path)
+
+
+def _first(groups: Sequence[tuple[str, str]], path: str) -> str:
+    return next(name for pattern, name in groups if re.search(pattern, path))
 
 
 def trainable(path: str, freeze: tuple[str, ...]) -> bool:
@@ -50,8 +54,8 @@ def trainable(path: str, freeze: tuple[str, ...]) -> bool:
 
     'image' is the vision tower with its own head (ln_post, proj), 'exits' are the heads of its early exits.
     """
-    own = next(name for pattern, name in FREEZE_GROUPS if re.search(pattern, path))
-    return own not in freeze and not any(re.search(entry, path) for entry in freeze if entry not in _GROUP_NAMES)
+    held = any(re.search(entry, path) for entry in freeze if entry not in _GROUP_NAMES)
+    return not held and _first(FREEZE_GROUPS, path) not in freeze
 
 
 def rate_share(path: str, rates: Sequence[str]) -> float:
@@ -65,7 +69,7 @@ def rate_share(path: str, rates: Sequence[str]) -> float:
 def require_matches(freeze: tuple[str, ...], rates: Sequence[str], shapes: pytree.Tree) -> None:
     """Raises ConfigError for a regular expression that is found in no path, and where nothing is left to learn."""
     paths = list(pytree.flatten(shapes))
-    groups = {next(name for pattern, name in FREEZE_GROUPS if re.search(pattern, path)) for path in paths}
+    groups = {_first(FREEZE_GROUPS, path) for path in paths}
     if idle := [entry for entry in freeze if entry in _GROUP_NAMES - groups]:
         raise ConfigError(f"config.train.freeze holds {idle[0]!r}, and this model has no such parameters; take it out")
     patterns = [("config.train.freeze", entry) for entry in freeze if entry not in _GROUP_NAMES]
