@@ -297,8 +297,12 @@ def head_config(
     config = ExperimentConfig(
         task="complexity",
         complexity=ComplexityConfig(
-            variant="blocks", clip=str(clip), blocks=exit if gallery else min(s.head_blocks, exit), dropout=0.0,
-            target="rating" if router == "blocks" else "regret", **more,
+            variant="blocks",
+            clip=str(clip),
+            blocks=exit if gallery else min(s.head_blocks, exit),
+            dropout=0.0,
+            target="rating" if router == "blocks" else "regret",
+            **more,
         ),
         data=data,
         optim=OptimConfig(lr=1e-3, warmup_steps=min(100, steps // 2)),

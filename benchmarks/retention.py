@@ -229,7 +229,14 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Plan]
     photos = str(Path(args.photos).resolve()) if args.photos else ""
     sizes = {dataset: SETTINGS[args.setting][dataset] for dataset in datasets}
     plan = Plan(
-        args.out.resolve(), datasets, sizes, args.setting, tuple(dict.fromkeys(args.seeds)), names, tuple(args.routers), photos,
+        args.out.resolve(),
+        datasets,
+        sizes,
+        args.setting,
+        tuple(dict.fromkeys(args.seeds)),
+        names,
+        tuple(args.routers),
+        photos,
         args.jobs,
     )
     return args, plan

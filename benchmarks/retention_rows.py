@@ -248,9 +248,7 @@ def evaluate(asked_for: Mapping[str, Any]) -> None:
                 notes.append(f"{name} at {budget:.2f}: {error}")
                 continue
             taken = assign(chosen, model.exits, thresholds)
-            fit = score_calibration.fit(
-                chosen_on.by_exit, chosen_on.texts, chosen_on.caption_image, taken, model.temperature
-            )
+            fit = score_calibration.fit(chosen_on.by_exit, chosen_on.texts, chosen_on.caption_image, taken, model.temperature)
             rows.add_routed(name, cost.router, scores, budget, thresholds, draws, fit)
             settings[f"{name}@{budget:.2f}"] = thresholds
         if settings:
@@ -301,9 +299,7 @@ def measured(
     return {name: whole / value for name, value in speed.items()}
 
 
-def compared(
-    clip: Path, against: Path, source: Source, loading: Mapping[str, Any], batches: Mapping[str, Any]
-) -> float:
+def compared(clip: Path, against: Path, source: Source, loading: Mapping[str, Any], batches: Mapping[str, Any]) -> float:
     """Time per image of a tower as a share of another's, both at full depth."""
     small, large = load(clip / "model", **batches), load(against / "model", **batches)
     samples = [timing.sample_of(each, source, TIMED, loading) for each in (small, large)]

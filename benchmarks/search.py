@@ -103,9 +103,7 @@ def timed(store: Store, queries: np.ndarray, exact: bool) -> tuple[list[set[str]
     return found, {f"p{p}": float(np.percentile(times, p)) for p in (50, 99)}
 
 
-def measure(
-    rows: int, dim: int, queries: int, exact_queries: int, folder: str, kind: str | None = None
-) -> dict[str, Any]:
+def measure(rows: int, dim: int, queries: int, exact_queries: int, folder: str, kind: str | None = None) -> dict[str, Any]:
     """Writes, builds and searches one store; returns a record, sizes in MB and times in s, of queries in ms."""
     clusters = Clusters(rows, dim)
     store = create(folder, {"clip": "0" * 64}, dim, (13, 24), "none")

@@ -85,8 +85,12 @@ def make_step(batch: int = 16, dtype: str = "bf16"):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bf16"):
             full = model.encode_image(images, normalize=True)
             taps = model.visual.forward_intermediates(
-                images, indices=[BLOCKS_RUN - 1], stop_early=True, intermediates_only=True,
-                output_fmt="NLC", output_extra_tokens=True,
+                images,
+                indices=[BLOCKS_RUN - 1],
+                stop_early=True,
+                intermediates_only=True,
+                output_fmt="NLC",
+                output_extra_tokens=True,
             )
             early = normalize(head(taps["image_intermediates_prefix"][-1][:, 0]), dim=-1)
             texts = model.encode_text(tokens, normalize=True)
@@ -121,8 +125,15 @@ def measure(batch: int = 16, steps: int = 5, dtype: str = "bf16") -> dict:
         loss = step()
         times.append(time.perf_counter() - start)
     return {
-        "framework": "torch", "dtype": dtype, "batch": batch, "pairs_per_s": batch / min(times), "step_s": times, "loss": loss,
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "open_clip": open_clip.__version__,
+        "framework": "torch",
+        "dtype": dtype,
+        "batch": batch,
+        "pairs_per_s": batch / min(times),
+        "step_s": times,
+        "loss": loss,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "open_clip": open_clip.__version__,
     }
 
 

@@ -195,9 +195,7 @@ def _offsets(axes: Any, rows: Sequence[Mapping[str, Any]], y: np.ndarray) -> Non
 def _flips(axes: Any, rows: Sequence[Mapping[str, Any]], y: np.ndarray) -> None:
     left = np.zeros(len(rows))
     for word, colour in (("better", "#009E73"), ("same", "#DDDDDD"), ("worse", "#882255")):
-        shares = [
-            np.mean([each[word]["value"] for each in row["flips"][str(row["exits"][0])].values()]) for row in rows
-        ]
+        shares = [np.mean([each[word]["value"] for each in row["flips"][str(row["exits"][0])].values()]) for row in rows]
         axes.barh(y, shares, left=left, color=colour, height=0.6, label=word)
         left = left + shares
     axes.set_xlabel("% of queries, mean of both directions")

@@ -1,6 +1,6 @@
 """A linear probe: a classifier on frozen embeddings, fitted with L-BFGS.
 
-    python examples/linear_probe.py MODEL FOLDER     FOLDER holds one folder of pictures a class
+python examples/linear_probe.py MODEL FOLDER     FOLDER holds one folder of pictures a class
 """
 
 import sys

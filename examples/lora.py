@@ -1,6 +1,6 @@
 """Fine-tunes a CLIP with LoRA: small matrices beside each attention projection learn, everything else stays.
 
-    python examples/lora.py [MODEL]
+python examples/lora.py [MODEL]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Puts another attention into a tower: a function of q, k, v for all blocks, or a sliding window for one of them.
 
-    python examples/own_attention.py
+python examples/own_attention.py
 """
 
 import jax

@@ -1,6 +1,6 @@
 """Gives an exit a head of your own: here the mean and the maximum over all tokens, projected.
 
-    python examples/own_exit_head.py
+python examples/own_exit_head.py
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Routes pictures by their complexity: simple ones leave the tower early.
 
-    python examples/route.py BUNDLE [--budget 0.8] PICTURE PICTURE ...
+python examples/route.py BUNDLE [--budget 0.8] PICTURE PICTURE ...
 """
 
 import argparse

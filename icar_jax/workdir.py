@@ -1,10 +1,10 @@
 """The folder of a run: its configuration as JSON, compared when the run is continued or evaluated.
 
-    WORKDIR/config.json    the ExperimentConfig
-    WORKDIR/data.json      what was trained on: number of images and a hash of their names
-    WORKDIR/splits.json    of a complexity run: the split of every image, and how the ratings are spread
-    WORKDIR/tokenizer.json, metrics.jsonl, checkpoints/, best/ where it was asked for, and at the end model/
-    WORKDIR/.lock          held while a training runs
+WORKDIR/config.json    the ExperimentConfig
+WORKDIR/data.json      what was trained on: number of images and a hash of their names
+WORKDIR/splits.json    of a complexity run: the split of every image, and how the ratings are spread
+WORKDIR/tokenizer.json, metrics.jsonl, checkpoints/, best/ where it was asked for, and at the end model/
+WORKDIR/.lock          held while a training runs
 """
 
 from __future__ import annotations
@@ -148,9 +148,7 @@ def save_data(workdir: Path, fingerprint: dict[str, Any]) -> None:
     write_text(workdir / DATA, json.dumps(fingerprint) + "\n")
 
 
-def require_same_data(
-    workdir: Path, fingerprint: dict[str, Any], otherwise: str = "start again in a new --workdir"
-) -> None:
+def require_same_data(workdir: Path, fingerprint: dict[str, Any], otherwise: str = "start again in a new --workdir") -> None:
     """Raises ConfigError where the training images are no longer those the run was started on.
 
     The order is a function of their number, so with other images a continued run would not be the same run; and images that

@@ -1,6 +1,6 @@
 """Prints the share of covered lines of each folder of the package, from a JSON report of coverage.py.
 
-    python tests/covered.py coverage.json
+python tests/covered.py coverage.json
 """
 
 import collections

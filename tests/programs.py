@@ -77,9 +77,7 @@ def free_address():
 def start_several(workdirs, cache, *flags, devices=1):
     """One process for each workdir (the same one, as a rule), joined at a free port."""
     joined = (f"--coordinator={free_address()}", f"--processes={len(workdirs)}")
-    return [
-        start(workdir, cache, *flags, *joined, f"--process={i}", devices=devices) for i, workdir in enumerate(workdirs)
-    ]
+    return [start(workdir, cache, *flags, *joined, f"--process={i}", devices=devices) for i, workdir in enumerate(workdirs)]
 
 
 def wait_for(condition, process, timeout=200):

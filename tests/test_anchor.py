@@ -63,8 +63,10 @@ def made(config, tokenizer, rows=8, mesh=None):
     start = pytree.flatten(checkpoint.read(config.train.init, "clip").params)
     fresh = pytree.flatten(drawn.params(task.shapes, 5))
     params = pytree.unflatten({path: start.get(path, leaf) for path, leaf in fresh.items()})
-    return task, params, batch_of(tokenizer, task, rows) | pytree.map_with_path(
-        lambda _, leaf: np.asarray(leaf), given_params(config, task)
+    return (
+        task,
+        params,
+        batch_of(tokenizer, task, rows) | pytree.map_with_path(lambda _, leaf: np.asarray(leaf), given_params(config, task)),
     )
 
 

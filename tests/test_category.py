@@ -116,9 +116,7 @@ def test_only_first_captions_ask():
     twice = precisions(images, np.concatenate([texts, -texts]), np.concatenate([owner, owner]), labels)
     once = precisions(images, texts, owner, labels)
     for k in (10, 50):
-        np.testing.assert_array_equal(
-            once.values["text_to_image"]["official"][k], twice.values["text_to_image"]["official"][k]
-        )
+        np.testing.assert_array_equal(once.values["text_to_image"]["official"][k], twice.values["text_to_image"]["official"][k])
 
 
 def test_distractors_count_by_their_labels():

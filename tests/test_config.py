@@ -238,9 +238,7 @@ def test_every_config_is_valid(file):
 
 def test_no_field_that_nothing_reads():
     """Every field of the configuration occurs in the code beyond config.py and configs/."""
-    code = "\n".join(
-        f.read_text() for f in [*(ROOT / "icar_jax").rglob("*.py")] if f.parent.name != "config"
-    )
+    code = "\n".join(f.read_text() for f in [*(ROOT / "icar_jax").rglob("*.py")] if f.parent.name != "config")
     # How a group is spelled where its fields are read: c.clip.exits, config.exits in a function of that group, ...
     spelled = {"train": "train|t", "eval": r"eval|eval_config", "optim": "optim|config", "loss": "loss"}
     for group in dataclasses.fields(ExperimentConfig):

@@ -47,9 +47,7 @@ def test_workers_end_with_their_parent_and_outlive_signals_to_the_group(way, cod
     file = tmp_path / "script.py"
     file.write_text(SCRIPT)
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.Popen(
-        [sys.executable, file, way], env=environ, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    done = subprocess.Popen([sys.executable, file, way], env=environ, stdout=subprocess.PIPE, text=True, start_new_session=True)
     pid = int(done.stdout.readline())
     assert done.wait(60) == code
     assert way == "kill" or done.stdout.read() == "ended\n"

@@ -27,9 +27,7 @@ ALL = [Execution(remat, scan) for scan in (False, True) for remat in ("none", "d
 
 def clip_arch(depth=5, exits=(1, 2), text_depth=1):
     """Exits after every block, and a stretch without; a text tower of one block has nothing to scan."""
-    return ClipArch(
-        VisionArch(16, 8, 16, depth, 2, 32, 8, exits=exits), TextArch(6, 20, 16, text_depth, 2, 32, 8, end_id=19)
-    )
+    return ClipArch(VisionArch(16, 8, 16, depth, 2, 32, 8, exits=exits), TextArch(6, 20, 16, text_depth, 2, 32, 8, end_id=19))
 
 
 def siglip_arch():

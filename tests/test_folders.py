@@ -19,8 +19,7 @@ def put_images(folder, names):
 
 def put_karpathy(root, entries, name="dataset_tiny.json"):
     images = [
-        {"filename": f, "split": s, "sentences": [{"raw": c} for c in captions]} | extra
-        for f, s, captions, extra in entries
+        {"filename": f, "split": s, "sentences": [{"raw": c} for c in captions]} | extra for f, s, captions, extra in entries
     ]
     (root / name).write_text(json.dumps({"images": images, "dataset": "tiny"}))
 
@@ -51,9 +50,7 @@ def test_karpathy(karpathy):
 
 def test_images_beside_the_json_and_coco_subfolders(tmp_path):
     put_images(tmp_path, ["val2014/x.jpg", "y.jpg"])
-    put_karpathy(
-        tmp_path, [("x.jpg", "val", ["x"], {"filepath": "val2014"}), ("y.jpg", "val", ["y"], {"filepath": "val2014"})]
-    )
+    put_karpathy(tmp_path, [("x.jpg", "val", ["x"], {"filepath": "val2014"}), ("y.jpg", "val", ["y"], {"filepath": "val2014"})])
     assert record_names(KarpathyFolder(tmp_path, "val")) == ["val2014/x.jpg", "y.jpg"]
 
 

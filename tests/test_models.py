@@ -238,9 +238,9 @@ TOTAL_PARAMS = {
 
 def test_every_named_variant_is_counted():
     assert set(TOTAL_PARAMS) == set(registry.CLIP) - {"vit_tests"}
-    assert {f"{family}_{size}" for family in ("convnext", "convnextv2") for size in CONVNEXT_PARAMS} == {
-        *registry.CONVNEXT
-    } - {"convnextv2_tests"}
+    assert {f"{family}_{size}" for family in ("convnext", "convnextv2") for size in CONVNEXT_PARAMS} == {*registry.CONVNEXT} - {
+        "convnextv2_tests"
+    }
 
 
 def test_text_flops_against_the_published_count():

@@ -29,7 +29,8 @@ def close(actual, expected, scale=1.0, **tolerance):
         lambda a, b: np.testing.assert_allclose(
             np.asarray(a, np.float64) / scale, np.asarray(b, np.float64) / scale, **(tolerance or TOLERANCE)
         ),
-        actual, expected,
+        actual,
+        expected,
     )
 
 
@@ -151,6 +152,7 @@ def test_every_bf16_dot_runs_both_ways_whatever_surrounds_it(dot, batch):
     lhs, rhs = normal(*batch, 48, 32), normal(*batch, *((64, 32) if dot is ops.dot_t else (32, 64)))
     swap = lambda t: jnp.swapaxes(t, -1, -2)
     for before_l, before_r, after in itertools.product([False, True], repeat=3):
+
         def apply(a, b):
             out = dot(swap(a) if before_l else a, swap(b) if before_r else b, BF16)
             return swap(out) if after else out

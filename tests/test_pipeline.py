@@ -110,10 +110,7 @@ def test_bad_files_are_replaced_and_named(folder, tokenizer):
     assert set(collector.reasons) == {f"{i:02}.png" for i in BAD}
     assert collector.count >= 6
     text = collector.summary()
-    assert (
-        text.startswith(f"2 unreadable image files ({collector.count} failed decodings)")
-        and "04.png: cannot decode" in text
-    )
+    assert text.startswith(f"2 unreadable image files ({collector.count} failed decodings)") and "04.png: cannot decode" in text
     assert BadFiles().summary() == "All images were readable."
 
 
@@ -233,7 +230,4 @@ def test_closed_batches_say_so(folder):
 
 def test_importing_the_pipeline_imports_neither_jax_nor_grain():
     code = "import sys, icar_jax.data.pipeline, icar_jax.data.folders; print({'jax', 'grain'} & set(sys.modules))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-        == "set()"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"

@@ -97,9 +97,7 @@ def test_the_routed_recall_is_that_of_the_public_api(bundled, metrics):
     owner = np.repeat(np.arange(30), [len(r.captions) for r in records])
     texts = model.encode_text([c for r in records for c in r.captions])
     found = ranks(model.encode_image([r.image() for r in records]), texts, owner)
-    assert 100 * np.mean(found.text_to_image <= 5) == pytest.approx(
-        metrics["runs"]["routed"]["text_to_image"]["r5"], abs=1.2
-    )
+    assert 100 * np.mean(found.text_to_image <= 5) == pytest.approx(metrics["runs"]["routed"]["text_to_image"]["r5"], abs=1.2)
 
 
 def test_category_metrics_and_intervals_are_there(metrics):

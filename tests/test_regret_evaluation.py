@@ -104,7 +104,8 @@ def test_evaluate_reports_correlations_beside_the_true_complexity(run, clip_fold
     known = np.array([r.complexity for r in source])
     assert metrics["runs"]["model"]["srcc"]["value"] == pytest.approx(spearmanr(scores, values).statistic, abs=1e-6)
     assert abs(metrics["runs"]["known_complexity"]["srcc"]["value"]) == pytest.approx(
-        abs(spearmanr(known, values).statistic), abs=0.05  # the fitted line is cut to [0, 1], and may fall
+        abs(spearmanr(known, values).statistic),
+        abs=0.05,  # the fitted line is cut to [0, 1], and may fall
     )
     assert metrics["regret"]["pcc"]["model"]["value"] == pytest.approx(np.corrcoef(scores, values)[0, 1], abs=1e-5)
     assert metrics["regret"]["pcc"]["known_complexity"]["value"] == pytest.approx(np.corrcoef(known, values)[0, 1], abs=1e-5)

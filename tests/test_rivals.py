@@ -46,9 +46,11 @@ def test_rivals_are_training_pairs_as_the_clip_embeds_them(clip_folder, tmp_path
     params, request = regret.params(config, task.given[regret.CLIP]), StopRequest()
     found = rivals.embed(config, source, regret.tokenizer(config), params, request)
     index = found["index"]
-    assert len(set(index.tolist())) == 70 and not np.isin(index, (3, 4)).any() and {k: v.shape for k, v in found.items()} == {
-        k: v.shape for k, v in task.given[regret.RIVALS].items()
-    }
+    assert (
+        len(set(index.tolist())) == 70
+        and not np.isin(index, (3, 4)).any()
+        and {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in task.given[regret.RIVALS].items()}
+    )
     clip, some = icar_jax.load(clip_folder), [0, 13, 69]
     records = [source[index[i]] for i in some]
     np.testing.assert_allclose(found["image"][some], clip.encode_image([r.image() for r in records]), atol=1e-5)

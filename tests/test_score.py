@@ -27,9 +27,7 @@ BAD = {"broken.jpg": "not an image", "gone.png": "no such image file", "short.pn
 
 @pytest.fixture(scope="module")
 def bundle(clip_folder, complexity_folder, tmp_path_factory):
-    return make_bundle(
-        clip_folder, complexity_folder, tmp_path_factory.mktemp("bundle") / "bundle", thresholds=(0.35, 0.55)
-    )
+    return make_bundle(clip_folder, complexity_folder, tmp_path_factory.mktemp("bundle") / "bundle", thresholds=(0.35, 0.55))
 
 
 @pytest.fixture(scope="module")

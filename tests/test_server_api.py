@@ -146,7 +146,7 @@ def test_uploads_are_bounded(client):
     assert "larger than" in refused(upload(client, bytes(201_000)), 413)
 
     def endless():
-        yield b"--x\r\nContent-Disposition: form-data; name=\"image\"; filename=\"a\"\r\n\r\n"
+        yield b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
         for _ in range(100):
             yield bytes(100_000)
 

@@ -13,7 +13,6 @@ from icar_jax.search.server.settings import ServerSettings, address, is_loopback
 TOKEN = "a-token-of-some-length"
 
 
-
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.4", "::", "pictures.example.org"])
 def test_other_machines_need_a_token(host):
     with pytest.raises(ServerError, match="--token-file"):

@@ -15,9 +15,7 @@ MERGES = ["t h", "th e</w>", "c a", "ca t</w>", "Ã ©</w>", "r e", "re d</w>"]
 @pytest.fixture
 def merges_file(tmp_path):
     path = tmp_path / "bpe_simple_vocab_16e6.txt.gz"
-    path.write_bytes(
-        gzip.compress(b'"bpe_simple_vocab_16e6.txt#version: 0.2\n' + "\n".join(MERGES).encode() + b"\n")
-    )
+    path.write_bytes(gzip.compress(b'"bpe_simple_vocab_16e6.txt#version: 0.2\n' + "\n".join(MERGES).encode() + b"\n"))
     return path
 
 
@@ -81,9 +79,7 @@ def test_missing_file_and_foreign_vocabulary(tmp_path, trained):
 
 
 def test_trained_ids(trained):
-    assert (
-        trained.pad_id == 0 and trained.start_id == trained.vocab_size - 2 and trained.end_id == trained.vocab_size - 1
-    )
+    assert trained.pad_id == 0 and trained.start_id == trained.vocab_size - 2 and trained.end_id == trained.vocab_size - 1
     assert trained.vocab_size <= 300
     ids = trained(CAPTIONS, 32)
     assert ids.dtype == np.int32 and ids.shape == (12, 32)

@@ -27,9 +27,7 @@ from icar_jax.parallel.rules import shardings
 from icar_jax.training import initial
 from icar_jax.training.optimizer import ema_init, ema_update, make_optimizer, state_like, trainable
 
-ARCH = ClipArch(
-    VisionArch(16, 8, 16, 2, 2, 32, 8, exits=(1,)), TextArch(6, 20, 16, 2, 2, 32, 8, end_id=19), logit_bias=True
-)
+ARCH = ClipArch(VisionArch(16, 8, 16, 2, 2, 32, 8, exits=(1,)), TextArch(6, 20, 16, 2, 2, 32, 8, end_id=19), logit_bias=True)
 GROUP_OF = {
     "vision/blocks/0/attn/qkv/kernel": "image", "vision/pos": "image", "vision/ln_post/scale": "image",
     "vision/proj/kernel": "image", "vision/map/probe": "image", "vision/exits/6/proj/kernel": "exits",

@@ -63,12 +63,21 @@ def _add_calibrate(commands) -> None:
     p.add_argument("checkpoint", help="bundle, complexity classifier, or workdir that holds one")
     how = p.add_mutually_exclusive_group(required=True)
     how.add_argument("--budget", type=float, help="mean cost, router included, as a share of full depth, such as 0.7")
-    how.add_argument("--max-recall-drop", type=float, metavar="POINTS", help="cheapest thresholds, and with them which exits "
-                     "are used, that lose at most so many points of mean R@5 on the images; they need captions")
+    how.add_argument(
+        "--max-recall-drop",
+        type=float,
+        metavar="POINTS",
+        help="cheapest thresholds, and with them which exits "
+        "are used, that lose at most so many points of mean R@5 on the images; they need captions",
+    )
     how.add_argument("--share", type=float, nargs="+", default=[], metavar="S", help="share of the images for each early exit")
     how.add_argument("--metric", help="of labelled images: f1, balanced_accuracy, accuracy or youden")
-    p.add_argument("--best-recall", action="store_true", help="with --budget: the thresholds, and with them the exits used, of "
-                   "the highest mean R@5 on the images, which need captions; else several exits share a budget evenly")
+    p.add_argument(
+        "--best-recall",
+        action="store_true",
+        help="with --budget: the thresholds, and with them the exits used, of "
+        "the highest mean R@5 on the images, which need captions; else several exits share a budget evenly",
+    )
     p.add_argument("--cost", choices=["counted", "measured"], help="what --budget (default counted), --best-recall or "
                    "--max-recall-drop (default measured) go by: FLOPs, or time on this machine")  # fmt: skip
     p.add_argument("--plot", metavar="PNG", help="of --max-recall-drop and --best-recall: where the frontier is drawn; else "

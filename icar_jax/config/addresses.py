@@ -25,6 +25,5 @@ def require_local(name: str, value: str | os.PathLike) -> None:
     """Raises ConfigError where an option `name` that takes a path is given an address such as s3://bucket/run."""
     if (why := not_local(value)) is not None:
         raise ConfigError(
-            f"{name}: {why}; give a folder or file on a disk, or mount the bucket (gcsfuse, mountpoint-s3) "
-            "and give its folder"
+            f"{name}: {why}; give a folder or file on a disk, or mount the bucket (gcsfuse, mountpoint-s3) and give its folder"
         )

@@ -181,8 +181,7 @@ def _validate_training(c: ExperimentConfig) -> None:
     t = c.train
     if t.batch_size % t.accumulate:
         raise ConfigError(
-            f"config.train.accumulate={t.accumulate} does not divide config.train.batch_size={t.batch_size}; "
-            "choose a divisor"
+            f"config.train.accumulate={t.accumulate} does not divide config.train.batch_size={t.batch_size}; choose a divisor"
         )
     if set(t.freeze) >= set(FREEZE):
         raise ConfigError(f"config.train.freeze={t.freeze} leaves nothing to train; take one of its groups out")

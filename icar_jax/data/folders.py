@@ -163,9 +163,7 @@ def _split_by_name(file: str) -> str:
 def existing_folder(root: str | Path) -> Path:
     root = Path(root).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(
-            f"image folder {root} does not exist" if not root.exists() else f"{root} is not a folder"
-        )
+        raise FileNotFoundError(f"image folder {root} does not exist" if not root.exists() else f"{root} is not a folder")
     if next(root.iterdir(), None) is None:
         raise FileNotFoundError(f"image folder {root} is empty; expected images in it")
     return root.resolve()
@@ -249,9 +247,7 @@ def _read_karpathy(where: Path) -> Iterator[_Row]:
     try:
         images = json.loads(where.read_text(encoding="utf-8"))["images"]
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"caption file {where} not found; {where.parent} has {_listing(where.parent)}"
-        ) from None
+        raise FileNotFoundError(f"caption file {where} not found; {where.parent} has {_listing(where.parent)}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where}: expected Karpathy's JSON with a list `images`: {error!r}") from error
     folder = where.parent / "images" if (where.parent / "images").is_dir() else where.parent
@@ -273,9 +269,7 @@ def _read_csv(where: Path) -> Iterator[_Row]:
         try:
             columns = reader.fieldnames or []
             if not {"file", "caption"} <= set(columns):
-                raise ValueError(
-                    f"{where}, line 1: expected a header with the columns file and caption, found {columns}"
-                )
+                raise ValueError(f"{where}, line 1: expected a header with the columns file and caption, found {columns}")
             for row in reader:
                 place = f"line {reader.line_num}"
                 if None in row or None in row.values():
@@ -298,7 +292,5 @@ def _read_jsonl(where: Path) -> Iterator[_Row]:
             except ValueError as error:
                 raise ValueError(f"{where}, line {number}: not valid JSON: {error}") from error
             if not isinstance(row, dict) or not {"file", "caption"} <= set(row):
-                raise ValueError(
-                    f"{where}, line {number}: expected an object with `file` and `caption`, found {row!r:.80}"
-                )
+                raise ValueError(f"{where}, line {number}: expected an object with `file` and `caption`, found {row!r:.80}")
             yield _row(where, f"line {number}", row["file"], row["caption"], row.get("split"))

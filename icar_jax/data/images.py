@@ -55,9 +55,7 @@ def decode(image: ImageLike, name: str | None = None) -> Image.Image:
     elif isinstance(image, (str, os.PathLike)):
         stream, name = image, name or os.fspath(image)
     else:
-        raise TypeError(
-            f"{name or 'image'}: expected a path, bytes, a uint8 array or a PIL image, got {type(image).__name__}"
-        )
+        raise TypeError(f"{name or 'image'}: expected a path, bytes, a uint8 array or a PIL image, got {type(image).__name__}")
     if stream is image and (why := not_local(image)) is not None:
         raise ImageError(f"{name}: {why}; download the picture first")
     try:
@@ -180,9 +178,7 @@ class Preprocess:
         expected = {f.name for f in fields(cls)}
         missing, unknown = sorted(expected - set(values)), sorted(set(values) - expected)
         if missing or unknown:
-            raise ValueError(
-                f"preprocess: missing fields {missing}, unknown fields {unknown}; expected {sorted(expected)}"
-            )
+            raise ValueError(f"preprocess: missing fields {missing}, unknown fields {unknown}; expected {sorted(expected)}")
         return cls(**values)
 
 

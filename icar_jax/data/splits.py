@@ -56,9 +56,7 @@ class Subset:
             raise ValueError(f"subset {name!r} of {source.name!r}: expected a non-empty list of indices")
         low, high = self.indices.min(), self.indices.max()
         if low < 0 or high >= len(source):
-            raise ValueError(
-                f"subset {name!r}: indices run from {low} to {high}, {source.name!r} has {len(source)} records"
-            )
+            raise ValueError(f"subset {name!r}: indices run from {low} to {high}, {source.name!r} has {len(source)} records")
 
     @property
     def names(self) -> list[str]:

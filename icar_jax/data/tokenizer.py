@@ -259,17 +259,13 @@ def _clip_backend(text: str, where: str) -> _Backend:
         if not pair and number >= len(lines):
             break  # the newline at the end of the file
         if len(pair) != 2:
-            raise ValueError(
-                f"tokenizer file {where}, line {number}: expected two symbols to merge, found {line!r:.80}"
-            )
+            raise ValueError(f"tokenizer file {where}, line {number}: expected two symbols to merge, found {line!r:.80}")
         merges.append(pair)
     characters = _byte_characters()
     tokens = characters + [c + "</w>" for c in characters] + ["".join(pair) for pair in merges] + [START, END]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
-        raise ValueError(
-            f"tokenizer file {where}: {len(tokens) - len(vocabulary)} merges give a token that exists already"
-        )
+        raise ValueError(f"tokenizer file {where}: {len(tokens) - len(vocabulary)} merges give a token that exists already")
     try:
         model = models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", continuing_subword_prefix="")
     except Exception as error:  # the library raises bare Exception for a merge of unknown symbols

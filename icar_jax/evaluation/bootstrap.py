@@ -129,9 +129,7 @@ def interval(
     return bounds(point, values, level)
 
 
-def retention(
-    run: Hits, full: Hits, *, n: int = RESAMPLES, seed: int = 0, level: float = LEVEL
-) -> Interval | None:
+def retention(run: Hits, full: Hits, *, n: int = RESAMPLES, seed: int = 0, level: float = LEVEL) -> Interval | None:
     """Mean recall of both directions as a ratio run / full (1.0 = nothing lost), with its paired interval.
 
     None where the full run has no hit in the gallery or in one of the resamples: too few hits for a ratio to mean
@@ -196,9 +194,7 @@ def _check_paired(hits: Sequence[Hits]) -> None:
         raise ValueError("the gallery is empty: there is no image to resample")
     for position, other in enumerate(hits[1:], start=1):
         if other.k != first.k:
-            raise ValueError(
-                f"runs must be compared at one k, found k={first.k} (run 0) and k={other.k} (run {position})"
-            )
+            raise ValueError(f"runs must be compared at one k, found k={first.k} (run 0) and k={other.k} (run {position})")
         if not np.array_equal(other.captions, first.captions):
             raise ValueError(
                 f"runs 0 and {position} differ in their gallery ({len(first.captions)} images with "

@@ -138,9 +138,7 @@ def intervals(
         return bounds(whole, values, level) if np.isfinite(whole) and np.isfinite(values).all() else None
 
     def compared(name: str, direction: str, metric: str) -> Comparison:
-        (a, many), (b, other) = (
-            (point[run][direction][metric], joined[run][direction][metric]) for run in (name, against)
-        )
+        (a, many), (b, other) = ((point[run][direction][metric], joined[run][direction][metric]) for run in (name, against))
         with np.errstate(divide="ignore", invalid="ignore"):
             kept = None if metric.endswith("_rank") else bounded(100.0 * (a / b), 100.0 * (many / other))
         return Comparison(bounded(a, many), bounded(a - b, many - other), kept)

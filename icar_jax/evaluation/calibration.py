@@ -58,9 +58,7 @@ def score_source(model: Model, source: Source, title: str, loading: Mapping[str,
     Raises ValueError where none can be read.
     """
     pending, known, bad = [], [], BadFiles()
-    batches = eval_batches(
-        source, {"complexity": model.scorer.preprocess}, batch_size=model.batch_size, **(loading or {})
-    )
+    batches = eval_batches(source, {"complexity": model.scorer.preprocess}, batch_size=model.batch_size, **(loading or {}))
     with batches:
         for batch in tqdm(batches, total=-(-len(source) // model.batch_size), desc=title, unit="batch"):
             bad.add(batch)

@@ -216,9 +216,7 @@ def _baseline_source(config: ExperimentConfig, notes: list[str]) -> Source | Non
     return Subset(train, some, f"{train.name}/baseline")
 
 
-def _baseline_note(
-    config: ExperimentConfig, train: Source, source: Source, gallery: Gallery, metrics: dict[str, Any]
-) -> str:
+def _baseline_note(config: ExperimentConfig, train: Source, source: Source, gallery: Gallery, metrics: dict[str, Any]) -> str:
     """Adds the colour-histogram baseline to the metrics and says how it compares."""
     loading = sources.loading(config.data)
     fitted = list(_thumbnails(train, loading))

@@ -58,14 +58,11 @@ def retention_against_cost(metrics: Mapping[str, Any], path: str | os.PathLike) 
         bars = [[max(kept["value"] - kept["low"], 0.0)], [max(kept["high"] - kept["value"], 0.0)]]
         # Full depth lies below and larger: the last static exit often falls on it.
         size, layer = (11, 2) if kind == "full" else (7, 3)
-        axes.errorbar(
-            cost, kept["value"], yerr=bars, markersize=size, capsize=3, linestyle="none", zorder=layer, **style
-        )
+        axes.errorbar(cost, kept["value"], yerr=bars, markersize=size, capsize=3, linestyle="none", zorder=layer, **style)
     axes.set_xlabel("FLOPs per image, % of full depth")
     axes.set_ylabel("R@5 kept, % of full depth\n(mean of both directions, 95% interval)")
     axes.set_title(
-        f"What is kept against what it costs: gallery of {gallery['images']:,} images, "
-        f"{gallery['captions']:,} captions",
+        f"What is kept against what it costs: gallery of {gallery['images']:,} images, {gallery['captions']:,} captions",
         fontsize=10.5,
     )
     missing = [name for name in run_order(runs) if name not in shown]
@@ -244,6 +241,4 @@ def _check_scores(scores: np.ndarray, limits: np.ndarray, exits: Sequence[int | 
     if limits.ndim != 1 or not np.isfinite(limits).all() or np.any(np.diff(limits) < 0):
         raise ValueError(f"thresholds must be finite and ascending, found {limits.tolist()}")
     if exits is not None and len(exits) != len(limits) + 1:
-        raise ValueError(
-            f"{len(limits)} thresholds make {len(limits) + 1} exits, found {len(exits)} in exits={list(exits)}"
-        )
+        raise ValueError(f"{len(limits)} thresholds make {len(limits) + 1} exits, found {len(exits)} in exits={list(exits)}")

@@ -149,8 +149,7 @@ def chance_recall(n_images: int, n_captions: int, k: int, own: float | None = No
     """
     if n_images < 1 or n_captions < n_images:
         raise ValueError(
-            f"a gallery needs an image and at least one caption an image, found {n_images} images and "
-            f"{n_captions} captions"
+            f"a gallery needs an image and at least one caption an image, found {n_images} images and {n_captions} captions"
         )
     miss, own = 1.0, n_captions / n_images if own is None else own
     for drawn in range(min(k, n_captions)):

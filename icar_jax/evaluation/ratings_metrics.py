@@ -133,9 +133,7 @@ def value(metric: str, predicted: Any, truth: Any) -> float:
     return point
 
 
-def interval(
-    metric: str, predicted: Any, truth: Any, *, n: int = RESAMPLES, seed: int = 0, level: float = LEVEL
-) -> Interval:
+def interval(metric: str, predicted: Any, truth: Any, *, n: int = RESAMPLES, seed: int = 0, level: float = LEVEL) -> Interval:
     """A metric with its percentile interval; images are resampled, `n` times.
 
     Resamples without a value (one class only, or no variance) are left out; more than 5% of them raise MetricError.

@@ -161,7 +161,7 @@ def _kept(run: Mapping[str, Any], metric: str) -> str:
 def _interval(found: Mapping[str, float] | None) -> str:
     if found is None:
         return "undefined"
-    return f"{found['value']:.1f} <small class=\"i\">[{found['low']:.1f}, {found['high']:.1f}]</small>"
+    return f'{found["value"]:.1f} <small class="i">[{found["low"]:.1f}, {found["high"]:.1f}]</small>'
 
 
 def _timing(metrics: Mapping[str, Any]) -> str:

@@ -52,9 +52,7 @@ class ScoreCalibration:
         return pairs[:, 0], pairs[:, 1]
 
 
-def bias(
-    by_exit: Mapping[int, np.ndarray], texts: np.ndarray, caption_image: np.ndarray
-) -> dict[int, dict[str, float]]:
+def bias(by_exit: Mapping[int, np.ndarray], texts: np.ndarray, caption_image: np.ndarray) -> dict[int, dict[str, float]]:
     """exit -> {'matching', 'other'}: mean cosine of captions with their own image, and with all other images.
 
     by_exit: exit -> [N, D]; texts: [M, D], unit norm; caption_image: [M]. 'other' is nan for a single image.

@@ -80,9 +80,7 @@ def score_sheet(
     workdir.write_bytes(path, stream.getvalue())
 
 
-def _histogram(
-    scores: np.ndarray, thresholds: Sequence[float], exits: Sequence[int], title: str, width: int
-) -> Image.Image:
+def _histogram(scores: np.ndarray, thresholds: Sequence[float], exits: Sequence[int], title: str, width: int) -> Image.Image:
     stream = io.BytesIO()
     size = (width / figures.DPI, _HISTOGRAM_INCHES)
     parts = exits or ("simple", "complex")[: len(thresholds) + 1]

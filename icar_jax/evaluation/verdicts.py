@@ -72,9 +72,7 @@ def _retention(name: str, routed: Mapping[str, Any], full: Mapping[str, Any]) ->
 
 
 def _against_random(delta: Mapping[str, Any]) -> str:
-    line = (
-        f"routed - random = {delta['value']:+.1f} points R@5, 95% interval [{delta['low']:.1f}, {delta['high']:.1f}]"
-    )
+    line = f"routed - random = {delta['value']:+.1f} points R@5, 95% interval [{delta['low']:.1f}, {delta['high']:.1f}]"
     if delta["includes_zero"]:
         return f"{line}: includes zero, so routing is not shown to beat random at this share"
     if delta["value"] > 0:

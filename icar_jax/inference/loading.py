@@ -56,9 +56,7 @@ def load(
     return Model(clip, complexity, description, batch_size, dtype, mesh)
 
 
-def load_parts(
-    clip: str | os.PathLike, complexity: str | os.PathLike, *, batch_size: int, dtype: str
-) -> tuple[Model, Model]:
+def load_parts(clip: str | os.PathLike, complexity: str | os.PathLike, *, batch_size: int, dtype: str) -> tuple[Model, Model]:
     """The CLIP and the complexity checkpoint of a bundle to be.
 
     Raises CheckpointError where one is of the wrong kind, or the complexity model is a head on another CLIP.

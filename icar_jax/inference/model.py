@@ -88,9 +88,7 @@ class Model:
             if clip is not None:
                 require_fits(clip, self.arch, complexity, arch)
             shares = clip is not None and isinstance(arch, BlocksArch)
-            self.scorer = Scorer(
-                complexity, batch_size, self._dtype, self.params if shares else None, self._placement
-            )
+            self.scorer = Scorer(complexity, batch_size, self._dtype, self.params if shares else None, self._placement)
             if clip is None:
                 self.preprocess = self.scorer.preprocess
         if clip is not None and complexity is not None:
@@ -228,9 +226,7 @@ class Model:
             logging.warning("%d of %d texts are longer than %d tokens and were cut.", truncated.sum(), len(texts), length)
         return self._text(tokens) if len(tokens) else np.zeros((0, self.embed_dim), np.float32)
 
-    def encode_image(
-        self, images: Sequence[ImageLike], exit: int | None = None, budget: float | None = None
-    ) -> np.ndarray:
+    def encode_image(self, images: Sequence[ImageLike], exit: int | None = None, budget: float | None = None) -> np.ndarray:
         """N paths, PIL images or uint8 arrays [H, W, 3] -> float32 [N, D], unit norm, in the same order.
 
         `exit` is the number of executed blocks. Without it a bundle routes each image by its complexity, and a plain
@@ -339,8 +335,14 @@ class Model:
             scorer = self.scorer
             return SharedRouter(
                 SharedTower(
-                    self.graph, scorer.complexity, self.params, scorer.forward.params, self.preprocess, self._buckets,
-                    self._dtype, self._placement,
+                    self.graph,
+                    scorer.complexity,
+                    self.params,
+                    scorer.forward.params,
+                    self.preprocess,
+                    self._buckets,
+                    self._dtype,
+                    self._placement,
                 ),  # fmt: skip
                 self.thresholds,
             )

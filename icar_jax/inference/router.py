@@ -166,9 +166,7 @@ class Router:
         batch_size: images in a full batch of a queue.
     """
 
-    def __init__(
-        self, towers: Mapping[int, Forward], scorer: Any, thresholds: Sequence[float], batch_size: int
-    ):
+    def __init__(self, towers: Mapping[int, Forward], scorer: Any, thresholds: Sequence[float], batch_size: int):
         self.exits = tuple(sorted(towers))
         check_thresholds(self.exits, thresholds)
         self._towers, self._scorer = towers, scorer

@@ -66,9 +66,7 @@ class _Json(_JsonLines):
 
 
 class _Parquet:
-    schema = pa.schema(
-        [("file", pa.string()), ("score", pa.float32()), ("exit", pa.int32()), ("milliseconds", pa.float64())]
-    )
+    schema = pa.schema([("file", pa.string()), ("score", pa.float32()), ("exit", pa.int32()), ("milliseconds", pa.float64())])
 
     def __init__(self, path: Path):
         self._writer = pq.ParquetWriter(path, self.schema)

@@ -119,9 +119,7 @@ class ComplexityModel(Module):
         param_dtype: of parameters.
     """
 
-    def __init__(
-        self, arch: ComplexityArch, *, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32, rngs: nnx.Rngs
-    ):
+    def __init__(self, arch: ComplexityArch, *, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
         types = {"dtype": jnp.dtype(dtype), "param_dtype": param_dtype, "rngs": rngs}
         self.arch = arch
         self.backbone = ConvNeXt(arch.backbone, **types)

@@ -121,9 +121,7 @@ class Stem(nnx.Module):
 class Head(nnx.Module):
     """Average pool, norm, optional classifier; x [B, H, W, C] -> [B, C] or [B, classes], float32."""
 
-    def __init__(
-        self, width: int, num_classes: int, *, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs
-    ):
+    def __init__(self, width: int, num_classes: int, *, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
         types = {"dtype": dtype, "param_dtype": param_dtype}
         self.norm = LayerNorm(width, EPS, param_dtype=param_dtype)
         self.fc = Linear(width, num_classes, std=INIT_STD, **types, rngs=rngs) if num_classes else None
@@ -142,9 +140,7 @@ class ConvNeXt(Module):
         param_dtype: of parameters.
     """
 
-    def __init__(
-        self, arch: ConvNeXtArch, *, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32, rngs: nnx.Rngs
-    ):
+    def __init__(self, arch: ConvNeXtArch, *, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
         dims, types = arch.dims, {"dtype": jnp.dtype(dtype), "param_dtype": param_dtype, "rngs": rngs}
         self.arch, self.dtype = arch, jnp.dtype(dtype)
         self.stem = Stem(dims[0], **types)

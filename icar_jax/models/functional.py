@@ -145,4 +145,3 @@ def state_besides_parameters(module: nnx.Module) -> str:
 def _kinds(state: nnx.State) -> str:
     named = [f"{type(v).__name__} at {'/'.join(map(str, path))}" for path, v in nnx.to_flat_state(state)]
     return ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
-

@@ -131,9 +131,7 @@ class PatchConv(nnx.Conv):
 class DepthwiseConv(nnx.Conv):
     """7x7 depthwise convolution; kernel [7, 7, 1, C], x [B, H, W, C] keeps its shape."""
 
-    def __init__(
-        self, width: int, *, std: float, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs
-    ):
+    def __init__(self, width: int, *, std: float, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
         super().__init__(
             width, width, (7, 7), feature_group_count=width, dtype=dtype, param_dtype=param_dtype, kernel_init=_normal(std),
             rngs=_OneKey(rngs),

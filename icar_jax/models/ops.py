@@ -187,8 +187,13 @@ _UNROLL = 64  # positions of the cotangent a loop step of the CPU kernel gradien
 
 def _conv(x: Array, kernel: Array) -> Array:
     return lax.conv_general_dilated(
-        x, kernel.astype(x.dtype), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1], precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        x,
+        kernel.astype(x.dtype),
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
     )
 
 

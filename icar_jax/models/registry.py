@@ -86,8 +86,15 @@ def clip_arch(config: cfg.ClipConfig, vocabulary: int | None = None, end_id: int
         raise cfg.ConfigError(f"config.clip.context_length={config.context_length} must be 0 or at least 2")
     try:
         vision = dataclasses.replace(
-            base.vision, depth=depth, image_size=size, patch_size=patch, exits=tuple(config.exits), pool=config.pool,
-            exit_head=config.exit_head, exit_sum=config.exit_sum, merge=tuple(config.merge),
+            base.vision,
+            depth=depth,
+            image_size=size,
+            patch_size=patch,
+            exits=tuple(config.exits),
+            pool=config.pool,
+            exit_head=config.exit_head,
+            exit_sum=config.exit_sum,
+            merge=tuple(config.merge),
         )
     except ValueError as error:
         raise cfg.ConfigError(f"config.clip: {error}") from error

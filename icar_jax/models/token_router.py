@@ -67,9 +67,7 @@ class TokenRouter(Module):
         param_dtype: of parameters.
     """
 
-    def __init__(
-        self, arch: BlocksArch, *, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32, rngs: nnx.Rngs
-    ):
+    def __init__(self, arch: BlocksArch, *, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
         types = {"dtype": jnp.dtype(dtype), "param_dtype": param_dtype, "rngs": rngs}
         self.arch = arch
         self.tower = Trunk(arch.vision, arch.blocks, **types)

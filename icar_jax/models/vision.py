@@ -270,9 +270,7 @@ class VisionTower(Trunk):
         named = {"embed": tokens.values} | {f"blocks/{n - 1}": tap.values for n, tap in taps.items()}
         return self._heads(taps, exits), named
 
-    def resume(
-        self, tokens: Tokens, start: int, exits: Sequence[int], scales: Array | None = None
-    ) -> dict[int, Array]:
+    def resume(self, tokens: Tokens, start: int, exits: Sequence[int], scales: Array | None = None) -> dict[int, Array]:
         """The rest of the tower: Tokens of [B, L, W] after `start` blocks -> what `__call__` gives, for exits from there on."""
         return self._resume(tokens, start, exits, scales)
 

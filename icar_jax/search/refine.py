@@ -174,9 +174,7 @@ def _embed(
             else:
                 image = file.result
                 flying[image.path] = ReadFile(file.found, file.at, ReadImage(image.path, image.sha256, {}, image.seconds))
-                yield ReadImage(
-                    image.path, image.sha256, {**image.pixels, SCORE: np.float32(row["complexity"])}, image.seconds
-                )
+                yield ReadImage(image.path, image.sha256, {**image.pixels, SCORE: np.float32(row["complexity"])}, image.seconds)
 
     def write(images: Sequence[ReadImage], routed: Routed) -> None:
         files = [flying.pop(image.path) for image in images]

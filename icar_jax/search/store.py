@@ -295,11 +295,14 @@ class Store:
     def _merge(self, name: str, rows: pa.Table, on: str = "path") -> None:
         self._retry(
             # Two writers of one new path conflict only where the primary key is compared, which a merge through an index skips.
-            lambda: self._tables[name].merge_insert(on)
-            .use_index(False)
-            .when_matched_update_all()
-            .when_not_matched_insert_all()
-            .execute(rows)
+            lambda: (
+                self._tables[name]
+                .merge_insert(on)
+                .use_index(False)
+                .when_matched_update_all()
+                .when_not_matched_insert_all()
+                .execute(rows)
+            )
         )
 
     def _retry(self, commit: Any) -> Any:

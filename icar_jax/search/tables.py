@@ -19,9 +19,7 @@ def _key(name: str) -> pa.Field:
 FORMAT = 1
 TIME = pa.timestamp("us", tz="UTC")
 STATE = ("path", "size", "mtime_ns", "sha256", "exit", "complexity")  # columns of `Store.state`
-BAD = pa.schema(
-    [_key("path"), ("size", pa.int64()), ("mtime_ns", pa.int64()), ("reason", pa.string()), ("found_at", TIME)]
-)
+BAD = pa.schema([_key("path"), ("size", pa.int64()), ("mtime_ns", pa.int64()), ("reason", pa.string()), ("found_at", TIME)])
 RETURNED = pa.schema([_key("path"), ("times", pa.int64())])
 META = pa.schema([_key("key"), ("value", pa.string())])
 TABLES = ("images", "bad", "returned", "meta")

@@ -64,9 +64,7 @@ class Writer:
     its vector, exit and score; the content of its own row means that only its time changed.
     """
 
-    def __init__(
-        self, store: Store, scan: Scan, captions: Captions | None, done: Indexed, commit_rows: int, bad_shown: int
-    ):
+    def __init__(self, store: Store, scan: Scan, captions: Captions | None, done: Indexed, commit_rows: int, bad_shown: int):
         self.store, self.scan, self.done = store, scan, done
         self._captions, self._commit_rows, self._bad_shown = captions, commit_rows, bad_shown
         self._flying: dict[str, ReadFile] = {}  # in the model, by path
@@ -191,9 +189,7 @@ class Writer:
             then if path == source else file.at  # a row of its own keeps the time at which its vector was made
             for file, path, source, then in zip(files, paths, source_paths, sources["embedded_at"].to_pylist(), strict=True)
         ]
-        captions = [
-            self._caption(path, own.get(path) or caption) for path, caption in zip(paths, source_captions, strict=True)
-        ]
+        captions = [self._caption(path, own.get(path) or caption) for path, caption in zip(paths, source_captions, strict=True)]
         columns: dict[str, Any] = {
             "path": paths, "size": [file.found.size for file in files], "mtime_ns": [file.found.mtime_ns for file in files],
             "embedded_at": times, "caption": captions,

@@ -136,9 +136,7 @@ class Evaluation:
         return values
 
 
-def make_evaluation(
-    trained: Trained, workdir: Path, start: int, evaluators: tuple[MakeEvaluator, ...]
-) -> Evaluation | None:
+def make_evaluation(trained: Trained, workdir: Path, start: int, evaluators: tuple[MakeEvaluator, ...]) -> Evaluation | None:
     """The evaluation that `config.train.eval_every` asks for. Raises ConfigError where no evaluator was given."""
     if not trained.config.train.eval_every:
         return None

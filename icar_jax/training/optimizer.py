@@ -148,7 +148,10 @@ def _muon(config: OptimConfig) -> optax.GradientTransformation:
     like_adam = optax.stateless(lambda updates, _: jax.tree.map(lambda u: 0.2 * max(u.shape) ** 0.5 * u, updates))
     matrices = contrib.scale_by_muon(
         # Rescaled so that four steps do what five do of matrices scaled by their norm alone (Boissin et al., arXiv 2512.04632).
-        ns_steps=4, preconditioning="aol", beta=MUON_BETA, mu_dtype=jnp.dtype(config.mu_dtype),
+        ns_steps=4,
+        preconditioning="aol",
+        beta=MUON_BETA,
+        mu_dtype=jnp.dtype(config.mu_dtype),
         weight_dimension_numbers=one_matrix,
     )
 
@@ -173,9 +176,7 @@ def _scale_by_group(config: OptimConfig, steps: int) -> optax.GradientTransforma
     def update(updates: Any, state: optax.ScaleByScheduleState, params: Any = None):
         now = share(state.count)
         rate = lambda path: groups[group(path)] * rate_share(path, config.rates)
-        scaled = pytree.map_with_path(
-            lambda path, u: u if isinstance(u, optax.MaskedNode) else -rate(path) * now * u, updates
-        )
+        scaled = pytree.map_with_path(lambda path, u: u if isinstance(u, optax.MaskedNode) else -rate(path) * now * u, updates)
         return scaled, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32)), update)

@@ -39,9 +39,7 @@ class Scenes:
             ``heldout`` against the split's rule.
     """
 
-    def __init__(
-        self, split: str, size: int, *, seed: int = 0, image_size: int = 64, heldout: bool | None = None
-    ) -> None:
+    def __init__(self, split: str, size: int, *, seed: int = 0, image_size: int = 64, heldout: bool | None = None) -> None:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r} of scenes; expected one of {', '.join(SPLITS)}")
         if size < 1 or (split == "relations" and size % 2):

@@ -142,9 +142,7 @@ def _places(count: int, relation: str | None, position: str | None, draws: Draws
     return places if relation in ("left", "right") else [(y, x) for x, y in places]
 
 
-def _colours(
-    parts: _Parts, relation: str | None, forced: str | None, draws: Draws
-) -> tuple[tuple[str, ...], list[str]]:
+def _colours(parts: _Parts, relation: str | None, forced: str | None, draws: Draws) -> tuple[tuple[str, ...], list[str]]:
     """Background colours and one colour per item; ``forced`` is the first item's colour where given."""
     grounds = []
     for _ in range(2 if parts.background == "gradient" else 1):
@@ -241,9 +239,7 @@ def sample_scene(
         radii[:2] = [draws.uniform(0.092, 0.1), draws.uniform(0.255, 0.27)]
     places = _places(parts.items, relation, position, draws)
     textures = _textures(parts, shapes, radii, draws)
-    items = tuple(
-        _item(*attributes, nuisance, draws) for attributes in zip(shapes, colours, sizes, textures, places, radii)
-    )
+    items = tuple(_item(*attributes, nuisance, draws) for attributes in zip(shapes, colours, sizes, textures, places, radii))
     background = g.Background(
         parts.background,
         grounds,
