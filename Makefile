@@ -22,7 +22,7 @@ test: .venv/installed
 	$(FAST) $(PYTEST) -n 2 --dist worksteal -m "not check and not parity"
 
 quick: .venv/installed
-	$(FAST) $(PYTEST) -n 2 -m "not check and not parity" $$($(BIN)/python tests/touched.py)
+	$(FAST) $(PYTEST) -n 2 -m "not check and not parity" $$($(BIN)/python -m tests.support.touched)
 
 # Slow tests: several devices and processes, whole runs. Those that time something or fill both cores come last, one by one.
 check: .venv/installed
@@ -37,7 +37,7 @@ parity: .venv/parity
 # Share of each folder's lines that `make test` runs, in this process; what child processes run does not count.
 coverage: .venv/installed
 	$(FAST) $(PYTEST) -n 2 -m "not check and not parity" --cov=icar_jax --cov-report=json:coverage.json
-	$(BIN)/python tests/covered.py coverage.json
+	$(BIN)/python -m tests.support.covered coverage.json
 
 .venv/parity: .venv/installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0 transformers

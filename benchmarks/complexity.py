@@ -23,22 +23,22 @@ import numpy as np
 import torch_complexity
 from tqdm import tqdm
 
-from icar_jax.models import registry
+from icar_jax.models import variants
 from icar_jax.models.clip import Clip
 from icar_jax.models.complexity import ComplexityArch, ComplexityModel
 from icar_jax.models.flops import router_flops, vision_flops
-from icar_jax.models.host import jit_for_host
-from icar_jax.models.merging import Tokens
+from icar_jax.models.token_merging import Tokens
 from icar_jax.models.token_router import BlocksArch, TokenRouter
+from icar_jax.models.xla_options import jit_for_host
 
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 CONVNEXTS = (
     ("tiny", 224), ("nano", 224), ("nano", 512), ("pico", 224), ("femto", 224), ("atto", 224), ("nano", 112), ("pico", 112),
     ("femto", 112), ("atto", 112), ("nano", 64), ("pico", 64), ("femto", 64), ("atto", 64), ("demo", 64),
 )  # fmt: skip
-TIMM = [size for size in registry.CONVNEXT if not size.endswith("_demo")]  # timm has no model of the demo's size
+TIMM = [size for size in variants.CONVNEXT if not size.endswith("_demo")]  # timm has no model of the demo's size
 HEADS = (("vit_l14", 2), ("vit_l14", 4), ("vit_b16", 2), ("vit_b16", 4))
-TOWER = registry.CLIP["vit_l14"].vision
+TOWER = variants.CLIP["vit_l14"].vision
 TOWER_BATCH = 2
 
 
@@ -65,7 +65,7 @@ def random_images(batch: int, side: int) -> np.ndarray:
 
 def convnext_case(size: str, side: int, batch: int, with_torch: bool) -> Case:
     name = f"convnextv2_{size}"
-    arch = ComplexityArch(registry.CONVNEXT[name], "regression", side)
+    arch = ComplexityArch(variants.CONVNEXT[name], "regression", side)
     images = random_images(batch, side)
 
     def ours(dtype):
@@ -80,7 +80,7 @@ def convnext_case(size: str, side: int, batch: int, with_torch: bool) -> Case:
 
 
 def head_case(variant: str, blocks: int, batch: int) -> Case:
-    vision = registry.CLIP[variant].vision
+    vision = variants.CLIP[variant].vision
     arch = BlocksArch(vision, blocks, "regression", norm_parts=True)
 
     def ours(dtype):
@@ -95,7 +95,7 @@ def head_case(variant: str, blocks: int, batch: int) -> Case:
 
 def tower_case() -> Case:
     def ours(dtype):
-        clip = Clip.graph(registry.CLIP["vit_l14"], dtype=dtype)
+        clip = Clip.graph(variants.CLIP["vit_l14"], dtype=dtype)
         # Constant weights: the time does not depend on them, and drawing 300 million takes longer than the benchmark.
         params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), {"vision": clip.shapes["vision"]})
         params |= {name: leaf for name, leaf in clip.shapes.items() if name != "vision"}

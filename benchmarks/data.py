@@ -26,16 +26,15 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "tests"))  # the writers of the layouts
-from shardfiles import sample, write_array_records, write_tar  # noqa: E402
-
+sys.path.append(str(ROOT))  # the writers of the layouts
 from icar_jax.config import DataConfig  # noqa: E402
-from icar_jax.data import sources  # noqa: E402
+from icar_jax.data import configured  # noqa: E402
 from icar_jax.data.augment import Augment  # noqa: E402
 from icar_jax.data.images import Preprocess  # noqa: E402
-from icar_jax.data.order import examples_at  # noqa: E402
-from icar_jax.data.pipeline import train_batches  # noqa: E402
+from icar_jax.data.loader.batches import train_batches  # noqa: E402
+from icar_jax.data.loader.order import examples_at  # noqa: E402
 from icar_jax.data.tokenizer import Tokenizer  # noqa: E402
+from tests.support.shardfiles import sample, write_array_records, write_tar  # noqa: E402
 
 KINDS = ("folder", "webdataset", "parquet", "tfds")
 SHARD = 500  # samples of a shard
@@ -144,7 +143,7 @@ def main() -> None:
         print(f"{'source':>12} {'open s':>7} {'read/s':>8} {'workers':>8} {'threads':>8} {'images/s':>9} {'x step':>7}")
         for kind in KINDS:
             start = time.perf_counter()
-            source = sources.train_source(configs[kind])
+            source = configured.train_source(configs[kind])
             opened = time.perf_counter() - start
             if kind == "parquet":  # a real set does not fit into the cache
                 source.source.cache_bytes = int(images * size) // 16

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from icar_jax.models import ops
+from icar_jax.models import depthwise
 
 SIZES = ((8, 56, 56, 96), (8, 14, 14, 384))
 QUICK_SIZES = ((2, 14, 14, 384),)
@@ -24,14 +24,14 @@ QUICK_SIZES = ((2, 14, 14, 384),)
 
 def shifts_backward(x, kernel, g):
     """Value, input gradient and kernel gradient on the path of shifted multiply-adds."""
-    gradients = ops._shifted_sum(g, kernel[::-1, ::-1]), ops._kernel_gradient_tiles(x, kernel, g)
-    return ops._shifted_sum(x, kernel), *gradients
+    gradients = depthwise._shifted_sum(g, kernel[::-1, ::-1]), depthwise._kernel_gradient_tiles(x, kernel, g)
+    return depthwise._shifted_sum(x, kernel), *gradients
 
 
 def conv_backward(x, kernel, g):
     """Value, input gradient and kernel gradient on the convolution path."""
-    gradients = ops._conv(g, kernel[::-1, ::-1]), ops._kernel_gradient_conv(x, kernel, g)
-    return ops._conv(x, kernel), *gradients
+    gradients = depthwise._conv(g, kernel[::-1, ::-1]), depthwise._kernel_gradient_conv(x, kernel, g)
+    return depthwise._conv(x, kernel), *gradients
 
 
 def fastest_ms(function, *args, repeats: int) -> float:
@@ -54,7 +54,7 @@ def measure(sizes=SIZES, repeats: int = 5) -> list[dict]:
         x, g = (jax.numpy.asarray(generator.standard_normal(size, dtype=np.float32)) for _ in range(2))
         kernel = jax.numpy.asarray(generator.standard_normal((7, 7, 1, size[-1]), dtype=np.float32))
         passes = {
-            "forward": (ops._shifted_sum, ops._conv, (x, kernel)),
+            "forward": (depthwise._shifted_sum, depthwise._conv, (x, kernel)),
             "forward+backward": (shifts_backward, conv_backward, (x, kernel, g)),
         }
         for name, (shifts, conv, args) in passes.items():

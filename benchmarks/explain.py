@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 
 import icar_jax
 from icar_jax import workdir
-from icar_jax.evaluation import deletion, figures
+from icar_jax.evaluation.complexity import deletion
+from icar_jax.evaluation.report import figures
 from icar_jax.models.complexity import MAP_STAGE, MAP_STAGES
 from icar_jax.models.token_router import BlocksArch
 

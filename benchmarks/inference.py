@@ -40,14 +40,14 @@ from icar_jax import pytree
 from icar_jax.config.schema import ClipConfig
 from icar_jax.inference.forward import Forward
 from icar_jax.inference.router import OneExit, Router
-from icar_jax.models import registry
+from icar_jax.models import variants
 from icar_jax.models.clip import unit_norm
 from icar_jax.models.complexity import ComplexityArch, ComplexityModel
 from icar_jax.models.flops import router_flops, vision_flops
 from icar_jax.models.functional import Graph
-from icar_jax.models.host import has_bf16_instructions, jit_for_host
-from icar_jax.models.pixels import normalise
+from icar_jax.models.ops import normalise
 from icar_jax.models.vision import VisionArch, VisionTower
+from icar_jax.models.xla_options import has_bf16_instructions, jit_for_host
 
 CLIP_MEAN = CLIP_STD = (0.5, 0.5, 0.5)
 ICC_MEAN, ICC_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -286,7 +286,7 @@ def main() -> None:
         args.towers, batch, batches, args.repeats = ["vit_b32"], 4, 2, 1
     if batch < 1 or batches < 2 or batches % 2 or args.repeats < 1:
         parser.error(f"--batch {batch} and --repeats {args.repeats} must be 1 or more, --batches {batches} even and 2 or more")
-    backbone = registry.CONVNEXT["convnextv2_atto" if args.quick else "convnextv2_tiny"]
+    backbone = variants.CONVNEXT["convnextv2_atto" if args.quick else "convnextv2_tiny"]
     scorer = ComplexityArch(backbone, "classification", 224)
     with_torch = on_cpu and find_spec("torch") is not None
     if on_cpu and not with_torch:
@@ -299,7 +299,7 @@ def main() -> None:
     rows = []
     for name in args.towers:
         clip = ClipConfig(variant=name, exits=(EARLY[name],) if on_cpu else MORE_EXITS[name])
-        case = Case(name, registry.clip_arch(clip).vision, EARLY[name], scorer, batch, batches)
+        case = Case(name, variants.clip_arch(clip).vision, EARLY[name], scorer, batch, batches)
         rows += measure(case, args.repeats, with_torch)
         print_table([row for row in rows if row["tower"] == name], max(peaks.values()))
     if args.json:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from icar_jax.config import MeshConfig
 from icar_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
-from icar_jax.training import losses, ring
+from icar_jax.training.losses import contrastive, ring
 
 EXITS, WIDTH, MESH = (12, 24), 768, (2, 4, 1)
 BATCHES, CHUNKS, KINDS = (4096, 8192, 32768), (128, 512, 1024, 4096), ("softmax", "sigmoid")
@@ -36,7 +36,7 @@ def compiled(mesh: Mesh, batch: int, kind: str, chunk: int) -> jax.stages.Compil
         if chunk:
             values = ring.per_exit(images, text, scales, biases, **names, mesh=mesh, chunk=chunk)
         else:
-            values = losses.per_exit(images, text, scales, biases, **names)
+            values = contrastive.per_exit(images, text, scales, biases, **names)
         return sum(values.values())
 
     rows = jax.ShapeDtypeStruct((batch, WIDTH), jnp.float32, sharding=batch_sharding(mesh))

@@ -25,7 +25,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from icar_jax.evaluation import bootstrap_metrics, category, metrics
+from icar_jax.evaluation.metrics import category, comparison, retrieval
 
 WIDTH, LABELS = 768, 80
 REPEATS = 2  # the fastest counts: other work on the machine only ever adds time
@@ -50,7 +50,7 @@ def case(images: int, captions: int, far: int, dtype: str = "float32"):
     if not far:
         return base, texts, owner, None
     labels = [(f"label {rng.integers(LABELS)}",) if i % 2 else () for i in range(far)]
-    distractors = metrics.Distractors(embeddings(far, dtype, rng), embeddings(far, dtype, rng), np.arange(far), labels)
+    distractors = retrieval.Distractors(embeddings(far, dtype, rng), embeddings(far, dtype, rng), np.arange(far), labels)
     return base, texts, owner, distractors
 
 
@@ -83,14 +83,14 @@ def argsort_loop(images: np.ndarray, texts: np.ndarray, owner: np.ndarray, every
 
 def compare(images: int, captions: int, every: int) -> dict:
     base, texts, owner, _ = case(images, captions, 0)
-    metrics.ranks(base[:64], texts[:64], np.arange(64))  # starts the devices
+    retrieval.ranks(base[:64], texts[:64], np.arange(64))  # starts the devices
     start = time.perf_counter()
-    found = metrics.ranks(base, texts, owner)
+    found = retrieval.ranks(base, texts, owner)
     first = time.perf_counter() - start
     again = first
     for _ in range(REPEATS):
         start = time.perf_counter()
-        metrics.ranks(base, texts, owner)
+        retrieval.ranks(base, texts, owner)
         again = min(again, time.perf_counter() - start)
     loop, sorting, expected = argsort_loop(base, texts, owner, every)
     for name, (asked, ranks) in expected.items():
@@ -114,15 +114,15 @@ def full(images: int, captions: int, far: int, dtype: str) -> dict:
     row["making_embeddings_s"], row["embeddings_peak_gib"] = time.perf_counter() - start, peak_gib()
     place = {"distractors": distractors}
     start = time.perf_counter()
-    ranks = metrics.ranks(*plain, **place)
+    ranks = retrieval.ranks(*plain, **place)
     row["ranks_s"] = time.perf_counter() - start
     labels = [(f"label {i % LABELS}", f"label {i * i % LABELS}") for i in range(images)]
     start = time.perf_counter()
     precisions = category.precisions(*plain, labels, **place)
     row["category_s"] = time.perf_counter() - start
     start = time.perf_counter()
-    run = bootstrap_metrics.collect(ranks, precisions)
-    intervals = bootstrap_metrics.intervals({"full": run, "same": run}, against="full")
+    run = comparison.collect(ranks, precisions)
+    intervals = comparison.intervals({"full": run, "same": run}, against="full")
     row["bootstrap_2_runs_s"] = time.perf_counter() - start
     row["peak_gib"] = peak_gib()
     print(

@@ -20,9 +20,9 @@ from pathlib import Path
 import jax
 
 from icar_jax.config import ClipConfig, ExperimentConfig, LossConfig, MeshConfig, TrainConfig
-from icar_jax.training.plan import plan
-from icar_jax.training.plan_chips import target
-from icar_jax.training.plan_report import format_plan
+from icar_jax.planner.chips import target
+from icar_jax.planner.plan import plan
+from icar_jax.planner.report import format_plan
 
 PAIRS_PER_CHIP = 128
 CHUNK = 1024  # texts scored at once

@@ -30,10 +30,10 @@ from icar_jax.config.schema import ClipConfig
 from icar_jax.inference.budgets import counted_costs
 from icar_jax.inference.forward import Forward
 from icar_jax.inference.router import OneExit, Routed, Router
-from icar_jax.models import registry
+from icar_jax.models import variants
 from icar_jax.models.clip import Clip
 from icar_jax.models.complexity import ComplexityArch, ComplexityModel
-from icar_jax.models.pixels import normalise
+from icar_jax.models.ops import normalise
 
 EXITS = {"vit_b32": 6, "vit_b16": 6, "vit_l14": 13}
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -60,9 +60,9 @@ def in_turns(runs: dict[str, Callable[[], Routed]], repeats: int, title: str) ->
 
 def measure(name: str, scorer_name: str, batch: int, images: int, repeats: int, dtype: Any) -> dict[str, Any]:
     """Times one tower with one router, 'atto@112'; returns a record of speeds in images/s, speed-ups and efficiencies."""
-    arch = registry.clip_arch(ClipConfig(variant=name, exits=(EXITS[name],)))
+    arch = variants.clip_arch(ClipConfig(variant=name, exits=(EXITS[name],)))
     size, _, scorer_side = scorer_name.partition("@")
-    scorer_arch = ComplexityArch(registry.CONVNEXT[f"convnextv2_{size}"], "regression", int(scorer_side))
+    scorer_arch = ComplexityArch(variants.CONVNEXT[f"convnextv2_{size}"], "regression", int(scorer_side))
     clip, scorer = Clip.graph(arch, dtype=dtype), ComplexityModel.graph(scorer_arch, dtype=dtype)
     params, scorer_params = drawn(clip.shapes), drawn(scorer.shapes)
     early, full = arch.vision.all_exits
@@ -150,7 +150,7 @@ def report(r: dict[str, Any]) -> str:
 def router_name(text: str) -> str:
     """A router by name, 'atto@112'."""
     size, _, side = text.partition("@")
-    if f"convnextv2_{size}" not in registry.CONVNEXT or not side.isdecimal() or not 32 <= int(side) <= 224:
+    if f"convnextv2_{size}" not in variants.CONVNEXT or not side.isdecimal() or not 32 <= int(side) <= 224:
         raise argparse.ArgumentTypeError(f"expected a size of ConvNeXt and 32 to 224 pixels, as atto@112, found {text!r}")
     return text
 

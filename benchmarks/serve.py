@@ -107,8 +107,8 @@ def kinds(client: httpx.Client) -> dict[str, Callable[[httpx.Client, int], httpx
 
 def screenshot(address: str, file: Path, query: str, width: int, height: int, dark: bool) -> None:
     """A picture of the page with the results of a query."""
-    sys.path.append(str(ROOT / "tests"))  # the driver of the page's tests
-    import chromium
+    sys.path.append(str(ROOT))  # the driver of the page's tests
+    from tests.support import chromium
 
     if chromium.PATH is None:
         sys.exit("no Chromium is installed; it takes the picture")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from icar_jax.convert.reference import declare_torchvision_operators
+from icar_jax.convert.parity.reference import declare_torchvision_operators
 
 MODES = ("f32", "f32 channels_last", "bf16", "bf16 channels_last")
 

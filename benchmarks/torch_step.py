@@ -12,7 +12,7 @@ import argparse
 import json
 import time
 
-from icar_jax.convert.reference import declare_torchvision_operators
+from icar_jax.convert.parity.reference import declare_torchvision_operators
 
 BLOCKS_RUN = 6  # blocks the exit path runs, of 12
 WIDTH, EMBED_DIM = 768, 512

@@ -20,12 +20,12 @@ from torch_step import BLOCKS_RUN, import_open_clip
 from torch_step import make_step as make_torch_step
 
 from icar_jax import config as cfg
-from icar_jax.models import registry
+from icar_jax.models import variants
 from icar_jax.models.clip import ClipArch
 from icar_jax.parallel.mesh import make_mesh
 from icar_jax.training.optimizer import make_optimizer
 from icar_jax.training.step import init_state, make_step, parameter_count, put_batch
-from icar_jax.training.tasks import make_task
+from icar_jax.training.tasks.tasks import make_task
 
 DTYPES = {"bf16": "bfloat16", "f32": "float32"}
 
@@ -62,7 +62,7 @@ class JaxStep:
         optimizer = make_optimizer(config.optim, 1000)
         self.state = init_state(self.task, optimizer, self.mesh, config)
         self.step = make_step(self.task, optimizer, self.mesh, config)
-        self.data = random_batch(registry.clip_arch(config.clip), batch)
+        self.data = random_batch(variants.clip_arch(config.clip), batch)
         start = time.perf_counter()
         self.time(1)
         self.compile_s = time.perf_counter() - start

@@ -4,8 +4,8 @@
     python train.py --config=configs/complexity.py:atto,112 --workdir=workdir/atto112 --config.train.init=workdir/atto
 
 Variants by size: demo, atto, femto, pico, nano, tiny (ConvNeXt V2, from scratch). Two CPU cores train demo in about twenty
-minutes; the larger ones want an accelerator, or the few steps of benchmarks/cheap_routers.py. A size above 64 pixels learns
-fastest from the weights of the small one. The best model by PCC on `val` is kept; evaluate.py reports on `test`.
+minutes; the larger ones want an accelerator, or the few steps of experiments/retention/cheap_routers.py. A size above 64
+pixels learns fastest from the weights of the small one. The best model by PCC on `val` is kept; evaluate.py reports on `test`.
 """
 
 from icar_jax.config import ComplexityConfig, ConfigError, DataConfig, EvalConfig, ExperimentConfig, OptimConfig, TrainConfig

@@ -13,7 +13,7 @@ import numpy as np
 
 import icar_jax
 from icar_jax.data.images import decode
-from icar_jax.models.pixels import normalise
+from icar_jax.models.ops import normalise
 
 
 def main(path: str, text: str, picture: str) -> tuple[np.ndarray, float]:

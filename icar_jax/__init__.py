@@ -16,23 +16,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from icar_jax.data.images import Preprocess
     from icar_jax.data.tokenizer import Tokenizer
+    from icar_jax.errors import IcarError
     from icar_jax.inference.loading import load
     from icar_jax.inference.pretrained import Clip
     from icar_jax.models.clip import ClipArch
     from icar_jax.models.complexity import ComplexityModel
-    from icar_jax.models.registry import CLIP as variants
     from icar_jax.models.text import TextArch
+    from icar_jax.models.variants import CLIP as variants
     from icar_jax.models.vision import VisionArch
 
 __version__ = "0.2.0"
 __all__ = [
-    "Clip", "ClipArch", "ComplexityModel", "Preprocess", "TextArch", "Tokenizer", "VisionArch", "load", "variants",
+    "Clip", "ClipArch", "ComplexityModel", "IcarError", "Preprocess", "TextArch", "Tokenizer", "VisionArch", "load", "variants",
 ]  # fmt: skip
 
 _HOMES = {
     "Clip": "inference.pretrained", "ClipArch": "models.clip", "ComplexityModel": "models.complexity",
     "Preprocess": "data.images", "TextArch": "models.text", "Tokenizer": "data.tokenizer", "VisionArch": "models.vision",
-    "load": "inference.loading", "variants": "models.registry",
+    "load": "inference.loading", "variants": "models.variants", "IcarError": "errors",
 }  # fmt: skip
 
 

@@ -26,17 +26,18 @@ from safetensors.numpy import load_file
 
 from icar_jax import pytree, tensorfile
 from icar_jax.config import not_local
+from icar_jax.errors import IcarError
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS, TOKENIZER = "icar.json", "params.safetensors", "tokenizer.json"
 KINDS = ("clip", "complexity", "convnext", "bundle")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(IcarError, ValueError):
     """A checkpoint is missing, damaged or of another kind; the message names the path and the fix."""
 
 
-class NotFinite(ValueError):
+class NotFinite(IcarError, ValueError):
     """Parameters that hold NaN or infinity; `names` lists their paths."""
 
     def __init__(self, where: str | os.PathLike, names: list[str]):

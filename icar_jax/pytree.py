@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from icar_jax.errors import ModelError
+
 Tree = dict[str, Any]
 
 
@@ -71,8 +73,8 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
 
 
 def require_same(expected: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError listing every difference between two parameter trees (at most 20 lines)."""
+    """Raises ModelError listing every difference between two parameter trees (at most 20 lines)."""
     lines = differences(expected, found)
     if lines:
         shown = "\n  ".join(lines[:20] + ([f"... and {len(lines) - 20} more"] if len(lines) > 20 else []))
-        raise ValueError(f"{where}: parameters do not fit the architecture ({len(lines)} differences):\n  {shown}")
+        raise ModelError(f"{where}: parameters do not fit the architecture ({len(lines)} differences):\n  {shown}")

@@ -13,20 +13,22 @@ from absl import logging
 
 from icar_jax.cli import embed, index, routing, score, search, serve, training, weights
 from icar_jax.cli.arguments import require_local_paths
-from icar_jax.cli.errors import user_errors
+from icar_jax.cli.errors import user_errors, without_debug
 
 __all__ = ["main", "user_errors"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script `icar`. Called in another thread than the first, it leaves signals as they are."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = without_debug(sys.argv[1:] if argv is None else argv)
     if words and words[0] in training.PROGRAMS:
         with user_errors():
             from icar_jax.cli.program import run
 
             run(words[0], words[1:])
-    parser = argparse.ArgumentParser(prog="icar", description="Image complexity-aware retrieval in JAX.")
+    parser = argparse.ArgumentParser(
+        prog="icar", description="Image complexity-aware retrieval in JAX.", epilog="--debug shows the traceback of an error."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for group in (weights, routing, training, score, embed, index, search, serve):
         group.add(commands)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 
 from icar_jax.config import require_local
@@ -50,3 +51,19 @@ def require_local_paths(args: argparse.Namespace, words: Sequence[str]) -> None:
 def stdin_paths() -> Iterator[str]:
     """The lines of standard input, as the file system spells names: a list may hold names that are not valid UTF-8."""
     return (os.fsdecode(line) for line in sys.stdin.buffer)
+
+
+_DIRECTIONS = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}  # turn the order of what stands beside them
+
+
+def printable(text: str) -> str:
+    """The text in one line, with what would steer a terminal spelled out: ESC as \\x1b, a newline as \\n."""
+    return "".join(_escaped(c) if _steers(c) else c for c in text)
+
+
+def _steers(c: str) -> bool:
+    return unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or ord(c) in _DIRECTIONS
+
+
+def _escaped(c: str) -> str:
+    return c.encode("unicode_escape").decode("ascii")

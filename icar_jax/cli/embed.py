@@ -16,7 +16,8 @@ def add(commands) -> None:
         "embed",
         help="embed images into a corpus on disk",
         description="Writes float16 embeddings and a Parquet table of path, sha256, complexity, exit and milliseconds into a "
-        "folder, which icar_jax.inference.corpus.open_corpus reads. A bundle routes each image; a CLIP alone runs full depth. "
+        "folder, which icar_jax.inference.files.corpus.open_corpus reads. A bundle routes each image; a CLIP alone runs full "
+        "depth. "
         "The same command continues a run that was stopped, and adds images that are new. The exit status is 0 only where "
         "every image was embedded, or with --skip-bad.",
     )
@@ -33,9 +34,9 @@ def add(commands) -> None:
 
 
 def _embed(args: argparse.Namespace) -> None:
-    from icar_jax.data.image_paths import ImagePaths
-    from icar_jax.inference.corpus import BAD
-    from icar_jax.inference.embedding import embed_files
+    from icar_jax.data.sources.files import ImagePaths
+    from icar_jax.inference.files.corpus import BAD
+    from icar_jax.inference.files.embedding import embed_files
     from icar_jax.inference.loading import load, local_mesh
 
     paths = ImagePaths(args.paths, stdin_paths())

@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 
-from icar_jax import checkpoint, extras
-from icar_jax import config as cfg
+from icar_jax import extras
+from icar_jax.errors import IcarError
+
+DEBUG = "--debug"
+_tracebacks = False
 
 
 @contextlib.contextmanager
 def user_errors(interrupted: str = "stopped; the same command continues from the last checkpoint") -> Iterator[None]:
-    """Ends the program with a plain message for errors a user can cause; other faults keep their traceback."""
+    """Ends the program with one line for errors a user can cause; anything else is a bug and keeps its traceback."""
     try:
         yield
     except KeyboardInterrupt:
@@ -22,26 +26,23 @@ def user_errors(interrupted: str = "stopped; the same command continues from the
     except BrokenPipeError:  # of `icar ... | head`: whoever read has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
         sys.exit(141)  # as a shell reports SIGPIPE
-    except (cfg.ConfigError, checkpoint.CheckpointError, OSError) as error:
-        _fail(error)
+    except (IcarError, OSError) as error:
+        _fail(error, str(error))
     except ModuleNotFoundError as error:
         if (what := extras.missing(error)) is None:
             raise
-        _fail(what)
-    except (ValueError, RuntimeError) as error:
-        # Raised by this package on purpose, or from deep inside a library: only the former reads well alone.
-        if type(error).__module__.startswith("icar_jax") or _raised_here(error):
-            _fail(error)
-        raise
+        _fail(error, what)
 
 
-def _raised_here(error: BaseException) -> bool:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("icar_jax")
+def without_debug(words: Sequence[str]) -> list[str]:
+    """The arguments of a program without --debug, which makes `user_errors` show tracebacks before its messages."""
+    global _tracebacks
+    _tracebacks = DEBUG in words
+    return [word for word in words if word != DEBUG]
 
 
-def _fail(error: BaseException | str) -> None:
-    print(f"error: {error}", file=sys.stderr)
+def _fail(error: BaseException, message: str) -> None:
+    if _tracebacks:
+        traceback.print_exception(error)
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

@@ -20,8 +20,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides look like --config.eval.split=test")
+    from icar_jax.evaluation.complexity.evaluate import evaluate_complexity
     from icar_jax.evaluation.evaluate import evaluate
-    from icar_jax.evaluation.evaluate_complexity import evaluate_complexity
     from icar_jax.parallel import distributed
 
     with user_errors():

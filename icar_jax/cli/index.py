@@ -7,10 +7,9 @@ import json
 import os
 import sys
 
-from icar_jax.cli.arguments import add_images, positive, stdin_paths
+from icar_jax.cli.arguments import add_images, positive, printable, stdin_paths
 from icar_jax.cli.errors import user_errors
 from icar_jax.cli.score import report_bad
-from icar_jax.cli.text import printable
 
 
 def add(commands) -> None:
@@ -75,7 +74,7 @@ def _index(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from icar_jax.data.image_paths import ImagePaths
+    from icar_jax.data.sources.files import ImagePaths
     from icar_jax.inference.loading import load
     from icar_jax.parallel import distributed
     from icar_jax.search.indexing import index_files

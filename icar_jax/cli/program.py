@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 import icar_jax
 from icar_jax import config as cfg
-from icar_jax.cli.errors import user_errors
+from icar_jax.cli.errors import DEBUG, user_errors, without_debug
 
 
 def run(name: str, argv: Sequence[str] | None = None) -> None:
@@ -32,7 +32,7 @@ def run(name: str, argv: Sequence[str] | None = None) -> None:
 
     def parse(args: Sequence[str]) -> Sequence[str]:
         with user_errors():
-            args = [args[0], *_resolved(args[1:])]
+            args = [args[0], *_resolved(without_debug(args[1:]) if DEBUG in args else args[1:])]
             for arg in args[1:]:
                 field = arg.lstrip("-").partition("=")[0]
                 if arg.startswith("-") and field.startswith("config."):

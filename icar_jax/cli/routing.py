@@ -34,15 +34,15 @@ def _add_bundle(commands) -> None:
 
 
 def _bundle(args: argparse.Namespace) -> None:
-    from icar_jax.data import sources
-    from icar_jax.evaluation.calibration import make_bundle
+    from icar_jax.data import configured
+    from icar_jax.evaluation.routing.calibration import make_bundle
 
     calibration = None
     if args.thresholds is None:
         if (Path(args.clip) / workdir.CONFIG).is_file():
             data = workdir.load_config(args.clip).data
             data.root = args.root or data.root
-            calibration = sources.calibration_source(data)
+            calibration = configured.calibration_source(data)
     elif args.share:
         raise cfg.ConfigError("--share and --thresholds exclude each other: a share is turned into a threshold")
     out = make_bundle(
@@ -93,9 +93,10 @@ def _add_calibrate(commands) -> None:
 
 
 def _calibrate(args: argparse.Namespace) -> None:
-    from icar_jax.data import sources
-    from icar_jax.evaluation.calibration import calibrate, costs_of
-    from icar_jax.evaluation.calibration_table import print_calibration
+    from icar_jax.data import configured
+    from icar_jax.evaluation.report.calibration_table import print_calibration
+    from icar_jax.evaluation.report.report_figures import write_budget_search
+    from icar_jax.evaluation.routing.calibration import calibrate, costs_of
 
     folder = checkpoint.find(args.checkpoint, ("bundle", "complexity"))
     if args.best_recall and args.budget is None:
@@ -105,10 +106,11 @@ def _calibrate(args: argparse.Namespace) -> None:
     source, data, boundary = _calibration_images(args, folder)
     if args.labels and (note := _seen_in_training(args, folder, source)):
         print(note)
+    plot = args.plot or folder.resolve().with_name(f"{folder.resolve().name}_frontier.png")
     description = calibrate(
         folder, source, budget=args.budget, shares=args.share, metric=args.metric, max_recall_drop=args.max_recall_drop,
         best_recall=args.best_recall, cost=args.cost, boundary=boundary, batch_size=args.batch_size,
-        loading=sources.loading(data) if data else None, plot=args.plot,
+        loading=configured.loading(data) if data else None, draw=lambda tried: write_budget_search(tried, plot),
     )  # fmt: skip
     print_calibration(description, costs_of(folder) if description["kind"] == "bundle" else None)
     print(f"Written into {folder / checkpoint.DESCRIPTION}")
@@ -116,9 +118,9 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 def _calibration_images(args: argparse.Namespace, folder: Path):
     """(source, its DataConfig or None, boundary of the class 'complex' or None) of what the arguments name."""
-    from icar_jax.data import sources
-    from icar_jax.data.image_files import ImageFiles
-    from icar_jax.data.rated import open_rated
+    from icar_jax.data import configured
+    from icar_jax.data.ratings.sources import open_rated
+    from icar_jax.data.sources.files import ImageFiles
 
     named = [name for name in ("images", "labels", "config") if getattr(args, name)]
     if len(named) > 1:
@@ -162,12 +164,12 @@ def _calibration_images(args: argparse.Namespace, folder: Path):
     boundary = args.boundary
     if boundary is None and config.task == "complexity":
         boundary = config.complexity.threshold  # what the classifier was trained with
-    return sources.calibration_source(config.data), config.data, boundary
+    return configured.calibration_source(config.data), config.data, boundary
 
 
 def _seen_in_training(args: argparse.Namespace, folder: Path, source) -> str:
     """Says how many of the labelled images the complexity model was trained on, where a workdir tells; else ''."""
-    from icar_jax.data.splits import record_names
+    from icar_jax.data.records import record_names
 
     for path in {Path(args.checkpoint), folder.parent}:
         if not ((path / workdir.CONFIG).is_file() and (path / workdir.SPLITS).is_file()):

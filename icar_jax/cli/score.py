@@ -6,9 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from icar_jax.cli.arguments import add_images, positive, stdin_paths
+from icar_jax.cli.arguments import add_images, positive, printable, stdin_paths
 from icar_jax.cli.errors import user_errors
-from icar_jax.cli.text import printable
 
 _BAD_SHOWN = 20
 
@@ -37,12 +36,12 @@ def add(commands) -> None:
 
 
 def _score(args: argparse.Namespace) -> None:
-    from icar_jax.data.image_paths import ImagePaths
-    from icar_jax.evaluation.explanations import require_folder, write_explanations
-    from icar_jax.evaluation.score_sheet import score_sheet
+    from icar_jax.data.sources.files import ImagePaths
+    from icar_jax.evaluation.report.explanations import require_folder, write_explanations
+    from icar_jax.evaluation.report.score_sheet import score_sheet
+    from icar_jax.inference.files.score_table import require_writable, write_scores
+    from icar_jax.inference.files.scoring import require_scorer
     from icar_jax.inference.loading import load
-    from icar_jax.inference.score_table import require_writable, write_scores
-    from icar_jax.inference.scoring import require_scorer
 
     # What is wrong with the command is said before anything is loaded or scored.
     paths = ImagePaths(args.paths, stdin_paths())
@@ -89,12 +88,12 @@ def _score(args: argparse.Namespace) -> None:
 
 
 def _explainer(model, stage: int | None):
-    from icar_jax.config import ConfigError
+    from icar_jax.errors import ConfigError, ModelError
     from icar_jax.inference.explain import Explainer
 
     try:
         return Explainer(model, stage)
-    except ValueError as error:
+    except ModelError as error:
         raise ConfigError(f"--explain-stage: {error}") from error
 
 

@@ -9,8 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from icar_jax.cli.arguments import positive
-from icar_jax.cli.text import printable
+from icar_jax.cli.arguments import positive, printable
 
 
 def add(commands) -> None:

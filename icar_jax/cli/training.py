@@ -37,7 +37,7 @@ def _add_plan(commands) -> None:
 
 def _plan(args: argparse.Namespace) -> None:
     from icar_jax.cli.program import config_of
-    from icar_jax.training.plan_report import run
+    from icar_jax.planner.report import run
 
     sys.exit(run(config_of(args), args.topology, args.devices, args.sweep, sys.stdout))
 

@@ -37,7 +37,7 @@ def _add_convert(commands) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     from icar_jax.convert.convert import Options, convert
-    from icar_jax.convert.verify import format_table
+    from icar_jax.convert.parity.verify import format_table
 
     options = Options(
         args.activation, args.preprocess, tuple(args.exits), args.pool, tuple(args.heads), args.image_size, args.tokenizer
@@ -69,8 +69,8 @@ def _add_export(commands) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from icar_jax.convert.errors import ConvertError
     from icar_jax.convert.export import export
+    from icar_jax.convert.fields import ConvertError
 
     source = Path(args.checkpoint)
     dest = args.dest or source.resolve().with_name(f"{source.resolve().name}-{args.to}")
@@ -107,7 +107,7 @@ def _add_reference(commands) -> None:
 
 
 def _reference(args: argparse.Namespace) -> None:
-    from icar_jax.convert.reference import write_reference
+    from icar_jax.convert.parity.reference import write_reference
 
     out = write_reference(
         args.source,

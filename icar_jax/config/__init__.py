@@ -6,7 +6,8 @@ overrides happen after construction, the checks live in `validate`, which names 
 
 from icar_jax.config.addresses import not_local, require_local
 from icar_jax.config.checks import validate, validate_batch, validate_depth
-from icar_jax.config.errors import ConfigError, unknown
+from icar_jax.config.errors import unknown
+from icar_jax.config.overrides import check_override, from_dict, to_json
 from icar_jax.config.schema import (
     ClipConfig,
     ComplexityConfig,
@@ -19,7 +20,7 @@ from icar_jax.config.schema import (
     OptimConfig,
     TrainConfig,
 )
-from icar_jax.config.text import check_override, from_dict, to_json
+from icar_jax.errors import ConfigError
 
 __all__ = [
     "ClipConfig",

@@ -1,12 +1,10 @@
-"""The error of a configuration, and how a wrong name is answered."""
+"""How a wrong name in a configuration is answered."""
 
 import difflib
 import typing
 from typing import Any
 
-
-class ConfigError(ValueError):
-    """A field of the configuration cannot be used; the message names the field, the value and the fix."""
+from icar_jax.errors import ConfigError
 
 
 def unknown(name: str, value: Any, choices: typing.Iterable[str]) -> ConfigError:

@@ -21,11 +21,13 @@ from tqdm import tqdm
 from icar_jax import checkpoint, pytree
 from icar_jax.checkpoint import Checkpoint
 from icar_jax.config import from_dict
-from icar_jax.convert import clip, convnext, engine, hf, icar, siglip, verify, vocabulary
-from icar_jax.convert.engine import Leaf, Rule
-from icar_jax.convert.errors import ConvertError
-from icar_jax.convert.fields import Fields
+from icar_jax.convert import rules as engine
+from icar_jax.convert import vocabulary
+from icar_jax.convert.fields import ConvertError, Fields
+from icar_jax.convert.layouts import hf, icar, open_clip, siglip, timm
+from icar_jax.convert.parity import verify
 from icar_jax.convert.positions import resize_positions
+from icar_jax.convert.rules import Leaf, Rule
 from icar_jax.convert.settings import choose_preprocess
 from icar_jax.convert.source import Source, open_source
 from icar_jax.data.images import Preprocess
@@ -196,7 +198,7 @@ def read(source: Source, options: Options = Options()) -> Converted:
 
 def _read_clip(source: Source, options: Options) -> Converted:
     if source.layout == "icar":
-        arch = _architecture(source, options, icar.arch, icar.rules(0, clip.text_prefix(source, "clip.")))
+        arch = _architecture(source, options, icar.arch, icar.rules(0, open_clip.text_prefix(source, "clip.")))
         rules = icar.source_rules(source, arch)
     elif source.layout == "siglip":
         arch = _architecture(source, options, siglip.arch, rules := siglip.rules())
@@ -204,8 +206,8 @@ def _read_clip(source: Source, options: Options) -> Converted:
         arch = _architecture(source, options, hf.clip_arch, rules := hf.clip_rules())
     else:
         activation = "quick_gelu" if source.layout == "openai" else ""
-        rules = clip.open_clip_rules(clip.text_prefix(source))
-        arch = _architecture(source, options, partial(clip.open_clip_arch, activation=activation), rules)
+        rules = open_clip.open_clip_rules(open_clip.text_prefix(source))
+        arch = _architecture(source, options, partial(open_clip.open_clip_arch, activation=activation), rules)
     preprocess = _clip_preprocess(source, options, arch)
     leaves = engine.import_weights(source.tensors, rules, Clip.graph(arch).shapes, str(source.path))
     arch, leaves = _resize(arch, leaves, options.image_size)
@@ -243,7 +245,7 @@ def _clip_preprocess(source: Source, options: Options, arch: ClipArch) -> Prepro
             size = pixels  # SigLIP at 384 pixels with patches of 14: the convolution leaves the last 6 out
         find = hf.found_preprocess
     else:
-        find = partial(clip.found_preprocess, image_size=size)
+        find = partial(open_clip.found_preprocess, image_size=size)
     # A preparation that cannot be expressed here must not stand in the way of --preprocess.
     return choose_preprocess(options.preprocess, None if options.preprocess else find(source), size, where)
 
@@ -281,25 +283,25 @@ def _add_exits(source: Source, arch: ClipArch, leaves: dict[str, Leaf], options:
 
 
 def _read_convnext(source: Source, options: Options) -> Converted:
-    arch = convnext.arch(source)
-    convnext.require_supported(source)
+    arch = timm.arch(source)
+    timm.require_supported(source)
     shapes = ConvNeXt.graph(arch).shapes
-    leaves = engine.import_weights(source.tensors, convnext.rules(convnext.has_conv_mlp(source)), shapes, str(source.path))
-    found = None if options.preprocess else convnext.found_preprocess(source)
-    size = options.image_size or (found.image_size if found else convnext.INPUT_SIZE)
+    leaves = engine.import_weights(source.tensors, timm.rules(timm.has_conv_mlp(source)), shapes, str(source.path))
+    found = None if options.preprocess else timm.found_preprocess(source)
+    size = options.image_size or (found.image_size if found else timm.INPUT_SIZE)
     preprocess = choose_preprocess(options.preprocess, found, size, str(source.path))
-    extra = {"conv_mlp": convnext.has_conv_mlp(source)}
-    notes = [] if options.preprocess else convnext.notes(source)
+    extra = {"conv_mlp": timm.has_conv_mlp(source)}
+    notes = [] if options.preprocess else timm.notes(source)
     return Converted("convnext", arch, pytree.unflatten(leaves), preprocess, extra=extra, notes=notes)
 
 
 def _read_classifier(source: Source, options: Options) -> Converted:
-    arch = convnext.classifier_arch(source, options)
-    conv_mlp = convnext.has_conv_mlp(source, "backbone.")
+    arch = timm.classifier_arch(source, options)
+    conv_mlp = timm.has_conv_mlp(source, "backbone.")
     leaves = engine.import_weights(
-        source.tensors, convnext.classifier_rules(conv_mlp), ComplexityModel.graph(arch).shapes, str(source.path)
+        source.tensors, timm.classifier_rules(conv_mlp), ComplexityModel.graph(arch).shapes, str(source.path)
     )
-    made = Converted("complexity", arch, pytree.unflatten(leaves), convnext.classifier_preprocess(source, options))
+    made = Converted("complexity", arch, pytree.unflatten(leaves), timm.classifier_preprocess(source, options))
     made.extra["conv_mlp"] = conv_mlp
     hparams = Fields(str(source.path), source.weights.extra).section("hparams")
     threshold = hparams.get("threshold", float)

@@ -22,15 +22,16 @@ import numpy as np
 from icar_jax import checkpoint, pytree, tensorfile
 from icar_jax.checkpoint import Checkpoint
 from icar_jax.config import from_dict
-from icar_jax.convert import clip, convnext, engine, export_configs, hf, icar, siglip
-from icar_jax.convert.errors import ConvertError
-from icar_jax.convert.torch_writer import write_torch
+from icar_jax.convert import rules as engine
+from icar_jax.convert.fields import ConvertError
+from icar_jax.convert.files.torch_writer import write_torch
+from icar_jax.convert.layouts import export_configs, hf, icar, open_clip, siglip, timm
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.complexity import ComplexityArch
 from icar_jax.models.convnext import ConvNeXtArch
-from icar_jax.models.scorers import scorer_arch
+from icar_jax.models.token_router import scorer_arch
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _open_clip(loaded: Checkpoint, folder: Path) -> list[str]:
     arch, preprocess, tokenizer = _clip_parts(loaded)
     config = export_configs.open_clip_config(arch, preprocess, loaded.params)
     params, notes = _without_exits(arch, loaded.params)
-    leaves = engine.export_weights(params, clip.open_clip_rules(), str(loaded.path))
+    leaves = engine.export_weights(params, open_clip.open_clip_rules(), str(loaded.path))
     tensorfile.write(folder / "open_clip_model.safetensors", leaves, metadata={"format": "pt"})
     _json(folder / "open_clip_config.json", config)
     return notes + _tokenizer(tokenizer, folder)
@@ -131,7 +132,7 @@ def _openai(loaded: Checkpoint, folder: Path) -> list[str]:
     arch, preprocess, tokenizer = _clip_parts(loaded)
     export_configs.require_openai(arch, preprocess)
     params, notes = _without_exits(arch, loaded.params)
-    leaves: dict[str, Any] = dict(engine.export_weights(params, clip.open_clip_rules(), str(loaded.path)))
+    leaves: dict[str, Any] = dict(engine.export_weights(params, open_clip.open_clip_rules(), str(loaded.path)))
     sizes = {
         "input_resolution": arch.vision.image_size,
         "context_length": arch.text.context_length,
@@ -167,8 +168,8 @@ def _icc(loaded: Checkpoint, folder: Path) -> list[str]:
         raise ConvertError(f"{loaded.path} is a head on the blocks of a CLIP; the ICC layout holds a ConvNeXt classifier")
     if arch.head != "classification":
         raise ConvertError(f"{loaded.path} scores by regression; the ICC layout holds a classifier of two classes")
-    conv_mlp = d.get("conv_mlp", convnext.uses_conv_mlp(arch.backbone))
-    leaves = engine.export_weights(loaded.params, convnext.classifier_rules(conv_mlp), str(loaded.path))
+    conv_mlp = d.get("conv_mlp", timm.uses_conv_mlp(arch.backbone))
+    leaves = engine.export_weights(loaded.params, timm.classifier_rules(conv_mlp), str(loaded.path))
     name = export_configs.timm_name(arch.backbone)
     hparams = {"model_name": name, "num_classes": 2, "feature_dim": arch.backbone.dims[3]}
     if "threshold" in d:
@@ -180,8 +181,8 @@ def _icc(loaded: Checkpoint, folder: Path) -> list[str]:
 def _timm(loaded: Checkpoint, folder: Path) -> list[str]:
     d = loaded.description
     arch = from_dict(d["arch"], ConvNeXtArch, f"{loaded.path}: arch")
-    conv_mlp = d.get("conv_mlp", convnext.uses_conv_mlp(arch))
-    leaves = engine.export_weights(loaded.params, convnext.rules(conv_mlp), str(loaded.path))
+    conv_mlp = d.get("conv_mlp", timm.uses_conv_mlp(arch))
+    leaves = engine.export_weights(loaded.params, timm.rules(conv_mlp), str(loaded.path))
     tensorfile.write(folder / "model.safetensors", leaves, metadata={"format": "pt"})
     _json(folder / "config.json", export_configs.timm_config(arch, Preprocess.from_dict(d["preprocess"])))
     return []

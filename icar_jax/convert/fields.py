@@ -7,7 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from icar_jax.convert.errors import ConvertError
+from icar_jax.errors import IcarError
+
+
+class ConvertError(IcarError, ValueError):
+    """A source cannot be converted as asked; the message says where, what was expected, what was found, and the fix."""
+
 
 _KINDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false", list: "a list"}
 

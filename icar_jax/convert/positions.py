@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from icar_jax.convert.fields import ConvertError
+
 
 def resize_positions(pos: np.ndarray, grid: int, class_token: bool) -> np.ndarray:
     """pos [N (+ 1), W] of a square grid -> [grid * grid (+ 1), W], bicubic with antialias; the class token's row is kept.
@@ -13,7 +15,7 @@ def resize_positions(pos: np.ndarray, grid: int, class_token: bool) -> np.ndarra
     head, patches = (pos[:1], pos[1:]) if class_token else (pos[:0], pos)
     old = round(len(patches) ** 0.5)
     if old * old != len(patches):
-        raise ValueError(f"{len(patches)} patch positions are no square grid")
+        raise ConvertError(f"{len(patches)} patch positions are no square grid")
     weights = _weights(old, grid)
     planes = patches.astype(np.float64).reshape(old, old, -1)
     resized = np.einsum("ir,js,rsw->ijw", weights, weights, planes, optimize=True)

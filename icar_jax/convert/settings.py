@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from icar_jax.convert.errors import ConvertError
-from icar_jax.convert.fields import Fields
+from icar_jax.convert.fields import ConvertError, Fields
 from icar_jax.convert.source import read_json
 from icar_jax.data.images import HALF_MEAN, HALF_STD, IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD, Preprocess
 

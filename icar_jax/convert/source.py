@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from icar_jax.convert.errors import ConvertError
-from icar_jax.convert.tensors import Tensor, Weights, read_weights
+from icar_jax.convert.fields import ConvertError
+from icar_jax.convert.files.tensors import Tensor, Weights, read_weights
 
 LAYOUTS = ("openai", "open_clip", "hf_clip", "siglip", "timm", "icar", "icc")
 WEIGHT_FILES = (  # in a folder, the first that is there

@@ -28,13 +28,13 @@ from tqdm import tqdm
 from icar_jax import checkpoint, pytree
 from icar_jax.checkpoint import Checkpoint
 from icar_jax.config import from_dict
-from icar_jax.convert.errors import ConvertError
 from icar_jax.convert.export import Exported, new_folder
+from icar_jax.convert.fields import ConvertError
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.clip import Clip, ClipArch
-from icar_jax.models.pixels import normalise
-from icar_jax.models.scorers import scorer_arch, scorer_class
+from icar_jax.models.ops import normalise
+from icar_jax.models.token_router import scorer_arch, scorer_class
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 DTYPES = ("float32", "bfloat16")

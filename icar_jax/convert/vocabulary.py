@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from icar_jax.convert.clip import model_config
-from icar_jax.convert.errors import ConvertError
+from icar_jax.convert.fields import ConvertError
+from icar_jax.convert.layouts.open_clip import model_config
 from icar_jax.convert.source import Source, read_json
 from icar_jax.data.tokenizer import CLIP_VOCAB_SIZE, Tokenizer
 from icar_jax.models.text import TextArch

@@ -14,6 +14,7 @@ from PIL import Image, ImageEnhance
 
 from icar_jax.config import DataConfig
 from icar_jax.data.images import INTERPOLATIONS, Preprocess, check_choice
+from icar_jax.errors import ConfigError
 
 AUGMENTS = ("none", "crop", "squashed_crop")
 _JITTER = {"brightness": ImageEnhance.Brightness, "contrast": ImageEnhance.Contrast, "saturation": ImageEnhance.Color}
@@ -48,15 +49,15 @@ class Augment:
         check_choice("augment.kind", self.kind, AUGMENTS)
         low, high = self.scale
         if not 0 < low <= high <= 1:
-            raise ValueError(f"augment.scale must be (low, high) with 0 < low <= high <= 1, got {self.scale}")
+            raise ConfigError(f"augment.scale must be (low, high) with 0 < low <= high <= 1, got {self.scale}")
         low, high = self.ratio
         if not 0 < low <= high:
-            raise ValueError(f"augment.ratio must be (low, high) with 0 < low <= high, got {self.ratio}")
+            raise ConfigError(f"augment.ratio must be (low, high) with 0 < low <= high, got {self.ratio}")
         if not 0 <= self.rotate <= 180:
-            raise ValueError(f"augment.rotate must lie in [0, 180] (degrees), got {self.rotate}")
+            raise ConfigError(f"augment.rotate must lie in [0, 180] (degrees), got {self.rotate}")
         for name in ("translate", *_JITTER):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"augment.{name} must lie in [0, 1], got {getattr(self, name)}")
+                raise ConfigError(f"augment.{name} must lie in [0, 1], got {getattr(self, name)}")
 
     def resize(self, image: Image.Image, preprocess: Preprocess, rng: np.random.Generator) -> np.ndarray:
         """RGB image -> augmented uint8 [S, S, 3]."""

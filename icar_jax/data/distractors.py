@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 
 from icar_jax.config import ConfigError, DataConfig, DistractorConfig
-from icar_jax.data.folders import open_folder
-from icar_jax.data.parquet import Parquet
-from icar_jax.data.records import Source
+from icar_jax.data.records import Source, Subset
 from icar_jax.data.scenes import Scenes
-from icar_jax.data.shards import retrying
-from icar_jax.data.splits import Subset
-from icar_jax.data.webdataset import WebDataset
+from icar_jax.data.sources.folders import open_folder
+from icar_jax.data.sources.parquet import Parquet
+from icar_jax.data.sources.shards import retrying
+from icar_jax.data.sources.webdataset import WebDataset
 
 _NAMES_SHOWN = 3
 

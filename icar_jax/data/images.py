@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from icar_jax.config import not_local
+from icar_jax.errors import ConfigError, DataError
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -27,7 +28,7 @@ _MAX_ASPECT = 50
 ImageLike = str | os.PathLike | bytes | np.ndarray | Image.Image
 
 
-class ImageError(ValueError):
+class ImageError(DataError):
     """An image that cannot be decoded; the message begins with its name."""
 
 
@@ -139,7 +140,7 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         if not isinstance(self.image_size, int) or isinstance(self.image_size, bool) or self.image_size < 1:
-            raise ValueError(f"preprocess.image_size must be a positive integer (pixels), got {self.image_size!r}")
+            raise ConfigError(f"preprocess.image_size must be a positive integer (pixels), got {self.image_size!r}")
         check_choice("preprocess.resize_mode", self.resize_mode, RESIZES)
         check_choice("preprocess.interpolation", self.interpolation, tuple(INTERPOLATIONS))
         for field in ("mean", "std"):
@@ -150,7 +151,7 @@ class Preprocess:
                 value = ()
             if len(value) != 3 or not np.isfinite(value).all() or (field == "std" and min(value) <= 0):
                 need = "three positive numbers" if field == "std" else "three numbers"
-                raise ValueError(f"preprocess.{field} must be {need} (R, G, B), got {getattr(self, field)!r}")
+                raise ConfigError(f"preprocess.{field} must be {need} (R, G, B), got {getattr(self, field)!r}")
             object.__setattr__(self, field, value)
 
     def resize(self, image: Image.Image) -> np.ndarray:
@@ -174,17 +175,17 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
-        """Inverse of `to_dict`; every field must be present. Raises ValueError naming missing and unknown fields."""
+        """Inverse of `to_dict`; every field must be present. Raises ConfigError naming missing and unknown fields."""
         expected = {f.name for f in fields(cls)}
         missing, unknown = sorted(expected - set(values)), sorted(set(values) - expected)
         if missing or unknown:
-            raise ValueError(f"preprocess: missing fields {missing}, unknown fields {unknown}; expected {sorted(expected)}")
+            raise ConfigError(f"preprocess: missing fields {missing}, unknown fields {unknown}; expected {sorted(expected)}")
         return cls(**values)
 
 
 def check_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{field} must be one of {', '.join(choices)}, got {value!r}")
+        raise ConfigError(f"{field} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _limit_aspect(image: Image.Image) -> Image.Image:

@@ -19,6 +19,8 @@ from absl import logging
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as _Backend
 
+from icar_jax.errors import DataError
+
 CLIP_CONTEXT_LENGTH = 77
 CLIP_VOCAB_SIZE = 49408
 CLIP_END_ID = CLIP_VOCAB_SIZE - 1
@@ -69,7 +71,7 @@ class Tokenizer:
         pad_id = backend.token_to_id(PAD)
         self.pad_id = 0 if pad_id is None else pad_id
         if self.end_id != self.vocab_size - 1:
-            raise ValueError(
+            raise DataError(
                 f"{where}: the end token has id {self.end_id}, expected the highest id, {self.vocab_size - 1}:"
                 " pooling at the end token relies on it. Remove tokens that were added behind it."
             )
@@ -80,7 +82,7 @@ class Tokenizer:
         pad = padding["pad_token"] if padding else _SIGLIP.get(end)
         if end is None or backend.token_to_id(pad) is None:
             found = sorted(str(token.content) for token in backend.get_added_tokens_decoder().values())
-            raise ValueError(
+            raise DataError(
                 f"{where}: neither a CLIP nor a SigLIP vocabulary; expected one of the pairs {_SPECIAL_PAIRS}, or one of"
                 f" {tuple(_SIGLIP)}; found the special tokens {found}. CLIP's tokenizers, SigLIP's and those trained here can"
                 " be used."
@@ -107,7 +109,7 @@ class Tokenizer:
         try:
             text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
         except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise ValueError(f"tokenizer file {path}: not readable as (gzipped) UTF-8 text: {error}") from error
+            raise DataError(f"tokenizer file {path}: not readable as (gzipped) UTF-8 text: {error}") from error
         if text.lstrip().startswith("{"):
             return cls.from_json(text, where=f"tokenizer file {path}", pad_token=pad_token)
         return cls(_clip_backend(text, str(path)), where=f"tokenizer file {path}")
@@ -123,7 +125,7 @@ class Tokenizer:
         except ValueError:
             raise
         except Exception as error:  # the library raises bare Exception on malformed JSON
-            raise ValueError(f"{where}: not a tokenizer.json of the tokenizers library: {error}") from error
+            raise DataError(f"{where}: not a tokenizer.json of the tokenizers library: {error}") from error
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, min_frequency: int = 2) -> Tokenizer:
@@ -136,12 +138,10 @@ class Tokenizer:
             ValueError: `vocab_size` below 259 (256 bytes and 3 special tokens), or no captions.
         """
         if vocab_size < _MIN_TRAINED_VOCAB:
-            raise ValueError(
-                f"vocab_size must be at least {_MIN_TRAINED_VOCAB} (256 bytes, 3 special tokens), got {vocab_size}"
-            )
+            raise DataError(f"vocab_size must be at least {_MIN_TRAINED_VOCAB} (256 bytes, 3 special tokens), got {vocab_size}")
         cleaned = [clean(_check_text(caption, i)) for i, caption in enumerate(captions)]
         if not any(cleaned):
-            raise ValueError("cannot train a tokenizer: no non-empty captions were given")
+            raise DataError("cannot train a tokenizer: no non-empty captions were given")
         backend = _Backend(models.BPE())
         backend.normalizer = normalizers.Lowercase()
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -249,7 +249,7 @@ def _clip_backend(text: str, where: str) -> _Backend:
     """CLIP's BPE from its merges file: a header, then one merge a line, of which the first 48,894 count."""
     lines = text.split("\n")
     if not lines[0].startswith(("#version", '"bpe_simple_vocab')):
-        raise ValueError(
+        raise DataError(
             f"tokenizer file {where}: neither a tokenizer.json nor a CLIP merges file; a merges file begins with a"
             f" header line such as '#version: 0.2', found {lines[0]!r:.80}"
         )
@@ -259,19 +259,19 @@ def _clip_backend(text: str, where: str) -> _Backend:
         if not pair and number >= len(lines):
             break  # the newline at the end of the file
         if len(pair) != 2:
-            raise ValueError(f"tokenizer file {where}, line {number}: expected two symbols to merge, found {line!r:.80}")
+            raise DataError(f"tokenizer file {where}, line {number}: expected two symbols to merge, found {line!r:.80}")
         merges.append(pair)
     characters = _byte_characters()
     tokens = characters + [c + "</w>" for c in characters] + ["".join(pair) for pair in merges] + [START, END]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
-        raise ValueError(f"tokenizer file {where}: {len(tokens) - len(vocabulary)} merges give a token that exists already")
+        raise DataError(f"tokenizer file {where}: {len(tokens) - len(vocabulary)} merges give a token that exists already")
     try:
         model = models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", continuing_subword_prefix="")
     except Exception as error:  # the library raises bare Exception for a merge of unknown symbols
-        raise ValueError(f"tokenizer file {where}: inconsistent merges: {error}") from error
+        raise DataError(f"tokenizer file {where}: inconsistent merges: {error}") from error
     if not any(second.endswith("</w>") for _, second in merges):
-        raise ValueError(
+        raise DataError(
             f"tokenizer file {where}: no merge ends a word (</w>), so these are not CLIP's merges but those of another model,"
             " such as GPT-2; give CLIP's bpe_simple_vocab_16e6.txt.gz or its tokenizer.json"
         )

@@ -17,19 +17,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from icar_jax import checkpoint
 from icar_jax.config import ConfigError, ExperimentConfig, from_dict
-from icar_jax.data import sources
+from icar_jax.data import configured
 from icar_jax.data.images import Preprocess
-from icar_jax.data.pipeline import BadFiles, eval_batches
-from icar_jax.data.records import Source
-from icar_jax.data.splits import Subset
+from icar_jax.data.loader.batches import BadFiles, eval_batches
+from icar_jax.data.records import Source, Subset
 from icar_jax.data.tokenizer import Tokenizer
-from icar_jax.evaluation import ratings_metrics, regret
-from icar_jax.evaluation.metrics import ranks, recall
+from icar_jax.errors import DataError
+from icar_jax.evaluation.complexity import regret
+from icar_jax.evaluation.metrics import ratings
+from icar_jax.evaluation.metrics.retrieval import ranks, recall
 from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.complexity import log_odds
-from icar_jax.models.pixels import normalise
-from icar_jax.models.registry import routed_clip
-from icar_jax.models.scorers import scorer_arch, scorer_class
+from icar_jax.models.ops import normalise
+from icar_jax.models.token_router import scorer_arch, scorer_class
+from icar_jax.models.variants import routed_clip
 
 AT = 5
 _LOOKED_AT = 100  # scenes whose complexity is compared before the run: all have another
@@ -61,7 +62,7 @@ class _Gallery:
         count = -(-len(self.source) // (self.rows * self._parts))
         if len(self._own):
             own = Subset(self.source, self._own, self.source.name)
-            reading = sources.loading(self._data)
+            reading = configured.loading(self._data)
             with eval_batches(own, {"model": self.preprocess}, batch_size=self.rows, **reading) as batches:
                 for batch in batches:
                     self.bad.add(batch)
@@ -79,9 +80,9 @@ class _Gallery:
         return jax.make_array_from_process_local_data(self._sharding, padded)
 
     def require_some(self, ids: list[np.ndarray]) -> None:
-        """Raises ValueError where no image could be read."""
+        """Raises DataError where no image could be read."""
         if not any(i.any() for i in ids):
-            raise ValueError(f"no image of {self.source.name} could be read:\n{self.bad.summary()}")
+            raise DataError(f"no image of {self.source.name} could be read:\n{self.bad.summary()}")
 
     @property
     def everywhere(self) -> NamedSharding:
@@ -98,7 +99,7 @@ class Retrieval:
 
     def __init__(self, trained: Any):
         self._tokenizer = trained.tokenizer
-        self.gallery = gallery = _Gallery(trained, sources.validation_source(trained.config))
+        self.gallery = gallery = _Gallery(trained, configured.validation_source(trained.config))
         arch = from_dict(trained.description["arch"], ClipArch, "arch")
         self.clip = clip = Clip.graph(arch, dtype=trained.config.eval.dtype)
         preprocess = gallery.preprocess
@@ -188,8 +189,8 @@ class Ratings:
 
     def _judged(self, trained: Any) -> tuple[Source, np.ndarray]:
         """The source whose records hold what scores are compared with, and some of these values."""
-        source = sources.validation_source(trained.config)
-        return source, sources.scores(source, _LOOKED_AT)
+        source = configured.validation_source(trained.config)
+        return source, configured.scores(source, _LOOKED_AT)
 
     def __call__(self, params: Mapping[str, Any]) -> dict[str, float]:
         """Called by every process with sharded parameters; the values are the same on all of them."""
@@ -238,10 +239,10 @@ def _everywhere(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def _agreement(scores: np.ndarray, rated: np.ndarray) -> dict[str, float]:
-    values = {name: getattr(ratings_metrics, name)(scores, rated) for name in ("rmse", "rmae")}
+    values = {name: getattr(ratings, name)(scores, rated) for name in ("rmse", "rmae")}
     try:
-        values |= {name: getattr(ratings_metrics, name)(scores, rated) for name in ("pcc", "srcc")}
-    except ratings_metrics.MetricError:  # all scores alike, as those of a fresh head may be
+        values |= {name: getattr(ratings, name)(scores, rated) for name in ("pcc", "srcc")}
+    except ratings.MetricError:  # all scores alike, as those of a fresh head may be
         values |= {"pcc": 0.0, "srcc": 0.0}
     return {"loss": values["rmse"] ** 2, **values}
 
@@ -250,7 +251,7 @@ def _decisions(odds: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """`odds` are log odds of the class 'complex'; the cross-entropy is that of a softmax over both classes."""
     loss = float(np.mean(np.logaddexp(0, np.where(labels, -odds, odds))))
     decided = odds > 0
-    return {"loss": loss, **{name: getattr(ratings_metrics, name)(decided, labels) for name in ("accuracy", "f1")}}
+    return {"loss": loss, **{name: getattr(ratings, name)(decided, labels) for name in ("accuracy", "f1")}}
 
 
 def _on_host(tree: Any) -> Any:

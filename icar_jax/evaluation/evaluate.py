@@ -13,19 +13,19 @@ from icar_jax import checkpoint
 from icar_jax import config as cfg
 from icar_jax import workdir as files
 from icar_jax.config import ExperimentConfig
-from icar_jax.data import sources
+from icar_jax.data import configured
 from icar_jax.data.distractors import distractor_source, require_apart, source_urls
 from icar_jax.data.images import Preprocess
-from icar_jax.data.labels import read_labels
-from icar_jax.data.pipeline import eval_batches
-from icar_jax.data.records import Source
-from icar_jax.data.splits import Subset
-from icar_jax.evaluation import figures, report, score_calibration, table, timing
-from icar_jax.evaluation.calibration import costs, make_bundle, routing_of, score_source
-from icar_jax.evaluation.colour_baseline import colour_histogram_baseline
-from icar_jax.evaluation.gallery import Gallery, embed, full_scale, labelled
+from icar_jax.data.loader.batches import eval_batches
+from icar_jax.data.ratings.labels import read_labels
+from icar_jax.data.records import Source, Subset
+from icar_jax.evaluation.metrics.colour_baseline import colour_histogram_baseline
+from icar_jax.evaluation.report import figures, report, table
+from icar_jax.evaluation.routing import score_calibration, timing
+from icar_jax.evaluation.routing.calibration import costs, make_bundle, routing_of, score_source
+from icar_jax.evaluation.routing.gallery import Gallery, embed, full_scale, labelled
+from icar_jax.evaluation.routing.score_calibration import ScoreCalibration
 from icar_jax.evaluation.runs import Static, measure
-from icar_jax.evaluation.score_calibration import ScoreCalibration
 from icar_jax.inference.loading import load
 from icar_jax.inference.model import Model
 
@@ -47,7 +47,7 @@ def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
     folder, notes = _model_folder(config, workdir, folder)
     model = load(folder, batch_size=config.eval.batch_size, dtype=config.eval.dtype)
     small = _static_model(config)
-    source = sources.eval_source(config.data, config.eval)
+    source = configured.eval_source(config.data, config.eval)
     far_source, urls, far_urls = None, None, None
     if config.eval.distractors.source:
         far_source = distractor_source(config.eval.distractors, config.data)
@@ -59,7 +59,7 @@ def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
     far_file = config.eval.distractors.labels if far_source is not None else ""
     labels, far_labels = (read_labels(file) if file else None for file in (config.eval.labels, far_file))
     train = _baseline_source(config, notes)
-    loading = sources.loading(config.data)
+    loading = configured.loading(config.data)
     warm = timing.warm_up(model)
     settings, found = _budgets(config, model, notes)
     calibration, fitted_on = _score_calibration(config, model, notes)
@@ -97,8 +97,8 @@ def _budgets(config: ExperimentConfig, model: Model, notes: list[str]) -> tuple[
     if model.thresholds is None:
         notes.append(f"no run for config.eval.budgets={config.eval.budgets}: a budget needs a complexity model to route with")
         return {}, {}
-    calibration = sources.calibration_source(config.data)
-    scored = score_source(model, calibration, "score calibration images", sources.loading(config.data))
+    calibration = configured.calibration_source(config.data)
+    scored = score_source(model, calibration, "score calibration images", configured.loading(config.data))
     cost = costs(model.arch, model.scorer.complexity.arch)
     found = {f"budget_{b:g}": routing_of(scored, model.exits, cost, budget=b) for b in config.eval.budgets}
     return {name: tuple(routing["thresholds"]) for name, routing in found.items()}, found
@@ -114,8 +114,8 @@ def _score_calibration(
         asked = f"config.eval.score_calibration={config.eval.score_calibration!r}"
         notes.append(f"no run for {asked}: scores are calibrated for exits that are mixed, which needs a model to route with")
         return None, {}
-    source = sources.calibration_source(config.data)
-    images = embed(model, source, sources.loading(config.data))
+    source = configured.calibration_source(config.data)
+    images = embed(model, source, configured.loading(config.data))
     fitted = score_calibration.fit(images.by_exit, images.texts, images.caption_image, images.exits, full_scale(model))
     return fitted, {"calibration": source.name, "images": len(images.captions)}
 
@@ -139,7 +139,9 @@ def _embed_static(
     if small is None:
         return None
     depth = small.exits[-1:]
-    made = [embed(small, each, sources.loading(config.data), exits=depth) for each in (source, far_source) if each is not None]
+    made = [
+        embed(small, each, configured.loading(config.data), exits=depth) for each in (source, far_source) if each is not None
+    ]
     for own, theirs in zip(made, (gallery, far)):
         if not np.array_equal(own.index, theirs.index):
             raise cfg.ConfigError(
@@ -163,11 +165,11 @@ def _model_folder(config: ExperimentConfig, workdir: Path, folder: Path) -> tupl
             folder,
             scorer,
             workdir / "bundle",
-            calibration=sources.calibration_source(config.data),
+            calibration=configured.calibration_source(config.data),
             shares=config.eval.early_share,
             batch_size=config.eval.batch_size,
             dtype=config.eval.dtype,
-            loading=sources.loading(config.data),
+            loading=configured.loading(config.data),
         )
         return bundle, []
     found = f"there is none at config.eval.complexity={scorer!r}" if scorer else "config.eval.complexity is empty"
@@ -208,7 +210,7 @@ def _check_shares(config: ExperimentConfig, bundle: Path) -> None:
 def _baseline_source(config: ExperimentConfig, notes: list[str]) -> Source | None:
     """Training images that the colour baseline is fitted on; None, with a note, where they are not at hand."""
     try:
-        train = sources.train_source(config.data)
+        train = configured.train_source(config.data)
     except (cfg.ConfigError, OSError) as error:
         notes.append(f"no colour histograms beside it, for lack of training images: {error}")
         return None
@@ -218,7 +220,7 @@ def _baseline_source(config: ExperimentConfig, notes: list[str]) -> Source | Non
 
 def _baseline_note(config: ExperimentConfig, train: Source, source: Source, gallery: Gallery, metrics: dict[str, Any]) -> str:
     """Adds the colour-histogram baseline to the metrics and says how it compares."""
-    loading = sources.loading(config.data)
+    loading = configured.loading(config.data)
     fitted = list(_thumbnails(train, loading))
     result = colour_histogram_baseline(
         [image for image, _ in fitted],

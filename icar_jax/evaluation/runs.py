@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from icar_jax.config import ExperimentConfig
 from icar_jax.data.records import Source
-from icar_jax.evaluation import bootstrap_metrics, category, score_calibration, timing
-from icar_jax.evaluation.assignments import (
+from icar_jax.evaluation.metrics import category, comparison
+from icar_jax.evaluation.metrics.bootstrap import Hits, difference, hits_at, mean_hits, retention
+from icar_jax.evaluation.metrics.category import Precisions
+from icar_jax.evaluation.metrics.ranking import local_mesh
+from icar_jax.evaluation.metrics.retrieval import Distractors, Ranks, mean_summary, ranks, summarise
+from icar_jax.evaluation.routing import score_calibration, timing
+from icar_jax.evaluation.routing.assignments import (
     oracle_exits,
     oracle_exits_at_share,
     random_exits,
@@ -20,14 +25,10 @@ from icar_jax.evaluation.assignments import (
     ranks_mixed,
     take_exits,
 )
-from icar_jax.evaluation.bootstrap import Hits, difference, hits_at, mean_hits, retention
-from icar_jax.evaluation.calibration import costs
-from icar_jax.evaluation.category import Precisions
-from icar_jax.evaluation.frontier import Bench, sweep
-from icar_jax.evaluation.gallery import Gallery
-from icar_jax.evaluation.metrics import Distractors, Ranks, mean_summary, ranks, summarise
-from icar_jax.evaluation.ranking import local_mesh
-from icar_jax.evaluation.score_calibration import ScoreCalibration
+from icar_jax.evaluation.routing.calibration import costs
+from icar_jax.evaluation.routing.frontier import Bench, sweep
+from icar_jax.evaluation.routing.gallery import Evidence, Gallery
+from icar_jax.evaluation.routing.score_calibration import ScoreCalibration
 from icar_jax.inference.budgets import Costs
 from icar_jax.inference.model import Model
 from icar_jax.inference.router import assign
@@ -49,15 +50,6 @@ class Static:
     far: Gallery | None
 
 
-@dataclass
-class Evidence:
-    """What the report shows beyond the metrics. ranks: run -> `Ranks`, of runs with one assignment; exits: run -> [N]."""
-
-    gallery: Gallery
-    ranks: dict[str, Ranks] = field(default_factory=dict)
-    exits: dict[str, np.ndarray] = field(default_factory=dict)
-
-
 class Runs:
     """Collects the runs of a gallery, `far` being its distractors (None without)."""
 
@@ -70,12 +62,12 @@ class Runs:
         self.records: dict[str, dict[str, Any]] = {}
         self.evidence = Evidence(gallery)
         self._hits: dict[str, Hits] = {}
-        self._per_image: dict[str, bootstrap_metrics.Run] = {}
+        self._per_image: dict[str, comparison.Run] = {}
 
     def add(self, name: str, draws: Sequence[Draw], flops: float, share: Mapping[str, float]) -> None:
         """A run from its ranks (several draws are averaged), its counted FLOPs per image and its share per exit."""
         self._hits[name] = mean_hits([hits_at(found, RETENTION_AT) for found, _ in draws])
-        self._per_image[name] = bootstrap_metrics.mean_run([bootstrap_metrics.collect(*draw) for draw in draws])
+        self._per_image[name] = comparison.mean_run([comparison.collect(*draw) for draw in draws])
         self.records[name] = {
             **mean_summary([_summary(*draw) for draw in draws]),
             "flops_per_image": flops,
@@ -174,7 +166,7 @@ class Runs:
     def compare(self) -> dict[str, Any]:
         """Intervals and retention into the records; returns the comparisons."""
         n = self.config.eval.bootstrap
-        compared = bootstrap_metrics.intervals(self._per_image, n=n)
+        compared = comparison.intervals(self._per_image, n=n)
         for name, record in self.records.items():
             kept = retention(self._hits[name], self._hits["full"], n=n)
             record["retention"] = kept.percent().as_dict() if kept else None

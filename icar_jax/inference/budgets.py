@@ -12,9 +12,10 @@ from scipy.optimize import brentq
 from scipy.special import softmax
 
 from icar_jax.config import ConfigError
+from icar_jax.errors import DataError
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.flops import router_flops, vision_flops
-from icar_jax.models.scorers import ScorerArch
+from icar_jax.models.token_router import ScorerArch
 
 BELOW_ALL, ABOVE_ALL = -1.0, 2.0  # scores lie in [0, 1]: these hold for every image, not only for those seen
 _STEEPEST = 700.0  # exp() of it is finite
@@ -109,10 +110,10 @@ def between(ordered: np.ndarray, below: np.ndarray) -> tuple[float, ...]:
 
 
 def checked_scores(scores: np.ndarray) -> np.ndarray:
-    """float32 [N]. Raises ValueError unless they are finite, in [0, 1] and at least one."""
+    """float32 [N]. Raises DataError unless they are finite, in [0, 1] and at least one."""
     scores = np.asarray(scores, np.float32)
     if scores.ndim != 1 or not len(scores) or not np.isfinite(scores).all() or scores.min() < 0 or scores.max() > 1:
-        raise ValueError(
+        raise DataError(
             f"thresholds need finite scores in [0, 1] of at least one calibration image, found {len(scores)} scores"
             + (f" from {scores.min():g} to {scores.max():g}" if scores.size else "")
         )

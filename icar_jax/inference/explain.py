@@ -11,13 +11,13 @@ import numpy as np
 from PIL import Image
 
 from icar_jax.data.images import ImageLike, Preprocess, decode
+from icar_jax.errors import ModelError
+from icar_jax.inference.files.scoring import require_scorer
 from icar_jax.inference.forward import Forward, bucket_sizes
 from icar_jax.inference.model import Model
-from icar_jax.inference.scoring import require_scorer
 from icar_jax.models.complexity import MAP_STAGE, MAP_STAGES
-from icar_jax.models.pixels import normalise
-from icar_jax.models.scorers import scorer_class
-from icar_jax.models.token_router import BlocksArch
+from icar_jax.models.ops import normalise
+from icar_jax.models.token_router import BlocksArch, scorer_class
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class Explainer:
             raise ValueError(f"model.complexity was changed and computes in {model.dtype}; pass dtype={model.dtype!r}")
         if isinstance(arch, BlocksArch):
             if stage is not None:
-                raise ValueError(
+                raise ModelError(
                     f"{model.scorer.path} scores patches of a vision tower, which have no ConvNeXt stage {stage}; leave it out"
                 )
             stride, more = arch.vision.patch_size, ()
         else:
             stage = MAP_STAGE if stage is None else stage
             if stage not in MAP_STAGES:
-                raise ValueError(f"a map can be taken after stage {', '.join(map(str, MAP_STAGES))}, not {stage}")
+                raise ModelError(f"a map can be taken after stage {', '.join(map(str, MAP_STAGES))}, not {stage}")
             stride, more = 2 ** (stage + 1), (stage,)
         side = self.preprocess.image_size // stride
         self._shape, self._batch = (side, side), min(model.batch_size, 8)  # gradients hold activations of every block

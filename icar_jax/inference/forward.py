@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from icar_jax.models.host import jit_for_host
+from icar_jax.errors import ConfigError
+from icar_jax.models.xla_options import jit_for_host
 from icar_jax.parallel.mesh import batch_sharding, batch_shards, replicated
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -20,10 +21,10 @@ COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 def bucket_sizes(batch_size: int, shards: int = 1) -> tuple[int, ...]:
     """Batch shapes that are compiled: 1, an eighth of a full batch, and a full batch; all are multiples of `shards`.
 
-    Raises ValueError for a batch size that is none.
+    Raises ConfigError for a batch size that is none.
     """
     if batch_size % shards:
-        raise ValueError(f"batch_size={batch_size} must be a multiple of the {shards} parts that the mesh cuts a batch into")
+        raise ConfigError(f"batch_size={batch_size} must be a multiple of the {shards} parts that the mesh cuts a batch into")
     return tuple(sorted({shards, max(1, batch_size // shards // 8) * shards, batch_size}))
 
 

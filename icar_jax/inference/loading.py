@@ -14,7 +14,7 @@ from icar_jax.checkpoint import CheckpointError
 from icar_jax.config import ConfigError, MeshConfig
 from icar_jax.inference import pretrained
 from icar_jax.inference.model import Model
-from icar_jax.inference.same_tower import require_fits
+from icar_jax.inference.scorer import require_fits
 from icar_jax.parallel.mesh import batch_shards, make_mesh
 
 

@@ -30,15 +30,13 @@ from icar_jax.inference.forward import Forward, Placement, bucket_sizes
 from icar_jax.inference.pretrained import Clip
 from icar_jax.inference.reading import in_order
 from icar_jax.inference.router import OneExit, Routed, Router
-from icar_jax.inference.same_tower import require_fits
-from icar_jax.inference.scorer import Scorer
-from icar_jax.inference.shared import SharedRouter, SharedTower
+from icar_jax.inference.scorer import Scorer, require_fits
+from icar_jax.inference.shared_router import SharedRouter, SharedTower
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.complexity import ComplexityModel
 from icar_jax.models.functional import Graph, Module
-from icar_jax.models.pixels import normalise
-from icar_jax.models.scorers import scorer_arch, scorer_class
-from icar_jax.models.token_router import BlocksArch, TokenRouter
+from icar_jax.models.ops import normalise
+from icar_jax.models.token_router import BlocksArch, TokenRouter, scorer_arch, scorer_class
 
 
 class Model:

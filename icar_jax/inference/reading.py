@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
-from icar_jax.data.image_paths import unlisted
 from icar_jax.data.images import ImageError
+from icar_jax.data.sources.files import unlisted
 
 T = TypeVar("T")
 

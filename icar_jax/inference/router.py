@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from icar_jax.errors import ModelError
+from icar_jax.inference.fetch_queue import Landing, Stats
 from icar_jax.inference.forward import Forward, Pending, count_compilations, padded_rows
-from icar_jax.inference.landing import Landing, Stats
 
 SCORES_AHEAD = 3  # batches whose scores are asked for before the oldest of them is routed
 
@@ -27,24 +28,24 @@ def assign(scores: np.ndarray, exits: Sequence[int], thresholds: Sequence[float]
     """scores [N] -> executed blocks int [N]: an image runs past exit i only where its score is above thresholds[i].
 
     `exits` ascend and end with full depth; there is one threshold, ascending, for each exit but the last.
-    Raises ValueError where they do not fit or a score is not finite.
+    Raises ModelError where they do not fit or a score is not finite.
     """
     check_thresholds(exits, thresholds)
     scores = np.asarray(scores, np.float32)
     if not np.isfinite(scores).all():
-        raise ValueError(f"{(~np.isfinite(scores)).sum()} of {len(scores)} complexity scores are not finite")
+        raise ModelError(f"{(~np.isfinite(scores)).sum()} of {len(scores)} complexity scores are not finite")
     limits = np.asarray(thresholds, np.float32)  # float32 as the scores: a score equal to its limit stays early
     return np.asarray(exits)[np.searchsorted(limits, scores, side="left")]
 
 
 def check_thresholds(exits: Sequence[int], thresholds: Sequence[float]) -> None:
-    """Raises ValueError unless there is one finite, ascending threshold for each exit but the last."""
+    """Raises ModelError unless there is one finite, ascending threshold for each exit but the last."""
     if list(exits) != sorted(set(exits)):
-        raise ValueError(f"exits {tuple(exits)} must ascend")
+        raise ModelError(f"exits {tuple(exits)} must ascend")
     if len(thresholds) != len(exits) - 1:
-        raise ValueError(f"exits {tuple(exits)} need {len(exits) - 1} thresholds, found {len(thresholds)}")
+        raise ModelError(f"exits {tuple(exits)} need {len(exits) - 1} thresholds, found {len(thresholds)}")
     if not np.isfinite(thresholds).all() or list(thresholds) != sorted(thresholds):
-        raise ValueError(f"thresholds {tuple(thresholds)} must be finite and ascend")
+        raise ModelError(f"thresholds {tuple(thresholds)} must be finite and ascend")
 
 
 @dataclass(frozen=True)

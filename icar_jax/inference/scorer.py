@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from icar_jax import pytree
-from icar_jax.checkpoint import Checkpoint
+from icar_jax.checkpoint import Checkpoint, CheckpointError
 from icar_jax.data.images import Preprocess
 from icar_jax.inference.forward import Forward, Placement, bucket_sizes
+from icar_jax.models.clip import ClipArch
 from icar_jax.models.functional import Graph
-from icar_jax.models.pixels import normalise
-from icar_jax.models.scorers import scorer_arch, scorer_class
-from icar_jax.models.token_router import shared_paths
+from icar_jax.models.ops import normalise
+from icar_jax.models.token_router import BlocksArch, ScorerArch, scorer_arch, scorer_class, shared_paths
 
 
 class Scorer:
@@ -52,3 +52,39 @@ class Scorer:
     def warm_up(self) -> None:
         """Compiles every batch shape."""
         self.forward.warm_up((self.preprocess.image_size, self.preprocess.image_size, 3), np.uint8)
+
+
+def require_fits(clip: Checkpoint, clip_arch: ClipArch, scorer: Checkpoint, arch: ScorerArch) -> None:
+    """Raises CheckpointError unless this complexity model can route this CLIP; one that is no head on blocks always can.
+
+    A head on the tower's blocks needs the very tower it learnt on, values and preprocessing alike, and no exit before it.
+    """
+    if not isinstance(arch, BlocksArch):
+        return
+    learnt_on = scorer.description.get("tower", {})
+    fix = (
+        f"bundle it with the CLIP it was trained on ({learnt_on.get('clip', 'unknown')}, whose weights have SHA-256 "
+        f"{learnt_on.get('sha256', 'unknown')}), or train it on this one: --config.complexity.clip={clip.path}"
+    )
+    where = f"the complexity model {scorer.path} reads the tokens after block {arch.blocks} of a CLIP's vision tower"
+    first = clip_arch.vision.all_exits[0]
+    if first < arch.blocks:
+        raise CheckpointError(
+            f"{where}, but {clip.path} has an exit after block {first}, which would leave before it is scored; "
+            f"train the complexity model with --config.complexity.blocks={first} or less, or the CLIP with later exits"
+        )
+    names = ("image_size", "patch_size", "heads", "activation", "norm_eps", "pre_norm")
+    ours, theirs = (
+        {name: getattr(v, name) for name in names} | {"merge": v.merge_before(arch.blocks)}
+        for v in (arch.vision, clip_arch.vision)
+    )
+    apart = [f"{name} {theirs[name]!r} against {value!r}" for name, value in ours.items() if value != theirs[name]]
+    if Preprocess.from_dict(clip.description["preprocess"]) != Preprocess.from_dict(scorer.description["preprocess"]):
+        apart.append("the preprocessing")
+    have, want = pytree.flatten(scorer.params), pytree.flatten(clip.params)
+    for path, source in shared_paths(scorer.params).items():
+        if source not in want or not np.array_equal(have[path], want[source]):
+            apart.append(source)
+    if apart:
+        more = f" and {len(apart) - 3} more" if len(apart) > 3 else ""
+        raise CheckpointError(f"{where}, and {clip.path} has another tower ({', '.join(apart[:3])}{more}); {fix}")

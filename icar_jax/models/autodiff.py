@@ -8,8 +8,10 @@ a primitive of its own, because `jax.custom_derivatives.linear_call` can be neit
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import jax
@@ -140,3 +142,8 @@ ad.primitive_jvps[_linear_p] = _jvp_rule
 ad.primitive_transposes[_linear_p] = _transpose_rule
 batching.primitive_batchers[_linear_p] = _batching_rule
 mlir.register_lowering(_linear_p, mlir.lower_fun(_apply_rule, multiple_results=True))
+
+
+def present_sum(*terms: Array | None) -> Array:
+    """The sum of the terms that are not None."""
+    return reduce(operator.add, (term for term in terms if term is not None))

@@ -13,10 +13,11 @@ import numpy as np
 from flax import nnx
 
 from icar_jax import pytree
+from icar_jax.errors import ModelError
 from icar_jax.models.functional import Module, Params
 from icar_jax.models.layers import DType
-from icar_jax.models.merging import Tokens
 from icar_jax.models.text import TextArch, TextTower
+from icar_jax.models.token_merging import Tokens
 from icar_jax.models.transformer import AttentionFn, Execution
 from icar_jax.models.vision import VisionArch, VisionTower
 
@@ -37,7 +38,7 @@ class ClipArch:
 
     def __post_init__(self):
         if self.vision.embed_dim != self.text.embed_dim:
-            raise ValueError(
+            raise ModelError(
                 f"both towers must embed into one space: vision {self.vision.embed_dim}, text {self.text.embed_dim}"
             )
 

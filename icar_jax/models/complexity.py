@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from icar_jax.errors import ModelError
 from icar_jax.models.convnext import INIT_STD, ConvNeXt, ConvNeXtArch
 from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType, LayerNorm, Linear
@@ -35,11 +36,11 @@ class ComplexityArch:
 
     def __post_init__(self):
         if self.head not in HEADS:
-            raise ValueError(f"complexity head {self.head!r} must be one of {HEADS}")
+            raise ModelError(f"complexity head {self.head!r} must be one of {HEADS}")
         if self.backbone.num_classes:
-            raise ValueError("the backbone of a complexity model has no classes of its own (num_classes=0)")
+            raise ModelError("the backbone of a complexity model has no classes of its own (num_classes=0)")
         if self.image_size < 32:
-            raise ValueError(f"image size {self.image_size} is below 32 pixels, the backbone's total stride")
+            raise ModelError(f"image size {self.image_size} is below 32 pixels, the backbone's total stride")
 
 
 class ClassificationHead(nnx.Module):
@@ -143,10 +144,10 @@ class ComplexityModel(Module):
         and stride 8, 16, 32 after stage 2, 3, 4. Positive values raise the score, negative ones lower it; the mean of a map is
         its share of the log odds to first order. The two norms before the head ignore a common scale of all channels, so
         after stage 4 the mean is close to 0 and the map says what is more complex than the rest of the same image.
-        Raises ValueError for a stage that is none of MAP_STAGES.
+        Raises ModelError for a stage that is none of MAP_STAGES.
         """
         if stage not in MAP_STAGES:
-            raise ValueError(f"a map can be taken after stage {', '.join(map(str, MAP_STAGES))}, not {stage}")
+            raise ModelError(f"a map can be taken after stage {', '.join(map(str, MAP_STAGES))}, not {stage}")
         features = self.backbone.feature_map(images, stage)
 
         def logit(features: Array) -> Array:

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from icar_jax.errors import ModelError
 from icar_jax.models import ops
 from icar_jax.models.functional import Module
 from icar_jax.models.layers import DepthwiseConv, DType, LayerNorm, Linear, PatchConv
-from icar_jax.models.pixels import require_floats
+from icar_jax.models.ops import require_floats
 
 Array = jax.Array
 EPS = 1e-6
@@ -30,7 +31,7 @@ class ConvNeXtArch:
 
     def __post_init__(self):
         if self.version not in (1, 2) or len(self.depths) != 4 or len(self.dims) != 4:
-            raise ValueError(f"ConvNeXt needs version 1 or 2 and four stages, found {self}")
+            raise ModelError(f"ConvNeXt needs version 1 or 2 and four stages, found {self}")
 
 
 class Grn(nnx.Module):

@@ -16,6 +16,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 from icar_jax.models import ops
+from icar_jax.models.depthwise import depthwise_conv
 
 Array = jax.Array
 DType = Any
@@ -141,7 +142,7 @@ class DepthwiseConv(nnx.Conv):
     def __call__(self, x: Array, out_sharding: Any = None) -> Array:
         if out_sharding is not None or self.bias is None or not _usual_conv(self):
             return super().__call__(x, out_sharding)
-        return ops.depthwise_conv(x, self.kernel[...], self.bias[...], dtype=_dtype(self, x))
+        return depthwise_conv(x, self.kernel[...], self.bias[...], dtype=_dtype(self, x))
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

@@ -1,4 +1,4 @@
-"""The arithmetic of the towers: matrix products, attention, depthwise convolution, normalisation, activations.
+"""The arithmetic of the towers: matrix products, attention, normalisation, activations.
 
 Pure functions of arrays, no modules. Every matrix product of a tower is a `dot` or `dot_t`: operands in the compute dtype,
 accumulation in float32, in the forward and in the backward pass. Backward passes are written by hand; all functions
@@ -7,14 +7,13 @@ differentiate in both modes and any number of times.
 
 from __future__ import annotations
 
-import operator
-from functools import partial, reduce
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from icar_jax.models.autodiff import Derivatives, with_derivatives
+from icar_jax.models.autodiff import Derivatives, present_sum, with_derivatives
 
 Array = jax.Array
 
@@ -90,17 +89,12 @@ def _dot_t_backward(operands, g, dtype):
     return d_lhs.astype(lhs.dtype), d_rhs.astype(rhs.dtype)
 
 
-def _sum(*terms: Array | None) -> Array:
-    """The sum of the terms that are not None."""
-    return reduce(operator.add, (term for term in terms if term is not None))
-
-
 def _product_rule(product):
     """The tangent of a bilinear `product(lhs, rhs, dtype)`."""
 
     def tangent(operands, tangents, dtype):
         (lhs, rhs), (d_lhs, d_rhs) = operands, tangents
-        return _sum(
+        return present_sum(
             None if d_lhs is None else product(d_lhs, rhs, dtype), None if d_rhs is None else product(lhs, d_rhs, dtype)
         )
 
@@ -164,10 +158,10 @@ def _attention_tangent(residuals, tangents, causal, dtype):
     dq, dk, dv = tangents
     p, out = weights.astype(jnp.float32) / total, None
     if dq is not None or dk is not None:
-        ds = _sum(None if dq is None else dot_t(dq, k, dtype), None if dk is None else dot_t(q, dk, dtype))
+        ds = present_sum(None if dq is None else dot_t(dq, k, dtype), None if dk is None else dot_t(q, dk, dtype))
         ds = ds * q.shape[-1] ** -0.5
         out = dot(p * (ds - (p * ds).sum(-1, keepdims=True)), v, dtype)
-    return _sum(out, None if dv is None else dot(p, dv, dtype)).astype(dtype)
+    return present_sum(out, None if dv is None else dot(p, dv, dtype)).astype(dtype)
 
 
 _attention = with_derivatives(Derivatives(_attention_forward, _attention_tangent, _attention_backward), arrays=3)
@@ -178,101 +172,6 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool = False, dtype=None)
     dtype = jnp.dtype(q.dtype if dtype is None else dtype)
     out = _attention(*(jnp.swapaxes(t.astype(dtype), 1, 2) for t in (q, k, v)), causal, dtype)
     return jnp.swapaxes(out, 1, 2)
-
-
-# --- depthwise convolution -------------------------------------------------------------------------------------------------
-
-_UNROLL = 64  # positions of the cotangent a loop step of the CPU kernel gradient takes
-
-
-def _conv(x: Array, kernel: Array) -> Array:
-    return lax.conv_general_dilated(
-        x,
-        kernel.astype(x.dtype),
-        (1, 1),
-        "SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1],
-        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-    )
-
-
-def _pad_same(x: Array, kernel_shape, extra_h: int = 0, extra_w: int = 0) -> Array:
-    rows, cols = kernel_shape[0] // 2, kernel_shape[1] // 2
-    return jnp.pad(x, ((0, 0), (rows, rows + extra_h), (cols, cols + extra_w), (0, 0)))
-
-
-def _shifted_sum(x: Array, kernel: Array) -> Array:
-    """The convolution as one multiply-add a kernel tap: XLA's CPU backend has no fast depthwise convolution."""
-    height, width = x.shape[1:3]
-    padded = _pad_same(x, kernel.shape).astype(jnp.float32)
-    taps = [(i, j) for i in range(kernel.shape[0]) for j in range(kernel.shape[1])]
-    return sum(padded[:, i : i + height, j : j + width] * _along(kernel[i, j, 0], x) for i, j in taps).astype(x.dtype)
-
-
-def _kernel_gradient_conv(x: Array, kernel: Array, g: Array) -> Array:
-    return jax.vjp(lambda k: _conv(x, k), kernel)[1](g)[0]
-
-
-def _kernel_gradient_tiles(x: Array, kernel: Array, g: Array) -> Array:
-    """The kernel gradient on CPU: a loop over small tiles of g that holds all accumulators, [rows, C] a kernel column.
-
-    One reduction a tap would read x and g from memory once a tap.
-    """
-    rows, cols, _, channels = kernel.shape
-    batch, height, width = g.shape[:3]
-    tile_w = -(-width // -(-width // _UNROLL))
-    tile_h = min(height, max(1, _UNROLL // tile_w))
-    tiles_h, tiles_w = -(-height // tile_h), -(-width // tile_w)
-    extra_h, extra_w = tiles_h * tile_h - height, tiles_w * tile_w - width
-    x = _pad_same(x, kernel.shape, extra_h, extra_w)
-    g = jnp.pad(g, ((0, 0), (0, extra_h), (0, extra_w), (0, 0)))
-
-    def add_tile(sums, index):
-        corner = (index // (tiles_h * tiles_w), index // tiles_w % tiles_h * tile_h, index % tiles_w * tile_w, 0)
-        x_tile = lax.dynamic_slice(x, corner, (1, tile_h + rows - 1, tile_w + cols - 1, channels))[0].astype(jnp.float32)
-        g_tile = lax.dynamic_slice(g, corner, (1, tile_h, tile_w, channels))[0].astype(jnp.float32)
-        places = [(a, b) for a in range(tile_h) for b in range(tile_w)]
-        sums = tuple(
-            total + sum(x_tile[a : a + rows, b + j] * g_tile[a, b][None] for a, b in places) for j, total in enumerate(sums)
-        )
-        return sums, None
-
-    zeros = tuple(jnp.zeros((rows, channels), jnp.float32) for _ in range(cols))
-    sums, _ = lax.scan(add_tile, zeros, jnp.arange(batch * tiles_h * tiles_w))
-    return jnp.stack(sums, axis=1)[:, :, None].astype(kernel.dtype)
-
-
-def _depthwise_forward(x, kernel):
-    return lax.platform_dependent(x, kernel, cpu=_shifted_sum, default=_conv), (x, kernel)
-
-
-def _depthwise_backward(residuals, g):
-    x, kernel = residuals
-    d_kernel = lax.platform_dependent(x, kernel, g, cpu=_kernel_gradient_tiles, default=_kernel_gradient_conv)
-    return _depthwise(g, kernel[::-1, ::-1]), d_kernel
-
-
-def _depthwise_tangent(residuals, tangents):
-    (x, kernel), (dx, d_kernel) = residuals, tangents
-    return _sum(None if dx is None else _depthwise(dx, kernel), None if d_kernel is None else _depthwise(x, d_kernel))
-
-
-_depthwise = with_derivatives(Derivatives(_depthwise_forward, _depthwise_tangent, _depthwise_backward), arrays=2)
-
-
-def depthwise_conv(x: Array, kernel: Array, bias: Array | None = None, *, dtype) -> Array:
-    """Depthwise convolution, stride 1, "same" zero padding: x [B, H, W, C], kernel [h, w, 1, C] -> [B, H, W, C] in `dtype`.
-
-    Raises:
-      ValueError: the kernel is not [h, w, 1, C] with odd h and w and the channels of x.
-    """
-    if kernel.ndim != 4 or kernel.shape[2:] != (1, x.shape[-1]) or not (kernel.shape[0] % 2 and kernel.shape[1] % 2):
-        raise ValueError(
-            f"depthwise_conv needs a kernel of shape [odd, odd, 1, {x.shape[-1]}] for x {x.shape}, got {kernel.shape}"
-        )
-    y = _depthwise(x.astype(dtype), kernel)
-    return y if bias is None else (y.astype(jnp.float32) + _along(bias, y)).astype(dtype)
 
 
 def stored(x: Array) -> Array:
@@ -287,7 +186,7 @@ def stored(x: Array) -> Array:
 # --- normalisation and activations -----------------------------------------------------------------------------------------
 
 
-def _along(vector: Array, x: Array) -> Array:
+def along(vector: Array, x: Array) -> Array:
     """vector [D] with the rank of x [..., D]: `jax.numpy_rank_promotion` may forbid to do this silently."""
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
@@ -302,7 +201,7 @@ def _layer_norm_forward(x, scale, bias, eps, dtype):
     inverse = lax.rsqrt(jnp.square(y - mean).mean(-1, keepdims=True) + eps)
     # The barrier has the normalised values computed where they are used; XLA would otherwise store them.
     mean, inverse = lax.optimization_barrier((mean, inverse))
-    out = _normalise(x, mean, inverse) * _along(scale, x) + _along(bias, x)
+    out = _normalise(x, mean, inverse) * along(scale, x) + along(bias, x)
     return out.astype(dtype), (x, scale, bias, mean, inverse)
 
 
@@ -312,10 +211,10 @@ def _layer_norm_backward(residuals, g, eps, dtype):
     y = _normalise(x, mean, inverse)
     rows = tuple(range(x.ndim - 1))
     d_scale, d_bias = (g * y).sum(rows), g.sum(rows)
-    dy = g * _along(scale, x)
+    dy = g * along(scale, x)
     means = dy.mean(-1, keepdims=True), (dy * y).mean(-1, keepdims=True)
     shift, slope = lax.optimization_barrier(means)
-    dx = (g * _along(scale, x) - shift - _normalise(x, mean, inverse) * slope) * inverse
+    dx = (g * along(scale, x) - shift - _normalise(x, mean, inverse) * slope) * inverse
     return dx.astype(x.dtype), d_scale.astype(scale.dtype), d_bias.astype(bias.dtype)
 
 
@@ -325,9 +224,9 @@ def _layer_norm_tangent(residuals, tangents, eps, dtype):
     if dx is not None:
         dx = dx.astype(jnp.float32)
         means = dx.mean(-1, keepdims=True), (dx * y).mean(-1, keepdims=True)
-        out = (dx - means[0] - y * means[1]) * inverse * _along(scale, x)
-    of_scale = None if d_scale is None else y * _along(d_scale, x)
-    out = _sum(out, of_scale, None if d_bias is None else jnp.broadcast_to(_along(d_bias, x), y.shape))
+        out = (dx - means[0] - y * means[1]) * inverse * along(scale, x)
+    of_scale = None if d_scale is None else y * along(d_scale, x)
+    out = present_sum(out, of_scale, None if d_bias is None else jnp.broadcast_to(along(d_bias, x), y.shape))
     return out.astype(dtype)
 
 
@@ -375,3 +274,21 @@ def gelu_tanh(x: Array) -> Array:
 def quick_gelu(x: Array) -> Array:
     """x * sigmoid(1.702 x), the activation of the original CLIP weights."""
     return _quick_gelu(x)
+
+
+Array = jax.Array
+
+
+def normalise(images: Array, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Array:
+    """images uint8 [B, S, S, 3] -> float32 [B, S, S, 3], (x / 255 - mean) / std per channel."""
+    mean, std = (jnp.asarray(each, jnp.float32).reshape(1, 1, 1, 3) for each in (mean, std))
+    return images.astype(jnp.float32) * (1 / (255 * std)) - mean / std
+
+
+def require_floats(images: Array) -> None:
+    """Raises TypeError for integers: what a tower takes is normalised."""
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(
+            f"images must be normalised floats, got {images.dtype}; icar_jax.models.pixels.normalise(images, mean, std) takes "
+            "uint8 pixels"
+        )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from icar_jax.errors import ModelError
 from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType, LayerNorm, Linear, draw
 from icar_jax.models.transformer import AttentionFn, Block, Execution, require_blocks, run_blocks
@@ -40,9 +41,9 @@ class TextArch:
 
     def __post_init__(self):
         if self.pool not in POOLS:
-            raise ValueError(f"text pool {self.pool!r} must be one of {POOLS}")
+            raise ModelError(f"text pool {self.pool!r} must be one of {POOLS}")
         if not 0 <= self.end_id < self.vocabulary:
-            raise ValueError(f"end token {self.end_id} lies outside the vocabulary of {self.vocabulary}")
+            raise ModelError(f"end token {self.end_id} lies outside the vocabulary of {self.vocabulary}")
 
 
 class TextTower(Module):

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from icar_jax import pytree
-from icar_jax.models.complexity import HEAD_MODULES, HEADS, log_odds
+from icar_jax.config import from_dict, unknown
+from icar_jax.errors import ModelError
+from icar_jax.models.complexity import HEAD_MODULES, HEADS, ComplexityArch, ComplexityModel, log_odds
 from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType
-from icar_jax.models.merging import Tokens
+from icar_jax.models.token_merging import Tokens
 from icar_jax.models.vision import Trunk, VisionArch, run_trunk
 
 Array = jax.Array
@@ -39,11 +41,11 @@ class BlocksArch:
 
     def __post_init__(self):
         if self.head not in HEADS:
-            raise ValueError(f"complexity head {self.head!r} must be one of {HEADS}")
+            raise ModelError(f"complexity head {self.head!r} must be one of {HEADS}")
         if not 1 <= self.blocks <= self.vision.depth:
-            raise ValueError(f"blocks={self.blocks} must lie in 1 to {self.vision.depth}, the depth of the vision tower")
+            raise ModelError(f"blocks={self.blocks} must lie in 1 to {self.vision.depth}, the depth of the vision tower")
         if self.type != "blocks":
-            raise ValueError(f"type {self.type!r} must be 'blocks'")
+            raise ModelError(f"type {self.type!r} must be 'blocks'")
 
     @property
     def image_size(self) -> int:
@@ -154,3 +156,22 @@ def pool_tokens(tokens: Tokens, class_token: bool) -> Array:
 def shared_paths(shapes: Mapping[str, Any]) -> dict[str, str]:
     """{path of a parameter of the copied part: its path in the CLIP's parameters}, from parameters or their shapes."""
     return {path: re.sub(f"^{TOWER}/", "vision/", path) for path in pytree.flatten(shapes) if path.startswith(f"{TOWER}/")}
+
+
+ScorerArch = ComplexityArch | BlocksArch
+
+
+def scorer_arch(values: Mapping[str, Any], where: str) -> ScorerArch:
+    """The architecture under "arch" of a complexity checkpoint; one without "type" is a ConvNeXt.
+
+    Raises ConfigError for an unknown type or field, naming `where`.
+    """
+    kind = values.get("type")
+    if kind not in (None, "blocks"):
+        raise unknown(f"{where}.type", kind, ("blocks",))
+    return from_dict(dict(values), ComplexityArch if kind is None else BlocksArch, where)
+
+
+def scorer_class(arch: ScorerArch) -> type[ComplexityModel | TokenRouter]:
+    """The module that an architecture describes."""
+    return TokenRouter if isinstance(arch, BlocksArch) else ComplexityModel

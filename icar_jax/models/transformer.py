@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from icar_jax.errors import ModelError
 from icar_jax.models import ops
 from icar_jax.models.functional import Module, state_besides_parameters
 from icar_jax.models.layers import ACTIVATIONS, DType, LayerNorm, Linear, columns, draw
@@ -39,7 +40,7 @@ class Execution:
 
     def __post_init__(self):
         if self.remat not in REMAT:
-            raise ValueError(f"remat {self.remat!r} must be one of {REMAT}")
+            raise ModelError(f"remat {self.remat!r} must be one of {REMAT}")
 
     @property
     def how(self) -> str:
@@ -60,7 +61,7 @@ class Attention(Module):
     ):  # fmt: skip
         """`depth`: blocks of the tower; the output projection starts smaller in deeper ones, as CLIP's does."""
         if width % heads:
-            raise ValueError(f"width {width} does not divide into {heads} heads")
+            raise ModelError(f"width {width} does not divide into {heads} heads")
         self.width, self.heads, self.causal = width, heads, causal
         self.attention = ops.attention if attention is None else attention
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -93,7 +94,7 @@ class Mlp(Module):
     ):  # fmt: skip
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         if not callable(activation) and activation not in ACTIVATIONS:
-            raise ValueError(f"activation {activation!r} must be one of {tuple(ACTIVATIONS)}, or a function")
+            raise ModelError(f"activation {activation!r} must be one of {tuple(ACTIVATIONS)}, or a function")
         self.activation = activation if callable(activation) else ACTIVATIONS[activation]
         self.fc1 = Linear(width, hidden, std=(2 * width) ** -0.5, **types)
         self.fc2 = Linear(hidden, width, std=(2 * depth * width) ** -0.5, **types)

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from icar_jax.errors import ModelError
 from icar_jax.models.exit_heads import EXIT_HEADS, Adapter, TokenAttention
 from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType, LayerNorm, Linear, PatchConv, draw
-from icar_jax.models.merging import Tokens, merge_similar, merging_error
-from icar_jax.models.pixels import require_floats
+from icar_jax.models.ops import require_floats
+from icar_jax.models.token_merging import Tokens, merge_similar, merging_error
 from icar_jax.models.transformer import AttentionFn, AttentionPool, Block, Execution, require_blocks, run_blocks
 
 Array = jax.Array
@@ -53,30 +54,30 @@ class VisionArch:
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
-            raise ValueError(f"image size {self.image_size} is not a multiple of the patch size {self.patch_size}")
+            raise ModelError(f"image size {self.image_size} is not a multiple of the patch size {self.patch_size}")
         if list(self.exits) != sorted(set(self.exits)) or any(not 1 <= e < self.depth for e in self.exits):
-            raise ValueError(f"exits {self.exits} must be ascending block counts from 1 to {self.depth - 1}")
+            raise ModelError(f"exits {self.exits} must be ascending block counts from 1 to {self.depth - 1}")
         if wrong := merging_error(self.merge, self.depth, self.grid**2):
-            raise ValueError(wrong)
+            raise ModelError(wrong)
         if self.pool in ("mean", "first_patch") and (late := self.exits_after_merging):
-            raise ValueError(f"exits {late} pool {self.pool!r}, which merge={self.merge} has merged before; use 'cls'")
+            raise ModelError(f"exits {late} pool {self.pool!r}, which merge={self.merge} has merged before; use 'cls'")
         if self.pool not in POOLS or self.head not in HEADS:
-            raise ValueError(f"pool {self.pool!r} must be one of {POOLS} and head {self.head!r} one of {HEADS}")
+            raise ModelError(f"pool {self.pool!r} must be one of {POOLS} and head {self.head!r} one of {HEADS}")
         if self.exit_head not in EXIT_HEADS:
-            raise ValueError(f"exit head {self.exit_head!r} must be one of {EXIT_HEADS}")
+            raise ModelError(f"exit head {self.exit_head!r} must be one of {EXIT_HEADS}")
         if not self.class_token and "cls" in (self.head, *((self.pool,) if self.exits else ())):
-            raise ValueError("a tower without class token cannot pool 'cls'")
+            raise ModelError("a tower without class token cannot pool 'cls'")
         if self.head == "map" and (self.embed_dim != self.width or (self.exits and self.pool != "map")):
-            raise ValueError(
+            raise ModelError(
                 f"an attention-pool head has no projection: embed_dim {self.embed_dim} must be the width {self.width}, "
                 f"and exits pool 'map', not {self.pool!r}"
             )
         if self.exit_sum and self.head == "map":
-            raise ValueError("exit_sum sums projections, which a tower with an attention-pool head has none of")
+            raise ModelError("exit_sum sums projections, which a tower with an attention-pool head has none of")
         if self.pool == "map" and self.exits and self.exit_head != "linear":
-            raise ValueError(f"exits that pool 'map' see all tokens already; exit head {self.exit_head!r} must be 'linear'")
+            raise ModelError(f"exits that pool 'map' see all tokens already; exit head {self.exit_head!r} must be 'linear'")
         if self.head != "map" and self.pool == "map":
-            raise ValueError("pool 'map' needs head 'map': exit heads start from the head of the full tower")
+            raise ModelError("pool 'map' needs head 'map': exit heads start from the head of the full tower")
 
     @property
     def grid(self) -> int:
@@ -117,11 +118,11 @@ class VisionArch:
         return tuple(e for e in self.all_exits if e <= blocks_run) if self.exit_sum else (blocks_run,)
 
     def check_exit(self, exit: int | None) -> int:
-        """The executed blocks of `exit`, None meaning full depth. Raises ValueError for a depth without a head."""
+        """The executed blocks of `exit`, None meaning full depth. Raises ModelError for a depth without a head."""
         if exit is None:
             return self.depth
         if exit not in self.all_exits:
-            raise ValueError(f"exit={exit} has no head; this model has exits after {self.all_exits} blocks")
+            raise ModelError(f"exit={exit} has no head; this model has exits after {self.all_exits} blocks")
         return exit
 
 

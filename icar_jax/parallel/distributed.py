@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from icar_jax.config import ConfigError
+from icar_jax.errors import IcarError
 
 _T = TypeVar("_T")
 FLAGS = "--coordinator=HOST:PORT --processes=N --process=I"
@@ -32,11 +33,11 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",
 _MPI_SIZE, _MPI_RANK, _MPI_ADDRESS = "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_MCA_orte_hnp_uri"
 
 
-class StartError(RuntimeError):
+class StartError(IcarError, RuntimeError):
     """The processes of a run did not find each other."""
 
 
-class PeerError(RuntimeError):
+class PeerError(IcarError, RuntimeError):
     """Another process of the run failed, was lost, or was started differently; the reason is in its own output."""
 
 

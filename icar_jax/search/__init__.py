@@ -9,9 +9,10 @@ import importlib
 from types import ModuleType
 
 from icar_jax import extras
+from icar_jax.errors import IcarError
 
 
-class MissingExtra(ValueError):
+class MissingExtra(IcarError, ValueError):
     """A library of the [search] extra is not installed."""
 
 

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from icar_jax.config import not_local
+from icar_jax.errors import IcarError
 from icar_jax.search import MissingExtra
 
 LOCK = ".lock"
 
 
-class StoreError(ValueError):
+class StoreError(IcarError, ValueError):
     """A store is missing, damaged, of another format or of another model; the message names it and the fix."""
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from icar_jax.data.folders import read_captions
+from icar_jax.data.sources.folders import read_captions
 from icar_jax.search.scan import is_below
 
 

@@ -13,86 +13,32 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import jax
 from tqdm import tqdm
 
 from icar_jax import checkpoint as ckpt
-from icar_jax.data.image_paths import STDIN, ImagePaths, NoImages, vanished, walk
+from icar_jax.data.sources.files import STDIN, ImagePaths, NoImages, vanished, walk
+from icar_jax.errors import IcarError
+from icar_jax.inference.files.stream import Encoding, embed_stream
 from icar_jax.inference.model import Model
-from icar_jax.inference.reading import Bad, in_order
-from icar_jax.inference.stream import Embedding, Encoding, embed_stream
+from icar_jax.inference.reading import in_order
 from icar_jax.parallel import distributed
 from icar_jax.search import opening
 from icar_jax.search.access import StoreExists, address
 from icar_jax.search.captions import Captions
+from icar_jax.search.index_result import SUMMED, Indexed
 from icar_jax.search.scan import Scan, is_below, share
 from icar_jax.search.store import Store
 from icar_jax.search.writing import Writer, read_found
 
 COMMIT_ROWS = 1000
-_KEEP_EXITS = (
-    "  Unchanged images keep their exits: --budget, --exit and --pass cheap are for what is embedded now. --pass refine runs "
-    "deeper what needs it, with --budget as well; a new store holds all images at another budget"
-)
 _BUNDLE_ROUTES = {"budget": None, "exit": None, "cheap": False}
 
 
-class IndexingError(ValueError):
+class IndexingError(IcarError, ValueError):
     """A run that would do harm, or cannot be meant; the message says how to mean it."""
-
-
-@dataclass
-class Indexed(Embedding):
-    """What a run of `index_files` did, summed over its processes.
-
-    Attributes:
-        rerouted: images were unchanged, and another budget, exit or pass was asked for than the last ones were embedded with.
-        images: run through the model; exits, warm_up_s, seconds, stats: as of Embedding, of this process.
-        added, updated: paths that are new to the store, or whose content changed; whether or not the model had to run.
-        copied: of these, content that the store held already: files moved or copied.
-        touched: content unchanged, but not the modified time. captioned: only the caption changed.
-        unchanged: not read, or read and found equal. removed: rows of vanished files, with `prune`; gone: without.
-        kept: rows that another run had written meanwhile. bad, still_bad: files that cannot be used, found now or before.
-        total: images in the store now. duplicates, empty: as of ImagePaths.
-    """
-
-    added: int = 0
-    updated: int = 0
-    copied: int = 0
-    touched: int = 0
-    captioned: int = 0
-    unchanged: int = 0
-    removed: int = 0
-    gone: int = 0
-    kept: int = 0
-    rerouted: bool = False
-    bad: int = 0
-    still_bad: int = 0
-    total: int = 0
-    first_bad: list[Bad] = field(default_factory=list)
-    duplicates: int = 0
-    empty: list[str] = field(default_factory=list)
-
-    def report(self) -> str:
-        """Text for the end of a run: speed, shares, and what became of the files."""
-        counts = [f"added {self.added:,}", f"updated {self.updated:,}", f"removed {self.removed:,}",
-                  f"unchanged {self.unchanged:,}", f"bad {self.bad + self.still_bad:,}"]  # fmt: skip
-        rare = {
-            "touched (same content)": self.touched, "new captions": self.captioned, "written by another run": self.kept,
-            "vanished files whose rows stay (--prune removes them)": self.gone,
-        }  # fmt: skip
-        counts += [f"{what} {count:,}" for what, count in rare.items() if count]
-        copied = f" ({self.copied:,} of them had content that was embedded already)" if self.copied else ""
-        return "\n".join(
-            [f"Embedded {self.images:,} images in {self.pace()}", *self.details(),
-             f"  {', '.join(counts)}{copied}", *([_KEEP_EXITS] if self.rerouted else [])]
-        )  # fmt: skip
-
-
-_SUMMED = tuple(f.name for f in fields(Indexed) if f.type == "int" and f.name != "total")
 
 
 def index_files(
@@ -176,7 +122,7 @@ def index_files(
         store.clear_bad([name for name in scan.bad_gone(roots) if vanished(name) or os.path.isdir(name)])
         done.unchanged = len(scan.unchanged) - done.captioned
         done.still_bad = len(scan.still_bad)
-    for name, value in zip(_SUMMED, distributed.total([getattr(done, name) for name in _SUMMED]), strict=True):
+    for name, value in zip(SUMMED, distributed.total([getattr(done, name) for name in SUMMED]), strict=True):
         setattr(done, name, int(value))
     done.share_exits(store.exits, distributed.total([done.exits[exit] for exit in store.exits]))
     asked = {"budget": budget, "exit": exit, "cheap": cheap}

@@ -38,7 +38,8 @@ def create(
         for attempt in range(_ATTEMPTS):
             try:
                 with reported(uri, "creating it"):
-                    return Store(uri, database := lancedb.connect(uri), meta, _created(database, uri, embed_dim, meta))
+                    database = lancedb.connect(uri)
+                    return Store(uri, database, meta, _created(database, uri, embed_dim, meta), open_store)
             except StoreError as error:
                 # Without a lock another writer may be at the same work: it, or the next attempt, completes the store.
                 met = "conflict" in str(error.__cause__ or error).lower()  # of the cause: the message names the address too
@@ -81,7 +82,7 @@ def open_store(uri: str | os.PathLike) -> Store:
         if meta["format"] != FORMAT:
             raise StoreError(f"the store {uri} has format {meta['format']!r}; this version reads format {FORMAT}")
         expected = image_schema(meta["embed_dim"])
-        store = Store(uri, database, meta, tables)
+        store = Store(uri, database, meta, tables, open_store)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, StoreError):
             raise

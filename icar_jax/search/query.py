@@ -14,6 +14,7 @@ import pyarrow as pa
 from icar_jax import checkpoint as ckpt
 from icar_jax.checkpoint import CheckpointError
 from icar_jax.data.images import ImageLike
+from icar_jax.errors import IcarError
 from icar_jax.inference.loading import load
 from icar_jax.inference.model import Model
 from icar_jax.search import vector_index
@@ -29,7 +30,7 @@ _QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|`[^`]*`""")
 IMAGES_COMPARED = 256  # of the store, which the hits of an image query are compared with
 
 
-class QueryError(ValueError):
+class QueryError(IcarError, ValueError):
     """A query or a filter that means nothing; the message says why."""
 
 

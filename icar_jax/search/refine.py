@@ -19,14 +19,15 @@ from tqdm import tqdm
 
 from icar_jax import checkpoint as ckpt
 from icar_jax.checkpoint import CheckpointError
-from icar_jax.data.image_paths import STDIN, ImagePaths, vanished
 from icar_jax.data.images import Preprocess
+from icar_jax.data.sources.files import STDIN, ImagePaths, vanished
+from icar_jax.inference.files.stream import SCORE, Embedding, Encoding, ReadImage, embed_stream, read_image
 from icar_jax.inference.model import Model
 from icar_jax.inference.reading import Bad, in_order, readable
 from icar_jax.inference.router import Routed, assign
-from icar_jax.inference.stream import SCORE, Embedding, Encoding, ReadImage, embed_stream, read_image
 from icar_jax.parallel import distributed
-from icar_jax.search.indexing import COMMIT_ROWS, Indexed, IndexingError, index_files, open_or_create
+from icar_jax.search.index_result import Indexed
+from icar_jax.search.indexing import COMMIT_ROWS, IndexingError, index_files, open_or_create
 from icar_jax.search.scan import Found, is_below, share
 from icar_jax.search.store import Store
 from icar_jax.search.tables import now

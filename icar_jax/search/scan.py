@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from icar_jax.data.image_paths import vanished
+from icar_jax.data.sources.files import vanished
 
 
 class Lookup:

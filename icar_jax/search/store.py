@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from icar_jax.errors import ModelError
 from icar_jax.search.access import StoreError, is_local, locked, made, reported
 from icar_jax.search.tables import (
     BAD,
@@ -58,8 +59,10 @@ class Store:
             what was kept of its rows is of another store then.
     """
 
-    def __init__(self, uri: str, database: Any, meta: Mapping[str, Any], tables: Mapping[str, Any]):
-        self.uri, self._database, self.meta = uri, database, dict(meta)
+    def __init__(
+        self, uri: str, database: Any, meta: Mapping[str, Any], tables: Mapping[str, Any], reopen: Callable[[str], Store]
+    ):
+        self.uri, self._database, self.meta, self._reopen = uri, database, dict(meta), reopen
         self.embed_dim: int = self.meta["embed_dim"]
         self.exits: tuple[int, ...] = tuple(self.meta["exits"])
         self._tables = dict(tables)
@@ -144,15 +147,15 @@ class Store:
         """Writes n images, columns of `image_schema`, each path once: new ones are added, others replaced.
 
         A row that another run has stored meanwhile is kept where that run read the file later, or embedded the same content
-        deeper. Returns bool [n]: which were written. Raises ValueError for vectors that are not finite, and for a path that is
-        named twice.
+        deeper. Returns bool [n]: which were written. Raises ModelError for vectors that are not finite, ValueError for a path
+        that is named twice.
         """
         rows = rows.select(image_schema(self.embed_dim).names).cast(image_schema(self.embed_dim))
         if len(set(rows["path"].to_pylist())) != len(rows):
             raise ValueError("an upsert names a path twice")
         finite = np.isfinite(vectors(rows["vector"])).all(axis=1)
         if not finite.all():
-            raise ValueError(f"the embedding of {rows['path'][int(np.argmin(finite))]} is not finite; the model is broken")
+            raise ModelError(f"the embedding of {rows['path'][int(np.argmin(finite))]} is not finite; the model is broken")
         if not len(rows):
             return np.zeros(0, bool)
         with self.commit_lock():
@@ -332,9 +335,7 @@ class Store:
 
     def _renew(self) -> None:
         """Opens what was made anew at the address: the tables that were open here would mix old rows with new ones."""
-        from icar_jax.search.opening import open_store  # which makes objects of this class
-
-        new = open_store(self.uri)
+        new = self._reopen(self.uri)
         if (new.meta["model"].get("clip"), new.exits) != (self.meta["model"].get("clip"), self.exits):
             raise StoreError(f"the store {self.uri} was made anew with another model since it was opened; open it again")
         self._database, self._tables, self.meta, self._made = new._database, new._tables, new.meta, new._made

@@ -11,16 +11,16 @@ import numpy as np
 import pyarrow as pa
 
 from icar_jax.data.images import Preprocess
+from icar_jax.inference.files.stream import ReadImage, read_image
 from icar_jax.inference.reading import Bad, readable
 from icar_jax.inference.router import Routed
-from icar_jax.inference.stream import ReadImage, read_image
 from icar_jax.search.captions import Captions
 from icar_jax.search.scan import Found, Scan, table_name
 from icar_jax.search.store import Store
 from icar_jax.search.tables import image_schema, now, vector_column
 
 if TYPE_CHECKING:
-    from icar_jax.search.indexing import Indexed
+    from icar_jax.search.index_result import Indexed
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ import orbax.checkpoint as ocp
 
 from icar_jax import checkpoint, pytree
 from icar_jax.config import ConfigError
+from icar_jax.errors import IcarError
 from icar_jax.parallel import distributed
 from icar_jax.training.step import State
 from icar_jax.workdir import CHECKPOINTS
 
 
-class SaveError(RuntimeError):
+class SaveError(IcarError, RuntimeError):
     """A training state could not be written; the checkpoints that were complete before it stay as they are."""
 
 

@@ -12,22 +12,22 @@ from absl import logging
 
 from icar_jax import config as cfg
 from icar_jax.config import ExperimentConfig
-from icar_jax.data import augment, sources
-from icar_jax.data.iterator import Batch, BatchIterator
-from icar_jax.data.pipeline import BadFiles, train_batches
+from icar_jax.data import augment, configured
+from icar_jax.data.loader.batches import BadFiles, train_batches
+from icar_jax.data.loader.iterator import Batch, BatchIterator
 from icar_jax.parallel import distributed
 from icar_jax.parallel.mesh import batch_sharding, batch_shards
 from icar_jax.parallel.rules import shardings
-from icar_jax.training import regret, rivals
 from icar_jax.training.checkpoints import StateStore, write_model
 from icar_jax.training.evaluator import Evaluation, MakeEvaluator, Trained, make_evaluation
-from icar_jax.training.initial import place
+from icar_jax.training.init_weights import place
 from icar_jax.training.logs import RunLog, SilentLog, open_log
 from icar_jax.training.monitor import CutCaptions, Monitor, NonFiniteLoss
-from icar_jax.training.opening import Run, initial_params, open_run, optimizer_of, say, starts_from_weights
 from icar_jax.training.preemption import Agreement, StopRequest
+from icar_jax.training.setup import Run, initial_params, open_run, optimizer_of, say, starts_from_weights
 from icar_jax.training.step import State, abstract_state, init_state, make_step, model_params, put_batch
-from icar_jax.training.tasks import given_params
+from icar_jax.training.tasks import extra_negatives, regret
+from icar_jax.training.tasks.tasks import given_params
 
 __all__ = ["NonFiniteLoss", "train"]
 
@@ -69,7 +69,7 @@ def _train(run: Run, request: StopRequest, stop_after: int, evaluators: tuple[Ma
         start = distributed.from_main(store.latest_step or 0)  # a network file system may show the newest one late elsewhere
         if regret.RIVALS in task.given and start < min(t.steps, stop_after):
             with distributed.together("embedding the rivals"):
-                found = rivals.embed(config, run.source, run.tokenizer, given[regret.CLIP], request)
+                found = extra_negatives.embed(config, run.source, run.tokenizer, given[regret.CLIP], request)
             if found is not None:  # else a signal has come, and no step is done
                 distributed.require_same("set of rivals (images that can be read)", found["index"].tobytes().hex())
                 fixed[regret.RIVALS] = place(found, shardings(task.given[regret.RIVALS], run.mesh))
@@ -179,7 +179,7 @@ def _batches(run: Run, start: int, part: tuple[int, int]) -> BatchIterator:
         process_count=part[1],
         with_complexity="complexity" in run.task.fields,
         others=run.task.others,
-        **sources.loading(data),
+        **configured.loading(data),
     )
 
 

@@ -12,6 +12,7 @@ import jax
 from absl import logging
 
 from icar_jax.config import ExperimentConfig
+from icar_jax.errors import IcarError
 from icar_jax.parallel import distributed
 from icar_jax.training.logs import UNITS, RunLog
 from icar_jax.training.optimizer import schedule
@@ -19,7 +20,7 @@ from icar_jax.training.optimizer import schedule
 _NAMED = 64  # files of a batch that a message lists
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(IcarError, RuntimeError):
     """The loss of a step is not finite; the last checkpoint on disk is from before it."""
 
 

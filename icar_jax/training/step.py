@@ -14,10 +14,10 @@ from icar_jax import pytree
 from icar_jax.config import ExperimentConfig
 from icar_jax.parallel.mesh import batch_sharding, replicated
 from icar_jax.parallel.rules import shardings
-from icar_jax.training import accumulate
+from icar_jax.training.losses import grad_cache
 from icar_jax.training.optimizer import ema_init, ema_update, state_like, trainable
-from icar_jax.training.tasks import Task
-from icar_jax.training.tower import frozen_groups
+from icar_jax.training.tasks.frozen_trunk import frozen_groups
+from icar_jax.training.tasks.tasks import Task
 
 # {'params': nested dict float32, 'opt_state': optax state, 'step': int32 [], and with config.optim.ema 'ema' like params}.
 # The position in the data is step x batch, and randomness is folded from (seed, step), so nothing else has to be stored to
@@ -88,7 +88,7 @@ def make_step(
             lambda path, leaf: leaf if trainable(path, frozen) else jax.lax.stop_gradient(leaf), tree
         )
         if config.train.accumulate > 1:
-            return accumulate.value_and_grad(
+            return grad_cache.value_and_grad(
                 lambda p, part: task.embed(hold(p), part),
                 lambda p, embeddings: task.contrast(hold(p), embeddings, key),
                 params,

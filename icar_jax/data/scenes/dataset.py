@@ -12,6 +12,7 @@ from icar_jax.data.scenes.captions import describe
 from icar_jax.data.scenes.draw import draw_scene
 from icar_jax.data.scenes.grammar import Scene
 from icar_jax.data.scenes.sample import sample_scene, twin_of
+from icar_jax.errors import DataError
 
 # Split -> number in the random key. The numbers are part of the dataset: never change one.
 SPLITS = {"train": 0, "calibration": 1, "val": 2, "test": 3, "relations": 4, "heldout": 5}
@@ -41,20 +42,18 @@ class Scenes:
 
     def __init__(self, split: str, size: int, *, seed: int = 0, image_size: int = 64, heldout: bool | None = None) -> None:
         if split not in SPLITS:
-            raise ValueError(f"unknown split {split!r} of scenes; expected one of {', '.join(SPLITS)}")
+            raise DataError(f"unknown split {split!r} of scenes; expected one of {', '.join(SPLITS)}")
         if size < 1 or (split == "relations" and size % 2):
             wanted = "an even number of at least 2 (twins come in pairs)" if split == "relations" else "at least 1"
-            raise ValueError(f"scenes/{split}: size must be {wanted}, got {size}")
+            raise DataError(f"scenes/{split}: size must be {wanted}, got {size}")
         if seed < 0:
-            raise ValueError(f"scenes/{split}: seed must not be negative, got {seed}")
+            raise DataError(f"scenes/{split}: seed must not be negative, got {seed}")
         if not MIN_IMAGE_SIZE <= image_size <= MAX_IMAGE_SIZE:
-            raise ValueError(
-                f"scenes/{split}: image_size must be {MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE} pixels, got {image_size}"
-            )
+            raise DataError(f"scenes/{split}: image_size must be {MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE} pixels, got {image_size}")
         if heldout and split in _SEEN_PAIRS_ONLY:
-            raise ValueError(f"scenes/{split} never holds the held-out pairs; heldout=True needs val, test or heldout")
+            raise DataError(f"scenes/{split} never holds the held-out pairs; heldout=True needs val, test or heldout")
         if heldout is False and split == "heldout":
-            raise ValueError("scenes/heldout consists of held-out pairs; heldout=False needs another split")
+            raise DataError("scenes/heldout consists of held-out pairs; heldout=False needs another split")
         self.name = f"scenes/{split}"
         self.split, self.size, self.seed, self.image_size = split, size, seed, image_size
         self._exclude_heldout = split in _SEEN_PAIRS_ONLY or heldout is False

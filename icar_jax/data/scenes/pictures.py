@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from icar_jax.data.records import Source
+from icar_jax.errors import DataError
 
 _COLUMNS, _TILE, _LINE, _LINES, _GAP = 5, 192, 12, 15, 8
 
@@ -55,7 +56,7 @@ def picture_folder(source: Source, n: int, folder: str | os.PathLike[str]) -> No
         own = {images, captions, *(images / name for name in names)}
         other = next((p for p in sorted(folder.rglob("*")) if p not in own), None)
         if other is not None:
-            raise ValueError(f"{folder} holds {other.relative_to(folder)}, which is not of these pictures; name a new folder")
+            raise DataError(f"{folder} holds {other.relative_to(folder)}, which is not of these pictures; name a new folder")
     images.mkdir(parents=True, exist_ok=True)
     for name, record in zip(names, records, strict=True):
         record.image().save(images / name)
@@ -68,4 +69,4 @@ def picture_folder(source: Source, n: int, folder: str | os.PathLike[str]) -> No
 
 def _require(source: Source, n: int) -> None:
     if not 1 <= n <= len(source):
-        raise ValueError(f"{source.name} gives 1 to {len(source)} pictures here, got {n}")
+        raise DataError(f"{source.name} gives 1 to {len(source)} pictures here, got {n}")

@@ -10,10 +10,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from icar_jax.errors import IcarError
 from icar_jax.search.access import StoreError
 
 
-class ServerError(ValueError):
+class ServerError(IcarError, ValueError):
     """A server that must not or cannot be started as asked."""
 
 

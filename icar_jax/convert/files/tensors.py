@@ -1,0 +1,294 @@
+"""Opens weight files: named tensors that are read one at a time, from safetensors, PyTorch and TorchScript files.
+
+What a file is is told from its content. PyTorch files are read by torch itself where it is installed (weights_only, so that
+no code runs) and by icar_jax.convert.files.torch_reader otherwise; TorchScript always by the latter, as opening it with torch
+would run the code inside.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icar_jax.convert.fields import ConvertError
+from icar_jax.convert.files import safetensors_reader, torch_reader
+from icar_jax.convert.files.torch_pickle import StoredTensor
+
+READERS = ("auto", "torch", "own")
+STATE_KEYS = ("model_state_dict", "state_dict", "model")
+_OTHER = {
+    b"\x1f\x8b": "gzip; unpack it first",
+    b"\x93NUMPY": "a numpy array; expected weights of a whole model",
+    b"\x89HDF": "HDF5; get the PyTorch or safetensors file",
+    b"GGUF": "GGUF; get the PyTorch or safetensors file",
+}
+# Mapped pages count as memory until the file is mapped anew.
+_REMAP_AFTER = 1 << 27
+_MOST_VALUES, _DEEPEST_VALUE = 1_000_000, 64
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a source file. `load` reads it, C-contiguous and of `dtype` (bfloat16 as ml_dtypes.bfloat16)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    load: Callable[[], np.ndarray]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        array = self.load()
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """`tensors` of one file or of the shards of an index, and in `extra` the plain values saved beside the state dict."""
+
+    path: Path
+    kind: str
+    tensors: dict[str, Tensor]
+    extra: dict[str, Any]
+
+
+def read_weights(path: str | os.PathLike, reader: str = "auto") -> Weights:
+    """Opens a weight file or a Hugging Face index of shards; no weights are read until a tensor's `load` is called.
+
+    `kind` is 'safetensors', 'torch' or 'torchscript'. 'module.' is dropped where every name begins with it. `reader` of
+    PyTorch files: 'torch' (weights_only), 'own' (needs no torch) or 'auto' (torch where it is installed).
+    Raises ConvertError for a file that is missing, damaged, not weights, or that asks for more than tensors.
+    """
+    if reader not in READERS:
+        raise ConvertError(f"unknown reader {reader!r}; expected one of {', '.join(READERS)}")
+    path = Path(path)
+    head = _head(path)
+    kind, tensors, extra = _read_index(path, reader) if _is_json(head) else _read_file(path, head, reader)
+    if not tensors:
+        raise ConvertError(f"{path} holds no tensors; expected the weights of a model")
+    if all(name.startswith("module.") and name != "module." for name in tensors):
+        short = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+        tensors = {name: replace(tensor, name=name) for name, tensor in short.items()}
+    return Weights(path, kind, tensors, extra)
+
+
+def _head(path: Path) -> bytes:
+    if path.is_dir():
+        raise ConvertError(f"{path} is a folder; expected a weight file in it, such as model.safetensors")
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(512)
+    except FileNotFoundError as error:
+        raise ConvertError(f"{path} does not exist") from error
+    except OSError as error:
+        raise ConvertError(f"{path} cannot be read: {error}") from error
+    if not head:
+        raise ConvertError(f"{path} is empty; get the file again")
+    return head
+
+
+def _is_json(head: bytes) -> bool:
+    return head.lstrip()[:1] in (b"{", b"[")
+
+
+def _read_file(path: Path, head: bytes, reader: str) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        archive = torch_reader.open_archive(path)
+        if archive.script:
+            if reader == "torch":
+                raise ConvertError(f"{path} is TorchScript: torch would run the code inside; use reader 'own' or 'auto'")
+            return "torchscript", *_from_own(torch_reader.read_archive(archive), path)
+        if _use_torch(reader):
+            # torch would take the compressed bytes of a mapped file for weights.
+            compressed = any(region.member for region in archive.members.values())
+            return "torch", *_from_torch(path, mapped=not compressed)
+        return "torch", *_from_own(torch_reader.read_archive(archive), path)
+    if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5") and head[8:9] != b"{":
+        if _use_torch(reader):
+            return "torch", *_from_torch(path, mapped=False)
+        return "torch", *_from_own(torch_reader.read_legacy(path), path)
+    if safetensors_reader.matches(head):
+        entries = safetensors_reader.read(path)
+        return "safetensors", {name: Tensor(name, *entry) for name, entry in entries.items()}, {}
+    raise ConvertError(f"{path} is {_other_kind(path, head)}")
+
+
+def _other_kind(path: Path, head: bytes) -> str:
+    start = head.lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the weights themselves; fetch the real file (git lfs pull, or download it again)"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "a web page, not weights; the download went wrong, get the file again"
+    if head[257:262] == b"ustar":
+        return "a tar archive; unpack it and name the weight file in it (or save it again with torch >= 1.6)"
+    for magic, text in _OTHER.items():
+        if head.startswith(magic):
+            return text
+    return f"neither safetensors nor a torch file: it starts with {head[:16]!r} and has {path.stat().st_size} bytes"
+
+
+def _use_torch(reader: str) -> bool:
+    installed = importlib.util.find_spec("torch") is not None
+    if reader == "torch" and not installed:
+        raise ConvertError("reader 'torch' needs torch installed; use 'auto' or 'own'")
+    return installed and reader != "own"
+
+
+def _read_index(path: Path, reader: str) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=safetensors_reader.without_duplicates)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConvertError(f"{path} looks like JSON but cannot be parsed: {str(error)[:200]}") from error
+    listed = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(listed, dict) or not listed or not all(isinstance(shard, str) for shard in listed.values()):
+        keys = ", ".join(list(map(str, index))[:8]) if isinstance(index, dict) else "a list"
+        raise ConvertError(f"{path} is a JSON file, not weights: expected an index with a weight_map, found {keys[:200]}")
+    faults, kinds, found = [], set(), {}
+    for shard in dict.fromkeys(listed.values()):
+        if Path(shard).name != shard or not (path.parent / shard).is_file():
+            faults.append(f"shard {shard!r} is not in {path.parent}")
+            continue
+        kind, tensors, _ = _read_file(path.parent / shard, _head(path.parent / shard), reader)
+        kinds.add(kind)
+        strays = [name for name in tensors if listed.get(name) != shard]
+        faults += [f"{shard} holds {name}, which the index places in {listed.get(name)}" for name in strays]
+        faults += [f"{shard} lacks {name}" for name, place in listed.items() if place == shard and name not in tensors]
+        found |= tensors
+    if len(kinds) > 1:
+        faults.append(f"shards of different kinds: {', '.join(sorted(kinds))}")
+    if faults:
+        more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise ConvertError(f"{path} and its shards disagree: {'; '.join(faults[:10])}{more}; get the missing files again")
+    return kinds.pop(), {name: found[name] for name in listed}, {}
+
+
+def _from_own(file: torch_reader.TorchFile, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    state, extra = _locate(file.tree, lambda value: isinstance(value, StoredTensor), path)
+    loads = {name: torch_reader.loader(file, name, stored) for name, stored in state.items()}
+    return {name: Tensor(name, stored.shape, stored.dtype, loads[name]) for name, stored in state.items()}, extra
+
+
+def _from_torch(path: Path, mapped: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    import torch
+
+    def is_tensor(value: Any) -> bool:
+        return isinstance(value, torch.Tensor)
+
+    def open_state() -> tuple[dict[str, Any], dict[str, Any]]:
+        try:
+            tree = torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
+        # torch raises RuntimeError, UnpicklingError, KeyError, EOFError and more, by what is wrong with the file.
+        except Exception as error:
+            raise ConvertError(_torch_fault(path, str(error))) from error
+        return _locate(tree, is_tensor, path)
+
+    state, extra = open_state()
+    opened, read = [state], [0]
+
+    def loader(name: str, tensor: Tensor) -> Callable[[], np.ndarray]:
+        def load() -> np.ndarray:
+            if mapped and read[0] > _REMAP_AFTER:
+                opened[0], read[0] = {}, 0
+                opened[0] = open_state()[0]
+            found = opened[0].get(name)
+            if found is None or (tuple(found.shape), _torch_dtype(found)) != (tensor.shape, tensor.dtype):
+                raise ConvertError(f"{path}: tensor {name!r} has changed since the file was opened")
+            array = _to_numpy(found, torch_reader.DTYPES[tensor.dtype])
+            read[0] += array.nbytes
+            return array
+
+        return load
+
+    tensors = {}
+    for name, tensor in state.items():
+        where, dtype = f"{path}: tensor {name!r}", _torch_dtype(tensor)
+        if dtype not in torch_reader.DTYPES or tensor.layout != torch.strided:
+            raise ConvertError(f"{where} is {tensor.layout} of {tensor.dtype}; expected a dense float or integer tensor")
+        entry = Tensor(name, tuple(tensor.shape), dtype, np.zeros)
+        torch_reader.size_of(entry.shape, where, torch_reader.DTYPES[dtype], tensor.untyped_storage().nbytes())
+        tensors[name] = replace(entry, load=loader(name, entry))
+    return tensors, extra
+
+
+def _torch_dtype(tensor: Any) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _to_numpy(tensor: Any, dtype: np.dtype) -> np.ndarray:
+    import torch
+
+    tensor = tensor.detach()
+    if dtype.isbuiltin != 1:
+        # numpy has no such type of its own, and torch does not hand these over; the bits travel as integers.
+        bits = {1: torch.uint8, 2: torch.int16}[dtype.itemsize]
+        return tensor.contiguous().view(bits).numpy().copy().view(dtype)
+    return tensor.numpy(force=True).copy(order="C")
+
+
+def _torch_fault(path: Path, text: str) -> str:
+    refused = re.search(r"GLOBAL ([\w.]+)", text)
+    if refused:
+        return (
+            f"{path} was refused by torch's weights_only reader: its pickle names {refused[1]}, where only tensors and plain "
+            "values are allowed, and loading it in full could run code; save the state dict alone or as .safetensors"
+        )
+    # torch's own message opens with advice to switch its protection off; what went wrong comes after.
+    text = " ".join(text.split()).rpartition("WeightsUnpickler error: ")[2].partition(" Check the documentation")[0]
+    return f"{path} cannot be read by torch's weights_only reader: {text[:300]}; get the file again"
+
+
+def _locate(tree: Any, is_tensor: Callable[[Any], bool], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors of the state dict, which is the whole tree or lies under a usual key, and the plain values of the rest."""
+    if not isinstance(tree, dict):
+        raise ConvertError(f"{path} holds a {type(tree).__name__}; expected a state dict, or one under {_names(STATE_KEYS)}")
+
+    def holds_tensors(value: Any) -> bool:
+        return isinstance(value, dict) and any(map(is_tensor, value.values()))
+
+    bare = bool(tree) and all(map(is_tensor, tree.values()))
+    key = None if bare else next((name for name in STATE_KEYS if holds_tensors(tree.get(name))), None)
+    if key is None and not holds_tensors(tree):
+        raise ConvertError(
+            f"{path} holds no state dict: expected tensors at its top or under {_names(STATE_KEYS)}, found the keys "
+            f"{_names(map(str, tree)) or '(none)'}"
+        )
+    state = tree if key is None else tree[key]
+    wrong = [name for name, value in state.items() if not isinstance(name, str) or not (is_tensor(value) or key is None)]
+    if wrong:
+        raise ConvertError(f"{path}: {key or 'the state dict'} holds more than named tensors: {_names(map(str, wrong))}")
+    rest = {name: value for name, value in tree.items() if name != key and not str(name).startswith("optimizer")}
+    return {name: value for name, value in state.items() if is_tensor(value)}, _plain(rest, path)
+
+
+def _names(names: Iterable[str]) -> str:
+    names = [name[:80] for name in names]
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+
+
+_DROPPED = object()
+
+
+def _plain(value: Any, path: Path) -> Any:
+    """The strings, numbers, None, dicts and lists of a checkpoint's other entries; tensors and anything else are left out."""
+    budget = [_MOST_VALUES]
+
+    def convert(node: Any, depth: int) -> Any:
+        budget[0] -= 1
+        if depth > _DEEPEST_VALUE or budget[0] < 0:
+            raise ConvertError(f"{path}: too many values beside the state dict, or nested too deep; save the state dict alone")
+        if isinstance(node, dict):
+            pairs = ((key, convert(item, depth + 1)) for key, item in node.items() if isinstance(key, str | int | float))
+            return {key: item for key, item in pairs if item is not _DROPPED}
+        if isinstance(node, list | tuple | set):
+            items = (convert(item, depth + 1) for item in node)
+            return [item for item in items if item is not _DROPPED]
+        return node if node is None or isinstance(node, str | int | float) else _DROPPED
+
+    return convert(value, 0)

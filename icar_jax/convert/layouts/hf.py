@@ -1,0 +1,194 @@
+"""Hugging Face folders: names of a CLIPModel, and how both towers of a CLIP or SigLIP are read from config.json and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from icar_jax.convert import rules
+from icar_jax.convert.fields import ConvertError, Fields
+from icar_jax.convert.rules import CONV, QKV_BIAS, QKV_WEIGHT, SCALAR, Rule, dropped, linear, norm, prefixed, rule
+from icar_jax.convert.settings import choose_activation, choose_heads, hf_activation, hf_preprocess
+from icar_jax.convert.source import Source, require_agreement, shape_of, square_side
+from icar_jax.data.images import Preprocess
+from icar_jax.data.tokenizer import CLIP_END_ID
+from icar_jax.models.clip import ClipArch
+from icar_jax.models.text import TextArch
+from icar_jax.models.vision import VisionArch
+
+CONFIG = "config.json"
+BLOCK: list[Rule] = [
+    *norm("layer_norm1", "ln1"),
+    rule([f"self_attn.{part}_proj.weight" for part in "qkv"], "attn/qkv/kernel", QKV_WEIGHT),
+    rule([f"self_attn.{part}_proj.bias" for part in "qkv"], "attn/qkv/bias", QKV_BIAS),
+    *linear("self_attn.out_proj", "attn/out"),
+    *norm("layer_norm2", "ln2"),
+    *linear("mlp.fc1", "mlp/fc1"),
+    *linear("mlp.fc2", "mlp/fc2"),
+]
+# What the library takes for fields that a config leaves out.
+_CLIP_TEXT = {"num_attention_heads": 8, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+_CLIP_VISION = {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+
+
+def tower_rules() -> list[Rule]:
+    """The names that CLIP and SigLIP share."""
+    return [
+        rule("vision_model.embeddings.patch_embedding.weight", "vision/patch/kernel", CONV),
+        rule("vision_model.embeddings.position_embedding.weight", "vision/pos"),
+        *prefixed(BLOCK, "vision_model.encoder.layers.{}.", "vision/blocks/{}/"),
+        *norm("vision_model.post_layernorm", "vision/ln_post"),
+        rule("text_model.embeddings.token_embedding.weight", "text/embed"),
+        rule("text_model.embeddings.position_embedding.weight", "text/pos"),
+        *prefixed(BLOCK, "text_model.encoder.layers.{}.", "text/blocks/{}/"),
+        *norm("text_model.final_layer_norm", "text/ln_final"),
+        dropped("text_model.embeddings.position_ids", "0, 1, 2, ..."),
+        dropped("vision_model.embeddings.position_ids", "0, 1, 2, ..."),
+    ]
+
+
+def clip_rules() -> list[Rule]:
+    """Hugging Face's names of a CLIPModel."""
+    return [
+        *tower_rules(),
+        rule("vision_model.embeddings.class_embedding", "vision/cls"),
+        *norm("vision_model.pre_layrnorm", "vision/ln_pre"),
+        *linear("visual_projection", "vision/proj", bias=False),
+        *linear("text_projection", "text/proj", bias=False),
+        rule("logit_scale", "logit_scale", SCALAR),
+    ]
+
+
+@dataclass(frozen=True)
+class Towers:
+    """What both towers have in common between CLIP and SigLIP, ready for the architectures' constructors."""
+
+    vision: dict[str, Any]
+    text: dict[str, Any]
+    vision_fields: Fields
+    text_fields: Fields
+    pixels: int | None  # image size that the config states
+
+
+def config_fields(source: Source, model_type: str) -> Fields:
+    """config.json. Raises ConvertError where it is missing or is another kind of model's."""
+    if CONFIG not in source.configs:
+        raise ConvertError(
+            f"{source.path}: there is no config.json beside {source.weights.path.name}, so heads and activation are unknown; "
+            "copy the whole folder"
+        )
+    config = Fields(CONFIG, source.configs[CONFIG])
+    found = config.get("model_type", str, model_type)
+    if found != model_type:
+        raise ConvertError(
+            f"{source.path}: config.json describes a {found!r} model, whose towers may compute otherwise under the same names; "
+            "supported are 'clip' and 'siglip'"
+            + (" (SigLIP 2 with variable resolution, NaFlex, is not)" if found == "siglip2" else "")
+        )
+    return config
+
+
+def read_towers(
+    source: Source,
+    options: Any,
+    model_type: str,
+    *,
+    class_token: bool,
+    embed: str,
+    defaults: tuple[Mapping[str, Any], Mapping[str, Any]],
+) -> Towers:
+    """Sizes from shapes, heads, activations and epsilons from config.json; `embed` names the matrix that ends in the embedding.
+
+    Raises ConvertError where something is missing, of a wrong type, contradictory or unsupported.
+    """
+    config = config_fields(source, model_type)
+    vision, text = (_section(config, name, d) for name, d in zip(("vision_config", "text_config"), defaults))
+    acts = []
+    for section in (vision, text):
+        acts.append(hf_activation(section.get("hidden_act", str), section.where))
+        choose_activation(options.activation, acts[-1], section.where)
+    width, _, patch, _ = shape_of(source, "vision_model.embeddings.patch_embedding.weight", 4)
+    positions = shape_of(source, "vision_model.embeddings.position_embedding.weight", 2)[0]
+    side = square_side(source, "vision_model.embeddings.position_embedding.weight", positions - class_token)
+    vocabulary, text_width = shape_of(source, "text_model.embeddings.token_embedding.weight", 2)
+    context = shape_of(source, "text_model.embeddings.position_embedding.weight", 2)[0]
+    embed_dim = shape_of(source, embed, 2)[0]
+    depths, mlps = [], []
+    for tower in ("vision", "text"):
+        depths.append(rules.count(source.tensors, f"{tower}_model.encoder.layers.{{}}"))
+        mlps.append(shape_of(source, f"{tower}_model.encoder.layers.0.mlp.fc1.weight", 2)[0])
+    pixels = vision.positive("image_size", int)
+    pairs = {
+        "vision_config.patch_size": (vision.get("patch_size", int), patch),
+        # A picture that is no multiple of the patch loses its last rows: SigLIP's 384 pixels are 27 patches of 14.
+        "vision_config.image_size // patch_size": (pixels and pixels // patch, side),
+        "text_config.max_position_embeddings": (text.get("max_position_embeddings", int), context),
+        "text_config.vocab_size": (text.get("vocab_size", int), vocabulary),
+    }
+    for name, section, w, i in (("vision", vision, width, 0), ("text", text, text_width, 1)):
+        pairs[f"{name}_config.hidden_size"] = (section.get("hidden_size", int), w)
+        pairs[f"{name}_config.num_hidden_layers"] = (section.get("num_hidden_layers", int), depths[i])
+        pairs[f"{name}_config.intermediate_size"] = (section.get("intermediate_size", int), mlps[i])
+    require_agreement(source, CONFIG, pairs)
+    asked = options.heads or (0, 0)
+    heads = [
+        choose_heads(asked[i], section.positive("num_attention_heads", int), w, depths[i], name, section.where)
+        for i, (name, section, w) in enumerate((("vision", vision, width), ("text", text, text_width)))
+    ]
+    shared = [
+        {"width": w, "depth": depths[i], "heads": heads[i], "mlp_width": mlps[i], "embed_dim": embed_dim, "activation": acts[i],
+         "norm_eps": section.positive("layer_norm_eps", float)}
+        for i, (section, w) in enumerate(((vision, width), (text, text_width)))
+    ]  # fmt: skip
+    return Towers(
+        {"image_size": patch * side, "patch_size": patch, **shared[0]},
+        {"context_length": context, "vocabulary": vocabulary, **shared[1]},
+        vision,
+        text,
+        pixels,
+    )
+
+
+def _section(config: Fields, name: str, defaults: Mapping[str, Any]) -> Fields:
+    """One tower's configuration: defaults, then `name`, then the older `name_dict`, which replaces it, defaults included."""
+    old, new = config.section(f"{name}_dict"), config.section(name)
+    known = lambda fields: {key: value for key, value in fields.content.items() if value is not None}
+    merged = {**defaults, **known(new), **({**defaults, **known(old)} if old else {})}
+    return Fields(f"{CONFIG}: {name}", merged)
+
+
+def clip_arch(source: Source, options: Any) -> ClipArch:
+    """The architecture of a CLIPModel."""
+    towers = read_towers(
+        source, options, "clip", class_token=True, embed="visual_projection.weight", defaults=(_CLIP_VISION, _CLIP_TEXT)
+    )
+    end = _end_token(towers.text_fields)
+    # Configs older than the field's meaning say 2; the library then takes the highest id.
+    legacy = end == 2
+    vocabulary = towers.text["vocabulary"]
+    if not legacy and not 0 <= end < vocabulary:
+        raise ConvertError(f"{towers.text_fields.where}: eos_token_id {end} lies outside the vocabulary of {vocabulary}")
+    text = TextArch(**towers.text, end_id=vocabulary - 1 if legacy else end, pool="argmax" if legacy else "end")
+    return ClipArch(VisionArch(**towers.vision), text)
+
+
+def _end_token(text: Fields) -> int:
+    value = text.content.get("eos_token_id")
+    if isinstance(value, list) and len(value) == 1:
+        return Fields(text.where, {"eos_token_id": value[0]}).get("eos_token_id", int)
+    return text.get("eos_token_id", int, CLIP_END_ID)
+
+
+def found_preprocess(source: Source) -> Preprocess | None:
+    """What preprocessor_config.json (or processor_config.json) says of the images, or None without one."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if name in source.configs:
+            return hf_preprocess(Fields(name, source.configs[name]))
+    return None
+
+
+def stated_pixels(source: Source) -> int | None:
+    """The image size that config.json states, which may be no multiple of the patch."""
+    config = Fields(CONFIG, source.configs.get(CONFIG, {}))
+    return _section(config, "vision_config", {}).positive("image_size", int)

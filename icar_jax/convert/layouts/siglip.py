@@ -1,0 +1,49 @@
+"""SigLIP as Hugging Face stores it (model_type 'siglip'; SigLIP 2 at a fixed resolution has the same layout)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from icar_jax.convert.fields import ConvertError
+from icar_jax.convert.layouts import hf
+from icar_jax.convert.rules import ROW, TRANSPOSE, VECTOR, Rule, linear, norm, rule
+from icar_jax.convert.source import Source
+from icar_jax.models.clip import ClipArch
+from icar_jax.models.text import TextArch
+from icar_jax.models.vision import VisionArch
+
+_END_ID = 1  # </s> of the first vocabulary, <eos> of the second; the tower itself reads the last place
+_DEFAULTS = {"num_attention_heads": 12, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+
+
+def rules() -> list[Rule]:
+    """Hugging Face's names of a SiglipModel."""
+    return [
+        *hf.tower_rules(),
+        rule("vision_model.embeddings.patch_embedding.bias", "vision/patch/bias"),
+        rule("vision_model.head.probe", "vision/map/probe", ROW),
+        rule("vision_model.head.attention.in_proj_weight", "vision/map/attn/qkv/kernel", TRANSPOSE),
+        rule("vision_model.head.attention.in_proj_bias", "vision/map/attn/qkv/bias"),
+        *linear("vision_model.head.attention.out_proj", "vision/map/attn/out"),
+        *norm("vision_model.head.layernorm", "vision/map/ln"),
+        *linear("vision_model.head.mlp.fc1", "vision/map/mlp/fc1"),
+        *linear("vision_model.head.mlp.fc2", "vision/map/mlp/fc2"),
+        *linear("text_model.head", "text/proj"),
+        rule("logit_scale", "logit_scale", VECTOR),
+        rule("logit_bias", "logit_bias", VECTOR),
+    ]
+
+
+def arch(source: Source, options: Any) -> ClipArch:
+    """The architecture of a SiglipModel. Raises ConvertError where something is missing, contradictory or unsupported."""
+    towers = hf.read_towers(
+        source, options, "siglip", class_token=False, embed="text_model.head.weight", defaults=(_DEFAULTS, _DEFAULTS)
+    )
+    width, embed_dim = towers.vision["width"], towers.vision["embed_dim"]
+    if embed_dim != width:
+        raise ConvertError(f"{source.path}: the text head gives {embed_dim} values and the image tower {width}")
+    return ClipArch(
+        VisionArch(**towers.vision, pool="map", head="map", class_token=False, patch_bias=True, pre_norm=False),
+        TextArch(**towers.text, end_id=_END_ID, pool="last", causal=False, proj_bias=True),
+        logit_bias=True,
+    )

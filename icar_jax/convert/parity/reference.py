@@ -1,0 +1,127 @@
+"""Reference outputs: the original weights run in PyTorch by the library they come from, saved for `verify`.
+
+Nothing here or in `reference_models` uses the converter's reading of an architecture: sizes come from the library's own
+configuration or, where a source has none, from the shapes of its tensors, and the library itself reads the file. A mistake in
+the conversion therefore cannot hide in the reference. Needs torch and, by layout, transformers, open_clip or timm.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from icar_jax.convert.fields import ConvertError
+from icar_jax.convert.parity import reference_models as models
+from icar_jax.convert.parity.reference_inputs import ACTIVATIONS, Asked
+from icar_jax.convert.parity.verify import META, weights_sha256
+from icar_jax.convert.source import Source, open_source
+
+LIBRARIES = {
+    "openai": "open_clip", "open_clip": "open_clip", "icar": "open_clip", "hf_clip": "transformers", "siglip": "transformers",
+    "timm": "timm", "icc": "timm",
+}  # fmt: skip
+_RUN = {
+    "openai": models.run_open_clip, "open_clip": models.run_open_clip, "icar": models.run_open_clip,
+    "hf_clip": models.run_transformers, "siglip": models.run_transformers, "timm": models.run_timm, "icc": models.run_icc,
+}  # fmt: skip
+
+
+def write_reference(
+    source_path: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    library: str = "",
+    model_name: str = "",
+    activation: str = "",
+    heads: Sequence[int] = (),
+    exits: Sequence[int] = (),
+    image_size: int = 0,
+    images: int = 4,
+    seed: int = 0,
+) -> Path:
+    """Runs the weights at `source_path` on `images` seeded random images and captions, in float32 on the CPU, and writes `out`.
+
+    The file is what `verify.read_reference` reads. Sources without configuration beside them may need:
+        model_name: a model of open_clip or timm, such as 'ViT-L-14' or 'convnextv2_tiny'.
+        activation: gelu, gelu_tanh or quick_gelu.
+        heads: attention heads of the vision and of the text tower.
+        exits: executed blocks of an ICAR exit head (one).
+        image_size: pixels. For CLIP layouts of open_clip another size than the source's resizes the position embeddings as
+            open_clip does; for ConvNeXt it is the size of the inputs.
+        library: checked only: the library that runs this layout.
+
+    Raises ConvertError where the library is missing, the source leaves the model open, or the weights do not fit it.
+    """
+    out = Path(out)
+    if out.suffix != ".npz":
+        raise ConvertError(f"reference {out}: expected a file name that ends in .npz")
+    if images < 1 or len(heads) not in (0, 2) or (activation and activation not in ACTIVATIONS):
+        raise ConvertError(
+            "reference: expected at least one image, two numbers of heads (vision, text) or none, and an activation among "
+            f"{', '.join(ACTIVATIONS)}; found {images}, {tuple(heads)} and {activation!r}"
+        )
+    source = open_source(source_path)
+    needed = LIBRARIES[source.layout]
+    if library and library != needed:
+        raise ConvertError(f"{source.path} has the layout {source.layout!r}, which {needed} runs, not {library!r}")
+    torch, module = _import("torch", source), _import(needed, source)
+    asked = Asked(model_name, activation, tuple(heads), tuple(exits), image_size, images, seed)
+    with torch.inference_mode():
+        arrays, built = _RUN[source.layout](torch, module, source, asked)
+    meta = {
+        "layout": source.layout, "libraries": {"torch": torch.__version__, needed: module.__version__}, "seed": seed,
+        "file": source.weights.path.name, "sha256": weights_sha256(source.weights.path), "model": built,
+    }  # fmt: skip
+    arrays = {name: array if isinstance(array, np.ndarray) else array.detach().numpy() for name, array in arrays.items()}
+    broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    if broken:
+        raise ConvertError(f"{source.path}: {needed} itself computes NaN or infinity: {', '.join(broken)}: damaged?")
+    staging = out.with_name(f".{out.name}.{os.getpid()}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(staging, "wb") as stream:
+            np.savez(stream, **arrays, **{META: np.array(json.dumps(meta))})
+        os.replace(staging, out)
+    finally:
+        staging.unlink(missing_ok=True)
+    return out
+
+
+def _import(name: str, source: Source) -> ModuleType:
+    try:
+        if name != "torch":
+            declare_torchvision_operators(importlib.import_module("torch"))
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConvertError(
+            f"reference of {source.path} (layout {source.layout!r}) needs torch and {LIBRARIES[source.layout]}, but importing "
+            f"{name} failed ({error}); install them with: pip install 'icar_jax[parity]'"
+        ) from error
+
+
+def declare_torchvision_operators(torch: ModuleType) -> None:
+    """Lets open_clip and timm import a torchvision whose compiled operators were built for another torch.
+
+    It attaches shape functions to two operators while it is imported, and fails where they do not exist. No model here calls
+    them, so their signatures are enough.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if "torchvision" in sys.modules or spec is None or spec.origin is None:
+        return
+    for compiled in sorted(Path(spec.origin).parent.glob("_C*.so")):
+        try:
+            torch.ops.load_library(str(compiled))
+            return
+        except OSError:
+            continue
+    for operator in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, operator):
+            torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -1,0 +1,337 @@
+"""The original models in PyTorch, as their own libraries build them, and what they make of random inputs.
+
+Each `run_...` function takes torch, the library, the source and what the user asked, and returns (arrays of the reference by
+name, how the model was built). Nothing is imported here that is not there without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from icar_jax.convert.fields import ConvertError
+from icar_jax.convert.parity.reference_inputs import ACTIVATIONS, Asked, captions, nchw, noise
+from icar_jax.convert.source import Source
+
+Run = tuple[dict[str, Any], dict[str, Any]]
+_OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI's archives keep as tensors
+_EXIT_KEYS = ("early_temp", "temp_clamp", "early_ln.weight", "early_ln.bias", "early_proj.weight")
+
+
+# --- Hugging Face: CLIP and SigLIP -----------------------------------------------------------------------------------------
+
+
+def run_transformers(torch: ModuleType, transformers: ModuleType, source: Source, asked: Asked) -> Run:
+    _refuse(source, asked, "transformers reads config.json and offers no other size", "model_name", "exits", "image_size")
+    folder = source.path if source.path.is_dir() else source.path.parent
+    wanted, cls = ("clip", transformers.CLIPModel) if source.layout == "hf_clip" else ("siglip", transformers.SiglipModel)
+    stated = source.configs.get("config.json", {}).get("model_type", wanted)
+    if stated != wanted:
+        raise ConvertError(
+            f"{folder}: config.json describes a {stated!r} model, whose weights {cls.__name__} would run as its own"
+        )
+    safe = ".safetensors" in source.weights.path.name
+    try:
+        model, info = cls.from_pretrained(folder, local_files_only=True, use_safetensors=safe, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ConvertError(f"{folder}: transformers cannot load it as {cls.__name__}: {error}") from error
+    # Tensors that the file lacks start at random, with no more than a warning.
+    kinds = ("missing_keys", "mismatched_keys", "unexpected_keys")
+    faults = {kind: sorted(map(str, info[kind])) for kind in kinds if info.get(kind)}
+    if faults:
+        raise ConvertError(f"{folder}: the weights are not those of the {cls.__name__} in config.json: {faults}")
+    model = model.float().eval()
+    vision, text = model.config.vision_config, model.config.text_config
+    stated = {"gelu_pytorch_tanh": "gelu_tanh"}.get(vision.hidden_act, vision.hidden_act)
+    _require_stated(source, asked, "config.json", stated, (vision.num_attention_heads, text.num_attention_heads))
+    vocabulary = text.vocab_size
+    if source.layout == "siglip":
+        known = [i for i in (text.eos_token_id, text.pad_token_id) if i is not None and 0 <= i < vocabulary] or [1]
+        special = {"start": None, "end": known[0], "pad": known[-1], "highest": False}
+    else:
+        # transformers reads an end token of 2 as "the highest id"; other ids may lie above any other end token.
+        highest = text.eos_token_id == 2
+        end = vocabulary - 1 if highest else text.eos_token_id
+        if not isinstance(end, int) or not 0 <= end < vocabulary:
+            raise ConvertError(f"{folder}/config.json: eos_token_id is {end}, expected an id below the vocabulary {vocabulary}")
+        start = text.bos_token_id if text.bos_token_id is not None and text.bos_token_id < vocabulary else None
+        special = {"start": start if start != end else None, "end": end, "pad": end, "highest": highest}
+    images = noise(asked, vision.image_size)
+    tokens = captions(asked, text.max_position_embeddings, vocabulary, **special)
+    output = model(pixel_values=nchw(torch, images), input_ids=torch.from_numpy(tokens).long())
+    arrays = {"images": images, "tokens": tokens, "image_embeds": output.image_embeds, "text_embeds": output.text_embeds}
+    arrays |= {name: getattr(model, name).reshape(()) for name in ("logit_scale", "logit_bias") if hasattr(model, name)}
+    return arrays, {"class": cls.__name__, "activation": [vision.hidden_act, text.hidden_act]}
+
+
+# --- open_clip: OpenAI, OpenCLIP, ICAR -------------------------------------------------------------------------------------
+
+
+def run_open_clip(torch: ModuleType, open_clip: ModuleType, source: Source, asked: Asked) -> Run:
+    whole, extra = _state_dict(torch, source)
+    icar = source.layout == "icar"
+    state = {k.removeprefix("clip.") if icar else k: v for k, v in whole.items() if not (icar and k in _EXIT_KEYS)}
+    state = {k: v for k, v in state.items() if k not in (*_OPENAI_SIZES, "attn_mask")}
+    config, built = _clip_config(open_clip, source, state, asked, extra if icar else {})
+    custom = any(name.startswith("text.") for name in state)
+    cls = open_clip.model.CustomTextCLIP if custom else open_clip.model.CLIP
+    known = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_bias")
+    model = cls(**{key: config[key] for key in known if key in config})
+    if asked.image_size:
+        open_clip.model.resize_pos_embed(state, model)
+    # Some checkpoints keep the temperature as a vector of one.
+    state |= {name: state[name].reshape(getattr(model, name).shape) for name in ("logit_scale", "logit_bias") if name in state}
+    model = _load(model, state, source, "open_clip")
+    text = model.text if custom else None
+    pool = text.pool_type if custom else model.text_pool_type
+    end = (text.eos_id if custom else model.text_eos_id) if pool == "eos" else model.vocab_size - 1
+    pad = config["text_cfg"].get("pad_id", 0)
+    start = model.vocab_size - 2 if end == model.vocab_size - 1 else None
+    images = noise(asked, model.visual.image_size[0])
+    tokens = captions(asked, model.context_length, model.vocab_size, start=start, end=end, pad=pad, highest=pool == "argmax")
+    pixels = nchw(torch, images)
+    arrays = {
+        "images": images,
+        "tokens": tokens,
+        "image_embeds": model.encode_image(pixels, normalize=True),
+        "text_embeds": model.encode_text(torch.from_numpy(tokens).long(), normalize=True),
+        "logit_scale": model.logit_scale,
+    }
+    if model.logit_bias is not None:
+        arrays["logit_bias"] = model.logit_bias
+    if icar:
+        arrays |= _icar_exit(torch, model, pixels, whole, source, asked, extra)
+    return arrays, built
+
+
+def _icar_exit(torch, model, pixels, state, source: Source, asked: Asked, extra: Mapping[str, Any]) -> dict[str, Any]:
+    layer = _settings(extra).get("early_exit_layer")
+    if layer is None and len(asked.exits) != 1:
+        raise ConvertError(
+            f"{source.path} does not say after which block its exit head reads (no config.early_exit_layer); "
+            f"give one number of executed blocks as exits, found {asked.exits}"
+        )
+    blocks = asked.exits[0] if layer is None else int(layer) + 1
+    if asked.exits not in ((), (blocks,)) or not 1 <= blocks <= len(model.visual.transformer.resblocks):
+        raise ConvertError(f"{source.path} has its exit after {blocks} blocks; {asked.exits or 'that many'} cannot be run")
+    width, embed_dim = model.visual.transformer.width, model.visual.output_dim
+    norm, proj = torch.nn.LayerNorm(width), torch.nn.Linear(width, embed_dim, bias=False)
+    for part, name in ((norm, "early_ln."), (proj, "early_proj.")):
+        _load(part, {k.removeprefix(name): v for k, v in state.items() if k.startswith(name)}, source, f"the exit head {name}")
+    # The first patch: without its extra tokens this list holds no class token.
+    taps = model.visual.forward_intermediates(pixels, [blocks - 1], stop_early=True, intermediates_only=True, output_fmt="NLC")
+    embeds = torch.nn.functional.normalize(proj(norm(taps["image_intermediates"][0][:, 0])), dim=-1)
+    scale = {f"exit_{blocks}_logit_scale": state["early_temp"].float().reshape(())} if "early_temp" in state else {}
+    return {f"exit_{blocks}": embeds, **scale}
+
+
+def _clip_config(
+    open_clip: ModuleType, source: Source, state: Mapping[str, Any], asked: Asked, extra: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """open_clip's model configuration, and where it is from: a file beside the weights, a name, or the shapes."""
+    names, settings = open_clip.list_models(), _settings(extra)
+    name, shapes = settings.get("model_name"), _clip_shapes(source, state)
+    if "open_clip_config.json" in source.configs:
+        _refuse(source, asked, "open_clip_config.json describes the model", "model_name")
+        config, built = source.configs["open_clip_config.json"].get("model_cfg", {}), "open_clip_config.json"
+        if missing := [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]:
+            raise ConvertError(f"{source.path}: open_clip_config.json lacks model_cfg.{', model_cfg.'.join(missing)}")
+        # An activation of its own (act_kwargs) has no name here.
+        plain = not (config["vision_cfg"].get("act_kwargs") or config["text_cfg"].get("act_kwargs"))
+        stated = "quick_gelu" if config.get("quick_gelu") else "gelu" if plain else asked.activation
+        _require_stated(source, asked, built, stated, _heads(config))
+    elif asked.model_name:
+        if asked.model_name not in names:
+            raise ConvertError(f"open_clip has no model {asked.model_name!r}; found for example {', '.join(names[:8])}")
+        config, built = open_clip.get_model_config(asked.model_name), asked.model_name
+    elif name in names and _sizes(open_clip.get_model_config(name)) == _sizes(shapes):
+        config, built = open_clip.get_model_config(name), name
+    else:
+        config, built = shapes, "shapes"
+        _set_heads(open_clip, config, source, asked)
+    config = {**config, "vision_cfg": dict(config["vision_cfg"]), "text_cfg": dict(config["text_cfg"])}
+    for side, library in (("vision_cfg", "timm_model_name"), ("text_cfg", "hf_model_name")):
+        if config[side].get(library):
+            raise ConvertError(f"{source.path}: {side}.{library} names a tower of another library, which is not supported")
+    if built != "open_clip_config.json":
+        # open_clip runs OpenAI's weights with QuickGELU, whatever the name of the model.
+        openai = source.layout == "openai" or settings.get("pretrained") == "openai"
+        base = config if built != "shapes" else (open_clip.get_model_config(name) if name in names else None)
+        stated = "" if base is None else "quick_gelu" if base.get("quick_gelu") else "gelu"
+        activation = asked.activation or ("quick_gelu" if openai else stated)
+        if not activation:
+            raise ConvertError(f"{source.path} does not say which activation it uses; give one of {', '.join(ACTIVATIONS)}")
+        config["quick_gelu"] = activation == "quick_gelu"
+        if activation == "gelu_tanh":
+            config["vision_cfg"]["act_kwargs"] = config["text_cfg"]["act_kwargs"] = {"approximate": "tanh"}
+    if "logit_bias" in state:
+        config.setdefault("init_logit_bias", 0.0)
+    if asked.image_size:
+        config["vision_cfg"]["image_size"] = asked.image_size
+    return config, {"from": built, "config": config}
+
+
+def _clip_shapes(source: Source, state: Mapping[str, Any]) -> dict[str, Any]:
+    """open_clip's configuration as far as shapes tell it: all but heads and activation."""
+    text = "text." if any(name.startswith("text.") for name in state) else ""
+    try:
+        conv, positions = state["visual.conv1.weight"].shape, state["visual.positional_embedding"].shape
+        sides = {}
+        for side, prefix in (("vision", "visual."), ("text", text)):
+            first = f"{prefix}transformer.resblocks."
+            hidden, width = state[f"{first}0.mlp.c_fc.weight"].shape
+            layers = len({name[len(first) :].split(".")[0] for name in state if name.startswith(first)})
+            # open_clip rounds width * ratio down.
+            sides[side] = {"width": width, "layers": layers, "mlp_ratio": (hidden + 0.5) / width}
+        vocabulary, context = state[f"{text}token_embedding.weight"].shape[0], state[f"{text}positional_embedding"].shape[0]
+        embed_dim = state["visual.proj"].shape[1]
+    except (KeyError, IndexError, ValueError) as error:
+        raise ConvertError(f"{source.path} is not a vision transformer with a text transformer: {error}") from error
+    image_size = conv[-1] * round((positions[0] - 1) ** 0.5)
+    vision = {**sides["vision"], "patch_size": conv[-1], "image_size": image_size}
+    vision["no_ln_pre"] = "visual.ln_pre.weight" not in state
+    words = {"context_length": context, "vocab_size": vocabulary, "proj_bias": f"{text}text_projection.bias" in state}
+    return {"embed_dim": embed_dim, "vision_cfg": vision, "text_cfg": {**sides["text"], **words}}
+
+
+def _sizes(config: Mapping[str, Any]) -> tuple:
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    sides = [vision.get(k) for k in ("width", "layers", "patch_size")] + [text.get(k) for k in ("width", "layers")]
+    return (config["embed_dim"], *sides)
+
+
+def _heads(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Attention heads (vision, text), with open_clip's defaults where the configuration is silent."""
+    vision = config["vision_cfg"]
+    return vision.get("width", 768) // vision.get("head_width", 64), config["text_cfg"].get("heads", 8)
+
+
+def _set_heads(open_clip: ModuleType, config: dict[str, Any], source: Source, asked: Asked) -> None:
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    heads = {asked.heads} if asked.heads else set()
+    if not heads and source.layout == "openai":
+        heads = {(vision["width"] // 64, text["width"] // 64)}
+    if not heads:  # what open_clip's own models of these sizes have
+        known = map(open_clip.get_model_config, open_clip.list_models())
+        heads = {_heads(other) for other in known if _sizes(other) == _sizes(config)}
+    if len(heads) != 1 or any(h < 1 or w % h for h, w in zip(*heads, (vision["width"], text["width"]), strict=True)):
+        raise ConvertError(
+            f"{source.path}: the number of attention heads cannot be told from widths {vision['width']} (vision) and "
+            f"{text['width']} (text); candidates: {sorted(heads) or 'none'}; give both heads, or a model name of open_clip"
+        )
+    (found,) = heads
+    vision["head_width"], text["heads"] = vision["width"] // found[0], found[1]
+
+
+# --- timm: ConvNeXt and ICC ------------------------------------------------------------------------------------------------
+
+
+def run_timm(torch: ModuleType, timm: ModuleType, source: Source, asked: Asked) -> Run:
+    _refuse(source, asked, "a ConvNeXt has none", "activation", "heads", "exits")
+    state, _ = _state_dict(torch, source)
+    model, built = _convnext(timm, source, state, asked, {})
+    model = _load(model, state, source, "timm")
+    images = noise(asked, _convnet_size(asked, source))
+    return {"images": images, "logits" if model.num_classes else "features": model(nchw(torch, images))}, built
+
+
+def run_icc(torch: ModuleType, timm: ModuleType, source: Source, asked: Asked) -> Run:
+    _refuse(source, asked, "a complexity classifier has none", "activation", "heads", "exits")
+    whole, extra = _state_dict(torch, source)
+    whole = _strip(_strip(whole, "model."), "net.")
+    state = {k.removeprefix("backbone."): v for k, v in whole.items() if k.startswith("backbone.")}
+    backbone, built = _convnext(timm, source, state, asked, extra.get("hparams", {}))
+    width = backbone.num_features
+    head = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, 2))
+    model = torch.nn.ModuleDict({"backbone": backbone, "classifier": head})
+    model = _load(model, whole, source, "timm")
+    images = noise(asked, _convnet_size(asked, source))
+    return {"images": images, "logits": head(backbone(nchw(torch, images)))}, built
+
+
+def _convnext(timm: ModuleType, source: Source, state: Mapping[str, Any], asked: Asked, hparams: Mapping[str, Any]):
+    """(timm's model, how it was named): by config.json, by name, or rebuilt from shapes where timm has no such model."""
+    classes = len(state["head.fc.weight"]) if "head.fc.weight" in state else 0
+    config = source.configs.get("config.json", {})
+    named = asked.model_name or config.get("architecture") or hparams.get("model_name", "")
+    if named and timm.is_model(named):
+        arguments = config.get("model_args", {}) if named == config.get("architecture") else {}
+        model = timm.create_model(named, pretrained=False, **{**arguments, "num_classes": classes})
+        fits = {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in state.items()}
+        if fits or asked.model_name:
+            return model, {"from": named, "num_classes": classes}
+    elif asked.model_name:
+        raise ConvertError(f"timm has no model {asked.model_name!r}; `timm.list_models('convnext*')` lists them")
+    try:
+        depths = [len({k.split(".")[3] for k in state if k.startswith(f"stages.{i}.blocks.")}) for i in range(4)]
+        dims = [len(state[f"stages.{i}.blocks.0.conv_dw.weight"]) for i in range(4)]
+        convolutions = state["stages.0.blocks.0.mlp.fc1.weight"].ndim == 4
+    except KeyError as error:
+        raise ConvertError(f"{source.path} is not timm's ConvNeXt with four stages: {error} is missing") from error
+    version = {"use_grn": "stages.0.blocks.0.mlp.grn.weight" in state}
+    version["ls_init_value"] = 1e-6 if "stages.0.blocks.0.gamma" in state else None
+    fields = {"depths": depths, "dims": dims, "conv_mlp": convolutions, "num_classes": classes, **version}
+    return timm.models.convnext.ConvNeXt(**fields), {"from": "shapes", **fields}
+
+
+def _convnet_size(asked: Asked, source: Source) -> int:
+    """Pixels: as asked, as timm's config.json says, or 224; the weights fit every size."""
+    pretrained = source.configs.get("config.json", {}).get("pretrained_cfg", {})
+    return asked.image_size or pretrained.get("input_size", (3, 224, 224))[-1]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------------
+
+
+def _state_dict(torch: ModuleType, source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors as float32 by name, and what else the file holds, read by torch's or safetensors' own reader."""
+    path, kind = source.weights.path, source.weights.kind
+    try:
+        if kind == "safetensors":
+            from safetensors.torch import load_file
+
+            found = load_file(path)
+        elif kind == "torchscript":
+            found = dict(torch.jit.load(path, map_location="cpu").state_dict())
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each reader has its own errors for a damaged or refused file
+        raise ConvertError(f"{path}: torch cannot read it: {error}") from error
+    keys = [key for key in ("state_dict", "model_state_dict", "model") if isinstance(found.get(key), Mapping)]
+    extra = {key: value for key, value in found.items() if key not in keys} if keys else {}
+    state = _strip(dict(found[keys[0]] if keys else found), "module.")
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}, extra
+
+
+def _strip(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Names without `prefix`, where every name has it."""
+    return {k.removeprefix(prefix): v for k, v in state.items()} if all(k.startswith(prefix) for k in state) else dict(state)
+
+
+def _settings(extra: Mapping[str, Any]) -> Mapping[str, Any]:
+    config = extra.get("config")
+    return config if isinstance(config, Mapping) else {}
+
+
+def _load(model: Any, state: Mapping[str, Any], source: Source, what: str) -> Any:
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ConvertError(f"{source.path}: the weights do not fit the model of {what}: {error}") from error
+    return model.float().eval()
+
+
+def _refuse(source: Source, asked: Asked, why: str, *names: str) -> None:
+    """Raises ConvertError for an option that this source does not leave open."""
+    given = [name for name in names if getattr(asked, name)]
+    if given:
+        raise ConvertError(f"{source.path}: {', '.join(given)} cannot be given for this source: {why}")
+
+
+def _require_stated(source: Source, asked: Asked, file: str, activation: str, heads: tuple[int, int]) -> None:
+    """Raises ConvertError where the user contradicts a configuration file."""
+    pairs = (("activation", asked.activation, activation), ("heads", asked.heads, heads))
+    wrong = [f"{name} is {said}, not {given}" for name, given, said in pairs if given and given != said]
+    if wrong:
+        raise ConvertError(f"{source.path}: {file} says otherwise: {', '.join(wrong)}; leave the option out")

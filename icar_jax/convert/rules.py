@@ -1,0 +1,227 @@
+"""Rule tables: how the tensors of a source become parameters, and back.
+
+A table is a list of `Rule`s. Importing holds both sides to it: every source key matches exactly one rule, every target is
+filled exactly once and has its shape; all faults are reported together. Values are read when asked for, one target at a time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from icar_jax import pytree
+from icar_jax.convert.fields import ConvertError
+from icar_jax.convert.files.tensors import Tensor
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+_SHOWN = 25  # faults printed at most
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How source arrays become one target and the target becomes source arrays again."""
+
+    forward: Callable[[list[np.ndarray]], np.ndarray]
+    backward: Callable[[np.ndarray], list[np.ndarray]]
+
+
+def _one(forward: Callable, backward: Callable) -> Transform:
+    return Transform(lambda arrays: forward(arrays[0]), lambda array: [backward(array)])
+
+
+SAME = _one(lambda a: a, lambda a: a)
+TRANSPOSE = _one(lambda a: a.T, lambda a: a.T)  # torch Linear [out, in] <-> kernel [in, out]
+CONV = _one(lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1))  # [O, I, H, W] <-> [H, W, I, O]
+POINTWISE = _one(lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None])  # 1x1 convolution <-> kernel [in, out]
+ROW = _one(lambda a: a.reshape(a.shape[-1]), lambda a: a[None, None])  # [1, 1, W] <-> [W]
+SCALAR = _one(lambda a: a.reshape(()), lambda a: a)  # [] or [1] -> []
+VECTOR = _one(lambda a: a.reshape(()), lambda a: a[None])  # [1] <-> []
+# q, k and v apart <-> one matrix in that order
+QKV_WEIGHT = Transform(lambda arrays: np.concatenate(arrays).T, lambda a: np.split(a.T, 3))
+QKV_BIAS = Transform(np.concatenate, lambda a: np.split(a, 3))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`sources` become `target`; '{}' stands for a number and is the same number on both sides, in order.
+
+    A rule without target names a tensor that carries no weights (`why` says what it is) and is dropped.
+    """
+
+    sources: tuple[str, ...]
+    target: str = ""
+    transform: Transform = SAME
+    why: str = ""
+
+
+def rule(source: str | Sequence[str], target: str, transform: Transform = SAME) -> Rule:
+    return Rule((source,) if isinstance(source, str) else tuple(source), target, transform)
+
+
+def dropped(source: str, why: str) -> Rule:
+    return Rule((source,), why=why)
+
+
+def linear(source: str, target: str, bias: bool = True) -> list[Rule]:
+    """A torch Linear."""
+    rules = [rule(f"{source}.weight", f"{target}/kernel", TRANSPOSE)]
+    return rules + ([rule(f"{source}.bias", f"{target}/bias")] if bias else [])
+
+
+def norm(source: str, target: str) -> list[Rule]:
+    """A torch LayerNorm."""
+    return [rule(f"{source}.weight", f"{target}/scale"), rule(f"{source}.bias", f"{target}/bias")]
+
+
+def prefixed(rules: Iterable[Rule], source: str = "", target: str = "") -> list[Rule]:
+    """The same rules below other names."""
+    return [
+        Rule(tuple(source + s for s in r.sources), target + r.target if r.target else "", r.transform, r.why) for r in rules
+    ]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A parameter that is computed when asked for; float32. `sources` names the tensors it comes from."""
+
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    read: Callable[[], np.ndarray]
+    dtype = np.dtype(np.float32)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.read(), dtype or np.float32)
+
+
+def import_weights(
+    tensors: Mapping[str, Tensor], rules: Sequence[Rule], shapes: Mapping[str, Any], where: str
+) -> dict[str, Leaf]:
+    """{target path: Leaf}, complete and with the shapes of `shapes` (a parameter tree).
+
+    Raises ConvertError listing every fault at once: keys no rule knows, keys two rules claim, unfilled targets with the key
+    that was expected, wrong shapes, and dtypes that hold no weights.
+    """
+    wanted = {path: tuple(leaf.shape) for path, leaf in pytree.flatten(shapes).items()}
+    claims, faults = _claims(tensors, rules)
+    leaves: dict[str, Leaf] = {}
+    for target, (chosen, keys) in sorted(claims.items(), key=lambda item: pytree.natural_key(item[0])):
+        absent = [key for key in keys if key not in tensors]
+        if absent:
+            faults.append(f"missing in the source: {', '.join(absent)} (for {target})")
+            wanted.pop(target, None)
+            continue
+        if target not in wanted:
+            faults.append(f"does not belong to this architecture: {', '.join(keys)} (for {target})")
+            continue
+        parts = [tensors[key] for key in keys]
+        shape = wanted.pop(target)
+        faults += _faults_of(target, shape, chosen, parts)
+        leaves[target] = _leaf(chosen, parts, shape)
+    expected = _expected_sources(rules, wanted)
+    faults += [
+        f"missing in the source: {expected.get(path, '(no rule)')} (for {path} {shape})" for path, shape in wanted.items()
+    ]
+    if faults:
+        shown = faults[:_SHOWN] + ([f"... and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else [])
+        lines = "\n  ".join(shown)
+        raise ConvertError(f"{where}: {len(faults)} tensors do not fit:\n  {lines}")
+    return leaves
+
+
+def unknown_keys(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> list[str]:
+    """One line for each source key that no rule knows."""
+    patterns = [_pattern(source) for r in rules for source in r.sources]
+    return [
+        f"unknown in the source: {key} {t.shape}" for key, t in tensors.items() if not any(p.fullmatch(key) for p in patterns)
+    ]
+
+
+def export_weights(params: Mapping[str, Any], rules: Sequence[Rule], where: str) -> dict[str, Leaf]:
+    """{source key: Leaf} from parameters: the rules read backwards. Raises ConvertError for parameters no rule knows."""
+    flat = pytree.flatten(params)
+    out: dict[str, Leaf] = {}
+    for path, array in flat.items():
+        matches = [(r, m) for r in rules if r.target and (m := _pattern(r.target).fullmatch(path))]
+        if len(matches) != 1:
+            raise ConvertError(f"{where}: {path} matches {len(matches)} rules of the layout, expected one")
+        chosen, match = matches[0]
+        stand_in = chosen.transform.backward(np.broadcast_to(np.float32(0), tuple(array.shape)))
+        for i, (name, part) in enumerate(zip(chosen.sources, stand_in, strict=True)):
+            read = lambda chosen=chosen, array=array, i=i: chosen.transform.backward(np.asarray(array, np.float32))[i]
+            out[_fill(name, match.groups())] = Leaf(tuple(part.shape), (path,), read)
+    return out
+
+
+def count(names: Iterable[str], pattern: str) -> int:
+    """How many numbers '{}' takes in `pattern` among `names`: the depth of a tower."""
+    regex = _pattern(pattern, prefix=True)
+    return len({match.group(1) for name in names if (match := regex.match(name))})
+
+
+def _pattern(text: str, prefix: bool = False) -> re.Pattern:
+    return re.compile(re.escape(text).replace(r"\{\}", r"(\d+)") + (r"(?!\d)" if prefix else ""))
+
+
+def _fill(text: str, numbers: Sequence[str]) -> str:
+    parts = text.split("{}")
+    return "".join(a + b for a, b in zip(parts, [*numbers, ""]))
+
+
+def _claims(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> tuple[dict[str, tuple[Rule, list[str]]], list[str]]:
+    """{target: (rule, its source keys)} for every target some key points to, and the faults of the keys."""
+    patterns = [(r, _pattern(source)) for r in rules for source in r.sources]
+    claims: dict[str, tuple[Rule, list[str]]] = {}
+    faults = []
+    for key, tensor in tensors.items():
+        matches = [(r, match.groups()) for r, regex in patterns if (match := regex.fullmatch(key))]
+        if not matches:
+            faults.append(f"unknown in the source: {key} {tensor.shape}")
+        elif len(matches) > 1:
+            faults.append(f"claimed by {len(matches)} rules: {key}")
+        elif matches[0][0].target:
+            chosen, numbers = matches[0]
+            target = _fill(chosen.target, numbers)
+            if claims.setdefault(target, (chosen, [_fill(s, numbers) for s in chosen.sources]))[0] is not chosen:
+                faults.append(f"filled twice: {target} (again by {key})")
+    return claims, faults
+
+
+def _faults_of(target: str, wanted: tuple[int, ...], chosen: Rule, parts: Sequence[Tensor]) -> list[str]:
+    faults = [
+        f"dtype of {p.name}: expected one of {', '.join(FLOATS)}, found {p.dtype}" for p in parts if p.dtype not in FLOATS
+    ]
+    have = " and ".join(f"{p.name} {p.shape}" for p in parts)
+    try:
+        shape = chosen.transform.forward([np.broadcast_to(np.float32(0), p.shape) for p in parts]).shape
+    except (ValueError, IndexError):
+        return [*faults, f"shape: {have} cannot become {target} {wanted}"]
+    if shape != wanted:
+        source = [part.shape for part in chosen.transform.backward(np.broadcast_to(np.float32(0), wanted))]
+        need = " and ".join(str(tuple(s)) for s in source)
+        faults.append(f"shape: expected {need}, found {have} (for {target})")
+    return faults
+
+
+def _leaf(chosen: Rule, parts: Sequence[Tensor], shape: tuple[int, ...]) -> Leaf:
+    def read() -> np.ndarray:
+        with np.errstate(over="ignore"):  # a number beyond float32 becomes infinity, which the writer refuses by name
+            return chosen.transform.forward([part.load().astype(np.float32, copy=False) for part in parts])
+
+    return Leaf(shape, tuple(part.name for part in parts), read)
+
+
+def _expected_sources(rules: Sequence[Rule], targets: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for path in targets:
+        for r in rules:
+            if r.target and (match := _pattern(r.target).fullmatch(path)):
+                found[path] = ", ".join(_fill(source, match.groups()) for source in r.sources)
+    return found

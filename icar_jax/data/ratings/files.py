@@ -1,0 +1,148 @@
+"""Lines of files that rate images: IC9600's text, annotations in JSON, and tables in CSV or Parquet.
+
+A line that cannot be read is handed on with the reason, to be counted; what makes a whole file unreadable is raised.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from icar_jax.errors import DataError
+
+SUFFIXES = (".txt", ".json", ".csv", ".parquet")
+
+
+class RatingsError(DataError):
+    """A file of ratings that cannot be used; the message begins with its path."""
+
+
+class Line(NamedTuple):
+    """One rating as it stands in the file.
+
+    `place` is what to call it ('line 7', "key 'a.jpg'", 'row 7', counted from 1). `value` is the number found, not yet
+    checked; `fault` says why there is none.
+    """
+
+    place: str
+    name: str
+    value: float = float("nan")
+    fault: str = ""
+
+
+class Lines(NamedTuple):
+    """The lines of a file; `key` says what their names are, 'file' or 'url'."""
+
+    key: str
+    lines: list[Line]
+
+
+def read_lines(path: Path) -> Lines:
+    """The lines of a file, by its suffix. Raises FileNotFoundError, OSError, RatingsError."""
+    readers = {".txt": _text, ".json": _annotations, ".csv": _table, ".parquet": _parquet}
+    if path.suffix.lower() not in readers:
+        raise RatingsError(f"{path}: ratings are read from {', '.join(SUFFIXES)} files, found {path.suffix or 'no suffix'}")
+    if not path.is_file():
+        beside = ", ".join(sorted(p.name for s in SUFFIXES for p in path.parent.glob(f"*{s}"))[:5])
+        raise FileNotFoundError(f"ratings file {path} not found; {path.parent} has {beside or 'no such files'}")
+    return readers[path.suffix.lower()](path)
+
+
+def _text(path: Path) -> Lines:
+    """IC9600: `name<two spaces>score`; the name may hold single spaces."""
+    lines = []
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as stream:
+        for number, text in enumerate(stream, start=1):
+            if not text.strip():
+                continue
+            name, _, score = text.rstrip().rpartition("  ")
+            place = f"line {number}"
+            if not name.strip():
+                lines.append(Line(place, "", fault=f"expected `name<two spaces>score`, found {text.strip()!r:.80}"))
+            else:
+                lines.append(_line(place, name, score))
+    return Lines("file", lines)
+
+
+def _table(path: Path) -> Lines:
+    """A header with `file` or `url`, and `score`; further columns are ignored."""
+    lines = []
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+        reader = csv.DictReader(stream, strict=True)
+        try:
+            key, columns = _key(path, reader.fieldnames or []), reader.fieldnames or []
+            for row in reader:
+                place = f"line {reader.line_num}"
+                if None in row or None in row.values():
+                    found = len(row.get(None) or ()) + sum(v is not None for k, v in row.items() if k is not None)
+                    expected = f"expected {len(columns)} columns ({', '.join(columns)}), found {found}"
+                    lines.append(Line(place, "", fault=expected))
+                else:
+                    lines.append(_line(place, row[key], row["score"]))
+        except csv.Error as error:
+            raise RatingsError(f"{path}, line {reader.line_num + 1}: not readable as CSV: {error}") from error
+    return Lines(key, lines)
+
+
+def _key(path: Path, columns: Any) -> str:
+    named = [key for key in ("file", "url") if key in columns]
+    if len(named) != 1 or "score" not in columns:
+        raise RatingsError(
+            f"{path}, header: expected the columns score and either file or url, found {', '.join(columns) or 'nothing'}"
+        )
+    return named[0]
+
+
+def _parquet(path: Path) -> Lines:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            key = _key(path, file.schema_arrow.names)
+            table = file.read(columns=[key, "score"])
+    except pa.ArrowInvalid as error:
+        raise RatingsError(f"{path}: not a whole Parquet file: {error}; fetch or write it again") from error
+    pairs = zip(table.column(key).to_pylist(), table.column("score").to_pylist(), strict=True)
+    return Lines(key, [_line(f"row {row}", name, score) for row, (name, score) in enumerate(pairs, start=1)])
+
+
+def _annotations(path: Path) -> Lines:
+    """`{file: score}` or `{file: 0 | 1 | -1}`; a key that comes twice is seen twice."""
+
+    class Pairs(list):
+        pass
+
+    try:
+        found = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=Pairs)
+    except ValueError as error:
+        raise RatingsError(f"{path}: not valid JSON in UTF-8: {error}") from error
+    if not isinstance(found, Pairs):
+        raise RatingsError(f"{path}: expected an object {{file: score}}, found {type(found).__name__}")
+    return Lines("file", list(_checked_keys(found)))
+
+
+def _checked_keys(pairs: list[tuple[str, Any]]) -> Iterator[Line]:
+    for name, value in pairs:
+        if isinstance(value, str):  # in text files numbers are text, in JSON they are not
+            yield Line(f"key {name!r}", name, fault=f"expected a number, found the text {value!r:.80}")
+        else:
+            yield _line(f"key {name!r}", name, value)
+
+
+def _line(place: str, name: Any, value: Any) -> Line:
+    if not isinstance(name, str) or not name.strip():
+        return Line(place, "", fault=f"expected a name, found {name!r:.80}")
+    name = name.strip()
+    if any("\udc80" <= letter <= "\udcff" for letter in name):
+        return Line(place, "", fault=f"the name is not UTF-8: {ascii(name):.80}")
+    try:
+        number = None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None:
+        return Line(place, name, fault=f"{name}: expected a number, found {value!r:.80}")
+    return Line(place, name, number)

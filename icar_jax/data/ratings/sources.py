@@ -1,0 +1,277 @@
+"""Images with ratings as sources of records, and how they are split.
+
+Ratings meet images by file name or by URL, never by a running number. Splits come from the ratings (IC9600's train.txt and
+test.txt) or from the hash of each name, so that adding images moves no other. Thresholds are chosen on `val`, as ICAR does:
+nothing is trained on it, and nothing that is reported comes from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import posixpath
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from icar_jax.config import ConfigError, DataConfig
+from icar_jax.data.images import decode
+from icar_jax.data.ratings.table import Ratings, RatingsError, read_ratings
+from icar_jax.data.records import Record, Source, Subset, name_hash
+from icar_jax.data.sources.folders import existing_folder, image_files
+from icar_jax.data.sources.parquet import Parquet
+from icar_jax.data.sources.shards import retrying
+from icar_jax.data.sources.webdataset import WebDataset
+
+SPLITS = ("train", "val", "test")
+SHARES = {"train": 0.70, "val": 0.15, "test": 0.15}
+VAL_OF_TRAIN = 0.10  # where the ratings come as train.txt and test.txt, without val.txt
+
+
+class RatedFolder:
+    """Files of a folder with their scores, as a source.
+
+    `names` are relative to `images`; `scores` float32 [N] in [0, 1].
+    """
+
+    def __init__(self, name: str, images: Path, names: Sequence[str], scores: np.ndarray):
+        self.name, self.images, self.names = name, images, list(names)
+        self.scores = np.asarray(scores, np.float32)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> Record:
+        path = os.path.join(self.images, self.names[i])
+        return Record(self.names[i], functools.partial(decode, path), (), float(self.scores[i]))
+
+
+class RatedByUrl:
+    """Records of a source of shards that were joined with scores by URL, which is their name.
+
+    `indices` int64 [N] are their numbers in the source; `scores` float32 [N] in [0, 1].
+    """
+
+    def __init__(self, source: Source, indices: Sequence[int], names: Sequence[str], scores: np.ndarray):
+        self.name, self.source, self.names = source.name, source, list(names)
+        self.indices, self.scores = np.asarray(indices, np.int64), np.asarray(scores, np.float32)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> Record:
+        record = self.source[int(self.indices[i])]
+        return dataclasses.replace(record, name=self.names[i], complexity=float(self.scores[i]))
+
+
+@dataclass(frozen=True)
+class Rated:
+    """All rated images of a configuration.
+
+    Attributes:
+        source: every image that has a usable score.
+        split_of: the split of each of them.
+        how: one sentence on where the splits come from.
+        notes: lines for people: what was read, what was left out.
+    """
+
+    source: RatedFolder | RatedByUrl
+    split_of: tuple[str, ...]
+    how: str
+    notes: tuple[str, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Split -> images."""
+        return dict(Counter(self.split_of))
+
+    def split(self, wanted: str) -> Subset:
+        """The images of a split, or of several joined by '+'. Raises ConfigError naming the splits there are."""
+        names = set(wanted.split("+"))
+        if unknown := sorted(names - set(self.split_of)):
+            listed = ", ".join(f"{name} ({count} images)" for name, count in sorted(self.counts.items()))
+            raise ConfigError(f"{self.source.name}: no images in split {', '.join(map(repr, unknown))}; it has {listed}")
+        chosen = [i for i, split in enumerate(self.split_of) if split in names]
+        return Subset(self.source, chosen, f"{self.source.name}/{wanted}")
+
+
+def open_rated(data: DataConfig) -> Rated:
+    """What config.data.root and config.data.ratings hold together.
+
+    Raises ConfigError, OSError, ShardError; RatingsError where more than config.data.bad_share of the lines are unusable, or
+    an image lies in two splits.
+    """
+    if data.source in ("webdataset", "parquet"):
+        return _sharded(data)
+    root = existing_folder(data.root)
+    if not data.ratings:
+        return _own_splits(root, data.bad_share)
+    images = _image_folder(root)
+    found = image_files(images)
+    ratings = read_ratings(_ratings_file(data, root), *_lookup(images, found)).check(data.bad_share)
+    if ratings.key == "url":
+        return _url_folder(images, sorted(found), ratings)
+    return by_hash(_folder(root.name, images, ratings.scores), (ratings.summary(),))
+
+
+def by_hash(source: RatedFolder | RatedByUrl, notes: tuple[str, ...]) -> Rated:
+    """Splits 70/15/15 into train, val and test by the hash of each name."""
+    train, val = SHARES["train"], SHARES["train"] + SHARES["val"]
+
+    def split(name: str) -> str:
+        place = name_hash(name, seed=0) / 2**64
+        return "train" if place < train else "val" if place < val else "test"
+
+    how = "70/15/15 into train, val and test by the BLAKE2b hash of each image's name: adding images moves no other"
+    return Rated(source, tuple(map(split, source.names)), how, notes)
+
+
+def _own_splits(root: Path, bad_share: float) -> Rated:
+    """IC9600's layout: train.txt and test.txt, perhaps val.txt, beside images/."""
+    files = {split: root / f"{split}.txt" for split in SPLITS if (root / f"{split}.txt").is_file()}
+    if "train" not in files:
+        raise ConfigError(
+            f"config.data.ratings='' and {root} has no train.txt (IC9600: train.txt, test.txt, images/); "
+            "pass --config.data.ratings=FILE (.txt, .json, .csv or .parquet)"
+        )
+    images = _image_folder(root)
+    lookup = _lookup(images, image_files(images))
+    read = {split: read_ratings(file, *lookup).check(bad_share) for split, file in files.items()}
+    first: dict[str, str] = {}
+    for split, ratings in read.items():
+        both = [name for name in ratings.scores if name in first]
+        if both:
+            raise RatingsError(
+                f"{ratings.where}: {len(both)} images are in {files[first[both[0]]].name} as well, first {both[0]}; an image "
+                "must be in one split only, or what is reported was trained on"
+            )
+        first |= dict.fromkeys(ratings.scores, split)
+    how = f"{', '.join(file.name for file in files.values())} of the folder"
+    if "val" not in read:
+        cut = {name for name in read["train"].scores if name_hash(name, seed=0) < VAL_OF_TRAIN * 2**64}
+        first |= dict.fromkeys(cut, "val")
+        how += "; val is a tenth of train.txt, by the BLAKE2b hash of each image's name"
+    scores = {name: score for ratings in read.values() for name, score in ratings.scores.items()}
+    source = _folder(root.name, images, scores)
+    return Rated(source, tuple(first[name] for name in source.names), how, tuple(r.summary() for r in read.values()))
+
+
+def _sharded(data: DataConfig) -> Rated:
+    """Shards joined with scores by URL; all that root names, whatever the split."""
+    ratings = read_ratings(_ratings_file(data, None)).check(data.bad_share)
+    if ratings.key != "url":
+        raise RatingsError(
+            f"{ratings.where}: shards are joined by URL, never by running number: expected a CSV or Parquet file with the "
+            "columns url and score"
+        )
+    with retrying(data.retries):
+        if data.source == "webdataset":
+            source = WebDataset(data.root, ".", captions=False)
+        else:
+            source = Parquet(data.root, ".", data.image_column, "")
+        urls = _urls(source, (ratings.where, os.stat(ratings.where).st_mtime_ns, source.shards.sha256()))
+    names, indices, note = _join(urls, ratings)
+    scores = np.array([ratings.scores[name] for name in names], np.float32)
+    return by_hash(RatedByUrl(source, indices, names, scores), (ratings.summary(), note))
+
+
+_last_urls: dict[Any, list[str | None]] = {}
+
+
+def _urls(source: WebDataset | Parquet, key: Any) -> list[str | None]:
+    """Those of the last shards asked for are remembered: training, validation and the splits all ask."""
+    if key not in _last_urls:
+        found = source.urls()
+        _last_urls.clear()
+        _last_urls[key] = found
+    return _last_urls[key]
+
+
+def _url_folder(images: Path, files: list[str], ratings: Ratings) -> Rated:
+    """img2dataset's layout of files: 00000/000000001.jpg with its address in 000000001.json beside it."""
+
+    def url(file: str) -> str | None:
+        try:
+            with open(os.path.join(images, os.path.splitext(file)[0] + ".json"), "rb") as stream:
+                found = json.load(stream)["url"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return found if isinstance(found, str) else None
+
+    urls = [url(file) for file in tqdm(files, desc="read URLs", disable=None)]
+    names, indices, note = _join(urls, ratings)
+    scores = np.array([ratings.scores[name] for name in names], np.float32)
+    source = RatedFolder(images.name, images, [files[i] for i in indices], scores)
+    rated = by_hash(source, (ratings.summary(), note))
+    # Files are numbered as they happened to arrive; the address stays when they are fetched again.
+    split_of = by_hash(RatedFolder(images.name, images, names, scores), ()).split_of
+    return dataclasses.replace(rated, split_of=split_of, how=rated.how.replace("image's name", "image's URL"))
+
+
+def _join(urls: Sequence[str | None], ratings: Ratings) -> tuple[list[str], list[int], str]:
+    """(addresses that have both an image and a score, the number of the image of each, a line for people)."""
+    first: dict[str, int] = {}
+    unaddressed = unrated = repeated = 0
+    for i, url in enumerate(urls):
+        if url is None:
+            unaddressed += 1
+        elif url not in ratings.scores:
+            unrated += 1
+        elif url in first:
+            repeated += 1
+        else:
+            first[url] = i
+    counts = f"{len(urls)} images, {len(first)} with a score"
+    rest = {
+        "images without a score": unrated, "images without a URL": unaddressed, "images of a URL that came before": repeated,
+        "scores without an image": len(ratings.scores) - len(first),
+    }  # fmt: skip
+    note = f"joined by URL: {counts}; left out: " + (", ".join(f"{n} {what}" for what, n in rest.items() if n) or "nothing")
+    if not first:
+        example = next((url for url in urls if url is not None), "none")
+        raise RatingsError(
+            f"{ratings.where}: {note}. No URL is in both; the first rated one is {next(iter(ratings.scores))}, the first of an "
+            f"image {example}"
+        )
+    if unrated or unaddressed or repeated:
+        logging.info("%s", note)
+    return list(first), list(first.values()), note
+
+
+def _folder(name: str, images: Path, scores: dict[str, float]) -> RatedFolder:
+    return RatedFolder(name, images, list(scores), np.fromiter(scores.values(), np.float32, len(scores)))
+
+
+def _image_folder(root: Path) -> Path:
+    return root / "images" if (root / "images").is_dir() else root
+
+
+def _ratings_file(data: DataConfig, root: Path | None) -> Path:
+    path = Path(data.ratings).expanduser()
+    if root is not None and not path.is_file() and (root / path).is_file():
+        raise ConfigError(f"config.data.ratings={data.ratings!r} not found; there is {root / path}: pass that")
+    return path
+
+
+def _lookup(images: Path, found: set[str]) -> tuple[Callable[[str], str | None], str]:
+    """(name in a file of ratings -> name relative to the images, what to say where there is none).
+
+    A name is relative to the images; or it is a path, as `icar score` writes them.
+    """
+
+    def known(name: str) -> str | None:
+        plain = posixpath.normpath(name)
+        if plain in found:
+            return plain
+        relative = os.path.relpath(os.path.abspath(name), images).replace(os.sep, "/")
+        return relative if relative in found else None
+
+    return known, f"no such image under {images}"

@@ -1,0 +1,162 @@
+"""Ratings of images: {name: score in [0, 1]}, with every unusable line named and counted."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from absl import logging
+
+from icar_jax.data.ratings.files import Line, RatingsError, read_lines
+
+__all__ = ["Fault", "Ratings", "RatingsError", "read_ratings"]
+
+MALFORMED, OUTSIDE, LABEL = "malformed line", "score outside [0, 1]", "wrong label"
+DUPLICATE, MISSING = "duplicate", "missing image"
+UNDECIDED = -1  # the label of images that annotators could not agree on
+_SHOWN, _WARNED = 20, 5
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a line is left out."""
+
+    kind: str
+    place: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Ratings:
+    """What a file says of images.
+
+    Attributes:
+        where: the file.
+        key: what the names are: 'file' or 'url'.
+        scores: name -> score in [0, 1], in the file's order; labels are 0.0 and 1.0.
+        labels: whether the values are labels 0, 1 or -1, not scores.
+        undecided: labels -1, which are left out.
+        lines: all lines, unusable ones included.
+        faults: the unusable ones.
+    """
+
+    where: Path
+    key: str
+    scores: dict[str, float]
+    labels: bool
+    undecided: int
+    lines: int
+    faults: tuple[Fault, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Kind of fault -> how many."""
+        return dict(Counter(fault.kind for fault in self.faults))
+
+    def check(self, bad_share: float) -> Ratings:
+        """This object; warns of faults. Raises RatingsError where they exceed `bad_share` of the lines, or nothing is left."""
+        if self.faults and len(self.faults) > bad_share * self.lines:
+            raise RatingsError(
+                f"{self.where}: {len(self.faults)} of {self.lines} lines cannot be used ({_listed(self.counts)}), which is "
+                f"{len(self.faults) / self.lines:.1%} and more than config.data.bad_share={bad_share} allows:\n"
+                f"{self._first(_SHOWN)}\nCorrect the file, or raise config.data.bad_share to leave such lines out"
+            )
+        if not self.scores:
+            raise RatingsError(f"{self.where}: no ratings in it{self._undecided()}")
+        if self.faults:
+            _warn(
+                f"{self.where}: {len(self.faults)} of {self.lines} lines are left out ({_listed(self.counts)}):\n"
+                f"{self._first(_WARNED)}"
+            )
+        return self
+
+    def summary(self) -> str:
+        """One line for people."""
+        kind = "labels" if self.labels else "scores"
+        left_out = f"; left out: {_listed(self.counts)}" if self.faults else ""
+        return f"{self.where}: {len(self.scores)} {kind} of {self.lines} lines{self._undecided()}{left_out}"
+
+    def _undecided(self) -> str:
+        return f"; {self.undecided} undecided (label {UNDECIDED}) dropped" if self.undecided else ""
+
+    def _first(self, shown: int) -> str:
+        more = [f"  and {len(self.faults) - shown} more"] if len(self.faults) > shown else []
+        return "\n".join([*(f"  {fault}" for fault in self.faults[:shown]), *more])
+
+
+def read_ratings(
+    path: str | os.PathLike, known: Callable[[str], str | None] = lambda name: name, missing: str = "no such image"
+) -> Ratings:
+    """Reads `.txt` (IC9600), `.json`, `.csv` or `.parquet`; see `ratings_files` for the layouts.
+
+    A JSON file holds labels where at least half of its numbers are -1, 0 or 1; then every value must be one of these. Of a
+    name that comes twice the first line counts.
+
+    Args:
+        known: name -> the name an image is known by, or None where there is none. Not asked where names are URLs: whether an
+            image of that address was fetched is no fault of the file.
+        missing: the reason given for None.
+
+    Raises:
+        FileNotFoundError, OSError, RatingsError: the file as a whole cannot be read. Single lines are in `faults`; the caller
+            decides with `check`.
+    """
+    path = Path(path).expanduser()
+    key, lines = read_lines(path)
+    labels = path.suffix.lower() == ".json" and _are_labels(lines)
+    scores: dict[str, float] = {}
+    seen: dict[str, str] = {}
+    faults: list[Fault] = []
+    undecided = 0
+    for line in lines:
+        if fault := _wrong_value(line, labels):
+            faults.append(fault)
+            continue
+        dropped = labels and line.value == UNDECIDED
+        name = line.name if key == "url" else known(line.name)
+        if name is None and not dropped:
+            faults.append(Fault(MISSING, line.place, f"{line.name}: {missing}"))
+            continue
+        name = line.name if name is None else name
+        if name in seen:
+            faults.append(Fault(DUPLICATE, line.place, f"{name} was rated at {seen[name]} already, which counts"))
+            continue
+        seen[name] = line.place
+        if dropped:
+            undecided += 1
+        else:
+            scores[name] = line.value
+    return Ratings(path, key, scores, labels, undecided, len(lines), tuple(faults))
+
+
+def _are_labels(lines: list[Line]) -> bool:
+    numbers = [line.value for line in lines if not line.fault]
+    return 2 * sum(value in (UNDECIDED, 0, 1) for value in numbers) >= max(1, len(numbers))
+
+
+def _wrong_value(line: Line, labels: bool) -> Fault | None:
+    if line.fault:
+        return Fault(MALFORMED, line.place, line.fault)
+    if labels and line.value not in (UNDECIDED, 0, 1):
+        return Fault(LABEL, line.place, f"{line.name}: expected the label 0, 1 or {UNDECIDED}, found {line.value:g}")
+    if not labels and (math.isnan(line.value) or not 0 <= line.value <= 1):
+        return Fault(OUTSIDE, line.place, f"{line.name}: score {line.value:g} is not in [0, 1]")
+    return None
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Once a process: the same file is read for training, for validation and for the splits."""
+    logging.warning("%s", text)

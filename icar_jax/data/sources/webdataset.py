@@ -1,0 +1,142 @@
+"""WebDataset shards, as img2dataset writes them: tars of 000123.jpg with 000123.txt and 000123.json beside it.
+
+A shard is scanned once, header by header, for where each sample begins and ends. A sample's members lie together, so one
+positioned read then fetches a picture with its captions, in any order. The places take 16 bytes a sample; they are kept in a
+file `.icar_index_*` beside the shards where that folder can be written, and mapped, so that all worker processes share them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from absl import logging
+from tqdm import tqdm
+
+from icar_jax.data.images import decode
+from icar_jax.data.records import Record
+from icar_jax.data.sources.shards import OpenFiles, ShardError, attempt, find_shards, retries_now, retrying, texts, unusable
+from icar_jax.data.sources.tar import TarDamage, members
+from icar_jax.data.sources.tar_index import IMAGES, Index, split_name, windowed
+
+_THREADS = 8  # that read URLs: mostly waiting for storage
+
+
+class WebDataset:
+    """A folder, glob or brace range of uncompressed .tar shards; random access to their samples.
+
+    Members whose names agree up to the first dot of the file name are one sample. It is used if it has an image (jpg, jpeg,
+    png, webp) and a txt or json; others are left out, with a warning. The captions are the txt, or, where that is missing or
+    empty, `caption` or `captions` (text, or a list) of the json. One without any is reported as an unreadable image is.
+
+    Args:
+        root, split: see `shards.find_shards`.
+        captions: False reads none, and so misses none.
+
+    Raises:
+        ConfigError: no shards there.
+        ShardError: shards that are damaged, compressed or unreadable, with names, reasons and their number.
+    """
+
+    def __init__(self, root: str, split: str = ".", captions: bool = True):
+        self._with_captions = captions
+        self._paths, labels = find_shards(root, split, ".tar")
+        self.name = f"{Path(root).name}/{split}" if split != "." else Path(root).name
+        self._files = OpenFiles()
+        index = Index.open(self._paths, labels)
+        self.shards, self._spans = index.shards, index.spans
+        if not len(self):
+            raise ShardError(
+                f"{self._paths[0]} and {len(self._paths) - 1} more: no sample with an image ({', '.join(IMAGES)}) and a txt or "
+                f"json of the same name; {index.left_out} samples lack one of them"
+            )
+        if index.left_out:
+            logging.warning("%s: %d samples without an image or without txt and json are left out", self.name, index.left_out)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Absolute paths of the shards."""
+        return tuple(self._paths)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, i: int) -> Record:
+        shard, _ = self.shards.locate(i)
+        path = self._paths[shard]
+        start, end = (int(v) for v in self._spans[i])
+        span = attempt(path, lambda: self._files.read(path, start, end - start))
+        return _record(span, self.shards.labels[shard], path, start, self._with_captions)
+
+    def urls(self) -> list[str | None]:
+        """The `url` in the json of every sample, None where there is none; reads the jsons, not the pictures.
+
+        Raises ShardError.
+        """
+        count, read = len(self._paths), functools.partial(self._urls_of, retries_now())
+        with ThreadPoolExecutor(_THREADS) as pool:
+            parts = tqdm(pool.map(read, range(count)), total=count, desc="read URLs", disable=None)
+            return [url for part in parts for url in part]
+
+    def _urls_of(self, retries: int, shard: int) -> list[str | None]:
+        end = int(self.shards.ends[shard])
+        spans = [self._spans[i] for i in range(end - int(self.shards.counts[shard]), end)]
+
+        def read() -> list[str | None]:
+            with open(self._paths[shard], "rb", buffering=0) as stream:
+                window = windowed(stream.fileno())
+                return [_url(window, int(begin), int(stop)) for begin, stop in spans]
+
+        try:
+            with retrying(retries):
+                return attempt(self._paths[shard], read)
+        except TarDamage as error:
+            raise ShardError(f"{self._paths[shard]}: {error}; it changed since it was indexed, or is damaged") from None
+
+
+def _url(read: Callable[[int, int], bytes], begin: int, end: int) -> str | None:
+    """The `url` in the json among a sample's members."""
+    for member in members(lambda offset, length: read(begin + offset, length), end - begin, part=True):
+        if split_name(member.name)[1] == "json":
+            try:
+                url = json.loads(read(begin + member.data, member.size)).get("url")
+            except (ValueError, AttributeError):
+                return None
+            return url if isinstance(url, str) else None
+    return None
+
+
+def _record(span: bytes, label: str, path: str, start: int, with_captions: bool) -> Record:
+    """The record in the bytes of one sample's members."""
+    found: dict[str, bytes] = {}
+    key = ""
+    try:
+        for member in members(lambda offset, length: span[offset : offset + length], len(span), part=True):
+            this, extension = split_name(member.name)
+            if this:  # hidden files may lie between
+                key, found[extension] = this, span[member.data : member.data + member.size]
+    except TarDamage as error:
+        raise ShardError(f"{path}: {error}, {start} bytes into it; it changed since it was indexed, or is damaged") from None
+    name = f"{label}/{key}"
+    captions, reason = _captions(found) if with_captions else ((), "")
+    if with_captions and not captions:
+        return Record(name, functools.partial(unusable, name, reason), ())
+    picture = next(found[e] for e in IMAGES if e in found)
+    return Record(name, functools.partial(decode, picture, name), captions)
+
+
+def _captions(found: dict[str, bytes]) -> tuple[tuple[str, ...], str]:
+    """(captions, why there are none)."""
+    if captions := texts(found.get("txt")):
+        return captions, ""
+    if "json" not in found:
+        return (), "its txt is empty"
+    try:
+        described = json.loads(found["json"])
+        captions = texts([described.get("caption"), described.get("captions")])
+    except (ValueError, TypeError, AttributeError) as error:
+        return (), f"no caption in its json: {error}"
+    return captions, "" if captions else f"no caption in its txt or json (the json has {', '.join(described) or 'nothing'})"

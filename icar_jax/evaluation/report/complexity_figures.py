@@ -1,0 +1,87 @@
+"""Figures of a complexity model's evaluation: scores against what is known, and PCC by nuisance."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from icar_jax.evaluation.report.complexity_table import MODEL, NAMES
+from icar_jax.evaluation.report.figures import new_figure, save
+
+KNOWN = "known complexity (rating)"
+_BLUE, _ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette
+
+
+def scores(predicted: np.ndarray, known: np.ndarray, metrics: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Draws each image's score against its known complexity (regression), or the scores of both classes (classification)."""
+    figure, axes = new_figure()
+    if metrics["head"] == "regression":
+        _scatter(axes, predicted, known, metrics)
+    else:
+        _classes(axes, predicted, known, metrics)
+    save(figure, path)
+
+
+def nuisance(metrics: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Draws the PCC of the model and of the best classical measure on low, middle and high values of each nuisance."""
+    figure, axes = new_figure()
+    over = metrics["margin"]["over"]
+    groups = [(name, level, part) for name, levels in metrics["nuisance"].items() for level, part in levels.items()]
+    for run, colour, marker, shift in ((MODEL, _ORANGE, "D", -0.12), (over, _BLUE, "s", 0.12)):
+        shown = [(i, part["pcc"][run]) for i, (_, _, part) in enumerate(groups) if part["pcc"][run] is not None]
+        at, values = np.array([i for i, _ in shown]), np.array([pcc["value"] for _, pcc in shown])
+        # A percentile interval need not contain the value, and there may be none.
+        lows = np.array([min(p["value"], p["value"] if p["low"] is None else p["low"]) for _, p in shown])
+        highs = np.array([max(p["value"], p["value"] if p["high"] is None else p["high"]) for _, p in shown])
+        label = NAMES.get(run, run)
+        bars = [values - lows, highs - values]
+        axes.errorbar(at + shift, values, bars, color=colour, marker=marker, linestyle="none", capsize=3, label=label)
+    axes.set_xticks(range(len(groups)), [f"{name}\n{level}\n{p['from']:.2f} to {p['to']:.2f}" for name, level, p in groups])
+    axes.tick_params(axis="x", labelsize=7.5)
+    for edge in range(1, len(groups)):
+        if groups[edge][0] != groups[edge - 1][0]:
+            axes.axvline(edge - 0.5, color="0.8", linewidth=0.8)
+    what = "rank of the regret" if "regret" in metrics else "known complexity"
+    axes.set_ylabel(f"PCC with the {what}, 95% interval")
+    axes.set_title(f"What varies beside the complexity: {metrics['images']:,} images of {metrics['source']}", fontsize=10.5)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, fontsize=8.5)  # covers no point
+    save(figure, path)
+
+
+def _scatter(axes: Axes, predicted: np.ndarray, known: np.ndarray, metrics: Mapping[str, Any]) -> None:
+    axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=":", zorder=0)
+    # Thousands of points would be a blot.
+    alpha = float(np.clip(150 / len(predicted), 0.08, 0.6))
+    axes.scatter(known, predicted, s=14, color=_BLUE, alpha=alpha, linewidths=0)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel(f"rank of the regret at exit {metrics['regret']['exit']}" if "regret" in metrics else KNOWN)
+    axes.set_ylabel("score")
+    run = metrics["runs"][MODEL]
+    axes.set_title(
+        f"PCC {run['pcc']['value']:.3f}, SRCC {run['srcc']['value']:.3f}, RMSE {run['rmse']['value']:.3f} on "
+        f"{metrics['images']:,} images of {metrics['source']}",
+        fontsize=10.5,
+    )
+
+
+def _classes(axes: Axes, predicted: np.ndarray, known: np.ndarray, metrics: Mapping[str, Any]) -> None:
+    edges, labels = np.linspace(0, 1, 41), known > metrics["boundary"]
+    for chosen, colour, name in ((~labels, _BLUE, "simple"), (labels, _ORANGE, "complex")):
+        axes.hist(predicted[chosen], edges, color=colour, alpha=0.55, label=f"{name} ({int(chosen.sum()):,})")
+    limit = metrics["threshold"]
+    axes.axvline(limit, color="black", linewidth=1, linestyle="--", label=f"threshold {limit:.3f}")
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("score: probability of 'complex'")
+    axes.set_ylabel("images")
+    run = metrics["runs"][MODEL]
+    axes.set_title(
+        f"F1 {run['f1']['value']:.3f}, ROC AUC {run['roc_auc']['value']:.3f} on {metrics['images']:,} images of "
+        f"{metrics['source']}",
+        fontsize=10.5,
+    )
+    axes.legend(frameon=False, fontsize=8.5)

@@ -1,0 +1,180 @@
+"""Settings of a router (thresholds, and with them which exits are used) by what they cost and what recall they keep.
+
+A setting is its thresholds. An exit that no image takes is not used. Recall is the mean recall at 5 of both directions, every
+image at the exit its score sends it to, in the mixed gallery that makes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from icar_jax.evaluation.metrics.retrieval import Distractors, Ranks, recall
+from icar_jax.evaluation.routing.assignments import ranks_mixed
+from icar_jax.evaluation.routing.thresholds import thresholds_for_shares
+from icar_jax.inference.budgets import Costs
+from icar_jax.inference.router import assign
+
+RECALL_AT = 5
+FINE, COARSE = 100, 20  # steps of the shares searched, for one early exit and for more
+EXHAUSTIVE = 2  # early exits up to which every combination on the grid is tried
+_AT_ONCE = 128  # settings ranked in one pass
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting. share: exit -> fraction of the images; cost: name -> mean cost as a share of full depth, router included;
+    recall: mean R@5 in percent."""
+
+    thresholds: tuple[float, ...]
+    share: dict[int, float]
+    cost: dict[str, float]
+    recall: float
+
+    def as_dict(self) -> dict[str, Any]:
+        share = {str(e): s for e, s in self.share.items()}
+        return {"thresholds": list(self.thresholds), "share": share, "cost": dict(self.cost), "recall": self.recall}
+
+
+@dataclass
+class Bench:
+    """Images that settings are tried on.
+
+    by_exit: exit -> [N, D]; texts: [M, D]; caption_image: [M]; scores: [N] complexity.
+    costs: name ('counted', 'measured') -> `Costs`.
+    far_by_exit, far_scores, distractors: of the distractors, which are routed as the others are.
+    """
+
+    by_exit: Mapping[int, np.ndarray]
+    texts: np.ndarray
+    caption_image: np.ndarray
+    scores: np.ndarray
+    costs: Mapping[str, Costs]
+    far_by_exit: Mapping[int, np.ndarray] | None = None
+    far_scores: np.ndarray | None = None
+    distractors: Distractors | None = None
+    mesh: Any = None
+    _known: dict[tuple[float, ...], Point] = field(default_factory=dict, repr=False)
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        return tuple(sorted(self.by_exit))
+
+    def thresholds(self, cumulative: Sequence[float]) -> tuple[float, ...]:
+        """Thresholds under which a share cumulative[i] of the images leaves at exit i or before."""
+        return thresholds_for_shares(self.scores, np.diff([0.0, *cumulative, 1.0]))
+
+    def ranks(self, settings: Sequence[Sequence[float]]) -> list[Ranks]:
+        """Ranks of both directions under each of the thresholds."""
+        scores = self.scores if self.far_scores is None else np.concatenate([self.scores, self.far_scores])
+        exits = np.stack([assign(scores, self.exits, limits) for limits in settings])
+        more = {"far_by_exit": self.far_by_exit, "distractors": self.distractors, "mesh": self.mesh}
+        return ranks_mixed(self.by_exit, self.texts, self.caption_image, exits, **more)
+
+    def points(self, settings: Sequence[Sequence[float]]) -> list[Point]:
+        """What each setting costs and keeps; one that was tried before is not ranked again."""
+        wanted = [tuple(float(t) for t in limits) for limits in settings]
+        new = [limits for limits in dict.fromkeys(wanted) if limits not in self._known]
+        for start in range(0, len(new), _AT_ONCE):
+            part = new[start : start + _AT_ONCE]
+            for limits, found in zip(part, self.ranks(part)):
+                self._known[limits] = self._point(limits, found)
+        return [self._known[limits] for limits in wanted]
+
+    def _point(self, limits: tuple[float, ...], found: Ranks) -> Point:
+        taken = assign(self.scores, self.exits, limits)
+        share = {e: float(np.mean(taken == e)) for e in self.exits}
+        both = recall(found, RECALL_AT)
+        cost = {name: costs.share_of_full(share) for name, costs in self.costs.items()}
+        return Point(limits, share, cost, sum(both.values()) / len(both))
+
+    @property
+    def full(self) -> Point:
+        """Every image at full depth, the router's cost included."""
+        return self.points([self.thresholds([0.0] * (len(self.exits) - 1))])[0]
+
+    @property
+    def known(self) -> list[Point]:
+        """All points so far."""
+        return list(self._known.values())
+
+    @property
+    def tried(self) -> int:
+        return len(self._known)
+
+
+def sweep(bench: Bench, steps: int = COARSE) -> list[Point]:
+    """Settings for a picture of what thresholds can do: every pair of exits at rising shares."""
+    early = len(bench.exits) - 1
+    settings = []
+    for i, j in itertools.combinations(range(early + 1), 2):
+        for part in np.arange(steps + 1) / steps:
+            # A share `part` leaves at exit i, the rest at exit j.
+            settings.append(bench.thresholds([0.0] * i + [part] * (j - i) + [1.0] * (early - j)))
+    return bench.points(list(dict.fromkeys(settings)))
+
+
+def frontier(points: Sequence[Any], cost: str) -> list[Any]:
+    """The points that no other beats in both recall and cost, by rising cost. Points: `Point`, or dicts of `as_dict`."""
+
+    def of(point: Any, name: str) -> Any:
+        return point[name] if isinstance(point, Mapping) else getattr(point, name)
+
+    best: list[Any] = []
+    for point in sorted(points, key=lambda p: (of(p, "cost")[cost], -of(p, "recall"))):
+        if not best or of(point, "recall") > of(best[-1], "recall"):
+            best.append(point)
+    return best
+
+
+def cheapest(bench: Bench, max_drop: float, cost: str) -> Point:
+    """The setting of least cost whose mean R@5 is at most `max_drop` points below that of full depth; see `_best`.
+
+    Of equal costs the higher recall is taken. Full depth is among the settings, so there is always an answer.
+    """
+    lowest = bench.full.recall - max_drop - 1e-9
+    return _best(bench, lambda p: (p.recall < lowest, p.cost[cost], -p.recall))
+
+
+def best_within(bench: Bench, budget: float, cost: str) -> Point:
+    """The setting of highest mean R@5 that costs at most `budget` times full depth; of equal recalls the cheapest. See `_best`.
+
+    The budget allows the first exit for every image, router included: else nothing is within it.
+    """
+    return _best(bench, lambda p: (p.cost[cost] > budget + 1e-9, -p.recall, p.cost[cost]))
+
+
+def _best(bench: Bench, key: Callable[[Point], tuple]) -> Point:
+    """The setting of least key, full depth among them.
+
+    One or two early exits: every combination of cumulative shares on a grid of 1/FINE or 1/COARSE. More: coordinate search
+    on the coarse grid, from every exit alone and from full depth; each threshold in turn moves to where the key is least,
+    until none moves. A local optimum, then.
+    """
+    early, found = len(bench.exits) - 1, bench.full
+    if early <= EXHAUSTIVE:
+        n = FINE if early == 1 else COARSE
+        grid = np.arange(n + 1) / n
+        settings = [bench.thresholds(c) for c in itertools.combinations_with_replacement(grid, early)]
+        return min([*bench.points(list(dict.fromkeys(settings))), found], key=key)
+    grid = np.arange(COARSE + 1) / COARSE
+    for alone in range(early + 1):
+        place = [0.0] * alone + [1.0] * (early - alone)
+        (now,) = bench.points([bench.thresholds(place)])
+        while True:
+            before = list(place)
+            for i in range(early):
+                low, high = (place[i - 1] if i else 0.0), (place[i + 1] if i + 1 < early else 1.0)
+                tries = [[*place[:i], float(g), *place[i + 1 :]] for g in grid if low <= g <= high]
+                points = bench.points([bench.thresholds(t) for t in tries])
+                best = min(range(len(tries)), key=lambda j: key(points[j]))
+                if key(points[best]) < key(now):
+                    now, place = points[best], tries[best]
+            if place == before:
+                break
+        found = min(found, now, key=key)
+    return found

@@ -1,0 +1,135 @@
+"""Scores of different exits made comparable: z' = a_e s + b_e for each early exit e, in score space (s is the cosine).
+
+In a mixed gallery an image is ranked against images of other exits. Where the cosines of an exit lie lower or spread less than
+those of full depth, its images lose to others whatever they show. Two numbers an exit are fitted on calibration images, never
+on evaluated ones; full depth keeps (1, 0). What is minimised is the InfoNCE of text to image in the mixed gallery itself, at
+full depth's temperature, which is convex in (a, b). Image-to-text ranks do not change: all captions of an image share its a > 0
+and its b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from icar_jax.evaluation.routing.assignments import take_exits
+
+_ROWS = 512  # captions whose scores are held at a time
+_LEAST_SLOPE = 0.05  # a slope of 0 or less would turn the order of an exit's captions over
+
+
+@dataclass(frozen=True)
+class ScoreCalibration:
+    """exit (executed blocks) -> (slope a, offset b) of its cosines; full depth has (1, 0)."""
+
+    affine: dict[int, tuple[float, float]]
+    loss_before: float  # nats, of the calibration images
+    loss_after: float
+
+    def as_dict(self) -> dict[str, Any]:
+        affine = {str(e): {"slope": a, "offset": b} for e, (a, b) in sorted(self.affine.items())}
+        return {"kind": "affine", "exits": affine, "loss_before": self.loss_before, "loss_after": self.loss_after}
+
+    def images(self, embeddings: np.ndarray, exits: np.ndarray) -> np.ndarray:
+        """[N, D] of images that left at `exits` [N] -> [N, D + 1], whose products with `texts` are the calibrated scores."""
+        slopes, offsets = self._of(exits)
+        return np.concatenate([embeddings.astype(np.float32) * slopes[:, None], offsets[:, None]], axis=1)
+
+    @staticmethod
+    def texts(embeddings: np.ndarray) -> np.ndarray:
+        """[M, D] -> [M, D + 1]: a one that the offset is multiplied by."""
+        return np.concatenate([embeddings.astype(np.float32), np.ones((len(embeddings), 1), np.float32)], axis=1)
+
+    def _of(self, exits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if unknown := set(np.unique(exits).tolist()) - set(self.affine):
+            raise ValueError(f"images leave at exits {sorted(unknown)}, calibrated are {sorted(self.affine)}")
+        pairs = np.zeros((len(exits), 2), np.float32)
+        for exit, pair in self.affine.items():
+            pairs[exits == exit] = pair
+        return pairs[:, 0], pairs[:, 1]
+
+
+def bias(by_exit: Mapping[int, np.ndarray], texts: np.ndarray, caption_image: np.ndarray) -> dict[int, dict[str, float]]:
+    """exit -> {'matching', 'other'}: mean cosine of captions with their own image, and with all other images.
+
+    by_exit: exit -> [N, D]; texts: [M, D], unit norm; caption_image: [M]. 'other' is nan for a single image.
+    """
+    owner = np.asarray(caption_image)
+    whole, found = texts.sum(axis=0, dtype=np.float64), {}
+    for exit, images in sorted(by_exit.items()):
+        own = np.einsum("md,md->m", images[owner], texts, dtype=np.float64)
+        others = (len(images) - 1) * len(texts)
+        rest = images.sum(axis=0, dtype=np.float64) @ whole - own.sum()
+        found[exit] = {"matching": float(own.mean()), "other": float(rest / others) if others else float("nan")}
+    return found
+
+
+def fit(
+    by_exit: Mapping[int, np.ndarray], texts: np.ndarray, caption_image: np.ndarray, exits: np.ndarray, scale: float
+) -> ScoreCalibration:
+    """The slopes and offsets of least loss for a gallery whose images leave at `exits` [N].
+
+    by_exit: exit -> [N, D] of calibration images; texts: [M, D], unit norm; caption_image: [M]; scale: of full depth. An exit
+    that no image takes, like full depth, keeps (1, 0); a gallery all at one early exit keeps it too, for want of rivals.
+    Raises ValueError for an exit without embeddings.
+    """
+    full, owner = max(by_exit), np.asarray(caption_image)
+    rows = take_exits(by_exit, exits).astype(np.float32)
+    fitted = [e for e in sorted(by_exit) if e != full and np.any(exits == e)]
+    identity = {e: (1.0, 0.0) for e in by_exit}
+    if not fitted or len(np.unique(exits)) == 1:
+        before = _loss(np.zeros(2 * len(fitted)), rows, texts, owner, exits, fitted, scale, [(0.0, 1.0)] * len(fitted))[0]
+        return ScoreCalibration(identity, before, before)
+    # Standardised: one step of a slope then moves the logits as much as one of an offset.
+    spread = [_spread(rows[exits == e], texts) for e in fitted]
+    arguments = (rows, texts, owner, exits, fitted, scale, spread)
+    start = np.zeros(2 * len(fitted))
+    lowest = [(scale * deviation * (_LEAST_SLOPE - 1), None) for _, deviation in spread]
+    bounds = [bound for low in lowest for bound in (low, (None, None))]
+
+    from scipy.optimize import minimize
+
+    solved = minimize(_loss, start, arguments, method="L-BFGS-B", jac=True, bounds=bounds)
+    before = _loss(start, *arguments)[0]
+    affine = dict(identity)
+    for e, (u, v), (mean, deviation) in zip(fitted, solved.x.reshape(-1, 2), spread):
+        slope = u / (scale * deviation)
+        affine[e] = (float(1 + slope), float(v / scale - slope * mean))
+    return ScoreCalibration(affine, before, float(solved.fun))
+
+
+def _spread(images: np.ndarray, texts: np.ndarray) -> tuple[float, float]:
+    """Mean and deviation of the cosines of images and texts."""
+    scores = images[:_ROWS] @ texts[: 4 * _ROWS].T.astype(np.float32)
+    return float(scores.mean()), max(float(scores.std()), 1e-3)
+
+
+def _loss(
+    x: np.ndarray, rows: np.ndarray, texts: np.ndarray, owner: np.ndarray, exits: np.ndarray, fitted: list[int], scale: float,
+    spread: list[tuple[float, float]],
+) -> tuple[float, np.ndarray]:  # fmt: skip
+    """Mean InfoNCE of the captions, and its gradient by x = (u, v) an exit: logits T s + u (s - mean) / deviation + v."""
+    members = [exits == e for e in fitted]
+    total, gradient = 0.0, np.zeros(2 * len(fitted))
+    for start in range(0, len(texts), _ROWS):
+        piece = slice(start, start + _ROWS)
+        cosines = (texts[piece].astype(np.float32) @ rows.T).astype(np.float64)
+        logits, features = scale * cosines, []
+        for i, (member, (mean, deviation)) in enumerate(zip(members, spread)):
+            centred = (cosines[:, member] - mean) / deviation
+            logits[:, member] += x[2 * i] * centred + x[2 * i + 1]
+            features.append(centred)
+        own = (np.arange(len(logits)), owner[piece])
+        top = logits.max(axis=1, keepdims=True)
+        weights = np.exp(logits - top)
+        sums = weights.sum(axis=1, keepdims=True)
+        total += float(np.sum(np.log(sums[:, 0]) + top[:, 0] - logits[own]))
+        weights /= sums
+        weights[own] -= 1
+        for i, (member, centred) in enumerate(zip(members, features)):
+            gradient[2 * i] += np.sum(weights[:, member] * centred)
+            gradient[2 * i + 1] += np.sum(weights[:, member])
+    return total / len(texts), gradient / len(texts)

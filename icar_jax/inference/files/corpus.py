@@ -1,0 +1,226 @@
+"""A corpus of embedded images on disk: float16 shards that are mapped into memory, beside Parquet rows that say what is what.
+
+    DIR/
+      corpus.json        the model's identity, how images were encoded, and whether the last run came to its end
+      000000.npy         float16 [rows, D], unit norm up to rounding
+      000000.parquet     the same rows: path, sha256, complexity, exit, milliseconds
+      bad.csv            files that could not be embedded, and why; only where there are any
+
+A shard exists once its Parquet file does, which is moved into place last. So a writer that is killed at any moment leaves a
+corpus of whole shards, and the next one goes on after them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from icar_jax import workdir
+from icar_jax.config import require_local
+from icar_jax.errors import IcarError, ModelError
+
+FORMAT = 1
+MANIFEST, BAD = "corpus.json", "bad.csv"
+SCHEMA = pa.schema(
+    [
+        ("path", pa.string()), ("sha256", pa.string()), ("complexity", pa.float32()), ("exit", pa.int32()),
+        ("milliseconds", pa.float64()),
+    ]
+)  # fmt: skip
+FIXED = ("format", "model", "encoding", "embed_dim", "shard_rows")  # entries of the manifest that a later run must share
+
+
+class CorpusError(IcarError, ValueError):
+    """A corpus is missing, damaged, in use, or of another model; the message names the path and the fix."""
+
+
+class Corpus:
+    """A corpus as `open_corpus` reads it; embeddings stay on disk until they are used.
+
+    Attributes:
+        manifest: corpus.json. `manifest['model']` are the identities of the models, as `Model.identity`.
+        complete: whether the last run embedded everything that it was given.
+        shards: float16 [rows, D] arrays, mapped into memory, in the order of the rows.
+    """
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any], names: Sequence[str]):
+        self.path, self.manifest = path, dict(manifest)
+        self.complete = bool(manifest.get("complete"))
+        self.shards = [_mapped(path, name, manifest["embed_dim"]) for name in names]
+        self._names = list(names)
+        self._ends = np.cumsum([len(shard) for shard in self.shards], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        """Embeddings float16 [n, D] of row numbers int [n], or of a slice."""
+        if isinstance(rows, slice):
+            rows = np.arange(*rows.indices(len(self)))
+        rows = np.asarray(rows, np.int64)
+        if rows.ndim != 1 or (len(rows) and (rows.min() < 0 or rows.max() >= len(self))):
+            raise IndexError(f"rows of {self.path} are a list or a slice of numbers from 0 to {len(self) - 1}")
+        out = np.empty((len(rows), self.manifest["embed_dim"]), np.float16)
+        shard_of = np.searchsorted(self._ends, rows, side="right")
+        for shard in np.unique(shard_of):
+            mine = shard_of == shard
+            out[mine] = self.shards[shard][rows[mine] - (self._ends[shard] - len(self.shards[shard]))]
+        return out
+
+    def rows(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The table with the columns of SCHEMA, or some of them, one row an embedding."""
+        tables = [pq.read_table(self.path / f"{name}.parquet", columns=columns) for name in self._names]
+        return pa.concat_tables(tables) if tables else SCHEMA.empty_table().select(columns or SCHEMA.names)
+
+
+def open_corpus(path: str | os.PathLike) -> Corpus:
+    """Opens what `icar embed` wrote, also while it is written. Raises CorpusError saying what is wrong with it."""
+    path = Path(path)
+    return Corpus(path, read_manifest(path), shard_names(path))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """corpus.json. Raises CorpusError where it is missing or of another format."""
+    file = path / MANIFEST
+    if not file.is_file():
+        raise CorpusError(f"{path} holds no {MANIFEST}; expected a folder that `icar embed` wrote")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorpusError(f"cannot read {file}: {error}") from error
+    if manifest.get("format") != FORMAT:
+        raise CorpusError(f"{file} has format {manifest.get('format')!r}; this version reads format {FORMAT}")
+    return manifest
+
+
+def shard_names(path: Path) -> list[str]:
+    """Names of the complete shards, in order. Raises CorpusError where one is missing between others."""
+    names = sorted(file.stem for file in path.glob("[0-9]*.parquet"))
+    for number, name in enumerate(names):
+        if name != f"{number:06}":
+            raise CorpusError(f"{path} lacks {number:06}.parquet; copy the whole folder again, or embed into another one")
+    return names
+
+
+def _mapped(path: Path, name: str, embed_dim: int) -> np.ndarray:
+    file = path / f"{name}.npy"
+    rows = pq.read_metadata(path / f"{name}.parquet").num_rows
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise CorpusError(f"cannot read {file}: {error}; copy the whole folder again") from error
+    if array.shape != (rows, embed_dim) or array.dtype != np.float16:
+        found, wanted = f"{array.dtype} {list(array.shape)}", f"float16 [{rows}, {embed_dim}]"
+        raise CorpusError(f"{file} holds {found}, expected {wanted}; copy the whole folder again")
+    return array
+
+
+def path_key(path: str) -> bytes:
+    """16 bytes that stand for an absolute path."""
+    return hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=16).digest()
+
+
+class CorpusWriter:
+    """Adds shards to a corpus, a new one or one that an earlier run began; one writer at a time.
+
+    Args:
+        path: folder of the corpus; made where it is missing.
+        manifest: entries of FIXED but 'format', which an existing corpus must share.
+
+    Attributes:
+        done: `path_key` of the images that the corpus holds.
+        images: how many these are.
+
+    Use as a context manager. Raises CorpusError for another model or encoding, for a folder that is no corpus, and while
+    another process writes to it.
+    """
+
+    def __init__(self, path: str | os.PathLike, manifest: Mapping[str, Any]):
+        require_local("corpus", path)
+        self.path = Path(path)
+        self._manifest = {"format": FORMAT, **json.loads(json.dumps(manifest))}
+        self.done: set[bytes] = set()
+
+    @property
+    def images(self) -> int:
+        return len(self.done)
+
+    def __enter__(self) -> CorpusWriter:
+        if self.path.exists() and not self.path.is_dir():
+            raise CorpusError(f"{self.path} is a file; name a folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+        except BlockingIOError:
+            os.close(self._lock)
+            raise CorpusError(f"another process is writing to {self.path}; wait for it, or choose another folder") from None
+        try:
+            self._open()
+        except BaseException:
+            os.close(self._lock)
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        with suppress(OSError):
+            if [entry.name for entry in self.path.iterdir()] == [MANIFEST]:  # nothing came of it
+                (self.path / MANIFEST).unlink()
+            self.path.rmdir()  # only ever an empty folder
+        os.close(self._lock)
+
+    def _open(self) -> None:
+        entries = [entry for entry in self.path.iterdir()]
+        for entry in entries:
+            if entry.name.startswith(".") and entry.suffix == ".tmp":
+                entry.unlink(missing_ok=True)  # of a writer that was killed
+        if not (self.path / MANIFEST).exists():
+            if any(not entry.name.startswith(".") for entry in entries):
+                raise CorpusError(f"{self.path} exists and is no corpus; choose another folder or remove it")
+            self._next = 0
+            return
+        before = read_manifest(self.path)
+        now = self._manifest
+        changed = [f"{key} was {before.get(key)}, now {now[key]}" for key in FIXED if before.get(key) != now[key]]
+        if changed:
+            raise CorpusError(
+                f"{self.path} was embedded in another way, and its rows could not be compared with new ones; use the same "
+                f"checkpoint and options, or another folder: {'; '.join(changed)}"
+            )
+        names = shard_names(self.path)
+        for name in names:
+            _mapped(self.path, name, self._manifest["embed_dim"])
+            for batch in pq.ParquetFile(self.path / f"{name}.parquet").iter_batches(columns=["path"]):
+                self.done.update(path_key(path) for path in batch.column(0).to_pylist())
+        self._next = len(names)
+
+    def note(self, **entries: Any) -> None:
+        """Writes the manifest, with more entries."""
+        workdir.write_text(self.path / MANIFEST, json.dumps({**self._manifest, **entries}, indent=2) + "\n")
+
+    def add(self, embeddings: np.ndarray, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Writes a shard: float [n, D] and the columns of SCHEMA, each of length n."""
+        if not np.isfinite(embeddings).all():
+            row = int(np.argmin(np.isfinite(embeddings).all(axis=1)))
+            raise ModelError(f"the embedding of {columns['path'][row]} is not finite; the model is broken")
+        name = f"{self._next:06}"
+        buffer = io.BytesIO()
+        np.save(buffer, embeddings.astype(np.float16))
+        workdir.write_bytes(self.path / f"{name}.npy", buffer.getvalue())
+        table = pa.table({field.name: pa.array(columns[field.name], field.type) for field in SCHEMA}, schema=SCHEMA)
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        workdir.write_bytes(self.path / f"{name}.parquet", sink.getvalue().to_pybytes())
+        self.done.update(path_key(path) for path in columns["path"])
+        self._next += 1

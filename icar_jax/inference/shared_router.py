@@ -1,0 +1,190 @@
+"""Routing on the tower's own tokens: the first blocks run once for every image, are scored, and the tower goes on from them.
+
+Tokens stay on the device. Each exit has a buffer of one full batch there; the tokens of a batch are written into the buffers
+row by row, and a full buffer goes through the rest of the tower.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from icar_jax.data.images import Preprocess
+from icar_jax.inference.forward import Pending, Placement, cut
+from icar_jax.inference.router import SCORES_AHEAD, Routed, Run, assign, check_thresholds
+from icar_jax.models.clip import Clip
+from icar_jax.models.functional import Graph
+from icar_jax.models.ops import normalise
+from icar_jax.models.token_merging import Tokens
+from icar_jax.models.token_router import TokenRouter
+from icar_jax.models.xla_options import jit_for_host
+
+
+@dataclass
+class SharedTower:
+    """The jitted parts: `begin` pixels -> (tokens, scores), `rest` tokens -> embeddings, and the moves between buffers.
+
+    Batches have the shapes `buckets`; the last of them is a full batch.
+    """
+
+    clip: Graph[Clip]
+    scorer: Graph[TokenRouter]
+    clip_params: Any
+    scorer_params: Any
+    preprocess: Preprocess
+    buckets: tuple[int, ...]
+    dtype: Any  # of activations, which both compute in
+    placement: Placement = Placement()
+    _begin: Any = field(init=False, repr=False)
+    _rest: dict[int, Any] = field(init=False, repr=False)
+
+    def __post_init__(self):
+        clip, scorer, p = self.clip, self.scorer, self.preprocess
+        vision = clip.arch.vision
+        self.shape = (vision.tokens_after(scorer.arch.blocks), vision.width)
+
+        def begin(params, pixels):
+            tokens = scorer.tokens(params, normalise(pixels, p.mean, p.std))
+            return tokens, scorer.score_of_tokens(params, tokens)
+
+        def rest(exit):
+            return jit_for_host(lambda params, tokens: clip.encode_tokens(params, tokens, scorer.arch.blocks, exit))
+
+        self._begin = jit_for_host(begin)
+        self._rest = {exit: rest(exit) for exit in vision.all_exits}
+        self._put = jax.jit(_put, donate_argnums=0, out_shardings=self.placement.rows)
+        self._take = jax.jit(_take, static_argnums=2, out_shardings=self.placement.rows)
+
+    def begin(self, pixels: np.ndarray) -> list[tuple[Tokens, jax.Array, int]]:
+        """uint8 [n, S, S, 3] -> (tokens, scores, rows that count) for each piece of a static shape."""
+        pieces = []
+        for start, rows, bucket in cut(len(pixels), self.buckets):
+            piece = pixels[start : start + rows]
+            if rows < bucket:
+                piece = np.concatenate([piece, np.zeros((bucket - rows, *piece.shape[1:]), piece.dtype)])
+            pieces.append((*self._begin(self.scorer_params, self.placement.batch(piece)), rows))
+        return pieces
+
+    def buffer(self) -> Tokens:
+        """Room for one full batch of tokens."""
+        rows, place = self.buckets[-1], self.placement.rows
+        values = jnp.zeros((rows, *self.shape), self.dtype, device=place)
+        return Tokens(values, jnp.ones((rows, self.shape[0]), jnp.float32, device=place))
+
+    def put(self, buffer: Tokens, tokens: Tokens, rows: Sequence[int], places: Sequence[int]) -> Tokens:
+        """`buffer` with tokens[rows] at `places`; the old buffer's memory is reused."""
+        source = np.full(self.buckets[-1], -1, np.int32)
+        source[list(places)] = rows
+        return self._put(buffer, tokens, source)
+
+    def rest(self, exit: int, buffer: Tokens, rows: int) -> Pending:
+        """Starts the rest of the tower on the first `rows` rows of a buffer."""
+        parts = []
+        for start, n, bucket in cut(rows, self.buckets):
+            parts.append((self._rest[exit](self.clip_params, self._piece(buffer, start, bucket)), n))
+        return Pending(parts)
+
+    def warm_up(self) -> None:
+        """Compiles every part for every batch shape."""
+        side = self.preprocess.image_size
+        for bucket in self.buckets:
+            pixels = self.placement.batch(np.zeros((bucket, side, side, 3), np.uint8))
+            tokens, _ = self._begin(self.scorer_params, pixels)
+            buffer = self.put(self.buffer(), tokens, [0], [0])
+            piece = self._piece(buffer, 0, bucket)
+            jax.block_until_ready([rest(self.clip_params, piece) for rest in self._rest.values()])
+
+    def _piece(self, buffer: Tokens, start: int, size: int) -> Tokens:
+        return buffer if size == self.buckets[-1] else self._take(buffer, np.int32(start), size)
+
+
+def _put(buffer: Tokens, tokens: Tokens, source: jax.Array) -> Tokens:
+    # A gather and a choice: XLA scatters three times slower on a CPU.
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        chosen = (source >= 0).reshape(-1, *[1] * (old.ndim - 1))
+        return jnp.where(chosen, jnp.take(new, source, axis=0, mode="clip"), old)
+
+    return jax.tree.map(put, buffer, tokens)
+
+
+def _take(buffer: Tokens, start: jax.Array, size: int) -> Tokens:
+    # Rows past the end repeat the last one: they are padding.
+    return jax.tree.map(lambda rows: jnp.take(rows, start + jnp.arange(size), axis=0, mode="clip"), buffer)
+
+
+@dataclass
+class _Queue:
+    """The images that wait for one exit: their tokens on the device, and which images they are."""
+
+    buffer: Tokens
+    positions: list[int] = field(default_factory=list)
+
+
+class SharedRouter:
+    """As `Router`, for a complexity model that is a head on the tower's first blocks.
+
+    Args:
+        tower: the jitted parts.
+        thresholds: as for `assign`.
+    """
+
+    def __init__(self, tower: SharedTower, thresholds: Sequence[float]):
+        self.exits = tower.clip.arch.vision.all_exits
+        check_thresholds(self.exits, thresholds)
+        self._tower = tower
+        self.thresholds = tuple(float(t) for t in thresholds)
+
+    def at(self, thresholds: Sequence[float]) -> SharedRouter:
+        """The same with other thresholds; it shares everything that was compiled."""
+        return SharedRouter(self._tower, thresholds)
+
+    def warm_up(self) -> None:
+        """Compiles everything that routing runs."""
+        self._tower.warm_up()
+
+    def embed(self, batches: Iterable[tuple[np.ndarray, Any]], embed_dim: int) -> Routed:
+        """batches of (tower pixels uint8 [n, S, S, 3], ignored) -> Routed over all of them, in the order they came in."""
+        tower, full = self._tower, self._tower.buckets[-1]
+        queues: dict[int, _Queue] = {}
+        seen = 0
+
+        def send(exit: int) -> None:
+            queue = queues[exit]
+            run.send(exit, queue.positions, lambda: tower.rest(exit, queue.buffer, len(queue.positions)), tower.buckets)
+            queue.positions = []
+
+        def enqueue(tokens: Tokens, submitted: Future) -> None:
+            nonlocal seen
+            exits = assign(run.scores(submitted), self.exits, self.thresholds)
+            for exit in np.unique(exits).tolist():
+                rows = np.flatnonzero(exits == exit).tolist()
+                queue = queues.setdefault(exit, _Queue(tower.buffer()))
+                while rows:
+                    now, rows = rows[: full - len(queue.positions)], rows[full - len(queue.positions) :]
+                    places = range(len(queue.positions), len(queue.positions) + len(now))
+                    queue.buffer = tower.put(queue.buffer, tokens, now, places)
+                    queue.positions += [seen + row for row in now]
+                    if len(queue.positions) == full:
+                        send(exit)
+            seen += len(exits)
+
+        with Run() as run:
+            ahead: deque[tuple[Tokens, Future]] = deque()
+            for pixels, _ in run.inputs(batches):
+                for tokens, raw, rows in tower.begin(pixels) if len(pixels) else ():
+                    ahead.append((tokens, run.score(Pending([(raw, rows)]), (len(raw),))))
+                    if len(ahead) > SCORES_AHEAD:
+                        enqueue(*ahead.popleft())
+            while ahead:
+                enqueue(*ahead.popleft())
+            for exit, queue in queues.items():
+                if queue.positions:
+                    send(exit)
+            return run.finish(embed_dim)

@@ -1,0 +1,185 @@
+"""What one step of a compiled program costs: collectives between chips, memory traffic, the compiler's cycle estimates."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from icar_jax.planner.chips import PlanError
+from icar_jax.planner.hlo import Computation, Instruction, Module, Run, Shape
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
+_MOVES_NOTHING = {
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all",
+    "partition-id", "replica-id", "optimization-barrier", "async-start", "async-update", "async-done", "iota",
+}  # fmt: skip
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """All collectives of one kind in a step: how many run, and the bytes that each chip sends for them."""
+
+    kind: str
+    count: int
+    sent_bytes: int
+
+
+def collectives(module: Module) -> tuple[Collective, ...]:
+    """Collectives by kind, most bytes first.
+
+    Bytes sent by a chip in a group of n, as ring algorithms do: all-gather, reduce-scatter and all-to-all (n-1)/n of the whole
+    array, all-reduce twice that, collective-permute the array. A collective that the TPU compiler made asynchronous appears in
+    several fusions (its start, what it overlaps, its end) under one channel and counts once.
+    """
+    found: dict[tuple, tuple[int, int]] = {}
+    for run in module.runs():
+        instruction = run.instruction
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        group = _group_size(instruction, module.partitions)
+        if group == 1:
+            continue
+        sent = _sent(kind, sum(run.computation.bytes_of(name) for name in instruction.operands), group)
+        key: tuple = (kind, run.computation.name, instruction.name)
+        if run.fused and run.computation.name.startswith("all-reduce-scatter"):
+            kind, sent = "reduce-scatter", sent // 2  # written as a fusion of an all-reduce and a slice
+            key = (kind, *key[1:])
+        elif run.fused:
+            key = (kind, *re.findall(r'(?:channel_id=|chain_id=")(\d+)', instruction.attributes), sent)
+        times = run.times
+        if key in found:  # shared by fusions of which one may stand before the loop, or in a computation called twice
+            times = max(times, found[key][0]) if run.fused else times + found[key][0]
+        found[key] = times, sent
+    totals: dict[str, list[int]] = {}
+    for (kind, *_), (times, sent) in found.items():
+        total = totals.setdefault(kind, [0, 0])
+        total[0] += times
+        total[1] += times * sent
+    rows = [Collective(kind, *total) for kind, total in totals.items()]
+    return tuple(sorted(rows, key=lambda row: (-row.sent_bytes, row.kind)))
+
+
+def _sent(kind: str, operand_bytes: int, group: int) -> int:
+    match kind:
+        case "all-gather":  # the operand is this chip's part
+            return operand_bytes * (group - 1)
+        case "collective-permute":
+            return operand_bytes
+        case "all-reduce":
+            return 2 * operand_bytes * (group - 1) // group
+    return operand_bytes * (group - 1) // group
+
+
+def _group_size(instruction: Instruction, partitions: int) -> int:
+    """Chips that take part together. Three notations are in use: lists of ids, an iota over a grid, axes of a mesh."""
+    text = instruction.attributes
+    if "source_target_pairs=" in text:
+        pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", text)
+        moved = [p for p in re.findall(r"\{?(\d+),(\d+)", pairs[1])] if pairs else []
+        return 2 if any(a != b for a, b in moved) else 1
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+        return match[1].count(",") + 1
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(match[1])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    if "replica_groups={}" in text:
+        return partitions
+    raise PlanError(f"the groups of a collective cannot be read: {instruction.name}{text[:200]}")
+
+
+def memory_traffic(module: Module) -> int:
+    """Bytes that a step reads from and writes to a chip's main memory.
+
+    Counted are operands and results of every instruction outside fusions, without what lies in on-chip memory. A slice reads
+    what it takes and an update in place writes what it puts, also inside fusions: scans read and write their stacks this way.
+    """
+    return sum(run.times * _moved(run, module) for run in module.runs() if not run.fused)
+
+
+def cycles(module: Module) -> int:
+    """The sum of the cycles that the TPU compiler expects of each instruction; 0 where a compiler writes no such estimates.
+
+    Waiting for collectives is not among them, nor is the overlap of what runs asynchronously.
+    """
+    total = 0
+    for run in module.runs():
+        if not run.fused and (estimate := re.search(r'"estimated_cycles":"(\d+)"', run.instruction.attributes)):
+            total += run.times * int(estimate[1])
+    return total
+
+
+def _moved(run: Run, module: Module) -> int:
+    instruction, computation = run.instruction, run.computation
+    if instruction.opcode in _MOVES_NOTHING or instruction.opcode.endswith("-done"):
+        return 0
+    read = 0
+    for position, name in enumerate(instruction.operands):
+        if _in_main(computation.instructions[name].shapes):
+            read += _read(instruction, position, computation, module)
+    written = _written(instruction, computation, module)
+    places = range(len(written))
+    if instruction.opcode.endswith("-start"):  # (operand, result, flags), of a copy (result, operand, flags)
+        places = range(1) if instruction.opcode == "copy-start" else range(1, 2)
+    return read + sum(written[i] for i in places if instruction.shapes[i].main)
+
+
+def _in_main(shapes: tuple[Shape, ...]) -> bool:
+    return any(shape.main for shape in shapes)
+
+
+def _read(instruction: Instruction, position: int, computation: Computation, module: Module) -> int:
+    """Bytes that `instruction` reads of its operand at `position`."""
+    whole = computation.bytes_of(instruction.operands[position])
+    taken = sum(shape.bytes for shape in instruction.shapes)
+    if instruction.opcode in _SLICES:
+        return min(whole, taken) if position == 0 else whole
+    if instruction.opcode == "slice-start":  # (operand, result, flags)
+        return min(whole, instruction.shapes[1].bytes)
+    if instruction.opcode == "dynamic-update-slice" and position == 0:
+        return 0
+    if instruction.opcode == "fusion":
+        return sum(_read_inside(module.computations[name], position, module) for name in instruction.called("calls"))
+    return whole
+
+
+def _read_inside(callee: Computation, position: int, module: Module) -> int:
+    """Bytes that a fused computation reads of its parameter, following it through bitcasts and inner fusions."""
+    if position not in callee.parameters:
+        return 0
+    parameter = callee.parameters[position]
+    total, pending = 0, [parameter]
+    while pending:
+        name = pending.pop()
+        for user in callee.users.get(name, ()):
+            if user.opcode == "bitcast":
+                pending.append(user.name)
+            elif user.opcode != "tuple":
+                places = [i for i, operand in enumerate(user.operands) if operand == name]
+                total += sum(_read(user, i, callee, module) for i in places)
+    return min(total, callee.bytes_of(parameter))
+
+
+def _written(instruction: Instruction, computation: Computation, module: Module) -> list[int]:
+    """Bytes written to each leaf of the result."""
+    whole = [shape.bytes for shape in instruction.shapes]
+    match instruction.opcode:
+        case "dynamic-update-slice":
+            return [computation.bytes_of(instruction.operands[1])]
+        case "parameter":
+            return [0] * len(whole)  # passed through, not written
+        case "bitcast" if len(instruction.operands) == 1:
+            return _written(computation.instructions[instruction.operands[0]], computation, module)
+        case "tuple":
+            leaves = [_written(computation.instructions[name], computation, module) for name in instruction.operands]
+            return [n for leaf in leaves for n in leaf]
+        case "fusion":
+            names = instruction.called("calls")
+            inner = [n for name in names for n in _written(module.computations[name].root, module.computations[name], module)]
+            return inner if len(inner) == len(whole) else whole
+    return whole

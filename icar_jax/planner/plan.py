@@ -1,0 +1,225 @@
+"""What a training step needs on a machine that is not there: memory, traffic and a bound on its speed.
+
+The real step is compiled for abstract inputs. The TPU compiler does that for any slice without a TPU; where it is not
+installed, CPU devices stand in for the chips, and the memory figures are then those of the CPU compiler.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from icar_jax import config as cfg
+from icar_jax.config import ExperimentConfig
+from icar_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh
+from icar_jax.parallel.rules import shardings
+from icar_jax.planner import cost, hlo
+from icar_jax.planner.chips import Chip
+from icar_jax.planner.cost import Collective
+from icar_jax.planner.flops import step_flops
+from icar_jax.training.optimizer import make_optimizer, require_matches
+from icar_jax.training.step import abstract_state, make_step
+from icar_jax.training.tasks import regret
+from icar_jax.training.tasks.frozen_trunk import frozen_groups
+from icar_jax.training.tasks.tasks import Task, make_task
+
+GIB = 2**30
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one chip. The first four follow from shapes and shardings, the others from the compiler (0 if it gave up)."""
+
+    params: int
+    optimizer: int
+    ema: int
+    batch: int
+    temporaries: int = 0  # activations, gradients, and whatever else lives within the step
+    other: int = 0  # the program itself, padding of the inputs to the chip's tiles, results that reuse no input
+    needed: int = 0  # where it does not fit: what the compiler says it takes
+
+    @property
+    def state(self) -> int:
+        return self.params + self.optimizer + self.ema + self.batch
+
+    @property
+    def total(self) -> int:
+        return max(self.state + self.temporaries + self.other, self.needed)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One compiled step. FLOPs, bytes and seconds are per chip and step; seconds are bounds, not measurements."""
+
+    chip: Chip
+    mesh: dict[str, int]
+    batch_size: int
+    remat: str
+    scan: bool
+    compiler: str  # TPU | CPU
+    lower_s: float
+    compile_s: float  # wall clock
+    compile_cpu_s: float  # processor time of all threads, which a busy machine does not stretch
+    memory: Memory
+    model_flops: float
+    step_flops: float  # with what is computed twice
+    collectives: tuple[Collective, ...] = ()
+    traffic_bytes: int = 0  # read from and written to the chip's memory
+    cycles: int = 0  # expected by the TPU compiler for all instructions one after the other; 0 from other compilers
+    unknown_loops: int = 0  # loops counted once, because the program does not tell how often they run
+    error: str = ""  # the compiler's, where the step does not fit
+
+    @property
+    def devices(self) -> int:
+        return self.mesh["data"] * self.mesh["fsdp"] * self.mesh["tensor"]
+
+    @property
+    def fits(self) -> bool:
+        return not self.error and self.memory.total <= self.chip.usable_bytes
+
+    @property
+    def compute_s(self) -> float:
+        return self.step_flops / self.chip.bf16_flops
+
+    @property
+    def memory_s(self) -> float:
+        return self.traffic_bytes / self.chip.hbm_bytes_s
+
+    @property
+    def links_s(self) -> float:
+        return sum(c.sent_bytes for c in self.collectives) / self.chip.link_bytes_s
+
+    @property
+    def roofline_s(self) -> float:
+        """The slowest of the three, as if they overlapped fully and each ran at its peak."""
+        return max(self.compute_s, self.memory_s, self.links_s)
+
+    @property
+    def schedule_s(self) -> float:
+        """What the TPU compiler's cycle estimates add up to, without waiting for other chips; 0 where there are none."""
+        return self.cycles / self.chip.clock_hz if self.cycles else 0.0
+
+    @property
+    def step_s(self) -> float:
+        """The estimate plans are compared by: the roofline, or the compiler's schedule where that is slower."""
+        return max(self.roofline_s, self.schedule_s)
+
+    @property
+    def pairs_per_s(self) -> float:
+        return self.batch_size / self.step_s
+
+    @property
+    def peak_share(self) -> float:
+        """Model FLOPs, without what is computed twice, over the chip's peak in a step of the estimated length."""
+        return self.model_flops / self.chip.bf16_flops / self.step_s
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        derived = (
+            "devices", "fits", "compute_s", "memory_s", "links_s", "roofline_s", "schedule_s", "step_s",
+            "pairs_per_s", "peak_share",
+        )  # fmt: skip
+        values = dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
+        values["memory"] |= {"total": self.memory.total}
+        return values | {"chip": self.chip.name}
+
+
+def plan(config: ExperimentConfig, devices: list, chip: Chip, compiler: str = "TPU") -> Plan:
+    """Compiles the training step of `config` for `devices` (real, of a topology, or CPU devices in their place).
+
+    A step that does not fit gives a plan with `fits` False. Raises ConfigError for a configuration that cannot be trained.
+    """
+    config = checked(config)
+    mesh = make_mesh(config.mesh, devices)
+    cfg.validate_batch(config.train.batch_size, batch_shards(mesh))
+    task = make_task(config, mesh=mesh)
+    require_matches(config.train.freeze, config.optim.rates, task.shapes)
+    optimizer = make_optimizer(config.optim, config.train.steps, frozen_groups(config))
+    state, batch = abstract_state(task, optimizer, mesh, config), abstract_batch(config, task, mesh)
+    work = step_flops(config, task.arch)
+    memory = Memory(
+        bytes_per_device(state["params"]), bytes_per_device(state["opt_state"]), bytes_per_device(state.get("ema", {})),
+        bytes_per_device(batch),
+    )  # fmt: skip
+    made = Plan(
+        chip, dict(mesh.shape), config.train.batch_size, config.train.remat, config.train.scan_blocks, compiler, 0.0, 0.0, 0.0,
+        memory, work.model / len(devices), work.total / len(devices),
+    )  # fmt: skip
+    if memory.state > chip.usable_bytes:
+        return dataclasses.replace(made, error="parameters, optimizer state and batch alone exceed the chip's memory")
+    return _compile(made, make_step(task, optimizer, mesh, config), state, batch)
+
+
+def _compile(made: Plan, step: Any, state: Any, batch: Any) -> Plan:
+    start = time.perf_counter()
+    lowered = step.lower(state, batch)
+    lower_s, start, start_cpu = time.perf_counter() - start, time.perf_counter(), time.process_time()
+    compiled, error = None, ""
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as failure:
+        error = str(failure)
+        if "RESOURCE_EXHAUSTED" not in error:
+            raise
+    made = dataclasses.replace(
+        made, lower_s=lower_s, compile_s=time.perf_counter() - start, compile_cpu_s=time.process_time() - start_cpu
+    )
+    if compiled is None:
+        memory = dataclasses.replace(made.memory, needed=needed_bytes(error))
+        return dataclasses.replace(made, memory=memory, error=error)
+    found, state_bytes = compiled.memory_analysis(), made.memory.state
+    kept = found.output_size_in_bytes - found.alias_size_in_bytes
+    other = found.argument_size_in_bytes - state_bytes + kept + found.generated_code_size_in_bytes
+    module = hlo.parse(compiled.as_text())
+    return dataclasses.replace(
+        made,
+        memory=dataclasses.replace(made.memory, temporaries=found.temp_size_in_bytes, other=max(other, 0)),
+        collectives=cost.collectives(module),
+        traffic_bytes=cost.memory_traffic(module),
+        cycles=cost.cycles(module) if made.compiler == "TPU" else 0,
+        unknown_loops=len(set(module.unknown_loops)),
+    )
+
+
+def checked(config: ExperimentConfig) -> ExperimentConfig:
+    """A validated copy. Planning reads no data, so a configuration whose data.root comes with the run is complete."""
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=config.data.root or "not read"))
+    return cfg.validate(config)
+
+
+def abstract_batch(config: ExperimentConfig, task: Task, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The global batch as shapes with shardings."""
+    n, size = config.train.batch_size, task.preprocess.image_size
+    entries = {
+        "image": ((n, size, size, 3), jnp.uint8),
+        "tokens": ((n, task.context_length), jnp.int32),
+        "complexity": ((n,), jnp.float32),
+        regret.INDEX: ((n,), jnp.int32),
+        **{name: ((n, p.image_size, p.image_size, 3), jnp.uint8) for name, p in task.others.items()},
+    }
+    sharding = batch_sharding(mesh)
+    batch = {name: jax.ShapeDtypeStruct(*entries[name], sharding=sharding) for name in task.fields}
+    placed = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    return batch | {name: jax.tree.map(placed, tree, shardings(tree, mesh)) for name, tree in task.given.items()}
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes that one device holds of a tree of ShapeDtypeStructs with shardings, without padding."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def needed_bytes(message: str) -> int:
+    """The memory that a RESOURCE_EXHAUSTED message of the compiler asks for; 0 where it names none."""
+    for pattern in (r"\(([\d.]+)([KMGT]?)B?\) exceeds", r"Used ([\d.]+)([KMGT]?)B? of"):
+        if match := re.search(pattern, message):
+            return int(float(match[1]) * _UNITS[match[2]])
+    return 0

@@ -1,0 +1,268 @@
+"""The weights a run starts from: a checkpoint of this library, fitted to the run's architecture.
+
+What may differ: exits that the checkpoint lacks start from the head of its full tower, exits that the run lacks are left out,
+residuals of exit heads that it lacks start at zero, position embeddings are resized to another image grid or cut to a shorter
+context, and a backbone of ImageNet gets a fresh head of complexity. Anything else is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from icar_jax import checkpoint, pytree
+from icar_jax.checkpoint import CheckpointError
+from icar_jax.config import ConfigError, from_dict
+from icar_jax.convert.fields import ConvertError
+from icar_jax.convert.files.tensors import read_weights
+from icar_jax.convert.positions import resize_positions
+from icar_jax.convert.rules import Leaf
+from icar_jax.data.images import Preprocess
+from icar_jax.models.clip import LOGIT_BIAS_START, SIGMOID_SCALE_START, ClipArch, exit_sources
+from icar_jax.models.convnext import ConvNeXtArch
+from icar_jax.models.token_router import ScorerArch, scorer_arch
+from icar_jax.training import init_errors
+
+_OF_AN_EXIT = ("vision/exits", "exit_logit_scale", "exit_logit_bias")
+KINDS = {"clip": ("clip",), "complexity": ("complexity", "convnext")}
+_SUMMED = {False: "one head each", True: "summed heads (exit_sum)"}
+_SHOWN = 20  # lines of differing parameters
+
+
+def adopt(arch: Any, path: str | os.PathLike) -> Any:
+    """The run's architecture, with what no field of the configuration sets taken from the checkpoint at `path`.
+
+    That is the activation, the number of heads and the like, which OpenAI's and SigLIP's weights have otherwise than the
+    variants of the registry. Reads icar.json alone. Raises ConfigError where the sizes of the towers differ.
+    """
+    if not isinstance(arch, ClipArch):
+        return arch
+    saved = saved_clip(path)
+    lines = init_errors.size_differences(arch, saved)
+    if lines:
+        raise init_errors.refusal(path, lines, [init_errors.clip_variant(saved)])
+    if arch.vision.exit_sum != saved.vision.exit_sum:
+        raise ConfigError(
+            f"config.train.init={os.fspath(path)}: its embeddings are those of {_SUMMED[saved.vision.exit_sum]}, and with "
+            f"config.clip.exit_sum={arch.vision.exit_sum} full depth would begin somewhere else; set it to "
+            f"{saved.vision.exit_sum}, or begin without config.train.init"
+        )
+    vision = {name: getattr(saved.vision, name) for name in init_errors.MANNERS if hasattr(saved.vision, name)}
+    if saved.vision.head == "map":
+        vision["pool"] = "map"  # the only way its exits can start from its head
+    text = {name: getattr(saved.text, name) for name in (*init_errors.MANNERS, "pool") if hasattr(saved.text, name)}
+    if saved.text.pool != "end":
+        text["end_id"] = saved.text.end_id  # not used
+    if saved.text.pool == "last" and arch.text.vocabulary < saved.text.vocabulary:
+        text["vocabulary"] = saved.text.vocabulary  # SigLIP's table has rows that its tokenizer does not use
+    try:
+        return dataclasses.replace(
+            arch, vision=dataclasses.replace(arch.vision, **vision), text=dataclasses.replace(arch.text, **text)
+        )
+    except ValueError as error:
+        raise ConfigError(f"config.train.init={os.fspath(path)}: {error}") from error
+
+
+def load_tokenizer(path: str | os.PathLike) -> str | None:
+    """tokenizer.json of the CLIP checkpoint at `path`; None where it holds none. Raises ConfigError."""
+    file = find(path, "clip") / checkpoint.TOKENIZER
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def note_preprocessing(path: str | os.PathLike, kind: str, preprocess: Preprocess, note: Callable[[str], None]) -> None:
+    """Notes how pictures are prepared otherwise than for the checkpoint at `path`, its image size aside. Raises ConfigError."""
+    try:
+        theirs = checkpoint.describe(find(path, kind)).get("preprocess", {})
+    except CheckpointError as error:
+        raise _error(path, error) from error
+    ours = preprocess.to_dict()
+    shared = [name for name in theirs if name in ours and name != "image_size" and theirs[name] != ours[name]]
+    differing = [f"{name} {theirs[name]!r} there, {ours[name]!r} here" for name in shared]
+    if differing:
+        note(f"{os.fspath(path)}: its pictures were prepared otherwise: {'; '.join(differing)} (config.data)")
+
+
+def load_params(
+    path: str | os.PathLike,
+    kind: str,
+    arch: Any,
+    shapes: pytree.Tree,
+    fresh: Callable[[], Mapping[str, Any]] | None = None,
+    note: Callable[[str], None] = logging.info,
+    exit_start: str = "final",
+) -> pytree.Tree:
+    """Parameters like `shapes` from the checkpoint, bundle or workdir at `path`; leaves are float32 and read when asked for.
+
+    `kind` is 'clip' or 'complexity' and `arch` the run's ClipArch or ComplexityArch. `fresh()` gives initialised parameters and
+    is called only for a head that the checkpoint lacks: of complexity over an ImageNet backbone, the residual of an exit head,
+    or with `exit_start` 'random' all of an exit head, which otherwise starts from that of full depth; without it these are
+    refused. `note` gets a line for each thing that was adapted. Raises ConfigError naming config.train.init and every
+    difference that was not.
+    """
+    folder = find(path, kind)
+    description = _checked(path, folder)
+    try:
+        tensors = read_weights(folder / checkpoint.WEIGHTS).tensors
+    except ConvertError as error:
+        raise _error(path, error) from error
+    leaves = {name: Leaf(tensor.shape, (name,), tensor.load) for name, tensor in tensors.items()}
+    if kind == "clip":
+        saved = _saved_arch(path, folder, ClipArch)
+        leaves = _fit_clip(path, arch, saved, leaves, shapes, fresh, note, exit_start)
+        lines = init_errors.size_differences(arch, saved) + init_errors.manner_differences(arch, saved)
+        hints = lambda: init_errors.clip_hints(arch, saved, leaves, shapes)
+    elif description["kind"] == "convnext":
+        saved = _saved_arch(path, folder, ConvNeXtArch)
+        leaves = _fit_backbone(leaves, fresh, note)
+        lines, hints = [], lambda: [init_errors.backbone_variant(saved)]
+    else:
+        saved = _saved_arch(path, folder, ScorerArch)
+        lines, hints = [], lambda: init_errors.complexity_hints(arch, saved)
+    found = pytree.unflatten(leaves)
+    differing = pytree.differences(shapes, found)
+    if lines or differing:
+        more = [f"... and {len(differing) - _SHOWN} more parameters"] if len(differing) > _SHOWN else []
+        raise init_errors.refusal(path, [*lines, *differing[:_SHOWN], *more], hints())
+    return found
+
+
+def place(params: Mapping[str, Any], shardings: Mapping[str, Any]) -> pytree.Tree:
+    """Arrays or `Leaf`s -> device arrays laid out as `shardings` say; integers stay what they are, all others become float32.
+
+    One leaf at a time is held whole in host memory, and each device receives its part alone; in a run of several processes each
+    calls this with the same parameters.
+    """
+    layout = pytree.flatten(shardings)
+
+    def put(path: str, leaf: Any) -> jax.Array:
+        host = np.asarray(leaf)
+        host = host if host.dtype.kind in "iu" else host.astype(np.float32, copy=False)
+        parts = layout[path].addressable_devices_indices_map(host.shape)
+        # A copy for each device: on CPU a device array can be the numpy array itself, and the step writes over its state.
+        pieces = [jax.device_put(np.array(host[index]), device) for device, index in parts.items()]
+        return jax.make_array_from_single_device_arrays(host.shape, layout[path], pieces).block_until_ready()
+
+    return pytree.map_with_path(put, params)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------------
+
+
+def _error(path: str | os.PathLike, error: Exception) -> ConfigError:
+    return ConfigError(f"config.train.init={os.fspath(path)}: {error}")
+
+
+def find(path: str | os.PathLike, task: str) -> Path:
+    """The folder of a checkpoint such a task can start from: `path` itself, the model of a workdir, or a part of a bundle."""
+    kinds = KINDS[task]
+    try:
+        try:
+            return checkpoint.find(path, kinds)
+        except CheckpointError:
+            if Path(path).is_dir() and (Path(path) / kinds[0] / checkpoint.DESCRIPTION).is_file():
+                return checkpoint.find(Path(path) / kinds[0], kinds)
+            raise
+    except CheckpointError as error:
+        raise _error(path, error) from error
+
+
+def _checked(path: str | os.PathLike, folder: Path) -> dict[str, Any]:
+    """The description, once the files agree with their hashes."""
+    try:
+        description = checkpoint.describe(folder)
+    except CheckpointError as error:
+        raise _error(path, error) from error
+    for name, expected in description.get("hashes", {}).items():
+        if not (folder / name).is_file():
+            raise _error(path, CheckpointError(f"{folder} lacks {name}; copy the whole folder again"))
+        if checkpoint.sha256(folder / name) != expected:
+            raise _error(path, CheckpointError(f"{folder / name} is damaged (its SHA-256 differs); copy it again"))
+    return description
+
+
+def saved_clip(path: str | os.PathLike) -> ClipArch:
+    """The architecture of the CLIP at `path`, a checkpoint or a workdir. Raises ConfigError naming config.train.init."""
+    return _saved_arch(path, find(path, "clip"), ClipArch)
+
+
+def _saved_arch(path: str | os.PathLike, folder: Path, arch: type) -> Any:
+    try:
+        values = checkpoint.describe(folder)["arch"]
+        return scorer_arch(values, f"{folder}: arch") if arch is ScorerArch else from_dict(values, arch, f"{folder}: arch")
+    except (CheckpointError, KeyError, TypeError, ValueError) as error:
+        raise _error(path, error) from error
+
+
+# --- fitting -----------------------------------------------------------------------------------------------------------------
+
+
+def _fit_clip(
+    path: str | os.PathLike,
+    arch: ClipArch,
+    saved: ClipArch,
+    leaves: dict[str, Leaf],
+    shapes: pytree.Tree,
+    fresh: Callable[[], Mapping[str, Any]] | None,
+    note: Callable,
+    exit_start: str,
+) -> dict[str, Any]:
+    """`leaves` with positions of the run's sizes, the run's exits alone, and biases that it has and the checkpoint has not."""
+    wanted, old, new = pytree.flatten(shapes), saved.vision, arch.vision
+    where = f"{os.fspath(path)}: "
+    left = () if old.exit_sum else sorted({*old.exits} - {*new.exits})  # of a sum, full depth needs every head
+    theirs = tuple(f"{part}/{exit}/" for exit in left for part in _OF_AN_EXIT)
+    leaves = {name: leaf for name, leaf in leaves.items() if not f"{name}/".startswith(theirs)}
+    if left:
+        note(f"{where}exits {', '.join(map(str, left))} are left out, the run has {new.exits or 'none'} (config.clip.exits)")
+    grid, positions = new.image_size // new.patch_size, leaves.get("vision/pos")
+    if positions is not None and grid != old.image_size // old.patch_size and old.class_token == new.class_token:
+        resize = lambda: resize_positions(np.asarray(positions), grid, new.class_token)
+        leaves["vision/pos"] = Leaf((grid * grid + new.class_token, positions.shape[1]), positions.sources, resize)
+        note(f"{where}position embeddings resized from {old.image_size} to {new.image_size} pixels")
+    context, places = arch.text.context_length, leaves.get("text/pos")
+    if places is not None and context < places.shape[0]:
+        leaves["text/pos"] = Leaf((context, places.shape[1]), places.sources, lambda: np.asarray(places)[:context])
+        note(f"{where}text positions cut from {places.shape[0]} to {context}")
+    if "logit_bias" in wanted and "logit_bias" not in leaves:
+        # A scale learnt with a softmax, up to 100, would call every pair a match beside the bias that SigLIP starts from.
+        leaves = {name: leaf for name, leaf in leaves.items() if not name.startswith("exit_logit_scale/")}
+        leaves["logit_scale"] = Leaf((), (), lambda: SIGMOID_SCALE_START)
+        leaves["logit_bias"] = Leaf((), (), lambda: LOGIT_BIAS_START)
+        note(f"{where}it has no logit bias; the logit scales start from {math.exp(SIGMOID_SCALE_START):g} and the biases from "
+             f"{LOGIT_BIAS_START:g}, as SigLIP's")  # fmt: skip
+    exits_of = lambda names: ", ".join(map(str, sorted({int(name.split("/")[2]) for name in names})))
+    new_heads = [target for target in wanted if target not in leaves and target.startswith("vision/exits/")]
+    residuals = [target for target in new_heads if init_errors.RESIDUAL.match(target)]
+    random = [target for target in new_heads if target not in residuals] if exit_start == "random" else []
+    copied = {t: s for t, s in exit_sources(shapes).items() if t not in leaves and s in leaves and t not in random}
+    leaves |= {target: leaves[source] for target, source in copied.items()}
+    if started := [target for target in copied if target in new_heads]:
+        note(f"{where}exits {exits_of(started)} start from the head of the full tower")
+    if fresh is not None:
+        values = functools.cache(lambda: pytree.flatten(fresh()))
+        leaves |= {t: Leaf(wanted[t].shape, (), functools.partial(lambda t: values()[t], t)) for t in (*random, *residuals)}
+        if random:
+            note(f"{where}exits {exits_of(random)} start at random (config.clip.exit_start)")
+        if residuals:
+            note(f"{where}exits {exits_of(residuals)} get a residual ({new.exit_head}), which starts at zero")
+    if new.merge != old.merge:
+        note(f"{where}it merges patches by {old.merge or 'no schedule'}, the run by {new.merge or 'none'} (config.clip.merge)")
+    return leaves
+
+
+def _fit_backbone(leaves: dict[str, Leaf], fresh: Callable[[], Mapping[str, Any]] | None, note: Callable) -> dict[str, Any]:
+    """A ConvNeXt without its classes as the backbone, under a fresh head of complexity."""
+    if fresh is None:
+        raise ValueError("a backbone of ImageNet needs `fresh` parameters for the head of complexity")
+    head = pytree.flatten(fresh()["head"], "head")
+    note("the backbone's weights are taken, its classes left out; the head of complexity starts at random")
+    return {f"backbone/{name}": leaf for name, leaf in leaves.items() if not name.startswith("head/fc/")} | head

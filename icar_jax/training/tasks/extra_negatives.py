@@ -1,0 +1,93 @@
+"""Rivals of a pair whose regret is learnt: thousands of training pairs, as the frozen CLIP embeds them.
+
+In a batch of 64 nearly every image finds its caption, early or late. What an image loses in a gallery of thousands shows only
+among thousands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from icar_jax import pytree
+from icar_jax.config import ConfigError, ExperimentConfig
+from icar_jax.data import configured
+from icar_jax.data.loader.batches import BadFiles, eval_batches
+from icar_jax.data.loader.order import examples_at
+from icar_jax.data.records import Source, Subset
+from icar_jax.data.tokenizer import Tokenizer
+from icar_jax.models.ops import normalise
+from icar_jax.models.xla_options import jit_for_host
+from icar_jax.parallel import distributed
+from icar_jax.training.preemption import StopRequest
+from icar_jax.training.tasks import regret
+
+_BATCH = 64
+
+
+def require_enough(config: ExperimentConfig, images: int) -> None:
+    """Raises ConfigError where a training set of so many images has fewer than config.complexity.rivals."""
+    if images < config.complexity.rivals:
+        raise _error(config, f"the training set has {images} images")
+
+
+def embed(
+    config: ExperimentConfig, source: Source, tokenizer: Tokenizer, params: Mapping[str, Any], request: StopRequest
+) -> pytree.Tree | None:
+    """regret.RIVALS: config.complexity.rivals pairs of the training set, through the CLIP with `params`; None if stopped.
+
+    config.train.seed draws them; of an image the first caption counts. Every process of a run computes the same, with the
+    whole CLIP on one of its devices. Raises ConfigError where too few pairs can be read.
+    """
+    count, teacher = config.complexity.rivals, regret.teacher(config)
+    clip, p = teacher.clip, teacher.preprocess
+    params = jax.device_put(params)
+
+    @jit_for_host
+    def both(params, pixels, tokens):
+        image = clip.encode_image(params, normalise(pixels, p.mean, p.std))
+        return image, clip.encode_text(params, tokens)
+
+    tried = min(len(source), 2 * count + _BATCH)  # some cannot be read or have no caption
+    _, order = examples_at(np.arange(tried), len(source), config.train.seed + 1)  # not those that training begins with
+    images, texts, found, bad = [], [], [], BadFiles()
+    reading = {"batch_size": _BATCH, **configured.loading(config.data)}
+    with (
+        eval_batches(Subset(source, order, f"{source.name}/rivals"), {"clip": p}, **reading) as batches,
+        tqdm(total=count, desc="embed rivals", unit="pair", disable=not distributed.is_main()) as bar,
+    ):
+        for batch in batches:
+            if request.name and jax.process_count() == 1:
+                return None
+            bad.add(batch)
+            rows = [row for row, captions in enumerate(batch["captions"]) if captions][: count - len(found)]
+            if rows:
+                tokens, _ = tokenizer.encode([batch["captions"][row][0] for row in rows], clip.arch.text.context_length)
+                pixels, tokens = (_filled(each) for each in (batch["images"]["clip"][rows], tokens))
+                for whole, part in zip((images, texts), both(params, pixels, tokens), strict=True):
+                    whole.append(np.asarray(part, np.float32)[: len(rows)])
+                found += order[batch["index"][rows]].tolist()
+                bar.update(len(rows))
+            if len(found) == count:
+                break
+    if bad:
+        logging.warning("%s", bad.summary())
+    if len(found) < count:
+        raise _error(config, f"of {tried} images of the training set {len(found)} can be read and have a caption")
+    return {"image": np.concatenate(images), "text": np.concatenate(texts), "index": np.array(found, np.int32)}
+
+
+def _filled(rows: np.ndarray) -> np.ndarray:
+    """The rows, and zeros up to a full batch: one program serves all."""
+    return np.concatenate([rows, np.zeros((_BATCH - len(rows), *rows.shape[1:]), rows.dtype)])
+
+
+def _error(config: ExperimentConfig, found: str) -> ConfigError:
+    return ConfigError(
+        f"config.complexity.rivals={config.complexity.rivals}, but {found}; take fewer, or 0 for the pairs of the batch alone"
+    )
