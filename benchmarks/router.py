@@ -29,7 +29,7 @@ from tqdm import tqdm
 from icar_jax.config.schema import ClipConfig
 from icar_jax.inference.budgets import counted_costs
 from icar_jax.inference.forward import Forward
-from icar_jax.inference.router import OneExit, Routed, Router
+from icar_jax.inference.router import OneExit, Router, RoutingResult
 from icar_jax.models import variants
 from icar_jax.models.clip import Clip
 from icar_jax.models.complexity import ComplexityArch, ComplexityModel
@@ -45,9 +45,9 @@ def drawn(shapes: Any) -> Any:
     return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape, np.float32) * 0.02), shapes)
 
 
-def in_turns(runs: dict[str, Callable[[], Routed]], repeats: int, title: str) -> dict[str, tuple[float, Routed]]:
+def in_turns(runs: dict[str, Callable[[], RoutingResult]], repeats: int, title: str) -> dict[str, tuple[float, RoutingResult]]:
     """The fastest pass of each in seconds, and what it returned; the first pass of each does not count."""
-    best: dict[str, tuple[float, Routed]] = {}
+    best: dict[str, tuple[float, RoutingResult]] = {}
     for repeat in tqdm(range(repeats + 1), desc=title, unit="round"):
         for name, run in runs.items():
             start = time.perf_counter()

@@ -20,7 +20,7 @@ _NAMES = {"float32": "F32", "float16": "F16"}
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenFile:
     """SHA-256 of the file, and the tensors that held a value which is not finite."""
 
     sha256: str
@@ -33,7 +33,7 @@ def write(
     dtype: str = "float32",
     metadata: Mapping[str, str] | None = None,
     on_leaf: Callable[[str], None] = lambda name: None,
-) -> Written:
+) -> WrittenFile:
     """Writes {name: array, or anything with `shape` and `__array__`} as `dtype` ('float32' or 'float16').
 
     Each leaf is asked for its values once and dropped; `on_leaf(name)` is called after it. Raises ValueError where a leaf turns
@@ -64,4 +64,4 @@ def write(
             digest.update(data)
             file.write(data)
             on_leaf(name)
-    return Written(digest.hexdigest(), broken)
+    return WrittenFile(digest.hexdigest(), broken)

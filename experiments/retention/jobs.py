@@ -16,7 +16,7 @@ from icar_jax.config import ExperimentConfig
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """One training: its workdir, its configuration, and how it is called in the progress line."""
 
     name: str
@@ -32,13 +32,13 @@ class Run:
 class Job:
     """A CLIP with the routers that are trained on its tower; or, without `of`, what several others need."""
 
-    run: Run
-    heads: tuple[Run, ...] = ()
+    run: TrainingRun
+    heads: tuple[TrainingRun, ...] = ()
     of: tuple[str, str, int] | None = None  # dataset, recipe, seed
     judged_by: tuple[Path, ...] = ()  # workdirs that its evaluation reads
 
     @property
-    def runs(self) -> tuple[Run, ...]:
+    def runs(self) -> tuple[TrainingRun, ...]:
         return (self.run, *self.heads)
 
     @property
@@ -94,19 +94,19 @@ class Children:
 class Progress:
     """Says run k of n and how long the rest may take, by the share of training steps done so far."""
 
-    def __init__(self, todo: Sequence[Run]):
+    def __init__(self, todo: Sequence[TrainingRun]):
         self._number = {run.workdir: i for i, run in enumerate(todo, 1)}
         self._left = sum(_pairs(run) for run in todo if not run.finished)
         self._pairs, self._begun, self._lock = 0, time.perf_counter(), threading.Lock()
 
-    def begin(self, run: Run, log: Path | None) -> None:
+    def begin(self, run: TrainingRun, log: Path | None) -> None:
         with self._lock:
             seconds = time.perf_counter() - self._begun
             left = "" if not self._pairs else f"; about {_duration(self._left * seconds / self._pairs)} left"
             where = "" if log is None else f" ({log})"
             print(f"\n== run {self._number[run.workdir]} of {len(self._number)}: {run.name}{where}{left}\n", end="", flush=True)
 
-    def end(self, run: Run) -> None:
+    def end(self, run: TrainingRun) -> None:
         with self._lock:
             self._left, self._pairs = self._left - _pairs(run), self._pairs + _pairs(run)
 
@@ -173,7 +173,7 @@ def _finished(workdir: Path) -> bool:
     return (workdir / "model" / "icar.json").is_file()
 
 
-def _pairs(run: Run) -> int:
+def _pairs(run: TrainingRun) -> int:
     return run.config.train.steps * run.config.train.batch_size
 
 

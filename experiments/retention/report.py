@@ -21,7 +21,7 @@ KEPT, LOWEST, FEWEST_SEEDS = 99.0, 97.0, 3  # the goal: percent kept, its lower 
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundRuns:
     """One row of one recipe: what each seed's rows.json says, `smoothed`, and its recall [S, 1 + R] on the common resamples."""
 
     seeds: tuple[int, ...]
@@ -31,8 +31,8 @@ class Found:
 
 def collect(
     out: Path, dataset: str, names: Sequence[str], seeds_: Sequence[int], resamples: int
-) -> dict[tuple[str, str], Found]:
-    """(recipe, row) -> `Found`, of every run that is evaluated and whose baseline of the same seed is too."""
+) -> dict[tuple[str, str], FoundRuns]:
+    """(recipe, row) -> `FoundRuns`, of every run that is evaluated and whose baseline of the same seed is too."""
     read = {}
     for name in names:
         for seed in seeds_:
@@ -46,7 +46,7 @@ def collect(
     for name, row, seed in hits:
         rows.setdefault((name, row), []).append(seed)
     return {
-        (name, row): Found(
+        (name, row): FoundRuns(
             tuple(given), tuple(records[name, seed][row] for seed in given),
             np.stack([values[name, row, seed] for seed in given]),
         )
@@ -54,13 +54,15 @@ def collect(
     }  # fmt: skip
 
 
-def depth_pays(found: Mapping[tuple[str, str], Found]) -> Interval | None:
+def depth_pays(found: Mapping[tuple[str, str], FoundRuns]) -> Interval | None:
     """Mean recall of the baseline minus that of the static tower, in points; None until both are evaluated."""
     pair = _paired(found, ("baseline", "full"), ("static", "full"))
     return None if pair is None else seeds.difference(*pair)
 
 
-def rows_of(found: Mapping[tuple[str, str], Found], against: tuple[str, str] = ("baseline", "full")) -> list[dict[str, Any]]:
+def rows_of(
+    found: Mapping[tuple[str, str], FoundRuns], against: tuple[str, str] = ("baseline", "full")
+) -> list[dict[str, Any]]:
     """A record a row: recall, retention, cost, what it has over dice and over the static tower, and whether it meets the goal.
 
     Seeds are those of the row whose baseline is there; 'seeds' lists them.
@@ -95,7 +97,7 @@ def rows_of(found: Mapping[tuple[str, str], Found], against: tuple[str, str] = (
     return records
 
 
-def over_dice(found: Mapping[tuple[str, str], Found], recipe: str, routed: Found, cost: str) -> Interval | None:
+def over_dice(found: Mapping[tuple[str, str], FoundRuns], recipe: str, routed: FoundRuns, cost: str) -> Interval | None:
     """Mean recall of a routed row minus that of dice of the same 'counted' or 'measured' cost; None where none can be told."""
     router, others = routed.records[0]["router"], []
     for i, seed in enumerate(routed.seeds):
@@ -245,7 +247,7 @@ def _middle(values: Sequence[float | None]) -> float | None:
 
 
 def _paired(
-    found: Mapping[tuple[str, str], Found], run: tuple[str, str], other: tuple[str, str]
+    found: Mapping[tuple[str, str], FoundRuns], run: tuple[str, str], other: tuple[str, str]
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """The recalls [S, 1 + R] of two rows at the seeds that both have; None where there are none."""
     if run not in found or other not in found:
@@ -256,6 +258,6 @@ def _paired(
     return tuple(found[row].values[[found[row].seeds.index(seed) for seed in shared]] for row in (run, other))
 
 
-def _difference(found: Mapping[tuple[str, str], Found], run: tuple[str, str], other: tuple[str, str]) -> Interval | None:
+def _difference(found: Mapping[tuple[str, str], FoundRuns], run: tuple[str, str], other: tuple[str, str]) -> Interval | None:
     pair = _paired(found, run, other)
     return None if pair is None else seeds.difference(*pair)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from experiments.retention import recipes, rows, shaded_scenes
 from experiments.retention import report as retention_report
-from experiments.retention.jobs import Children, Job, Progress, Run, work_through
+from experiments.retention.jobs import Children, Job, Progress, TrainingRun, work_through
 from experiments.retention.recipes import DATASETS, RECIPES, SETTINGS, Sizes
 from icar_jax import workdir as files
 from icar_jax.cli.errors import user_errors
@@ -62,14 +62,14 @@ def jobs(plan: Plan, heads: bool = True) -> list[Job]:
     if "complexity" in plan.routers:
         # It learns scenes, whichever dataset is routed.
         config = recipes.complexity_config(plan.sizes[plan.datasets[0]], plan.out)
-        found.append(Job(Run("ConvNeXt-IC", plan.out / "router", config)))
+        found.append(Job(TrainingRun("ConvNeXt-IC", plan.out / "router", config)))
     needed = {RECIPES[name].init for name in plan.recipes}
     for dataset in dict.fromkeys(each for asked in plan.datasets for each in (plan.sizes[asked].after, asked) if each):
         for name in [each for each in recipes.PRETRAINED if each in needed]:
             sizes = SETTINGS[plan.setting][dataset]
             config = recipes.clip_config(name, dataset, sizes, recipes.PRETRAINING_SEED, plan.photos, plan.out)
             workdir = recipes.folder(plan.out, dataset, name, recipes.PRETRAINING_SEED)
-            found.append(Job(Run(f"{dataset}/{name}", workdir, config)))
+            found.append(Job(TrainingRun(f"{dataset}/{name}", workdir, config)))
     others = [name for name in plan.recipes if name not in FIRST]
     for seed, names in [(seed, names) for names in (FIRST, others) for seed in plan.seeds]:
         for dataset in plan.datasets:
@@ -77,7 +77,7 @@ def jobs(plan: Plan, heads: bool = True) -> list[Job]:
                 if plan.sizes[dataset].after and not RECIPES[name].init:
                     continue  # said by `left_out`
                 config = recipes.clip_config(name, dataset, plan.sizes[dataset], seed, plan.photos, plan.out)
-                run = Run(f"{dataset}/{name}/seed {seed}", recipes.folder(plan.out, dataset, name, seed), config)
+                run = TrainingRun(f"{dataset}/{name}/seed {seed}", recipes.folder(plan.out, dataset, name, seed), config)
                 of = dataset, name, seed
                 judged_by = [recipes.folder(plan.out, dataset, "baseline", seed)] if name != "baseline" else []
                 judged_by += [plan.out / "router"] if config.clip.exits and "complexity" in plan.routers else []
@@ -101,7 +101,7 @@ def router_folder(plan: Plan, dataset: str, router: str, recipe: str = "", seed:
     return recipes.folder(plan.out, dataset, recipe, seed) / router
 
 
-def heads_of(plan: Plan, dataset: str, recipe: str, seed: int, exits: tuple[int, ...]) -> Iterator[Run]:
+def heads_of(plan: Plan, dataset: str, recipe: str, seed: int, exits: tuple[int, ...]) -> Iterator[TrainingRun]:
     """The routers that are trained on the tower of a run with exits."""
     for router in plan.routers:
         if router == "complexity" or not exits:
@@ -109,10 +109,10 @@ def heads_of(plan: Plan, dataset: str, recipe: str, seed: int, exits: tuple[int,
         s, clip = plan.sizes[dataset], recipes.folder(plan.out, dataset, recipe, seed)
         config = recipes.head_config(router, dataset, s, seed, plan.photos, clip, exits[0], plan.out)
         workdir = router_folder(plan, dataset, router, recipe, seed)
-        yield Run(f"{dataset}/{recipe}/seed {seed}, router {router}", workdir, config)
+        yield TrainingRun(f"{dataset}/{recipe}/seed {seed}, router {router}", workdir, config)
 
 
-def train(run: Run, children: Children, log: Path | None = None) -> None:
+def train(run: TrainingRun, children: Children, log: Path | None = None) -> None:
     """Runs or continues train.py, its output in `log`; a finished run is left alone.
 
     Raises ConfigError where the workdir holds another run, CalledProcessError where train.py fails.

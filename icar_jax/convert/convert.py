@@ -64,7 +64,7 @@ _MEANT = {
 
 
 @dataclass
-class Converted:
+class ConversionResult:
     """A source as this library sees it, not yet written: `params` has lazy leaves."""
 
     kind: str
@@ -147,7 +147,7 @@ def in_memory(source: str | os.PathLike, options: Options = Options()) -> Checkp
     return Checkpoint(Path(source), made.kind, description, params, tokenizer)
 
 
-def _description(opened: Source, made: Converted) -> dict[str, Any]:
+def _description(opened: Source, made: ConversionResult) -> dict[str, Any]:
     file = opened.weights.path
     described = {"layout": opened.layout, "file": file.name, "sha256": verify.weights_sha256(file)}
     return {
@@ -162,7 +162,9 @@ def _line(part: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v}" for k, v in part.items())
 
 
-def _write(dest: str | os.PathLike, made: Converted, description: dict[str, Any], on_leaf: Callable[[str], None]) -> None:
+def _write(
+    dest: str | os.PathLike, made: ConversionResult, description: dict[str, Any], on_leaf: Callable[[str], None]
+) -> None:
     tokenizer = made.tokenizer.to_json() if made.tokenizer else None
     try:
         checkpoint.write(dest, made.kind, description, made.params, tokenizer, on_leaf)
@@ -170,7 +172,7 @@ def _write(dest: str | os.PathLike, made: Converted, description: dict[str, Any]
         raise _not_finite(made, error.names) from error
 
 
-def _not_finite(made: Converted, paths: Sequence[str]) -> ConvertError:
+def _not_finite(made: ConversionResult, paths: Sequence[str]) -> ConvertError:
     leaves = pytree.flatten(made.params)
     names = [name for path in paths for name in getattr(leaves[path], "sources", (path,))]
     return ConvertError(
@@ -179,7 +181,7 @@ def _not_finite(made: Converted, paths: Sequence[str]) -> ConvertError:
     )
 
 
-def read(source: Source, options: Options = Options()) -> Converted:
+def read(source: Source, options: Options = Options()) -> ConversionResult:
     """Everything about a source but its values. Raises ConvertError listing what does not fit."""
     idle = options.given() - _MEANT.get(source.layout, options.given())
     if idle:
@@ -196,7 +198,7 @@ def read(source: Source, options: Options = Options()) -> Converted:
     return _read_clip(source, options)
 
 
-def _read_clip(source: Source, options: Options) -> Converted:
+def _read_clip(source: Source, options: Options) -> ConversionResult:
     if source.layout == "icar":
         arch = _architecture(source, options, icar.arch, icar.rules(0, open_clip.text_prefix(source, "clip.")))
         rules = icar.source_rules(source, arch)
@@ -213,7 +215,7 @@ def _read_clip(source: Source, options: Options) -> Converted:
     arch, leaves = _resize(arch, leaves, options.image_size)
     arch, leaves = _add_exits(source, arch, leaves, options)
     tokenizer, origin = vocabulary.find_tokenizer(source, options.tokenizer, arch.text)
-    made = Converted("clip", arch, pytree.unflatten(leaves), preprocess, tokenizer)
+    made = ConversionResult("clip", arch, pytree.unflatten(leaves), preprocess, tokenizer)
     config = source.weights.extra.get("config") if source.layout == "icar" else None
     if isinstance(config, dict):
         made.origin = {key: str(config[key]) for key in ("model_name", "pretrained") if key in config}
@@ -282,7 +284,7 @@ def _add_exits(source: Source, arch: ClipArch, leaves: dict[str, Leaf], options:
     return arch, {**leaves, **{path: leaves[full] for path, full in sources.items()}}
 
 
-def _read_convnext(source: Source, options: Options) -> Converted:
+def _read_convnext(source: Source, options: Options) -> ConversionResult:
     arch = timm.arch(source)
     timm.require_supported(source)
     shapes = ConvNeXt.graph(arch).shapes
@@ -292,16 +294,16 @@ def _read_convnext(source: Source, options: Options) -> Converted:
     preprocess = choose_preprocess(options.preprocess, found, size, str(source.path))
     extra = {"conv_mlp": timm.has_conv_mlp(source)}
     notes = [] if options.preprocess else timm.notes(source)
-    return Converted("convnext", arch, pytree.unflatten(leaves), preprocess, extra=extra, notes=notes)
+    return ConversionResult("convnext", arch, pytree.unflatten(leaves), preprocess, extra=extra, notes=notes)
 
 
-def _read_classifier(source: Source, options: Options) -> Converted:
+def _read_classifier(source: Source, options: Options) -> ConversionResult:
     arch = timm.classifier_arch(source, options)
     conv_mlp = timm.has_conv_mlp(source, "backbone.")
     leaves = engine.import_weights(
         source.tensors, timm.classifier_rules(conv_mlp), ComplexityModel.graph(arch).shapes, str(source.path)
     )
-    made = Converted("complexity", arch, pytree.unflatten(leaves), timm.classifier_preprocess(source, options))
+    made = ConversionResult("complexity", arch, pytree.unflatten(leaves), timm.classifier_preprocess(source, options))
     made.extra["conv_mlp"] = conv_mlp
     hparams = Fields(str(source.path), source.weights.extra).section("hparams")
     threshold = hparams.get("threshold", float)

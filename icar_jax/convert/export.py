@@ -35,7 +35,7 @@ from icar_jax.models.token_router import scorer_arch
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """The folder that was written, its files, and what was left out."""
 
     path: Path
@@ -43,7 +43,7 @@ class Exported:
     notes: list[str]
 
 
-def export(source: str | os.PathLike, dest: str | os.PathLike, layout: str) -> Exported:
+def export(source: str | os.PathLike, dest: str | os.PathLike, layout: str) -> ExportResult:
     """Writes the checkpoint at `source` (a folder, workdir or bundle) in `layout` into the new folder `dest`.
 
     Raises ConvertError for an unknown layout, a model that the layout cannot express, or a `dest` that exists already.
@@ -53,7 +53,7 @@ def export(source: str | os.PathLike, dest: str | os.PathLike, layout: str) -> E
     writer, dest = WRITERS[layout], Path(dest)
     with new_folder(dest) as staging:
         notes = writer(_open(Path(source), layout), staging) + _left_behind(Path(source), layout)
-    return Exported(dest, sorted(file.name for file in dest.iterdir()), notes)
+    return ExportResult(dest, sorted(file.name for file in dest.iterdir()), notes)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from icar_jax import checkpoint, pytree
 from icar_jax.checkpoint import Checkpoint
 from icar_jax.config import from_dict
-from icar_jax.convert.export import Exported, new_folder
+from icar_jax.convert.export import ExportResult, new_folder
 from icar_jax.convert.fields import ConvertError
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
@@ -61,7 +61,7 @@ def export_programs(
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
     batch: int | None = None,
     dtype: str = "float32",
-) -> Exported:
+) -> ExportResult:
     """Writes the programs of a CLIP, a complexity model or a bundle into the new folder `dest`.
 
     Images go in as prepared uint8 pixels and tokens as int32; embeddings and scores come out as float32, computed in `dtype`.
@@ -111,7 +111,7 @@ def export_programs(
         (staging / checkpoint.DESCRIPTION).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     lacking = "clip" in parts and parts["clip"].tokenizer is None
     notes = ["the checkpoint holds no tokenizer, so none was written"] if lacking else []
-    return Exported(Path(dest), sorted(file.name for file in Path(dest).iterdir()), notes)
+    return ExportResult(Path(dest), sorted(file.name for file in Path(dest).iterdir()), notes)
 
 
 def _clip_programs(loaded: Checkpoint, dtype: Any) -> Iterator[_Program]:

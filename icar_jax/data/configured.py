@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from icar_jax.config import ConfigError, DataConfig, EvalConfig, ExperimentConfig
-from icar_jax.data.ratings.sources import Rated, open_rated
+from icar_jax.data.ratings.sources import RatedSource, open_rated
 from icar_jax.data.records import Source, Subset, calibration_split, record_names
 from icar_jax.data.scenes import DrawnScenes, Scenes
 from icar_jax.data.sources.folders import open_folder
@@ -72,7 +72,7 @@ def is_rated(data: DataConfig) -> bool:
     return data.source == "ratings" or bool(data.ratings)
 
 
-def rated(data: DataConfig) -> Rated | None:
+def rated(data: DataConfig) -> RatedSource | None:
     """All rated images with their splits; None where complexity comes from elsewhere."""
     return open_rated(data) if is_rated(data) else None
 

@@ -25,7 +25,7 @@ from icar_jax.evaluation.routing import score_calibration, timing
 from icar_jax.evaluation.routing.calibration import costs, make_bundle, routing_of, score_source
 from icar_jax.evaluation.routing.gallery import Gallery, embed, full_scale, labelled
 from icar_jax.evaluation.routing.score_calibration import ScoreCalibration
-from icar_jax.evaluation.runs import Static, measure
+from icar_jax.evaluation.runs import ShallowBaseline, measure
 from icar_jax.inference.loading import load
 from icar_jax.inference.model import Model
 
@@ -134,7 +134,7 @@ def _embed_static(
     far_source: Source | None,
     gallery: Gallery,
     far: Gallery | None,
-) -> Static | None:
+) -> ShallowBaseline | None:
     """The smaller model on the same images. Raises ConfigError where other files could be read this time."""
     if small is None:
         return None
@@ -148,7 +148,7 @@ def _embed_static(
                 f"config.eval.static={config.eval.static!r} read {len(own.index)} images where the other model read "
                 f"{len(theirs.index)}: the files changed between the two passes; evaluate again"
             )
-    return Static(small, made[0], made[1] if len(made) > 1 else None)
+    return ShallowBaseline(small, made[0], made[1] if len(made) > 1 else None)
 
 
 def _model_folder(config: ExperimentConfig, workdir: Path, folder: Path) -> tuple[Path, list[str]]:

@@ -42,7 +42,7 @@ Draw = tuple[Ranks, Precisions | None]
 
 
 @dataclass(frozen=True)
-class Static:
+class ShallowBaseline:
     """A smaller model on the same images: embeddings of the base set and of the distractors (None without)."""
 
     model: Model
@@ -50,7 +50,7 @@ class Static:
     far: Gallery | None
 
 
-class Runs:
+class EvaluationRuns:
     """Collects the runs of a gallery, `far` being its distractors (None without)."""
 
     def __init__(self, config: ExperimentConfig, model: Model, gallery: Gallery, far: Gallery | None):
@@ -62,7 +62,7 @@ class Runs:
         self.records: dict[str, dict[str, Any]] = {}
         self.evidence = Evidence(gallery)
         self._hits: dict[str, Hits] = {}
-        self._per_image: dict[str, comparison.Run] = {}
+        self._per_image: dict[str, comparison.RunMetrics] = {}
 
     def add(self, name: str, draws: Sequence[Draw], flops: float, share: Mapping[str, float]) -> None:
         """A run from its ranks (several draws are averaged), its counted FLOPs per image and its share per exit."""
@@ -125,7 +125,7 @@ class Runs:
             self.add_exits("oracle", [oracle_exits_at_share(alone, counts, RETENTION_AT), *others], router=False)
         self.add_exits("lossless", [oracle_exits(alone), *others], router=False)
 
-    def add_static(self, static: Static) -> None:
+    def add_static(self, static: ShallowBaseline) -> None:
         """The smaller model at its full depth, on the same images and captions."""
         own, exit = static.gallery, static.model.exits[-1]
         far = None
@@ -189,7 +189,7 @@ def measure(
     source: Source,
     gallery: Gallery,
     far: Gallery | None = None,
-    static: Static | None = None,
+    static: ShallowBaseline | None = None,
     settings: Mapping[str, Sequence[float]] | None = None,
     calibration: ScoreCalibration | None = None,
 ) -> tuple[dict[str, Any], Evidence]:
@@ -205,7 +205,7 @@ def measure(
         model, gallery.sample, gallery.exits[:n] if gallery.exits is not None else None, settings,
         (static.model, static.gallery.sample) if static is not None else None,
     )  # fmt: skip
-    runs = Runs(config, model, gallery, far)
+    runs = EvaluationRuns(config, model, gallery, far)
     for exit in reversed(model.exits):
         name = "full" if exit == model.exits[-1] else f"exit_{exit}"
         runs.add_exits(name, [np.full(len(g.captions), exit) for g in runs.galleries], router=False)
@@ -253,7 +253,7 @@ def measure(
     return metrics, runs.evidence
 
 
-def _flops(model: Model, runs: Runs) -> dict[str, Any]:
+def _flops(model: Model, runs: EvaluationRuns) -> dict[str, Any]:
     """Counted FLOPs of each exit beside the compiler's, and those of a caption and of a score."""
     return {
         "exits": {str(e): {"counted": runs.flops[e], "compiler": timing.compiler_flops(model, e)} for e in model.exits},
@@ -262,7 +262,7 @@ def _flops(model: Model, runs: Runs) -> dict[str, Any]:
     }
 
 
-def _frontier(runs: Runs, measured: Costs) -> list[dict[str, Any]]:
+def _frontier(runs: EvaluationRuns, measured: Costs) -> list[dict[str, Any]]:
     """What other thresholds would do on the evaluated images: a sweep, from which nothing is chosen."""
     gallery, far = runs.gallery, runs.far
     bench = Bench(

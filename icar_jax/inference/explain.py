@@ -21,7 +21,7 @@ from icar_jax.models.token_router import BlocksArch, scorer_class
 
 
 @dataclass(frozen=True)
-class Explained:
+class Explanation:
     """An image's score and where it comes from.
 
     Attributes:
@@ -84,12 +84,12 @@ class Explainer:
         rows = np.concatenate(parts) if parts else np.zeros((0, 1 + self._shape[0] * self._shape[1]), np.float32)
         return rows[:, 0], rows[:, 1:].reshape(-1, *self._shape)
 
-    def explain(self, images: Sequence[ImageLike]) -> list[Explained]:
+    def explain(self, images: Sequence[ImageLike]) -> list[Explanation]:
         """Scores and maps of N paths, PIL images or arrays, which are all held; raises as `decode` for one it cannot read."""
         pictures = [decode(image) for image in images]
         side = self.preprocess.image_size
         pixels = np.array([self.preprocess.resize(picture) for picture in pictures], np.uint8).reshape(-1, side, side, 3)
-        return [Explained(*each) for each in zip(pictures, *_listed(*self.maps(pixels)), strict=True)]
+        return [Explanation(*each) for each in zip(pictures, *_listed(*self.maps(pixels)), strict=True)]
 
 
 def _listed(scores: np.ndarray, maps: np.ndarray) -> tuple[list[float], list[np.ndarray]]:
@@ -111,7 +111,7 @@ def seen_box(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int, i
     return left, top, left + side, top + side
 
 
-def over_picture(explained: Explained, preprocess: Preprocess) -> np.ndarray:
+def over_picture(explained: Explanation, preprocess: Preprocess) -> np.ndarray:
     """The map in the pixels of the picture, float32 [height, width]; 0 where the model did not look."""
     left, top, right, bottom = seen_box(explained.picture.size, preprocess)
     found = Image.fromarray(explained.map.astype(np.float32))

@@ -58,7 +58,7 @@ def _keyed(values: dict[int, int]) -> dict[str, int]:
     return {str(k): v for k, v in sorted(values.items())}
 
 
-class Landing:
+class FetchQueue:
     """The device's results, fetched by a thread of its own in the order of `add`.
 
     As a context manager: leaving it waits for what is under way, and ends the thread.
@@ -69,7 +69,7 @@ class Landing:
         self._room = Semaphore(MAX_IN_FLIGHT)
         self._landed = 0.0
 
-    def __enter__(self) -> Landing:
+    def __enter__(self) -> FetchQueue:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:

@@ -29,7 +29,7 @@ from icar_jax.inference.budgets import counted_costs, thresholds_for_budget, unp
 from icar_jax.inference.forward import Forward, Placement, bucket_sizes
 from icar_jax.inference.pretrained import Clip
 from icar_jax.inference.reading import in_order
-from icar_jax.inference.router import OneExit, Routed, Router
+from icar_jax.inference.router import OneExit, Router, RoutingResult
 from icar_jax.inference.scorer import Scorer, require_fits
 from icar_jax.inference.shared_router import SharedRouter, SharedTower
 from icar_jax.models.clip import ClipArch
@@ -259,7 +259,7 @@ class Model:
         self._need_clip("embedding images")
         return None if exit is None and self.thresholds is not None else self.arch.vision.check_exit(exit)
 
-    def route(self, images: Sequence[ImageLike], budget: float | None = None) -> Routed:
+    def route(self, images: Sequence[ImageLike], budget: float | None = None) -> RoutingResult:
         """Embeddings with the score and the exit of each image; needs a bundle. `budget` as for `encode_image`."""
         self._need_bundle()
         thresholds = None if budget is None else self.thresholds_for(budget)
@@ -285,7 +285,7 @@ class Model:
         batches: Iterable[Mapping[str, np.ndarray]],
         exit: int | None = None,
         thresholds: Sequence[float] | None = None,
-    ) -> Routed:
+    ) -> RoutingResult:
         """Prepared batches of uint8 pixels by the names of `preprocesses` -> Routed over all of them, in order.
 
         Without `exit` images are routed, by the bundle's thresholds or others; with it only 'clip' is read, and scores are nan.
@@ -298,7 +298,7 @@ class Model:
         router = self.router if thresholds is None else self.router.at(thresholds)
         return router.embed(((b["clip"], b[self.scored_on]) for b in batches), self.embed_dim)
 
-    def embed_known(self, batches: Iterable[tuple[np.ndarray, np.ndarray]], thresholds: Sequence[float]) -> Routed:
+    def embed_known(self, batches: Iterable[tuple[np.ndarray, np.ndarray]], thresholds: Sequence[float]) -> RoutingResult:
         """As `embed`, of batches (pixels of 'clip' uint8 [n, S, S, 3], complexity float32 [n]): nothing is scored again."""
         self._need_bundle()
         return Router(self.towers, lambda scores: scores, thresholds, self.batch_size).embed(batches, self.embed_dim)

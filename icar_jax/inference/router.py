@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from icar_jax.errors import ModelError
-from icar_jax.inference.fetch_queue import Landing, Stats
+from icar_jax.inference.fetch_queue import FetchQueue, Stats
 from icar_jax.inference.forward import Forward, Pending, count_compilations, padded_rows
 
 SCORES_AHEAD = 3  # batches whose scores are asked for before the oldest of them is routed
@@ -49,7 +49,7 @@ def check_thresholds(exits: Sequence[int], thresholds: Sequence[float]) -> None:
 
 
 @dataclass(frozen=True)
-class Routed:
+class RoutingResult:
     """What routing gives for N images, in the order they came in.
 
     Attributes:
@@ -71,16 +71,16 @@ class Routed:
         return {str(e): float(np.mean(self.exits == e)) for e in exits}
 
 
-class Run:
+class RoutingRun:
     """One run of a router: what was scored and sent, and what has come back. Used as a context manager."""
 
     def __init__(self):
         self.stats = Stats()
-        self._landing = Landing()
+        self._landing = FetchQueue()
         self._towers: list[tuple[int, list[int], Future]] = []
         self._scored: list[tuple[np.ndarray, float]] = []
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> RoutingRun:
         self._start = time.perf_counter()
         self._counter = count_compilations()
         self._compiled = self._counter.__enter__()
@@ -127,7 +127,7 @@ class Run:
         stats.padding[exit] = stats.padding.get(exit, 0) + padded_rows(len(positions), buckets)
         self._towers.append((exit, positions, self._landing.add(pending, bounded=True)))
 
-    def finish(self, embed_dim: int) -> Routed:
+    def finish(self, embed_dim: int) -> RoutingResult:
         """Waits for everything and puts it into order."""
         scores = np.concatenate([s for s, _ in self._scored]) if self._scored else np.zeros(0, np.float32)
         seconds = np.concatenate([np.full(len(s), t / max(1, len(s))) for s, t in self._scored] or [np.zeros(0)])
@@ -140,7 +140,7 @@ class Run:
             self.stats.tower_s += took
         self.stats.total_s = time.perf_counter() - self._start
         self.stats.compilations = self._compiled()
-        return Routed(embeddings, scores, exits, seconds, self.stats)
+        return RoutingResult(embeddings, scores, exits, seconds, self.stats)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -181,12 +181,12 @@ class Router:
     def warm_up(self) -> None:
         """Nothing to compile: the towers and the scorer are compiled on their own."""
 
-    def embed(self, batches: Iterable[tuple[np.ndarray, np.ndarray]], embed_dim: int) -> Routed:
+    def embed(self, batches: Iterable[tuple[np.ndarray, np.ndarray]], embed_dim: int) -> RoutingResult:
         """batches of (tower pixels [n, S, S, 3], scorer pixels [n, T, T, 3]), uint8 -> Routed over all of them.
 
         Scores are computed SCORES_AHEAD batches before the towers need them, and the towers work meanwhile.
         """
-        with Run() as run:
+        with RoutingRun() as run:
             queues: dict[int, _Queue] = {}
             ahead: deque[tuple[np.ndarray, Any]] = deque()
             seen = 0
@@ -202,13 +202,13 @@ class Router:
                 self._send(run, exit, queue)
             return run.finish(embed_dim)
 
-    def _submit(self, run: Run, pixels: np.ndarray) -> Any:
+    def _submit(self, run: RoutingRun, pixels: np.ndarray) -> Any:
         if isinstance(self._scorer, Forward):
             return run.score(self._scorer.submit(pixels), self._scorer.buckets)
         start = time.perf_counter()
         return np.asarray(self._scorer(pixels), np.float32), time.perf_counter() - start
 
-    def _enqueue(self, run: Run, queues: dict[int, _Queue], pixels: np.ndarray, submitted: Any, first: int) -> int:
+    def _enqueue(self, run: RoutingRun, queues: dict[int, _Queue], pixels: np.ndarray, submitted: Any, first: int) -> int:
         """Puts a batch whose first image is the `first` of the run into the queues; full ones leave. Returns its images."""
         if isinstance(submitted, Future):
             scores = run.scores(submitted)
@@ -231,7 +231,7 @@ class Router:
                     self._send(run, exit, queues.pop(exit))
         return len(pixels)
 
-    def _send(self, run: Run, exit: int, queue: _Queue) -> None:
+    def _send(self, run: RoutingRun, exit: int, queue: _Queue) -> None:
         tower, n = self._towers[exit], len(queue.positions)
         run.send(exit, queue.positions, lambda: tower.submit(queue.pixels[:n]), tower.buckets)
 
@@ -243,10 +243,10 @@ class OneExit:
         self.exits, self.thresholds = (exit,), ()
         self._tower = tower
 
-    def embed(self, batches: Iterable[tuple[np.ndarray, Any]], embed_dim: int) -> Routed:
+    def embed(self, batches: Iterable[tuple[np.ndarray, Any]], embed_dim: int) -> RoutingResult:
         """batches of (tower pixels uint8 [n, S, S, 3], ignored) -> Routed over all of them; its scores are nan."""
         (exit,), tower = self.exits, self._tower
-        with Run() as run:
+        with RoutingRun() as run:
             seen = 0
             for pixels, _ in run.inputs(batches):
                 if not len(pixels):

@@ -18,7 +18,7 @@ import numpy as np
 
 from icar_jax.data.images import Preprocess
 from icar_jax.inference.forward import Pending, Placement, cut
-from icar_jax.inference.router import SCORES_AHEAD, Routed, Run, assign, check_thresholds
+from icar_jax.inference.router import SCORES_AHEAD, RoutingResult, RoutingRun, assign, check_thresholds
 from icar_jax.models.clip import Clip
 from icar_jax.models.functional import Graph
 from icar_jax.models.ops import normalise
@@ -149,7 +149,7 @@ class SharedRouter:
         """Compiles everything that routing runs."""
         self._tower.warm_up()
 
-    def embed(self, batches: Iterable[tuple[np.ndarray, Any]], embed_dim: int) -> Routed:
+    def embed(self, batches: Iterable[tuple[np.ndarray, Any]], embed_dim: int) -> RoutingResult:
         """batches of (tower pixels uint8 [n, S, S, 3], ignored) -> Routed over all of them, in the order they came in."""
         tower, full = self._tower, self._tower.buckets[-1]
         queues: dict[int, _Queue] = {}
@@ -175,7 +175,7 @@ class SharedRouter:
                         send(exit)
             seen += len(exits)
 
-        with Run() as run:
+        with RoutingRun() as run:
             ahead: deque[tuple[Tokens, Future]] = deque()
             for pixels, _ in run.inputs(batches):
                 for tokens, raw, rows in tower.begin(pixels) if len(pixels) else ():

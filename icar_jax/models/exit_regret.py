@@ -23,7 +23,7 @@ Array = jax.Array
 KINDS = ("loss", "kl", "cosine")
 
 
-class Rivals(NamedTuple):
+class ExtraNegatives(NamedTuple):
     """Further pairs that B pairs are compared with: image and text [M, D], unit norm, at full depth.
 
     `left_out` bool [M]: which are of an image that is among the B already.
@@ -35,7 +35,7 @@ class Rivals(NamedTuple):
 
 
 def loss_regret(
-    exit: Array, full: Array, text: Array, scale: Array, more: Rivals | None = None, weighed: bool = False
+    exit: Array, full: Array, text: Array, scale: Array, more: ExtraNegatives | None = None, weighed: bool = False
 ) -> Array:
     """Regrets [B] float32 of B pairs among each other, and among `more`; negative where the exit is the better one.
 

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from icar_jax.planner.chips import PlanError
-from icar_jax.planner.hlo import Computation, Instruction, Module, Run, Shape
+from icar_jax.planner.hlo import Computation, Instruction, InstructionRun, Module, Shape
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 _MOVES_NOTHING = {
@@ -114,7 +114,7 @@ def cycles(module: Module) -> int:
     return total
 
 
-def _moved(run: Run, module: Module) -> int:
+def _moved(run: InstructionRun, module: Module) -> int:
     instruction, computation = run.instruction, run.computation
     if instruction.opcode in _MOVES_NOTHING or instruction.opcode.endswith("-done"):
         return 0

@@ -81,7 +81,7 @@ class Computation:
 
 
 @dataclass(frozen=True)
-class Run:
+class InstructionRun:
     """An instruction that is executed, how often in one step, and whether inside a fusion."""
 
     instruction: Instruction
@@ -99,15 +99,15 @@ class Module:
     partitions: int
     unknown_loops: list[str] = field(default_factory=list)
 
-    def runs(self) -> Iterator[Run]:
+    def runs(self) -> Iterator[InstructionRun]:
         """Every executed instruction, those inside fusions too; scalar functions of reductions and sorts are left out."""
         self.unknown_loops.clear()
         yield from self._runs(self.entry, 1, False)
 
-    def _runs(self, name: str, times: int, fused: bool) -> Iterator[Run]:
+    def _runs(self, name: str, times: int, fused: bool) -> Iterator[InstructionRun]:
         computation = self.computations[name]
         for instruction in computation.instructions.values():
-            yield Run(instruction, computation, times, fused)
+            yield InstructionRun(instruction, computation, times, fused)
             match instruction.opcode:
                 case "while":
                     trips = self._trips(instruction)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 
-from icar_jax.inference.files.stream import Embedding
+from icar_jax.inference.files.stream import StreamResult
 from icar_jax.inference.reading import Bad
 
 _KEEP_EXITS = (
@@ -12,7 +12,7 @@ _KEEP_EXITS = (
 
 
 @dataclass
-class Indexed(Embedding):
+class IndexResult(StreamResult):
     """What a run of `index_files` did, summed over its processes.
 
     Attributes:
@@ -59,4 +59,4 @@ class Indexed(Embedding):
         )  # fmt: skip
 
 
-SUMMED = tuple(f.name for f in fields(Indexed) if f.type == "int" and f.name != "total")
+SUMMED = tuple(f.name for f in fields(IndexResult) if f.type == "int" and f.name != "total")

@@ -21,14 +21,14 @@ from tqdm import tqdm
 from icar_jax import checkpoint as ckpt
 from icar_jax.data.sources.files import STDIN, ImagePaths, NoImages, vanished, walk
 from icar_jax.errors import IcarError
-from icar_jax.inference.files.stream import Encoding, embed_stream
+from icar_jax.inference.files.stream import StreamEncoder, embed_stream
 from icar_jax.inference.model import Model
 from icar_jax.inference.reading import in_order
 from icar_jax.parallel import distributed
 from icar_jax.search import opening
 from icar_jax.search.access import StoreExists, address
 from icar_jax.search.captions import Captions
-from icar_jax.search.index_result import SUMMED, Indexed
+from icar_jax.search.index_result import SUMMED, IndexResult
 from icar_jax.search.scan import Scan, is_below, share
 from icar_jax.search.store import Store
 from icar_jax.search.writing import Writer, read_found
@@ -59,7 +59,7 @@ def index_files(
     commit_rows: int = COMMIT_ROWS,
     threads: int = 0,
     bad_shown: int = 20,
-) -> Indexed:
+) -> IndexResult:
     """Brings the store at `uri` up to date with files, with a progress bar; makes it where there is none.
 
     `load(checkpoint)` gives the model; it is not called where no file has to be read. A store knows its checkpoint, so that
@@ -84,7 +84,7 @@ def index_files(
     if prune and not prune_missing:
         _refuse_empty(store, roots)
     new_captions = Captions(captions, [root for root in roots if os.path.isdir(root)]) if captions is not None else None
-    done, start = Indexed(), time.perf_counter()
+    done, start = IndexResult(), time.perf_counter()
     with distributed.together("indexing"):
         if distributed.is_main():  # before any row of theirs: they bound what is served
             store.add_roots(root for root in roots if os.path.isdir(root) or os.path.islink(root))
@@ -107,7 +107,7 @@ def index_files(
                 first = next(found, None)
                 if first is None:
                     break
-                encoding = encoding or Encoding(model(), exit=exit, budget=budget, cheap=cheap)
+                encoding = encoding or StreamEncoder(model(), exit=exit, budget=budget, cheap=cheap)
                 _embed(encoding, itertools.chain([first], found), writer, bar, threads, commit_rows)
                 found = iter(writer.take_again())  # whose source was removed by another run before it was copied
         if distributed.is_main():  # of patterns and lists
@@ -238,7 +238,7 @@ def _without(
             raise
 
 
-def _embed(encoding: Encoding, found, writer: Writer, bar: tqdm, threads: int, commit_rows: int) -> None:
+def _embed(encoding: StreamEncoder, found, writer: Writer, bar: tqdm, threads: int, commit_rows: int) -> None:
     read = in_order(
         lambda each: read_found(each, encoding.preprocesses, writer.is_known),
         found,

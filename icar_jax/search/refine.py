@@ -21,21 +21,21 @@ from icar_jax import checkpoint as ckpt
 from icar_jax.checkpoint import CheckpointError
 from icar_jax.data.images import Preprocess
 from icar_jax.data.sources.files import STDIN, ImagePaths, vanished
-from icar_jax.inference.files.stream import SCORE, Embedding, Encoding, ReadImage, embed_stream, read_image
+from icar_jax.inference.files.stream import SCORE, ReadImage, StreamEncoder, StreamResult, embed_stream, read_image
 from icar_jax.inference.model import Model
 from icar_jax.inference.reading import Bad, in_order, readable
-from icar_jax.inference.router import Routed, assign
+from icar_jax.inference.router import RoutingResult, assign
 from icar_jax.parallel import distributed
-from icar_jax.search.index_result import Indexed
+from icar_jax.search.index_result import IndexResult
 from icar_jax.search.indexing import COMMIT_ROWS, IndexingError, index_files, open_or_create
-from icar_jax.search.scan import Found, is_below, share
+from icar_jax.search.scan import FoundFile, is_below, share
 from icar_jax.search.store import Store
 from icar_jax.search.tables import now
 from icar_jax.search.writing import ReadFile, image_rows
 
 
 @dataclass
-class Refined(Embedding):
+class RefineResult(StreamResult):
     """What a run of `refine` did; counts are summed over its processes.
 
     Attributes:
@@ -55,7 +55,7 @@ class Refined(Embedding):
     bad: int = 0
     still_bad: int = 0
     total: int = 0
-    changes: Indexed | None = None
+    changes: IndexResult | None = None
     first_bad: list[Bad] = field(default_factory=list)
     duplicates: int = 0
     empty: list[str] = field(default_factory=list)
@@ -87,7 +87,7 @@ def refine(
     commit_rows: int = COMMIT_ROWS,
     threads: int = 0,
     bad_shown: int = 20,
-) -> Refined:
+) -> RefineResult:
     """Runs images of a store deeper where their stored score asks for it; none is scored again, and none is made shallower.
 
     The thresholds are those of the bundle, or those that meet `budget`. `named` are folders or files to keep to; none means
@@ -100,14 +100,14 @@ def refine(
     exits, thresholds = _routing(where)
     if budget is not None:
         thresholds = model().thresholds_for(budget)
-    done, start = Refined(), time.perf_counter()
+    done, start = RefineResult(), time.perf_counter()
     roots = [os.path.abspath(os.path.expanduser(name)) for name in named]
     with distributed.together("refining"):
         mine = share(jax.process_index(), jax.process_count())
         wanted = _wanted(store, roots, mine, exits, thresholds, order, done)
         changed: list[str] = []
         if len(wanted):
-            encoding = Encoding(model(), budget=budget, known=True)
+            encoding = StreamEncoder(model(), budget=budget, known=True)
             _embed(store, wanted, encoding, done, changed, commit_rows, threads)
     done.changed = len(changed)
     done.bad, done.first_bad = 0, []
@@ -139,7 +139,7 @@ def _routing(checkpoint: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
 
 def _wanted(
     store: Store, roots: Sequence[str], mine: Callable[[str], bool], exits: Sequence[int], thresholds: Sequence[float],
-    order: str, done: Refined,
+    order: str, done: RefineResult,
 ) -> pa.Table:  # fmt: skip
     """The rows whose score asks for a deeper exit, in the order they are to be run."""
     state = store.state("embedded_at")
@@ -157,7 +157,8 @@ def _wanted(
 
 
 def _embed(
-    store: Store, rows: pa.Table, encoding: Encoding, done: Refined, changed: list[str], commit_rows: int, threads: int
+    store: Store, rows: pa.Table, encoding: StreamEncoder, done: RefineResult, changed: list[str], commit_rows: int,
+    threads: int,
 ) -> None:  # fmt: skip
     flying: dict[str, ReadFile] = {}
     bar = tqdm(total=len(rows), desc="refine", unit=" images", disable=not distributed.is_main())
@@ -177,7 +178,7 @@ def _embed(
                 flying[image.path] = ReadFile(file.found, file.at, ReadImage(image.path, image.sha256, {}, image.seconds))
                 yield ReadImage(image.path, image.sha256, {**image.pixels, SCORE: np.float32(row["complexity"])}, image.seconds)
 
-    def write(images: Sequence[ReadImage], routed: Routed) -> None:
+    def write(images: Sequence[ReadImage], routed: RoutingResult) -> None:
         files = [flying.pop(image.path) for image in images]
         paths = [image.path for image in images]
         stored = {row["path"]: row for row in store.rows("path", paths, ["path", "sha256", "caption"]).to_pylist()}
@@ -203,17 +204,17 @@ def _read(row: Mapping, preprocesses: Mapping[str, Preprocess]) -> tuple[ReadFil
         stat = os.stat(path)
     except OSError as error:
         if vanished(path):
-            return ReadFile(Found(path, None, None, None), at, Bad(path, "vanished", True)), row
-        return ReadFile(Found(path, -1, -1, None), at, Bad(path, error.strerror or str(error), True)), row
+            return ReadFile(FoundFile(path, None, None, None), at, Bad(path, "vanished", True)), row
+        return ReadFile(FoundFile(path, -1, -1, None), at, Bad(path, error.strerror or str(error), True)), row
     known = lambda sha256: sha256 != row["sha256"]  # what changed is not decoded here
     result = readable(path, lambda path: read_image(path, preprocesses, known))
-    return ReadFile(Found(path, stat.st_size, stat.st_mtime_ns, None), at, result), row
+    return ReadFile(FoundFile(path, stat.st_size, stat.st_mtime_ns, None), at, result), row
 
 
 def _index_changed(
     uri: str | os.PathLike, changed: Sequence[str], checkpoint: str, model: Callable[[], Model], budget: float | None,
     commit_rows: int, threads: int, bad_shown: int,
-) -> Indexed:  # fmt: skip
+) -> IndexResult:  # fmt: skip
     """Indexes the files that changed, routed as the others; every process takes part, also one that found none."""
     return index_files(
         uri, ImagePaths([STDIN], changed), checkpoint, lambda _: model(), budget=budget, rehash=True, retry_bad=True,

@@ -40,7 +40,7 @@ class Lookup:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundFile:
     """A file that has to be read: `row` of the store's state, None for a path that the store does not hold.
 
     `size` in bytes and `mtime_ns` are as of the walk, before the file is read: what is written to it afterwards is noticed by
@@ -86,7 +86,7 @@ class Scan:
         self.unchanged: list[int] = []
         self.still_bad: list[str] = []
 
-    def to_read(self, paths: Iterable[str], passed: Callable[[], None] = lambda: None) -> Iterator[Found]:
+    def to_read(self, paths: Iterable[str], passed: Callable[[], None] = lambda: None) -> Iterator[FoundFile]:
         """The files that are new or look changed; `passed()` is called for each of the others, also of other processes."""
         for path in paths:
             path = os.path.abspath(path)
@@ -99,7 +99,7 @@ class Scan:
             else:
                 yield found
 
-    def _look(self, path: str) -> Found | None:
+    def _look(self, path: str) -> FoundFile | None:
         row = self._paths.find(path)
         if row is not None:
             self._met[row] = True
@@ -120,7 +120,7 @@ class Scan:
         if same and not self._rehash:
             self.unchanged.append(row)
             return None
-        return Found(path, size, mtime_ns, row)
+        return FoundFile(path, size, mtime_ns, row)
 
     def _is_still_bad(self, path: str, name: str, size: int | None, mtime_ns: int | None) -> bool:
         if self.bad[name] != (size, mtime_ns) and self.bad[name] != (None, None):

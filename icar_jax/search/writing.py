@@ -13,32 +13,32 @@ import pyarrow as pa
 from icar_jax.data.images import Preprocess
 from icar_jax.inference.files.stream import ReadImage, read_image
 from icar_jax.inference.reading import Bad, readable
-from icar_jax.inference.router import Routed
+from icar_jax.inference.router import RoutingResult
 from icar_jax.search.captions import Captions
-from icar_jax.search.scan import Found, Scan, table_name
+from icar_jax.search.scan import FoundFile, Scan, table_name
 from icar_jax.search.store import Store
 from icar_jax.search.tables import image_schema, now, vector_column
 
 if TYPE_CHECKING:
-    from icar_jax.search.index_result import Indexed
+    from icar_jax.search.index_result import IndexResult
 
 
 @dataclass(frozen=True)
 class ReadFile:
     """A file of a scan, when it was read, and what came of it."""
 
-    found: Found
+    found: FoundFile
     at: datetime
     result: ReadImage | Bad
 
 
-def read_found(found: Found, preprocesses: Mapping[str, Preprocess], is_known: Callable[[str], bool]) -> ReadFile:
+def read_found(found: FoundFile, preprocesses: Mapping[str, Preprocess], is_known: Callable[[str], bool]) -> ReadFile:
     """Reads a file on a thread; content that `is_known` is hashed only."""
     at = now()
     return ReadFile(found, at, readable(found.path, lambda path: read_image(path, preprocesses, is_known)))
 
 
-def image_rows(files: Sequence[ReadFile], routed: Routed, captions: Sequence[str | None]) -> pa.Table:
+def image_rows(files: Sequence[ReadFile], routed: RoutingResult, captions: Sequence[str | None]) -> pa.Table:
     """Rows of `images` for files and their embeddings, in the same order."""
     read = [file.result for file in files]
     return pa.table(
@@ -64,7 +64,9 @@ class Writer:
     its vector, exit and score; the content of its own row means that only its time changed.
     """
 
-    def __init__(self, store: Store, scan: Scan, captions: Captions | None, done: Indexed, commit_rows: int, bad_shown: int):
+    def __init__(
+        self, store: Store, scan: Scan, captions: Captions | None, done: IndexResult, commit_rows: int, bad_shown: int
+    ):
         self.store, self.scan, self.done = store, scan, done
         self._captions, self._commit_rows, self._bad_shown = captions, commit_rows, bad_shown
         self._flying: dict[str, ReadFile] = {}  # in the model, by path
@@ -72,7 +74,7 @@ class Writer:
         self._contents: set[str] = set()  # embedded by this run
         self._copies: list[ReadFile] = []
         self._bad: list[ReadFile] = []
-        self._again: list[Found] = []
+        self._again: list[FoundFile] = []
         self._trusts_scan = True
 
     def is_known(self, sha256: str) -> bool:
@@ -106,7 +108,7 @@ class Writer:
         same = (value(found.row, "size"), value(found.row, "mtime_ns")) == (found.size, found.mtime_ns)
         return same and table_name(found.path) not in self.scan.bad
 
-    def write(self, images: Sequence[ReadImage], routed: Routed) -> None:
+    def write(self, images: Sequence[ReadImage], routed: RoutingResult) -> None:
         """Commits images that the model is done with, and then what waits for a commit."""
         files = [self._flying.pop(image.path) for image in images]
         changed = [file.found.path for file in files if file.found.row is not None]
@@ -122,7 +124,7 @@ class Writer:
         self._copy()
         self._write_bad()
 
-    def take_again(self) -> list[Found]:
+    def take_again(self) -> list[FoundFile]:
         """Files that were to be copied from rows which are gone: they are embedded after all, whatever the scan says."""
         again, self._again = self._again, []
         if again:

@@ -69,7 +69,7 @@ def criterion(config: ExperimentConfig) -> Criterion:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """What an evaluator is told about a run before it starts.
 
     `part` = (index, count): of `count` equal parts of a batch sharded by `batch_sharding`, this process provides `index`.
@@ -85,13 +85,13 @@ class Trained:
 
 
 Evaluate = Callable[[Mapping[str, Any]], dict[str, float]]  # sharded parameters -> values, the same on every process
-MakeEvaluator = Callable[[Trained], Evaluate]  # called in one process after the other, so it must not wait for the others
+MakeEvaluator = Callable[[TrainedModel], Evaluate]  # called in one process after the other, so it must not wait for the others
 
 
 class Evaluation:
     """Runs the evaluators of a run, keeps WORKDIR/best as the run's `criterion` says, and knows when patience is at its end."""
 
-    def __init__(self, trained: Trained, workdir: Path, start: int, evaluators: list[Evaluate]):
+    def __init__(self, trained: TrainedModel, workdir: Path, start: int, evaluators: list[Evaluate]):
         self._trained, self._workdir, self._evaluators = trained, workdir, evaluators
         self._criterion, self._patience = criterion(trained.config), trained.config.train.patience
         self._keep_best = trained.config.train.keep_best
@@ -136,7 +136,9 @@ class Evaluation:
         return values
 
 
-def make_evaluation(trained: Trained, workdir: Path, start: int, evaluators: tuple[MakeEvaluator, ...]) -> Evaluation | None:
+def make_evaluation(
+    trained: TrainedModel, workdir: Path, start: int, evaluators: tuple[MakeEvaluator, ...]
+) -> Evaluation | None:
     """The evaluation that `config.train.eval_every` asks for. Raises ConfigError where no evaluator was given."""
     if not trained.config.train.eval_every:
         return None

@@ -19,12 +19,12 @@ from icar_jax.parallel import distributed
 from icar_jax.parallel.mesh import batch_sharding, batch_shards
 from icar_jax.parallel.rules import shardings
 from icar_jax.training.checkpoints import StateStore, write_model
-from icar_jax.training.evaluator import Evaluation, MakeEvaluator, Trained, make_evaluation
+from icar_jax.training.evaluator import Evaluation, MakeEvaluator, TrainedModel, make_evaluation
 from icar_jax.training.init_weights import place
 from icar_jax.training.logs import RunLog, SilentLog, open_log
 from icar_jax.training.monitor import CutCaptions, Monitor, NonFiniteLoss
 from icar_jax.training.preemption import Agreement, StopRequest
-from icar_jax.training.setup import Run, initial_params, open_run, optimizer_of, say, starts_from_weights
+from icar_jax.training.setup import RunContext, initial_params, open_run, optimizer_of, say, starts_from_weights
 from icar_jax.training.step import State, abstract_state, init_state, make_step, model_params, put_batch
 from icar_jax.training.tasks import extra_negatives, regret
 from icar_jax.training.tasks.tasks import given_params
@@ -55,14 +55,14 @@ def train(
         return _train(run, request, run.config.train.steps if stop_after is None else stop_after, evaluators)
 
 
-def _train(run: Run, request: StopRequest, stop_after: int, evaluators: tuple[MakeEvaluator, ...]) -> Path:
+def _train(run: RunContext, request: StopRequest, stop_after: int, evaluators: tuple[MakeEvaluator, ...]) -> Path:
     config, workdir, task, t = run.config, run.workdir, run.task, run.config.train
     optimizer = optimizer_of(config)
     step_fn = make_step(task, optimizer, run.mesh, config)
     sharding = batch_sharding(run.mesh)
     part = distributed.batch_part(sharding, t.batch_size)
     tokenizer = run.tokenizer if task.kind == "clip" else None  # regret reads captions with that of its CLIP
-    trained = Trained(config, task.kind, task.description, tokenizer, sharding, batch_shards(run.mesh), part)
+    trained = TrainedModel(config, task.kind, task.description, tokenizer, sharding, batch_shards(run.mesh), part)
     given = given_params(config, task)
     fixed = {name: place(tree, shardings(task.given[name], run.mesh)) for name, tree in given.items()}
     with StateStore(workdir, t.keep) as store:
@@ -163,7 +163,7 @@ def _run(
     return state, done, stopped
 
 
-def _batches(run: Run, start: int, part: tuple[int, int]) -> BatchIterator:
+def _batches(run: RunContext, start: int, part: tuple[int, int]) -> BatchIterator:
     """This process's part of the batches after `start` steps."""
     data, t = run.config.data, run.config.train
     return train_batches(

@@ -31,14 +31,14 @@ from icar_jax.training.logs import note_event
 from icar_jax.training.optimizer import make_optimizer, require_matches
 from icar_jax.training.step import abstract_state
 from icar_jax.training.tasks import extra_negatives, frozen_trunk, init_teacher, origin, regret
-from icar_jax.training.tasks.ratings import RatedRun, look_at
+from icar_jax.training.tasks.ratings import RatingsSummary, look_at
 from icar_jax.training.tasks.tasks import Task, given_params, make_task
 
 CAPTIONS_FOR_TOKENIZER = 20_000  # images whose captions a tokenizer is trained on
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunContext:
     """What is known before the first step; the same on every process."""
 
     config: ExperimentConfig
@@ -49,7 +49,7 @@ class Run:
     task: Task
 
 
-def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> Run:
+def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> RunContext:
     """Checks everything that can be checked beforehand, then claims the workdir, which stays locked until `held` is closed."""
     with distributed.together("preparing the run"):
         mesh = make_mesh(config.mesh)
@@ -123,7 +123,7 @@ def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> Run:
         say(f"Changed: {field} from {then!r} to {now!r}")
     for line in rated.lines if rated else ():
         say(line)
-    return Run(config, workdir, mesh, source, tokenizer, task)
+    return RunContext(config, workdir, mesh, source, tokenizer, task)
 
 
 def with_length(config: ExperimentConfig, images: int) -> ExperimentConfig:
@@ -156,7 +156,7 @@ def _claim_workdir(
     workdir: Path,
     trained_on: dict[str, Any],
     tokenizer: Tokenizer | None,
-    rated: RatedRun | None,
+    rated: RatingsSummary | None,
     token: int,
 ) -> None:
     """Writes what the run is; called once everything that can be checked beforehand has been."""

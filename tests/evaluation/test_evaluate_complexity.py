@@ -15,7 +15,7 @@ from icar_jax.data import configured
 from icar_jax.data.images import Preprocess
 from icar_jax.data.scenes import Scenes
 from icar_jax.evaluation.complexity import agreement, baselines
-from icar_jax.evaluation.complexity.agreement import Predicted
+from icar_jax.evaluation.complexity.agreement import Predictions
 from icar_jax.evaluation.complexity.evaluate import NUISANCES, evaluate_complexity
 from icar_jax.evaluation.metrics import ratings as m
 from icar_jax.evaluation.report import complexity_table
@@ -206,8 +206,8 @@ def test_verdicts(regression, low, high, words):
 
 def test_levels_of_a_nuisance_and_what_has_no_value():
     truth = np.linspace(0, 1, 30)
-    same = Predicted(truth.copy())
-    only_low = Predicted(np.where(np.arange(30) < 10, truth, 0.5))
+    same = Predictions(truth.copy())
+    only_low = Predictions(np.where(np.arange(30) < 10, truth, 0.5))
     found = agreement.by_level({"same": same, "low": only_low}, truth, {"noise": np.arange(30.0)}, 50)["noise"]
     assert [found[level]["pcc"]["same"]["value"] for level in agreement.LEVELS] == pytest.approx([1, 1, 1])
     assert found["low"]["pcc"]["low"]["value"] == pytest.approx(1)
@@ -216,13 +216,13 @@ def test_levels_of_a_nuisance_and_what_has_no_value():
 
 def test_a_row_without_an_interval_keeps_its_value():
     labels = np.array([1] + [0] * 9)
-    row = agreement.rows({"a": Predicted(np.linspace(1, 0, 10), 0.5)}, labels, ("roc_auc",), 100)["a"]["roc_auc"]
+    row = agreement.rows({"a": Predictions(np.linspace(1, 0, 10), 0.5)}, labels, ("roc_auc",), 100)["a"]["roc_auc"]
     assert row == {"value": 1.0, "low": None, "high": None}
 
 
 def test_a_margin_without_an_interval_keeps_its_value(regression):
     labels = np.array([1] + [0] * 9)
-    model, other = Predicted(np.linspace(1, 0, 10), 0.5), Predicted(np.linspace(0, 1, 10), 0.5)
+    model, other = Predictions(np.linspace(1, 0, 10), 0.5), Predictions(np.linspace(0, 1, 10), 0.5)
     margin = agreement.margin("roc_auc", model, {"jpeg_bytes": other}, labels, 100)
     assert (margin["value"], margin["low"], margin["high"], margin["includes_zero"]) == (1.0, None, None, None)
     assert "too few images" in complexity_table.verdicts({**regression[2], "margin": margin})[0]

@@ -17,7 +17,7 @@ SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 def job(folder: Path, name: str, start: str = "", *judged_by: str) -> jobs.Job:
     config = tiny_config()
     config.train.init = str(folder / start) if start else ""
-    return jobs.Job(jobs.Run(name, folder / name, config), judged_by=tuple(folder / each for each in judged_by))
+    return jobs.Job(jobs.TrainingRun(name, folder / name, config), judged_by=tuple(folder / each for each in judged_by))
 
 
 def finish(each: jobs.Job) -> None:

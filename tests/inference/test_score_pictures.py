@@ -15,7 +15,7 @@ from icar_jax.data.images import Preprocess
 from icar_jax.evaluation.report import explanations, score_sheet
 from icar_jax.evaluation.report.explanations import require_folder, write_explanations
 from icar_jax.evaluation.report.score_sheet import spread
-from icar_jax.inference.explain import Explained, Explainer, over_picture, seen_box
+from icar_jax.inference.explain import Explainer, Explanation, over_picture, seen_box
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_thumbnails_keep_their_proportions(pictures):
 def test_the_map_lies_where_the_model_looked(mode, box):
     preprocess = Preprocess(32, mode)
     assert seen_box((90, 30), preprocess) == box
-    found = over_picture(Explained(Image.new("RGB", (90, 30)), 0.5, np.ones((2, 2), np.float32)), preprocess)
+    found = over_picture(Explanation(Image.new("RGB", (90, 30)), 0.5, np.ones((2, 2), np.float32)), preprocess)
     left, top, right, bottom = box
     assert found.shape == (30, 90) and found.sum() == (right - left) * (bottom - top)
     assert (found[top:bottom, left:right] == 1).all()

@@ -10,7 +10,7 @@ import icar_jax
 from icar_jax import checkpoint, pytree
 from icar_jax.config import ConfigError, validate
 from icar_jax.data.scenes import Scenes
-from icar_jax.models.exit_regret import Rivals, loss_regret
+from icar_jax.models.exit_regret import ExtraNegatives, loss_regret
 from icar_jax.parallel.rules import FSDP_FALLBACK_SIZE
 from icar_jax.training.loop import train
 from icar_jax.training.preemption import StopRequest
@@ -62,7 +62,7 @@ def test_rivals_are_training_pairs_as_the_clip_embeds_them(clip_folder, tmp_path
     got = jax.jit(lambda b, x: teacher.regret(b, x, None, 0))(batch, pixels)
     embeds = jax.jit(lambda p, x: teacher.clip.encode_image_exits(p, x, (1, 3)))(params, pixels)
     text, scale = jax.jit(teacher.clip.encode_text)(params, batch["tokens"]), teacher.clip.logit_scales(params)[3]
-    more = Rivals(found["image"], found["text"], np.arange(70) < 3)
+    more = ExtraNegatives(found["image"], found["text"], np.arange(70) < 3)
     expected = jax.jit(lambda e, t: loss_regret(e[1], e[3], t, scale, more, weighed=True))(embeds, text)
     np.testing.assert_allclose(got, expected, atol=1e-4)
     config.complexity.rivals = 99

@@ -19,7 +19,7 @@ from icar_jax.data.loader.batches import train_batches
 from icar_jax.data.scenes import Scenes
 from icar_jax.evaluation.routing.calibration import make_bundle
 from icar_jax.models.clip import Clip
-from icar_jax.models.exit_regret import Rivals, cosine_regret, loss_regret, unit_ranks
+from icar_jax.models.exit_regret import ExtraNegatives, cosine_regret, loss_regret, unit_ranks
 from icar_jax.training.loop import train
 from icar_jax.training.tasks import regret
 from icar_jax.training.tasks.tasks import make_task
@@ -47,7 +47,7 @@ def test_rivals_count_as_pairs_of_the_batch_but_for_those_in_it(same, weighed, s
     exit, full, text = (unit(rng, 4, 5) for _ in range(3))
     image, caption = unit(rng, 6, 5), unit(rng, 6, 5)
     kept = np.arange(6) != same
-    found = loss_regret(exit, full, text, 14.0, Rivals(image, caption, ~kept), weighed)
+    found = loss_regret(exit, full, text, 14.0, ExtraNegatives(image, caption, ~kept), weighed)
     whole = [np.concatenate(each) for each in ((exit, image[kept]), (full, image[kept]), (text, caption[kept]))]
     np.testing.assert_allclose(found, plain_regret(*whole, 14.0, weighed)[:4], atol=2e-3)
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.parity import reference_models as models
-from icar_jax.convert.parity.reference_inputs import ACTIVATIONS, Asked
+from icar_jax.convert.parity.reference_inputs import ACTIVATIONS, ReferenceRequest
 from icar_jax.convert.parity.verify import META, weights_sha256
 from icar_jax.convert.source import Source, open_source
 
@@ -73,7 +73,7 @@ def write_reference(
     if library and library != needed:
         raise ConvertError(f"{source.path} has the layout {source.layout!r}, which {needed} runs, not {library!r}")
     torch, module = _import("torch", source), _import(needed, source)
-    asked = Asked(model_name, activation, tuple(heads), tuple(exits), image_size, images, seed)
+    asked = ReferenceRequest(model_name, activation, tuple(heads), tuple(exits), image_size, images, seed)
     with torch.inference_mode():
         arrays, built = _RUN[source.layout](torch, module, source, asked)
     meta = {

@@ -12,7 +12,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 
 
 @dataclass(frozen=True)
-class Asked:
+class ReferenceRequest:
     """What the user said about a source that leaves it open, and the size of the comparison."""
 
     model_name: str
@@ -24,7 +24,7 @@ class Asked:
     seed: int
 
 
-def noise(asked: Asked, size: int) -> np.ndarray:
+def noise(asked: ReferenceRequest, size: int) -> np.ndarray:
     """float32 [N, S, S, 3]: smooth noise of 256 levels, scaled to -1..1."""
     rng = np.random.default_rng((asked.seed, 0))
     values = rng.standard_normal((asked.images, size, size, 3))
@@ -35,7 +35,7 @@ def noise(asked: Asked, size: int) -> np.ndarray:
 
 
 def captions(
-    asked: Asked, context: int, vocabulary: int, *, start: int | None, end: int, pad: int, highest: bool
+    asked: ReferenceRequest, context: int, vocabulary: int, *, start: int | None, end: int, pad: int, highest: bool
 ) -> np.ndarray:
     """int32 [N, L]: captions of varied length, the first one full. With `highest`, `end` is above every other id."""
     rng = np.random.default_rng((asked.seed, 1))

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from icar_jax.convert.fields import ConvertError
-from icar_jax.convert.parity.reference_inputs import ACTIVATIONS, Asked, captions, nchw, noise
+from icar_jax.convert.parity.reference_inputs import ACTIVATIONS, ReferenceRequest, captions, nchw, noise
 from icar_jax.convert.source import Source
 
 Run = tuple[dict[str, Any], dict[str, Any]]
@@ -22,7 +22,7 @@ _EXIT_KEYS = ("early_temp", "temp_clamp", "early_ln.weight", "early_ln.bias", "e
 # --- Hugging Face: CLIP and SigLIP -----------------------------------------------------------------------------------------
 
 
-def run_transformers(torch: ModuleType, transformers: ModuleType, source: Source, asked: Asked) -> Run:
+def run_transformers(torch: ModuleType, transformers: ModuleType, source: Source, asked: ReferenceRequest) -> Run:
     _refuse(source, asked, "transformers reads config.json and offers no other size", "model_name", "exits", "image_size")
     folder = source.path if source.path.is_dir() else source.path.parent
     wanted, cls = ("clip", transformers.CLIPModel) if source.layout == "hf_clip" else ("siglip", transformers.SiglipModel)
@@ -68,7 +68,7 @@ def run_transformers(torch: ModuleType, transformers: ModuleType, source: Source
 # --- open_clip: OpenAI, OpenCLIP, ICAR -------------------------------------------------------------------------------------
 
 
-def run_open_clip(torch: ModuleType, open_clip: ModuleType, source: Source, asked: Asked) -> Run:
+def run_open_clip(torch: ModuleType, open_clip: ModuleType, source: Source, asked: ReferenceRequest) -> Run:
     whole, extra = _state_dict(torch, source)
     icar = source.layout == "icar"
     state = {k.removeprefix("clip.") if icar else k: v for k, v in whole.items() if not (icar and k in _EXIT_KEYS)}
@@ -105,7 +105,9 @@ def run_open_clip(torch: ModuleType, open_clip: ModuleType, source: Source, aske
     return arrays, built
 
 
-def _icar_exit(torch, model, pixels, state, source: Source, asked: Asked, extra: Mapping[str, Any]) -> dict[str, Any]:
+def _icar_exit(
+    torch, model, pixels, state, source: Source, asked: ReferenceRequest, extra: Mapping[str, Any]
+) -> dict[str, Any]:
     layer = _settings(extra).get("early_exit_layer")
     if layer is None and len(asked.exits) != 1:
         raise ConvertError(
@@ -127,7 +129,7 @@ def _icar_exit(torch, model, pixels, state, source: Source, asked: Asked, extra:
 
 
 def _clip_config(
-    open_clip: ModuleType, source: Source, state: Mapping[str, Any], asked: Asked, extra: Mapping[str, Any]
+    open_clip: ModuleType, source: Source, state: Mapping[str, Any], asked: ReferenceRequest, extra: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """open_clip's model configuration, and where it is from: a file beside the weights, a name, or the shapes."""
     names, settings = open_clip.list_models(), _settings(extra)
@@ -207,7 +209,7 @@ def _heads(config: Mapping[str, Any]) -> tuple[int, int]:
     return vision.get("width", 768) // vision.get("head_width", 64), config["text_cfg"].get("heads", 8)
 
 
-def _set_heads(open_clip: ModuleType, config: dict[str, Any], source: Source, asked: Asked) -> None:
+def _set_heads(open_clip: ModuleType, config: dict[str, Any], source: Source, asked: ReferenceRequest) -> None:
     vision, text = config["vision_cfg"], config["text_cfg"]
     heads = {asked.heads} if asked.heads else set()
     if not heads and source.layout == "openai":
@@ -227,7 +229,7 @@ def _set_heads(open_clip: ModuleType, config: dict[str, Any], source: Source, as
 # --- timm: ConvNeXt and ICC ------------------------------------------------------------------------------------------------
 
 
-def run_timm(torch: ModuleType, timm: ModuleType, source: Source, asked: Asked) -> Run:
+def run_timm(torch: ModuleType, timm: ModuleType, source: Source, asked: ReferenceRequest) -> Run:
     _refuse(source, asked, "a ConvNeXt has none", "activation", "heads", "exits")
     state, _ = _state_dict(torch, source)
     model, built = _convnext(timm, source, state, asked, {})
@@ -236,7 +238,7 @@ def run_timm(torch: ModuleType, timm: ModuleType, source: Source, asked: Asked) 
     return {"images": images, "logits" if model.num_classes else "features": model(nchw(torch, images))}, built
 
 
-def run_icc(torch: ModuleType, timm: ModuleType, source: Source, asked: Asked) -> Run:
+def run_icc(torch: ModuleType, timm: ModuleType, source: Source, asked: ReferenceRequest) -> Run:
     _refuse(source, asked, "a complexity classifier has none", "activation", "heads", "exits")
     whole, extra = _state_dict(torch, source)
     whole = _strip(_strip(whole, "model."), "net.")
@@ -250,7 +252,7 @@ def run_icc(torch: ModuleType, timm: ModuleType, source: Source, asked: Asked) -
     return {"images": images, "logits": head(backbone(nchw(torch, images)))}, built
 
 
-def _convnext(timm: ModuleType, source: Source, state: Mapping[str, Any], asked: Asked, hparams: Mapping[str, Any]):
+def _convnext(timm: ModuleType, source: Source, state: Mapping[str, Any], asked: ReferenceRequest, hparams: Mapping[str, Any]):
     """(timm's model, how it was named): by config.json, by name, or rebuilt from shapes where timm has no such model."""
     classes = len(state["head.fc.weight"]) if "head.fc.weight" in state else 0
     config = source.configs.get("config.json", {})
@@ -275,7 +277,7 @@ def _convnext(timm: ModuleType, source: Source, state: Mapping[str, Any], asked:
     return timm.models.convnext.ConvNeXt(**fields), {"from": "shapes", **fields}
 
 
-def _convnet_size(asked: Asked, source: Source) -> int:
+def _convnet_size(asked: ReferenceRequest, source: Source) -> int:
     """Pixels: as asked, as timm's config.json says, or 224; the weights fit every size."""
     pretrained = source.configs.get("config.json", {}).get("pretrained_cfg", {})
     return asked.image_size or pretrained.get("input_size", (3, 224, 224))[-1]
@@ -322,14 +324,14 @@ def _load(model: Any, state: Mapping[str, Any], source: Source, what: str) -> An
     return model.float().eval()
 
 
-def _refuse(source: Source, asked: Asked, why: str, *names: str) -> None:
+def _refuse(source: Source, asked: ReferenceRequest, why: str, *names: str) -> None:
     """Raises ConvertError for an option that this source does not leave open."""
     given = [name for name in names if getattr(asked, name)]
     if given:
         raise ConvertError(f"{source.path}: {', '.join(given)} cannot be given for this source: {why}")
 
 
-def _require_stated(source: Source, asked: Asked, file: str, activation: str, heads: tuple[int, int]) -> None:
+def _require_stated(source: Source, asked: ReferenceRequest, file: str, activation: str, heads: tuple[int, int]) -> None:
     """Raises ConvertError where the user contradicts a configuration file."""
     pairs = (("activation", asked.activation, activation), ("heads", asked.heads, heads))
     wrong = [f"{name} is {said}, not {given}" for name, given, said in pairs if given and given != said]

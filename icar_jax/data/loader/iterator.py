@@ -3,9 +3,9 @@
 grain (and with it jax, where installed) is imported only when an iterator is made. Worker processes are spawned and
 pinned to the CPU platform, so that none of them can start an accelerator backend.
 
-Nothing waits for ever. Each batch is made in a daemon thread of its own (`watch.Watched`), so that a read which never returns
-is noticed where it happens and can be named, and holds up neither the other threads nor the end of the program. The iterator
-itself waits on a thread that asks Grain, and looks after the worker processes meanwhile.
+Nothing waits for ever. Each batch is made in a daemon thread of its own (`watch.WatchedIterator`), so that a read which never
+returns is noticed where it happens and can be named, and holds up neither the other threads nor the end of the program. The
+iterator itself waits on a thread that asks Grain, and looks after the worker processes meanwhile.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from icar_jax.data.loader.watch import StalledData, Watched, WorkerDied, Workers, outlive_signals_not_the_parent, set_worker
+from icar_jax.data.loader.watch import (
+    StalledData,
+    WatchedIterator,
+    WorkerDied,
+    Workers,
+    outlive_signals_not_the_parent,
+    set_worker,
+)
 
 STALL_TIMEOUT_S = 600.0
 # A worker reports a stall itself, as it knows what it was reading; Grain waits up to 25 s for its end before passing that on.
@@ -69,7 +76,7 @@ class BatchIterator:
         self._workers = Workers(num_workers)
         closing = threading.Event()
         temporary = []
-        make = Watched(make, stall_timeout_s)
+        make = WatchedIterator(make, stall_timeout_s)
         if num_workers:
             _ensure_flags_parsed()
             temporary.append(tempfile.TemporaryDirectory(prefix="icar_jax_"))

@@ -56,7 +56,7 @@ def _end_after(parent: Any) -> None:
 
 
 @dataclass
-class Watched:
+class WatchedIterator:
     """`make`, each call in a daemon thread; raises StalledData where one takes longer than `timeout_s`."""
 
     make: Callable[[int], Any]

@@ -54,7 +54,7 @@ class RatedFolder:
         return Record(self.names[i], functools.partial(decode, path), (), float(self.scores[i]))
 
 
-class RatedByUrl:
+class RatedShards:
     """Records of a source of shards that were joined with scores by URL, which is their name.
 
     `indices` int64 [N] are their numbers in the source; `scores` float32 [N] in [0, 1].
@@ -73,7 +73,7 @@ class RatedByUrl:
 
 
 @dataclass(frozen=True)
-class Rated:
+class RatedSource:
     """All rated images of a configuration.
 
     Attributes:
@@ -83,7 +83,7 @@ class Rated:
         notes: lines for people: what was read, what was left out.
     """
 
-    source: RatedFolder | RatedByUrl
+    source: RatedFolder | RatedShards
     split_of: tuple[str, ...]
     how: str
     notes: tuple[str, ...]
@@ -103,7 +103,7 @@ class Rated:
         return Subset(self.source, chosen, f"{self.source.name}/{wanted}")
 
 
-def open_rated(data: DataConfig) -> Rated:
+def open_rated(data: DataConfig) -> RatedSource:
     """What config.data.root and config.data.ratings hold together.
 
     Raises ConfigError, OSError, ShardError; RatingsError where more than config.data.bad_share of the lines are unusable, or
@@ -122,7 +122,7 @@ def open_rated(data: DataConfig) -> Rated:
     return by_hash(_folder(root.name, images, ratings.scores), (ratings.summary(),))
 
 
-def by_hash(source: RatedFolder | RatedByUrl, notes: tuple[str, ...]) -> Rated:
+def by_hash(source: RatedFolder | RatedShards, notes: tuple[str, ...]) -> RatedSource:
     """Splits 70/15/15 into train, val and test by the hash of each name."""
     train, val = SHARES["train"], SHARES["train"] + SHARES["val"]
 
@@ -131,10 +131,10 @@ def by_hash(source: RatedFolder | RatedByUrl, notes: tuple[str, ...]) -> Rated:
         return "train" if place < train else "val" if place < val else "test"
 
     how = "70/15/15 into train, val and test by the BLAKE2b hash of each image's name: adding images moves no other"
-    return Rated(source, tuple(map(split, source.names)), how, notes)
+    return RatedSource(source, tuple(map(split, source.names)), how, notes)
 
 
-def _own_splits(root: Path, bad_share: float) -> Rated:
+def _own_splits(root: Path, bad_share: float) -> RatedSource:
     """IC9600's layout: train.txt and test.txt, perhaps val.txt, beside images/."""
     files = {split: root / f"{split}.txt" for split in SPLITS if (root / f"{split}.txt").is_file()}
     if "train" not in files:
@@ -161,10 +161,10 @@ def _own_splits(root: Path, bad_share: float) -> Rated:
         how += "; val is a tenth of train.txt, by the BLAKE2b hash of each image's name"
     scores = {name: score for ratings in read.values() for name, score in ratings.scores.items()}
     source = _folder(root.name, images, scores)
-    return Rated(source, tuple(first[name] for name in source.names), how, tuple(r.summary() for r in read.values()))
+    return RatedSource(source, tuple(first[name] for name in source.names), how, tuple(r.summary() for r in read.values()))
 
 
-def _sharded(data: DataConfig) -> Rated:
+def _sharded(data: DataConfig) -> RatedSource:
     """Shards joined with scores by URL; all that root names, whatever the split."""
     ratings = read_ratings(_ratings_file(data, None)).check(data.bad_share)
     if ratings.key != "url":
@@ -180,7 +180,7 @@ def _sharded(data: DataConfig) -> Rated:
         urls = _urls(source, (ratings.where, os.stat(ratings.where).st_mtime_ns, source.shards.sha256()))
     names, indices, note = _join(urls, ratings)
     scores = np.array([ratings.scores[name] for name in names], np.float32)
-    return by_hash(RatedByUrl(source, indices, names, scores), (ratings.summary(), note))
+    return by_hash(RatedShards(source, indices, names, scores), (ratings.summary(), note))
 
 
 _last_urls: dict[Any, list[str | None]] = {}
@@ -195,7 +195,7 @@ def _urls(source: WebDataset | Parquet, key: Any) -> list[str | None]:
     return _last_urls[key]
 
 
-def _url_folder(images: Path, files: list[str], ratings: Ratings) -> Rated:
+def _url_folder(images: Path, files: list[str], ratings: Ratings) -> RatedSource:
     """img2dataset's layout of files: 00000/000000001.jpg with its address in 000000001.json beside it."""
 
     def url(file: str) -> str | None:

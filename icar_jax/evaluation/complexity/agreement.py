@@ -19,7 +19,7 @@ OF_CLASSIFIERS = (*m.OF_DECISIONS, *m.OF_SCORES)
 
 
 @dataclass(frozen=True)
-class Predicted:
+class Predictions:
     """One predictor on N images: scores [N] in [0, 1], and the decision threshold of a classifier."""
 
     scores: np.ndarray
@@ -35,18 +35,20 @@ class Predicted:
         return self.decided if metric in m.OF_DECISIONS else self.scores
 
 
-def rows(predictors: Mapping[str, Predicted], truth: np.ndarray, metrics: tuple[str, ...], n: int) -> dict[str, dict[str, Any]]:
+def rows(
+    predictors: Mapping[str, Predictions], truth: np.ndarray, metrics: tuple[str, ...], n: int
+) -> dict[str, dict[str, Any]]:
     """{predictor: {metric: interval}} on all images. Raises MetricError where a metric of all images has no value."""
     with tqdm(total=len(predictors) * len(metrics), desc="bootstrap", unit="interval") as bar:
 
-        def row(metric: str, predicted: Predicted) -> dict[str, float | None]:
+        def row(metric: str, predicted: Predictions) -> dict[str, float | None]:
             bar.update()
             return _row(metric, predicted, truth, n)
 
         return {name: {metric: row(metric, p) for metric in metrics} for name, p in predictors.items()}
 
 
-def margin(metric: str, model: Predicted, others: Mapping[str, Predicted], truth: np.ndarray, n: int) -> dict[str, Any]:
+def margin(metric: str, model: Predictions, others: Mapping[str, Predictions], truth: np.ndarray, n: int) -> dict[str, Any]:
     """The best of the others by a metric, and the model's margin over it on the same resamples.
 
     Returns {'metric', 'over', 'value', 'low', 'high', 'includes_zero'}, the last three None where there is no interval. The
@@ -64,7 +66,7 @@ def margin(metric: str, model: Predicted, others: Mapping[str, Predicted], truth
 
 
 def by_level(
-    predictors: Mapping[str, Predicted], truth: np.ndarray, nuisances: Mapping[str, np.ndarray], n: int
+    predictors: Mapping[str, Predictions], truth: np.ndarray, nuisances: Mapping[str, np.ndarray], n: int
 ) -> dict[str, dict[str, Any]]:
     """PCC of each predictor on the images with a low, middle or high value of each nuisance: thirds of equal number.
 
@@ -87,7 +89,7 @@ def by_level(
     return result
 
 
-def _row(metric: str, predicted: Predicted, truth: np.ndarray, n: int) -> dict[str, float | None]:
+def _row(metric: str, predicted: Predictions, truth: np.ndarray, n: int) -> dict[str, float | None]:
     try:
         return m.interval(metric, predicted.input_of(metric), truth, n=n).as_dict()
     except m.MetricError:
@@ -97,6 +99,6 @@ def _row(metric: str, predicted: Predicted, truth: np.ndarray, n: int) -> dict[s
 
 def _pcc(scores: np.ndarray, truth: np.ndarray, n: int) -> dict[str, float | None] | None:
     try:
-        return _row("pcc", Predicted(scores), truth, n)
+        return _row("pcc", Predictions(scores), truth, n)
     except m.MetricError:
         return None

@@ -22,7 +22,7 @@ from icar_jax.data.loader.batches import BadFiles, eval_batches
 from icar_jax.data.records import Source
 from icar_jax.errors import DataError
 from icar_jax.evaluation.complexity import agreement, baselines, regret
-from icar_jax.evaluation.complexity.agreement import Predicted
+from icar_jax.evaluation.complexity.agreement import Predictions
 from icar_jax.evaluation.metrics import ratings as m
 from icar_jax.evaluation.report import complexity_figures, complexity_table
 from icar_jax.evaluation.report.table import write_metrics
@@ -41,7 +41,7 @@ REFERENCE = "vit_l14"  # the tower whose cost a router is measured against
 
 
 @dataclass(frozen=True)
-class Measured:
+class ComplexityResult:
     """Every readable image of a split: scores float32 [n], measures [n, 3], known complexity float32 [n], indices [n]."""
 
     scores: np.ndarray
@@ -114,7 +114,7 @@ def _regrets(config: ExperimentConfig, model: Model, *of: Source) -> tuple[regre
     return tuple(regret.measure(config, clip, told, source) for source in of)
 
 
-def _measure(config: ExperimentConfig, model: Model | None, source: Source, title: str) -> Measured:
+def _measure(config: ExperimentConfig, model: Model | None, source: Source, title: str) -> ComplexityResult:
     """One pass over a split: the classical measures of every picture, and its score where there is a model."""
     preprocess = {"classical": baselines.PREPROCESS} | ({MODEL: model.scorer.preprocess} if model else {})
     size, bad = config.eval.batch_size, BadFiles()
@@ -138,7 +138,7 @@ def _measure(config: ExperimentConfig, model: Model | None, source: Source, titl
     complexity = np.concatenate(known)
     if np.isnan(complexity).any():
         raise cfg.ConfigError(f"{int(np.isnan(complexity).sum())} of {len(complexity)} images of {source.name} have no rating")
-    return Measured(
+    return ComplexityResult(
         np.concatenate([part.result() for part in scores]) if model else np.zeros(0, np.float32),
         np.concatenate(measures),
         complexity,
@@ -152,14 +152,14 @@ def _report(
     config: ExperimentConfig,
     model: Model,
     threshold: float | None,
-    fitted: Measured,
-    measured: Measured,
+    fitted: ComplexityResult,
+    measured: ComplexityResult,
     source: Source,
     lost: tuple[regret.Regrets, ...] | None,
 ) -> dict[str, Any]:
     n, head = config.eval.bootstrap, model.scorer.complexity.arch.head
     fits = baselines.fit(fitted.measures, fitted.complexity)
-    others = {name: Predicted(fit(measured.measures)) for name, fit in fits.items()}
+    others = {name: Predictions(fit(measured.measures)) for name, fit in fits.items()}
     truth, names, ranked_by = measured.complexity, m.OF_RATINGS, "pcc"
     if threshold is not None:
         boundary = config.complexity.threshold
@@ -167,12 +167,12 @@ def _report(
         labels = labels_of(fitted.complexity, boundary, "the calibration images")
         chosen_by = model.description.get("threshold_found", {}).get("metric", "f1")
         others = {
-            name: Predicted(p.scores, best_threshold(fits[name](fitted.measures), labels, chosen_by)[0])
+            name: Predictions(p.scores, best_threshold(fits[name](fitted.measures), labels, chosen_by)[0])
             for name, p in others.items()
         }
         names, ranked_by = agreement.OF_CLASSIFIERS, "roc_auc"
     known = _known(lost, fitted) if lost else {}
-    predictors = {MODEL: Predicted(measured.scores, threshold), **known, **others}
+    predictors = {MODEL: Predictions(measured.scores, threshold), **known, **others}
     nuisances = _nuisances(source, measured.index)
     metrics = {
         "task": "complexity",
@@ -194,12 +194,12 @@ def _report(
     return metrics
 
 
-def _known(lost: tuple[regret.Regrets, ...], fitted: Measured) -> dict[str, Predicted]:
+def _known(lost: tuple[regret.Regrets, ...], fitted: ComplexityResult) -> dict[str, Predictions]:
     """What the source knows of its images' complexity as a predictor of regret: a line fitted on the calibration images."""
     rated, asked = (found.known() for found in lost)
     if np.isnan(rated).any() or np.isnan(asked).any() or not np.ptp(rated):
         return {}
-    return {regret.KNOWN: Predicted(regret.line(rated, fitted.complexity, asked))}
+    return {regret.KNOWN: Predictions(regret.line(rated, fitted.complexity, asked))}
 
 
 def _nuisances(source: Source, index: np.ndarray) -> dict[str, np.ndarray]:
@@ -210,7 +210,7 @@ def _nuisances(source: Source, index: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.array([getattr(nuisance, name) for nuisance in found]) for name in NUISANCES}
 
 
-def _cost(model: Model, sample: dict[str, np.ndarray], known: Mapping[str, Predicted]) -> dict[str, dict[str, float | None]]:
+def _cost(model: Model, sample: dict[str, np.ndarray], known: Mapping[str, Predictions]) -> dict[str, dict[str, float | None]]:
     """What each predictor costs an image, timed on prepared pixels, compilation left out."""
     arch = model.scorer.complexity.arch
     tower, flops = vision_flops(variants.CLIP[REFERENCE].vision), complexity_flops(arch)
@@ -255,7 +255,9 @@ def _decision_note(found: Mapping[str, Any], threshold: float, source: Source, c
     return note
 
 
-def _notes(folder: Path, source: Source, calibration: Source, fitted: Measured, measured: Measured) -> list[str]:
+def _notes(
+    folder: Path, source: Source, calibration: Source, fitted: ComplexityResult, measured: ComplexityResult
+) -> list[str]:
     notes = [
         f"the model is {folder}",
         f"classical measures have no scale of their own: each is a line fitted on {len(fitted.complexity)} images of "

@@ -66,7 +66,7 @@ def unit_ranks(values: np.ndarray) -> np.ndarray:
     return ((rankdata(values) - 1) / max(len(values) - 1, 1)).astype(np.float32)
 
 
-class Judged:
+class RegretResult:
     """A source whose records carry `targets` {index: float} in place of what is known of their complexity."""
 
     def __init__(self, source: Source, targets: Mapping[int, float]):
@@ -87,9 +87,9 @@ class Regrets:
     index: np.ndarray
     values: np.ndarray
 
-    def judged(self) -> Judged:
+    def judged(self) -> RegretResult:
         """The source with the ranks of the regrets as the records' complexity."""
-        return Judged(self.source, dict(zip(self.index.tolist(), unit_ranks(self.values).tolist(), strict=True)))
+        return RegretResult(self.source, dict(zip(self.index.tolist(), unit_ranks(self.values).tolist(), strict=True)))
 
     def known(self) -> np.ndarray:
         """float32 [n]: the complexity that the source knows, nan where it does not."""

@@ -33,7 +33,7 @@ class Queries:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunMetrics:
     """What resamples of N images need of a run.
 
     means: direction -> metric -> (total [N], count [N]), float64: the metric is sum(total) / sum(count).
@@ -66,7 +66,7 @@ class Comparison:
         return {name: found.as_dict() if (found := getattr(self, name)) else None for name in self.__dataclass_fields__}
 
 
-def collect(ranks: Ranks, precisions: Precisions | None = None) -> Run:
+def collect(ranks: Ranks, precisions: Precisions | None = None) -> RunMetrics:
     """A run's metrics image by image: those of `metrics.summarise`, and of `category.summarise` where precisions are given."""
     n = len(ranks.image_to_text)
     every = np.arange(n)
@@ -86,10 +86,10 @@ def collect(ranks: Ranks, precisions: Precisions | None = None) -> Run:
                 for k, ap in by_k.items():
                     name = f"map{k}" if denominator == "official" else f"map{k}_{denominator}"
                     means[direction][name] = (100.0 * np.nan_to_num(ap), np.isfinite(ap).astype(np.float64))
-    return Run(means, {direction: (queries,) for direction, queries in found.items()})
+    return RunMetrics(means, {direction: (queries,) for direction, queries in found.items()})
 
 
-def mean_run(draws: Sequence[Run]) -> Run:
+def mean_run(draws: Sequence[RunMetrics]) -> RunMetrics:
     """Mean over draws of one random run (such as random routing) of the same images.
 
     A metric that only some draws have, such as average precision, is the mean of these.
@@ -104,11 +104,11 @@ def mean_run(draws: Sequence[Run]) -> Run:
         }
         for direction, by_name in draws[0].means.items()
     }
-    return Run(means, {d: tuple(q for draw in draws for q in draw.queries[d]) for d in DIRECTIONS})
+    return RunMetrics(means, {d: tuple(q for draw in draws for q in draw.queries[d]) for d in DIRECTIONS})
 
 
 def intervals(
-    runs: Mapping[str, Run], against: str = "full", *, n: int = RESAMPLES, seed: int = 0, level: float = LEVEL
+    runs: Mapping[str, RunMetrics], against: str = "full", *, n: int = RESAMPLES, seed: int = 0, level: float = LEVEL
 ) -> dict[str, dict[str, dict[str, Comparison]]]:
     """run -> 'text_to_image' | 'image_to_text' | 'mean' (of both) -> metric -> `Comparison` with the run `against`.
 
@@ -149,7 +149,7 @@ def intervals(
     }
 
 
-def _metrics(run: Run, counts: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+def _metrics(run: RunMetrics, counts: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
     """direction or 'mean' -> metric -> [R], for counts [R, N] of how often each image was drawn."""
     found: dict[str, dict[str, np.ndarray]] = {}
     for direction, by_name in run.means.items():
@@ -186,7 +186,7 @@ def _medians(queries: Queries, counts: np.ndarray) -> np.ndarray:
     return (first + second) / 2
 
 
-def _require_paired(runs: Mapping[str, Run]) -> None:
+def _require_paired(runs: Mapping[str, RunMetrics]) -> None:
     (first, reference), *others = runs.items()
     for name, run in others:
         for direction, by_name in reference.means.items():

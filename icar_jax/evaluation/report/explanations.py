@@ -19,7 +19,7 @@ from tqdm import tqdm
 from icar_jax import workdir
 from icar_jax.config import ConfigError
 from icar_jax.data.images import ImageError
-from icar_jax.inference.explain import Explained, Explainer, over_picture
+from icar_jax.inference.explain import Explainer, Explanation, over_picture
 
 INDEX = "maps.csv"
 _DPI, _LONGEST = 110, 560  # pixels of the longer side of a picture
@@ -79,7 +79,7 @@ def write_explanations(
     return len(rows)
 
 
-def _readable(explainer: Explainer, files: list[str]) -> list[tuple[str, Explained]]:
+def _readable(explainer: Explainer, files: list[str]) -> list[tuple[str, Explanation]]:
     try:
         return list(zip(files, explainer.explain(files), strict=True))
     except (OSError, ImageError):  # one of them changed since it was scored
@@ -95,7 +95,7 @@ def _free_name(stem: str, taken: set[str]) -> str:
     return name
 
 
-def draw(explained: Explained, explainer: Explainer, name: str, stream: io.BytesIO) -> None:
+def draw(explained: Explanation, explainer: Explainer, name: str, stream: io.BytesIO) -> None:
     """Writes a PNG: the picture, and the picture in grey under its map; red raised the score, blue lowered it.
 
     Colours are scaled to the largest value of this map, so that they compare places of one image, not images.

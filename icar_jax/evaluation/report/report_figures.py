@@ -18,7 +18,7 @@ from icar_jax import workdir
 from icar_jax.evaluation.metrics.retrieval import Ranks
 from icar_jax.evaluation.report.figures import exit_label, place_labels
 from icar_jax.evaluation.report.table import run_order
-from icar_jax.evaluation.routing.budget_search import Tried
+from icar_jax.evaluation.routing.budget_search import SearchedSettings
 from icar_jax.evaluation.routing.frontier import frontier
 
 SIZE_INCHES = (5.4, 4.0)
@@ -123,7 +123,7 @@ def kept_against_cost(metrics: Mapping[str, Any], cost: str) -> Drawing:
     return draw
 
 
-def budget_search(tried: Tried) -> Drawing:
+def budget_search(tried: SearchedSettings) -> Drawing:
     """Mean R@5 of every setting tried against its cost in percent of full depth, the bound (a drop of recall in points, or a
     share of full depth's cost) and the setting chosen."""
 
@@ -248,6 +248,6 @@ def _legend_above(axes: Axes, theme: Theme, n: int) -> None:
     )  # fmt: skip
 
 
-def write_budget_search(tried: Tried, file: str | Path) -> None:
+def write_budget_search(tried: SearchedSettings, file: str | Path) -> None:
     """Draws `budget_search` into a PNG file."""
     workdir.write_bytes(file, render(budget_search(tried), LIGHT, "png"))

@@ -26,7 +26,7 @@ KINDS = ("counted", "measured")
 
 
 @dataclass(frozen=True)
-class Tried:
+class SearchedSettings:
     """The settings that a search tried, the one it chose, full depth, the kind of cost, and the bound: points or a share."""
 
     settings: tuple[Point, ...]
@@ -67,7 +67,7 @@ def find(
     budget: float | None = None,
     cost: str = "measured",
     loading: Mapping[str, Any] | None = None,
-    draw: Callable[[Tried], None] | None = None,
+    draw: Callable[[SearchedSettings], None] | None = None,
 ) -> tuple[Gallery, tuple[float, ...], dict[str, Any]]:
     """The cheapest thresholds whose mean R@5 is at most `max_drop` points below that of full depth, or those of the highest
     mean R@5 that cost at most `budget` times full depth, on the images of `source`. One of the two is given.
@@ -99,7 +99,7 @@ def find(
     # Where the interval runs past zero to below, the setting may be no worse than full depth at all.
     drop = difference(hits_at(whole, RECALL_AT), hits_at(found, RECALL_AT))
     if draw is not None:
-        draw(Tried(tuple(bench.known), best, full, cost, max_drop, budget))
+        draw(SearchedSettings(tuple(bench.known), best, full, cost, max_drop, budget))
     return gallery, best.thresholds, {
         **how,
         "cost_by": cost,

@@ -35,7 +35,7 @@ CLASSIFICATION = "classification"
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredImages:
     """Every readable image of a source: scores and known complexity float32 [n] (nan where unknown), in order."""
 
     scores: np.ndarray
@@ -54,7 +54,7 @@ class Scored:
         }
 
 
-def score_source(model: Model, source: Source, title: str, loading: Mapping[str, Any] | None = None) -> Scored:
+def score_source(model: Model, source: Source, title: str, loading: Mapping[str, Any] | None = None) -> ScoredImages:
     """Scores every readable image of a source. `loading` are keywords of `eval_batches`: workers, retries and the like.
 
     Raises DataError where none can be read.
@@ -69,7 +69,7 @@ def score_source(model: Model, source: Source, title: str, loading: Mapping[str,
                 known.append(batch["complexity"])
     if not pending:
         raise DataError(f"no image of {source.name} could be read:\n{bad.summary()}")
-    return Scored(np.concatenate([part.result() for part in pending]), np.concatenate(known), bad, source)
+    return ScoredImages(np.concatenate([part.result() for part in pending]), np.concatenate(known), bad, source)
 
 
 def costs_of(bundle: str | Path) -> Costs:
@@ -85,7 +85,7 @@ def costs(clip: ClipArch, scorer: Any) -> Costs:
 
 
 def routing_of(
-    scored: Scored, exits: Sequence[int], costs: Costs, *, shares: Sequence[float] = (), budget: float | None = None
+    scored: ScoredImages, exits: Sequence[int], costs: Costs, *, shares: Sequence[float] = (), budget: float | None = None
 ) -> dict[str, Any]:
     """Thresholds from a budget, or from shares of the early exits (empty: equal), as the 'routing' of a bundle.
 
@@ -111,7 +111,7 @@ def routing_of(
 
 
 def _routing(
-    scored: Scored, exits: Sequence[int], costs: Costs, thresholds: Sequence[float], found: Mapping[str, Any]
+    scored: ScoredImages, exits: Sequence[int], costs: Costs, thresholds: Sequence[float], found: Mapping[str, Any]
 ) -> dict[str, Any]:
     taken = assign(scored.scores, exits, thresholds)
     reached = {e: float(np.mean(taken == e)) for e in exits}
@@ -124,7 +124,7 @@ def _routing(
     }
 
 
-def threshold_of(scored: Scored, metric: str, boundary: float | None, *, resamples: int) -> tuple[float, dict[str, Any]]:
+def threshold_of(scored: ScoredImages, metric: str, boundary: float | None, *, resamples: int) -> tuple[float, dict[str, Any]]:
     """The threshold of a classifier, and how it was found, from images whose labels are known.
 
     `boundary` makes labels of ratings: a complexity above it is the class 'complex'. It may be None where all are 0 or 1.
@@ -183,7 +183,7 @@ def calibrate(
     dtype: str = "float32",
     loading: Mapping[str, Any] | None = None,
     resamples: int = ratings.RESAMPLES,
-    draw: Callable[[budget_search.Tried], None] | None = None,
+    draw: Callable[[budget_search.SearchedSettings], None] | None = None,
 ) -> dict[str, Any]:
     """Finds thresholds on `source` and writes them into the description of a bundle or of a classifier.
 
@@ -245,7 +245,8 @@ def calibrate(
 
 def _calibrate_recall(
     folder: Path, source: Source, max_drop: float | None, budget: float | None, cost: str,
-    draw: Callable[[budget_search.Tried], None] | None, batch_size: int, dtype: str, loading: Mapping[str, Any] | None,
+    draw: Callable[[budget_search.SearchedSettings], None] | None, batch_size: int, dtype: str,
+    loading: Mapping[str, Any] | None,
 ) -> dict[str, Any]:  # fmt: skip
     if max_drop is not None:
         budget_search.check_drop(max_drop)
@@ -255,7 +256,7 @@ def _calibrate_recall(
     gallery, thresholds, found = budget_search.find(
         model, source, costs_of(folder), max_drop=max_drop, budget=budget, cost=cost, loading=loading, draw=draw
     )  # fmt: skip
-    scored = Scored(gallery.scores, np.full(len(gallery.scores), np.nan, np.float32), gallery.bad, source)
+    scored = ScoredImages(gallery.scores, np.full(len(gallery.scores), np.nan, np.float32), gallery.bad, source)
     checkpoint.amend(folder, {"routing": _routing(scored, model.exits, costs_of(folder), thresholds, found)})
     return checkpoint.describe(folder)
 

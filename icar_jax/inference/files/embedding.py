@@ -16,16 +16,16 @@ from tqdm import tqdm
 
 from icar_jax.data.sources.files import ImagePaths
 from icar_jax.inference.files.corpus import BAD, CorpusWriter, path_key
-from icar_jax.inference.files.stream import Embedding, Encoding, ReadImage, embed_stream, read_image
+from icar_jax.inference.files.stream import ReadImage, StreamEncoder, StreamResult, embed_stream, read_image
 from icar_jax.inference.model import Model
 from icar_jax.inference.reading import Bad, in_order, readable
-from icar_jax.inference.router import Routed
+from icar_jax.inference.router import RoutingResult
 
 SHARD_ROWS = 4096
 
 
 @dataclass
-class Embedded(Embedding):
+class EmbeddingResult(StreamResult):
     """What a run of `embed_files` did.
 
     Attributes:
@@ -64,7 +64,7 @@ def embed_files(
     shard_rows: int = SHARD_ROWS,
     threads: int = 0,
     bad_shown: int = 20,
-) -> Embedded:
+) -> EmbeddingResult:
     """Embeds files into the corpus `out`, with a progress bar; see `inference.corpus` for what lies there.
 
     Rows stand in the order of `paths`, by their absolute path; those that the corpus holds are not read again, whatever became
@@ -77,14 +77,14 @@ def embed_files(
     memory grows with `shard_rows` embeddings, and with some 80 bytes for each image of the corpus.
     Raises CorpusError for a corpus of another model or other options, NoImages where `paths` names none.
     """
-    encoding = Encoding(model, exit=exit, budget=budget)
+    encoding = StreamEncoder(model, exit=exit, budget=budget)
     manifest = {
         "model": model.identity if encoding.exit is None else {"clip": model.identity["clip"]},
         "encoding": encoding.describe(),
         "embed_dim": model.embed_dim,
         "shard_rows": shard_rows,
     }
-    done = Embedded()
+    done = EmbeddingResult()
     with CorpusWriter(out, manifest) as corpus:
         start = time.perf_counter()
         bar = tqdm(total=paths.count(), desc="embed", unit=" images")
@@ -97,7 +97,7 @@ def embed_files(
         with bar, closing(read), _BadFiles(Path(out), done, bad_shown) as bad:
             corpus.note(complete=False)
 
-            def write(images: Sequence[ReadImage], routed: Routed) -> None:
+            def write(images: Sequence[ReadImage], routed: RoutingResult) -> None:
                 _add(corpus, images, routed)
                 bar.set_postfix_str(done.shares())
                 bad.flush()
@@ -111,7 +111,7 @@ def embed_files(
     return done
 
 
-def _add(corpus: CorpusWriter, images: Sequence[ReadImage], routed: Routed) -> None:
+def _add(corpus: CorpusWriter, images: Sequence[ReadImage], routed: RoutingResult) -> None:
     corpus.add(
         routed.embeddings,
         {
@@ -124,7 +124,7 @@ def _add(corpus: CorpusWriter, images: Sequence[ReadImage], routed: Routed) -> N
     )
 
 
-def _new(paths: ImagePaths, have: set[bytes], done: Embedded, bar: tqdm) -> Iterator[str]:
+def _new(paths: ImagePaths, have: set[bytes], done: EmbeddingResult, bar: tqdm) -> Iterator[str]:
     """Absolute paths that the corpus lacks; the others are counted, but are not part of the images/s."""
     have = frozenset(have)  # of earlier runs: this one meets no path twice
 
@@ -143,7 +143,7 @@ def _new(paths: ImagePaths, have: set[bytes], done: Embedded, bar: tqdm) -> Iter
 class _BadFiles:
     """bad.csv of a run, written as files turn up; gone where there are none."""
 
-    def __init__(self, folder: Path, done: Embedded, shown: int):
+    def __init__(self, folder: Path, done: EmbeddingResult, shown: int):
         self._path, self._done, self._shown = folder / BAD, done, shown
         self._file: TextIO | None = None
 

@@ -18,7 +18,7 @@ from icar_jax.data.images import Preprocess, decode
 from icar_jax.inference.budgets import ABOVE_ALL
 from icar_jax.inference.fetch_queue import Stats
 from icar_jax.inference.model import Model
-from icar_jax.inference.router import Routed
+from icar_jax.inference.router import RoutingResult
 
 SCORE = "score"  # entry of a batch: complexity that is known already
 
@@ -49,7 +49,7 @@ def read_image(path: str, preprocesses: Mapping[str, Preprocess], known: Callabl
     return ReadImage(path, sha256, pixels, time.perf_counter() - start)
 
 
-class Encoding:
+class StreamEncoder:
     """How a run embeds its images: routed by a bundle's thresholds or by others, all at one exit, or by scores known before.
 
     Args:
@@ -95,7 +95,7 @@ class Encoding:
             self.model.warm_up_embed(self.exit)
         return time.perf_counter() - start
 
-    def embed(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Routed:
+    def embed(self, batches: Iterable[Mapping[str, np.ndarray]]) -> RoutingResult:
         """Batches of prepared images -> Routed over all of them, in order."""
         if self._known:
             return self.model.embed_known(((b["clip"], b[SCORE]) for b in batches), self.thresholds)
@@ -110,7 +110,7 @@ class Encoding:
 
 
 @dataclass
-class Embedding:
+class StreamResult:
     """What a run of `embed_stream` did: images, executed blocks -> images, wall time, sums of the router's."""
 
     images: int = 0
@@ -148,11 +148,11 @@ class Embedding:
 
 
 def embed_stream(
-    encoding: Encoding,
+    encoding: StreamEncoder,
     images: Iterator[ReadImage],
     rows: int,
-    write: Callable[[Sequence[ReadImage], Routed], None],
-    done: Embedding,
+    write: Callable[[Sequence[ReadImage], RoutingResult], None],
+    done: StreamResult,
     compiled: Callable[[], None] = lambda: None,
 ) -> None:
     """Embeds all images and calls `write` for every `rows` of them, in their order; `done` is brought up to date before.
@@ -171,11 +171,11 @@ def embed_stream(
 
 
 def _shard(
-    encoding: Encoding,
+    encoding: StreamEncoder,
     images: Iterator[ReadImage],
     rows: int,
-    write: Callable[[Sequence[ReadImage], Routed], None],
-    done: Embedding,
+    write: Callable[[Sequence[ReadImage], RoutingResult], None],
+    done: StreamResult,
 ) -> bool:
     """The next `rows` images; False where none was left."""
     taken: list[ReadImage] = []

@@ -31,7 +31,7 @@ IMAGE = "init_image"  # entry of a batch: its embeddings [B, D], which take the 
 
 
 @dataclass(frozen=True)
-class Anchor:
+class InitTeacher:
     """The tower as it was; holds no arrays."""
 
     tower: Graph[VisionTower]
@@ -53,7 +53,7 @@ class Anchor:
         return {**{name: each for name, each in batch.items() if name != PARAMS}, IMAGE: jax.lax.stop_gradient(found)}
 
 
-def anchor(config: ExperimentConfig, preprocess: Preprocess, execution: Execution, dtype: DType) -> Anchor:
+def anchor(config: ExperimentConfig, preprocess: Preprocess, execution: Execution, dtype: DType) -> InitTeacher:
     """The tower of config.train.init, for a run that prepares pictures so. Raises ConfigError where it takes another size."""
     try:
         found = Preprocess.from_dict(_describe(config)["preprocess"])
@@ -66,7 +66,7 @@ def anchor(config: ExperimentConfig, preprocess: Preprocess, execution: Executio
             f"config.clip.image_size={found.image_size}, or config.loss.distill_init=0"
         )
     arch = init_weights.saved_clip(config.train.init).vision
-    return Anchor(VisionTower.graph(arch, execution=execution, dtype=dtype), found)
+    return InitTeacher(VisionTower.graph(arch, execution=execution, dtype=dtype), found)
 
 
 def params(config: ExperimentConfig) -> pytree.Tree:

@@ -17,7 +17,7 @@ LOOKED_AT = 2000  # scenes whose complexity is counted: to draw up all of them w
 
 
 @dataclass(frozen=True)
-class RatedRun:
+class RatingsSummary:
     """`lines` are for people, `splits` is WORKDIR/splits.json, `class_counts` are (simple, complex) training images.
 
     `content` tells the images of all splits and their ratings apart, wherever they lie.
@@ -33,7 +33,7 @@ class RatedRun:
         files.write_text(workdir / files.SPLITS, json.dumps(self.splits, indent=1, ensure_ascii=False) + "\n")
 
 
-def look_at(config: ExperimentConfig, source: Source) -> RatedRun:
+def look_at(config: ExperimentConfig, source: Source) -> RatingsSummary:
     """Counts the ratings of the training images. Raises ConfigError where a classifier has images of one class only."""
     c = config.complexity
     found = balance(configured.scores(source, LOOKED_AT), c.head, c.threshold, len(source))
@@ -53,7 +53,7 @@ def look_at(config: ExperimentConfig, source: Source) -> RatedRun:
         content = {split: configured.fingerprint(rated.split(split)) for split in sorted(rated.counts)}
     splits = {"training_ratings": found.to_dict(), **splits}
     lines = [*splits["notes"], f"Splits: {_counts(splits['counts'])} ({splits['how']})", *found.lines(c.class_weights)]
-    return RatedRun(tuple(lines), splits, found.classes, json.dumps(content, sort_keys=True))
+    return RatingsSummary(tuple(lines), splits, found.classes, json.dumps(content, sort_keys=True))
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -18,7 +18,7 @@ from icar_jax.config import ConfigError, ExperimentConfig, from_dict
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.clip import Clip, ClipArch
-from icar_jax.models.exit_regret import Rivals, cosine_regret, loss_regret, unit_ranks
+from icar_jax.models.exit_regret import ExtraNegatives, cosine_regret, loss_regret, unit_ranks
 from icar_jax.models.functional import Graph
 from icar_jax.models.ops import normalise
 from icar_jax.models.token_merging import Tokens
@@ -71,7 +71,7 @@ class Teacher:
         more = None
         if self.rivals:
             found = jax.lax.stop_gradient(batch[RIVALS])
-            more = Rivals(found["image"], found["text"], jnp.any(batch[INDEX][:, None] == found["index"], axis=0))
+            more = ExtraNegatives(found["image"], found["text"], jnp.any(batch[INDEX][:, None] == found["index"], axis=0))
         return loss_regret(early, full, text, self.clip.logit_scales(params)[exits[-1]], more, self.kind == "kl")
 
     def target(self, batch: dict[str, Any], tokens: Tokens | None, start: int) -> tuple[jax.Array, dict[str, jax.Array]]:
