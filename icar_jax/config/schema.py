@@ -16,7 +16,7 @@ REMAT = ("none", "dots", "full")
 class ClipConfig:
     """The CLIP model that is trained when task is 'clip'."""
 
-    variant: str = "vit_b32"  # named architecture of models/registry.py
+    variant: str = "vit_b32"  # named architecture of models/variants.py
     exits: tuple[int, ...] = ()  # early exits as executed blocks, ascending, each below the tower's depth
     pool: str = "cls"  # token pooled at the exits: cls | mean | first_patch
     exit_start: str = "final"  # exit heads start from ln_post and proj ('final') or at random ('random')
@@ -34,7 +34,7 @@ class ClipConfig:
 class ComplexityConfig:
     """The complexity model that is trained when task is 'complexity'."""
 
-    variant: str = "convnextv2_nano"  # named ConvNeXt of models/registry.py, or blocks: a head on the first blocks of a CLIP
+    variant: str = "convnextv2_nano"  # named ConvNeXt of models/variants.py, or blocks: a head on the first blocks of a CLIP
     head: str = "regression"  # regression (score in [0, 1]) | classification (probability of 'complex')
     image_size: int = 224  # pixels, squashed
     dropout: float = 0.2  # of the regression head, while training

@@ -289,6 +289,6 @@ def require_floats(images: Array) -> None:
     """Raises TypeError for integers: what a tower takes is normalised."""
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise TypeError(
-            f"images must be normalised floats, got {images.dtype}; icar_jax.models.pixels.normalise(images, mean, std) takes "
+            f"images must be normalised floats, got {images.dtype}; icar_jax.models.ops.normalise(images, mean, std) takes "
             "uint8 pixels"
         )

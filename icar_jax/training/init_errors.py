@@ -81,7 +81,7 @@ def clip_variant(saved: ClipArch) -> str:
     """The variant with these sizes, as flags."""
     same = [n for n, a in variants.CLIP.items() if not [x for x in size_differences(a, saved) if " patch_size" not in x]]
     if not same:
-        return "no variant of models/registry.py has its sizes; add one"
+        return "no variant of models/variants.py has its sizes; add one"
     exact = next((n for n in same if variants.CLIP[n].vision.patch_size == saved.vision.patch_size), None)
     patch = "" if exact else f" --config.clip.patch_size={saved.vision.patch_size}"
     return f"--config.clip.variant={exact or same[0]}{patch}"
@@ -91,7 +91,7 @@ def backbone_variant(saved: ConvNeXtArch) -> str:
     """The variant with this backbone, as a flag."""
     plain = dataclasses.replace(saved, num_classes=0)
     name = next((name for name, arch in variants.CONVNEXT.items() if arch == plain), None)
-    return f"--config.complexity.variant={name}" if name else "no variant of models/registry.py has its sizes; add one"
+    return f"--config.complexity.variant={name}" if name else "no variant of models/variants.py has its sizes; add one"
 
 
 def complexity_hints(arch: ScorerArch, saved: ScorerArch) -> list[str]:

@@ -299,7 +299,7 @@ def test_another_size_names_the_variant(tmp_path, clip_folder):
         init_weights.adopt(variants.CLIP["vit_l14"], model)
     with pytest.raises(ConfigError, match=r"vision patch_size: 16 in the checkpoint, 32 in the run[^~]*variant=vit_b16$"):
         init_weights.adopt(variants.CLIP["vit_b32"], model)
-    with pytest.raises(ConfigError, match=r"no variant of models/registry.py has its sizes"):
+    with pytest.raises(ConfigError, match=r"no variant of models/variants.py has its sizes"):
         init_weights.adopt(variants.CLIP["vit_b32"], clip_folder)
 
 
