@@ -70,7 +70,7 @@ def main() -> None:
     model = icar_jax.load(args.checkpoint, batch_size=64)
     patches = isinstance(model.scorer.complexity.arch, BlocksArch)
     stages, default = ((None,), None) if patches else (MAP_STAGES, MAP_STAGE)
-    record = deletion.measure(model, images=args.images, stages=stages)
+    record = deletion.deletion_test(model, images=args.images, stages=stages)
     print(f"{args.images} scenes of {record['pixels']} pixels, PCC {record['pcc']:.3f}; the fall of the score, 20% deleted")
     for stage, found in record["stages"].items():
         for fill, by_share in found["deletion"].items():
@@ -81,7 +81,7 @@ def main() -> None:
         print(f"{_called(stage)}  of the map inside the objects' boxes {inside:.2f}, of the area {area:.2f}")
     record["default_stage"], record["model"] = str(default), dataclasses.asdict(model.scorer.complexity.arch)
     if args.figure:
-        more = deletion.measure(model, images=args.images, stages=(default,), shares=SHARES)
+        more = deletion.deletion_test(model, images=args.images, stages=(default,), shares=SHARES)
         record["curve"] = more["stages"][str(default)]["deletion"]
         draw(record, args.figure)
     if args.json:

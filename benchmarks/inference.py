@@ -36,6 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from icar_jax import architectures
 from icar_jax import pytree
 from icar_jax.config.schema import ClipConfig
 from icar_jax.inference.forward import Forward
@@ -119,7 +120,7 @@ def jax_runs(case: Case, dtype: Any) -> tuple[Runs, float]:
     router = Router({exit: towers[exit] for exit in (early, full)}, scorer, (0.5,), case.batch)
 
     def embed(way: OneExit | Router) -> Callable[[int], np.ndarray]:
-        return lambda n: way.embed([(part, part) for part in case.parts[:n]], case.arch.embed_dim).embeddings
+        return lambda n: way.embed_batches([(part, part) for part in case.parts[:n]], case.arch.embed_dim).embeddings
 
     def scores(n: int) -> np.ndarray:
         return np.concatenate([pending.result() for pending in [scorer.submit(part) for part in case.parts[:n]]])
@@ -299,7 +300,7 @@ def main() -> None:
     rows = []
     for name in args.towers:
         clip = ClipConfig(variant=name, exits=(EARLY[name],) if on_cpu else MORE_EXITS[name])
-        case = Case(name, variants.clip_arch(clip).vision, EARLY[name], scorer, batch, batches)
+        case = Case(name, architectures.clip_arch(clip).vision, EARLY[name], scorer, batch, batches)
         rows += measure(case, args.repeats, with_torch)
         print_table([row for row in rows if row["tower"] == name], max(peaks.values()))
     if args.json:

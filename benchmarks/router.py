@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from icar_jax import architectures
 from icar_jax.config.schema import ClipConfig
 from icar_jax.inference.budgets import counted_costs
 from icar_jax.inference.forward import Forward
@@ -60,7 +61,7 @@ def in_turns(runs: dict[str, Callable[[], RoutingResult]], repeats: int, title: 
 
 def measure(name: str, scorer_name: str, batch: int, images: int, repeats: int, dtype: Any) -> dict[str, Any]:
     """Times one tower with one router, 'atto@112'; returns a record of speeds in images/s, speed-ups and efficiencies."""
-    arch = variants.clip_arch(ClipConfig(variant=name, exits=(EXITS[name],)))
+    arch = architectures.clip_arch(ClipConfig(variant=name, exits=(EXITS[name],)))
     size, _, scorer_side = scorer_name.partition("@")
     scorer_arch = ComplexityArch(variants.CONVNEXT[f"convnextv2_{size}"], "regression", int(scorer_side))
     clip, scorer = Clip.graph(arch, dtype=dtype), ComplexityModel.graph(scorer_arch, dtype=dtype)
@@ -98,10 +99,10 @@ def measure(name: str, scorer_name: str, batch: int, images: int, repeats: int, 
 
     best = in_turns(
         {
-            "full": lambda: OneExit(full, towers[full]).embed(batches, dim),
-            "early": lambda: OneExit(early, towers[early]).embed(batches, dim),
+            "full": lambda: OneExit(full, towers[full]).embed_batches(batches, dim),
+            "early": lambda: OneExit(early, towers[early]).embed_batches(batches, dim),
             "scores": scores,
-            "routed": lambda: router.embed(batches, dim),
+            "routed": lambda: router.embed_batches(batches, dim),
         },
         repeats,
         f"{name}, {scorer_name}",

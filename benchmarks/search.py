@@ -34,8 +34,8 @@ from tqdm import tqdm
 import icar_jax
 from icar_jax.data.scenes import Scenes
 from icar_jax.search import vector_index
-from icar_jax.search.background import OWN, TOP, Background, calibrate
-from icar_jax.search.opening import create
+from icar_jax.search.background import OWN_CAPTIONS, TOP, Background, calibrate
+from icar_jax.search.opening import create_store
 from icar_jax.search.plain import PLAIN
 from icar_jax.search.store import Store
 from icar_jax.search.tables import image_schema, now, vector_column
@@ -95,7 +95,7 @@ def timed(store: Store, queries: np.ndarray, exact: bool) -> tuple[list[set[str]
     found, times = [], []
     for i, vector in enumerate(tqdm([queries[0], *queries], "exact" if exact else "approximate", unit="query", leave=False)):
         start = time.perf_counter()
-        query = vector_index.prepare(store.images.search(vector, vector_column_name="vector"), exact).limit(10)
+        query = vector_index.prepare_query(store.images.search(vector, vector_column_name="vector"), exact).limit(10)
         paths = query.select(["path", "_distance"]).to_arrow()["path"].to_pylist()
         if i:
             times.append(1000 * (time.perf_counter() - start))
@@ -106,7 +106,7 @@ def timed(store: Store, queries: np.ndarray, exact: bool) -> tuple[list[set[str]
 def measure(rows: int, dim: int, queries: int, exact_queries: int, folder: str, kind: str | None = None) -> dict[str, Any]:
     """Writes, builds and searches one store; returns a record, sizes in MB and times in s, of queries in ms."""
     clusters = Clusters(rows, dim)
-    store = create(folder, {"clip": "0" * 64}, dim, (13, 24), "none")
+    store = create_store(folder, {"clip": "0" * 64}, dim, (13, 24), "none")
     writing = 0.0
     for batch in tqdm(batches(clusters, rows, dim), f"{rows:,} x {dim}", total=-(-rows // BATCH), unit="write", leave=False):
         start = time.perf_counter()
@@ -116,7 +116,7 @@ def measure(rows: int, dim: int, queries: int, exact_queries: int, folder: str, 
     plain = megabytes(folder, "images.lance")
     truth, exact_ms = timed(store, drawn[:exact_queries], exact=True)
     start = time.perf_counter()
-    how = vector_index.config(rows, dim)
+    how = vector_index.index_config(rows, dim)
     if kind is not None:
         same = {name: getattr(how, name) for name in ("distance_type", "num_partitions", "sample_rate", "max_iterations")}
         how = getattr(lancedb.index, KINDS[kind])(**same, **({"num_sub_vectors": dim // 8} if kind == "pq" else {}))
@@ -156,7 +156,7 @@ class Gallery:
 
     def __init__(self, embeddings: np.ndarray, captions: np.ndarray, plain: np.ndarray, temperature: float, seed: int):
         self.embeddings, self._rng = embeddings, np.random.default_rng(seed)
-        chosen = self._rng.permutation(len(captions))[:OWN]
+        chosen = self._rng.permutation(len(captions))[:OWN_CAPTIONS]
         own = np.concatenate([captions[chosen], plain])
         paths = np.array([*map(str, chosen), *[""] * len(plain)], object)
         no_paths = np.array([""] * len(plain), object)

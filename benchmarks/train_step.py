@@ -19,13 +19,13 @@ import numpy as np
 from torch_step import BLOCKS_RUN, import_open_clip
 from torch_step import make_step as make_torch_step
 
+from icar_jax import architectures
 from icar_jax import config as cfg
-from icar_jax.models import variants
 from icar_jax.models.clip import ClipArch
 from icar_jax.parallel.mesh import make_mesh
 from icar_jax.training.optimizer import make_optimizer
 from icar_jax.training.step import init_state, make_step, parameter_count, put_batch
-from icar_jax.training.tasks.tasks import make_task
+from icar_jax.training.tasks.kinds import kind_of
 
 DTYPES = {"bf16": "bfloat16", "f32": "float32"}
 
@@ -57,12 +57,12 @@ class JaxStep:
 
     def __init__(self, batch: int, dtype: str, variant: str = "vit_b32"):
         config = experiment(variant, batch, dtype)
-        self.task = make_task(config, Vocabulary)
+        self.task = kind_of(config).task(Vocabulary)
         self.mesh = make_mesh(config.mesh)
         optimizer = make_optimizer(config.optim, 1000)
         self.state = init_state(self.task, optimizer, self.mesh, config)
         self.step = make_step(self.task, optimizer, self.mesh, config)
-        self.data = random_batch(variants.clip_arch(config.clip), batch)
+        self.data = random_batch(architectures.clip_arch(config.clip), batch)
         start = time.perf_counter()
         self.time(1)
         self.compile_s = time.perf_counter() - start
@@ -72,7 +72,7 @@ class JaxStep:
         times = []
         for _ in range(steps):
             start = time.perf_counter()
-            self.state, metrics = self.step(self.state, put_batch(self.data, self.task.fields, self.mesh))
+            self.state, metrics = self.step(self.state, put_batch(self.data, self.task.fields, self.mesh), {})
             jax.block_until_ready((self.state, metrics))
             times.append(time.perf_counter() - start)
         return times

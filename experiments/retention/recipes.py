@@ -26,7 +26,7 @@ from icar_jax.config import (
     validate,
 )
 from icar_jax.models.flops import vision_flops
-from icar_jax.models.variants import clip_arch
+from icar_jax.architectures import clip_arch
 
 DATASETS = ("scenes", "photos", "shaded")  # shaded: scenes in the light and shade of photographs
 BUDGET = 0.70  # share of full depth's cost that routing may take, its router included

@@ -29,8 +29,8 @@ from icar_jax.evaluation.metrics.retrieval import RECALL_AT, Distractors, Ranks,
 from icar_jax.evaluation.metrics.seeds import mean_recall_hits
 from icar_jax.evaluation.routing import score_calibration, timing
 from icar_jax.evaluation.routing.assignments import oracle_exits_at_share, random_exits, ranks_alone, ranks_mixed, take_exits
-from icar_jax.evaluation.routing.calibration import costs, score_source
-from icar_jax.evaluation.routing.gallery import Gallery, embed
+from icar_jax.evaluation.routing.calibration import model_costs, score_source
+from icar_jax.evaluation.routing.gallery import Gallery, embed_source
 from icar_jax.inference.budgets import thresholds_for_budget
 from icar_jax.inference.loading import load
 from icar_jax.inference.model import Model
@@ -221,17 +221,17 @@ def evaluate(asked_for: Mapping[str, Any]) -> None:
     s = {"batch_size": config.eval.batch_size, "dtype": config.eval.dtype}
     model = load(workdir / "model", **s)
     images, loading = images_of(config, calibration, distractors), configured.loading(config.data)
-    gallery = embed(model, images.queries, loading)
-    far = embed(model, images.far, loading) if images.far is not None else None
+    gallery = embed_source(model, images.queries, loading)
+    far = embed_source(model, images.far, loading) if images.far is not None else None
     rows, notes = Rows(model, gallery, far), []
     rows.add_exits()
     unit = _full_flops(against) if against is not None else rows.flops[model.exits[-1]]
     own = rows.flops[model.exits[-1]] / unit  # below 1 where the tower is smaller, or merges patches
-    chosen_on = embed(model, images.calibration, loading) if len(model.exits) > 1 else None
+    chosen_on = embed_source(model, images.calibration, loading) if len(model.exits) > 1 else None
     times: list[dict[str, float]] = []
     for name, folder in routers.items() if len(model.exits) > 1 else ():
         judge = load(folder, **s)
-        cost = costs(model.arch, judge.scorer.complexity.arch)
+        cost = model_costs(model.arch, judge.scorer.complexity.arch)
         chosen = score_source(judge, images.calibration, f"calibrate {name}", loading).scores
         asked = [each for each in (images.queries, images.far) if each is not None]
         scores = [score_source(judge, each, f"score by {name}", loading).scores for each in asked]
@@ -292,7 +292,7 @@ def measured(
     own, dice = taken.pop(f"{first} random"), taken
     other = load(against / "model", **batches) if against is not None else None
     unit = (other, timing.sample_of(other, source, TIMED, loading)) if other is not None else None
-    speed = timing.measure(bundle, sample, own, {name: settings[name] for name in others}, unit, REPEATS, dice)
+    speed = timing.throughput(bundle, sample, own, {name: settings[name] for name in others}, unit, REPEATS, dice)
     whole = speed.pop("static") if unit is not None else speed["full"]
     speed |= {first: speed.pop("routed"), f"{first} random": speed.pop("random")}
     return {name: whole / value for name, value in speed.items()}
@@ -302,7 +302,7 @@ def compared(clip: Path, against: Path, source: Source, loading: Mapping[str, An
     """Time per image of a tower as a share of another's, both at full depth."""
     small, large = load(clip / "model", **batches), load(against / "model", **batches)
     samples = [timing.sample_of(each, source, TIMED, loading) for each in (small, large)]
-    speed = timing.measure(large, samples[1], None, None, (small, samples[0]), REPEATS)
+    speed = timing.throughput(large, samples[1], None, None, (small, samples[0]), REPEATS)
     return speed["full"] / speed["static"]
 
 

@@ -68,12 +68,12 @@ def _index(args: argparse.Namespace) -> None:
 
     from icar_jax.parallel import distributed
 
-    with distributed.cut_off(), user_errors(f"stopped; the same command continues what {args.store} holds"):
+    with distributed.exit_on_error(), user_errors(f"stopped; the same command continues what {args.store} holds"):
         distributed.start(args.coordinator, args.processes, args.process)
-        _run(args)
+        _update_store(args)
 
 
-def _run(args: argparse.Namespace) -> None:
+def _update_store(args: argparse.Namespace) -> None:
     from icar_jax.data.sources.files import ImagePaths
     from icar_jax.inference.loading import load
     from icar_jax.parallel import distributed

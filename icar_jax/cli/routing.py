@@ -96,7 +96,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     from icar_jax.data import configured
     from icar_jax.evaluation.report.calibration_table import print_calibration
     from icar_jax.evaluation.report.report_figures import write_budget_search
-    from icar_jax.evaluation.routing.calibration import calibrate, costs_of
+    from icar_jax.evaluation.routing.calibration import bundle_costs, calibrate
 
     folder = checkpoint.find(args.checkpoint, ("bundle", "complexity"))
     if args.best_recall and args.budget is None:
@@ -112,7 +112,7 @@ def _calibrate(args: argparse.Namespace) -> None:
         best_recall=args.best_recall, cost=args.cost, boundary=boundary, batch_size=args.batch_size,
         loading=configured.loading(data) if data else None, draw=lambda tried: write_budget_search(tried, plot),
     )  # fmt: skip
-    print_calibration(description, costs_of(folder) if description["kind"] == "bundle" else None)
+    print_calibration(description, bundle_costs(folder) if description["kind"] == "bundle" else None)
     print(f"Written into {folder / checkpoint.DESCRIPTION}")
 
 

@@ -98,7 +98,7 @@ def _explainer(model, stage: int | None):
 
 
 def report_bad(done, bad: str | Path, what: str = "scored") -> None:
-    """Says on stderr what became of paths that were named in vain; `done` is a Summary or an Embedded."""
+    """Says on stderr what became of paths that were named in vain; `done` is a ScoreSummary or an Embedded."""
     for name in done.empty:
         print(f"warning: {printable(name)}: no image file", file=sys.stderr)
     if done.duplicates:

@@ -30,7 +30,7 @@ def main(argv):
     from icar_jax.parallel import distributed
     from icar_jax.training.loop import train
 
-    with distributed.cut_off(), user_errors():
+    with distributed.exit_on_error(), user_errors():
         distributed.start(COORDINATOR.value, PROCESSES.value, PROCESS.value, timeout_s=START_TIMEOUT.value)
         folder = train(CONFIG.value, WORKDIR.value, evaluators=(during_training.evaluator(CONFIG.value),))
         if folder != Path(WORKDIR.value) and distributed.is_main():

@@ -1,15 +1,13 @@
-"""What a configuration must satisfy, checked after the flags and before anything else."""
+"""Checks a configuration after the flags and before anything else: types, the rule of each field, and fields against others."""
 
 import dataclasses
-import math
-import re
 import typing
 from typing import Any
 
-from icar_jax.config.addresses import require_local
-from icar_jax.config.errors import ConfigError, unknown
-from icar_jax.config.levers import validate_levers
-from icar_jax.config.schema import FREEZE, MIN_VOCABULARY, REMAT, SOURCES, TASKS, DataConfig, ExperimentConfig
+from icar_jax.config import choices
+from icar_jax.config.rules import RULE, TASK, AtLeast, OneOf
+from icar_jax.config.schema import MIN_VOCABULARY, ExperimentConfig
+from icar_jax.errors import ConfigError
 
 
 def _check_types(node: Any, prefix: str) -> None:
@@ -36,27 +34,18 @@ def _is(value: Any, want: type) -> bool:
     return isinstance(value, (int, float) if want is float else want)
 
 
-def _choice(name: str, value: str, choices: typing.Iterable[str]) -> None:
-    if value not in choices:
-        raise unknown(name, value, choices)
-
-
-def _at_least(name: str, value: float, low: float, fix: str) -> None:
-    if not value >= low:
-        raise ConfigError(f"{name}={value} must be at least {low}; {fix}")
-
-
-def _require_paths(c: ExperimentConfig) -> None:
-    """Every field that names a file or a folder."""
-    d, complexity, far = c.data, c.complexity, c.eval.distractors
-    paths = {
-        "data.root": d.root, "data.ratings": d.ratings, "data.scenes_kept": d.scenes_kept, "data.tokenizer": d.tokenizer,
-        "complexity.clip": complexity.clip, "train.init": c.train.init, "eval.complexity": c.eval.complexity,
-        "eval.static": c.eval.static, "eval.labels": c.eval.labels, "eval.distractors.root": far.root,
-        "eval.distractors.labels": far.labels,
-    }  # fmt: skip
-    for name, value in paths.items():
-        require_local(f"config.{name}", value)
+def _check_fields(node: Any, prefix: str, task: str) -> None:
+    """The rule of every field, and that fields of another task keep their defaults."""
+    for f in dataclasses.fields(node):
+        name, value = f"{prefix}.{f.name}", getattr(node, f.name)
+        if dataclasses.is_dataclass(value):
+            _check_fields(value, name, task)
+            continue
+        rule, belongs_to = f.metadata.get(RULE), f.metadata.get(TASK)
+        if rule is not None:
+            rule.check(name, value)
+        if belongs_to and belongs_to != task and value != f.default:
+            raise ConfigError(f"{name}={value!r} is for task {belongs_to!r} only; leave it {f.default!r}")
 
 
 def validate(config: ExperimentConfig) -> ExperimentConfig:
@@ -66,83 +55,14 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     """
     _check_types(config, "config")
     c = config
-    _require_paths(c)
-    _choice("config.task", c.task, TASKS)
-    _choice("config.data.source", c.data.source, SOURCES)
-    _choice("config.data.resize", c.data.resize, ("squash", "crop"))
-    _choice("config.data.interpolation", c.data.interpolation, ("bicubic", "bilinear"))
-    _choice("config.data.normalise", c.data.normalise, ("half", "openai", "imagenet"))
-    _choice("config.clip.pool", c.clip.pool, ("cls", "mean", "first_patch"))
-    _choice("config.clip.exit_start", c.clip.exit_start, ("final", "random"))
-    _choice("config.clip.exit_head", c.clip.exit_head, ("linear", "adapter", "attention"))
-    _choice("config.clip.temperature", c.clip.temperature, ("own", "shared"))
-    _choice("config.complexity.head", c.complexity.head, ("regression", "classification"))
-    _choice("config.complexity.class_weights", c.complexity.class_weights, ("none", "balanced"))
-    _choice("config.complexity.target", c.complexity.target, ("rating", "regret"))
-    _choice("config.complexity.regret", c.complexity.regret, ("loss", "kl", "cosine"))
-    _choice("config.complexity.pooled_norm", c.complexity.pooled_norm, ("whole", "parts"))
-    _choice("config.eval.score_calibration", c.eval.score_calibration, ("none", "affine"))
-    _choice("config.loss.direction", c.loss.direction, ("symmetric", "image_to_text"))
-    _choice("config.loss.kind", c.loss.kind, ("softmax", "sigmoid"))
-    _choice("config.optim.kind", c.optim.kind, ("adamw", "muon"))
-    _choice("config.optim.mu_dtype", c.optim.mu_dtype, ("bfloat16", "float32"))
-    _choice("config.train.remat", c.train.remat, REMAT)
-    for entry in c.train.freeze:
-        if entry not in FREEZE:
-            _regex("config.train.freeze", entry, f"a group ({', '.join(FREEZE)}) or ")
-    for entry in c.optim.rates:
-        parse_rate(entry)
-    for name in ("train", "eval"):
-        _choice(f"config.{name}.dtype", getattr(c, name).dtype, ("bfloat16", "float32"))
+    _check_fields(c, "config", c.task)
     _validate_ratings(c)
-    if c.data.source != "scenes" and not c.data.root:
-        raise ConfigError(
-            f"config.data.root='' but config.data.source={c.data.source!r} reads a folder; "
-            "pass --config.data.root=PATH/TO/THE/FOLDER"
-        )
-    _validate_augmentation(c.data)
-    if list(c.clip.exits) != sorted(set(c.clip.exits)) or any(e < 1 for e in c.clip.exits):
-        fixed = tuple(sorted({e for e in c.clip.exits if e >= 1}))
-        raise ConfigError(f"config.clip.exits={c.clip.exits} must be ascending block counts from 1; write {fixed}")
-    lows = {"seed": 0, "steps": 1, "batch_size": 2, "log_every": 1, "checkpoint_every": 1, "keep": 1, "accumulate": 1}
-    for name, low in lows.items():
-        _at_least(f"config.train.{name}", getattr(c.train, name), low, "raise it")
-    _at_least("config.train.eval_every", c.train.eval_every, -1, "0 evaluates only with evaluate.py, -1 once an epoch")
-    _at_least("config.train.epochs", c.train.epochs, 0, "0 trains for config.train.steps")
-    _at_least("config.train.patience", c.train.patience, 0, "0 runs all steps")
-    _at_least("config.loss.chunk", c.loss.chunk, 0, "0 forms all logits at once")
-    _at_least("config.data.retries", c.data.retries, 0, "0 stops at the first fault")
-    if not 0 < c.data.stall_timeout_s < math.inf:
-        raise ConfigError(
-            f"config.data.stall_timeout_s={c.data.stall_timeout_s} must be a positive number of seconds; 86400 waits for a day"
-        )
+    _validate_data(c)
     _validate_training(c)
-    validate_levers(c)
-    for name in ("lr", "exit_lr", "temperature_lr", "weight_decay", "clip_norm", "warmup_steps", "eps", "final_lr"):
-        _at_least(f"config.optim.{name}", getattr(c.optim, name), 0, "use zero or a positive number")
-    for name in ("b1", "b2", "ema"):
-        if not 0 <= getattr(c.optim, name) < 1:
-            raise ConfigError(f"config.optim.{name}={getattr(c.optim, name)} must lie in [0, 1), for example 0.9")
-    for name in ("calibration_size", "scenes_size", "threads"):
-        _at_least(f"config.data.{name}", getattr(c.data, name), 1, "raise it")
-    for name in ("depth", "image_size", "patch_size"):
-        _at_least(f"config.clip.{name}", getattr(c.clip, name), 0, "0 keeps the variant's")
-    if c.data.scenes_kept and c.data.source != "scenes":
-        raise ConfigError(
-            f"config.data.scenes_kept={c.data.scenes_kept!r} but config.data.source={c.data.source!r}; only "
-            "drawn scenes are kept, so leave it empty"
-        )
-    if not 32 <= c.data.scenes_pixels <= 512:
-        raise ConfigError(f"config.data.scenes_pixels={c.data.scenes_pixels} must lie in 32 to 512")
-    if c.task == "clip" and not c.data.tokenizer:
-        _at_least("config.data.vocabulary", c.data.vocabulary, MIN_VOCABULARY, "256 bytes and 3 special tokens come first")
-    _at_least("config.data.workers", c.data.workers, 0, "0 uses threads of this process")
-    for name in ("size", "batch_size", "bootstrap", "random_draws"):
-        _at_least(f"config.eval.{name}", getattr(c.eval, name), 1, "raise it")
+    _validate_exit_options(c)
     _validate_distractors(c)
     if c.task == "clip":
         _validate_shares(c)
-    _validate_budgets(c)
     weights = c.loss.exit_weights
     if weights and len(weights) != len(c.clip.exits) + 1:
         raise ConfigError(
@@ -154,26 +74,23 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     return config
 
 
-def _regex(field: str, entry: str, more: str = "") -> None:
-    try:
-        re.compile(entry)
-    except re.error as error:
-        raise ConfigError(f"{field}={entry!r} must be {more}a regular expression for paths of parameters: {error}") from error
-
-
-def parse_rate(entry: str) -> tuple[str, float]:
-    """'vision/blocks/=0.1' -> ('vision/blocks/', 0.1). Raises ConfigError."""
-    pattern, _, share = entry.rpartition("=")
-    _regex("config.optim.rates", pattern)
-    try:
-        value = float(share)
-    except ValueError:
-        value = -1.0
-    if not pattern or not 0 <= value < float("inf"):
+def _validate_data(c: ExperimentConfig) -> None:
+    """Settings of the data source that depend on each other."""
+    d = c.data
+    if d.source != "scenes" and not d.root:
         raise ConfigError(
-            f"config.optim.rates={entry!r} must read REGEX=SHARE with a share of at least 0: 'vision/blocks/=0.1'"
+            f"config.data.root='' but config.data.source={d.source!r} reads a folder; "
+            "pass --config.data.root=PATH/TO/THE/FOLDER"
         )
-    return pattern, value
+    if d.source == "tfds" and not d.dataset:
+        raise ConfigError("config.data.dataset='' but config.data.source='tfds'; name the dataset, such as coco_captions")
+    if d.scenes_kept and d.source != "scenes":
+        raise ConfigError(
+            f"config.data.scenes_kept={d.scenes_kept!r} but config.data.source={d.source!r}; only drawn scenes "
+            "are kept, so leave it empty"
+        )
+    if c.task == "clip" and not d.tokenizer:
+        AtLeast(MIN_VOCABULARY, "256 bytes and 3 special tokens come first").check("config.data.vocabulary", d.vocabulary)
 
 
 def _validate_training(c: ExperimentConfig) -> None:
@@ -183,7 +100,7 @@ def _validate_training(c: ExperimentConfig) -> None:
         raise ConfigError(
             f"config.train.accumulate={t.accumulate} does not divide config.train.batch_size={t.batch_size}; choose a divisor"
         )
-    if set(t.freeze) >= set(FREEZE):
+    if set(t.freeze) >= set(typing.get_args(choices.FreezeGroup)):
         raise ConfigError(f"config.train.freeze={t.freeze} leaves nothing to train; take one of its groups out")
     if t.keep_best and not t.eval_every:
         raise ConfigError("config.train.keep_best=True needs evaluations: set config.train.eval_every to a number of steps")
@@ -207,18 +124,6 @@ def _validate_training(c: ExperimentConfig) -> None:
             f"config.train.init={t.init!r}: with config.complexity.variant='blocks' the tower's weights come from "
             "config.complexity.clip, and the head starts at random; leave it empty"
         )
-    if c.task == "complexity":
-        for name, value, off in (
-            ("train.accumulate", t.accumulate, 1), ("train.freeze", t.freeze, ()),
-            ("train.scan_blocks", t.scan_blocks, False), ("train.remat", t.remat, "none"), ("loss.chunk", c.loss.chunk, 0),
-            ("train.layer_dropout", t.layer_dropout, 0.0), ("loss.distill_cosine", c.loss.distill_cosine, 0.0),
-            ("loss.distill_kl", c.loss.distill_kl, 0.0), ("loss.distill_init", c.loss.distill_init, 0.0),
-            ("loss.mixed", c.loss.mixed, 0.0),
-        ):  # fmt: skip
-            if value != off:
-                raise ConfigError(f"config.{name}={value!r} is for task 'clip' only; leave it {off!r}")
-    if c.data.source == "tfds" and not c.data.dataset:
-        raise ConfigError("config.data.dataset='' but config.data.source='tfds'; name the dataset, such as coco_captions")
 
 
 def _validate_distractors(c: ExperimentConfig) -> None:
@@ -229,8 +134,7 @@ def _validate_distractors(c: ExperimentConfig) -> None:
                 found = f"{name}.{other}={getattr(d, other)!r}"
                 raise ConfigError(f"{found} but {name}.source=''; name the source, such as 'folder'")
         return
-    _choice(f"{name}.source", d.source, ("scenes", "folder", "webdataset", "parquet"))
-    _at_least(f"{name}.size", d.size, 0, "0 takes all")
+    OneOf(choices.DistractorSource).check(f"{name}.source", d.source)
     if d.source == "scenes" and not (d.split and d.size):
         raise ConfigError(
             f"{name}.split={d.split!r} and {name}.size={d.size}: distractors from scenes need both, such as "
@@ -243,8 +147,6 @@ def _validate_distractors(c: ExperimentConfig) -> None:
 def _validate_ratings(c: ExperimentConfig) -> None:
     """Where the ratings of a complexity run come from, and what is made of them."""
     d, rated = c.data, ("scenes", "ratings", "webdataset", "parquet")
-    if not 0 <= d.bad_share <= 1:
-        raise ConfigError(f"config.data.bad_share={d.bad_share} must be a share in [0, 1]; 0.01 allows one line in a hundred")
     if c.task != "complexity":
         wrong = f"ratings={d.ratings!r}" if d.ratings else "source='ratings'" if d.source == "ratings" else ""
         if wrong:
@@ -270,11 +172,6 @@ def _validate_ratings(c: ExperimentConfig) -> None:
         )
     if d.source == "scenes" and d.ratings:
         raise ConfigError(f"config.data.ratings={d.ratings!r}, but scenes know theirs; use config.data.source=ratings")
-    if not 0 <= c.complexity.threshold < 1:
-        raise ConfigError(
-            f"config.complexity.threshold={c.complexity.threshold} must lie in [0, 1): an image rated above it is complex, and "
-            "ratings lie in [0, 1]"
-        )
     if c.complexity.class_weights != "none" and c.complexity.head != "classification":
         raise ConfigError(
             f"config.complexity.class_weights={c.complexity.class_weights!r} weighs classes, but config.complexity.head is "
@@ -311,15 +208,6 @@ def _validate_regret(c: ExperimentConfig) -> None:
             )
 
 
-def _validate_augmentation(d: DataConfig) -> None:
-    if not 0 < d.crop_scale <= 1:
-        raise ConfigError(f"config.data.crop_scale={d.crop_scale} must lie in (0, 1]; 1 switches cropping off")
-    highest = {"rotate": 180, "translate": 1, "brightness": 1, "contrast": 1, "saturation": 1}
-    for name, high in highest.items():
-        if not 0 <= getattr(d, name) <= high:
-            raise ConfigError(f"config.data.{name}={getattr(d, name)} must lie in [0, {high}]; 0 switches it off")
-
-
 def _validate_shares(c: ExperimentConfig) -> None:
     shares = c.eval.early_share
     if shares and len(shares) != len(c.clip.exits):
@@ -331,11 +219,50 @@ def _validate_shares(c: ExperimentConfig) -> None:
         raise ConfigError(f"config.eval.early_share={shares} must be shares in [0, 1] that sum to at most 1")
 
 
-def _validate_budgets(c: ExperimentConfig) -> None:
-    budgets = c.eval.budgets
-    if any(not 0 < b <= 1 for b in budgets) or len(set(budgets)) < len(budgets):
+def _validate_exit_options(c: ExperimentConfig) -> None:
+    """Summed heads, distillation, the mixed gallery and layer dropout, against each other."""
+    loss, dropout = c.loss, c.train.layer_dropout
+    if c.clip.exit_sum and c.task == "clip" and not c.clip.exits:
+        raise ConfigError("config.clip.exit_sum=True sums heads of exits, and config.clip.exits=() has none; leave it False")
+    if c.clip.exit_sum and "image" in c.train.freeze:
         raise ConfigError(
-            f"config.eval.budgets={budgets} must be different shares in (0, 1] of what full depth costs, such as (0.6, 0.8)"
+            f"config.clip.exit_sum=True changes the embeddings of full depth as its exits learn, which config.train.freeze="
+            f"{c.train.freeze} freezes; leave it False"
+        )
+    for name in ("distill_cosine", "distill_kl", "distill_init", "mixed"):
+        value = getattr(loss, name)
+        if name == "distill_init":
+            if value and c.task == "clip" and not c.train.init:
+                raise ConfigError(
+                    f"config.loss.distill_init={value} aims at the embeddings of the weights that the run starts from, and "
+                    "config.train.init='' names none; name a checkpoint, or leave it 0"
+                )
+            if value and "image" in c.train.freeze:
+                raise ConfigError(
+                    f"config.loss.distill_init={value} has no effect while config.train.freeze={c.train.freeze} freezes the "
+                    "image tower; set it to 0, or let exits learn with config.loss.distill_cosine"
+                )
+        elif value and c.task == "clip" and not c.clip.exits:
+            raise ConfigError(f"config.loss.{name}={value} is about early exits, and config.clip.exits=() has none; leave it 0")
+    if dropout and "image" in c.train.freeze:
+        raise ConfigError(
+            f"config.train.layer_dropout={dropout} only disturbs a tower that config.train.freeze={c.train.freeze} freezes; "
+            "set it to 0"
+        )
+    if loss.mixed and loss.direction != "symmetric":
+        raise ConfigError(
+            f"config.loss.mixed={loss.mixed} lets a text choose among images of different exits, which config.loss.direction="
+            f"{loss.direction!r} leaves out; use 'symmetric'"
+        )
+    if loss.distill_kl and loss.kind == "sigmoid":
+        raise ConfigError(
+            f"config.loss.distill_kl={loss.distill_kl} compares softmaxes, and config.loss.kind='sigmoid' trains none; use "
+            "config.loss.distill_cosine"
+        )
+    if loss.distill_kl and loss.chunk:
+        raise ConfigError(
+            f"config.loss.distill_kl={loss.distill_kl} forms all similarities at once, which config.loss.chunk={loss.chunk} "
+            "avoids; use config.loss.distill_cosine, or config.loss.chunk=0"
         )
 
 

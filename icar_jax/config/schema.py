@@ -1,15 +1,19 @@
-"""The fields of a configuration.
+"""The fields of a configuration, each with its rule beside it.
 
 Annotations here must stay real types (no `from __future__ import annotations`): the flags read them to parse overrides.
 """
 
 from dataclasses import dataclass, field
 
-TASKS = ("clip", "complexity")
+from icar_jax.config import choices
+from icar_jax.config.rules import Ascending, AtLeast, GroupsOrPatterns, LocalPath, OneOf, Rates, Shares, Within, setting
+
 MIN_VOCABULARY = 259  # of a byte-level tokenizer: 256 bytes, pad, start and end
-SOURCES = ("scenes", "folder", "webdataset", "parquet", "tfds", "ratings")
-FREEZE = ("image", "text", "exits", "temperature")
-REMAT = ("none", "dots", "full")
+_OFF, _ONE_OFF = Within("[0, 1]", "0 switches it off"), Within("[0, 1)", "0 switches it off")
+_WEIGHT = Within("[0, inf)", "0 switches it off")
+_MOMENT = Within("[0, 1)", "for example 0.9")
+_ZERO_OR_MORE = AtLeast(0, "use zero or a positive number")
+_KEEPS = AtLeast(0, "0 keeps the variant's")
 
 
 @dataclass
@@ -17,16 +21,17 @@ class ClipConfig:
     """The CLIP model that is trained when task is 'clip'."""
 
     variant: str = "vit_b32"  # named architecture of models/variants.py
-    exits: tuple[int, ...] = ()  # early exits as executed blocks, ascending, each below the tower's depth
-    pool: str = "cls"  # token pooled at the exits: cls | mean | first_patch
-    exit_start: str = "final"  # exit heads start from ln_post and proj ('final') or at random ('random')
-    exit_head: str = "linear"  # before an exit's projection: linear (nothing) | adapter (small MLP) | attention (all tokens)
-    exit_sum: bool = False  # an embedding is the sum of what all heads up to its depth give: each head corrects those before
-    merge: tuple[int, ...] = ()  # patches merged into similar ones after the first block, the second, ... of the vision tower
-    temperature: str = "own"  # each exit has its 'own' logit scale, or all use the 'shared' one
-    depth: int = 0  # blocks of the vision tower; 0 keeps the variant's
-    image_size: int = 0  # pixels; 0 keeps the variant's
-    patch_size: int = 0  # pixels; 0 keeps the variant's
+    exits: tuple[int, ...] = setting((), Ascending())  # early exits as executed blocks, each below the tower's depth
+    pool: str = setting("cls", OneOf(choices.ExitPool))  # token pooled at the exits
+    exit_start: str = setting("final", OneOf(choices.ExitStart))  # exit heads start from ln_post and proj, or at random
+    # Before an exit's projection: linear (nothing) | adapter (small MLP) | attention (all tokens).
+    exit_head: str = setting("linear", OneOf(choices.ExitHeadName))
+    exit_sum: bool = False  # an embedding is the sum of all heads up to its depth: each head corrects those before
+    merge: tuple[int, ...] = ()  # tokens merged into similar ones (ToMe) after the first block, the second, ...
+    temperature: str = setting("own", OneOf(choices.Temperature))  # each exit has its own logit scale, or all share one
+    depth: int = setting(0, _KEEPS)  # blocks of the vision tower; 0 keeps the variant's
+    image_size: int = setting(0, _KEEPS)  # pixels; 0 keeps the variant's
+    patch_size: int = setting(0, _KEEPS)  # pixels; 0 keeps the variant's
     context_length: int = 0  # tokens; 0 keeps the variant's
 
 
@@ -35,78 +40,86 @@ class ComplexityConfig:
     """The complexity model that is trained when task is 'complexity'."""
 
     variant: str = "convnextv2_nano"  # named ConvNeXt of models/variants.py, or blocks: a head on the first blocks of a CLIP
-    head: str = "regression"  # regression (score in [0, 1]) | classification (probability of 'complex')
+    head: str = setting("regression", OneOf(choices.ScorerHead))  # score in [0, 1], or probability of 'complex'
     image_size: int = 224  # pixels, squashed
     dropout: float = 0.2  # of the regression head, while training
-    threshold: float = 0.5  # classification: a rated complexity above this is the class 'complex'
-    class_weights: str = "none"  # of the cross-entropy: none | balanced (each class weighs as much as the other)
-    target: str = "rating"  # what the score says: the image's 'rating', or its 'regret' if it left `clip` early
-    # regret: InfoNCE term at the exit minus that at full depth ('loss'), weighed by how surely full depth finds the pair
+    # Classification: a rated complexity above this is the class 'complex'.
+    threshold: float = setting(0.5, Within("[0, 1)", "images rated above it are 'complex', and ratings lie in [0, 1]"))
+    class_weights: str = setting("none", OneOf(choices.ClassWeights))  # of the cross-entropy; balanced: classes weigh alike
+    target: str = setting("rating", OneOf(choices.Target))  # the image's rating, or its regret if it leaves `clip` early
+    # Regret: InfoNCE term at the exit minus that at full depth ('loss'), weighted by full depth's probability of the pair
     # ('kl'), or 1 - the 'cosine' of both embeddings.
-    regret: str = "loss"
+    regret: str = setting("loss", OneOf(choices.RegretName))
     exit: int = 0  # regret: the exit of `clip`, in executed blocks; 0 is its first one
-    rivals: int = 0  # regret 'loss', 'kl': training pairs that each pair is compared with, beside those of the batch
-    # Variant blocks: the tower's weights stay as they are, and its preprocessing replaces image_size, data.resize,
-    # data.interpolation and data.normalise. Target regret: the CLIP's weights stay as they are.
-    clip: str = ""  # checkpoint or workdir of the CLIP that it is to route
+    rivals: int = 0  # regret 'loss', 'kl': extra negatives (a memory bank of training pairs) beside the pairs of the batch
+    # Variant blocks: the tower stays frozen, and its preprocessing replaces image_size, data.resize, data.interpolation and
+    # data.normalise. Target regret: the CLIP stays frozen.
+    clip: str = setting("", LocalPath())  # checkpoint or workdir of the CLIP that it routes
     blocks: int = 0  # variant blocks: blocks of its vision tower that run before the head; at most its first exit
-    # Variant blocks: class token, mean and deviation are normed together ('whole'), or first each on its own ('parts'), so that
-    # the largest does not drown the others.
-    pooled_norm: str = "whole"
+    # Variant blocks: class token, mean and deviation are normalised together ('whole'), or each on its own first ('parts'), so
+    # that the largest does not dominate.
+    pooled_norm: str = setting("whole", OneOf(choices.PooledNorm))
 
 
 @dataclass
 class DataConfig:
-    """Where examples come from and how pictures and captions are prepared."""
+    """The source of the examples, and how images and captions are prepared."""
 
-    source: str = "scenes"  # scenes | folder (dataset*.json, captions.csv or .jsonl) | webdataset | parquet | tfds | ratings
-    root: str = ""  # folder; webdataset, parquet: folder, glob or {000..123} of the shards; tfds: data_dir; unused by scenes
+    source: str = setting("scenes", OneOf(choices.SourceName))  # folder: dataset*.json, captions.csv or captions.jsonl
+    # folder; webdataset, parquet: folder, glob or {000..123} of the shards; tfds: data_dir; unused by scenes
+    root: str = setting("", LocalPath())
     train_split: str = "train"  # folder, tfds: name of the split; webdataset, parquet: subfolder of root, or . for root itself
-    ratings: str = ""  # complexity: file of scores (.txt .json .csv .parquet); empty: ROOT/train.txt and test.txt (IC9600)
-    bad_share: float = 0.01  # share of the lines of a file of scores that may be unusable; more stop the run
+    # Complexity: file of scores (.txt .json .csv .parquet); empty: ROOT/train.txt and test.txt (IC9600).
+    ratings: str = setting("", LocalPath())
+    # Share of the lines of a file of scores that may be unusable; more stop the run.
+    bad_share: float = setting(0.01, Within("[0, 1]", "0.01 allows one line in a hundred"))
     dataset: str = ""  # tfds: name of the dataset, such as coco_captions
     image_column: str = "image"  # parquet: image bytes, a struct with bytes, or a path; tfds: image feature
     caption_column: str = "caption"  # parquet, tfds: text, or a list of texts
-    calibration_size: int = 1000  # images cut from the training split; thresholds come from these alone
-    scenes_size: int = 200_000  # scenes: pictures in the training split
-    scenes_pixels: int = 64  # scenes: side they are drawn at, 32 to 512
-    scenes_kept: str = ""  # scenes: folder that keeps drawn training pictures for later runs, 12 kB each at 64 pixels
-    resize: str = "squash"  # squash | crop (shortest side, then centre)
-    interpolation: str = "bicubic"  # bicubic | bilinear, both antialiased
-    normalise: str = "half"  # mean and std of the pixels: half | openai | imagenet
-    crop_scale: float = 1.0  # training: smallest share of the picture kept by a random crop; 1 means no crop
+    calibration_size: int = setting(1000, AtLeast(1))  # images cut from the training split, for thresholds alone
+    scenes_size: int = setting(200_000, AtLeast(1))  # scenes: images in the training split
+    scenes_pixels: int = setting(64, Within("[32, 512]"))  # scenes: side they are drawn at
+    scenes_kept: str = setting("", LocalPath())  # scenes: folder that caches drawn training images, 12 kB each at 64 pixels
+    resize: str = setting("squash", OneOf(choices.Resize))  # crop: shortest side, then centre
+    interpolation: str = setting("bicubic", OneOf(choices.Interpolation))  # antialiased
+    normalise: str = setting("half", OneOf(choices.Normalise))  # mean and std of the pixels
+    # Training: smallest share of the image that a random crop keeps; 1 means no crop.
+    crop_scale: float = setting(1.0, Within("(0, 1]", "1 switches cropping off"))
     flip: bool = False  # training: random horizontal flip (wrong for captions with left and right)
-    rotate: float = 0.0  # training: degrees up to which a picture is turned either way; 0 switches it off
-    translate: float = 0.0  # training: share of the side up to which it is shifted, across and down; 0 switches it off
-    brightness: float = 0.0  # training: factor drawn from 1 - this to 1 + this; 0 switches it off, as for the next two
-    contrast: float = 0.0
-    saturation: float = 0.0
-    tokenizer: str = ""  # tokenizer.json or CLIP merges file; empty trains one on the captions
+    rotate: float = setting(0.0, Within("[0, 180]", "0 switches it off"))  # training: degrees, either way
+    translate: float = setting(0.0, _OFF)  # training: share of the side up to which the image is shifted, across and down
+    brightness: float = setting(0.0, _OFF)  # training: factor drawn from 1 - this to 1 + this, as for the next two
+    contrast: float = setting(0.0, _OFF)
+    saturation: float = setting(0.0, _OFF)
+    tokenizer: str = setting("", LocalPath())  # tokenizer.json or CLIP merges file; empty trains one on the captions
     vocabulary: int = 4096  # size of a tokenizer trained here
-    workers: int = 0  # worker processes that prepare batches; 0 uses threads of this process
-    threads: int = 2  # threads that prepare batches, in each process
-    retries: int = 3  # times a shard that cannot be read is tried again, with growing pauses, before the run stops
-    stall_timeout_s: float = 600.0  # seconds without a batch after which the run stops, naming what it waited for
+    workers: int = setting(0, AtLeast(0, "0 uses threads of this process"))  # worker processes that prepare batches
+    threads: int = setting(2, AtLeast(1))  # threads that prepare batches, in each process
+    # Times a shard that cannot be read is tried again, with growing pauses, before the run stops.
+    retries: int = setting(3, AtLeast(0, "0 stops at the first fault"))
+    # Seconds without a batch after which the run stops, naming what it waited for.
+    stall_timeout_s: float = setting(600.0, Within("(0, inf)", "seconds; 86400 waits for a day"))
 
 
 @dataclass
 class OptimConfig:
     """The optimizer, with one learning rate for each parameter group."""
 
-    kind: str = "adamw"  # adamw | muon (matrices by orthogonal momentum, the rest by Adam; rates mean the same)
-    lr: float = 1e-3  # towers
-    exit_lr: float = 1e-3  # exit heads
-    temperature_lr: float = 1e-3  # logit scales (never decayed)
-    rates: tuple[str, ...] = ()  # 'REGEX=SHARE' of the rate for parameters whose path it is found in; the first one counts
-    weight_decay: float = 0.05  # matrices and embeddings only
-    b1: float = 0.9
-    b2: float = 0.98
-    eps: float = 1e-6
-    clip_norm: float = 1.0  # global gradient norm; 0 switches clipping off
-    warmup_steps: int = 100  # linear
-    final_lr: float = 0.0  # the cosine ends at this share of the peak
-    mu_dtype: str = "float32"  # of Adam's first moment: float32 | bfloat16
-    ema: float = 0.0  # decay of an exponential moving average of the weights, which becomes the model; 0 switches it off
+    kind: str = setting("adamw", OneOf(choices.Optimizer))  # muon: matrices by orthogonal momentum, the rest by Adam
+    lr: float = setting(1e-3, _ZERO_OR_MORE)  # towers
+    exit_lr: float = setting(1e-3, _ZERO_OR_MORE)  # exit heads
+    temperature_lr: float = setting(1e-3, _ZERO_OR_MORE)  # logit scales (never decayed)
+    # 'REGEX=SHARE' of the rate for parameters whose path the pattern is found in; the first match counts.
+    rates: tuple[str, ...] = setting((), Rates())
+    weight_decay: float = setting(0.05, _ZERO_OR_MORE)  # matrices and embeddings only
+    b1: float = setting(0.9, _MOMENT)
+    b2: float = setting(0.98, _MOMENT)
+    eps: float = setting(1e-6, _ZERO_OR_MORE)
+    clip_norm: float = setting(1.0, _ZERO_OR_MORE)  # global gradient norm; 0 switches clipping off
+    warmup_steps: int = setting(100, _ZERO_OR_MORE)  # linear
+    final_lr: float = setting(0.0, _ZERO_OR_MORE)  # the cosine ends at this share of the peak
+    mu_dtype: str = setting("float32", OneOf(choices.Dtype))  # of Adam's first moment
+    ema: float = setting(0.0, _MOMENT)  # decay of a moving average of the weights, which becomes the model; 0: off
 
 
 @dataclass
@@ -114,39 +127,50 @@ class LossConfig:
     """The contrastive loss at every exit and at full depth."""
 
     exit_weights: tuple[float, ...] = ()  # one weight for each exit, then full depth; empty weighs all equally
-    direction: str = "symmetric"  # softmax: symmetric | image_to_text
-    kind: str = "softmax"  # softmax (CLIP) | sigmoid (SigLIP: logit bias, every pair a decision of its own)
-    distill_cosine: float = 0.0  # weight of 1 - cos(exit, full depth held still); 0 switches it off, as for the next three
-    distill_kl: float = 0.0  # weight of KL(softmax of the similarities of full depth, held still || of the exit)
-    distill_init: float = 0.0  # weight of 1 - cos(embedding, what config.train.init says); exits weigh as in their losses
-    mixed: float = 0.0  # weight of the loss of one matrix of logits in which each image takes a random exit
-    chunk: int = 0  # texts that a device scores at once while they pass round the ring of devices; 0 forms all logits at once
+    direction: str = setting("symmetric", OneOf(choices.Direction))  # of softmax
+    kind: str = setting("softmax", OneOf(choices.LossName))  # CLIP, or SigLIP: logit bias, every pair its own decision
+    # Distillation weights: 1 - cos(exit, full depth); KL(softmax of the similarities of full depth || of the exit), both with
+    # full depth as the teacher; 1 - cos(embedding, that of the weights in config.train.init), exits as in exit_weights.
+    distill_cosine: float = setting(0.0, _WEIGHT, task="clip")
+    distill_kl: float = setting(0.0, _WEIGHT, task="clip")
+    distill_init: float = setting(0.0, _WEIGHT, task="clip")
+    mixed: float = setting(0.0, _WEIGHT, task="clip")  # weight of the loss of a gallery whose images take random exits
+    # Texts that a device scores at once while they pass round the ring of devices; 0 forms all logits at once.
+    chunk: int = setting(0, AtLeast(0, "0 forms all logits at once"), task="clip")
 
 
 @dataclass
 class TrainConfig:
     """Length, batch, precision and bookkeeping of a run."""
 
-    steps: int = 1000
-    epochs: float = 0.0  # passes over the training images; above 0 they set `steps`
-    batch_size: int = 128  # pairs over all devices
-    seed: int = 0
-    dtype: str = "bfloat16"  # of activations: bfloat16 | float32; parameters and sums stay float32
-    log_every: int = 20  # steps
-    checkpoint_every: int = 500  # steps; the last step is always saved
-    keep: int = 2  # checkpoints kept
-    accumulate: int = 1  # parts a batch is encoded in, one after the other; the gradient is that of the whole batch
-    remat: str = "none"  # what the backward pass computes again: none | dots (all but matrix products) | full (whole blocks)
-    scan_blocks: bool = False  # one compiled block run in a loop: compiles faster and takes less memory on accelerators
-    layer_dropout: float = 0.0  # chance that an image skips the last vision block in training, falling to 0 at the first block
-    # What does not learn: groups (image | text | exits | temperature; ('image',) is LiT) and regular expressions that are
+    steps: int = setting(1000, AtLeast(1))
+    # Passes over the training images; above 0 they set `steps`.
+    epochs: float = setting(0.0, AtLeast(0, "0 trains for config.train.steps"))
+    batch_size: int = setting(128, AtLeast(2))  # pairs over all devices
+    seed: int = setting(0, AtLeast(0))
+    dtype: str = setting("bfloat16", OneOf(choices.Dtype))  # of activations; parameters and sums stay float32
+    log_every: int = setting(20, AtLeast(1))  # steps
+    checkpoint_every: int = setting(500, AtLeast(1))  # steps; the last step is always saved
+    keep: int = setting(2, AtLeast(1))  # checkpoints kept
+    # Parts that a batch is encoded in, one after the other; the gradient is that of the whole batch.
+    accumulate: int = setting(1, AtLeast(1), task="clip")
+    # Recomputed in the backward pass: none | dots (all but matrix products) | full (whole blocks).
+    remat: str = setting("none", OneOf(choices.Remat), task="clip")
+    # One compiled block run in a loop: compiles faster and takes less memory on accelerators.
+    scan_blocks: bool = setting(False, task="clip")
+    # Chance that an image skips the last vision block in training, falling to 0 at the first block.
+    layer_dropout: float = setting(0.0, _ONE_OFF, task="clip")
+    # Frozen parameters: groups (image | text | exits | temperature; ('image',) is LiT) and regular expressions that are
     # searched for in the paths of parameters, such as 'vision/blocks/[0-5]/'.
-    freeze: tuple[str, ...] = ()
-    init: str = ""  # checkpoint or workdir whose weights the run starts from; exits it lacks start from its final head
-    eval_every: int = 0  # steps between evaluations while training; 0 evaluates only with evaluate.py, -1 once an epoch
-    eval_split: str = ""  # what they are made on; empty: config.eval.split
+    freeze: tuple[str, ...] = setting((), GroupsOrPatterns(), task="clip")
+    # Checkpoint or workdir that the run is initialised from; exits it lacks start from its final head.
+    init: str = setting("", LocalPath())
+    # Steps between evaluations while training.
+    eval_every: int = setting(0, AtLeast(-1, "0 evaluates only with evaluate.py, -1 once an epoch"))
+    eval_split: str = ""  # split of these evaluations; empty: config.eval.split
     keep_best: bool = False  # also keep WORKDIR/best: best mean recall at 5 (clip), PCC (regression) or loss (classification)
-    patience: int = 0  # evaluations without a better one after which the run ends; 0 runs all steps
+    # Evaluations without a better one after which the run ends.
+    patience: int = setting(0, AtLeast(0, "0 runs all steps"))
     tensorboard: bool = False  # also write TensorBoard events (needs the [tensorboard] extra)
 
 
@@ -161,41 +185,47 @@ class MeshConfig:
 
 @dataclass
 class DistractorConfig:
-    """Pictures from elsewhere that fill up the galleries of an evaluation; nobody asks for them."""
+    """Images from elsewhere that enlarge the galleries of an evaluation; they are never queries or targets."""
 
-    source: str = ""  # scenes | folder | webdataset | parquet; empty: no distractors
-    root: str = ""  # as config.data.root
+    source: str = ""  # one of choices.DistractorSource; empty: no distractors
+    root: str = setting("", LocalPath())  # as config.data.root
     split: str = ""  # scenes: a split; folder: a split, empty takes every image; webdataset, parquet: subfolder, empty is root
     image_column: str = "image"  # parquet: as config.data.image_column
     caption_column: str = "caption"  # parquet: as config.data.caption_column
-    size: int = 0  # the first so many pictures; 0 takes all (scenes need a number)
-    labels: str = ""  # JSON of URL or name -> category labels; pictures without any are irrelevant to every query
+    size: int = setting(0, AtLeast(0, "0 takes all"))  # the first so many images; scenes need a number
+    # JSON of URL or name -> category labels; images without any are irrelevant to every query.
+    labels: str = setting("", LocalPath())
 
 
 @dataclass
 class EvalConfig:
-    """What evaluate.py does with a trained model."""
+    """The evaluation of a trained model."""
 
     split: str = "val"  # scenes: val | test | relations | heldout; else a split of the folder
-    size: int = 500  # scenes: pictures in the gallery
-    complexity: str = ""  # complexity checkpoint or workdir that routes a plain CLIP; empty evaluates without
+    size: int = setting(500, AtLeast(1))  # scenes: images in the gallery
+    # Complexity checkpoint or workdir that routes a plain CLIP; empty evaluates without.
+    complexity: str = setting("", LocalPath())
     early_share: tuple[float, ...] = ()  # share of calibration images for each early exit; empty: equal for all exits
-    budgets: tuple[float, ...] = ()  # shares of full depth's counted cost that routing is tried at too, such as (0.6, 0.8)
-    static: str = ""  # checkpoint or workdir of a smaller CLIP to compare with, run at its full depth
-    batch_size: int = 64  # images in a full batch of the router
-    dtype: str = "float32"  # of activations: bfloat16 | float32
-    bootstrap: int = 2000  # resamples of images behind each interval
-    random_draws: int = 100  # random assignments averaged into the run 'random' (its average precision: over the first 10)
-    labels: str = ""  # JSON of URL or name -> category labels of the split; empty takes those of the source, where it has any
-    score_calibration: str = "none"  # 'affine' also ranks the routed gallery by scores calibrated for each exit
+    budgets: tuple[float, ...] = setting((), Shares())  # of full depth's counted cost, at which routing is evaluated too
+    # Checkpoint or workdir of a shallower baseline, run at its full depth.
+    static: str = setting("", LocalPath())
+    batch_size: int = setting(64, AtLeast(1))  # images in a full batch of the router
+    dtype: str = setting("float32", OneOf(choices.Dtype))  # of activations
+    bootstrap: int = setting(2000, AtLeast(1))  # resamples of images behind each interval
+    # Random assignments averaged into the run 'random' (its average precision: over the first 10).
+    random_draws: int = setting(100, AtLeast(1))
+    # JSON of URL or name -> category labels of the split; empty takes those of the source, where it has any.
+    labels: str = setting("", LocalPath())
+    # 'affine' also ranks the routed gallery by scores calibrated for each exit.
+    score_calibration: str = setting("none", OneOf(choices.ScoreCalibrationName))
     distractors: DistractorConfig = field(default_factory=DistractorConfig)
 
 
 @dataclass
 class ExperimentConfig:
-    """Everything that train.py and evaluate.py need to know."""
+    """All settings of train.py and evaluate.py."""
 
-    task: str = "clip"  # clip | complexity
+    task: str = setting("clip", OneOf(choices.TaskName))
     clip: ClipConfig = field(default_factory=ClipConfig)
     complexity: ComplexityConfig = field(default_factory=ComplexityConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,14 +1,16 @@
-"""The pictures a configuration asks for: training, calibration and evaluation never overlap.
+"""The sources that a configuration names: training, calibration and evaluation images never overlap.
 
 Calibration images are cut from the training split, or are those of `val` where images have ratings; thresholds come from them
-alone.
+alone. `SOURCES` is the registry: a new source of files is a class in data/sources and one line there.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,7 +20,7 @@ from icar_jax.data.records import Source, Subset, calibration_split, record_name
 from icar_jax.data.scenes import DrawnScenes, Scenes
 from icar_jax.data.sources.folders import open_folder
 from icar_jax.data.sources.parquet import Parquet
-from icar_jax.data.sources.shards import Rest, Shards, cut_calibration, retrying
+from icar_jax.data.sources.shards import Rest, cut_calibration, retrying
 from icar_jax.data.sources.tfds import Tfds
 from icar_jax.data.sources.webdataset import WebDataset
 
@@ -26,41 +28,113 @@ CALIBRATION_OF_RATED = "val"
 SPLIT_SEED = 0  # fixed: another training seed must not move images between training and calibration
 
 
-def train_source(data: DataConfig) -> Source:
-    """What a model may learn from."""
-    if data.source == "scenes":
+class Splits(Protocol):
+    """How one kind of source gives the images of training, calibration and evaluation. All raise ConfigError or OSError."""
+
+    calibration_name: str  # of the split that thresholds come from
+    keeps_index: bool  # opening takes long the first time, and leaves an index beside the data
+
+    def train(self, data: DataConfig) -> Source: ...
+
+    def calibration(self, data: DataConfig) -> Source: ...
+
+    def held_out(self, data: DataConfig, split: str, size: int, field: str) -> Source: ...
+
+
+@dataclass(frozen=True)
+class SceneSplits:
+    """Drawn scenes: every split is a function of its name and an index."""
+
+    calibration_name: str = "calibration"
+    keeps_index: bool = False
+
+    def train(self, data: DataConfig) -> Source:
         scenes = Scenes(data.train_split, data.scenes_size, image_size=data.scenes_pixels)
         return DrawnScenes(scenes, Path(data.scenes_kept)) if data.scenes_kept else scenes
-    if is_rated(data):
+
+    def calibration(self, data: DataConfig) -> Source:
+        return Scenes("calibration", data.calibration_size, image_size=data.scenes_pixels)
+
+    def held_out(self, data: DataConfig, split: str, size: int, field: str) -> Source:
+        return Scenes(split, size, image_size=data.scenes_pixels)
+
+
+@dataclass(frozen=True)
+class RatedSplits:
+    """Images with ratings, whose file names their splits."""
+
+    calibration_name: str = CALIBRATION_OF_RATED
+    keeps_index: bool = False
+
+    def train(self, data: DataConfig) -> Source:
         if shared := {*data.train_split.split("+")} & {CALIBRATION_OF_RATED, "test"}:
             raise ConfigError(
                 f"config.data.train_split={data.train_split!r} trains on {', '.join(sorted(shared))}, which thresholds and "
                 "reports come from; use 'train'"
             )
         return open_rated(data).split(data.train_split)
-    return _cut(data)[0]
+
+    def calibration(self, data: DataConfig) -> Source:
+        return open_rated(data).split(CALIBRATION_OF_RATED)
+
+    def held_out(self, data: DataConfig, split: str, size: int, field: str) -> Source:
+        return open_rated(data).split(split)
+
+
+@dataclass(frozen=True)
+class FileSplits:
+    """Files with captions; calibration images are cut from the training split.
+
+    open: (where, split) -> the source; `where` has the fields root, image_column, caption_column and, of tfds, dataset.
+    """
+
+    open: Callable[[Any, str], Source]
+    keeps_index: bool = False
+    calibration_name: str = "calibration"
+
+    def train(self, data: DataConfig) -> Source:
+        return _cut(data)[0]
+
+    def calibration(self, data: DataConfig) -> Source:
+        return _cut(data)[1]
+
+    def held_out(self, data: DataConfig, split: str, size: int, field: str) -> Source:
+        source = open_split(data, split)
+        if isinstance(source, Tfds) and source.overlaps(open_split(data, data.train_split)):
+            raise _not_held_out(field, split, f"examples of it are in {data.train_split!r}, which is used")
+        return source
+
+
+SOURCES: dict[str, Splits] = {
+    "scenes": SceneSplits(),
+    "ratings": RatedSplits(),
+    "folder": FileSplits(lambda where, split: open_folder(where.root, split)),
+    "webdataset": FileSplits(lambda where, split: WebDataset(where.root, split), keeps_index=True),
+    "parquet": FileSplits(lambda where, split: Parquet(where.root, split, where.image_column, where.caption_column)),
+    "tfds": FileSplits(lambda where, split: Tfds(where.dataset, where.root, split, where.image_column, where.caption_column)),
+}
+
+
+def train_source(data: DataConfig) -> Source:
+    """The training images."""
+    return _splits(data).train(data)
 
 
 def calibration_source(data: DataConfig) -> Source:
-    """What thresholds may be chosen on: images of the training split that training never sees; `val` of rated images."""
-    if data.source == "scenes":
-        return Scenes("calibration", data.calibration_size, image_size=data.scenes_pixels)
-    if is_rated(data):
-        return open_rated(data).split(CALIBRATION_OF_RATED)
-    return _cut(data)[1]
+    """The images that thresholds are chosen on: cut from the training split, or `val` of rated images."""
+    return _splits(data).calibration(data)
 
 
 def eval_source(data: DataConfig, eval_config: EvalConfig) -> Source:
     """The held-out gallery. Raises ConfigError where it shares a split with training or calibration."""
-    calibrated = CALIBRATION_OF_RATED if is_rated(data) else "calibration"
-    return _held_out(data, eval_config.split, eval_config.size, calibrated, "config.eval.split")
+    return _held_out(data, eval_config.split, eval_config.size, _splits(data).calibration_name, "config.eval.split")
 
 
 def validation_source(config: ExperimentConfig) -> Source:
-    """What is evaluated while training: config.train.eval_split, or config.eval.split where that is empty.
+    """The images evaluated during training: config.train.eval_split, or config.eval.split where that is empty.
 
-    The best model may be chosen on what thresholds are chosen on, so of rated images `val` serves both. Raises ConfigError
-    where it shares a split with training.
+    The best model may be chosen on the images that thresholds are chosen on, so of rated images `val` serves both. Raises
+    ConfigError where it shares a split with training.
     """
     field = "config.train.eval_split" if config.train.eval_split else "config.eval.split"
     split = config.train.eval_split or config.eval.split
@@ -79,41 +153,26 @@ def rated(data: DataConfig) -> RatedSource | None:
 
 def scores(source: Source, most: int) -> np.ndarray:
     """float32 [n]: the known complexities, of at most `most` records evenly spread where they are not listed."""
-    if isinstance(source, Subset) and (listed := getattr(source.source, "scores", None)) is not None:
-        return listed[source.indices]
+    if isinstance(source, Subset) and source.scores is not None:
+        return source.scores
     chosen = np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).astype(np.int64))
     return np.array([source[i].complexity for i in chosen.tolist()], np.float32)
 
 
-def _held_out(data: DataConfig, split: str, size: int, calibrated: str, field: str) -> Source:
-    learnt = data.train_split
-    if shared := set(split.split("+")) & {*learnt.split("+"), calibrated}:
-        raise _not_held_out(field, split, f"{', '.join(sorted(shared))} is used")
-    if data.source == "scenes":
-        return Scenes(split, size, image_size=data.scenes_pixels)
-    if is_rated(data):
-        return open_rated(data).split(split)
-    source = open_split(data, split)
-    if isinstance(source, Tfds) and source.overlaps(open_split(data, learnt)):
-        raise _not_held_out(field, split, f"examples of it are in {learnt!r}, which is used")
-    return source
-
-
-def open_split(data: DataConfig, split: str) -> Any:
+def open_split(data: DataConfig, split: str) -> Source:
     """A whole split of the files that `data` names; shards that cannot be read are tried again `data.retries` times."""
-    with retrying(data.retries):
-        if data.source == "webdataset":
-            return WebDataset(data.root, split)
-        if data.source == "parquet":
-            return Parquet(data.root, split, data.image_column, data.caption_column)
-        if data.source == "tfds":
-            return Tfds(data.dataset, data.root, split, data.image_column, data.caption_column)
-        return open_folder(data.root, split)
+    return open_files(data.source, data, split, data.retries)
+
+
+def open_files(kind: str, where: Any, split: str | None, retries: int) -> Source:
+    """A split of the files that `where` names, as `FileSplits.open` of this kind of source."""
+    with retrying(retries):
+        return SOURCES[kind].open(where, split)
 
 
 def keeps_index(data: DataConfig) -> bool:
-    """Whether the first to open the data may take long and leaves beside it what the next ones need."""
-    return data.source == "webdataset"
+    """Whether the first to open the data may take long, and leaves an index for the next ones."""
+    return _splits(data).keeps_index
 
 
 def loading(data: DataConfig) -> dict[str, Any]:
@@ -127,21 +186,27 @@ def loading(data: DataConfig) -> dict[str, Any]:
 
 
 def fingerprint(source: Source) -> dict[str, Any]:
-    """What a run was trained on: the number of images and a hash of their names, in order.
+    """Identifies the images a run was trained on: their number, and a hash of their names, in order, and of their ratings.
 
-    Of rated images the scores are hashed too. Of shards, the names, bytes and records of each are hashed instead, and which
-    records were cut out.
+    Of shards, the names, bytes and records of each are hashed instead, and which records were cut out.
     """
     whole, cut = (source.source, source.left_out) if isinstance(source, Rest) else (source, None)
-    if isinstance(source, Subset) and hasattr(source.source, "scores"):
+    if isinstance(source, Subset) and source.scores is not None:
         whole = source.source
-    if isinstance(shards := getattr(whole, "shards", None), Shards):
+    if whole.shards is not None:
         cut_out = hashlib.sha256(cut.tobytes()).hexdigest() if cut is not None else ""
-        return {"images": len(source), "shards_sha256": hashlib.sha256((shards.sha256() + cut_out).encode()).hexdigest()}
-    names = getattr(source, "names", [source.name])  # scenes are a function of the split's name and the index
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    rating = {"ratings_sha256": hashlib.sha256(scores(source, 0).tobytes()).hexdigest()} if hasattr(whole, "scores") else {}
-    return {"images": len(source), "names_sha256": digest, **rating}
+        return {"images": len(source), "shards_sha256": hashlib.sha256((whole.shards.sha256() + cut_out).encode()).hexdigest()}
+    return source.fingerprint()
+
+
+def _splits(data: DataConfig) -> Splits:
+    return SOURCES["ratings"] if is_rated(data) and data.source != "scenes" else SOURCES[data.source]
+
+
+def _held_out(data: DataConfig, split: str, size: int, calibrated: str, field: str) -> Source:
+    if shared := set(split.split("+")) & {*data.train_split.split("+"), calibrated}:
+        raise _not_held_out(field, split, f"{', '.join(sorted(shared))} is used")
+    return _splits(data).held_out(data, split, size, field)
 
 
 def _not_held_out(field: str, split: str, why: str) -> ConfigError:
@@ -155,7 +220,7 @@ def _cut(data: DataConfig) -> tuple[Source, Subset]:
             f"config.data.calibration_size={data.calibration_size} leaves nothing to train on: "
             f"split {data.train_split!r} of {data.root} holds {len(whole)} images; lower it"
         )
-    if hasattr(whole, "shards"):
+    if whole.shards is not None:
         return cut_calibration(whole, seed=SPLIT_SEED, size=data.calibration_size)
     train, calibration = calibration_split(record_names(whole), seed=SPLIT_SEED, size=data.calibration_size)
     return Subset(whole, train, whole.name), Subset(whole, calibration, f"{whole.name}/calibration")

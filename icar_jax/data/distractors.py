@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from icar_jax.config import ConfigError, DataConfig, DistractorConfig
+from icar_jax.data.configured import open_files
 from icar_jax.data.records import Source, Subset
 from icar_jax.data.scenes import Scenes
-from icar_jax.data.sources.folders import open_folder
-from icar_jax.data.sources.parquet import Parquet
-from icar_jax.data.sources.shards import retrying
-from icar_jax.data.sources.webdataset import WebDataset
 
 _NAMES_SHOWN = 3
 
@@ -25,13 +20,7 @@ def distractor_source(distractors: DistractorConfig, data: DataConfig) -> Source
     d = distractors
     if d.source == "scenes":
         return Scenes(d.split, d.size, image_size=data.scenes_pixels)
-    with retrying(data.retries):
-        if d.source == "webdataset":
-            source: Any = WebDataset(d.root, d.split or ".")
-        elif d.source == "parquet":
-            source = Parquet(d.root, d.split or ".", d.image_column, d.caption_column)
-        else:
-            source = open_folder(d.root, d.split or None)
+    source = open_files(d.source, d, d.split or (None if d.source == "folder" else "."), data.retries)
     if d.size > len(source):
         raise ConfigError(
             f"config.eval.distractors.size={d.size}, but {source.name} holds {len(source)} images; lower it, or 0 takes all"
@@ -41,17 +30,11 @@ def distractor_source(distractors: DistractorConfig, data: DataConfig) -> Source
 
 def source_urls(source: Source) -> list[str | None] | None:
     """The URL of every record; None where the source keeps none."""
-    if isinstance(source, Subset):
-        urls = source_urls(source.source)
-        return [urls[i] for i in source.indices.tolist()] if urls is not None else None
-    read = getattr(source, "urls", None)
-    if read is None:
-        return None
     try:
-        urls = read()
+        urls = source.urls()
     except ConfigError:  # Parquet files without a column of URLs
         return None
-    return urls if any(urls) else None
+    return urls if urls is not None and any(urls) else None
 
 
 def require_apart(base: Source, far: Source, base_urls: list | None, far_urls: list | None) -> list[str]:
@@ -93,8 +76,7 @@ def _refuse(what: str, shared: set[str], base: Source, far: Source) -> None:
 
 def _shard_files(source: Source) -> set[str] | None:
     source = source.source if isinstance(source, Subset) else source
-    paths = getattr(source, "paths", None)
-    return set(paths) if paths is not None else None
+    return set(source.paths) if source.paths is not None else None
 
 
 def _names(source: Source) -> set[str] | None:
@@ -102,7 +84,7 @@ def _names(source: Source) -> set[str] | None:
     inner = source.source if isinstance(source, Subset) else source
     if isinstance(inner, Scenes):
         return {inner.name}
-    return set(source.names) if hasattr(inner, "names") else None
+    return set(source.names) if inner.names is not None else None
 
 
 def _some(names: list[str]) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import abc
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,15 +37,45 @@ class Record:
     labels: tuple[str, ...] = ()
 
 
-@runtime_checkable
-class Source(Protocol):
-    """A random-access collection of records; ``len`` counts images, not captions."""
+class Source(abc.ABC):
+    """A random-access collection of records: the contract of every image-text source.
+
+    A subclass sets `name` and defines `__len__` and `__getitem__`. The other attributes say what it knows without reading
+    records; their defaults mean that it does not know.
+
+    Attributes:
+        name: unique among the sources of a run, such as 'scenes/train'.
+        names: the names of all records; `record_names` makes the records where this is None.
+        scores: float32 [n], complexity ratings in [0, 1].
+        shards: the shards that records lie in; records of shards are named by shard and number.
+        paths: the files of the shards.
+    """
 
     name: str
+    names: list[str] | None = None
+    scores: np.ndarray | None = None
+    shards: Any | None = None  # data.sources.shards.Shards, which lies above
+    paths: tuple[str, ...] | None = None
 
-    def __len__(self) -> int: ...
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Number of images, not captions."""
 
-    def __getitem__(self, i: int) -> Record: ...
+    @abc.abstractmethod
+    def __getitem__(self, i: int) -> Record:
+        """Record number i, in [0, len)."""
+
+    def urls(self) -> list[str | None] | None:
+        """The URL of every record; None where the source keeps none. Reads the source."""
+        return None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this set of images and ratings from another: their number, and hashes of their names and ratings."""
+        names = self.names if self.names is not None else [self.name]  # scenes are a function of the split and the index
+        found = {"images": len(self), "names_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
+        if self.scores is not None:
+            found["ratings_sha256"] = hashlib.sha256(np.asarray(self.scores, np.float32).tobytes()).hexdigest()
+        return found
 
 
 def name_hash(name: str, seed: int) -> int:
@@ -53,9 +84,8 @@ def name_hash(name: str, seed: int) -> int:
 
 
 def record_names(source: Source) -> list[str]:
-    """Names of all records; uses `source.names` where the source has it, which avoids making every record."""
-    names = getattr(source, "names", None)
-    return list(names) if names is not None else [source[i].name for i in range(len(source))]
+    """Names of all records, which are made only where the source does not list its names."""
+    return list(source.names) if source.names is not None else [source[i].name for i in range(len(source))]
 
 
 def calibration_split(names: Sequence[str], *, seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +111,7 @@ def calibration_split(names: Sequence[str], *, seed: int, size: int) -> tuple[np
     return np.setdiff1d(np.arange(len(names), dtype=np.int64), calibration), calibration
 
 
-class Subset:
+class Subset(Source):
     """The records of a source at the given indices, as a source of its own."""
 
     def __init__(self, source: Source, indices: Sequence[int], name: str):
@@ -97,8 +127,17 @@ class Subset:
     @property
     def names(self) -> list[str]:
         """Names of the records; made one by one where the source does not list them."""
-        known = getattr(self.source, "names", None)
+        known = self.source.names
         return [known[i] if known is not None else self.source[i].name for i in self.indices.tolist()]
+
+    @property
+    def scores(self) -> np.ndarray | None:
+        """Of the source, at the indices."""
+        return None if self.source.scores is None else self.source.scores[self.indices]
+
+    def urls(self) -> list[str | None] | None:
+        urls = self.source.urls()
+        return None if urls is None else [urls[i] for i in self.indices.tolist()]
 
     def __len__(self) -> int:
         return len(self.indices)

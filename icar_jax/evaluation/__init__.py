@@ -1,1 +1,1 @@
-"""Retrieval metrics, their intervals, and the ways they are shown: terminal, figure, metrics.json."""
+"""Retrieval and complexity evaluation: metrics with bootstrap intervals, routing calibration, and reports."""

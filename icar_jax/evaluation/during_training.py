@@ -1,6 +1,6 @@
-"""Recall at 5, or agreement with ratings, of weights that are still being trained and lie on a mesh.
+"""Evaluators that run during training on sharded weights: recall at 5 for CLIP, agreement with ratings for complexity models.
 
-Every process works on its part of the images and captions; embeddings and scores come together on all of them.
+Each process embeds its part of the images and captions; embeddings and scores are then gathered on all processes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from icar_jax import checkpoint
+from icar_jax.architectures import routed_clip
 from icar_jax.config import ConfigError, ExperimentConfig, from_dict
 from icar_jax.data import configured
 from icar_jax.data.images import Preprocess
@@ -30,21 +31,20 @@ from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.complexity import log_odds
 from icar_jax.models.ops import normalise
 from icar_jax.models.token_router import scorer_arch, scorer_class
-from icar_jax.models.variants import routed_clip
 
 AT = 5
-_LOOKED_AT = 100  # scenes whose complexity is compared before the run: all have another
+_SAMPLED = 100  # scenes read before the run to check that ratings vary
 
 
-def evaluator(config: ExperimentConfig) -> type[Retrieval] | type[Ratings]:
-    """What config.train.eval_every measures of a task."""
+def evaluator(config: ExperimentConfig) -> type[RetrievalEvaluator] | type[RatingsEvaluator]:
+    """Returns the evaluator class that config.train.eval_every runs for this task."""
     if config.task == "clip":
-        return Retrieval
-    return RegretRanks if config.complexity.target == "regret" else Ratings
+        return RetrievalEvaluator
+    return RegretEvaluator if config.complexity.target == "regret" else RatingsEvaluator
 
 
 class _Gallery:
-    """The images of a split, each read by one process."""
+    """The images of a split; each image is read by one process."""
 
     def __init__(self, trained: Any, source: Source):
         config = trained.config
@@ -53,11 +53,13 @@ class _Gallery:
         part, self._parts = trained.part
         self.rows = -(-config.eval.batch_size // trained.batch_shards) * trained.batch_shards // self._parts
         self._own = np.arange(len(source))[part :: self._parts]
-        self.bad = BadFiles()  # lives as long as the run, so that a file is named once
+        self.bad = BadFiles()  # kept for the whole run, so that each file is reported once
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """This process's batches, as `eval_batches` gives them, with 'id' = index + 1 and 'pixels'; as many as on any other
-        process, the last perhaps empty."""
+        """Yields this process's batches from `eval_batches`, with 'id' (index + 1) and 'pixels' added.
+
+        Every process yields the same number of batches; the last ones may be empty.
+        """
         side = self.preprocess.image_size
         count = -(-len(self.source) // (self.rows * self._parts))
         if len(self._own):
@@ -74,27 +76,27 @@ class _Gallery:
             yield {**nothing, "captions": [], "complexity": np.zeros(0, np.float32)}
 
     def put(self, values: np.ndarray) -> jax.Array:
-        """[n, ...] of every process as one sharded array; missing rows are zero, and so is their id."""
+        """Joins the [n, ...] rows of all processes into one sharded array; padding rows and their ids are zero."""
         padded = np.zeros((self.rows, *values.shape[1:]), values.dtype)
         padded[: len(values)] = values
         return jax.make_array_from_process_local_data(self._sharding, padded)
 
     def require_some(self, ids: list[np.ndarray]) -> None:
-        """Raises DataError where no image could be read."""
+        """Raises DataError if no image could be read."""
         if not any(i.any() for i in ids):
             raise DataError(f"no image of {self.source.name} could be read:\n{self.bad.summary()}")
 
     @property
     def everywhere(self) -> NamedSharding:
-        """Whole on every device."""
+        """Replicated on every device."""
         return NamedSharding(self._sharding.mesh, PartitionSpec())
 
 
-class Retrieval:
-    """The evaluator of a CLIP run: params -> {'eval/full_r5': ..., 'eval/exit_K_r5': ...}.
+class RetrievalEvaluator:
+    """Evaluator of a CLIP run: params -> {'eval/full_r5': ..., 'eval/exit_K_r5': ...}.
 
-    Values are percent, the mean of text-to-image and image-to-text. `trained` is a `training.evaluator.Trained`. Raises
-    ConfigError where config.eval.split cannot be read or is not held out.
+    Values are in percent, averaged over text-to-image and image-to-text. trained: a `training.evaluator.TrainedModel`.
+    Raises ConfigError if the evaluation split cannot be read or is not held out.
     """
 
     def __init__(self, trained: Any):
@@ -119,7 +121,7 @@ class Retrieval:
         return self._recalls(*self.embeddings(params))
 
     def embeddings(self, params: Mapping[str, Any]) -> tuple[list, list]:
-        """Of images [(ids, {exit: [n, D]})] and of captions [(ids of their images, [m, D])]; id 0 is no row."""
+        """Returns image batches [(ids, {exit: [n, D]})] and caption batches [(image ids, [m, D])]; id 0 marks padding."""
         images: list[tuple[np.ndarray, dict[int, np.ndarray]]] = []
         captions: list[str] = []
         owners: list[int] = []
@@ -140,7 +142,7 @@ class Retrieval:
         return images, texts
 
     def _recalls(self, images: list, texts: list) -> dict[str, float]:
-        _, by_exit, text, owner = in_order(images, texts)
+        _, by_exit, text, owner = sort_by_index(images, texts)
         exits = self.clip.arch.vision.all_exits
         values = {}
         for e in reversed(exits):
@@ -149,8 +151,11 @@ class Retrieval:
         return values
 
 
-def in_order(images: list, texts: list) -> tuple[np.ndarray, dict[int, np.ndarray], np.ndarray, np.ndarray]:
-    """What `Retrieval.embeddings` gives, each image once, by index: (indices [N], {exit: [N, D]}, texts [M, D], owner [M])."""
+def sort_by_index(images: list, texts: list) -> tuple[np.ndarray, dict[int, np.ndarray], np.ndarray, np.ndarray]:
+    """Joins the batches of `RetrievalEvaluator.embeddings` in index order, without padding.
+
+    Returns (indices [N], {exit: [N, D]}, texts [M, D], image of each text [M]).
+    """
     image_ids = np.concatenate([ids for ids, _ in images])
     order = np.argsort(image_ids, kind="stable")[np.count_nonzero(image_ids == 0) :]
     text_ids = np.concatenate([ids for ids, _ in texts])
@@ -160,43 +165,44 @@ def in_order(images: list, texts: list) -> tuple[np.ndarray, dict[int, np.ndarra
     return image_ids[order] - 1, by_exit, np.concatenate([z for _, z in texts])[text_order], owner
 
 
-class Ratings:
-    """The evaluator of a complexity run: params -> values that begin with 'eval/'.
+class RatingsEvaluator:
+    """Evaluator of a complexity run: params -> values whose names begin with 'eval/'.
 
-    Regression: loss (mean squared error), pcc, srcc, rmse, rmae; the correlations are 0 while all images score alike.
-    Classification: loss (cross-entropy, without class weights), accuracy, f1 of the likelier class. `trained` is a
-    `training.evaluator.Trained`. Raises ConfigError where the split cannot be read, is not held out, or has ratings all alike.
+    Regression: loss (mean squared error), pcc, srcc, rmse, rmae; the correlations are 0 while all scores are equal.
+    Classification: loss (cross-entropy without class weights), accuracy and F1 of the argmax decisions. trained: a
+    `training.evaluator.TrainedModel`. Raises ConfigError if the split cannot be read, is not held out, or all ratings in it
+    are equal.
     """
 
     def __init__(self, trained: Any):
         config = trained.config
         self._head, self._threshold = config.complexity.head, config.complexity.threshold
-        source, known = self._judged(trained)
+        source, known = self._eval_source(trained)
         if self._head == "regression" and np.ptp(known) == 0:
             raise ConfigError(
-                f"{source.name}: all {len(known)} ratings of it are {known[0]:g}, and nothing correlates with that; choose "
-                "another config.train.eval_split, or set config.train.eval_every=0"
+                f"{source.name}: all {len(known)} ratings are {known[0]:g}, so correlation is undefined; choose another "
+                "config.train.eval_split, or set config.train.eval_every=0"
             )
         self._gallery = gallery = _Gallery(trained, source)
         arch = scorer_arch(trained.description["arch"], "arch")
         model, preprocess = scorer_class(arch).graph(arch, dtype=config.eval.dtype), gallery.preprocess
 
-        def judge(params, ids, pixels, rated):
+        def score(params, ids, pixels, rated):
             pixels = normalise(pixels, preprocess.mean, preprocess.std)
             return ids, log_odds(model.logits(params, pixels), arch.head), rated
 
-        self._judge = jax.jit(judge, out_shardings=gallery.everywhere)
+        self._score = jax.jit(score, out_shardings=gallery.everywhere)
 
-    def _judged(self, trained: Any) -> tuple[Source, np.ndarray]:
-        """The source whose records hold what scores are compared with, and some of these values."""
+    def _eval_source(self, trained: Any) -> tuple[Source, np.ndarray]:
+        """Returns the source whose records hold the target complexity, and some of these targets."""
         source = configured.validation_source(trained.config)
-        return source, configured.scores(source, _LOOKED_AT)
+        return source, configured.scores(source, _SAMPLED)
 
     def __call__(self, params: Mapping[str, Any]) -> dict[str, float]:
         """Called by every process with sharded parameters; the values are the same on all of them."""
         put, found = self._gallery.put, []
         for batch in self._gallery:
-            found.append(_on_host(self._judge(params, put(batch["id"]), put(batch["pixels"]), put(batch["complexity"]))))
+            found.append(_on_host(self._score(params, put(batch["id"]), put(batch["pixels"]), put(batch["complexity"]))))
         ids, odds, rated = (np.concatenate(parts) for parts in zip(*found, strict=True))
         self._gallery.require_some([ids])
         order = np.argsort(ids, kind="stable")[np.count_nonzero(ids == 0) :]
@@ -208,33 +214,33 @@ class Ratings:
         return {f"eval/{name}": value for name, value in values.items()}
 
 
-class RegretRanks(Ratings):
-    """The same for a run that learns regret: the scores are compared with the ranks of the regrets among all images.
+class RegretEvaluator(RatingsEvaluator):
+    """Evaluator of a run that learns regret: compares scores with the ranks of the regrets among all images.
 
-    The CLIP does not learn, so its regrets are measured once, before the run. Raises ConfigError as `Ratings`.
+    The CLIP is frozen, so its regrets are measured once, before the run. Raises ConfigError as `RatingsEvaluator` does.
     """
 
-    def _judged(self, trained: Any) -> tuple[Source, np.ndarray]:
-        config, told = trained.config, trained.description["regret"]
+    def _eval_source(self, trained: Any) -> tuple[Source, np.ndarray]:
+        config, spec = trained.config, trained.description["regret"]
         found = checkpoint.read(routed_clip(config.complexity), "clip")
         if not found.tokenizer:
             raise ConfigError(
-                f"config.complexity.clip={config.complexity.clip} holds no tokenizer, and captions are embedded to evaluate "
-                "regret: convert it with one, or set config.train.eval_every=0"
+                f"config.complexity.clip={config.complexity.clip} has no tokenizer, which is needed to embed captions for the "
+                "regret evaluation: convert it with a tokenizer, or set config.train.eval_every=0"
             )
         tokenizer = Tokenizer.from_json(found.tokenizer, str(found.path))
-        whole = Retrieval(dataclasses.replace(trained, description=found.description, tokenizer=tokenizer))
+        whole = RetrievalEvaluator(dataclasses.replace(trained, description=found.description, tokenizer=tokenizer))
         params = jax.tree.map(lambda leaf: _everywhere(leaf, whole.gallery.everywhere), found.params)
-        index, by_exit, texts, owner = in_order(*whole.embeddings(params))
+        index, by_exit, texts, owner = sort_by_index(*whole.embeddings(params))
         full = whole.clip.arch.vision.depth
         scale = float(whole.clip.logit_scales(found.params)[full])
-        values = regret.regrets(by_exit[told["exit"]], by_exit[full], texts, owner, scale, told["kind"])
-        judged = regret.Regrets(whole.gallery.source, index, values).judged()
-        return judged, np.array(list(judged.targets.values()), np.float32)
+        values = regret.regrets(by_exit[spec["exit"]], by_exit[full], texts, owner, scale, spec["kind"])
+        source = regret.Regrets(whole.gallery.source, index, values).as_source()
+        return source, np.array(list(source.targets.values()), np.float32)
 
 
 def _everywhere(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host array, the same on every process, whole on every device."""
+    """Replicates a host array, identical on every process, on every device."""
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.asarray(np.asarray(leaf, np.float32)[index]))
 
 
@@ -242,23 +248,23 @@ def _agreement(scores: np.ndarray, rated: np.ndarray) -> dict[str, float]:
     values = {name: getattr(ratings, name)(scores, rated) for name in ("rmse", "rmae")}
     try:
         values |= {name: getattr(ratings, name)(scores, rated) for name in ("pcc", "srcc")}
-    except ratings.MetricError:  # all scores alike, as those of a fresh head may be
+    except ratings.MetricError:  # all scores equal, as with a newly initialised head
         values |= {"pcc": 0.0, "srcc": 0.0}
     return {"loss": values["rmse"] ** 2, **values}
 
 
 def _decisions(odds: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """`odds` are log odds of the class 'complex'; the cross-entropy is that of a softmax over both classes."""
+    """Loss (softmax cross-entropy over both classes), accuracy and F1 from log odds [n] of the class 'complex'."""
     loss = float(np.mean(np.logaddexp(0, np.where(labels, -odds, odds))))
     decided = odds > 0
     return {"loss": loss, **{name: getattr(ratings, name)(decided, labels) for name in ("accuracy", "f1")}}
 
 
 def _on_host(tree: Any) -> Any:
-    """Replicated arrays as numpy, also where some of the devices belong to other processes."""
+    """Copies replicated arrays to numpy; works when some devices belong to other processes."""
     return jax.tree.map(np.asarray, tree)
 
 
 def _longest(count: int) -> int:
-    """The greatest count of any process."""
+    """Returns the largest count over all processes."""
     return count if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(count)).max())

@@ -1,4 +1,4 @@
-"""Evaluation on a held-out split: every way of running a model side by side, with what each costs; see docs/evaluation.md."""
+"""Evaluation on a held-out split: compares every run of a model by retrieval and cost; see docs/evaluation.md."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ from icar_jax.data.records import Source, Subset
 from icar_jax.evaluation.metrics.colour_baseline import colour_histogram_baseline
 from icar_jax.evaluation.report import figures, report, table
 from icar_jax.evaluation.routing import score_calibration, timing
-from icar_jax.evaluation.routing.calibration import costs, make_bundle, routing_of, score_source
-from icar_jax.evaluation.routing.gallery import Gallery, embed, full_scale, labelled
+from icar_jax.evaluation.routing.calibration import make_bundle, model_costs, routing_from_scores, score_source
+from icar_jax.evaluation.routing.gallery import Gallery, embed_source, full_scale, labelled
 from icar_jax.evaluation.routing.score_calibration import ScoreCalibration
-from icar_jax.evaluation.runs import ShallowBaseline, measure
+from icar_jax.evaluation.runs import ShallowBaseline, evaluate_runs
 from icar_jax.inference.loading import load
 from icar_jax.inference.model import Model
 
-BASELINE_IMAGES = 3000  # training images the colour baseline is fitted on
+BASELINE_IMAGES = 3000  # training images used to fit the colour baseline
 
 
 def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
-    """Evaluates the model in `workdir` and writes metrics.json, retention.png, complexity.png and report/ there.
+    """Evaluates the model in `workdir`, writes metrics.json, retention.png, complexity.png and report/ there, and returns the
+    metrics documented in evaluation/report/table.py.
 
-    Makes WORKDIR/bundle where there is none and `config.eval.complexity` names a complexity model.
-    Returns the metrics as documented in evaluation/table.py. Raises ConfigError or CheckpointError.
+    Creates WORKDIR/bundle if there is none and `config.eval.complexity` names a complexity model. Raises ConfigError or
+    CheckpointError.
     """
     config = cfg.validate(config)
     cfg.require_local("--workdir", workdir)
@@ -46,7 +47,7 @@ def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
         files.require_same_config(workdir, config, files.FREE_ON_EVALUATION)
     folder, notes = _model_folder(config, workdir, folder)
     model = load(folder, batch_size=config.eval.batch_size, dtype=config.eval.dtype)
-    small = _static_model(config)
+    small = _load_shallower_baseline(config)
     source = configured.eval_source(config.data, config.eval)
     far_source, urls, far_urls = None, None, None
     if config.eval.distractors.source:
@@ -55,22 +56,22 @@ def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
         notes += require_apart(source, far_source, urls, far_urls)
     elif config.eval.labels:
         urls = source_urls(source)
-    # What may be missing or spoilt is read before hours of work, not after.
+    # Read the label files first, so that a missing or invalid file fails before hours of work.
     far_file = config.eval.distractors.labels if far_source is not None else ""
     labels, far_labels = (read_labels(file) if file else None for file in (config.eval.labels, far_file))
-    train = _baseline_source(config, notes)
+    train = _colour_baseline_source(config, notes)
     loading = configured.loading(config.data)
     warm = timing.warm_up(model)
     settings, found = _budgets(config, model, notes)
     calibration, fitted_on = _score_calibration(config, model, notes)
-    gallery = embed(model, source, loading)
+    gallery = embed_source(model, source, loading)
     gallery = labelled(gallery, urls, labels, config.eval.labels, notes)
     far = None
     if far_source is not None:
-        far = embed(model, far_source, loading)
+        far = embed_source(model, far_source, loading)
         far = labelled(far, far_urls, far_labels, config.eval.distractors.labels, notes)
-    static = _embed_static(config, small, source, far_source, gallery, far)
-    metrics, evidence = measure(config, model, source, gallery, far, static, settings, calibration)
+    static = _embed_shallower_baseline(config, small, source, far_source, gallery, far)
+    metrics, evidence = evaluate_runs(config, model, source, gallery, far, static, settings, calibration)
     if calibration is not None:
         metrics["score_calibration"] |= fitted_on
     metrics["timing"] |= warm
@@ -78,7 +79,7 @@ def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
         metrics["runs"][name]["found"] = routing["found"]
     metrics["gallery"]["source"] = source.name
     metrics["gallery"]["distractors"] = far_source.name if far_source is not None else None
-    metrics["notes"] = notes if train is None else [*notes, _baseline_note(config, train, source, gallery, metrics)]
+    metrics["notes"] = notes if train is None else [*notes, _colour_baseline_note(config, train, source, gallery, metrics)]
     metrics["notes"] += [each.bad.summary() for each in (gallery, far) if each is not None and each.bad]
     table.write_metrics(metrics, workdir / "metrics.json")
     table.print_results(metrics)
@@ -91,43 +92,43 @@ def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
 
 
 def _budgets(config: ExperimentConfig, model: Model, notes: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Thresholds of each of config.eval.budgets, set on the calibration images: by name of the run, and how they were found."""
+    """Calibrates thresholds for each of config.eval.budgets: (run name -> thresholds, run name -> how they were found)."""
     if not config.eval.budgets:
         return {}, {}
     if model.thresholds is None:
-        notes.append(f"no run for config.eval.budgets={config.eval.budgets}: a budget needs a complexity model to route with")
+        notes.append(f"config.eval.budgets={config.eval.budgets} ignored: a budget needs a complexity model to route with")
         return {}, {}
     calibration = configured.calibration_source(config.data)
     scored = score_source(model, calibration, "score calibration images", configured.loading(config.data))
-    cost = costs(model.arch, model.scorer.complexity.arch)
-    found = {f"budget_{b:g}": routing_of(scored, model.exits, cost, budget=b) for b in config.eval.budgets}
+    cost = model_costs(model.arch, model.scorer.complexity.arch)
+    found = {f"budget_{b:g}": routing_from_scores(scored, model.exits, cost, budget=b) for b in config.eval.budgets}
     return {name: tuple(routing["thresholds"]) for name, routing in found.items()}, found
 
 
 def _score_calibration(
     config: ExperimentConfig, model: Model, notes: list[str]
 ) -> tuple[ScoreCalibration | None, dict[str, Any]]:
-    """Scores calibrated on the calibration images as they are routed, where config.eval asks for it; and what these were."""
+    """Fits per-exit score calibration on the routed calibration images, if config.eval enables it: (calibration, record)."""
     if config.eval.score_calibration == "none":
         return None, {}
     if model.thresholds is None:
-        asked = f"config.eval.score_calibration={config.eval.score_calibration!r}"
-        notes.append(f"no run for {asked}: scores are calibrated for exits that are mixed, which needs a model to route with")
+        flag = f"config.eval.score_calibration={config.eval.score_calibration!r}"
+        notes.append(f"{flag} ignored: score calibration applies to routed galleries, which need a complexity model")
         return None, {}
     source = configured.calibration_source(config.data)
-    images = embed(model, source, configured.loading(config.data))
+    images = embed_source(model, source, configured.loading(config.data))
     fitted = score_calibration.fit(images.by_exit, images.texts, images.caption_image, images.exits, full_scale(model))
     return fitted, {"calibration": source.name, "images": len(images.captions)}
 
 
-def _static_model(config: ExperimentConfig) -> Model | None:
+def _load_shallower_baseline(config: ExperimentConfig) -> Model | None:
     if not config.eval.static:
         return None
     folder = checkpoint.find(config.eval.static, ("clip",))
     return load(folder, batch_size=config.eval.batch_size, dtype=config.eval.dtype)
 
 
-def _embed_static(
+def _embed_shallower_baseline(
     config: ExperimentConfig,
     small: Model | None,
     source: Source,
@@ -135,24 +136,26 @@ def _embed_static(
     gallery: Gallery,
     far: Gallery | None,
 ) -> ShallowBaseline | None:
-    """The smaller model on the same images. Raises ConfigError where other files could be read this time."""
+    """Embeds the same images with the shallower model. Raises ConfigError if a different set of images was readable."""
     if small is None:
         return None
     depth = small.exits[-1:]
     made = [
-        embed(small, each, configured.loading(config.data), exits=depth) for each in (source, far_source) if each is not None
+        embed_source(small, each, configured.loading(config.data), exits=depth)
+        for each in (source, far_source)
+        if each is not None
     ]
     for own, theirs in zip(made, (gallery, far)):
         if not np.array_equal(own.index, theirs.index):
             raise cfg.ConfigError(
-                f"config.eval.static={config.eval.static!r} read {len(own.index)} images where the other model read "
+                f"config.eval.static={config.eval.static!r} read {len(own.index)} images but the evaluated model read "
                 f"{len(theirs.index)}: the files changed between the two passes; evaluate again"
             )
     return ShallowBaseline(small, made[0], made[1] if len(made) > 1 else None)
 
 
 def _model_folder(config: ExperimentConfig, workdir: Path, folder: Path) -> tuple[Path, list[str]]:
-    """The bundle of the workdir, made now if it can be; else the plain CLIP, with a note that says what is missing."""
+    """Returns the workdir's bundle, creating it if possible; otherwise the CLIP, with a note on what is missing."""
     scorer = config.eval.complexity
     if checkpoint.describe(folder)["kind"] == "bundle":
         _check_fresh(folder / "clip", workdir / "model", "clip")
@@ -175,8 +178,8 @@ def _model_folder(config: ExperimentConfig, workdir: Path, folder: Path) -> tupl
     found = f"there is none at config.eval.complexity={scorer!r}" if scorer else "config.eval.complexity is empty"
     where = scorer or "workdir/complexity"
     note = (
-        f"not routed: no complexity model ({found}). Train the config's own router there where it has one (as "
-        "configs/demo.py:router is of :cheaper), or a ConvNeXt-IC for any CLIP: "
+        f"not routed: no complexity model ({found}). Train the router of this config there, if it has one (such as "
+        "configs/demo.py:router for :cheaper), or a ConvNeXt-IC for any CLIP: "
         f"`python train.py --config=configs/demo.py:complexity --workdir={where}`"
         + ("" if scorer else f", and pass --config.eval.complexity={where}")
     )
@@ -185,41 +188,43 @@ def _model_folder(config: ExperimentConfig, workdir: Path, folder: Path) -> tupl
 
 
 def _check_fresh(bundled: Path, original: Path, kind: str) -> None:
-    """Raises CheckpointError where the model at `original` is not the one in the bundle, as after training it again."""
+    """Raises CheckpointError if the model at `original` differs from the bundled one, for example after retraining."""
     if not original.exists():
         return
     now = checkpoint.find(original, (kind,))
     if checkpoint.describe(now).get("hashes") != checkpoint.describe(bundled).get("hashes"):
         raise checkpoint.CheckpointError(
-            f"{bundled.parent} holds another {kind} model than {now}; run `icar bundle` again, or remove {bundled.parent}"
+            f"{bundled.parent} holds a different {kind} model than {now}; run `icar bundle` again, or remove {bundled.parent}"
             + (", or pass --config.eval.complexity= to keep the bundled one" if kind == "complexity" else "")
         )
 
 
 def _check_shares(config: ExperimentConfig, bundle: Path) -> None:
-    """Raises ConfigError where shares are asked for that the bundle's thresholds were not set for."""
+    """Raises ConfigError if config.eval.early_share differs from the shares the bundle's thresholds were calibrated for."""
     found = checkpoint.describe(bundle)["routing"]["found"]
     wanted = config.eval.early_share
     if wanted and list(wanted) != list(found.get("shares", {}).values())[:-1]:
         raise cfg.ConfigError(
-            f"config.eval.early_share={wanted}, but the thresholds of {bundle} were set by {found}; make it again with "
+            f"config.eval.early_share={wanted}, but the thresholds of {bundle} were set by {found}; recreate it with "
             "`icar bundle --share` or remove it"
         )
 
 
-def _baseline_source(config: ExperimentConfig, notes: list[str]) -> Source | None:
-    """Training images that the colour baseline is fitted on; None, with a note, where they are not at hand."""
+def _colour_baseline_source(config: ExperimentConfig, notes: list[str]) -> Source | None:
+    """Returns the training images that the colour baseline is fitted on; None, with a note, if they are not available."""
     try:
         train = configured.train_source(config.data)
     except (cfg.ConfigError, OSError) as error:
-        notes.append(f"no colour histograms beside it, for lack of training images: {error}")
+        notes.append(f"no colour-histogram baseline, because the training images are not available: {error}")
         return None
     some = np.linspace(0, len(train) - 1, min(BASELINE_IMAGES, len(train))).astype(int)
     return Subset(train, some, f"{train.name}/baseline")
 
 
-def _baseline_note(config: ExperimentConfig, train: Source, source: Source, gallery: Gallery, metrics: dict[str, Any]) -> str:
-    """Adds the colour-histogram baseline to the metrics and says how it compares."""
+def _colour_baseline_note(
+    config: ExperimentConfig, train: Source, source: Source, gallery: Gallery, metrics: dict[str, Any]
+) -> str:
+    """Adds the colour-histogram baseline to the metrics and returns a sentence that compares it with full depth."""
     loading = configured.loading(config.data)
     fitted = list(_thumbnails(train, loading))
     result = colour_histogram_baseline(
@@ -238,7 +243,7 @@ def _baseline_note(config: ExperimentConfig, train: Source, source: Source, gall
 
 
 def _thumbnails(source: Source, loading: dict[str, Any]) -> Iterator[tuple[np.ndarray, tuple[str, ...]]]:
-    """(uint8 [64, 64, 3], captions) of every readable image, in order."""
+    """Yields (uint8 [64, 64, 3], captions) for every readable image, in order."""
     with eval_batches(source, {"small": Preprocess(64, "squash", "bilinear")}, batch_size=64, **loading) as batches:
         for batch in batches:
             yield from zip(batch["images"]["small"], batch["captions"])

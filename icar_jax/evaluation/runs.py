@@ -1,4 +1,4 @@
-"""The runs of one evaluation side by side: ranked in the same galleries, compared on the same resamples, costed alike."""
+"""Compares the runs of one evaluation: same galleries, same bootstrap resamples, same cost accounting."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from icar_jax.evaluation.routing.assignments import (
     ranks_mixed,
     take_exits,
 )
-from icar_jax.evaluation.routing.calibration import costs
+from icar_jax.evaluation.routing.calibration import model_costs
 from icar_jax.evaluation.routing.frontier import Bench, sweep
 from icar_jax.evaluation.routing.gallery import Evidence, Gallery
 from icar_jax.evaluation.routing.score_calibration import ScoreCalibration
@@ -34,16 +34,16 @@ from icar_jax.inference.model import Model
 from icar_jax.inference.router import assign
 from icar_jax.models.flops import text_flops, vision_flops
 
-RETENTION_AT = 5  # recall at 5 is what retention and comparisons are about
-AFFINE = "routed_affine"  # the routed run, ranked by scores calibrated for each exit
-CATEGORY_DRAWS = 10  # of the random assignments whose average precision is measured: unlike ranks, each is a run of its own
+RETENTION_AT = 5  # retention and comparisons use recall at 5
+AFFINE = "routed_affine"  # the routed run, ranked with per-exit calibrated scores
+CATEGORY_DRAWS = 10  # random assignments with average precision; each needs a separate ranking pass
 
 Draw = tuple[Ranks, Precisions | None]
 
 
 @dataclass(frozen=True)
 class ShallowBaseline:
-    """A smaller model on the same images: embeddings of the base set and of the distractors (None without)."""
+    """A shallower model with its embeddings of the same images; `far` holds the distractors (None without)."""
 
     model: Model
     gallery: Gallery
@@ -51,21 +51,21 @@ class ShallowBaseline:
 
 
 class EvaluationRuns:
-    """Collects the runs of a gallery, `far` being its distractors (None without)."""
+    """Collects the runs of a gallery; `far` holds its distractors (None without)."""
 
     def __init__(self, config: ExperimentConfig, model: Model, gallery: Gallery, far: Gallery | None):
         self.config, self.model, self.gallery, self.far = config, model, gallery, far
         self.galleries = [gallery, *([far] if far is not None else [])]
         self.mesh = local_mesh()
         self.flops = {e: float(vision_flops(model.arch.vision, e)) for e in model.exits}
-        self.costs = costs(model.arch, model.scorer.complexity.arch) if gallery.exits is not None else None
+        self.costs = model_costs(model.arch, model.scorer.complexity.arch) if gallery.exits is not None else None
         self.records: dict[str, dict[str, Any]] = {}
         self.evidence = Evidence(gallery)
         self._hits: dict[str, Hits] = {}
         self._per_image: dict[str, comparison.RunMetrics] = {}
 
     def add(self, name: str, draws: Sequence[Draw], flops: float, share: Mapping[str, float]) -> None:
-        """A run from its ranks (several draws are averaged), its counted FLOPs per image and its share per exit."""
+        """Adds a run from its ranks (averaged over several draws), its counted FLOPs per image and its share per exit."""
         self._hits[name] = mean_hits([hits_at(found, RETENTION_AT) for found, _ in draws])
         self._per_image[name] = comparison.mean_run([comparison.collect(*draw) for draw in draws])
         self.records[name] = {
@@ -78,7 +78,7 @@ class EvaluationRuns:
             self.evidence.ranks[name] = draws[0][0]
 
     def add_exits(self, name: str, exits: Sequence[np.ndarray], *, router: bool) -> None:
-        """A run of one assignment: exits [N] of the base images, then those [A] of the distractors."""
+        """Adds a run with one assignment of exits: [N] for the base images, then [A] for the distractors."""
         share = _share(np.concatenate(exits), self.model.exits)
         if max(share.values()) == 1.0 and not router:
             share = {exit: part for exit, part in share.items() if part}
@@ -87,84 +87,88 @@ class EvaluationRuns:
         self.evidence.exits[name] = exits[0]
 
     def add_calibrated(self, name: str, exits: Sequence[np.ndarray], calibration: ScoreCalibration) -> None:
-        """A run of the routed assignment whose scores are calibrated for each exit; encoding costs what it does without."""
+        """Adds the routed assignment ranked with per-exit calibrated scores; its encoding cost equals that of 'routed'."""
         own, far = self.gallery, None
         rows = [calibration.images(take_exits(g.by_exit, e), e) for g, e in zip(self.galleries, exits)]
         if self.far is not None:
             far = Distractors(rows[1], calibration.texts(self.far.texts), self.far.caption_image, self.far.labels)
-        asked, given = (calibration.texts(own.texts), own.caption_image), {"distractors": far, "mesh": self.mesh}
-        precise = category.precisions(rows[0], *asked, own.labels, **given) if any(own.labels) else None
+        captions, options = (calibration.texts(own.texts), own.caption_image), {"distractors": far, "mesh": self.mesh}
+        precise = category.precisions(rows[0], *captions, own.labels, **options) if any(own.labels) else None
         share = _share(np.concatenate(exits), self.model.exits)
-        self.add(name, [(ranks(rows[0], *asked, **given), precise)], self._cost(share, True), share)
+        self.add(name, [(ranks(rows[0], *captions, **options), precise)], self._cost(share, True), share)
         self.evidence.exits[name] = exits[0]
 
     def add_random(self, exits: Sequence[np.ndarray]) -> None:
-        """The same exits dealt out at random, without the router's cost."""
+        """Adds 'random': random permutations of the same exits, without the router's cost."""
         everyone = np.concatenate(exits)
         n = len(exits[0])
         draws = np.stack([random_exits(everyone, seed) for seed in range(self.config.eval.random_draws)])
-        drawn = ranks_mixed(self.gallery.by_exit, *self.asked, draws, **self.mixed())
+        drawn = ranks_mixed(self.gallery.by_exit, *self.captions, draws, **self.mixed_options())
         found = [
-            self.precise(*(take_exits(g.by_exit, e) for g, e in zip(self.galleries, np.split(each, [n]))))
+            self.precisions(*(take_exits(g.by_exit, e) for g, e in zip(self.galleries, np.split(each, [n]))))
             for each in draws[:CATEGORY_DRAWS]
         ]
         share = _share(everyone, self.model.exits)
         self.add("random", list(itertools.zip_longest(drawn, found)), self._cost(share, False), share)
 
     def add_oracles(self, exits: Sequence[np.ndarray] | None) -> None:
-        """'lossless', the cheapest exit at which no rank of an image falls; 'oracle', the best choice at the share of `exits`.
+        """Adds 'lossless' and, where `exits` are given, 'oracle'.
 
-        Both know the ranks, so neither pays for a router: they bound what a better one could reach. Distractors take the exits
-        they have under routing, or full depth without.
+        'lossless' is a lossless oracle: each image takes the cheapest exit that worsens none of its ranks. 'oracle' is the
+        assignment with the highest recall at the exit shares of `exits`. Both use the true ranks and pay for no router, so
+        they are upper bounds for any router. Distractors take their routed exits, or full depth without routing.
         """
         full = self.model.exits[-1]
-        alone = ranks_alone(self.gallery.by_exit, *self.asked, **self.among([g.by_exit[full] for g in self.galleries]))
+        alone = ranks_alone(
+            self.gallery.by_exit, *self.captions, **self.ranking_options([g.by_exit[full] for g in self.galleries])
+        )
         others = list(exits[1:]) if exits else [np.full(len(g.captions), full) for g in self.galleries[1:]]
         if exits:
             counts = {e: int(np.sum(exits[0] == e)) for e in self.model.exits}
             self.add_exits("oracle", [oracle_exits_at_share(alone, counts, RETENTION_AT), *others], router=False)
         self.add_exits("lossless", [oracle_exits(alone), *others], router=False)
 
-    def add_static(self, static: ShallowBaseline) -> None:
-        """The smaller model at its full depth, on the same images and captions."""
+    def add_shallower_baseline(self, static: ShallowBaseline) -> None:
+        """Adds 'static': the shallower model at its full depth, on the same images and captions."""
         own, exit = static.gallery, static.model.exits[-1]
         far = None
         if static.far is not None:
             far = Distractors(static.far.by_exit[exit], static.far.texts, static.far.caption_image, self.far.labels)
-        given = {"distractors": far, "mesh": self.mesh}
-        found = ranks(own.by_exit[exit], own.texts, own.caption_image, **given)
+        options = {"distractors": far, "mesh": self.mesh}
+        found = ranks(own.by_exit[exit], own.texts, own.caption_image, **options)
         precise = None
         if any(self.gallery.labels):
-            precise = category.precisions(own.by_exit[exit], own.texts, own.caption_image, self.gallery.labels, **given)
+            precise = category.precisions(own.by_exit[exit], own.texts, own.caption_image, self.gallery.labels, **options)
         self.add("static", [(found, precise)], float(vision_flops(static.model.arch.vision)), {str(exit): 1.0})
 
     @property
-    def asked(self) -> tuple[np.ndarray, np.ndarray]:
+    def captions(self) -> tuple[np.ndarray, np.ndarray]:
+        """Caption embeddings [M, D] and the image index [M] of each."""
         return self.gallery.texts, self.gallery.caption_image
 
-    def among(self, embeddings: Sequence[np.ndarray]) -> dict[str, Any]:
-        """The distractors, whose embeddings come second, as keywords of the functions that rank."""
-        given, far = None, self.far
+    def ranking_options(self, embeddings: Sequence[np.ndarray]) -> dict[str, Any]:
+        """Keyword arguments for ranking: the mesh, and the distractors with the image embeddings `embeddings[1]`."""
+        distractors, far = None, self.far
         if far is not None:
-            given = Distractors(embeddings[1], far.texts, far.caption_image, far.labels)
-        return {"distractors": given, "mesh": self.mesh}
+            distractors = Distractors(embeddings[1], far.texts, far.caption_image, far.labels)
+        return {"distractors": distractors, "mesh": self.mesh}
 
-    def mixed(self) -> dict[str, Any]:
-        """The same for `ranks_mixed`."""
+    def mixed_options(self) -> dict[str, Any]:
+        """Keyword arguments for `ranks_mixed`."""
         far = self.far.by_exit if self.far is not None else None
-        return {"far_by_exit": far, **self.among([g.texts[:0] for g in self.galleries])}
+        return {"far_by_exit": far, **self.ranking_options([g.texts[:0] for g in self.galleries])}
 
-    def precise(self, *embeddings: np.ndarray) -> Precisions | None:
-        """Average precisions where there are labels, for embeddings of the base images and the distractors."""
+    def precisions(self, *embeddings: np.ndarray) -> Precisions | None:
+        """Average precisions for embeddings of the base images and the distractors; None without labels."""
         if not any(self.gallery.labels):
             return None
-        return category.precisions(embeddings[0], *self.asked, self.gallery.labels, **self.among(embeddings))
+        return category.precisions(embeddings[0], *self.captions, self.gallery.labels, **self.ranking_options(embeddings))
 
     def rank(self, *embeddings: np.ndarray) -> Draw:
-        return ranks(embeddings[0], *self.asked, **self.among(embeddings)), self.precise(*embeddings)
+        return ranks(embeddings[0], *self.captions, **self.ranking_options(embeddings)), self.precisions(*embeddings)
 
     def compare(self) -> dict[str, Any]:
-        """Intervals and retention into the records; returns the comparisons."""
+        """Adds intervals and retention to the records and returns the comparisons between runs."""
         n = self.config.eval.bootstrap
         compared = comparison.intervals(self._per_image, n=n)
         for name, record in self.records.items():
@@ -183,7 +187,7 @@ class EvaluationRuns:
         return sum(part * self.flops[int(exit)] for exit, part in share.items()) + (self.costs.router if router else 0.0)
 
 
-def measure(
+def evaluate_runs(
     config: ExperimentConfig,
     model: Model,
     source: Source,
@@ -193,15 +197,17 @@ def measure(
     settings: Mapping[str, Sequence[float]] | None = None,
     calibration: ScoreCalibration | None = None,
 ) -> tuple[dict[str, Any], Evidence]:
-    """The metrics of `table`, and what the report shows besides.
+    """Evaluates all runs: returns the metrics documented in `table`, and the evidence that the report shows.
 
-    settings: further thresholds to route with, name of the run -> thresholds. calibration: of the scores of the routed gallery,
-    which is then ranked by them too, as the run 'routed_affine'.
+    settings: additional routed runs, name -> thresholds. calibration: adds the run 'routed_affine', which ranks the routed
+    gallery with these calibrated scores.
     """
     texts = [caption for group in gallery.captions for caption in group]
     n = len(gallery.sample.clip)
-    where = timing.split(model, gallery.sample, source, texts, gallery.exits[:n] if gallery.exits is not None else None)
-    speed = timing.measure(
+    where = timing.time_breakdown(
+        model, gallery.sample, source, texts, gallery.exits[:n] if gallery.exits is not None else None
+    )
+    speed = timing.throughput(
         model, gallery.sample, gallery.exits[:n] if gallery.exits is not None else None, settings,
         (static.model, static.gallery.sample) if static is not None else None,
     )  # fmt: skip
@@ -219,12 +225,12 @@ def measure(
             runs.add_exits(name, [assign(g.scores, model.exits, limits) for g in runs.galleries], router=True)
         if calibration is not None:
             runs.add_calibrated(AFFINE, taken, calibration)
-            speed[AFFINE] = speed["routed"]  # the same images at the same exits
+            speed[AFFINE] = speed["routed"]  # same images at the same exits
         runs.add_random(taken)
     if len(model.exits) > 1:
         runs.add_oracles(taken)
     if static is not None:
-        runs.add_static(static)
+        runs.add_shallower_baseline(static)
     for name, value in speed.items():
         runs.records[name]["images_per_s"] = value
     comparisons = runs.compare()
@@ -241,20 +247,20 @@ def measure(
     }
     if taken is not None:
         if calibration is not None:
-            biases = score_calibration.bias(gallery.by_exit, *runs.asked)
+            biases = score_calibration.bias(gallery.by_exit, *runs.captions)
             metrics["score_calibration"] = {**calibration.as_dict(), "bias": {str(e): found for e, found in biases.items()}}
         metrics["routing"] = {**model.description["routing"], "router_flops": runs.costs.router}
         for name, limits in (settings or {}).items():
             runs.records[name]["thresholds"] = list(limits)
         measured = timing.measured_costs(model, gallery.sample)
-        if where["router_ms"] is None:  # a head on the tower's blocks is timed with the blocks it shares
+        if where["router_ms"] is None:  # a router head that shares the tower's blocks has no separate timing
             where["router_ms"] = 1e3 * measured.router
         metrics["frontier"] = _frontier(runs, measured)
     return metrics, runs.evidence
 
 
 def _flops(model: Model, runs: EvaluationRuns) -> dict[str, Any]:
-    """Counted FLOPs of each exit beside the compiler's, and those of a caption and of a score."""
+    """FLOPs per image at each exit (counted and from XLA's cost analysis), per complexity score and per caption."""
     return {
         "exits": {str(e): {"counted": runs.flops[e], "compiler": timing.compiler_flops(model, e)} for e in model.exits},
         "router": runs.costs.router if runs.costs else None,
@@ -263,11 +269,11 @@ def _flops(model: Model, runs: EvaluationRuns) -> dict[str, Any]:
 
 
 def _frontier(runs: EvaluationRuns, measured: Costs) -> list[dict[str, Any]]:
-    """What other thresholds would do on the evaluated images: a sweep, from which nothing is chosen."""
+    """Sweeps thresholds on the evaluated images, for the report only; no threshold is chosen from it."""
     gallery, far = runs.gallery, runs.far
     bench = Bench(
-        gallery.by_exit, *runs.asked, gallery.scores, {"counted": runs.costs, "measured": measured},
-        far_scores=far.scores if far is not None else None, **runs.mixed(),
+        gallery.by_exit, *runs.captions, gallery.scores, {"counted": runs.costs, "measured": measured},
+        far_scores=far.scores if far is not None else None, **runs.mixed_options(),
     )  # fmt: skip
     full = runs.records["full"]
     whole = (full["text_to_image"]["r5"] + full["image_to_text"]["r5"]) / 2

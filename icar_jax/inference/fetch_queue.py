@@ -1,4 +1,4 @@
-"""Batches under way on the device: a thread waits for each in turn and copies its rows back, so the host never has to."""
+"""Device-to-host fetch queue: a thread waits for each batch on the device and copies its rows back to the host."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from icar_jax.inference.forward import Pending
+from icar_jax.inference.forward import PendingBatch
 
-MAX_IN_FLIGHT = 4  # tower batches handed to the device before the host waits for the oldest
+MAX_IN_FLIGHT = 4  # tower batches dispatched to the device before the host waits for the oldest
 
 
 @dataclass
-class Stats:
-    """What a routed run did.
+class RoutingStats:
+    """Row counts and timings of a routed run; times in seconds.
 
     Attributes:
-        rows: executed blocks -> images.
-        padding: executed blocks -> rows that were computed and thrown away; `score_padding` likewise of the complexity model.
+        rows: executed blocks -> number of images.
+        padding: executed blocks -> padding rows computed and discarded; `score_padding` counts those of the complexity model.
         total_s: wall time of the run.
-        input_s: of it, waiting for prepared images: where it is large, decoding is what limits.
-        wait_s: of it, waiting for the device.
-        tower_s, score_s: time in which the device finished tower batches and scores; what both leave of the wall time it stood
-            idle, or moved data.
-        compilations: programs that XLA compiled meanwhile; 0 after `warm_up`.
+        input_s: part of total_s spent waiting for preprocessed images; large if decoding is the bottleneck.
+        wait_s: part of total_s spent waiting for the device.
+        tower_s, score_s: device time of tower batches and of scores; for the rest of total_s the device was idle or moved data.
+        compilations: programs compiled by XLA during the run; 0 after `warm_up`.
     """
 
     rows: dict[int, int] = field(default_factory=dict)
@@ -40,8 +39,8 @@ class Stats:
     score_s: float = 0.0
     compilations: int = 0
 
-    def add(self, other: Stats) -> None:
-        """Sums in another run."""
+    def add(self, other: RoutingStats) -> None:
+        """Adds the counts and times of another run in place."""
         for name, value in other.__dict__.items():
             mine = getattr(self, name)
             if isinstance(value, dict):
@@ -50,7 +49,7 @@ class Stats:
                 setattr(self, name, mine + value)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """The fields as a JSON-serialisable dict; exits become string keys."""
         return {**self.__dict__, "rows": _keyed(self.rows), "padding": _keyed(self.padding)}
 
 
@@ -59,15 +58,15 @@ def _keyed(values: dict[int, int]) -> dict[str, int]:
 
 
 class FetchQueue:
-    """The device's results, fetched by a thread of its own in the order of `add`.
+    """Fetches results from the device on its own thread, in the order of `add`.
 
-    As a context manager: leaving it waits for what is under way, and ends the thread.
+    Leaving it as a context manager waits for pending batches and ends the thread.
     """
 
     def __init__(self):
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="landing")
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
         self._room = Semaphore(MAX_IN_FLIGHT)
-        self._landed = 0.0
+        self._finished = 0.0
 
     def __enter__(self) -> FetchQueue:
         return self
@@ -76,21 +75,22 @@ class FetchQueue:
         self._pool.shutdown(wait=True, cancel_futures=kind is not None)
 
     def wait_for_room(self) -> None:
-        """Waits until fewer than MAX_IN_FLIGHT tower batches are under way; each call is followed by an `add(bounded=True)`."""
+        """Blocks until fewer than MAX_IN_FLIGHT tower batches are in flight; follow each call with `add(bounded=True)`."""
         self._room.acquire()
 
-    def add(self, pending: Pending, bounded: bool = False) -> Future:
-        """A Future of (rows float32 [n, ...], seconds); seconds pass from the end of the batch before, or from now, to its end.
+    def add(self, pending: PendingBatch, bounded: bool = False) -> Future:
+        """A Future of (rows float32 [n, ...], seconds of device time for this batch).
 
-        The device works in order, so these are the times in which it was busy with this batch.
+        Seconds count from the end of the previous batch, or from this call if later. The device runs batches in order, so
+        this is the time it spent on the batch. `bounded` counts the batch towards MAX_IN_FLIGHT.
         """
         return self._pool.submit(self._fetch, pending, time.perf_counter(), bounded)
 
-    def _fetch(self, pending: Pending, submitted: float, bounded: bool) -> tuple[np.ndarray, float]:
+    def _fetch(self, pending: PendingBatch, submitted: float, bounded: bool) -> tuple[np.ndarray, float]:
         try:
             rows = pending.result()
         finally:
             if bounded:
                 self._room.release()
-        begun, self._landed = max(submitted, self._landed), time.perf_counter()
-        return rows, self._landed - begun
+        begun, self._finished = max(submitted, self._finished), time.perf_counter()
+        return rows, self._finished - begun

@@ -1,4 +1,4 @@
-"""Jitted forwards on a few static batch shapes, so that ragged inputs never compile anew."""
+"""Jitted forward passes at a few static batch shapes, so that a ragged last batch does not recompile."""
 
 from __future__ import annotations
 
@@ -19,47 +19,47 @@ COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 def bucket_sizes(batch_size: int, shards: int = 1) -> tuple[int, ...]:
-    """Batch shapes that are compiled: 1, an eighth of a full batch, and a full batch; all are multiples of `shards`.
+    """Batch sizes to compile: 1, an eighth of a full batch, and a full batch, all rounded to multiples of `shards`.
 
-    Raises ConfigError for a batch size that is none.
+    Raises ConfigError if `batch_size` is not a multiple of `shards`.
     """
     if batch_size % shards:
-        raise ConfigError(f"batch_size={batch_size} must be a multiple of the {shards} parts that the mesh cuts a batch into")
+        raise ConfigError(f"batch_size={batch_size} must be a multiple of the mesh's {shards} batch shards")
     return tuple(sorted({shards, max(1, batch_size // shards // 8) * shards, batch_size}))
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where arrays lie: on the default device, or on a mesh, parameters whole everywhere and batches cut over its batch axes.
+    """Array placement: the default device, or a mesh with parameters replicated and batches sharded over its batch axes.
 
-    All devices of the mesh belong to this process.
+    All devices of the mesh must belong to this process.
     """
 
     mesh: Mesh | None = None
 
     @property
     def shards(self) -> int:
-        """Parts that a batch is cut into."""
+        """Number of shards of a batch."""
         return 1 if self.mesh is None else batch_shards(self.mesh)
 
     def params(self, tree: Any) -> Any:
-        """Parameters, whole on every device."""
+        """The parameters, replicated on every device."""
         return jax.device_put(tree) if self.mesh is None else jax.device_put(tree, replicated(self.mesh))
 
     @property
     def rows(self) -> NamedSharding | None:
-        """Sharding of a batch; None on the default device."""
+        """Sharding of a batch along its first axis; None on the default device."""
         return None if self.mesh is None else batch_sharding(self.mesh)
 
     def batch(self, rows: Any) -> Any:
-        """A batch [n, ...], n a multiple of `shards`. Without a mesh the array itself: a jitted call takes it over faster."""
+        """The batch [n, ...] sharded over the mesh, n a multiple of `shards`; without a mesh the input, which jit transfers."""
         return rows if self.mesh is None else jax.device_put(rows, self.rows)
 
 
-def cut(n: int, buckets: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """n rows as (start, rows, bucket): full batches first, then what is left in the fewest rows of padding.
+def split_batch(n: int, buckets: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """Splits n rows into (start, rows, bucket) pieces: full batches first, then the rest with little padding.
 
-    A rest is padded up to the next bucket where that wastes less than half of it; else it is cut again.
+    The rest is padded up to the next bucket if at most half of that bucket is padding; otherwise it is split again.
     """
     pieces, start = [], 0
     while start < n:
@@ -74,26 +74,26 @@ def cut(n: int, buckets: tuple[int, ...]) -> list[tuple[int, int, int]]:
 
 
 def padded_rows(n: int, buckets: tuple[int, ...]) -> int:
-    """Rows of padding that n rows are computed with."""
-    return sum(bucket - rows for _, rows, bucket in cut(n, buckets))
+    """Number of padding rows when n rows are split by `split_batch`."""
+    return sum(bucket - rows for _, rows, bucket in split_batch(n, buckets))
 
 
 @dataclass
-class Pending:
-    """Work handed to the device; `result` waits for it."""
+class PendingBatch:
+    """A batch dispatched to the device as (array, number of valid rows) parts."""
 
     parts: list[tuple[jax.Array, int]]
 
     def result(self) -> np.ndarray:
-        """float32 [n, ...], rows in the order they were submitted."""
+        """Waits and returns float32 [n, ...], rows in the order they were submitted."""
         return np.concatenate([np.asarray(jax.device_get(part), np.float32)[:rows] for part, rows in self.parts])
 
 
 @dataclass
 class Forward:
-    """`fn(params, rows)` jitted for each bucket size; rows is an array [n, ...] of any length n >= 1.
+    """`fn(params, rows)` jitted at each bucket size, for rows [n, ...] of any n >= 1.
 
-    `params` lie where `placement.params` puts them.
+    `params` must already be placed by `placement.params`.
     """
 
     fn: Callable[[Any, jax.Array], jax.Array]
@@ -105,31 +105,31 @@ class Forward:
     def __post_init__(self):
         self._jitted = jit_for_host(self.fn)
 
-    def submit(self, rows: np.ndarray) -> Pending:
-        """Starts the computation and returns at once."""
+    def submit(self, rows: np.ndarray) -> PendingBatch:
+        """Dispatches the computation and returns without waiting for it."""
         parts = []
-        for start, n, bucket in cut(len(rows), self.buckets):
+        for start, n, bucket in split_batch(len(rows), self.buckets):
             piece = rows[start : start + n]
             if n < bucket:
                 piece = np.concatenate([piece, np.zeros((bucket - n, *piece.shape[1:]), piece.dtype)])
             parts.append((self._run(piece), n))
-        return Pending(parts)
+        return PendingBatch(parts)
 
     def _run(self, piece: np.ndarray) -> jax.Array:
-        with jax.transfer_guard("allow"):  # of the batch, which is meant to go to the device
+        with jax.transfer_guard("allow"):  # the transfer of the batch is intended
             return self._jitted(self.params, self.placement.batch(piece))
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         return self.submit(rows).result()
 
     def warm_up(self, shape: tuple[int, ...], dtype: Any) -> None:
-        """Compiles every bucket for rows of `shape`."""
+        """Compiles every bucket for rows of one `shape` (without the batch axis) and dtype."""
         for bucket in self.buckets:
             jax.block_until_ready(self._run(np.zeros((bucket, *shape), dtype)))
 
 
 class _CompileCount:
-    """Counts finished backend compilations from jax.monitoring; one listener serves the whole program."""
+    """Counts backend compilations through one jax.monitoring listener per process."""
 
     def __init__(self):
         self.total = 0
@@ -149,7 +149,7 @@ _COUNT = _CompileCount()
 
 @contextmanager
 def count_compilations() -> Iterator[Callable[[], int]]:
-    """Yields a function that tells how many programs XLA has compiled since the block was entered."""
+    """Yields a function that returns the number of programs XLA has compiled since the block was entered."""
     _COUNT.listen()
     before = _COUNT.total
     yield lambda: _COUNT.total - before

@@ -1,4 +1,4 @@
-"""Opening a model: a bundle, a checkpoint, a workdir, or weights of another library."""
+"""Loads a model from a bundle, a checkpoint, a workdir, or weights of another library."""
 
 from __future__ import annotations
 
@@ -19,27 +19,31 @@ from icar_jax.parallel.mesh import batch_shards, make_mesh
 
 
 def local_mesh(batch_size: int) -> Mesh:
-    """All devices of this process along the data axis, for `load`. Raises ConfigError where they do not divide a batch."""
+    """A mesh of this process's devices along the data axis, for `load`. Raises ConfigError if they do not divide a batch."""
     mesh = make_mesh(MeshConfig(), jax.local_devices())
     if batch_size % batch_shards(mesh):
-        raise ConfigError(f"a batch of {batch_size} images cannot be cut over {batch_shards(mesh)} devices; choose a multiple")
+        raise ConfigError(f"a batch of {batch_size} images cannot be sharded over {batch_shards(mesh)} devices; use a multiple")
     return mesh
 
 
 def load(
     path: str | os.PathLike, *, batch_size: int = 64, dtype: str = "float32", mesh: Mesh | None = None, **options: Any
 ) -> Model:
-    """Opens a bundle, a CLIP or complexity checkpoint, or a workdir of train.py; or weights of another library.
+    """Loads a model from a bundle, a CLIP or complexity checkpoint, a workdir of train.py, or weights of another library.
 
-    A folder or file of Hugging Face, OpenCLIP, OpenAI or ICAR is converted in memory; `options` say what it leaves open, as the
-    flags of `icar convert` do: activation, exits, heads, image_size, pool, preprocess, tokenizer.
-    `batch_size` is the largest static batch, `dtype` that of activations ('float32' or 'bfloat16'). With a `mesh` of this
-    process's devices (`icar_jax.parallel.mesh.make_mesh(MeshConfig(data=-1))`) each batch is cut over its data axes, which must
-    divide it; parameters lie whole on every device.
-    Raises CheckpointError or ConvertError saying what was expected at `path` and what was found.
+    Args:
+        path: weights of Hugging Face, OpenCLIP, OpenAI or ICAR (a folder or file) are converted in memory.
+        batch_size: the largest static batch.
+        dtype: of activations, 'float32' or 'bfloat16'.
+        mesh: devices of this process (`icar_jax.parallel.mesh.make_mesh(MeshConfig(data=-1))`): batches are sharded over the
+            data axes, which must divide them, and parameters are replicated.
+        options: what other libraries' weights do not specify, as the flags of `icar convert`: activation, exits, heads,
+            image_size, pool, preprocess, tokenizer.
+
+    Raises CheckpointError or ConvertError, which name what was expected at `path` and what was found.
     """
     if options or (Path(path).exists() and not checkpoint.is_own(path)):
-        loaded = pretrained.read(path, ("clip", "complexity"), **options)
+        loaded = pretrained.read_pretrained(path, ("clip", "complexity"), **options)
         clip, complexity = (loaded, None) if loaded.kind == "clip" else (None, loaded)
         return Model(clip, complexity, loaded.description, batch_size, dtype, mesh)
     folder = checkpoint.find(path)
@@ -48,7 +52,7 @@ def load(
         clip, complexity = checkpoint.read(folder / "clip", "clip"), checkpoint.read(folder / "complexity", "complexity")
     elif description["kind"] == "convnext":
         raise CheckpointError(
-            f"{folder} holds a ConvNeXt backbone, which neither embeds nor scores images; load a CLIP or a complexity model"
+            f"{folder} is a ConvNeXt backbone, which can neither embed nor score images; load a CLIP or a complexity model"
         )
     else:
         loaded = checkpoint.read(folder, description["kind"])
@@ -57,9 +61,9 @@ def load(
 
 
 def load_parts(clip: str | os.PathLike, complexity: str | os.PathLike, *, batch_size: int, dtype: str) -> tuple[Model, Model]:
-    """The CLIP and the complexity checkpoint of a bundle to be.
+    """Loads the CLIP and the complexity checkpoint from which a bundle is made, as two Models.
 
-    Raises CheckpointError where one is of the wrong kind, or the complexity model is a head on another CLIP.
+    Raises CheckpointError if one is of the wrong kind or the complexity model is a head on a different CLIP.
     """
     parts = checkpoint.find(clip, ("clip",)), checkpoint.find(complexity, ("complexity",))
     first, second = checkpoint.read(parts[0], "clip"), checkpoint.read(parts[1], "complexity")

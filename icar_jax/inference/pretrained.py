@@ -1,4 +1,4 @@
-"""The CLIP that `icar_jax` exports: the module, read from any checkpoint and written as one of ours."""
+"""The public `icar_jax.Clip` module: reads checkpoints of several libraries and writes icar_jax checkpoints."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ class Clip(clip_module.Clip):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, *, dtype: Any = "float32", **options: Any) -> Self:
-        """The CLIP at `path`: a checkpoint, bundle or workdir of ours, or a folder or file of Hugging Face, OpenCLIP or OpenAI.
+        """Loads a CLIP from an icar_jax checkpoint, bundle or workdir, or from Hugging Face, OpenCLIP or OpenAI weights.
 
-        What is not ours is converted in memory; nothing is written. `dtype` is that of activations. `options` say what such a
-        source leaves open, as the flags of `icar convert` do: activation, exits, heads, image_size, pool, preprocess.
-        `icar_jax.load(path)` gives the preprocessing and the tokenizer as well.
+        Weights of other libraries are converted in memory; nothing is written. `dtype` is the dtype of activations. `options`
+        give what such weights do not specify, as the flags of `icar convert`: activation, exits, heads, image_size, pool,
+        preprocess. `icar_jax.load(path)` also loads the preprocessing and the tokenizer.
 
-        Raises CheckpointError or ConvertError saying what was expected at `path` and what was found.
+        Raises CheckpointError or ConvertError, which name what was expected at `path` and what was found.
         """
-        loaded = read(path, ("clip",), **options)
+        loaded = read_pretrained(path, ("clip",), **options)
         return clip_graph(loaded, dtype, cls).merge(jax.device_put(loaded.params))
 
     def save(
         self, path: str | os.PathLike, *, preprocess: Preprocess, tokenizer: Tokenizer | None = None, **description: Any
     ) -> Path:
-        """Writes a checkpoint that `load`, `from_pretrained`, `icar bundle` and `icar export` read; returns its folder.
+        """Writes a checkpoint for `load`, `from_pretrained`, `icar bundle` and `icar export`; returns its folder.
 
-        `preprocess` is how the images were prepared that this model learnt from. `description` adds JSON entries to icar.json.
-        Raises ValueError for parameters that are not those of `arch`, such as LoRA's, which have to be merged first;
-        CheckpointError for a structure that a checkpoint cannot describe, such as another activation in one block, for images
-        of another size, and for a folder that holds something else; NotFinite for NaN and infinity.
+        `preprocess` is the preprocessing of the training images. `description` adds JSON entries to icar.json.
+        Raises ValueError for parameters that `arch` does not have, such as unmerged LoRA weights; CheckpointError for a
+        structure that a checkpoint cannot describe (a different activation in one block), for another image size, and for a
+        folder that contains something else; NotFinite for NaN and infinity.
         """
         graph, params = self.split()
         params = pytree.map_with_path(lambda _, leaf: np.asarray(leaf, np.float32), params)
@@ -53,31 +53,31 @@ class Clip(clip_module.Clip):
         types = {"dtype": vision.dtype, "param_dtype": vision.patch.param_dtype, "execution": vision.execution}
         if graph != type(self).graph(self.arch, **types):
             raise CheckpointError(
-                "this module computes otherwise than its `arch` says (another activation, attention, block or dtype), "
-                "and a checkpoint describes the `arch` alone; pickle the module instead, or save its parameters"
+                "this module differs from its `arch` (another activation, attention, block or dtype), and a checkpoint "
+                "describes only the `arch`; pickle the module instead, or save its parameters"
             )
         if preprocess.image_size != self.arch.vision.image_size:
             raise CheckpointError(
-                f"preprocess makes images of {preprocess.image_size} pixels, and this tower takes {self.arch.vision.image_size}"
+                f"preprocess makes images of {preprocess.image_size} pixels, but this tower takes {self.arch.vision.image_size}"
             )
         about = {**description, "arch": dataclasses.asdict(self.arch), "preprocess": preprocess.to_dict()}
         return checkpoint.write(path, "clip", about, params, tokenizer.to_json() if tokenizer is not None else None)
 
 
-def read(path: str | os.PathLike, kinds: tuple[str, ...], **options: Any) -> Checkpoint:
-    """The checkpoint of one of `kinds` at `path`, whose CLIP is meant where it is a bundle; others' are converted in memory.
+def read_pretrained(path: str | os.PathLike, kinds: tuple[str, ...], **options: Any) -> Checkpoint:
+    """Reads a checkpoint of one of `kinds`; a bundle gives its part of kinds[0], other libraries' weights are converted.
 
-    Raises CheckpointError, and ConvertError for what is not ours.
+    Raises CheckpointError, and ConvertError for weights of other libraries.
     """
     if Path(path).exists() and not checkpoint.is_own(path):
         from icar_jax.convert import convert
 
         loaded = convert.in_memory(path, _options(options))
         if loaded.kind not in kinds:
-            raise CheckpointError(f"{path} holds a {loaded.kind} model, expected {' or '.join(kinds)}")
+            raise CheckpointError(f"{path} is a {loaded.kind} model, expected {' or '.join(kinds)}")
         return loaded
     if options:
-        raise CheckpointError(f"{path} is icar_jax's own and says everything itself; leave out {', '.join(options)}")
+        raise CheckpointError(f"{path} is an icar_jax checkpoint and needs no options; leave out {', '.join(options)}")
     folder = checkpoint.find(path, (*kinds, "bundle"))
     kind = checkpoint.describe(folder)["kind"]
     return checkpoint.read(folder / kinds[0], kinds[0]) if kind == "bundle" else checkpoint.read(folder, kind)
@@ -88,12 +88,12 @@ def _options(given: dict[str, Any]) -> Any:
 
     known = {field.name for field in dataclasses.fields(convert.Options)}
     if unknown := sorted(set(given) - known):
-        raise TypeError(f"unknown options {', '.join(unknown)}; a source takes {', '.join(sorted(known))}")
+        raise TypeError(f"unknown options {', '.join(unknown)}; expected {', '.join(sorted(known))}")
     return convert.Options(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
 
 
 def clip_graph(loaded: Checkpoint, dtype: Any, module: type[Clip] = Clip) -> Graph[Clip]:
-    """The structure that a checkpoint describes. Raises CheckpointError where its parameters are others."""
+    """The structure that a checkpoint describes. Raises CheckpointError if its parameters do not match."""
     graph = module.graph(from_dict(loaded.description["arch"], ClipArch, f"{loaded.path}: arch"), dtype=dtype)
     pytree.require_same(graph.shapes, loaded.params, str(loaded.path))
     return graph

@@ -1,4 +1,4 @@
-"""Files read on threads ahead of the model, in order and in bounded memory; those that cannot be used are named."""
+"""Reads files on threads ahead of the model, in order and in bounded memory, and reports unusable files."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Bad:
-    """A file that could not be used, and why; `unread` where not even its bytes were to be had."""
+class BadFile:
+    """A file that could not be used, and the reason; `unread` if not even its bytes could be read."""
 
     file: str
     reason: str
     unread: bool = False
 
 
-def in_order(function: Callable[[T], object], items: Iterable[T], *, ahead: int, threads: int = 0) -> Iterator:
-    """Yields function(item) in the order of the items, computed on threads; at most `ahead` results wait.
+def map_ordered(function: Callable[[T], object], items: Iterable[T], *, ahead: int, threads: int = 0) -> Iterator:
+    """Yields function(item) in the order of the items, computed on threads with at most `ahead` results pending.
 
-    `threads` 0 takes one a core, up to 8. An exception of the function is raised in its place.
+    `threads` 0 means one per core, up to 8. An exception of the function is raised when its result is due.
     """
     items = iter(items)
     pool = ThreadPoolExecutor(max_workers=threads or min(8, os.cpu_count() or 1), thread_name_prefix="decode")
-    flying: deque[Future] = deque()
+    in_flight: deque[Future] = deque()
     try:
         while True:
-            for item in islice(items, max(1, ahead) - len(flying)):
-                flying.append(pool.submit(function, item))
-            if not flying:
+            for item in islice(items, max(1, ahead) - len(in_flight)):
+                in_flight.append(pool.submit(function, item))
+            if not in_flight:
                 return
-            yield flying.popleft().result()
+            yield in_flight.popleft().result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # of a run that was stopped, too
+        pool.shutdown(wait=False, cancel_futures=True)  # also if the consumer stopped early
 
 
-def readable(path: str, read: Callable[[str], T]) -> T | Bad:
-    """read(path), or a Bad where the file or its name cannot be used."""
+def read_or_bad(path: str, read: Callable[[str], T]) -> T | BadFile:
+    """Returns read(path), or a BadFile if the file or its name cannot be used."""
     try:
         path.encode()
-    except UnicodeEncodeError:  # no table could hold it
-        return Bad(path.encode("utf-8", "backslashreplace").decode(), "the file's name is not valid UTF-8; rename it")
+    except UnicodeEncodeError:  # tables cannot store the name
+        return BadFile(path.encode("utf-8", "backslashreplace").decode(), "the file's name is not valid UTF-8; rename it")
     try:
         return read(path)
     except (OSError, ImageError) as error:
         if isinstance(error, OSError) and os.path.isdir(path) and (why := unlisted(path)) is not None:
-            return Bad(path, f"the folder cannot be read, nor what is below it: {why}", True)
-        return Bad(path, str(error).removeprefix(f"{path}: ") or type(error).__name__, isinstance(error, OSError))
+            return BadFile(path, f"the folder and its contents cannot be read: {why}", True)
+        return BadFile(path, str(error).removeprefix(f"{path}: ") or type(error).__name__, isinstance(error, OSError))
     except MemoryError:
-        return Bad(path, "not enough memory to decode it; shrink the picture")
+        return BadFile(path, "not enough memory to decode it; resize the image")

@@ -1,8 +1,8 @@
 """Complexity-aware routing: the score of an image selects how many blocks of the tower run.
 
-Images wait in one queue per exit and leave as full batches of static shape; what is left at the end is padded to a few sizes,
-and results return in the order the images came in. Scores are asked for some batches ahead of the towers, and a thread fetches
-what the device has done, so that the device always has work waiting.
+Images are queued per exit and run as full batches of static shape; the last ones are padded to a few sizes. Results are
+returned in input order. Scores are computed several batches ahead of the towers, and a thread fetches results from the
+device, so that the device always has queued work.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from typing import Any
 import numpy as np
 
 from icar_jax.errors import ModelError
-from icar_jax.inference.fetch_queue import FetchQueue, Stats
-from icar_jax.inference.forward import Forward, Pending, count_compilations, padded_rows
+from icar_jax.inference.fetch_queue import FetchQueue, RoutingStats
+from icar_jax.inference.forward import Forward, PendingBatch, count_compilations, padded_rows
 
-SCORES_AHEAD = 3  # batches whose scores are asked for before the oldest of them is routed
+SCORES_AHEAD = 3  # batches scored in advance before the oldest of them is routed
 
 
 def assign(scores: np.ndarray, exits: Sequence[int], thresholds: Sequence[float]) -> np.ndarray:
-    """scores [N] -> executed blocks int [N]: an image runs past exit i only where its score is above thresholds[i].
+    """Executed blocks int [N] of images with scores [N]: an image runs past exits[i] if its score exceeds thresholds[i].
 
-    `exits` ascend and end with full depth; there is one threshold, ascending, for each exit but the last.
-    Raises ModelError where they do not fit or a score is not finite.
+    `exits` ascend and end with full depth; `thresholds` ascend, one for every exit except the last.
+    Raises ModelError if they are invalid or a score is not finite.
     """
     check_thresholds(exits, thresholds)
     scores = np.asarray(scores, np.float32)
     if not np.isfinite(scores).all():
         raise ModelError(f"{(~np.isfinite(scores)).sum()} of {len(scores)} complexity scores are not finite")
-    limits = np.asarray(thresholds, np.float32)  # float32 as the scores: a score equal to its limit stays early
+    limits = np.asarray(thresholds, np.float32)  # float32 like the scores: a score equal to its threshold exits early
     return np.asarray(exits)[np.searchsorted(limits, scores, side="left")]
 
 
 def check_thresholds(exits: Sequence[int], thresholds: Sequence[float]) -> None:
-    """Raises ModelError unless there is one finite, ascending threshold for each exit but the last."""
+    """Raises ModelError unless exits ascend and every exit except the last has one finite, ascending threshold."""
     if list(exits) != sorted(set(exits)):
         raise ModelError(f"exits {tuple(exits)} must ascend")
     if len(thresholds) != len(exits) - 1:
@@ -50,21 +50,21 @@ def check_thresholds(exits: Sequence[int], thresholds: Sequence[float]) -> None:
 
 @dataclass(frozen=True)
 class RoutingResult:
-    """What routing gives for N images, in the order they came in.
+    """Embeddings, scores and exits of N images, in input order.
 
     Attributes:
         embeddings: float32 [N, D], unit norm.
-        scores: complexity float32 [N]; nan where nothing was scored.
-        exits: int [N], the executed blocks of each image.
-        seconds: float64 [N], each image's share of the time in which the device was busy with its score and with its tower.
-        stats: of the whole run.
+        scores: complexity float32 [N]; nan if not scored.
+        exits: int [N], executed blocks.
+        seconds: float64 [N], each image's equal share of the device time of its scoring batch and its tower batch.
+        stats: counts and timings of the whole run.
     """
 
     embeddings: np.ndarray
     scores: np.ndarray
     exits: np.ndarray
     seconds: np.ndarray
-    stats: Stats
+    stats: RoutingStats
 
     def share(self, exits: Sequence[int]) -> dict[str, float]:
         """{executed blocks: fraction of the images}."""
@@ -72,11 +72,11 @@ class RoutingResult:
 
 
 class RoutingRun:
-    """One run of a router: what was scored and sent, and what has come back. Used as a context manager."""
+    """State of one routing run: scores, dispatched tower batches and statistics. Use it as a context manager."""
 
     def __init__(self):
-        self.stats = Stats()
-        self._landing = FetchQueue()
+        self.stats = RoutingStats()
+        self._fetches = FetchQueue()
         self._towers: list[tuple[int, list[int], Future]] = []
         self._scored: list[tuple[np.ndarray, float]] = []
 
@@ -87,11 +87,11 @@ class RoutingRun:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._landing.__exit__(*error)
+        self._fetches.__exit__(*error)
         self._counter.__exit__(*error)
 
     def inputs(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The same batches; what waiting for them takes is noted."""
+        """Yields the batches and records the time spent waiting for them."""
         iterator = iter(batches)
         while True:
             with self._timed("input_s"):
@@ -100,35 +100,37 @@ class RoutingRun:
                 return
             yield batch
 
-    def score(self, pending: Pending, buckets: tuple[int, ...]) -> Future:
-        """Notes scores that the device is at work on; `scores` waits for them."""
+    def add_scores(self, pending: PendingBatch, buckets: tuple[int, ...]) -> Future:
+        """Queues scores that the device is computing; returns a Future for `wait_scores`."""
         rows = sum(n for _, n in pending.parts)
         self.stats.score_padding += padded_rows(rows, buckets)
-        return self._landing.add(pending)
+        return self._fetches.add(pending)
 
-    def scores(self, future: Future) -> np.ndarray:
-        """float32 [n] of a Future that `score` gave; called once for each, in their order."""
+    def wait_scores(self, future: Future) -> np.ndarray:
+        """Scores float32 [n] of a Future from `add_scores`; call it once per Future, in order."""
         with self._timed("wait_s"):
             scores, seconds = future.result()
-        self.scored(scores, seconds)
+        self.record_scores(scores, seconds)
         return scores
 
-    def scored(self, scores: np.ndarray, seconds: float) -> None:
-        """Notes scores that took so many seconds."""
+    def record_scores(self, scores: np.ndarray, seconds: float) -> None:
+        """Records scores float32 [n] that took `seconds` to compute."""
         self._scored.append((scores, seconds))
         self.stats.score_s += seconds
 
-    def send(self, exit: int, positions: list[int], start: Callable[[], Pending], buckets: tuple[int, ...]) -> None:
-        """Starts a tower batch once there is room for one more; its rows are the images at `positions`."""
+    def submit_tower(
+        self, exit: int, positions: list[int], start: Callable[[], PendingBatch], buckets: tuple[int, ...]
+    ) -> None:
+        """Calls `start` to dispatch a tower batch once fewer than MAX_IN_FLIGHT are running; `positions` are its images."""
         with self._timed("wait_s"):
-            self._landing.wait_for_room()
+            self._fetches.wait_for_room()
         pending, stats = start(), self.stats
         stats.rows[exit] = stats.rows.get(exit, 0) + len(positions)
         stats.padding[exit] = stats.padding.get(exit, 0) + padded_rows(len(positions), buckets)
-        self._towers.append((exit, positions, self._landing.add(pending, bounded=True)))
+        self._towers.append((exit, positions, self._fetches.add(pending, bounded=True)))
 
     def finish(self, embed_dim: int) -> RoutingResult:
-        """Waits for everything and puts it into order."""
+        """Waits for all batches and returns the results in input order."""
         scores = np.concatenate([s for s, _ in self._scored]) if self._scored else np.zeros(0, np.float32)
         seconds = np.concatenate([np.full(len(s), t / max(1, len(s))) for s, t in self._scored] or [np.zeros(0)])
         embeddings, exits = np.zeros((len(scores), embed_dim), np.float32), np.zeros(len(scores), int)
@@ -151,18 +153,18 @@ class RoutingRun:
 
 @dataclass
 class _Queue:
-    """The images that wait for one exit: their pixels, one after the other, and which images they are."""
+    """Images waiting for one exit: their pixels and their positions in the input."""
 
     pixels: np.ndarray
     positions: list[int] = field(default_factory=list)
 
 
 class Router:
-    """Routes batches of prepared images through `scorer` and then through one of `towers`.
+    """Routes batches of preprocessed images through `scorer` and then through one of `towers`.
 
     Args:
         towers: executed blocks -> Forward of that depth; the deepest is full depth.
-        scorer: Forward that gives a complexity in [0, 1] for each image, or any function that does.
+        scorer: Forward or plain function from images to complexity float32 [n] in [0, 1].
         thresholds: as for `assign`.
         batch_size: images in a full batch of a queue.
     """
@@ -175,16 +177,16 @@ class Router:
         self._batch_size = batch_size
 
     def at(self, thresholds: Sequence[float]) -> Router:
-        """The same with other thresholds; it shares everything that was compiled."""
+        """The same router with other thresholds; shares all compiled programs."""
         return Router(self._towers, self._scorer, thresholds, self._batch_size)
 
     def warm_up(self) -> None:
-        """Nothing to compile: the towers and the scorer are compiled on their own."""
+        """Does nothing: the towers and the scorer are compiled separately."""
 
-    def embed(self, batches: Iterable[tuple[np.ndarray, np.ndarray]], embed_dim: int) -> RoutingResult:
-        """batches of (tower pixels [n, S, S, 3], scorer pixels [n, T, T, 3]), uint8 -> Routed over all of them.
+    def embed_batches(self, batches: Iterable[tuple[np.ndarray, np.ndarray]], embed_dim: int) -> RoutingResult:
+        """RoutingResult of uint8 batches (tower pixels [n, S, S, 3], scorer pixels [n, T, T, 3]).
 
-        Scores are computed SCORES_AHEAD batches before the towers need them, and the towers work meanwhile.
+        Scores are computed SCORES_AHEAD batches before they are needed, while the towers run.
         """
         with RoutingRun() as run:
             queues: dict[int, _Queue] = {}
@@ -204,23 +206,23 @@ class Router:
 
     def _submit(self, run: RoutingRun, pixels: np.ndarray) -> Any:
         if isinstance(self._scorer, Forward):
-            return run.score(self._scorer.submit(pixels), self._scorer.buckets)
+            return run.add_scores(self._scorer.submit(pixels), self._scorer.buckets)
         start = time.perf_counter()
         return np.asarray(self._scorer(pixels), np.float32), time.perf_counter() - start
 
     def _enqueue(self, run: RoutingRun, queues: dict[int, _Queue], pixels: np.ndarray, submitted: Any, first: int) -> int:
-        """Puts a batch whose first image is the `first` of the run into the queues; full ones leave. Returns its images."""
+        """Queues a batch whose first image has position `first` and dispatches full queues; returns its number of images."""
         if isinstance(submitted, Future):
-            scores = run.scores(submitted)
+            scores = run.wait_scores(submitted)
         else:
             scores, seconds = submitted
-            run.scored(scores, seconds)
+            run.record_scores(scores, seconds)
         exits = assign(scores, self.exits, self.thresholds)
         for exit in np.unique(exits).tolist():
             rows = np.flatnonzero(exits == exit)
             while len(rows):
                 if exit not in queues:
-                    # Never a buffer that was sent: the device may still read it.
+                    # A new buffer: the device may still be reading the previous one.
                     queues[exit] = _Queue(np.empty((self._batch_size, *pixels.shape[1:]), pixels.dtype))
                 queue = queues[exit]
                 start = len(queue.positions)
@@ -233,26 +235,26 @@ class Router:
 
     def _send(self, run: RoutingRun, exit: int, queue: _Queue) -> None:
         tower, n = self._towers[exit], len(queue.positions)
-        run.send(exit, queue.positions, lambda: tower.submit(queue.pixels[:n]), tower.buckets)
+        run.submit_tower(exit, queue.positions, lambda: tower.submit(queue.pixels[:n]), tower.buckets)
 
 
 class OneExit:
-    """As `Router`, but every image runs to the same exit and none is scored."""
+    """A router that runs every image to one exit without scoring."""
 
     def __init__(self, exit: int, tower: Forward):
         self.exits, self.thresholds = (exit,), ()
         self._tower = tower
 
-    def embed(self, batches: Iterable[tuple[np.ndarray, Any]], embed_dim: int) -> RoutingResult:
-        """batches of (tower pixels uint8 [n, S, S, 3], ignored) -> Routed over all of them; its scores are nan."""
+    def embed_batches(self, batches: Iterable[tuple[np.ndarray, Any]], embed_dim: int) -> RoutingResult:
+        """RoutingResult of batches (tower pixels uint8 [n, S, S, 3], ignored); scores are nan."""
         (exit,), tower = self.exits, self._tower
         with RoutingRun() as run:
             seen = 0
             for pixels, _ in run.inputs(batches):
                 if not len(pixels):
                     continue
-                run.scored(np.full(len(pixels), np.nan, np.float32), 0.0)
+                run.record_scores(np.full(len(pixels), np.nan, np.float32), 0.0)
                 positions = list(range(seen, seen + len(pixels)))
-                run.send(exit, positions, lambda: tower.submit(pixels), tower.buckets)
+                run.submit_tower(exit, positions, lambda: tower.submit(pixels), tower.buckets)
                 seen += len(pixels)
             return run.finish(embed_dim)

@@ -1,4 +1,4 @@
-"""The complexity model of a loaded checkpoint, jitted on static shapes."""
+"""The complexity model of a loaded checkpoint, jitted at static batch shapes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from icar_jax.models.token_router import BlocksArch, ScorerArch, scorer_arch, sc
 class Scorer:
     """A complexity model with its preprocessing.
 
-    `clip_params`, of the CLIP it is a head on, replace the equal ones of `loaded`, so that they lie in memory once.
+    For a head on a CLIP, `clip_params` replace the identical parameters of `loaded`, so that they are in memory only once.
     """
 
     def __init__(
@@ -40,24 +40,25 @@ class Scorer:
             params = pytree.map_with_path(lambda path, leaf: ours[shared[path]] if path in shared else leaf, params)
         self.preprocess = Preprocess.from_dict(loaded.description["preprocess"])
         self._buckets, self._placement = bucket_sizes(batch_size, placement.shards), placement
-        self.adopt(self.complexity, placement.params(params))
+        self.set_weights(self.complexity, placement.params(params))
 
-    def adopt(self, graph: Graph, params: Any) -> None:
-        """Computes with another structure and parameters from here on."""
+    def set_weights(self, graph: Graph, params: Any) -> None:
+        """Replaces the structure and the parameters."""
         p, self.complexity = self.preprocess, graph
         self.forward = Forward(
             lambda params, images: graph.score(params, normalise(images, p.mean, p.std)), params, self._buckets, self._placement
         )
 
     def warm_up(self) -> None:
-        """Compiles every batch shape."""
+        """Compiles the forward pass at every batch shape."""
         self.forward.warm_up((self.preprocess.image_size, self.preprocess.image_size, 3), np.uint8)
 
 
 def require_fits(clip: Checkpoint, clip_arch: ClipArch, scorer: Checkpoint, arch: ScorerArch) -> None:
-    """Raises CheckpointError unless this complexity model can route this CLIP; one that is no head on blocks always can.
+    """Raises CheckpointError unless this complexity model can route this CLIP; a separate backbone always can.
 
-    A head on the tower's blocks needs the very tower it learnt on, values and preprocessing alike, and no exit before it.
+    A head on the blocks of a vision tower needs the tower it was trained on, with equal weights and preprocessing, and no
+    exit before the block it reads.
     """
     if not isinstance(arch, BlocksArch):
         return
@@ -70,7 +71,7 @@ def require_fits(clip: Checkpoint, clip_arch: ClipArch, scorer: Checkpoint, arch
     first = clip_arch.vision.all_exits[0]
     if first < arch.blocks:
         raise CheckpointError(
-            f"{where}, but {clip.path} has an exit after block {first}, which would leave before it is scored; "
+            f"{where}, but {clip.path} has an exit after block {first}, where images would leave before they are scored; "
             f"train the complexity model with --config.complexity.blocks={first} or less, or the CLIP with later exits"
         )
     names = ("image_size", "patch_size", "heads", "activation", "norm_eps", "pre_norm")
@@ -78,7 +79,7 @@ def require_fits(clip: Checkpoint, clip_arch: ClipArch, scorer: Checkpoint, arch
         {name: getattr(v, name) for name in names} | {"merge": v.merge_before(arch.blocks)}
         for v in (arch.vision, clip_arch.vision)
     )
-    apart = [f"{name} {theirs[name]!r} against {value!r}" for name, value in ours.items() if value != theirs[name]]
+    apart = [f"{name} {theirs[name]!r} instead of {value!r}" for name, value in ours.items() if value != theirs[name]]
     if Preprocess.from_dict(clip.description["preprocess"]) != Preprocess.from_dict(scorer.description["preprocess"]):
         apart.append("the preprocessing")
     have, want = pytree.flatten(scorer.params), pytree.flatten(clip.params)
@@ -87,4 +88,4 @@ def require_fits(clip: Checkpoint, clip_arch: ClipArch, scorer: Checkpoint, arch
             apart.append(source)
     if apart:
         more = f" and {len(apart) - 3} more" if len(apart) > 3 else ""
-        raise CheckpointError(f"{where}, and {clip.path} has another tower ({', '.join(apart[:3])}{more}); {fix}")
+        raise CheckpointError(f"{where}, but {clip.path} has a different tower ({', '.join(apart[:3])}{more}); {fix}")

@@ -1,7 +1,7 @@
-"""Routing on the tower's own tokens: the first blocks run once for every image, are scored, and the tower goes on from them.
+"""Routing with shared blocks: the first blocks of the tower run once per image, and both the scorer and the tower use them.
 
-Tokens stay on the device. Each exit has a buffer of one full batch there; the tokens of a batch are written into the buffers
-row by row, and a full buffer goes through the rest of the tower.
+Tokens stay on the device. Each exit has a device buffer of one full batch. The tokens of a batch are copied into the buffers
+row by row, and a full buffer runs through the rest of the tower.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from icar_jax.data.images import Preprocess
-from icar_jax.inference.forward import Pending, Placement, cut
+from icar_jax.inference.forward import PendingBatch, Placement, split_batch
 from icar_jax.inference.router import SCORES_AHEAD, RoutingResult, RoutingRun, assign, check_thresholds
 from icar_jax.models.clip import Clip
 from icar_jax.models.functional import Graph
@@ -29,9 +29,9 @@ from icar_jax.models.xla_options import jit_for_host
 
 @dataclass
 class SharedTower:
-    """The jitted parts: `begin` pixels -> (tokens, scores), `rest` tokens -> embeddings, and the moves between buffers.
+    """The jitted parts: `begin` maps pixels to (tokens, scores), `rest` maps tokens to embeddings; `put` fills buffers.
 
-    Batches have the shapes `buckets`; the last of them is a full batch.
+    Batches have the sizes `buckets`; the last one is a full batch.
     """
 
     clip: Graph[Clip]
@@ -40,7 +40,7 @@ class SharedTower:
     scorer_params: Any
     preprocess: Preprocess
     buckets: tuple[int, ...]
-    dtype: Any  # of activations, which both compute in
+    dtype: Any  # of activations of both models
     placement: Placement = Placement()
     _begin: Any = field(init=False, repr=False)
     _rest: dict[int, Any] = field(init=False, repr=False)
@@ -63,9 +63,9 @@ class SharedTower:
         self._take = jax.jit(_take, static_argnums=2, out_shardings=self.placement.rows)
 
     def begin(self, pixels: np.ndarray) -> list[tuple[Tokens, jax.Array, int]]:
-        """uint8 [n, S, S, 3] -> (tokens, scores, rows that count) for each piece of a static shape."""
+        """(tokens, scores, valid rows) of pixels uint8 [n, S, S, 3], for each piece of a static shape."""
         pieces = []
-        for start, rows, bucket in cut(len(pixels), self.buckets):
+        for start, rows, bucket in split_batch(len(pixels), self.buckets):
             piece = pixels[start : start + rows]
             if rows < bucket:
                 piece = np.concatenate([piece, np.zeros((bucket - rows, *piece.shape[1:]), piece.dtype)])
@@ -73,26 +73,26 @@ class SharedTower:
         return pieces
 
     def buffer(self) -> Tokens:
-        """Room for one full batch of tokens."""
+        """An empty buffer for one full batch of tokens."""
         rows, place = self.buckets[-1], self.placement.rows
         values = jnp.zeros((rows, *self.shape), self.dtype, device=place)
         return Tokens(values, jnp.ones((rows, self.shape[0]), jnp.float32, device=place))
 
     def put(self, buffer: Tokens, tokens: Tokens, rows: Sequence[int], places: Sequence[int]) -> Tokens:
-        """`buffer` with tokens[rows] at `places`; the old buffer's memory is reused."""
+        """`buffer` with tokens[rows] written at `places`; the input buffer is donated."""
         source = np.full(self.buckets[-1], -1, np.int32)
         source[list(places)] = rows
         return self._put(buffer, tokens, source)
 
-    def rest(self, exit: int, buffer: Tokens, rows: int) -> Pending:
-        """Starts the rest of the tower on the first `rows` rows of a buffer."""
+    def rest(self, exit: int, buffer: Tokens, rows: int) -> PendingBatch:
+        """Dispatches the rest of the tower, up to `exit`, on the first `rows` rows of a buffer."""
         parts = []
-        for start, n, bucket in cut(rows, self.buckets):
+        for start, n, bucket in split_batch(rows, self.buckets):
             parts.append((self._rest[exit](self.clip_params, self._piece(buffer, start, bucket)), n))
-        return Pending(parts)
+        return PendingBatch(parts)
 
     def warm_up(self) -> None:
-        """Compiles every part for every batch shape."""
+        """Compiles every part at every batch shape."""
         side = self.preprocess.image_size
         for bucket in self.buckets:
             pixels = self.placement.batch(np.zeros((bucket, side, side, 3), np.uint8))
@@ -106,7 +106,7 @@ class SharedTower:
 
 
 def _put(buffer: Tokens, tokens: Tokens, source: jax.Array) -> Tokens:
-    # A gather and a choice: XLA scatters three times slower on a CPU.
+    # Gather and select: an XLA scatter is three times slower on a CPU.
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         chosen = (source >= 0).reshape(-1, *[1] * (old.ndim - 1))
         return jnp.where(chosen, jnp.take(new, source, axis=0, mode="clip"), old)
@@ -115,20 +115,20 @@ def _put(buffer: Tokens, tokens: Tokens, source: jax.Array) -> Tokens:
 
 
 def _take(buffer: Tokens, start: jax.Array, size: int) -> Tokens:
-    # Rows past the end repeat the last one: they are padding.
+    # Rows past the end repeat the last one as padding.
     return jax.tree.map(lambda rows: jnp.take(rows, start + jnp.arange(size), axis=0, mode="clip"), buffer)
 
 
 @dataclass
 class _Queue:
-    """The images that wait for one exit: their tokens on the device, and which images they are."""
+    """Images waiting for one exit: their tokens on the device and their positions in the input."""
 
     buffer: Tokens
     positions: list[int] = field(default_factory=list)
 
 
 class SharedRouter:
-    """As `Router`, for a complexity model that is a head on the tower's first blocks.
+    """Router for a complexity model that is a head on the tower's first blocks; the interface is that of `Router`.
 
     Args:
         tower: the jitted parts.
@@ -142,27 +142,27 @@ class SharedRouter:
         self.thresholds = tuple(float(t) for t in thresholds)
 
     def at(self, thresholds: Sequence[float]) -> SharedRouter:
-        """The same with other thresholds; it shares everything that was compiled."""
+        """The same router with other thresholds; shares all compiled programs."""
         return SharedRouter(self._tower, thresholds)
 
     def warm_up(self) -> None:
         """Compiles everything that routing runs."""
         self._tower.warm_up()
 
-    def embed(self, batches: Iterable[tuple[np.ndarray, Any]], embed_dim: int) -> RoutingResult:
-        """batches of (tower pixels uint8 [n, S, S, 3], ignored) -> Routed over all of them, in the order they came in."""
+    def embed_batches(self, batches: Iterable[tuple[np.ndarray, Any]], embed_dim: int) -> RoutingResult:
+        """RoutingResult of batches (tower pixels uint8 [n, S, S, 3], ignored), in input order."""
         tower, full = self._tower, self._tower.buckets[-1]
         queues: dict[int, _Queue] = {}
         seen = 0
 
         def send(exit: int) -> None:
             queue = queues[exit]
-            run.send(exit, queue.positions, lambda: tower.rest(exit, queue.buffer, len(queue.positions)), tower.buckets)
+            run.submit_tower(exit, queue.positions, lambda: tower.rest(exit, queue.buffer, len(queue.positions)), tower.buckets)
             queue.positions = []
 
         def enqueue(tokens: Tokens, submitted: Future) -> None:
             nonlocal seen
-            exits = assign(run.scores(submitted), self.exits, self.thresholds)
+            exits = assign(run.wait_scores(submitted), self.exits, self.thresholds)
             for exit in np.unique(exits).tolist():
                 rows = np.flatnonzero(exits == exit).tolist()
                 queue = queues.setdefault(exit, _Queue(tower.buffer()))
@@ -179,7 +179,7 @@ class SharedRouter:
             ahead: deque[tuple[Tokens, Future]] = deque()
             for pixels, _ in run.inputs(batches):
                 for tokens, raw, rows in tower.begin(pixels) if len(pixels) else ():
-                    ahead.append((tokens, run.score(Pending([(raw, rows)]), (len(raw),))))
+                    ahead.append((tokens, run.add_scores(PendingBatch([(raw, rows)]), (len(raw),))))
                     if len(ahead) > SCORES_AHEAD:
                         enqueue(*ahead.popleft())
             while ahead:

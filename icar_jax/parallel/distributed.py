@@ -1,7 +1,7 @@
-"""Several processes: how they start, agree, and end together.
+"""Multi-process runs: start-up, agreement between processes, and shutdown.
 
-Every process runs the same program on its own devices. A collective that one of them does not reach keeps the others waiting,
-so what can fail in one process alone (reading, writing) goes inside `together`, which tells all of them.
+Every process runs the same program on its own devices. If one process does not reach a collective, the others wait for it
+forever. Code that can fail in one process alone (reading, writing) therefore runs inside `together`, which tells all of them.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ _MPI_SIZE, _MPI_RANK, _MPI_ADDRESS = "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RA
 
 
 class StartError(IcarError, RuntimeError):
-    """The processes of a run did not find each other."""
+    """The processes of a run could not connect to each other."""
 
 
 class PeerError(IcarError, RuntimeError):
-    """Another process of the run failed, was lost, or was started differently; the reason is in its own output."""
+    """Another process of the run failed, disappeared, or was started differently; its own output has the reason."""
 
 
 def start(coordinator: str = "", processes: int = 0, process: int = -1, *, timeout_s: int = 300) -> None:
-    """Joins the processes of a run; call it before anything touches a device.
+    """Joins the processes of a run (jax.distributed.initialize); call it before anything touches a device.
 
-    With all three arguments: process `process` of `processes`, which meet at `coordinator` (host:port of process 0).
-    With none: a TPU pod, `srun` and Open MPI's `mpirun` are found by themselves; anywhere else this is a run of one process.
-    Where the launcher numbers the processes but tells no address, `coordinator` alone is enough.
+    With all three arguments, this is process `process` of `processes`, which connect to `coordinator` (host:port of process 0).
+    With none, a TPU pod, `srun` and Open MPI's `mpirun` are detected automatically; otherwise the run has one process.
+    If the launcher numbers the processes but gives no address, `coordinator` alone is enough.
 
-    Raises ConfigError for flags that are incomplete or contradict each other, StartError where the processes cannot be
-    joined. A peer that does not come within `timeout_s` ends the program with a message.
+    Raises ConfigError for incomplete or contradictory flags, and StartError if the processes cannot be joined. The program
+    exits with a message if a peer does not connect within `timeout_s` seconds.
     """
     found = cluster(os.environ)
     given = {"--coordinator": coordinator != "", "--processes": processes != 0, "--process": process != -1}
@@ -58,8 +58,8 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1, *, timeo
             return
         if found == "Open MPI" and _MPI_ADDRESS not in os.environ:
             raise ConfigError(
-                f"started by Open MPI as process {os.environ[_MPI_RANK]} of {os.environ[_MPI_SIZE]}, but this version of it "
-                "announces no address; pass --coordinator=HOST:PORT of the first process"
+                f"Open MPI started this as process {os.environ[_MPI_RANK]} of {os.environ[_MPI_SIZE]}, but this version "
+                "provides no coordinator address; pass --coordinator=HOST:PORT of the first process"
             )
         return _join({}, f"the processes of {found}", timeout_s)
     if coordinator and not (given["--processes"] or given["--process"]) and found in ("Slurm", "Open MPI"):
@@ -67,14 +67,14 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1, *, timeo
         processes, process = int(os.environ[size]), int(os.environ[rank])
     elif not all(given.values()):
         missing = ", ".join(name for name, there in given.items() if not there)
-        raise ConfigError(f"{missing} missing: a run of several processes takes {FLAGS}; a run of one takes none of them")
+        raise ConfigError(f"{missing} missing: a multi-process run needs {FLAGS}; a single-process run takes none of them")
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(f"--coordinator={coordinator} must be host:port of process 0, for example node0:8476")
     if processes < 1:
-        raise ConfigError(f"--processes={processes} must be the number of processes, from 1")
+        raise ConfigError(f"--processes={processes} must be at least 1")
     if not 0 <= process < processes:
-        raise ConfigError(f"--process={process} must lie in 0 to {processes - 1}, for --processes={processes}")
+        raise ConfigError(f"--process={process} must be between 0 and {processes - 1} for --processes={processes}")
     if processes == 1:
         return
     arguments = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
@@ -82,9 +82,10 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1, *, timeo
 
 
 def cluster(environ: Mapping[str, str]) -> str | None:
-    """The launcher that started several processes: 'Slurm', 'Open MPI' or 'TPU'; None for a plain start.
+    """The launcher that started several processes: 'Slurm', 'Open MPI' or 'TPU'; None for a single process.
 
-    An allocation of Slurm without `srun` is a plain start. A TPU machine counts even if it is alone: only its metadata says.
+    A Slurm allocation without `srun` is a single process. Every TPU machine returns 'TPU', since only its metadata tells
+    whether it belongs to a pod.
     """
     if all(name in environ for name in _SLURM) and int(environ["SLURM_NTASKS"]) > 1:
         return "Slurm"
@@ -102,7 +103,7 @@ def cluster(environ: Mapping[str, str]) -> str | None:
 
 
 def require_single(program: str) -> None:
-    """Raises ConfigError where a launcher started several processes of a program that is made for one."""
+    """Raises ConfigError if a launcher started several processes of a single-process program."""
     found = cluster(os.environ)
     if found in ("Slurm", "Open MPI"):
         raise ConfigError(f"{program} runs in one process, but {found} started several; start it once, without the launcher")
@@ -114,12 +115,12 @@ def _join(arguments: dict[str, Any], who: str, timeout_s: int) -> None:
 
     def give_up() -> None:
         _write_error(
-            f"error: after {timeout_s} s not all of {who} were there; start every one of them (--process=0 to N-1), "
-            "and see that the address of process 0 can be reached from each"
+            f"error: not all of {who} connected within {timeout_s} s; start every one of them (--process=0 to N-1) "
+            "and check that each can reach the address of process 0"
         )
         os._exit(2)
 
-    # The runtime's own timeout ends in abort() with a stack trace of C++, so ours comes first.
+    # The runtime's own timeout calls abort() with a C++ stack trace, so ours fires first.
     timer = threading.Timer(timeout_s, give_up)
     timer.daemon = True
     timer.start()
@@ -130,34 +131,34 @@ def _join(arguments: dict[str, Any], who: str, timeout_s: int) -> None:
     finally:
         timer.cancel()
     avoid_cached_collectives()
-    # CPUs connect at the first collective and wait 30 s for that, but for ever in later ones: here all come at the same time,
-    # while later one of them may open data or train a tokenizer for long.
+    # CPU processes connect at the first collective, with a timeout of 30 s. All processes are in step here; later, one may
+    # spend longer than that on opening data or training a tokenizer.
     multihost_utils.process_allgather(np.int32(0))
 
 
 def avoid_cached_collectives() -> None:
-    """Switches the compilation cache off where collectives run on CPUs; call it before the first program is compiled.
+    """Disables the compilation cache if collectives run on CPUs; call it before the first program is compiled.
 
-    A program of the CPU that was read from the cache has lost the order of its collectives (jaxlib 0.10.2): devices wait for
-    each other for ever, or processes abort with a collective mismatch.
+    CPU programs read from the cache lose the order of their collectives (jaxlib 0.10.2): devices deadlock, or processes
+    abort with a collective mismatch.
     """
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         jax.config.update("jax_enable_compilation_cache", False)
 
 
 def is_main() -> bool:
-    """Whether this process writes: configuration, metrics, progress, models. One process of a run does."""
+    """Whether this is process 0, the only one that writes configuration, metrics, progress and models."""
     return jax.process_index() == 0
 
 
-# How the processes agree. Every function below is a collective: all processes call it, in the same order.
+# Every function below is a collective: all processes must call it, in the same order.
 
 _ending_together = False
 
 
 @contextlib.contextmanager
 def together(what: str) -> Iterator[None]:
-    """A part of the run that fails everywhere if it fails in one process: the others raise PeerError."""
+    """Context in which an exception in one process fails all of them: the other processes raise PeerError."""
     if jax.process_count() == 1:
         yield
         return
@@ -172,11 +173,11 @@ def together(what: str) -> Iterator[None]:
     if failure is not None:
         raise failure
     if len(failed):
-        raise PeerError(f"process {failed[0]} of {jax.process_count()} failed while {what}; the reason is in its output")
+        raise PeerError(f"process {failed[0]} of {jax.process_count()} failed while {what}; see its output for the reason")
 
 
 def main_first(what: str, make: Callable[[], _T]) -> _T:
-    """`make()` in process 0 and then in the others, which find what it left on disk; fails everywhere if it fails in one."""
+    """Runs `make()` in process 0, then in the others, which can read the files it wrote; an error in one fails all."""
     made = []
     for turn in (True, False):
         with together(what):
@@ -186,25 +187,25 @@ def main_first(what: str, make: Callable[[], _T]) -> _T:
 
 
 def end_together() -> None:
-    """Notes that every process is about to fail at this same point, so that none has to be cut off (see `cut_off`)."""
+    """Records that all processes are about to fail at the same point, so `exit_on_error` need not kill any of them."""
     global _ending_together
     _ending_together = True
 
 
 def leave() -> None:
-    """Ends the group, all processes at once; what one of them goes on to do alone, however long, keeps no other waiting.
+    """Shuts the process group down in all processes, so that one can continue alone while the others exit.
 
-    There are no collectives afterwards. Without it the runtime waits at exit, and gives up after some minutes.
+    No collectives may follow. Without this call the runtime waits for peers at exit and times out after some minutes.
     """
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
 
 
 @contextlib.contextmanager
-def cut_off() -> Iterator[None]:
-    """Around a program: a process that fails alone ends at once.
+def exit_on_error() -> Iterator[None]:
+    """Context around a whole program: a process that fails alone exits immediately.
 
-    The runtime would otherwise wait at exit for peers, and they wait in a collective for this process.
+    Otherwise the runtime would wait for its peers at exit, while they wait for this process in a collective.
     """
     try:
         yield
@@ -220,7 +221,7 @@ def cut_off() -> Iterator[None]:
 
 
 def require_same(what: str, text: str) -> None:
-    """Raises PeerError, on every process, where `text` differs between processes."""
+    """Raises PeerError on every process if `text` differs between processes."""
     if jax.process_count() == 1:
         return
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)
@@ -228,22 +229,22 @@ def require_same(what: str, text: str) -> None:
     other = np.flatnonzero((everywhere != everywhere[0]).any(axis=1))
     if len(other):
         end_together()
-        raise PeerError(f"process {other[0]} has another {what} than process 0; start all processes with the same")
+        raise PeerError(f"process {other[0]} has a different {what} than process 0; start all processes with the same one")
 
 
 def from_main(value: int) -> int:
-    """The value that process 0 gives, on every process; non-negative, below 2^31."""
+    """Broadcasts the value of process 0 to every process; it must be non-negative and below 2^31."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def greatest(values: np.ndarray) -> np.ndarray:
-    """Elementwise maximum over the processes of integers of any shape."""
+    """Elementwise maximum over the processes: int32, any shape."""
     values = np.asarray(values, np.int32)
     return values if jax.process_count() == 1 else multihost_utils.process_allgather(values).max(axis=0)
 
 
 def total(values: np.ndarray) -> np.ndarray:
-    """Elementwise sum over the processes of integers of any shape, each below 2^31."""
+    """Elementwise sum over the processes: integers of any shape, each below 2^31; int64 with several processes."""
     values = np.asarray(values, np.int32)
     return values if jax.process_count() == 1 else multihost_utils.process_allgather(values).sum(axis=0, dtype=np.int64)
 
@@ -257,9 +258,9 @@ def _flags() -> tuple[NamedSharding, Any]:
 
 
 def greatest_later(value: int, after: jax.Array) -> jax.Array:
-    """Maximum over the processes, int32 []; comes after what computes `after`, and is read when the devices have come to it."""
-    # CPUs run programs that do not depend on each other in any order, another one in each process, and their collectives then
-    # meet the wrong partner; accelerators keep the order of the program.
+    """Maximum over the processes as an int32 scalar on device; dispatched after the computation of `after`, not waited for."""
+    # CPUs may run independent programs in a different order in each process, which mismatches their collectives.
+    # Accelerators keep the program order.
     cpu = jax.default_backend() == "cpu"
     if cpu:
         jax.block_until_ready(after)
@@ -269,11 +270,11 @@ def greatest_later(value: int, after: jax.Array) -> jax.Array:
 
 
 def to_main(leaf: jax.Array) -> np.ndarray | None:
-    """The whole of a sharded array as numpy on process 0, None elsewhere."""
+    """Gathers a sharded array: the full numpy array on process 0, None on the others."""
     if leaf.is_fully_addressable or leaf.is_fully_replicated:
         return np.asarray(leaf) if is_main() else None
     whole = _gather(NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
-    jax.block_until_ready(whole)  # one leaf at a time: the next is not gathered before this one can be dropped
+    jax.block_until_ready(whole)  # one leaf at a time, so that this one can be freed before the next is gathered
     return np.asarray(whole.addressable_data(0)) if is_main() else None
 
 
@@ -283,10 +284,10 @@ def _gather(sharding: NamedSharding):
 
 
 def batch_part(sharding: Sharding, rows: int) -> tuple[int, int]:
-    """(index, count): of `count` equal parts of a batch of `rows` rows, sharded by `sharding`, this process reads `index`.
+    """(index, count): this process reads part `index` of `count` equal parts of a batch of `rows` rows under `sharding`.
 
-    Processes whose devices hold the same rows (a tensor axis across processes) read the same part. Raises ConfigError where
-    the mesh gives processes parts that overlap or differ in size.
+    Processes whose devices hold the same rows (a tensor axis across processes) read the same part. Raises ConfigError if the
+    mesh gives processes parts that partially overlap or differ in size.
     """
     parts: dict[int, set[tuple[int, int]]] = {}
     for device, (index, *_) in sharding.devices_indices_map((rows,)).items():
@@ -296,8 +297,8 @@ def batch_part(sharding: Sharding, rows: int) -> tuple[int, int]:
     sizes = {sum(stop - start for start, stop in part) for part in distinct}
     if len(sizes) > 1 or sizes.pop() * len(distinct) != rows:
         raise ConfigError(
-            "config.mesh cuts the batch so that processes share only some of their rows; choose data x fsdp as a multiple or "
-            f"a divisor of the {jax.process_count()} processes"
+            "config.mesh shards the batch so that the rows of two processes partially overlap; choose data x fsdp as a "
+            f"multiple or a divisor of the {jax.process_count()} processes"
         )
     return distinct.index(tuple(sorted(parts[jax.process_index()]))), len(distinct)
 

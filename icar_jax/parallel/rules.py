@@ -1,9 +1,9 @@
-"""Which axis of which parameter is cut over which mesh axis: an ordered table by path.
+"""Sharding rules: an ordered table from parameter paths to PartitionSpecs; the first matching pattern applies.
 
-The first pattern that matches a path decides. Megatron's pattern for the tensor axis: the first matrix of a pair is cut by its
-output, the second by its input, so that an all-reduce follows each pair (q, k and v share one matrix, so cutting it also
-moves its pieces between neighbours). An axis that does not divide stays whole, and a large
-leaf that no rule matched is cut over fsdp along its largest divisible axis.
+The tensor axis follows Megatron-LM (Shoeybi et al. 2019): the first matrix of a pair is sharded by its output, the second by
+its input, so one all-reduce follows each pair. q, k and v share one matrix, so sharding it also moves pieces between
+neighbours. An axis that the mesh does not divide is replicated. A large leaf that matches no rule is sharded over fsdp along
+its largest divisible axis.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FSDP_FALLBACK_SIZE = 1 << 16  # scalars; smaller unmatched leaves are replicated
 
 
 def spec_for(path: str, shape: tuple[int, ...], mesh_shape: dict[str, int]) -> PartitionSpec:
-    """The PartitionSpec of one leaf, reduced to axes that divide its shape."""
+    """The PartitionSpec of one leaf; axes that do not divide its shape are dropped."""
     for pattern, spec in RULES:
         if re.search(pattern, path) and len(spec) <= len(shape):
             return P(*(_fit(axis, n, mesh_shape) for axis, n in zip(spec, shape)))
@@ -52,6 +52,6 @@ def _fit(axis: str | None, n: int, mesh_shape: dict[str, int]) -> str | None:
 
 
 def shardings(tree: dict[str, Any], mesh: Mesh) -> pytree.Tree:
-    """A NamedSharding for each leaf of a parameter tree; leaves need a `shape` only."""
+    """A NamedSharding for each leaf of a parameter tree; leaves need only a `shape`."""
     shape = dict(mesh.shape)
     return pytree.map_with_path(lambda path, leaf: NamedSharding(mesh, spec_for(path, tuple(leaf.shape), shape)), tree)

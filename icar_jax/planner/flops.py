@@ -12,6 +12,7 @@ from icar_jax.models.token_router import ScorerArch
 from icar_jax.models.vision import VisionArch
 from icar_jax.training import init_weights
 from icar_jax.training.tasks import regret
+from icar_jax.training.tasks.kinds import kind_of
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ def step_flops(config: ExperimentConfig, arch: ClipArch | ScorerArch) -> StepFlo
     the logits where the loss goes in chunks.
     """
     batch, train = config.train.batch_size, config.train
-    if config.task == "complexity":
+    if not isinstance(arch, ClipArch):
         learns = flops.router_flops(arch)  # all of a ConvNeXt; of a head on a frozen tower the head alone
-        teacher = batch * teacher_flops(config) if regret.has_regret(config) else 0
+        teacher = batch * teacher_flops(config) if isinstance(kind_of(config), regret.RegretRun) else 0
         return StepFlops(batch * (flops.complexity_flops(arch) + 2.0 * learns) + teacher, 0.0)
     matrix = logit_flops(arch, batch) // len(arch.vision.all_exits)
     logits = logit_flops(arch, batch) + (matrix if config.loss.mixed else 0)
@@ -62,7 +63,7 @@ def teacher_flops(config: ExperimentConfig) -> int:
     shared = flops.trunk_flops(vision, config.complexity.blocks) if config.complexity.blocks else 0
     heads = sum(flops.head_flops(vision, blocks) for blocks in (teacher.exit, vision.depth))
     captions = flops.text_flops(teacher.clip.arch.text) if teacher.reads_captions else 0
-    compared = 6 * teacher.rivals * vision.embed_dim  # the image at both depths with their texts, the text with their images
+    compared = 6 * teacher.negatives * vision.embed_dim  # the image at both depths with their texts, the text with their images
     return flops.trunk_flops(vision, vision.depth) - shared + heads + captions + compared
 
 

@@ -27,8 +27,8 @@ from icar_jax.planner.flops import step_flops
 from icar_jax.training.optimizer import make_optimizer, require_matches
 from icar_jax.training.step import abstract_state, make_step
 from icar_jax.training.tasks import regret
-from icar_jax.training.tasks.frozen_trunk import frozen_groups
-from icar_jax.training.tasks.tasks import Task, make_task
+from icar_jax.training.tasks.base import Task
+from icar_jax.training.tasks.kinds import kind_of
 
 GIB = 2**30
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -140,14 +140,16 @@ def plan(config: ExperimentConfig, devices: list, chip: Chip, compiler: str = "T
     config = checked(config)
     mesh = make_mesh(config.mesh, devices)
     cfg.validate_batch(config.train.batch_size, batch_shards(mesh))
-    task = make_task(config, mesh=mesh)
+    kind = kind_of(config)
+    task = kind.task(mesh=mesh)
     require_matches(config.train.freeze, config.optim.rates, task.shapes)
-    optimizer = make_optimizer(config.optim, config.train.steps, frozen_groups(config))
+    optimizer = make_optimizer(config.optim, config.train.steps, kind.frozen_groups)
     state, batch = abstract_state(task, optimizer, mesh, config), abstract_batch(config, task, mesh)
+    frozen = abstract_frozen(task, mesh)
     work = step_flops(config, task.arch)
     memory = Memory(
         bytes_per_device(state["params"]), bytes_per_device(state["opt_state"]), bytes_per_device(state.get("ema", {})),
-        bytes_per_device(batch),
+        bytes_per_device(batch) + bytes_per_device(frozen),
     )  # fmt: skip
     made = Plan(
         chip, dict(mesh.shape), config.train.batch_size, config.train.remat, config.train.scan_blocks, compiler, 0.0, 0.0, 0.0,
@@ -155,12 +157,12 @@ def plan(config: ExperimentConfig, devices: list, chip: Chip, compiler: str = "T
     )  # fmt: skip
     if memory.state > chip.usable_bytes:
         return dataclasses.replace(made, error="parameters, optimizer state and batch alone exceed the chip's memory")
-    return _compile(made, make_step(task, optimizer, mesh, config), state, batch)
+    return _compile(made, make_step(task, optimizer, mesh, config), (state, batch, frozen))
 
 
-def _compile(made: Plan, step: Any, state: Any, batch: Any) -> Plan:
+def _compile(made: Plan, step: Any, arguments: tuple[Any, ...]) -> Plan:
     start = time.perf_counter()
-    lowered = step.lower(state, batch)
+    lowered = step.lower(*arguments)
     lower_s, start, start_cpu = time.perf_counter() - start, time.perf_counter(), time.process_time()
     compiled, error = None, ""
     try:
@@ -206,9 +208,13 @@ def abstract_batch(config: ExperimentConfig, task: Task, mesh: jax.sharding.Mesh
         **{name: ((n, p.image_size, p.image_size, 3), jnp.uint8) for name, p in task.others.items()},
     }
     sharding = batch_sharding(mesh)
-    batch = {name: jax.ShapeDtypeStruct(*entries[name], sharding=sharding) for name in task.fields}
+    return {name: jax.ShapeDtypeStruct(*entries[name], sharding=sharding) for name in task.fields}
+
+
+def abstract_frozen(task: Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """The arrays of `task.frozen` as shapes with shardings."""
     placed = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-    return batch | {name: jax.tree.map(placed, tree, shardings(tree, mesh)) for name, tree in task.given.items()}
+    return {name: jax.tree.map(placed, tree, shardings(tree, mesh)) for name, tree in task.frozen.items()}
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -9,7 +9,8 @@ from typing import TextIO
 from icar_jax.config import ConfigError, ExperimentConfig, MeshConfig
 from icar_jax.planner.chips import Chip, target
 from icar_jax.planner.plan import GIB, Plan, checked, plan
-from icar_jax.training.tasks.tasks import clip_arch
+from icar_jax.training.tasks.clip import ClipRun
+from icar_jax.training.tasks.kinds import kind_of
 
 TENSOR = (1, 2, 4)
 REMAT = ("none", "dots", "full")  # from the fastest to the smallest
@@ -49,8 +50,9 @@ def format_plan(made: Plan, config: ExperimentConfig, topology: str = "") -> str
 
 def _heading(made: Plan, config: ExperimentConfig, topology: str) -> list[str]:
     c, per_chip = config, made.batch_size / made.devices
-    if c.task == "clip":
-        arch = clip_arch(c, None)
+    kind = kind_of(c)
+    if isinstance(kind, ClipRun):
+        arch = kind.arch(None)
         exits = ", ".join(map(str, arch.vision.all_exits))
         what = f"{c.clip.variant}, exits after {exits} blocks, text vocabulary {arch.text.vocabulary}"
         loss = f"{c.loss.kind} loss {f'in chunks of {c.loss.chunk} texts' if c.loss.chunk else 'over all logits at once'}"
@@ -137,8 +139,8 @@ def sweep_plans(config: ExperimentConfig, devices: list, chip: Chip, compiler: s
     starts at what the mesh before needed and goes up until the step fits: temporaries hardly depend on how data and fsdp
     share the devices, so a level that was too large stays too large, and a stronger level than is needed is only slower.
     """
-    ways = [False] if config.task != "clip" else [True, False]  # the complexity model has no such options
-    levels = REMAT if config.task == "clip" else REMAT[:1]
+    has_options = kind_of(config).trains_clip  # the complexity model cannot be scanned or recomputed
+    ways, levels = ([True, False], REMAT) if has_options else ([False], REMAT[:1])
     tried = False
     for tensor in (t for t in TENSOR if len(devices) % t == 0):
         for scan in ways:

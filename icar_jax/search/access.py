@@ -36,7 +36,7 @@ def address(uri: str | os.PathLike) -> str:
     return os.path.abspath(os.path.expanduser(uri)) if is_local(uri) else uri
 
 
-def made(uri: str) -> tuple[int, int] | None:
+def creation_stamp(uri: str) -> tuple[int, int] | None:
     """What tells a local store from another one made at its address later; None for object stores and where there is none.
 
     It is the file of the lock, which is made with a store and never written to. A folder's number may be given out again.
@@ -56,7 +56,7 @@ def locked(uri: str) -> Iterator[None]:
     if not is_local(uri):
         yield
         return
-    with reported(uri, "locking it for writing"):
+    with store_errors(uri, "locking it for writing"):
         descriptor = os.open(Path(uri) / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # ends with the process, however it ends
@@ -66,7 +66,7 @@ def locked(uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def reported(uri: str, doing: str) -> Iterator[None]:
+def store_errors(uri: str, doing: str) -> Iterator[None]:
     """Turns what LanceDB raises into a StoreError that names the store."""
     try:
         yield

@@ -10,7 +10,7 @@ so the score is the model's probability that x goes with q rather than with one 
 image (or its exit) does to all texts cancels. The background is a sample of the store's own captions and a list of plain ones.
 A query's statistic is the best lift + t cos among its first hits: the lift alone tells other subjects best, the cosine alone
 details (docs/search.md measures both). Below a threshold nothing matches. The threshold comes from the store: where captions
-are known, all but MISSED of them find their match, their own image among the candidates; where none are, it is the median of
+are known, all but MISS_RATE of them find their match, their own image among the candidates; where none are, it is the median of
 the plain captions, of which most collections show few.
 """
 
@@ -25,19 +25,19 @@ from absl import logging
 from tqdm import tqdm
 
 from icar_jax.inference.model import Model
-from icar_jax.search.access import StoreError, reported
+from icar_jax.search.access import StoreError, store_errors
 from icar_jax.search.plain import PLAIN
 from icar_jax.search.store import KEEP_OF_MANY, KEEP_VERSIONS, Store
-from icar_jax.search.tables import needs_tidying, vector_column
+from icar_jax.search.tables import cleanup_age, vector_column
 
 TABLE = "background"
-OWN = 128  # captions of the store in the background
-FEW = 32  # with fewer captions than this the threshold is that of the plain ones
+OWN_CAPTIONS = 128  # captions of the store in the background
+MIN_OWN_CAPTIONS = 32  # with fewer captions than this the threshold is that of the plain ones
 REFERENCE = 256
 TOP = 10  # hits of which the best one decides
-MISSED = 0.05  # share of the store's own captions that the threshold may call absent
+MISS_RATE = 0.05  # share of the store's own captions that the threshold may call absent
 SEED = 0
-GROWN = 1.5  # a store this many times larger, or smaller, is sampled again
+RESAMPLE_RATIO = 1.5  # a store this many times larger, or smaller, is sampled again
 
 SCHEMA_TEXT = [("text", pa.string()), ("path", pa.string()), ("images", pa.int64()), ("model", pa.string())]
 Nearest = Callable[[np.ndarray], tuple[np.ndarray, Sequence[str]]]
@@ -85,7 +85,7 @@ class Background:
 
 def threshold_of(own: np.ndarray, plain: np.ndarray) -> float:
     """The least statistic of a query that is found, from those of captions known to be here and those of plain captions."""
-    return float(np.quantile(own, MISSED) if len(own) >= FEW else np.median(plain))
+    return float(np.quantile(own, MISS_RATE) if len(own) >= MIN_OWN_CAPTIONS else np.median(plain))
 
 
 def calibrate(background: Background, nearest: Nearest, progress: bool = True) -> Background:
@@ -107,7 +107,7 @@ def open_background(store: Store, model: Model, nearest: Nearest, progress: bool
     """The background of a store: as stored, or made and stored where there is none, or the store has grown or shrunk since."""
     images, identity = store.count(), model.identity["clip"]
     rows = _rows(store, identity)
-    if rows and images / GROWN <= rows[0]["images"] <= images * GROWN and _plain(rows) == PLAIN:
+    if rows and images / RESAMPLE_RATIO <= rows[0]["images"] <= images * RESAMPLE_RATIO and _plain(rows) == PLAIN:
         paths = np.array([row["path"] for row in rows], object)
         vectors = np.array([row["vector"] for row in rows], np.float32)
         return Background(vectors, paths, model.temperature, rows[0]["threshold"])
@@ -128,11 +128,11 @@ def open_background(store: Store, model: Model, nearest: Nearest, progress: bool
 
 
 def sample_captions(store: Store) -> tuple[list[str], list[str]]:
-    """Up to OWN different captions of the store at random, and the paths of their images."""
-    rows = store.sample(8 * OWN, SEED, ["path", "caption"]).to_pylist()
+    """Up to OWN_CAPTIONS different captions of the store at random, and the paths of their images."""
+    rows = store.sample(8 * OWN_CAPTIONS, SEED, ["path", "caption"]).to_pylist()
     # Of several captions, one a line, the first.
     rows = {row["caption"].strip().splitlines()[0]: row["path"] for row in rows if row["caption"] and row["caption"].strip()}
-    chosen = np.random.default_rng(SEED).permutation(sorted(rows))[:OWN]
+    chosen = np.random.default_rng(SEED).permutation(sorted(rows))[:OWN_CAPTIONS]
     return [str(text) for text in chosen], [rows[text] for text in chosen]
 
 
@@ -150,7 +150,7 @@ def _rows(store: Store, identity: str) -> list[dict]:
     try:
         if TABLE not in _tables(store):
             return []
-        with reported(store.uri, f"reading its table {TABLE}"):
+        with store_errors(store.uri, f"reading its table {TABLE}"):
             rows = store.database.open_table(TABLE).search().to_arrow().to_pylist()
             return rows if rows and rows[0]["model"] == identity else []
     except (StoreError, KeyError) as error:
@@ -161,7 +161,7 @@ def _rows(store: Store, identity: str) -> list[dict]:
 
 def _drop(store: Store) -> None:
     try:
-        with store.commit_lock(), reported(store.uri, f"removing its table {TABLE}"):
+        with store.commit_lock(), store_errors(store.uri, f"removing its table {TABLE}"):
             store.database.drop_table(TABLE, ignore_missing=True)
     except StoreError as error:  # of a store that may only be read: made anew at every start
         logging.warning("%s", error)
@@ -172,7 +172,7 @@ def _plain(rows: Sequence[dict]) -> tuple[str, ...]:
 
 
 def _tables(store: Store) -> list[str]:
-    with reported(store.uri, "listing its tables"):
+    with store_errors(store.uri, "listing its tables"):
         return store.database.list_tables().tables
 
 
@@ -184,8 +184,8 @@ def _write(store: Store, background: Background, texts: Sequence[str], images: i
     }  # fmt: skip
     width = background.vectors.shape[1]
     schema = pa.schema([*SCHEMA_TEXT, ("threshold", pa.float64()), ("vector", pa.list_(pa.float16(), width))])
-    with store.commit_lock(), reported(store.uri, f"writing its table {TABLE}"):
+    with store.commit_lock(), store_errors(store.uri, f"writing its table {TABLE}"):
         mode = "overwrite" if TABLE in _tables(store) else "create"
         table = store.database.create_table(TABLE, pa.table(columns, schema), mode=mode)
-        if (older := needs_tidying(table, KEEP_VERSIONS, KEEP_OF_MANY)) is not None:
+        if (older := cleanup_age(table, KEEP_VERSIONS, KEEP_OF_MANY)) is not None:
             table.optimize(cleanup_older_than=older)

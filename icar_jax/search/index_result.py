@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 
 from icar_jax.inference.files.stream import StreamResult
-from icar_jax.inference.reading import Bad
+from icar_jax.inference.reading import BadFile
 
 _KEEP_EXITS = (
     "  Unchanged images keep their exits: --budget, --exit and --pass cheap are for what is embedded now. --pass refine runs "
@@ -39,7 +39,7 @@ class IndexResult(StreamResult):
     bad: int = 0
     still_bad: int = 0
     total: int = 0
-    first_bad: list[Bad] = field(default_factory=list)
+    first_bad: list[BadFile] = field(default_factory=list)
     duplicates: int = 0
     empty: list[str] = field(default_factory=list)
 

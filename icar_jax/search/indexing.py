@@ -23,15 +23,15 @@ from icar_jax.data.sources.files import STDIN, ImagePaths, NoImages, vanished, w
 from icar_jax.errors import IcarError
 from icar_jax.inference.files.stream import StreamEncoder, embed_stream
 from icar_jax.inference.model import Model
-from icar_jax.inference.reading import in_order
+from icar_jax.inference.reading import map_ordered
 from icar_jax.parallel import distributed
 from icar_jax.search import opening
 from icar_jax.search.access import StoreExists, address
 from icar_jax.search.captions import Captions
 from icar_jax.search.index_result import SUMMED, IndexResult
-from icar_jax.search.scan import Scan, is_below, share
+from icar_jax.search.scan import Scan, is_below, process_share
 from icar_jax.search.store import Store
-from icar_jax.search.writing import Writer, read_found
+from icar_jax.search.writing import StoreWriter, read_found
 
 COMMIT_ROWS = 1000
 _BUNDLE_ROUTES = {"budget": None, "exit": None, "cheap": False}
@@ -80,9 +80,9 @@ def index_files(
         )
     if prune and not roots:
         raise IndexingError("--prune compares folders with the store; name the folders, not patterns or a list")
-    store, model = open_or_create(uri, checkpoint, load, _peek(paths, missing))
+    store, model = open_or_create(uri, checkpoint, load, _require_images(paths, missing))
     if prune and not prune_missing:
-        _refuse_empty(store, roots)
+        _require_no_emptied_folder(store, roots)
     new_captions = Captions(captions, [root for root in roots if os.path.isdir(root)]) if captions is not None else None
     done, start = IndexResult(), time.perf_counter()
     with distributed.together("indexing"):
@@ -90,9 +90,9 @@ def index_files(
             store.add_roots(root for root in roots if os.path.isdir(root) or os.path.islink(root))
         scan = Scan(
             store.state(), store.bad_rows(), rehash=rehash, retry_bad=retry_bad,
-            mine=share(jax.process_index(), jax.process_count()),
+            mine=process_share(jax.process_index(), jax.process_count()),
         )  # fmt: skip
-        writer = Writer(store, scan, new_captions, done, commit_rows, bad_shown)
+        writer = StoreWriter(store, scan, new_captions, done, commit_rows, bad_shown)
         encoding = None
         bar = tqdm(total=paths.count(), desc="index", unit=" images", disable=not distributed.is_main())
 
@@ -102,14 +102,14 @@ def index_files(
             bar.update()
 
         with bar:
-            found = scan.to_read(_without(paths, missing, may_be_empty or (prune and prune_missing), passed), passed)
+            found = scan.to_read(_existing_paths(paths, missing, may_be_empty or (prune and prune_missing), passed), passed)
             while True:
                 first = next(found, None)
                 if first is None:
                     break
                 encoding = encoding or StreamEncoder(model(), exit=exit, budget=budget, cheap=cheap)
-                _embed(encoding, itertools.chain([first], found), writer, bar, threads, commit_rows)
-                found = iter(writer.take_again())  # whose source was removed by another run before it was copied
+                _embed_files(encoding, itertools.chain([first], found), writer, bar, threads, commit_rows)
+                found = iter(writer.take_retries())  # whose source was removed by another run before it was copied
         if distributed.is_main():  # of patterns and lists
             store.add_roots(map(os.path.abspath, paths.folders))
         writer.recaption()
@@ -148,7 +148,7 @@ def open_or_create(
 
     Nothing but the checkpoint's description is read where the store exists. Raises StoreError for one of another model.
     """
-    known = opening.open_store(uri) if opening.exists(uri) else None
+    known = opening.open_store(uri) if opening.store_exists(uri) else None
     if checkpoint is None:
         if known is None:
             raise IndexingError(f"there is no store at {address(uri)} yet; pass --checkpoint to make one")
@@ -160,11 +160,11 @@ def open_or_create(
         raise IndexingError(f"{where} holds no CLIP model, and so cannot embed images; pass a bundle or a CLIP checkpoint")
 
     def make() -> Store:
-        if not opening.exists(uri):
+        if not opening.store_exists(uri):
             before_creating()
             made = model()
             try:
-                return opening.create(uri, made.identity, made.embed_dim, made.exits, str(Path(where).absolute()))
+                return opening.create_store(uri, made.identity, made.embed_dim, made.exits, str(Path(where).absolute()))
             except StoreExists:
                 pass  # another run was faster
         store = opening.open_store(uri)
@@ -189,17 +189,17 @@ def named_roots(named: Sequence[str]) -> tuple[list[str], list[str]]:
     return roots, [root for root in roots if vanished(root)]
 
 
-def _peek(paths: ImagePaths, missing: Sequence[str]) -> Callable[[], None]:
+def _require_images(paths: ImagePaths, missing: Sequence[str]) -> Callable[[], None]:
     """What raises NoImages before a store is made for nothing; a list is read once, and so cannot be looked at."""
     return lambda: None if STDIN in paths.named or missing else (next(iter(paths)), None)[1]
 
 
-def _refuse_empty(store: Store, roots: Sequence[str]) -> None:
+def _require_no_emptied_folder(store: Store, roots: Sequence[str]) -> None:
     """Raises IndexingError for a folder, at or below one of `roots`, that holds no image any more but has rows in the store.
 
     A disk that is not mounted leaves its folder behind, empty. A folder that is gone itself was removed by somebody.
     """
-    there = sorted({_remaining(folder, root) for root in roots for folder in store.folders_below(root)})
+    there = sorted({_nearest_existing(folder, root) for root in roots for folder in store.folders_below(root)})
     empty = [folder for folder in there if next(walk(folder), None) is None]
     empty = [folder for folder in empty if not any(is_below(folder, [other]) for other in empty if other != folder)]
     if empty:
@@ -215,14 +215,14 @@ def _refuse_empty(store: Store, roots: Sequence[str]) -> None:
         )
 
 
-def _remaining(folder: str, root: str) -> str:
+def _nearest_existing(folder: str, root: str) -> str:
     """The nearest folder at or above `folder` that exists, `root` at most."""
     while folder != root and not os.path.isdir(folder):
         folder = os.path.dirname(folder)
     return folder
 
 
-def _without(
+def _existing_paths(
     paths: ImagePaths, missing: Sequence[str], none_is_fine: bool, passed: Callable[[], None]
 ) -> Iterator[str]:  # fmt: skip
     """The paths, without names that do not exist; `passed()` is called for those, and for paths that were met before."""
@@ -238,8 +238,8 @@ def _without(
             raise
 
 
-def _embed(encoding: StreamEncoder, found, writer: Writer, bar: tqdm, threads: int, commit_rows: int) -> None:
-    read = in_order(
+def _embed_files(encoding: StreamEncoder, found, writer: StoreWriter, bar: tqdm, threads: int, commit_rows: int) -> None:
+    read = map_ordered(
         lambda each: read_found(each, encoding.preprocesses, writer.is_known),
         found,
         ahead=2 * encoding.model.batch_size,

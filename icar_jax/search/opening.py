@@ -12,14 +12,14 @@ from typing import Any
 import pyarrow as pa
 
 from icar_jax.search import extra
-from icar_jax.search.access import LOCK, StoreError, StoreExists, address, is_local, locked, reported
+from icar_jax.search.access import LOCK, StoreError, StoreExists, address, is_local, locked, store_errors
 from icar_jax.search.store import Store
 from icar_jax.search.tables import BAD, FORMAT, META, RETURNED, TABLES, image_schema, meta_table, now
 
 _ATTEMPTS, _PAUSE_S = 6, 0.05  # of making a store where writers meet without a lock
 
 
-def create(
+def create_store(
     uri: str | os.PathLike, model_identity: Mapping[str, str], embed_dim: int, exits: Sequence[int], checkpoint: str
 ) -> Store:
     """Makes an empty store; `model_identity` and `exits` as of Model, `checkpoint` where the model was loaded from.
@@ -37,9 +37,9 @@ def create(
     with locked(uri):
         for attempt in range(_ATTEMPTS):
             try:
-                with reported(uri, "creating it"):
+                with store_errors(uri, "creating it"):
                     database = lancedb.connect(uri)
-                    return Store(uri, database, meta, _created(database, uri, embed_dim, meta), open_store)
+                    return Store(uri, database, meta, _create_tables(database, uri, embed_dim, meta), open_store)
             except StoreError as error:
                 # Without a lock another writer may be at the same work: it, or the next attempt, completes the store.
                 met = "conflict" in str(error.__cause__ or error).lower()  # of the cause: the message names the address too
@@ -48,15 +48,15 @@ def create(
             time.sleep(_PAUSE_S * 2**attempt)
 
 
-def _created(database: Any, uri: str, embed_dim: int, meta: Mapping[str, Any]) -> dict[str, Any]:
+def _create_tables(database: Any, uri: str, embed_dim: int, meta: Mapping[str, Any]) -> dict[str, Any]:
     """The tables of a new store. Raises StoreExists where another writer was there first."""
     exists = StoreExists(f"{uri} is a store already; open it, or choose another address")
-    if _opened(database, "meta") is not None:
+    if _open_table(database, "meta") is not None:
         raise exists
     schemas = {"images": image_schema(embed_dim), "bad": BAD, "returned": RETURNED}
-    tables = {name: _table(database, uri, name, schema) for name, schema in schemas.items()}
+    tables = {name: _open_or_create_table(database, uri, name, schema) for name, schema in schemas.items()}
     # Its rows come with it in one commit: there is no store before that, and a whole one afterwards.
-    tables["meta"], was_first = _make(database, "meta", meta_table(meta), META)
+    tables["meta"], was_first = _create_table(database, "meta", meta_table(meta), META)
     if not was_first:
         raise exists
     return tables
@@ -69,9 +69,9 @@ def open_store(uri: str | os.PathLike) -> Store:
     missing = f"there is no store at {uri}; `icar index FOLDER --checkpoint C --store {uri}` makes one"
     if is_local(uri) and not Path(uri).is_dir():
         raise StoreError(missing)
-    with reported(uri, "opening it"):
+    with store_errors(uri, "opening it"):
         database = lancedb.connect(uri)
-        tables = {name: _opened(database, name) for name in TABLES}
+        tables = {name: _open_table(database, name) for name in TABLES}
         if tables["meta"] is None:
             raise StoreError(missing)
         if absent := sorted(name for name, table in tables.items() if table is None):
@@ -93,13 +93,13 @@ def open_store(uri: str | os.PathLike) -> Store:
     return store
 
 
-def exists(uri: str | os.PathLike) -> bool:
+def store_exists(uri: str | os.PathLike) -> bool:
     """Whether there is a store at an address, usable or not; one that is being made is none yet."""
     uri = address(uri)
     if is_local(uri) and not Path(uri, "meta.lance").is_dir():
         return False
-    with reported(uri, "opening it"):
-        return _opened(extra("lancedb").connect(uri), "meta") is not None
+    with store_errors(uri, "opening it"):
+        return _open_table(extra("lancedb").connect(uri), "meta") is not None
 
 
 def _require_own_folder(folder: Path) -> None:
@@ -113,7 +113,7 @@ def _require_own_folder(folder: Path) -> None:
         )
 
 
-def _opened(database: Any, name: str) -> Any | None:
+def _open_table(database: Any, name: str) -> Any | None:
     """A table; None where there is none, or its first commit was never made."""
     try:
         return database.open_table(name)
@@ -123,19 +123,19 @@ def _opened(database: Any, name: str) -> Any | None:
         raise
 
 
-def _table(database: Any, uri: str, name: str, schema: pa.Schema) -> Any:
+def _open_or_create_table(database: Any, uri: str, name: str, schema: pa.Schema) -> Any:
     """A new table, or the empty one that a killed `create`, or another writer, left."""
-    table = _opened(database, name)
+    table = _open_table(database, name)
     if table is None:
-        table, _ = _make(database, name, schema.empty_table(), schema)
+        table, _ = _create_table(database, name, schema.empty_table(), schema)
     if table.count_rows() or any(field not in table.schema for field in schema):
-        if _opened(database, "meta") is not None:  # another writer has made the store meanwhile, and writes to it
+        if _open_table(database, "meta") is not None:  # another writer has made the store meanwhile, and writes to it
             raise StoreExists(f"{uri} is a store already; open it, or choose another address")
         raise StoreError(f"{uri} holds a table {name} of another store without its meta; remove it, or choose another address")
     return table
 
 
-def _make(database: Any, name: str, rows: pa.Table, schema: pa.Schema) -> tuple[Any, bool]:
+def _create_table(database: Any, name: str, rows: pa.Table, schema: pa.Schema) -> tuple[Any, bool]:
     """(a table with these rows, True), or (the table that another writer made at the same moment, False).
 
     Where no lock keeps writers apart, both find nothing, and the second one's first commit replaces what the first one has

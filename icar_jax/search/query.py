@@ -19,7 +19,7 @@ from icar_jax.inference.loading import load
 from icar_jax.inference.model import Model
 from icar_jax.search import vector_index
 from icar_jax.search.access import StoreError
-from icar_jax.search.background import GROWN, SEED, TOP, Background, open_background
+from icar_jax.search.background import RESAMPLE_RATIO, SEED, TOP, Background, open_background
 from icar_jax.search.opening import open_store
 from icar_jax.search.store import Store
 from icar_jax.search.tables import vectors
@@ -165,7 +165,7 @@ class Searcher:
         def found(where: str | None) -> pa.Table:
             with self.store.reading() as images:
                 query = images.search(embedding.astype(np.float32), vector_column_name="vector")
-                query = vector_index.prepare(query, exact, filtered=where is not None)
+                query = vector_index.prepare_query(query, exact, filtered=where is not None)
                 query = query.limit(n).select([*COLUMNS, "vector", "_distance"])
                 return _by_cosine((query if where is None else query.where(where)).to_arrow(), embedding)
 
@@ -183,7 +183,10 @@ class Searcher:
 
     def _text_background(self) -> Background:
         count = self._count()
-        if self._background is None or not self._background[0] / GROWN <= count <= self._background[0] * GROWN:
+        if (
+            self._background is None
+            or not self._background[0] / RESAMPLE_RATIO <= count <= self._background[0] * RESAMPLE_RATIO
+        ):
             self._background = count, open_background(self.store, self.model, self._first, self._progress)
         return self._background[1]
 

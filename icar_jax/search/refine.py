@@ -23,12 +23,12 @@ from icar_jax.data.images import Preprocess
 from icar_jax.data.sources.files import STDIN, ImagePaths, vanished
 from icar_jax.inference.files.stream import SCORE, ReadImage, StreamEncoder, StreamResult, embed_stream, read_image
 from icar_jax.inference.model import Model
-from icar_jax.inference.reading import Bad, in_order, readable
+from icar_jax.inference.reading import BadFile, map_ordered, read_or_bad
 from icar_jax.inference.router import RoutingResult, assign
 from icar_jax.parallel import distributed
 from icar_jax.search.index_result import IndexResult
 from icar_jax.search.indexing import COMMIT_ROWS, IndexingError, index_files, open_or_create
-from icar_jax.search.scan import FoundFile, is_below, share
+from icar_jax.search.scan import FoundFile, is_below, process_share
 from icar_jax.search.store import Store
 from icar_jax.search.tables import now
 from icar_jax.search.writing import ReadFile, image_rows
@@ -56,7 +56,7 @@ class RefineResult(StreamResult):
     still_bad: int = 0
     total: int = 0
     changes: IndexResult | None = None
-    first_bad: list[Bad] = field(default_factory=list)
+    first_bad: list[BadFile] = field(default_factory=list)
     duplicates: int = 0
     empty: list[str] = field(default_factory=list)
 
@@ -97,18 +97,18 @@ def refine(
     """
     store, model = open_or_create(uri, checkpoint, load, _no_store)
     where = os.fspath(checkpoint if checkpoint is not None else store.meta["checkpoint"])
-    exits, thresholds = _routing(where)
+    exits, thresholds = _read_routing(where)
     if budget is not None:
         thresholds = model().thresholds_for(budget)
     done, start = RefineResult(), time.perf_counter()
     roots = [os.path.abspath(os.path.expanduser(name)) for name in named]
     with distributed.together("refining"):
-        mine = share(jax.process_index(), jax.process_count())
-        wanted = _wanted(store, roots, mine, exits, thresholds, order, done)
+        mine = process_share(jax.process_index(), jax.process_count())
+        wanted = _rows_to_refine(store, roots, mine, exits, thresholds, order, done)
         changed: list[str] = []
         if len(wanted):
             encoding = StreamEncoder(model(), budget=budget, known=True)
-            _embed(store, wanted, encoding, done, changed, commit_rows, threads)
+            _refine_rows(store, wanted, encoding, done, changed, commit_rows, threads)
     done.changed = len(changed)
     done.bad, done.first_bad = 0, []
     if distributed.total([len(changed)])[0]:
@@ -129,7 +129,7 @@ def _no_store() -> None:
     raise IndexingError("there is no store yet, and so nothing to refine; index a folder first")
 
 
-def _routing(checkpoint: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
+def _read_routing(checkpoint: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
     folder = ckpt.find(checkpoint)
     description = ckpt.describe(folder)
     if description["kind"] != "bundle":
@@ -137,7 +137,7 @@ def _routing(checkpoint: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
     return tuple(description["routing"]["exits"]), tuple(description["routing"]["thresholds"])
 
 
-def _wanted(
+def _rows_to_refine(
     store: Store, roots: Sequence[str], mine: Callable[[str], bool], exits: Sequence[int], thresholds: Sequence[float],
     order: str, done: RefineResult,
 ) -> pa.Table:  # fmt: skip
@@ -156,14 +156,17 @@ def _wanted(
     return rows.sort_by([("times", "descending"), ("embedded_at", "ascending"), ("path", "ascending")])
 
 
-def _embed(
+def _refine_rows(
     store: Store, rows: pa.Table, encoding: StreamEncoder, done: RefineResult, changed: list[str], commit_rows: int,
     threads: int,
 ) -> None:  # fmt: skip
-    flying: dict[str, ReadFile] = {}
+    in_flight: dict[str, ReadFile] = {}
     bar = tqdm(total=len(rows), desc="refine", unit=" images", disable=not distributed.is_main())
-    read = in_order(
-        lambda row: _read(row, encoding.preprocesses), _each(rows), ahead=2 * encoding.model.batch_size, threads=threads
+    read = map_ordered(
+        lambda row: _read_row(row, encoding.preprocesses),
+        _iter_rows(rows),
+        ahead=2 * encoding.model.batch_size,
+        threads=threads,
     )
 
     def images() -> Iterator[ReadImage]:
@@ -171,15 +174,15 @@ def _embed(
             bar.update()
             if file.found.size is None:
                 done.gone += 1
-            elif isinstance(file.result, Bad) or file.result.sha256 != row["sha256"]:
+            elif isinstance(file.result, BadFile) or file.result.sha256 != row["sha256"]:
                 changed.append(file.found.path)
             else:
                 image = file.result
-                flying[image.path] = ReadFile(file.found, file.at, ReadImage(image.path, image.sha256, {}, image.seconds))
+                in_flight[image.path] = ReadFile(file.found, file.at, ReadImage(image.path, image.sha256, {}, image.seconds))
                 yield ReadImage(image.path, image.sha256, {**image.pixels, SCORE: np.float32(row["complexity"])}, image.seconds)
 
     def write(images: Sequence[ReadImage], routed: RoutingResult) -> None:
-        files = [flying.pop(image.path) for image in images]
+        files = [in_flight.pop(image.path) for image in images]
         paths = [image.path for image in images]
         stored = {row["path"]: row for row in store.rows("path", paths, ["path", "sha256", "caption"]).to_pylist()}
         captions = [stored[path]["caption"] if path in stored else None for path in paths]
@@ -193,21 +196,21 @@ def _embed(
         embed_stream(encoding, images(), commit_rows, write, done, bar.unpause)
 
 
-def _each(rows: pa.Table) -> Iterator[Mapping]:
+def _iter_rows(rows: pa.Table) -> Iterator[Mapping]:
     for batch in rows.to_batches(max_chunksize=1024):
         yield from batch.to_pylist()
 
 
-def _read(row: Mapping, preprocesses: Mapping[str, Preprocess]) -> tuple[ReadFile, Mapping]:
+def _read_row(row: Mapping, preprocesses: Mapping[str, Preprocess]) -> tuple[ReadFile, Mapping]:
     path, at = row["path"], now()
     try:
         stat = os.stat(path)
     except OSError as error:
         if vanished(path):
-            return ReadFile(FoundFile(path, None, None, None), at, Bad(path, "vanished", True)), row
-        return ReadFile(FoundFile(path, -1, -1, None), at, Bad(path, error.strerror or str(error), True)), row
+            return ReadFile(FoundFile(path, None, None, None), at, BadFile(path, "vanished", True)), row
+        return ReadFile(FoundFile(path, -1, -1, None), at, BadFile(path, error.strerror or str(error), True)), row
     known = lambda sha256: sha256 != row["sha256"]  # what changed is not decoded here
-    result = readable(path, lambda path: read_image(path, preprocesses, known))
+    result = read_or_bad(path, lambda path: read_image(path, preprocesses, known))
     return ReadFile(FoundFile(path, stat.st_size, stat.st_mtime_ns, None), at, result), row
 
 

@@ -163,7 +163,7 @@ def table_name(path: str) -> str:
     return path.encode("utf-8", "backslashreplace").decode()
 
 
-def share(process: int, processes: int) -> Callable[[str], bool]:
+def process_share(process: int, processes: int) -> Callable[[str], bool]:
     """Whether a path belongs to `process` of `processes`: by its hash, so that a file keeps its process from run to run."""
     if processes == 1:
         return lambda path: True

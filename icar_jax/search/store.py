@@ -25,21 +25,21 @@ import numpy as np
 import pyarrow as pa
 
 from icar_jax.errors import ModelError
-from icar_jax.search.access import StoreError, is_local, locked, made, reported
+from icar_jax.search.access import StoreError, creation_stamp, is_local, locked, store_errors
 from icar_jax.search.tables import (
     BAD,
     RETURNED,
     STATE,
     TABLES,
+    chunked,
+    cleanup_age,
     filter_in,
     image_schema,
     meta_table,
-    needs_tidying,
     now,
-    pieces,
     quoted,
+    rows_where_in,
     vectors,
-    where_in,
 )
 
 # Versions of a table that are replaced stay readable for so long, for searches that opened them; of many versions, less long.
@@ -66,7 +66,7 @@ class Store:
         self.embed_dim: int = self.meta["embed_dim"]
         self.exits: tuple[int, ...] = tuple(self.meta["exits"])
         self._tables = dict(tables)
-        self._made = made(uri)
+        self._stamp = creation_stamp(uri)
         self.renewals = 0
         self._known_version = -1  # of images, as this process last read or wrote it
 
@@ -87,7 +87,7 @@ class Store:
     def refresh(self) -> None:
         """Lets every table show what others have written since."""
         for name in TABLES:
-            self._latest(name)
+            self._checkout_latest(name)
 
     def version(self) -> int:
         """Newest version of `images`: another number after every change."""
@@ -124,7 +124,7 @@ class Store:
     def rows(self, column: str, values: Iterable[Any], columns: Sequence[str] | None = None) -> pa.Table:
         """The images whose `column` is one of `values`, in no order; all columns, or some."""
         with self.reading() as images:
-            return where_in(images, column, values, columns)
+            return rows_where_in(images, column, values, columns)
 
     def sample(self, n: int, seed: int, columns: Sequence[str]) -> pa.Table:
         """Columns of up to n images at random, in the order of the table; the same ones while the table stays as it is."""
@@ -159,7 +159,7 @@ class Store:
         if not len(rows):
             return np.zeros(0, bool)
         with self.commit_lock():
-            self._latest("images")
+            self._checkout_latest("images")
             # Once others wrote, every later batch has to be compared as well: it may hold what they wrote.
             others = not self.is_local or self.images.version != self._known_version
             newer = self._newer_than_stored(rows) if others else np.ones(len(rows), bool)
@@ -184,9 +184,9 @@ class Store:
     def delete(self, paths: Sequence[str], unless: Any = None) -> int:
         """Removes images; returns how many there were. `unless(path)` is asked under the lock, and True keeps the row."""
         removed = 0
-        for some in pieces(paths):
+        for some in chunked(paths):
             with self.commit_lock():
-                self._latest("images")
+                self._checkout_latest("images")
                 some = [path for path in some if unless is None or not unless(path)]
                 if some:
                     others = self.images.version != self._known_version
@@ -209,9 +209,9 @@ class Store:
 
     def clear_bad(self, paths: Sequence[str]) -> None:
         """Forgets that these files were bad."""
-        for some in pieces(paths):
+        for some in chunked(paths):
             with self.commit_lock():
-                self._latest("bad")
+                self._checkout_latest("bad")
                 self._retry(lambda some=some: self._tables["bad"].delete(filter_in("path", some)))
 
     def note_returned(self, paths: Iterable[str]) -> None:
@@ -222,12 +222,12 @@ class Store:
         if times:
             with self.commit_lock():
                 with self.reading("returned") as returned:
-                    before = where_in(returned, "path", list(times)).to_pylist()
+                    before = rows_where_in(returned, "path", list(times)).to_pylist()
                 for row in before:
                     times[row["path"]] += row["times"]
                 self._merge("returned", pa.table({"path": list(times), "times": list(times.values())}, RETURNED))
                 # Whoever reads this table of a local store holds the lock, so that no version of it has to stay.
-                self._tidy("returned", KEEP_VERSIONS, timedelta() if self.is_local else KEEP_OF_MANY)
+                self._compact_table("returned", KEEP_VERSIONS, timedelta() if self.is_local else KEEP_OF_MANY)
 
     def returned(self) -> dict[str, int]:
         """Path -> times that a search returned it."""
@@ -270,12 +270,12 @@ class Store:
         with self.commit_lock():
             others = self.version() != self._known_version
             for name in TABLES:
-                self._tidy(name, keep)
+                self._compact_table(name, keep)
             self._known_version = -1 if others else self.version()
 
-    def _tidy(self, name: str, keep: timedelta, keep_of_many: timedelta = KEEP_OF_MANY) -> None:
+    def _compact_table(self, name: str, keep: timedelta, keep_of_many: timedelta = KEEP_OF_MANY) -> None:
         with self.reading(name) as table:
-            older = needs_tidying(table, keep, keep_of_many)
+            older = cleanup_age(table, keep, keep_of_many)
         if older is not None:
             self._retry(lambda: table.optimize(cleanup_older_than=older))
 
@@ -312,7 +312,7 @@ class Store:
         """commit(); again after a while where, in an object store, another writer came in between."""
         for attempt in range(_ATTEMPTS):
             try:
-                with self._reported("writing to it"):
+                with self._store_errors("writing to it"):
                     return commit()
             except StoreError as error:
                 if self.is_local or "conflict" not in str(error).lower() or attempt == _ATTEMPTS - 1:
@@ -323,27 +323,27 @@ class Store:
     @contextmanager
     def reading(self, name: str = "images") -> Iterator[Any]:
         """A table at its newest version. What fails meanwhile is raised as a StoreError."""
-        with self._reported("reading it"):
-            if made(self.uri) != self._made:
-                self._renew()
+        with self._store_errors("reading it"):
+            if creation_stamp(self.uri) != self._stamp:
+                self._reopen_recreated()
             self._tables[name].checkout_latest()
             yield self._tables[name]
 
-    def _latest(self, name: str) -> None:
+    def _checkout_latest(self, name: str) -> None:
         with self.reading(name):
             pass
 
-    def _renew(self) -> None:
+    def _reopen_recreated(self) -> None:
         """Opens what was made anew at the address: the tables that were open here would mix old rows with new ones."""
         new = self._reopen(self.uri)
         if (new.meta["model"].get("clip"), new.exits) != (self.meta["model"].get("clip"), self.exits):
             raise StoreError(f"the store {self.uri} was made anew with another model since it was opened; open it again")
-        self._database, self._tables, self.meta, self._made = new._database, new._tables, new.meta, new._made
+        self._database, self._tables, self.meta, self._stamp = new._database, new._tables, new.meta, new._stamp
         self._known_version, self.renewals = -1, self.renewals + 1
 
     @contextmanager
-    def _reported(self, doing: str) -> Iterator[None]:
-        with reported(self.uri, doing):
+    def _store_errors(self, doing: str) -> Iterator[None]:
+        with store_errors(self.uri, doing):
             yield
 
 

@@ -62,7 +62,7 @@ def meta_table(entries: Mapping[str, Any]) -> pa.Table:
     return pa.table({"key": list(entries), "value": [json.dumps(value) for value in entries.values()]}, META)
 
 
-def needs_tidying(table: Any, keep: timedelta, keep_of_many: timedelta) -> timedelta | None:
+def cleanup_age(table: Any, keep: timedelta, keep_of_many: timedelta) -> timedelta | None:
     """Age beyond which replaced versions of a table are to be freed now, and its pieces joined; None where nothing is to do.
 
     Replaced versions stay for `keep`, and where there are more than MANY_VERSIONS, for `keep_of_many`.
@@ -79,9 +79,9 @@ def needs_tidying(table: Any, keep: timedelta, keep_of_many: timedelta) -> timed
     return max(since - last - timedelta(microseconds=1), timedelta(milliseconds=1))
 
 
-def where_in(table: Any, column: str, values: Iterable[Any], columns: Sequence[str] | None = None) -> pa.Table:
+def rows_where_in(table: Any, column: str, values: Iterable[Any], columns: Sequence[str] | None = None) -> pa.Table:
     columns = list(columns or table.schema.names)
-    parts = [table.search().where(filter_in(column, some)).select(columns).to_arrow() for some in pieces(list(values))]
+    parts = [table.search().where(filter_in(column, some)).select(columns).to_arrow() for some in chunked(list(values))]
     return pa.concat_tables(parts) if parts else pa.schema([table.schema.field(name) for name in columns]).empty_table()
 
 
@@ -95,5 +95,5 @@ def quoted(value: str) -> str:
     return "'" + value.replace("'", "''") + "'"
 
 
-def pieces(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
+def chunked(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
     return (values[start : start + _NAMES] for start in range(0, len(values), _NAMES))

@@ -30,7 +30,7 @@ _QUERIES, _K, _SEED = 50, 10, 0
 
 
 @dataclass(frozen=True)
-class Indexing:
+class VectorIndexResult:
     """What `maintain` did and measured.
 
     Attributes:
@@ -56,7 +56,7 @@ class Indexing:
         )
 
 
-def prepare(query: Any, exact: bool = False, filtered: bool = False) -> Any:
+def prepare_query(query: Any, exact: bool = False, filtered: bool = False) -> Any:
     """A vector query of LanceDB with the metric and how hard it looks; `exact` leaves an index aside.
 
     With a filter (`filtered`) further partitions are read until there are as many rows as wanted: those that satisfy a rare
@@ -74,7 +74,7 @@ def partitions_for(rows: int) -> int:
     return max(1, round(math.sqrt(rows)))
 
 
-def config(rows: int, embed_dim: int) -> Any:
+def index_config(rows: int, embed_dim: int) -> Any:
     """The index that is built: RabitQ, a bit a dimension; scalar quantisation, a byte, where 8 does not divide the width.
 
     Of those that keep a bit a dimension it is built several times faster than product quantisation, which trains a codebook for
@@ -85,7 +85,7 @@ def config(rows: int, embed_dim: int) -> Any:
     return kind(distance_type="cosine", num_partitions=partitions_for(rows), sample_rate=_SAMPLE, max_iterations=_ITERATIONS)
 
 
-def maintain(store: Store, min_rows: int = MIN_ROWS, progress: bool = True) -> Indexing | None:
+def maintain(store: Store, min_rows: int = MIN_ROWS, progress: bool = True) -> VectorIndexResult | None:
     """Builds the index of a store from `min_rows` images on, extends it where many are new; None where nothing was to do.
 
     The work is done beside other readers and writers; only its commit can meet theirs, and is then tried again.
@@ -101,21 +101,21 @@ def maintain(store: Store, min_rows: int = MIN_ROWS, progress: bool = True) -> I
     if stats is None or rows > _GROWN * begun:
         if progress:
             print(f"Building a vector index over {rows:,} images", flush=True)
-        how = config(rows, store.embed_dim)
-        _attempt(store, lambda: store.images.create_index("vector", config=how, name=NAME, replace=True))
+        how = index_config(rows, store.embed_dim)
+        _commit_with_retries(store, lambda: store.images.create_index("vector", config=how, name=NAME, replace=True))
         action, begun = "built", rows
     elif stats.num_unindexed_rows > _STALE * rows:
-        _attempt(store, store.images.optimize)
+        _commit_with_retries(store, store.images.optimize)
         action = "extended"
     else:
         return None
     seconds = time.perf_counter() - start
-    done = Indexing(action, rows, seconds, partitions_for(begun), *measure(store))
+    done = VectorIndexResult(action, rows, seconds, partitions_for(begun), *measure_recall(store))
     store.set_meta(vector_index={"built_rows": begun, **asdict(done)})
     return done
 
 
-def measure(store: Store, queries: int = _QUERIES, k: int = _K) -> tuple[float, int, float, float]:
+def measure_recall(store: Store, queries: int = _QUERIES, k: int = _K) -> tuple[float, int, float, float]:
     """Recall of approximate against exact search, the number of queries, and median ms of exact and of approximate ones.
 
     The queries are rows of the store with noise, so that they lie near the images without being one.
@@ -129,14 +129,16 @@ def measure(store: Store, queries: int = _QUERIES, k: int = _K) -> tuple[float, 
         for exact in (True, False):
             start = time.perf_counter()
             with store.reading() as images:
-                query = prepare(images.search(row, vector_column_name="vector"), exact).limit(k).select(["path", "_distance"])
+                query = (
+                    prepare_query(images.search(row, vector_column_name="vector"), exact).limit(k).select(["path", "_distance"])
+                )
                 paths[exact] = set(query.to_arrow()["path"].to_pylist())
             times[exact].append(time.perf_counter() - start)
         found.append(len(paths[True] & paths[False]) / max(1, len(paths[True])))
     return float(np.mean(found)), len(rows), 1000 * float(np.median(times[True])), 1000 * float(np.median(times[False]))
 
 
-def _attempt(store: Store, commit: Any, attempts: int = 3) -> None:
+def _commit_with_retries(store: Store, commit: Any, attempts: int = 3) -> None:
     for attempt in range(attempts):
         try:
             store.version()

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from icar_jax.data.images import Preprocess
 from icar_jax.inference.files.stream import ReadImage, read_image
-from icar_jax.inference.reading import Bad, readable
+from icar_jax.inference.reading import BadFile, read_or_bad
 from icar_jax.inference.router import RoutingResult
 from icar_jax.search.captions import Captions
 from icar_jax.search.scan import FoundFile, Scan, table_name
@@ -29,13 +29,13 @@ class ReadFile:
 
     found: FoundFile
     at: datetime
-    result: ReadImage | Bad
+    result: ReadImage | BadFile
 
 
 def read_found(found: FoundFile, preprocesses: Mapping[str, Preprocess], is_known: Callable[[str], bool]) -> ReadFile:
     """Reads a file on a thread; content that `is_known` is hashed only."""
     at = now()
-    return ReadFile(found, at, readable(found.path, lambda path: read_image(path, preprocesses, is_known)))
+    return ReadFile(found, at, read_or_bad(found.path, lambda path: read_image(path, preprocesses, is_known)))
 
 
 def image_rows(files: Sequence[ReadFile], routed: RoutingResult, captions: Sequence[str | None]) -> pa.Table:
@@ -57,7 +57,7 @@ def image_rows(files: Sequence[ReadFile], routed: RoutingResult, captions: Seque
     ).cast(image_schema(routed.embeddings.shape[1]))
 
 
-class Writer:
+class StoreWriter:
     """Takes the files of a scan as they are read, and commits them; counts go into `done`.
 
     What a file becomes is decided by its content: unknown content is embedded; content of some row is copied from there, with
@@ -69,12 +69,12 @@ class Writer:
     ):
         self.store, self.scan, self.done = store, scan, done
         self._captions, self._commit_rows, self._bad_shown = captions, commit_rows, bad_shown
-        self._flying: dict[str, ReadFile] = {}  # in the model, by path
-        self._flying_content: set[str] = set()
+        self._in_flight: dict[str, ReadFile] = {}  # in the model, by path
+        self._in_flight_content: set[str] = set()
         self._contents: set[str] = set()  # embedded by this run
         self._copies: list[ReadFile] = []
         self._bad: list[ReadFile] = []
-        self._again: list[FoundFile] = []
+        self._retries: list[FoundFile] = []
         self._trusts_scan = True
 
     def is_known(self, sha256: str) -> bool:
@@ -85,7 +85,7 @@ class Writer:
         """The images whose content is not known yet; everything else is kept for a commit."""
         for file in files:
             image, row = file.result, file.found.row
-            if isinstance(image, Bad):
+            if isinstance(image, BadFile):
                 self._bad.append(file)
             elif row is not None and self.scan.value(row, "sha256") == image.sha256 and self._is_as_it_was(file):
                 self.scan.unchanged.append(row)
@@ -93,8 +93,10 @@ class Writer:
                 self._copies.append(file)
             else:
                 # Its pixels go to the model, and are not kept here.
-                self._flying[image.path] = ReadFile(file.found, file.at, ReadImage(image.path, image.sha256, {}, image.seconds))
-                self._flying_content.add(image.sha256)
+                self._in_flight[image.path] = ReadFile(
+                    file.found, file.at, ReadImage(image.path, image.sha256, {}, image.seconds)
+                )
+                self._in_flight_content.add(image.sha256)
                 self._contents.add(image.sha256)
                 yield image
                 continue
@@ -110,13 +112,13 @@ class Writer:
 
     def write(self, images: Sequence[ReadImage], routed: RoutingResult) -> None:
         """Commits images that the model is done with, and then what waits for a commit."""
-        files = [self._flying.pop(image.path) for image in images]
+        files = [self._in_flight.pop(image.path) for image in images]
         changed = [file.found.path for file in files if file.found.row is not None]
         old = self.store.rows("path", changed, ["path", "caption"]).to_pylist()
         captions = {row["path"]: row["caption"] for row in old}
         rows = image_rows(files, routed, [self._caption(file.found.path, captions.get(file.found.path)) for file in files])
         self._commit(files, rows)
-        self._flying_content -= {image.sha256 for image in images}
+        self._in_flight_content -= {image.sha256 for image in images}
         self.finish()
 
     def finish(self) -> None:
@@ -124,12 +126,12 @@ class Writer:
         self._copy()
         self._write_bad()
 
-    def take_again(self) -> list[FoundFile]:
+    def take_retries(self) -> list[FoundFile]:
         """Files that were to be copied from rows which are gone: they are embedded after all, whatever the scan says."""
-        again, self._again = self._again, []
-        if again:
+        retries, self._retries = self._retries, []
+        if retries:
             self._trusts_scan, self._contents = False, set()
-        return again
+        return retries
 
     def recaption(self) -> None:
         """Gives unchanged rows their caption, where a file of captions has another one for them."""
@@ -164,10 +166,10 @@ class Writer:
         self.store.clear_bad([name for file in files if (name := table_name(file.found.path)) in self.scan.bad])
 
     def _copy(self) -> None:
-        ready = [file for file in self._copies if file.result.sha256 not in self._flying_content]
+        ready = [file for file in self._copies if file.result.sha256 not in self._in_flight_content]
         if not ready:
             return
-        self._copies = [file for file in self._copies if file.result.sha256 in self._flying_content]
+        self._copies = [file for file in self._copies if file.result.sha256 in self._in_flight_content]
         sources = self.store.rows("sha256", {file.result.sha256 for file in ready})
         best = _sources(sources)
         files: list[ReadFile] = []
@@ -175,7 +177,7 @@ class Writer:
         for file in ready:
             source = best.get((file.result.sha256, file.found.path), best.get((file.result.sha256, None)))
             if source is None:
-                self._again.append(file.found)
+                self._retries.append(file.found)
             else:
                 files.append(file)
                 rows.append(source)

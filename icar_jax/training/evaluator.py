@@ -19,6 +19,7 @@ from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.parallel import distributed
 from icar_jax.training.checkpoints import write_model
 from icar_jax.training.logs import METRICS
+from icar_jax.training.tasks.kinds import kind_of
 
 BEST = "best"
 
@@ -62,10 +63,8 @@ LOSS = Criterion("loss", "eval/loss", higher=False)
 
 
 def criterion(config: ExperimentConfig) -> Criterion:
-    """What the best model of a run is chosen by: mean recall at 5, PCC (regression) or validation loss (classification)."""
-    if config.task == "clip":
-        return RECALL
-    return CORRELATION if config.complexity.head == "regression" else LOSS
+    """The metric that chooses the best checkpoint: mean recall at 5, PCC (regression) or validation loss (classification)."""
+    return {"recall": RECALL, "pcc": CORRELATION, "loss": LOSS}[kind_of(config).best_by]
 
 
 @dataclass(frozen=True)

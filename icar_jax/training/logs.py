@@ -13,7 +13,7 @@ from icar_jax.config import ConfigError
 from icar_jax.parallel import distributed
 
 METRICS = "metrics.jsonl"
-UNITS = {"clip": "pairs", "complexity": "images"}  # task -> what its speed is counted in
+UNITS = ("pairs", "images")  # that speed is counted in
 
 
 def open_log(workdir: Path, steps: int, start: int, tensorboard: bool, title: str) -> RunLog | SilentLog:
@@ -61,7 +61,7 @@ class RunLog:
                 "it continues from the last checkpoint"
             ) from error
         shown = {k: f"{v:.3f}" for k, v in values.items() if k.startswith("loss")}
-        for unit in UNITS.values():
+        for unit in UNITS:
             if (speed := values.get(f"{unit}_per_s")) is not None:
                 shown[f"{unit}/s"] = f"{speed:.1f}"
         if shown:

@@ -24,10 +24,9 @@ from icar_jax.training.init_weights import place
 from icar_jax.training.logs import RunLog, SilentLog, open_log
 from icar_jax.training.monitor import CutCaptions, Monitor, NonFiniteLoss
 from icar_jax.training.preemption import Agreement, StopRequest
-from icar_jax.training.setup import RunContext, initial_params, open_run, optimizer_of, say, starts_from_weights
+from icar_jax.training.setup import RunContext, open_run, optimizer_of, say
 from icar_jax.training.step import State, abstract_state, init_state, make_step, model_params, put_batch
-from icar_jax.training.tasks import extra_negatives, regret
-from icar_jax.training.tasks.tasks import given_params
+from icar_jax.training.tasks.kind import RunKind
 
 __all__ = ["NonFiniteLoss", "train"]
 
@@ -57,36 +56,36 @@ def train(
 
 def _train(run: RunContext, request: StopRequest, stop_after: int, evaluators: tuple[MakeEvaluator, ...]) -> Path:
     config, workdir, task, t = run.config, run.workdir, run.task, run.config.train
-    optimizer = optimizer_of(config)
+    kind, optimizer = run.kind, optimizer_of(run.kind)
     step_fn = make_step(task, optimizer, run.mesh, config)
     sharding = batch_sharding(run.mesh)
     part = distributed.batch_part(sharding, t.batch_size)
-    tokenizer = run.tokenizer if task.kind == "clip" else None  # regret reads captions with that of its CLIP
+    tokenizer = run.tokenizer if kind.trains_clip else None  # a regret run reads captions with that of its CLIP
     trained = TrainedModel(config, task.kind, task.description, tokenizer, sharding, batch_shards(run.mesh), part)
-    given = given_params(config, task)
-    fixed = {name: place(tree, shardings(task.given[name], run.mesh)) for name, tree in given.items()}
+    read = kind.frozen_params(task)
+    frozen = {name: place(tree, shardings(task.frozen[name], run.mesh)) for name, tree in read.items()}
     with StateStore(workdir, t.keep) as store:
         start = distributed.from_main(store.latest_step or 0)  # a network file system may show the newest one late elsewhere
-        if regret.RIVALS in task.given and start < min(t.steps, stop_after):
-            with distributed.together("embedding the rivals"):
-                found = extra_negatives.embed(config, run.source, run.tokenizer, given[regret.CLIP], request)
-            if found is not None:  # else a signal has come, and no step is done
-                distributed.require_same("set of rivals (images that can be read)", found["index"].tobytes().hex())
-                fixed[regret.RIVALS] = place(found, shardings(task.given[regret.RIVALS], run.mesh))
+        if start < min(t.steps, stop_after):
+            with distributed.together("embedding the extra negatives"):
+                found = kind.embedded_params(task, run.source, run.tokenizer, read, request)
+            for name, tree in (found or {}).items():  # None: a signal has come, and no step is done
+                distributed.require_same("set of extra negatives (images that can be read)", tree["index"].tobytes().hex())
+                frozen[name] = place(tree, shardings(task.frozen[name], run.mesh))
         evaluation = make_evaluation(trained, workdir, start, evaluators)
         if start:
             state = store.restore(start, abstract_state(task, optimizer, run.mesh, config))
             say(f"Continuing {workdir} after step {start} of {t.steps}.")
         else:
-            weights = initial_params(config, task) if starts_from_weights(config) else None
+            weights = kind.initial_params(task, say) if kind.starts_from_weights else None
             params = place(weights, shardings(task.shapes, run.mesh)) if weights is not None else None
             state = init_state(task, optimizer, run.mesh, config, params)
         log = open_log(workdir, t.steps, start, t.tensorboard, f"train {config.task}")
         with _batches(run, start, part) as batches, contextlib.closing(log):
-            advance = lambda state, batch: step_fn(state, put_batch(batch, task.fields, run.mesh) | fixed)
+            advance = lambda state, batch: step_fn(state, put_batch(batch, task.fields, run.mesh), frozen)
             steps = range(start + 1, min(t.steps, stop_after) + 1)
             with _naming_lost_peers(workdir):
-                state, done, stopped = _run(config, advance, state, batches, steps, store, log, evaluation, request)
+                state, done, stopped = _run(kind, advance, state, batches, steps, store, log, evaluation, request)
     if done < t.steps and evaluation is not None and evaluation.exhausted:
         say(f"The last {t.patience} evaluations were no better (config.train.patience): ended after step {done} of {t.steps}.")
     elif done < t.steps:
@@ -102,7 +101,7 @@ def _train(run: RunContext, request: StopRequest, stop_after: int, evaluators: t
 
 
 def _run(
-    config: ExperimentConfig,
+    kind: RunKind,
     advance: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]],
     state: State,
     batches: BatchIterator,
@@ -118,7 +117,8 @@ def _run(
 
     Unreadable files and cut captions are reported at the end.
     """
-    bad, cut, monitor = BadFiles(), CutCaptions(config.clip.context_length), Monitor(config, log, lambda: store.newest)
+    config, bad, cut = kind.config, BadFiles(), CutCaptions(kind.config.clip.context_length)
+    monitor = Monitor(kind, log, lambda: store.newest)
     done = saved = steps.start - 1
     stop, stopped = Agreement(request), None
     try:
@@ -136,7 +136,7 @@ def _run(
                     break
                 raise
             bad.add(batch)
-            if config.task == "clip":  # regret is that of the CLIP as it is, its context included
+            if kind.trains_clip:  # a frozen CLIP keeps its context length
                 cut.add(batch)
             state, metrics = advance(state, batch)
             done = step
@@ -174,7 +174,7 @@ def _batches(run: RunContext, start: int, part: tuple[int, int]) -> BatchIterato
         batch_size=t.batch_size,
         seed=t.seed,
         start_position=start * t.batch_size,
-        augment=augment.from_config(data, run.config.task == "complexity" and run.task.preprocess.resize_mode == "squash"),
+        augment=augment.from_config(data, not run.kind.trains_clip and run.task.preprocess.resize_mode == "squash"),
         process_index=part[0],
         process_count=part[1],
         with_complexity="complexity" in run.task.fields,

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 from absl import logging
 
-from icar_jax.config import ExperimentConfig
 from icar_jax.errors import IcarError
 from icar_jax.parallel import distributed
-from icar_jax.training.logs import UNITS, RunLog
+from icar_jax.training.logs import RunLog
 from icar_jax.training.optimizer import schedule
+from icar_jax.training.tasks.kind import RunKind
 
 _NAMED = 64  # files of a batch that a message lists
 
@@ -27,12 +27,13 @@ class NonFiniteLoss(IcarError, RuntimeError):
 class Monitor:
     """Reads metrics one step late, so that the host prepares the next batch while the device works."""
 
-    def __init__(self, config: ExperimentConfig, log: RunLog, saved: Callable[[], int | None]):
+    def __init__(self, kind: RunKind, log: RunLog, saved: Callable[[], int | None]):
         """`saved()` is the step of the newest checkpoint, None before there is one."""
+        config = kind.config
         self._config, self._log, self._saved = config, log, saved
         self._pending: deque = deque()
         self._share = schedule(config.optim, config.train.steps)
-        self._speed = f"{UNITS[config.task]}_per_s"
+        self._speed = f"{kind.unit}_per_s"
         self._since: tuple[int, float] | None = None  # the first step includes compilation and is not timed
 
     def push(self, step: int, metrics: dict[str, jax.Array], names: Any) -> None:

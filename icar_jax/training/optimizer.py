@@ -17,7 +17,7 @@ from optax import contrib
 
 from icar_jax import pytree
 from icar_jax.config import ConfigError, OptimConfig
-from icar_jax.config.checks import parse_rate
+from icar_jax.config.rules import parse_rate
 
 GROUPS: tuple[tuple[str, str], ...] = (
     (r"(^|/)(exit_)?logit_(scale|bias)(/|$)", "temperature"),

@@ -16,8 +16,8 @@ from icar_jax.parallel.mesh import batch_sharding, replicated
 from icar_jax.parallel.rules import shardings
 from icar_jax.training.losses import grad_cache
 from icar_jax.training.optimizer import ema_init, ema_update, state_like, trainable
-from icar_jax.training.tasks.frozen_trunk import frozen_groups
-from icar_jax.training.tasks.tasks import Task
+from icar_jax.training.tasks.base import Frozen, Metrics, Task
+from icar_jax.training.tasks.kinds import kind_of
 
 # {'params': nested dict float32, 'opt_state': optax state, 'step': int32 [], and with config.optim.ema 'ema' like params}.
 # The position in the data is step x batch, and randomness is folded from (seed, step), so nothing else has to be stored to
@@ -73,48 +73,48 @@ def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh: Me
 
 def make_step(
     task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, config: ExperimentConfig
-) -> Callable[[State, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
-    """The jitted step: (state, batch) -> (state, metrics); the old state's memory is reused.
+) -> Callable[[State, dict[str, jax.Array], Frozen], tuple[State, Metrics]]:
+    """The jitted step: (state, batch, frozen) -> (state, metrics); the old state's memory is reused.
 
-    The batch has the entries `task.fields` and, beside them, the arrays `task.given`.
+    The batch has the entries `task.fields`; `frozen` holds the arrays of `task.frozen`, which do not learn.
 
     Metrics hold `loss`, what the task adds, and `grad_norm` of what learns before clipping, all float32 scalars.
     """
-    frozen = frozen_groups(config)
+    groups = kind_of(config).frozen_groups
 
-    def gradient(params: pytree.Tree, batch: dict[str, jax.Array], key: jax.Array):
+    def gradient(params: pytree.Tree, batch: dict[str, jax.Array], key: jax.Array, frozen: Frozen):
         # Behind stop_gradient the backward pass of a frozen tower is never built.
         hold = lambda tree: pytree.map_with_path(
-            lambda path, leaf: leaf if trainable(path, frozen) else jax.lax.stop_gradient(leaf), tree
+            lambda path, leaf: leaf if trainable(path, groups) else jax.lax.stop_gradient(leaf), tree
         )
         if config.train.accumulate > 1:
             return grad_cache.value_and_grad(
                 lambda p, part: task.embed(hold(p), part),
                 lambda p, embeddings: task.contrast(hold(p), embeddings, key),
                 params,
-                task.draw(batch, key),  # once, so that both passes over a part see the same
+                task.draw(batch, key, frozen),  # once, so that both passes over a part see the same
                 parts=config.train.accumulate,
                 mesh=mesh,
             )
-        return jax.value_and_grad(lambda p: task.loss(hold(p), batch, key), has_aux=True)(params)
+        return jax.value_and_grad(lambda p: task.loss(hold(p), batch, key, frozen), has_aux=True)(params)
 
-    def step(state: State, batch: dict[str, jax.Array]):
+    def step(state: State, batch: dict[str, jax.Array], frozen: Frozen):
         key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
-        (loss, metrics), grads = gradient(state["params"], batch, key)
+        (loss, metrics), grads = gradient(state["params"], batch, key, frozen)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         new = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
         if config.optim.ema:
             new["ema"] = ema_update(state["ema"], params, config.optim.ema, state["step"])
-        learning = {path: g for path, g in pytree.flatten(grads).items() if trainable(path, frozen)}
+        learning = {path: g for path, g in pytree.flatten(grads).items() if trainable(path, groups)}
         return new, {"loss": loss, **metrics, "grad_norm": optax.tree.norm(learning)}
 
     state_sharding = state_shardings(task, optimizer, mesh, config)
     batch = {name: batch_sharding(mesh) for name in task.fields}
-    batch |= {name: shardings(tree, mesh) for name, tree in task.given.items()}
+    frozen = {name: shardings(tree, mesh) for name, tree in task.frozen.items()}
     return jax.jit(
         step,
-        in_shardings=(state_sharding, batch),
+        in_shardings=(state_sharding, batch, frozen),
         out_shardings=(state_sharding, replicated(mesh)),
         donate_argnums=0,
     )

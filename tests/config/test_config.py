@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
+from icar_jax import architectures
 from icar_jax import config as cfg
 from icar_jax.config import ConfigError, ExperimentConfig
-from icar_jax.models import variants
 from icar_jax.parallel.mesh import make_mesh
 from tests.support.places import ROOT
 
@@ -37,13 +37,13 @@ FAULTS = {
     "--config.data.crop_scale=0.0": ("config.data.crop_scale=0.0", "(0, 1]"),
     "--config.data.vocabulary=10": ("config.data.vocabulary=10", "at least 259"),
     "--config.data.tokenizer=nowhere.json": ("nowhere.json", "not found"),
-    "--config.data.scenes_pixels=8": ("config.data.scenes_pixels=8", "32 to 512"),
+    "--config.data.scenes_pixels=8": ("config.data.scenes_pixels=8", "[32, 512]"),
     "--config.clip.patch_size=-8": ("config.clip.patch_size=-8", "at least 0"),
     "--config.train.freeze=('vision[',)": ("config.train.freeze='vision['", "a group (", "regular expression"),
     "--config.optim.rates=('vision',)": ("config.optim.rates='vision'", "REGEX=SHARE"),
     "--config.optim.rates=('vision=-1',)": ("config.optim.rates='vision=-1'", "at least 0"),
     "--config.train.freeze=('image','text','exits','temperature')": ("config.train.freeze", "nothing to train"),
-    "--config.data.stall_timeout_s=inf": ("config.data.stall_timeout_s=inf", "positive number of seconds"),
+    "--config.data.stall_timeout_s=inf": ("config.data.stall_timeout_s=inf", "(0, inf)", "86400 waits for a day"),
     "--config.train.seed=-1": ("config.train.seed=-1", "at least 0"),
     "--config.optim.b1=2.0": ("config.optim.b1=2.0", "[0, 1)"),
     "--config.optim.lr=-1.0": ("config.optim.lr=-1.0", "at least 0"),
@@ -229,9 +229,9 @@ def test_every_config_is_valid(file):
         config.data.root = config.data.root or "somewhere"
         cfg.validate(config)
         if config.task == "clip":
-            variants.clip_arch(config.clip)
+            architectures.clip_arch(config.clip)
         elif not config.complexity.clip:  # else it is read from the CLIP that it routes, which is not there
-            variants.complexity_arch(config.complexity)
+            architectures.complexity_arch(config.complexity)
 
 
 def test_no_field_that_nothing_reads():

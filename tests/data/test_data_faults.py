@@ -18,7 +18,7 @@ from icar_jax.data.loader import iterator
 from icar_jax.data.loader.batches import BadFiles, eval_batches, train_batches
 from icar_jax.data.loader.iterator import BatchIterator
 from icar_jax.data.loader.watch import StalledData, WorkerDied
-from icar_jax.data.records import Record
+from icar_jax.data.records import Record, Source
 from icar_jax.data.sources import shards
 from icar_jax.data.sources.shards import ShardError, attempt, retrying
 from icar_jax.data.sources.webdataset import WebDataset
@@ -160,7 +160,7 @@ def test_more_shards_than_open_files(tmp_path, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
-class Stalls:
+class Stalls(Source):
     """Blocks for ever in picture 5, as storage that does not answer does; or does what `how` says."""
 
     name = "stalls"

@@ -8,7 +8,7 @@ import pytest
 from icar_jax.config import ConfigError, DataConfig, DistractorConfig
 from icar_jax.data.distractors import distractor_source, require_apart, source_urls
 from icar_jax.data.ratings.labels import merge_labels, read_labels
-from icar_jax.data.records import Subset
+from icar_jax.data.records import Source, Subset
 
 
 def write(path, value):
@@ -60,7 +60,7 @@ def test_bad_files_of_labels_are_named(tmp_path, text, message):
         read_labels(path)
 
 
-class Named:
+class Named(Source):
     """A source with names, and URLs where given."""
 
     def __init__(self, name, names, urls=None):
@@ -71,8 +71,11 @@ class Named:
     def __len__(self):
         return len(self.names)
 
+    def __getitem__(self, i):
+        raise AssertionError("no record is read")
 
-class Sharded:
+
+class Sharded(Source):
     """A source of shards."""
 
     def __init__(self, name, paths, urls=None):
@@ -81,6 +84,9 @@ class Sharded:
 
     def __len__(self):
         return 2
+
+    def __getitem__(self, i):
+        raise AssertionError("no record is read")
 
 
 def apart(base, far):

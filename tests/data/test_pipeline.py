@@ -10,7 +10,7 @@ from PIL import Image
 from icar_jax.data.augment import Augment
 from icar_jax.data.images import Preprocess
 from icar_jax.data.loader.batches import MAX_SUBSTITUTES, BadFiles, eval_batches, train_batches
-from icar_jax.data.records import Record
+from icar_jax.data.records import Record, Source
 from icar_jax.data.sources.folders import CaptionFolder
 from icar_jax.data.tokenizer import Tokenizer
 
@@ -114,7 +114,7 @@ def test_bad_files_are_replaced_and_named(folder, tokenizer):
     assert BadFiles().summary() == "All images were readable."
 
 
-class Broken:
+class Broken(Source):
     """A source whose files fail with a chosen error."""
 
     name = "broken"

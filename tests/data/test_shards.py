@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from icar_jax.data.records import Source
 from icar_jax.data.sources import shards
 from icar_jax.data.sources.shards import Rest, Shards, expand_braces, texts
 
@@ -63,7 +64,7 @@ def test_captions_of_every_form(value, found):
 def test_memory_of_a_large_set():
     """Ten million records: training and calibration are told apart in kilobytes, and without a list of names."""
 
-    class Large:
+    class Large(Source):
         name = "large"
         shards = shards.Shards(tuple(map(str, range(1000))), np.full(1000, 10_000), np.full(1000, 10**9))
 

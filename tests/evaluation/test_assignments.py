@@ -59,7 +59,7 @@ def test_mixed_ranks_equal_one_after_the_other(gallery, query_chunk, seed):
         text_to_image, image_to_text = sorted_ranks(mixed, texts, owner, away)
         assert one.text_to_image.tolist() == text_to_image.tolist()
         assert one.image_to_text.tolist() == image_to_text.tolist()
-    with pytest.raises(ValueError, match=r"exits \[5\], embeddings are there for \[3, 6, 12\]"):
+    with pytest.raises(ValueError, match=r"no embeddings for exits \[5\]; available exits: \[3, 6, 12\]"):
         ranks_mixed(by_exit, texts, owner, np.full_like(exits, 5), far_by_exit=far, distractors=distractors)
 
 
@@ -131,8 +131,8 @@ def test_random_routing_keeps_the_share_and_faults_are_named():
     assert sorted(random_exits(exits, 1).tolist()) == exits.tolist() and (random_exits(exits, 1) != exits).any()
     by_exit = {4: np.zeros((8, 2)), 9: np.ones((8, 2))}
     assert take_exits(by_exit, exits)[:, 0].tolist() == [0] * 3 + [1] * 5
-    with pytest.raises(ValueError, match=r"exits \[5\], embeddings are there for \[4, 9\]"):
+    with pytest.raises(ValueError, match=r"no embeddings for exits \[5\]; available exits: \[4, 9\]"):
         take_exits(by_exit, exits + (exits == 4))
     for counts in ({3: 1, 12: 5}, {3: 1, 5: 6}, {3: -1, 12: 8}):
-        with pytest.raises(ValueError, match="must deal out 7 images"):
+        with pytest.raises(ValueError, match="must assign all 7 images"):
             oracle_exits_at_share(made_up(0), counts)

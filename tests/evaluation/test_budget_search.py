@@ -16,7 +16,7 @@ from icar_jax.evaluation.metrics.retrieval import ranks, recall
 from icar_jax.evaluation.report.calibration_table import print_calibration, sentences
 from icar_jax.evaluation.report.report_figures import write_budget_search
 from icar_jax.evaluation.routing import timing
-from icar_jax.evaluation.routing.calibration import calibrate, costs_of, make_bundle
+from icar_jax.evaluation.routing.calibration import bundle_costs, calibrate, make_bundle
 from icar_jax.inference.router import assign
 from icar_jax.models.clip import Clip
 from icar_jax.models.flops import vision_flops
@@ -74,15 +74,15 @@ def test_a_bound_that_allows_everything_takes_the_first_exit(bundle, tmp_path, c
     assert found["exit_alone"]["exit"] == 1, "without a router that costs less"
     assert (bundle.parent / "bundle_frontier.png").is_file()
     capsys.readouterr()
-    print_calibration(checkpoint.describe(bundle), costs_of(bundle))
+    print_calibration(checkpoint.describe(bundle), bundle_costs(bundle))
     rows = [line.split("│")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     assert [(exit.strip(), scores.strip()) for exit, scores in rows[-3:]] == [("1", "all"), ("2", "none"), ("3", "none")]
-    lines = " ".join(sentences(found, costs_of(bundle)))
+    lines = " ".join(sentences(found, bundle_costs(bundle)))
     assert "exits not used: 2, 3" in lines and "so it is optimistic" in lines and "routing gains nothing here" in lines
 
 
 def test_the_best_recall_within_a_budget(bundle, tmp_path, capsys):
-    costs = costs_of(bundle)
+    costs = bundle_costs(bundle)
     budget = (costs.lowest_budget + 1) / 2
     description = calibrate(bundle, Scenes("calibration", 40), budget=budget, best_recall=True, cost="counted", batch_size=8,
                             draw=lambda tried: write_budget_search(tried, tmp_path / "f.png"))  # fmt: skip
@@ -142,11 +142,11 @@ def test_mistakes(bundle, complexity_folder, tmp_path, capsys):
     for wrong, message in (
         ({"max_recall_drop": 1.0, "budget": 0.9}, "by one of"), ({"max_recall_drop": -1.0}, "must lie in"),
         ({"max_recall_drop": 1.0, "cost": "guessed"}, "use one of counted, measured"),
-        ({"shares": (0.5, 0.2), "cost": "measured"}, "is for a budget or a recall drop"),
+        ({"shares": (0.5, 0.2), "cost": "measured"}, "applies only to a budget or a recall drop"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             calibrate(bundle, source, **wrong)
-    with pytest.raises(ConfigError, match="complexity model alone"):
+    with pytest.raises(ConfigError, match="complexity model without a CLIP"):
         calibrate(complexity_folder, source, max_recall_drop=1.0)
     images = ["--images", tmp_path / "a.png"]
     assert "needs captions" in fails(capsys, bundle, "--max-recall-drop", 1, *images)

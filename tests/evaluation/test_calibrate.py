@@ -13,7 +13,7 @@ import icar_jax
 from icar_jax import checkpoint, cli, workdir
 from icar_jax.data.images import Preprocess
 from icar_jax.data.scenes import Scenes
-from icar_jax.evaluation.routing.calibration import calibrate, costs_of, make_bundle
+from icar_jax.evaluation.routing.calibration import bundle_costs, calibrate, make_bundle
 from icar_jax.inference.router import assign
 from icar_jax.models.complexity import ComplexityArch, ComplexityModel
 from icar_jax.models.convnext import ConvNeXtArch
@@ -75,7 +75,7 @@ def readable(root):
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_a_budget_is_kept_and_recorded(bundle, pictures, capsys, share):
-    costs = costs_of(bundle)
+    costs = bundle_costs(bundle)
     budget = costs.lowest_budget + share * (1 - costs.lowest_budget)
     before = digest(bundle)
     run(bundle, "--budget", budget, "--images", pictures)
@@ -96,7 +96,7 @@ def test_a_budget_is_kept_and_recorded(bundle, pictures, capsys, share):
 
 def test_costs_count_the_router(bundle):
     model = icar_jax.load(bundle)
-    costs = costs_of(bundle)
+    costs = bundle_costs(bundle)
     from icar_jax.models.flops import complexity_flops, vision_flops
 
     assert costs.router == complexity_flops(model.scorer.complexity.arch)
@@ -191,7 +191,7 @@ def test_a_killed_writer_leaves_the_old_description(bundle, pictures, monkeypatc
 
 def test_mistakes_of_routing(bundle, complexity_folder, clip_folder, pictures, tmp_path, capsys):
     before = (bundle / checkpoint.DESCRIPTION).read_bytes()
-    lowest = costs_of(bundle).lowest_budget
+    lowest = bundle_costs(bundle).lowest_budget
     images = ["--images", pictures]
     assert f"at least {np.ceil(lowest * 1e4) / 1e4:g}" in fails(capsys, bundle, "--budget", lowest - 0.01, *images)
     assert "must lie in (0, 1]" in fails(capsys, bundle, "--budget", 1.2, *images)
@@ -200,10 +200,10 @@ def test_mistakes_of_routing(bundle, complexity_folder, clip_folder, pictures, t
     assert "no image file" in fails(capsys, bundle, "--budget", 0.9, "--images", tmp_path / "none*.png")
     config = ["--config", ROOT / "configs/demo.py:clip"]
     assert "use --budget or --share" in fails(capsys, bundle, "--metric", "f1", *config)
-    assert "chooses no threshold" in fails(capsys, bundle, "--metric", "auc", *config)
+    assert "cannot choose a threshold" in fails(capsys, bundle, "--metric", "auc", *config)
     assert "give one of them" in fails(capsys, bundle, "--share", 0.5, *images, *config)
     assert "overrides a field of --config" in fails(capsys, bundle, "--budget", 0.9, "--config.data.threads=1")
-    assert "is a complexity model alone" in fails(capsys, complexity_folder, "--budget", 0.9, *images)
+    assert "is a complexity model without a CLIP" in fails(capsys, complexity_folder, "--budget", 0.9, *images)
     assert "no checkpoint of kind bundle or complexity" in fails(capsys, clip_folder, "--budget", 0.9, *images)
     assert "not allowed with" in fails(capsys, bundle, "--budget", 0.9, "--share", 0.5)
     assert (bundle / checkpoint.DESCRIPTION).read_bytes() == before

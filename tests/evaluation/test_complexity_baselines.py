@@ -69,7 +69,7 @@ def test_a_fit_recovers_a_line_and_stays_in_the_range_of_ratings():
     rng = np.random.default_rng(0)
     measures = rng.random((50, 3)) * [0.5, 1, 8]
     rated = 0.1 + 0.8 * measures[:, 1]
-    fits = baselines.fit(measures, rated)
+    fits = baselines.fit_baselines(measures, rated)
     assert set(fits) == {*baselines.MEASURES, baselines.COMBINED}
     for name in ("edge_density", baselines.COMBINED):
         assert fits[name](measures) == pytest.approx(rated)
@@ -80,10 +80,10 @@ def test_a_fit_recovers_a_line_and_stays_in_the_range_of_ratings():
 
 def test_a_fit_needs_images():
     with pytest.raises(ValueError, match="more than 3 images, found 3"):
-        baselines.fit(np.zeros((3, 3)), np.zeros(3))
+        baselines.fit_baselines(np.zeros((3, 3)), np.zeros(3))
 
 
 def test_all_measures_at_once():
     images = np.stack([flat(9), busy(3)])
-    found = baselines.measure(images)
+    found = baselines.classical_measures(images)
     assert found.tolist() == [[f(image) for f in baselines.MEASURES.values()] for image in images]

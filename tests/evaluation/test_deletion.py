@@ -109,7 +109,7 @@ def test_maps_of_a_trained_model_point_at_what_raises_its_score(tmp_path):
     config.data.scenes_size = 20_000
     config.optim.lr, config.optim.warmup_steps = 2e-3, 30
     train(config, tmp_path)
-    found = deletion.measure(icar_jax.load(tmp_path), images=128, stages=(MAP_STAGE,))["stages"][str(MAP_STAGE)]
+    found = deletion.deletion_test(icar_jax.load(tmp_path), images=128, stages=(MAP_STAGE,))["stages"][str(MAP_STAGE)]
     for fill in deletion.FILLS:
         fallen = found["deletion"][fill]["0.2"]
         assert all(fallen[f"highest_minus_{order}"]["low"] > 0 for order in deletion.ORDERS[1:]), fallen

@@ -80,8 +80,8 @@ def test_baselines_are_fitted_on_calibration_images(regression):
     config, _, metrics = regression
     calibration, held_out = Scenes("calibration", 40), Scenes("val", config.eval.size)
     pixels = lambda source: np.stack([baselines.PREPROCESS.resize(r.image()) for r in source])
-    measures = [baselines.measure(pixels(source)) for source in (calibration, held_out)]
-    fits = baselines.fit(measures[0], np.array([r.complexity for r in calibration]))
+    measures = [baselines.classical_measures(pixels(source)) for source in (calibration, held_out)]
+    fits = baselines.fit_baselines(measures[0], np.array([r.complexity for r in calibration]))
     for name, fit in fits.items():
         assert metrics["runs"][name]["rmse"]["value"] == pytest.approx(m.rmse(fit(measures[1]), known(config)), abs=1e-5)
     best = max(fits, key=lambda name: m.pcc(fits[name](measures[1]), known(config)))
@@ -133,7 +133,7 @@ def test_the_best_model_of_the_run_is_evaluated(tmp_path):
     metrics = evaluate_complexity(config, tmp_path)
     scores = icar_jax.load(tmp_path / "best", batch_size=8).score([r.image() for r in Scenes("val", config.eval.size)])
     assert metrics["runs"]["model"]["rmse"]["value"] == pytest.approx(m.rmse(scores, known(config)), abs=1e-5)
-    assert f"the model is {tmp_path / 'best'}" in metrics["notes"]
+    assert f"model: {tmp_path / 'best'}" in metrics["notes"]
 
 
 @pytest.mark.parametrize("part, field, value", [("complexity", "threshold", 0.7), ("data", "calibration_size", 9)])
@@ -192,7 +192,7 @@ def test_what_is_printed(regression, classification):
     text = printed(regression[2])
     assert "PCC" in text and "gradient" in text and "contrast high" in text and "% of the counted FLOPs" in text
     text = printed(classification[2])
-    assert "Youden's J" in text and "decisions are score >" in text
+    assert "Youden's J" in text and "decisions: score >" in text
 
 
 @pytest.mark.parametrize(

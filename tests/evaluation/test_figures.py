@@ -69,13 +69,13 @@ def test_compact_table_fits_80_columns(record):
 def test_verdict_on_random_routing(record):
     assert (
         "routed - random = +1.2 points R@5, 95% interval [-0.3, 2.6]: includes zero, so routing is not shown to beat "
-        "random at this share"
+        "random routing at these shares"
     ) in table.verdicts(record)
     delta = record["comparisons"]["routed_minus_random"]
     delta.update(low=0.4, includes_zero=False)
-    assert any(line.endswith("above zero, so routing beats random at this share") for line in table.verdicts(record))
+    assert any(line.endswith("above zero, so routing beats random routing at these shares") for line in table.verdicts(record))
     delta.update(value=-1.0, low=-2.0, high=-0.2)
-    assert any(line.endswith("so routing is worse than random at this share") for line in table.verdicts(record))
+    assert any(line.endswith("so routing is worse than random routing at these shares") for line in table.verdicts(record))
 
 
 def verdict(record, word):
@@ -84,7 +84,7 @@ def verdict(record, word):
 
 def test_verdicts_on_retention_time_and_chance(record):
     assert "R@5 42.1% (42.1 times chance, 1%)" in verdict(record, "chance")
-    assert "97.1%" in verdict(record, "routed keeps") and "includes 100" in verdict(record, "routed keeps")
+    assert "97.1%" in verdict(record, "routed retains") and "includes 100" in verdict(record, "routed retains")
     assert verdict(record, "time:").startswith("routing loses time: 290.0 images/s")
     assert verdict(record, "saves no FLOPs") is None
     assert "and no slower" in verdict(record, "exit_12 for every image is at least as good")
@@ -95,9 +95,9 @@ def test_verdicts_on_retention_time_and_chance(record):
     routed["retention"]["high"] = 98.0
     assert verdict(record, "time:").startswith("routing saves time") and "2.00 times" in verdict(record, "time:")
     assert verdict(record, "saves no FLOPs")
-    assert verdict(record, "static exit with the router's cost")
+    assert verdict(record, "single exit plus the router's cost")
     assert verdict(record, "for every image is at least as good").startswith("exit_12")
-    assert "does lose" in verdict(record, "routed keeps")
+    assert "routing loses retrieval quality" in verdict(record, "routed retains")
     record["runs"]["full"]["text_to_image"]["r5"] = 1.5
     assert "less than twice chance" in verdict(record, "chance")
     routed["retention"] = None

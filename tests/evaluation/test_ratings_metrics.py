@@ -134,11 +134,11 @@ def test_a_paired_interval_is_narrower_than_two_of_its_own():
         ("roc_auc", [0.1, 0.2], [1, 1], "all 2 labels are of class complex"),
         ("youden", [0, 1], [0, 0], "class simple; it needs both"),
         ("balanced_accuracy", [0, 1], [1, 1], "needs both classes"),
-        ("f1", [0.3, 1], [1, 1], "compare scores to a threshold"),
+        ("f1", [0.3, 1], [1, 1], "apply a threshold to the scores"),
         ("accuracy", [0, 1], [1, 2], "labels that are 0"),
         ("ece", [0.5, 1.5], [0, 1], "probabilities in"),
-        ("rmse", [0.1], [0.1, 0.2], "of one length"),
-        ("rmse", [], [], "of one length"),
+        ("rmse", [0.1], [0.1, 0.2], "of equal length"),
+        ("rmse", [], [], "of equal length"),
         ("pcc", [0.1, np.nan], [0.1, 0.2], "1 of 2 predictions are NaN"),
         ("accuracy_", [1], [1], "unknown metric"),
     ],
@@ -150,7 +150,7 @@ def test_what_has_no_value_says_why(metric, predicted, truth, message):
 
 def test_too_few_of_a_class_have_no_interval():
     labels = np.array([1] + [0] * 9)
-    with pytest.raises(m.MetricError, match="too few of one class"):
+    with pytest.raises(m.MetricError, match="more of the rarer class"):
         m.interval("roc_auc", np.linspace(0, 1, 10), labels, n=200)
 
 

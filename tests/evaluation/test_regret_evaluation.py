@@ -61,7 +61,7 @@ def test_of_several_captions_it_is_the_mean_and_they_are_no_rivals(seed, monkeyp
 
 def test_records_carry_the_ranks_of_what_could_be_read():
     source = Scenes("val", 4, image_size=32)
-    judged = regret.Regrets(source, np.array([0, 2, 3]), np.array([5.0, -1.0, 2.0])).judged()
+    judged = regret.Regrets(source, np.array([0, 2, 3]), np.array([5.0, -1.0, 2.0])).as_source()
     assert [judged[i].complexity for i in (0, 2, 3)] == [1.0, 0.0, 0.5] and np.isnan(judged[1].complexity)
     assert judged[0].captions == source[0].captions and len(judged) == 4
 
@@ -80,7 +80,7 @@ def test_a_run_is_evaluated_by_the_regrets_of_the_held_out_images(run, clip_fold
     config, folder = run
     clip = icar_jax.load(clip_folder, batch_size=8)
     source = Scenes("val", 21, image_size=32)
-    found = regret.measure(config, clip, {"kind": "loss", "exit": 2}, source)
+    found = regret.measure_regrets(config, clip, {"kind": "loss", "exit": 2}, source)
     pictures = [source[i].image() for i in range(21)]
     texts = clip.encode_text([c for i in range(21) for c in source[i].captions])
     owner = np.repeat(np.arange(21), [len(source[i].captions) for i in range(21)])
@@ -101,7 +101,7 @@ def test_evaluate_reports_correlations_beside_the_true_complexity(run, clip_fold
     assert list(metrics["runs"])[:2] == ["model", "known_complexity"] and metrics["images"] == 21
     source = Scenes("val", 21, image_size=32)
     clip = icar_jax.load(clip_folder, batch_size=8)
-    values = regret.measure(config, clip, metrics["regret"], source).values
+    values = regret.measure_regrets(config, clip, metrics["regret"], source).values
     scores = icar_jax.load(folder / "model", batch_size=8).score([r.image() for r in source])
     known = np.array([r.complexity for r in source])
     assert metrics["runs"]["model"]["srcc"]["value"] == pytest.approx(spearmanr(scores, values).statistic, abs=1e-6)
@@ -122,9 +122,9 @@ def test_a_model_of_regret_and_one_of_ratings_are_not_taken_for_each_other(run, 
     config, folder = run
     about = checkpoint.describe(folder / "model")
     rating = dataclasses.replace(config.complexity, target="rating", exit=0, clip=str(clip_folder))
-    with pytest.raises(ConfigError, match="the model learnt regret, at exit 2 of .*pass --config.complexity.target=regret"):
+    with pytest.raises(ConfigError, match="the model was trained on regret at exit 2 of .*pass --config.complexity.target=regret"):
         evaluate_complexity(dataclasses.replace(config, complexity=rating), folder / "model")
-    with pytest.raises(ConfigError, match="but the model learnt ratings"):
-        regret.open_clip(config, {})
-    with pytest.raises(ConfigError, match="is not the CLIP whose regret the model learnt"):
-        regret.open_clip(config, {"regret": about["regret"] | {"sha256": "0" * 64}})
+    with pytest.raises(ConfigError, match="but the model was trained on ratings"):
+        regret.load_routed_clip(config, {})
+    with pytest.raises(ConfigError, match="is not the CLIP the regret model was trained with"):
+        regret.load_routed_clip(config, {"regret": about["regret"] | {"sha256": "0" * 64}})

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from icar_jax.data.records import Source
 from icar_jax.data.images import ImageError
 from icar_jax.data.loader.batches import BadFiles
 from icar_jax.data.records import Record
@@ -27,7 +28,7 @@ N = 40
 RUNS = ("full", "exit_2", "exit_4", "static", "routed", "budget_0.6", "random", "oracle", "lossless")
 
 
-class Pictures:
+class Pictures(Source):
     """A source of small pictures, the fourth of which can no longer be read."""
 
     name = f"pictures {EVIL}"
@@ -150,7 +151,7 @@ def test_every_picture_says_what_it_shows(page):
     _, reader = page
     alts = [attrs.get("alt") for tag, attrs in reader.tags if tag == "img"]
     assert len(alts) > 5 and all(alts)
-    assert any("routed keeps 97.0% at" in alt for alt in alts)
+    assert any("routed retains 97.0% at" in alt for alt in alts)
 
 
 def test_figures_and_metrics_are_files_too(made):
@@ -165,8 +166,8 @@ def test_figures_and_metrics_are_files_too(made):
 
 def test_the_worst_falls_come_first(made, page):
     _, evidence, _ = made
-    found = report._falls(evidence, Pictures())
-    assert 0 < len(found) <= report.FALLS
+    found = report._rank_drops(evidence, Pictures())
+    assert 0 < len(found) <= report.RANK_DROPS
     falls = [fall.after - fall.before for fall in found]
     assert falls == sorted(falls, reverse=True) and min(falls) > 0 and all(fall.exit < 6 for fall in found)
     full, run = evidence.ranks["full"], evidence.ranks["routed"]
@@ -233,8 +234,8 @@ def test_in_a_real_browser(made, tmp_path, width):
 
 
 def test_an_empty_thumbnail_is_said():
-    fall = report_page.Fall("a", None, "q", 1, 9, 2, None)
-    assert "gone" in report_page.falls([fall])
+    fall = report_page.RankDrop("a", None, "q", 1, 9, 2, None)
+    assert "unreadable" in report_page.rank_drops([fall])
 
 
 def test_svg_is_the_same_every_time(made):

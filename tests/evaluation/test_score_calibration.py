@@ -15,7 +15,7 @@ from icar_jax.data.scenes import Scenes
 from icar_jax.evaluation.evaluate import evaluate
 from icar_jax.evaluation.metrics.retrieval import Distractors, ranks, recall
 from icar_jax.evaluation.routing.assignments import take_exits
-from icar_jax.evaluation.routing.gallery import embed
+from icar_jax.evaluation.routing.gallery import embed_source
 from icar_jax.evaluation.routing.score_calibration import ScoreCalibration, bias, fit
 from tests.support.runs import tiny_config
 
@@ -141,7 +141,7 @@ def test_an_evaluation_ranks_the_routed_gallery_by_calibrated_scores_too(clip_fo
     assert told["calibration"] == "scenes/calibration" and told["images"] == 40 and told["loss_after"] <= told["loss_before"]
     assert told["exits"]["3"] == {"slope": 1.0, "offset": 0.0} and set(told["bias"]) == {"1", "2", "3"}
     bundle = icar_jax.load(tmp_path / "bundle", batch_size=8)
-    own, far = (embed(bundle, Scenes(split, size, image_size=64)) for split, size in (("val", 30), ("test", 15)))
+    own, far = (embed_source(bundle, Scenes(split, size, image_size=64)) for split, size in (("val", 30), ("test", 15)))
     fitted = {int(e): (pair["slope"], pair["offset"]) for e, pair in told["exits"].items()}
     calibration = ScoreCalibration(fitted, 0.0, 0.0)
     rows, away = (calibration.images(g.routed, g.exits) for g in (own, far))

@@ -62,7 +62,7 @@ def test_a_score_on_the_threshold_is_not_complex():
     [
         ([0.5], [0], "auc", "use one of accuracy, f1"),
         ([0.5, 0.5], [0], "f1", "one label"),
-        ([0.5], [2], "f1", "one label, 0 or 1"),
+        ([0.5], [2], "f1", "one label"),
         ([], [], "f1", "at least one"),
         ([1.5], [1], "f1", "from 1.5 to 1.5"),
         ([np.nan], [1], "f1", "finite"),

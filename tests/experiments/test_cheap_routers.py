@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from icar_jax import architectures
 from icar_jax.config import ComplexityConfig
 from icar_jax.models import variants
 from icar_jax.models.complexity import ComplexityModel
@@ -14,7 +15,7 @@ from icar_jax.models.flops import complexity_flops, vision_flops
 @pytest.mark.parametrize("head", ["regression", "classification"])
 @pytest.mark.parametrize("variant", ["atto", "femto", "pico", "nano"])
 def test_every_variant_takes_every_size(variant, head, size):
-    arch = variants.complexity_arch(ComplexityConfig(variant=f"convnextv2_{variant}", head=head, image_size=size))
+    arch = architectures.complexity_arch(ComplexityConfig(variant=f"convnextv2_{variant}", head=head, image_size=size))
     model = ComplexityModel.graph(arch)
     images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
     assert jax.eval_shape(model.score, model.shapes, images).shape == (2,)
@@ -22,7 +23,7 @@ def test_every_variant_takes_every_size(variant, head, size):
 
 
 def test_pixels_beyond_the_last_whole_stride_do_not_count():
-    arch = variants.complexity_arch(ComplexityConfig(variant="convnextv2_demo", image_size=35))
+    arch = architectures.complexity_arch(ComplexityConfig(variant="convnextv2_demo", image_size=35))
     model = ComplexityModel.graph(arch)
     params = ComplexityModel.init(jax.random.key(0), arch)
     images = jax.random.normal(jax.random.key(1), (2, 35, 35, 3))

@@ -6,8 +6,7 @@ import runpy
 import pytest
 
 from experiments.retention import recipes
-from icar_jax import checkpoint
-from icar_jax.models import variants
+from icar_jax import architectures, checkpoint
 from icar_jax.models.clip import Clip
 from icar_jax.models.flops import vision_flops
 from icar_jax.training import init_weights
@@ -50,7 +49,7 @@ def same(one, other, names):
 
 @pytest.mark.parametrize("file, argument", [each[:2] for each in CHEAPER])
 def test_full_depth_costs_what_the_page_says(file, argument):
-    vision = variants.clip_arch(config(file, argument).clip).vision
+    vision = architectures.clip_arch(config(file, argument).clip).vision
     share = vision_flops(vision) / vision_flops(dataclasses.replace(vision, merge=()))
     assert round(share, 2) == (0.68 if file == "vit_l14_finetune.py" else 0.69)
 
@@ -64,8 +63,8 @@ def test_the_router_reads_at_the_exit(file, argument, router):
 
 @pytest.mark.parametrize("file, exit", [("demo.py", 2), ("photos.py", 3)])
 def test_the_trained_clip_can_be_gone_on_from(file, exit, tmp_path):
-    arch, said = variants.clip_arch(config(file, "long" if file == "demo.py" else "clip").clip), []
-    cheaper = variants.clip_arch(config(file, "cheaper").clip)
+    arch, said = architectures.clip_arch(config(file, "long" if file == "demo.py" else "clip").clip), []
+    cheaper = architectures.clip_arch(config(file, "cheaper").clip)
     random = params(Clip.graph(arch).shapes, 0)
     folder = checkpoint.write(tmp_path / "model", "clip", {"arch": dataclasses.asdict(arch)}, random)
     shapes = Clip.graph(cheaper).shapes

@@ -17,12 +17,12 @@ from experiments.retention import (
     why_exits,
 )
 from experiments.retention import rows as retention_rows
+from icar_jax.architectures import clip_arch
 from icar_jax.config import ConfigError
 from icar_jax.evaluation.metrics.retrieval import Distractors, ranks, recall
-from icar_jax.evaluation.routing.calibration import costs
+from icar_jax.evaluation.routing.calibration import model_costs
 from icar_jax.inference.loading import load
 from icar_jax.models.flops import vision_flops
-from icar_jax.models.variants import clip_arch
 from icar_jax.models.vision import VisionArch
 from tests.support.places import ROOT
 from tests.support.runs import random_clip, tiny_config
@@ -224,7 +224,7 @@ def test_routed_rows_have_dice_and_an_oracle_at_the_same_shares(out, complexity_
     rows = record["rows"]
     assert any("the first exit and the router alone cost" in note for note in record["notes"]) and "complexity@0.05" not in rows
     model, router = load(out / "scenes" / "baseline" / "0" / "model"), load(complexity_folder)
-    cost = costs(model.arch, router.scorer.complexity.arch)
+    cost = model_costs(model.arch, router.scorer.complexity.arch)
     for budget in BUDGETS:
         name = f"complexity@{budget:.2f}"
         routed, dice, oracle = rows[name], rows[f"{name} random"], rows[f"{name} oracle"]

@@ -8,7 +8,7 @@ import icar_jax
 from icar_jax import checkpoint
 from icar_jax.checkpoint import CheckpointError
 from icar_jax.evaluation.routing.calibration import full_shares, make_bundle, thresholds_for_shares
-from icar_jax.inference.forward import bucket_sizes, count_compilations, cut
+from icar_jax.inference.forward import bucket_sizes, count_compilations, split_batch
 from icar_jax.inference.router import assign
 
 
@@ -52,7 +52,7 @@ def test_scores_that_are_not_finite():
 @pytest.mark.parametrize("n", [0, 1, 2, 7, 8, 9, 63, 64, 65, 130])
 def test_cut_covers_every_row_once(n):
     buckets = bucket_sizes(64)
-    pieces = cut(n, buckets)
+    pieces = split_batch(n, buckets)
     assert [start for start, _, _ in pieces] == list(np.cumsum([0] + [r for _, r, _ in pieces])[:-1])
     assert sum(rows for _, rows, _ in pieces) == n
     assert all(bucket in buckets and 1 <= rows <= bucket for _, rows, bucket in pieces)

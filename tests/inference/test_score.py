@@ -18,7 +18,7 @@ from icar_jax.data.sources.files import ImagePaths
 from icar_jax.evaluation.routing.calibration import make_bundle
 from icar_jax.inference.files import score_table, scoring
 from icar_jax.inference.files.score_table import write_scores
-from icar_jax.inference.files.scoring import Bad, Row, score_files
+from icar_jax.inference.files.scoring import BadFile, ScoreRow, score_files
 from icar_jax.inference.forward import count_compilations
 from icar_jax.inference.router import assign
 
@@ -99,16 +99,16 @@ def test_bad_files_keep_their_place_and_their_reasons(model, bad_pictures):
     paths = [*sorted(map(str, bad_pictures.iterdir())), str(bad_pictures / "gone.png")]
     items = list(score_files(model, paths))
     assert [item.file for item in items] == paths
-    reasons = {item.file.rsplit("/", 1)[1]: item.reason for item in items if isinstance(item, Bad)}
+    reasons = {item.file.rsplit("/", 1)[1]: item.reason for item in items if isinstance(item, BadFile)}
     assert reasons.keys() == BAD.keys()
     assert all(BAD[name] in reason and name not in reason for name, reason in reasons.items())
-    good = [item for item in items if isinstance(item, Row)]
+    good = [item for item in items if isinstance(item, ScoreRow)]
     np.testing.assert_allclose([row.score for row in good], model.score([row.file for row in good]), atol=1e-6)
 
 
 def test_names_that_no_table_can_hold_are_bad(model, pictures):
     (item,) = score_files(model, ["caf\udce9.png"])
-    assert isinstance(item, Bad) and "UTF-8" in item.reason and item.file.isascii()
+    assert isinstance(item, BadFile) and "UTF-8" in item.reason and item.file.isascii()
 
 
 def test_paths_are_read_only_a_little_ahead(model, pictures):
@@ -151,8 +151,8 @@ def test_a_stopped_run_leaves_what_was_there_before(error, model, bad_pictures, 
     out.write_text("old")
 
     def stops(*args, **kwargs):
-        yield Bad("x", "y")
-        yield Row("a.png", 0.5, None, 1.0)
+        yield BadFile("x", "y")
+        yield ScoreRow("a.png", 0.5, None, 1.0)
         raise error
 
     monkeypatch.setattr(score_table, "score_files", stops)

@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from icar_jax import checkpoint, pytree
+from icar_jax import architectures, checkpoint, pytree
 from icar_jax.config import ClipConfig, ConfigError, ExperimentConfig, from_dict, validate
 from icar_jax.convert.export import export
 from icar_jax.convert.fields import ConvertError
 from icar_jax.data.images import Preprocess
-from icar_jax.models import flops, variants
+from icar_jax.models import flops
 from icar_jax.models.clip import Clip, ClipArch, exit_sources, start_exits_from_final
 from icar_jax.models.transformer import Block, Execution, block_scales, run_blocks
 from icar_jax.models.vision import ExitHead, VisionArch, VisionTower
@@ -83,7 +83,7 @@ def test_at_its_start_a_head_is_the_linear_head_and_learns(name):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_only_norm_and_projection_start_from_the_final_head(name):
-    arch = variants.clip_arch(ClipConfig(variant="vit_demo", exits=(2,), patch_size=32, exit_head=name))
+    arch = architectures.clip_arch(ClipConfig(variant="vit_demo", exits=(2,), patch_size=32, exit_head=name))
     shapes = Clip.graph(arch).shapes
     assert set(exit_sources(shapes)) == {
         *(f"vision/exits/2/{leaf}" for leaf in ("ln/scale", "ln/bias", "proj/kernel")), "exit_logit_scale/2",
@@ -97,7 +97,7 @@ def test_only_norm_and_projection_start_from_the_final_head(name):
 
 def test_every_parameter_of_the_heads_has_a_rule_of_sharding():
     for name in HEADS:
-        arch = variants.clip_arch(ClipConfig(variant="vit_demo", exits=(2,), exit_head=name))
+        arch = architectures.clip_arch(ClipConfig(variant="vit_demo", exits=(2,), exit_head=name))
         paths = [p for p in pytree.flatten(Clip.graph(arch).shapes) if "/residual/" in p]
         assert paths and [p for p in paths if not any(re.search(pattern, p) for pattern, _ in RULES)] == []
 
@@ -116,7 +116,7 @@ def test_summed_heads_are_the_sum_of_what_each_gives():
 
 
 def test_summed_heads_go_on_from_tokens_before_the_first_of_them():
-    clip = Clip.graph(variants.clip_arch(ClipConfig(variant="vit_demo", exits=(2, 4), patch_size=32, exit_sum=True)))
+    clip = Clip.graph(architectures.clip_arch(ClipConfig(variant="vit_demo", exits=(2, 4), patch_size=32, exit_sum=True)))
     params = drawn.params(clip.shapes, 0)
     images = np.random.default_rng(1).standard_normal((2, 64, 64, 3)).astype(np.float32)
     whole = clip.encode_image_exits(params, images)
@@ -139,7 +139,7 @@ def test_what_summed_heads_cannot_go_with(tmp_path):
         config.train.freeze = changes.get("freeze", ())
         with pytest.raises(ConfigError, match=message):
             validate(config)
-    made = variants.clip_arch(ClipConfig(variant="vit_demo", exits=(2,), patch_size=32))
+    made = architectures.clip_arch(ClipConfig(variant="vit_demo", exits=(2,), patch_size=32))
     description = {"arch": dataclasses.asdict(made), "preprocess": Preprocess(64, "squash").to_dict()}
     folder = checkpoint.write(tmp_path / "model", "clip", description, drawn.params(Clip.graph(made).shapes, 0))
     other = dataclasses.replace(made, vision=dataclasses.replace(made.vision, exit_sum=True))
@@ -150,7 +150,7 @@ def test_what_summed_heads_cannot_go_with(tmp_path):
 @pytest.mark.parametrize("summed", [False, True], ids=["own", "summed"])
 @pytest.mark.parametrize("name", ("linear", *HEADS))
 def test_counted_flops_are_those_of_the_traced_program(name, summed):
-    arch = variants.clip_arch(ClipConfig(variant="vit_demo", exits=(2, 4), exit_head=name, exit_sum=summed))
+    arch = architectures.clip_arch(ClipConfig(variant="vit_demo", exits=(2, 4), exit_head=name, exit_sum=summed))
     require_counted(arch)
     plain = dataclasses.replace(arch.vision, exit_head="linear", exit_sum=False)
     if summed:
@@ -161,7 +161,7 @@ def test_counted_flops_are_those_of_the_traced_program(name, summed):
 
 
 def test_a_description_without_the_field_is_that_of_linear_heads():
-    saved = dataclasses.asdict(variants.clip_arch(ClipConfig(variant="vit_demo", exits=(2,))))
+    saved = dataclasses.asdict(architectures.clip_arch(ClipConfig(variant="vit_demo", exits=(2,))))
     del saved["vision"]["exit_head"]
     assert from_dict(saved, ClipArch).vision.exit_head == "linear"
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from icar_jax import architectures, pytree
 from icar_jax import config as cfg
-from icar_jax import pytree
 from icar_jax.models import flops, variants
 from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.complexity import ComplexityArch, ComplexityModel
@@ -298,7 +298,7 @@ def test_registry_errors(field, value, message):
     config = cfg.ClipConfig(variant="vit_b32")
     setattr(config, field, value)
     with pytest.raises(cfg.ConfigError, match=message):
-        variants.clip_arch(config)
+        architectures.clip_arch(config)
 
 
 def test_normalise():

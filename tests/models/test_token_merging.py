@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icar_jax import checkpoint
+from icar_jax import architectures, checkpoint
 from icar_jax.config import ClipConfig, ComplexityConfig, ConfigError
 from icar_jax.data.images import Preprocess
-from icar_jax.models import variants
 from icar_jax.models.clip import Clip
 from icar_jax.models.flops import trunk_flops
 from icar_jax.models.token_merging import Tokens, merge_similar
@@ -151,7 +150,7 @@ def test_gradients_are_the_same_in_a_loop_and_computed_again():
 
 @pytest.mark.parametrize("merge", [(), (30,), (0, 7, 0, 5, 2)])
 def test_counted_flops_are_those_of_the_traced_program(merge):
-    arch = variants.clip_arch(ClipConfig(variant="vit_demo", exits=(2, 4), exit_head="attention", merge=merge))
+    arch = architectures.clip_arch(ClipConfig(variant="vit_demo", exits=(2, 4), exit_head="attention", merge=merge))
     require_counted(arch)
     plain = dataclasses.replace(arch.vision, merge=())
     for remat in ("dots", "full"):
@@ -168,26 +167,26 @@ def test_what_merging_cannot_go_with():
         ((-1,), "-1 must lie in 0 to 8"),
     ):
         with pytest.raises(ConfigError, match=message):
-            variants.clip_arch(dataclasses.replace(demo, merge=merge))
+            architectures.clip_arch(dataclasses.replace(demo, merge=merge))
     for pool in ("mean", "first_patch"):
         with pytest.raises(ConfigError, match=f"config.clip: exits .2,. pool '{pool}', which merge=.1,. has merged before"):
-            variants.clip_arch(dataclasses.replace(demo, merge=(1,), pool=pool))
+            architectures.clip_arch(dataclasses.replace(demo, merge=(1,), pool=pool))
         with pytest.raises(ValueError, match=f"exits .2, 3. pool '{pool}'"):
             dataclasses.replace(ARCH, pool=pool, merge=(1,))
-        variants.clip_arch(dataclasses.replace(demo, merge=(0, 1), pool=pool))
+        architectures.clip_arch(dataclasses.replace(demo, merge=(0, 1), pool=pool))
     with pytest.raises(ValueError, match="has 4 entries"):
         dataclasses.replace(ARCH, merge=(0, 0, 0, 1))
 
 
 def test_a_router_reads_what_the_tower_has_merged_by_then(tmp_path):
-    arch = variants.clip_arch(ClipConfig(variant="vit_demo", exits=(3,), merge=(0, 2, 2), patch_size=16))
+    arch = architectures.clip_arch(ClipConfig(variant="vit_demo", exits=(3,), merge=(0, 2, 2), patch_size=16))
     description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(64, "squash").to_dict()}
     folder = checkpoint.write(tmp_path / "model", "clip", description, drawn.params(Clip.graph(arch).shapes, 0))
     config = ComplexityConfig(variant="blocks", clip=str(folder), blocks=2)
-    assert variants.complexity_arch(config).vision.merge == ()
-    later = variants.complexity_arch(dataclasses.replace(config, blocks=3))
+    assert architectures.complexity_arch(config).vision.merge == ()
+    later = architectures.complexity_arch(dataclasses.replace(config, blocks=3))
     assert later.vision.merge == (0, 2) and later.vision.exits == ()
     assert dataclasses.replace(arch.vision, merge=(0, 2, 0, 1)).merge_before(4) == (0, 2)
     assert trunk_flops(later.vision, 3) == trunk_flops(arch.vision, 3)
     with pytest.raises(ConfigError, match="config.complexity.blocks=4 must lie in 1 to 3, the first exit"):
-        variants.complexity_arch(dataclasses.replace(config, blocks=4))
+        architectures.complexity_arch(dataclasses.replace(config, blocks=4))

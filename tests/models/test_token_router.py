@@ -65,7 +65,7 @@ def test_order_is_kept_over_ragged_batches_of_one_exit(model, sizes):
     side = model.preprocess.image_size
     batches = [rng.integers(0, 256, (n, side, side, 3), dtype=np.uint8) for n in sizes]
     for thresholds, exit in (((-1.0, 2.0), 2), ((2.0, 2.0), 1), ((-1.0, -1.0), 3)):
-        routed = SharedRouter(model.router._tower, thresholds).embed([(b, b) for b in batches], model.embed_dim)
+        routed = SharedRouter(model.router._tower, thresholds).embed_batches([(b, b) for b in batches], model.embed_dim)
         assert routed.embeddings.shape == (sum(sizes), model.embed_dim) and set(routed.exits.tolist()) <= {exit}
         if sum(sizes):
             np.testing.assert_allclose(routed.embeddings, model.towers[exit](np.concatenate(batches)), atol=1e-5)
@@ -96,7 +96,7 @@ def test_bfloat16_follows_float32(shared_bundle, model):
     images = pictures(16, seed=9)
     low = icar_jax.load(shared_bundle, batch_size=8, dtype="bfloat16")
     exit = model.exits[-1]
-    routed = SharedRouter(low.router._tower, (-1.0, -1.0)).embed(
+    routed = SharedRouter(low.router._tower, (-1.0, -1.0)).embed_batches(
         [(batch["clip"], None) for batch in low._prepare(images, low.preprocesses)], low.embed_dim
     )  # fmt: skip
     np.testing.assert_allclose(routed.embeddings, low.encode_image(images, exit=exit), atol=0.02)
@@ -300,7 +300,7 @@ def test_evaluation_routes_by_the_towers_own_tokens_among_distractors_beside_a_s
         assert apart == pytest.approx(found["routing"]["router_flops"]) and apart > 0, "the head alone: the blocks are shared"
         assert found["timing"]["router_ms"] >= 0 and runs["budget_0.85"]["found"]["cost"] <= 0.85
         page = (root / "report" / "index.html").read_text()
-        assert "a smaller model" in page and "scenes/test as distractors" in page
+        assert "a shallower baseline" in page and "scenes/test as distractors" in page
         bundle = root / "bundle"
         draw = lambda tried: write_budget_search(tried, root / "frontier.png")
         for how in ({"budget": 0.9}, {"shares": (0.2, 0.5)}, {"max_recall_drop": 5.0, "draw": draw}):

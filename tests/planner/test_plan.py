@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from icar_jax import architectures
 from icar_jax.config import ClipConfig, ConfigError, ExperimentConfig, LossConfig, MeshConfig, TrainConfig
-from icar_jax.models import flops, variants
+from icar_jax.models import flops
 from icar_jax.models.clip import Clip
 from icar_jax.models.transformer import Execution
 from icar_jax.planner import flops as plan_flops
@@ -42,7 +43,7 @@ def embeddings_of(arch, remat="none"):
 
 
 def test_forward_and_backward_flops_are_those_of_the_traced_program():
-    arch = variants.clip_arch(ClipConfig(variant="vit_demo", exits=(2, 4)))
+    arch = architectures.clip_arch(ClipConfig(variant="vit_demo", exits=(2, 4)))
     scalar, shapes = embeddings_of(arch)
     forward = plan_flops.image_flops(arch.vision) + flops.text_flops(arch.text)
     assert dot_flops(jax.make_jaxpr(scalar)(*shapes).jaxpr) == forward
@@ -51,7 +52,7 @@ def test_forward_and_backward_flops_are_those_of_the_traced_program():
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_recomputed_flops_are_those_of_the_traced_program(remat):
-    arch = variants.clip_arch(ClipConfig(variant="vit_demo", exits=(2,)))
+    arch = architectures.clip_arch(ClipConfig(variant="vit_demo", exits=(2,)))
     counts = []
     for policy in ("none", remat):
         scalar, shapes = embeddings_of(arch, policy)
@@ -70,7 +71,7 @@ def config_of(batch=32, exits=(2,), chunk=0, mesh=(), **train):
 
 
 def test_step_flops():
-    arch = variants.clip_arch(config_of().clip)
+    arch = architectures.clip_arch(config_of().clip)
     image, text = 32 * plan_flops.image_flops(arch.vision), 32 * flops.text_flops(arch.text)
     logits = 2 * 32 * 32 * 128 * 2  # two exits, 128 wide
     counted = lambda **options: dataclasses.astuple(plan_flops.step_flops(config_of(**options), arch))

@@ -30,7 +30,7 @@ def test_every_exception_of_the_package_derives_from_icar_error():
     while grown := {name for name, names in found.items() if known & set(names)} - known:
         known |= grown
     # A request that is refused is an answer of the server, not an end of the program; the other one never leaves its file.
-    assert set(found) - known == {"Refused", "_Malformed"} and len(known) > 20
+    assert set(found) - known == {"RequestError", "_Malformed"} and len(known) > 20
 
 
 def run(*words):

@@ -17,8 +17,8 @@ from icar_jax.data.sources.files import ImagePaths, NoImages
 from icar_jax.evaluation.routing.calibration import make_bundle
 from icar_jax.search.access import StoreError
 from icar_jax.search.indexing import IndexingError, index_files
-from icar_jax.search.opening import exists, open_store
-from icar_jax.search.scan import Lookup, share
+from icar_jax.search.opening import open_store, store_exists
+from icar_jax.search.scan import Lookup, process_share
 from tests.support import collected
 from tests.support.collected import draw, embeddings, index, picture, rows
 
@@ -324,7 +324,7 @@ def test_no_store_is_made_for_nothing(model, store, complexity_folder, tmp_path)
         index_files(store, ImagePaths([str(tmp_path)]), None, never)
     with pytest.raises(IndexingError, match="holds no CLIP"):
         index_files(store, ImagePaths([str(tmp_path)]), complexity_folder, never)
-    assert not exists(store)
+    assert not store_exists(store)
 
 
 def test_the_command(bundle, pictures, store, capsys):
@@ -364,5 +364,5 @@ def test_lookup_finds_what_a_list_holds(texts, other):
 
 def test_shares_of_processes_cover_every_path_once():
     names = [f"/photos/{i}.jpg" for i in range(300)] + ["/bad\udcff.jpg"]
-    owners = [[share(process, 3)(name) for process in range(3)] for name in names]
+    owners = [[process_share(process, 3)(name) for process in range(3)] for name in names]
     assert all(sum(row) == 1 for row in owners) and min(np.sum(owners, axis=0)) > 60

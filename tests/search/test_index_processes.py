@@ -86,14 +86,14 @@ def test_killed_at_random_moments_nothing_is_lost_or_doubled(stages, bundle, who
 
 MAKE = """
 import sys, time
-from icar_jax.search.opening import create, open_store
+from icar_jax.search.opening import create_store, open_store
 from icar_jax.search.access import StoreExists
 print("ready", flush=True)
 start = float(sys.stdin.readline())
 for i in range(int(sys.argv[2])):
     time.sleep(max(0, start + 0.1 * i - time.time()))
     try:
-        create(f"{sys.argv[1]}/{i}", {"clip": "a"}, 4, (1, 2), "/c")
+        create_store(f"{sys.argv[1]}/{i}", {"clip": "a"}, 4, (1, 2), "/c")
         print("made", flush=True)
     except StoreExists:
         print("exists", flush=True)

@@ -12,7 +12,7 @@ from icar_jax.search import background as bg
 from icar_jax.search import query as search
 from icar_jax.search import vector_index
 from icar_jax.search.access import StoreError
-from icar_jax.search.opening import create, open_store
+from icar_jax.search.opening import create_store, open_store
 from icar_jax.search.server.backend import TextQuery
 from icar_jax.search.server.settings import ServerSettings
 from tests.support import serverkit
@@ -27,7 +27,7 @@ READS = {
     "upsert": lambda s: s.upsert(table([("z", "z", 1)])), "delete": lambda s: s.delete(["x"]),
     "add_roots": lambda s: s.add_roots(["/new"]), "compact": lambda s: s.compact(),
     "captions": bg.sample_captions, "maintain": lambda s: vector_index.maintain(s, min_rows=1, progress=False),
-    "measure": lambda s: vector_index.measure(s, 2, 2),
+    "measure": lambda s: vector_index.measure_recall(s, 2, 2),
 }  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def test_damaged_vectors_are_said_plainly(model, tmp_path):
         file.write_bytes(b"x" * 100)
     picture = np.zeros((32, 32, 3), np.uint8)
     for read in (
-        bg.sample_captions, vector_index.measure, lambda _: searcher.search_text("a dog"),
+        bg.sample_captions, vector_index.measure_recall, lambda _: searcher.search_text("a dog"),
         lambda _: searcher._image_background(), lambda _: searcher.search_image(picture),
         lambda _: searcher.search_text("a dog", where="exit > 0"),
     ):  # fmt: skip
@@ -106,7 +106,7 @@ def test_the_server_answers_503_while_its_store_is_away_and_searches_what_comes_
     embeddings = unit(np.random.default_rng(0), 4, model.embed_dim)
 
     def fill(prefix):
-        store = create(folder, model.identity, model.embed_dim, model.exits, str(model.path))
+        store = create_store(folder, model.identity, model.embed_dim, model.exits, str(model.path))
         store.upsert(rows(embeddings, model.exits, CAPTIONS, prefix))
 
     fill("/before")

@@ -114,8 +114,8 @@ def test_what_searches_returned_comes_first(model, pictures, store, monkeypatch)
     favourites = complex_ones[-2:]
     open_store(store).note_returned([*favourites, favourites[1], *complex_ones[:1]])
     order = []
-    read = icar_jax.search.refine._read
-    monkeypatch.setattr("icar_jax.search.refine._read", lambda row, p: (order.append(row["path"]), read(row, p))[1])
+    read = icar_jax.search.refine._read_row
+    monkeypatch.setattr("icar_jax.search.refine._read_row", lambda row, p: (order.append(row["path"]), read(row, p))[1])
     run(model, store, order="returned", threads=1)
     assert order[0] == favourites[1] and set(order[1:3]) == {favourites[0], complex_ones[0]}
     assert sorted(order) == complex_ones

@@ -16,7 +16,7 @@ from icar_jax.inference.forward import count_compilations
 from icar_jax.search import background as bg
 from icar_jax.search import query as search
 from icar_jax.search.access import StoreError
-from icar_jax.search.opening import create, open_store
+from icar_jax.search.opening import create_store, open_store
 from icar_jax.search.plain import PLAIN
 from tests.support.stores import CAPTIONS, filled, rows, unit
 
@@ -174,13 +174,13 @@ def test_the_background_is_made_anew_for_a_store_that_has_grown(model, tmp_path)
     store.upsert(rows(unit(np.random.default_rng(1), 100, model.embed_dim), model.exits, captions, "/more"))
     after = searcher.search_text("a dog runs").nothing_here.threshold
     assert before != after
-    assert sum(path.startswith("/more") for path in searcher._text_background().paths) > bg.FEW
+    assert sum(path.startswith("/more") for path in searcher._text_background().paths) > bg.MIN_OWN_CAPTIONS
 
 
 def test_thresholds_by_captions_and_without():
     own, plain = np.linspace(2, 6, 100), np.linspace(0, 4, 100)
     assert bg.threshold_of(own, plain) == pytest.approx(2.2)
-    assert bg.threshold_of(own[: bg.FEW - 1], plain) == pytest.approx(2)
+    assert bg.threshold_of(own[: bg.MIN_OWN_CAPTIONS - 1], plain) == pytest.approx(2)
 
 
 def test_a_lift_is_blind_to_what_an_image_does_to_all_texts():
@@ -200,7 +200,7 @@ def test_the_verdict_tells_what_is_here_from_what_is_not(model, tmp_path):
     endings = ("runs", "asleep", "on a tree", "a", "the")
     texts = [f"{a} {b}" for a in ("dog", "cat", "bird", "tree", "red", "two") for b in endings]
     embeddings = model.encode_text(texts)
-    store = create(tmp_path / "store", model.identity, model.embed_dim, model.exits, str(model.path))
+    store = create_store(tmp_path / "store", model.identity, model.embed_dim, model.exits, str(model.path))
     noisy = embeddings + 0.02 * rng.standard_normal(embeddings.shape)
     store.upsert(rows(noisy / np.linalg.norm(noisy, axis=1, keepdims=True), model.exits, texts))
     searcher = search.Searcher(store, model)
@@ -212,7 +212,7 @@ def test_the_verdict_tells_what_is_here_from_what_is_not(model, tmp_path):
 def test_an_image_finds_itself(model, tmp_path):
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(12)]
-    store = create(tmp_path / "store", model.identity, model.embed_dim, model.exits, str(model.path))
+    store = create_store(tmp_path / "store", model.identity, model.embed_dim, model.exits, str(model.path))
     store.upsert(rows(model.encode_image(pictures, exit=model.exits[-1]), model.exits[-1:]))
     found = search.Searcher(store, model).search_image(pictures[7], k=3)
     assert found.hits[0].path == "/pictures/007.png" and found.hits[0].cosine > 0.999 and len(found.hits) == 3
@@ -221,7 +221,7 @@ def test_an_image_finds_itself(model, tmp_path):
 
 
 def test_an_empty_store_has_no_hits_and_the_command_says_so(model, tmp_path, capsys):
-    store = create(tmp_path / "store", model.identity, model.embed_dim, model.exits, str(model.path))
+    store = create_store(tmp_path / "store", model.identity, model.embed_dim, model.exits, str(model.path))
     found = search.Searcher(store, model).search_text("a dog runs")
     assert found.hits == [] and found.nothing_here.verdict
     with pytest.raises(SystemExit, match="2"):

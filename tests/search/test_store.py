@@ -219,9 +219,9 @@ def test_models_that_do_not_belong_are_refused(tmp_path):
 def test_what_is_no_store_is_said_plainly(uri, tmp_path):
     with pytest.raises(StoreError, match="there is no store at .*icar index"):
         open_store(uri)
-    assert not opening.exists(uri)
+    assert not opening.store_exists(uri)
     store = make(uri)
-    assert opening.exists(uri)
+    assert opening.store_exists(uri)
     with pytest.raises(opening.StoreExists, match="is a store already"):
         make(uri)
     store.set_meta(format=99)

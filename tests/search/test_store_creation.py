@@ -5,14 +5,14 @@ import pytest
 
 from icar_jax.search import opening, tables
 from icar_jax.search.access import StoreError, StoreExists
-from icar_jax.search.opening import create, open_store
+from icar_jax.search.opening import create_store, open_store
 
 lancedb = pytest.importorskip("lancedb")
 D = 4
 
 
 def made(uri, checkpoint="/first"):
-    return create(uri, {"clip": "a"}, D, (1, 2), checkpoint)
+    return create_store(uri, {"clip": "a"}, D, (1, 2), checkpoint)
 
 
 def first_meta(checkpoint):
@@ -23,7 +23,7 @@ def first_meta(checkpoint):
 @pytest.fixture
 def blind(monkeypatch):
     """Sets after how many tables a writer that looks for them sees what is there: before that, it finds nothing."""
-    opened = opening._opened
+    opened = opening._open_table
 
     def of(looks):
         left = [looks]
@@ -32,7 +32,7 @@ def blind(monkeypatch):
             left[0] -= 1
             return None if left[0] >= 0 else opened(database, name)
 
-        monkeypatch.setattr(opening, "_opened", look)
+        monkeypatch.setattr(opening, "_open_table", look)
 
     return of
 
@@ -43,7 +43,7 @@ def test_the_first_ones_description_holds(tmp_path, blind, looks):
     made(uri, "/first")
     blind(looks)  # the second one found no meta, or nothing at all
     with pytest.raises(StoreExists, match="is a store already"):
-        opening._created(lancedb.connect(uri), uri, D, {"format": tables.FORMAT, "checkpoint": "/second"})
+        opening._create_tables(lancedb.connect(uri), uri, D, {"format": tables.FORMAT, "checkpoint": "/second"})
     assert open_store(uri).meta["checkpoint"] == "/first"
 
 
@@ -58,7 +58,7 @@ def test_a_commit_on_top_of_anothers_is_taken_back(tmp_path, monkeypatch):
         return create_table(self, name, rows, schema=schema, mode="overwrite")
 
     monkeypatch.setattr(type(database), "create_table", replacing)
-    table, was_first = opening._make(database, "meta", first_meta("/second"), tables.META)
+    table, was_first = opening._create_table(database, "meta", first_meta("/second"), tables.META)
     assert not was_first and open_store(uri).meta["checkpoint"] == "/first"
     assert table.count_rows() == open_store(uri)._tables["meta"].count_rows()
 
@@ -82,14 +82,14 @@ def test_another_error_of_the_database_is_not_taken_for_a_race(tmp_path, monkeyp
 
     monkeypatch.setattr(type(database), "create_table", broken)
     with pytest.raises(ValueError, match="the disk is on fire"):
-        opening._make(database, "meta", first_meta("/x"), tables.META)
+        opening._create_table(database, "meta", first_meta("/x"), tables.META)
     monkeypatch.setattr(type(database), "open_table", broken)
     with pytest.raises(ValueError, match="the disk is on fire"):
-        opening._opened(database, "meta")
+        opening._open_table(database, "meta")
 
 
 def test_a_conflict_is_tried_again_and_other_failures_are_not(tmp_path, monkeypatch):
-    calls, created = [], opening._created
+    calls, created = [], opening._create_tables
 
     def conflicting(*args):
         calls.append(1)
@@ -97,14 +97,14 @@ def test_a_conflict_is_tried_again_and_other_failures_are_not(tmp_path, monkeypa
             raise RuntimeError("Commit conflict for version 2")
         return created(*args)
 
-    monkeypatch.setattr(opening, "_created", conflicting)
+    monkeypatch.setattr(opening, "_create_tables", conflicting)
     assert made(str(tmp_path / "store")).meta["checkpoint"] == "/first" and len(calls) == 2
 
     def refused(*args):
         calls.append(1)
         raise RuntimeError("permission denied")
 
-    monkeypatch.setattr(opening, "_created", refused)
+    monkeypatch.setattr(opening, "_create_tables", refused)
     with pytest.raises(StoreError, match="permission denied"):
         made(str(tmp_path / "other"))
     assert len(calls) == 3

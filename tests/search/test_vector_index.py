@@ -7,7 +7,7 @@ import pytest
 
 from icar_jax.search import query as search
 from icar_jax.search import vector_index
-from icar_jax.search.opening import create, open_store
+from icar_jax.search.opening import create_store, open_store
 from icar_jax.search.tables import vectors
 from tests.support.stores import rows, unit
 
@@ -23,14 +23,14 @@ def clustered(rng, n, centres):
 @pytest.fixture(scope="module")
 def indexed(tmp_path_factory):
     rng = np.random.default_rng(0)
-    store = create(tmp_path_factory.mktemp("index") / "store", {"clip": "a" * 64}, DIM, (1, 2), "nowhere")
+    store = create_store(tmp_path_factory.mktemp("index") / "store", {"clip": "a" * 64}, DIM, (1, 2), "nowhere")
     store.upsert(rows(clustered(rng, N, unit(rng, 40, DIM)), (1, 2)))
     assert vector_index.maintain(store, progress=False) is None and store.images.index_stats(vector_index.NAME) is None
     return store, vector_index.maintain(store, min_rows=N, progress=False)
 
 
 def nearest(store, vector, k, exact, where=None):
-    query = vector_index.prepare(store.images.search(vector, vector_column_name="vector"), exact).limit(k)
+    query = vector_index.prepare_query(store.images.search(vector, vector_column_name="vector"), exact).limit(k)
     return (query if where is None else query.where(where)).select(["path", "_distance"]).to_arrow()
 
 
@@ -91,7 +91,7 @@ def test_a_rare_filter_finds_all_that_satisfy_it(tmp_path):
     rng = np.random.default_rng(5)
     n, k = 3000, 20
     embeddings = unit(rng, n, 8)
-    store = create(tmp_path / "store", {"clip": "a" * 64}, 8, (1, 2), "nowhere")
+    store = create_store(tmp_path / "store", {"clip": "a" * 64}, 8, (1, 2), "nowhere")
     store.upsert(rows(embeddings, (1, 2)))
     built = vector_index.maintain(store, min_rows=n, progress=False)
     assert built.partitions > 1.5 * vector_index.PROBES

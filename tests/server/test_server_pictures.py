@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from icar_jax.search.server.errors import Refused
+from icar_jax.search.server.errors import RequestError
 from icar_jax.search.server.pictures import Pictures, open_picture, read_indexed
 from tests.support.serverkit import sent
 
@@ -37,16 +37,16 @@ def test_a_bomb_is_refused_before_it_goes_off():
 
     header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1_000_000))) + chunk(b"IEND", b"")
-    with pytest.raises(Refused, match="more than 50,000,000 pixels") as refused:
+    with pytest.raises(RequestError, match="more than 50,000,000 pixels") as refused:
         open_picture(bomb, "image", 50_000_000)
     assert refused.value.status == 422
-    with pytest.raises(Refused, match=r"\(64 x 48\): more than 3,071"):
+    with pytest.raises(RequestError, match=r"\(64 x 48\): more than 3,071"):
         open_picture(sent(Image.new("RGB", (64, 48))), "image", 3071)
 
 
 def test_formats_that_run_programs_are_not_opened():
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
-    with pytest.raises(Refused, match="no image that can be read"):
+    with pytest.raises(RequestError, match="no image that can be read"):
         open_picture(script, "image", 10_000)
 
 
@@ -62,7 +62,7 @@ def test_any_bytes_give_a_picture_or_a_reason(data, whole):
     try:
         picture = open_picture(bytes(base[:cut]), "image", 1_000_000)
         assert picture.mode == "RGB" and picture.width * picture.height <= 1_000_000
-    except Refused as refused:
+    except RequestError as refused:
         assert refused.status == 422 and refused.reason.startswith("image") and "\n" not in refused.reason
 
 
@@ -84,7 +84,7 @@ def served(path, sha256, **options):
 
 
 def refusal(pictures, sha256):
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestError) as refused:
         pictures.original(sha256)
     assert refused.value.status == 404
     return refused.value.kind
@@ -130,7 +130,7 @@ def test_links_within_the_folder_and_folders_that_are_links(one, tmp_path):
     assert read_indexed(str(tmp_path / "other name" / "a.png"), sha256) == path.read_bytes()
     (tmp_path / "outside.png").write_bytes(path.read_bytes())
     (folder / "c.png").symlink_to(tmp_path / "outside.png")
-    with pytest.raises(Refused, match="link out of its folder"):
+    with pytest.raises(RequestError, match="link out of its folder"):
         read_indexed(str(folder / "c.png"), sha256)
     assert read_indexed(str(folder / "c.png"), sha256, follow_links=True) == path.read_bytes()
 
@@ -148,7 +148,7 @@ def test_a_link_to_a_folder_leads_out_of_what_was_indexed_too(one, tmp_path):
     (folder / "d.png").symlink_to(outside / "b.png")
     roots = [str(folder)]
     for name in ("link/b.png", "d.png"):
-        with pytest.raises(Refused, match="out of the folders that were indexed") as refused:
+        with pytest.raises(RequestError, match="out of the folders that were indexed") as refused:
             read_indexed(str(folder / name), sha256, roots=roots)
         assert (refused.value.status, refused.value.kind) == (404, "image-link")
         assert read_indexed(str(folder / name), sha256, follow_links=True, roots=roots)
@@ -159,7 +159,7 @@ def test_a_link_to_a_folder_leads_out_of_what_was_indexed_too(one, tmp_path):
     assert read_indexed(str(folder / "inside" / "c.png"), sha256, roots=roots)
     assert read_indexed(str(tmp_path / "inbox" / "a.png"), sha256, roots=[str(tmp_path / "inbox")]), "a root may be a link"
     (outside / "e.png").symlink_to(path)
-    with pytest.raises(Refused, match="link out of its folder"):  # below no root
+    with pytest.raises(RequestError, match="link out of its folder"):  # below no root
         read_indexed(str(outside / "e.png"), sha256, roots=roots)
     pictures = Pictures(lambda _: [str(folder / "link" / "b.png")], 1_000_000, 100_000, roots=lambda: roots)
     assert refusal(pictures, sha256) == "image-link"

@@ -97,7 +97,7 @@ def test_filters_are_numbers_and_nothing_else():
 
 
 def test_the_page_asks_for_nothing_from_elsewhere():
-    for name, page in pages.load().items():
+    for name, page in pages.load_pages().items():
         text = page.content.decode("utf-8").replace("http://www.w3.org/2000/svg", "")
         assert "http:" not in text and "https:" not in text and "//cdn" not in text, name
         assert "innerHTML" not in text and " style=" not in text and "onclick" not in text, name

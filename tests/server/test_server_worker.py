@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from icar_jax.search.server.errors import Refused
+from icar_jax.search.server.errors import RequestError
 from icar_jax.search.server.worker import Worker
 
 
@@ -62,7 +62,7 @@ def test_beyond_the_queue_is_refused(worker):
     hold(worker)
     for i in range(4):
         worker.submit("text", i)
-    with pytest.raises(Refused, match="4 searches are waiting") as refused:
+    with pytest.raises(RequestError, match="4 searches are waiting") as refused:
         worker.submit("text", 9)
     assert refused.value.status == 503 and refused.value.headers["Retry-After"] == "1"
 
@@ -82,7 +82,7 @@ def test_who_waits_too_long_never_runs(worker):
     async def late():
         await worker.run("text", "late", 0.05)
 
-    with pytest.raises(Refused, match="no answer within 0.05 s") as refused:
+    with pytest.raises(RequestError, match="no answer within 0.05 s") as refused:
         asyncio.run(late())
     assert refused.value.status == 504
     worker.handler.gate.set()
@@ -103,7 +103,7 @@ def test_stopping_finishes_what_runs_and_refuses_what_waits():
     stopper.join(20)
     assert first.future.result(1) == "hold 0"
     for job in waits:
-        with pytest.raises(Refused, match="stopping"):
+        with pytest.raises(RequestError, match="stopping"):
             job.future.result(1)
-    with pytest.raises(Refused, match="stopping"):
+    with pytest.raises(RequestError, match="stopping"):
         worker.submit("text", 1)

@@ -5,11 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 
-from icar_jax import checkpoint, pytree
+from icar_jax import architectures, checkpoint, pytree
 from icar_jax.config import ClipConfig, from_dict
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
-from icar_jax.models import variants
 from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.token_router import BlocksArch, TokenRouter, shared_paths
 from tests.support import drawn
@@ -45,6 +44,6 @@ VISION = {"exits": (3,), "exit_head": "attention", "merge": (1, 2, 1), "patch_si
 def write_clip(folder, seed=0, **changes):
     words = Tokenizer.train(["a small red circle", "two stripes"], 300)
     config = ClipConfig(variant="vit_demo", context_length=16, **VISION | changes)
-    arch = variants.clip_arch(config, words.vocab_size, words.end_id)
+    arch = architectures.clip_arch(config, words.vocab_size, words.end_id)
     description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(32, "squash").to_dict()}
     return checkpoint.write(folder, "clip", description, drawn.params(Clip.graph(arch).shapes, seed), words.to_json())

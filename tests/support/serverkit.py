@@ -21,7 +21,7 @@ def fill(uri, model, files, captions=None):
     """A new store of `files`, routed by a bundle; `captions` by path."""
     files = [str(file) for file in files]
     routed = model.route(files)
-    store = opening.create(uri, model.identity, model.embed_dim, model.exits, str(model.path))
+    store = opening.create_store(uri, model.identity, model.embed_dim, model.exits, str(model.path))
     contents = [Path(file).read_bytes() for file in files]
     columns = {
         "path": files,

@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from icar_jax.search.opening import create
+from icar_jax.search.opening import create_store
 from icar_jax.search.tables import image_schema, now, vector_column
 
 CAPTIONS = ["a dog runs", "a red bird on a tree", "two cats asleep\na second caption", None]
@@ -30,7 +30,7 @@ def unit(rng, n, dim):
 
 
 def filled(folder, model, n=60, **more):
-    store = create(folder, model.identity, model.embed_dim, model.exits, str(model.path))
+    store = create_store(folder, model.identity, model.embed_dim, model.exits, str(model.path))
     embeddings = unit(np.random.default_rng(0), n, model.embed_dim)
     # The image of number i < 3 lies on its caption: the answer of that query.
     for i, text in enumerate(["a dog runs", "a red bird on a tree", "two cats asleep"]):
@@ -46,7 +46,7 @@ D = 4
 
 
 def make(uri, **changes):
-    return create(uri, **{"model_identity": IDENTITY, "embed_dim": D, "exits": (1, 2), "checkpoint": "/bundle", **changes})
+    return create_store(uri, **{"model_identity": IDENTITY, "embed_dim": D, "exits": (1, 2), "checkpoint": "/bundle", **changes})
 
 
 def table(entries, at=None):

@@ -29,7 +29,7 @@ from icar_jax.training.loop import train
 from icar_jax.training.losses import contrastive
 from icar_jax.training.monitor import Monitor
 from icar_jax.training.setup import _shared_part, with_length
-from icar_jax.training.tasks.ratings import look_at
+from icar_jax.training.tasks.kinds import kind_of
 from tests.support import ratedfiles
 from tests.support.places import ROOT
 from tests.support.runs import tiny_config
@@ -233,7 +233,7 @@ def test_processes_compare_what_the_ratings_say_and_not_where_they_lie(tmp_path)
     configs = [small(config_file("icc"), root, str(root / "labels.json")) for root in (one, two)]
 
     def content():
-        return [look_at(c, configured.train_source(c.data)).content for c in configs]
+        return [kind_of(c).survey(configured.train_source(c.data)).content for c in configs]
 
     assert _shared_part(configs[0]) == _shared_part(configs[1]) and content()[0] == content()[1]
     labels = json.loads((two / "labels.json").read_text())
@@ -249,7 +249,7 @@ def test_speed_is_counted_in_what_is_trained_on(tmp_path):
         config.train.log_every = 1
         (tmp_path / task).mkdir()
         log = RunLog(tmp_path / task, 3, 0, False, "t")
-        monitor = Monitor(config, log, lambda: None)
+        monitor = Monitor(kind_of(config), log, lambda: None)
         for step in (1, 2, 3):
             monitor.push(step, {"loss": jnp.ones(())}, [])
         monitor.flush()
@@ -300,8 +300,8 @@ def test_ratings_that_are_all_alike_cannot_be_evaluated(tmp_path):
         (root / name).write_text("".join(kept))
     config = ExperimentConfig(task="complexity", data=DataConfig(source="ratings", root=str(root)))
     config.train.eval_split = "val"
-    with pytest.raises(ConfigError, match="all 4 ratings of it are 0.5, and nothing correlates"):
-        during_training.Ratings(trained(config))
+    with pytest.raises(ConfigError, match="all 4 ratings are 0.5, so correlation is undefined"):
+        during_training.RatingsEvaluator(trained(config))
 
 
 def test_a_fresh_head_that_scores_all_alike_has_no_correlation():

@@ -12,7 +12,7 @@ from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.parallel.mesh import make_mesh
 from icar_jax.training.losses import contrastive
 from icar_jax.training.losses import exits as exit_losses
-from icar_jax.training.tasks.tasks import make_task
+from icar_jax.training.tasks.kinds import kind_of
 from tests.support.runs import CAPTIONS, tiny_config
 
 FULL, ROWS = 6, 5
@@ -100,7 +100,7 @@ def contrast(loss=None, temperature="own", key=KEY):
     config.clip = ClipConfig(variant="vit_demo", exits=(2, 4), patch_size=32, context_length=16, temperature=temperature)
     config.loss = loss or LossConfig()
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    task = make_task(config, Tokenizer.train(CAPTIONS, 300), mesh)
+    task = kind_of(config).task(Tokenizer.train(CAPTIONS, 300), mesh)
     images, text = embeddings(rows=8)
     own = {"2": jnp.float32(1.0), "4": jnp.float32(1.5)} if temperature == "own" else {}
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), task.shapes)

@@ -6,16 +6,16 @@ import jax
 import numpy as np
 import pytest
 
+from icar_jax import architectures
 from icar_jax.config import ClipConfig, ConfigError, ExperimentConfig, LossConfig, MeshConfig, TrainConfig, validate
 from icar_jax.data.tokenizer import Tokenizer
-from icar_jax.models import variants
 from icar_jax.parallel.mesh import make_mesh
 from icar_jax.parallel.rules import shardings
 from icar_jax.planner import flops
 from icar_jax.training.loop import train
 from icar_jax.training.losses import grad_cache
 from icar_jax.training.step import put_batch
-from icar_jax.training.tasks.tasks import make_task
+from icar_jax.training.tasks.kinds import kind_of
 from tests.support import programs
 from tests.support.comparing import assert_close, require_near
 from tests.support.programs import on_eight_devices
@@ -35,10 +35,13 @@ def config_of(task="clip", exits=(2,), freeze=(), layer_dropout=0.0, exit_head="
     "fields, message",
     [
         ({"exit_head": "adaptor"}, "config.clip.exit_head='adaptor'.*did you mean 'adapter'"),
-        ({"mixed": -1.0}, "config.loss.mixed=-1.0 must be a weight of 0 or more"),
-        ({"distill_kl": float("inf")}, "config.loss.distill_kl=inf must be a weight"),
-        ({"distill_init": -1.0}, "config.loss.distill_init=-1.0 must be a weight"),
-        ({"distill_init": 1.0, "init": "x", "freeze": ("image",)}, "config.loss.distill_init=1.0 draws .*config.train.freeze="),
+        ({"mixed": -1.0}, r"config.loss.mixed=-1.0 must lie in \[0, inf\); 0 switches it off"),
+        ({"distill_kl": float("inf")}, "config.loss.distill_kl=inf must lie in"),
+        ({"distill_init": -1.0}, "config.loss.distill_init=-1.0 must lie in"),
+        (
+            {"distill_init": 1.0, "init": "x", "freeze": ("image",)},
+            "config.loss.distill_init=1.0 has no effect while config.train.freeze=",
+        ),
         ({"distill_init": 1.0}, "config.loss.distill_init=1.0 aims at .*config.train.init='' names none"),
         ({"distill_cosine": 1.0, "exits": ()}, r"config.loss.distill_cosine=1.0 is about early exits, and config.clip.exits="),
         ({"layer_dropout": 1.0}, r"config.train.layer_dropout=1.0 must lie in \[0, 1\)"),
@@ -68,7 +71,7 @@ def test_what_goes_together_is_let_pass(fields):
 
 
 def test_flops_of_a_step_count_the_matrix_of_the_mixed_gallery_and_the_gradient_of_kl():
-    config, arch = config_of(exits=(2, 4)), variants.clip_arch(ClipConfig(variant="vit_demo", exits=(2, 4)))
+    config, arch = config_of(exits=(2, 4)), architectures.clip_arch(ClipConfig(variant="vit_demo", exits=(2, 4)))
     matrix = 2 * config.train.batch_size**2 * arch.vision.embed_dim
     more = lambda **loss: flops.step_flops(config_of(exits=(2, 4), **loss), arch).model - plain
     plain = flops.step_flops(config, arch).model
@@ -91,7 +94,7 @@ def all_levers(**train):
 def test_accumulated_gradient_equals_the_whole_batch():
     """Both passes over a part see the blocks that were drawn for its images, and the exits are drawn for the whole batch."""
     tokenizer, mesh = Tokenizer.train(CAPTIONS, 300), make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    task, key = make_task(all_levers(), tokenizer, mesh), jax.random.key(5)
+    task, key = kind_of(all_levers()).task(tokenizer, mesh), jax.random.key(5)
     params, batch = jax.jit(task.init)(jax.random.key(0)), batch_of(tokenizer, task)
     whole = jax.jit(jax.value_and_grad(lambda p, k: task.loss(p, batch, k), has_aux=True))
 
@@ -119,7 +122,7 @@ def eight_against_one() -> dict:
     key, expected, checked = jax.random.key(5), None, 0
     for shape, scan in (((1, 1, 1), False), ((8, 1, 1), False), ((2, 4, 1), True), ((2, 2, 2), False)):
         mesh = make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
-        task = make_task(all_levers(scan_blocks=scan), tokenizer, mesh)
+        task = kind_of(all_levers(scan_blocks=scan)).task(tokenizer, mesh)
         params = jax.jit(task.init, out_shardings=shardings(task.shapes, mesh))(jax.random.key(0))
         batch = put_batch(batch_of(tokenizer, task, 16), task.fields, mesh)
         found = jax.jit(jax.value_and_grad(lambda p, b, task=task: task.loss(p, b, key), has_aux=True))(params, batch)

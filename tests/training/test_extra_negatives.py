@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import icar_jax
+from icar_jax.data.records import Source
 from icar_jax import checkpoint, pytree
 from icar_jax.config import ConfigError, validate
 from icar_jax.data.scenes import Scenes
@@ -14,8 +15,9 @@ from icar_jax.models.exit_regret import ExtraNegatives, loss_regret
 from icar_jax.parallel.rules import FSDP_FALLBACK_SIZE
 from icar_jax.training.loop import train
 from icar_jax.training.preemption import StopRequest
-from icar_jax.training.tasks import extra_negatives, regret
-from icar_jax.training.tasks.tasks import make_task
+from icar_jax.training.tasks import regret
+from icar_jax.training.tasks.extra_negatives import NEGATIVES
+from icar_jax.training.tasks.kinds import kind_of
 from tests.support.programs import on_eight_devices
 from tests.support.runs import among_rivals, metric_lines, regret_config
 
@@ -24,7 +26,7 @@ def torn():
     raise OSError("torn")
 
 
-class Marred:
+class Marred(Source):
     """A source of which one picture cannot be read, and another has no caption."""
 
     def __init__(self, source):
@@ -41,25 +43,26 @@ def test_rivals_are_training_pairs_as_the_clip_embeds_them(clip_folder, tmp_path
     config = regret_config(clip_folder, steps=4)
     config.complexity.rivals, config.complexity.regret, config.train.dtype = 70, "kl", "float32"  # more than one batch of them
     source = Marred(Scenes("train", 100, image_size=32))
-    task = make_task(validate(config))
-    params, request = regret.params(config, task.given[regret.CLIP]), StopRequest()
-    found = extra_negatives.embed(config, source, regret.tokenizer(config), params, request)
+    kind = kind_of(validate(config))
+    task = kind.task()
+    frozen, tokenizer, request = kind.frozen_params(task), kind.tokenizer(source, None), StopRequest()
+    found = kind.embedded_params(task, source, tokenizer, frozen, request)[NEGATIVES]
     index = found["index"]
     assert (
         len(set(index.tolist())) == 70
         and not np.isin(index, (3, 4)).any()
-        and {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in task.given[regret.RIVALS].items()}
+        and {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in task.frozen[NEGATIVES].items()}
     )
     clip, some = icar_jax.load(clip_folder), [0, 13, 69]
     records = [source[index[i]] for i in some]
     np.testing.assert_allclose(found["image"][some], clip.encode_image([r.image() for r in records]), atol=1e-5)
     np.testing.assert_allclose(found["text"][some], clip.encode_text([r.captions[0] for r in records]), atol=1e-5)
     # One batch: the regret among them is that of the formula, with the image itself left out.
-    batch = {regret.CLIP: params, regret.RIVALS: found, regret.INDEX: index[:3].astype(np.int32)}
+    params, batch = frozen[regret.CLIP], {regret.INDEX: index[:3].astype(np.int32)}
     pixels = np.random.default_rng(0).standard_normal((3, 32, 32, 3)).astype(np.float32)
-    batch["tokens"], _ = regret.tokenizer(config).encode(["a cat", "two dogs", "red"], task.context_length)
+    batch["tokens"], _ = tokenizer.encode(["a cat", "two dogs", "red"], task.context_length)
     teacher = regret.teacher(config)
-    got = jax.jit(lambda b, x: teacher.regret(b, x, None, 0))(batch, pixels)
+    got = jax.jit(lambda b, f, x: teacher.regret(b, f, x, None, 0))(batch, {**frozen, NEGATIVES: found}, pixels)
     embeds = jax.jit(lambda p, x: teacher.clip.encode_image_exits(p, x, (1, 3)))(params, pixels)
     text, scale = jax.jit(teacher.clip.encode_text)(params, batch["tokens"]), teacher.clip.logit_scales(params)[3]
     more = ExtraNegatives(found["image"], found["text"], np.arange(70) < 3)
@@ -67,7 +70,7 @@ def test_rivals_are_training_pairs_as_the_clip_embeds_them(clip_folder, tmp_path
     np.testing.assert_allclose(got, expected, atol=1e-4)
     config.complexity.rivals = 99
     with pytest.raises(ConfigError, match="of 100 images of the training set 98 can be read and have a caption; take fewer"):
-        extra_negatives.embed(config, source, regret.tokenizer(config), params, request)
+        kind_of(config).embedded_params(task, source, tokenizer, frozen, request)
     config.complexity.rivals = 70
     # A run among rivals learns other targets, and is the same where it is cut off.
     whole = checkpoint.read(train(config, tmp_path / "run"), "complexity")

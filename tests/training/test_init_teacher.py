@@ -19,7 +19,7 @@ from icar_jax.planner import flops as plan_flops
 from icar_jax.training.loop import train
 from icar_jax.training.losses import grad_cache
 from icar_jax.training.step import put_batch
-from icar_jax.training.tasks.tasks import clip_arch, given_params, make_task
+from icar_jax.training.tasks.kinds import kind_of
 from tests.support import drawn, programs
 from tests.support.comparing import require_near
 from tests.support.programs import on_eight_devices
@@ -42,7 +42,7 @@ def origin(tokenizer, tmp_path_factory):
 def _write(folder, tokenizer, seed):
     config = tiny_config()
     config.clip = dataclasses.replace(config.clip, exits=())
-    task = make_task(config, tokenizer, None)
+    task = kind_of(config).task(tokenizer)
     return checkpoint.write(folder, "clip", task.description, drawn.params(task.shapes, seed), tokenizer.to_json())
 
 
@@ -58,24 +58,22 @@ def one_device():
 
 
 def made(config, tokenizer, rows=8, mesh=None):
-    """(task, first parameters, batch with what is given)."""
-    task = make_task(config, tokenizer, mesh or one_device())
+    """(task, first parameters, batch, frozen arrays)."""
+    kind = kind_of(config)
+    task = kind.task(tokenizer, mesh or one_device())
     start = pytree.flatten(checkpoint.read(config.train.init, "clip").params)
     fresh = pytree.flatten(drawn.params(task.shapes, 5))
     params = pytree.unflatten({path: start.get(path, leaf) for path, leaf in fresh.items()})
-    return (
-        task,
-        params,
-        batch_of(tokenizer, task, rows) | pytree.map_with_path(lambda _, leaf: np.asarray(leaf), given_params(config, task)),
-    )
+    frozen = pytree.map_with_path(lambda _, leaf: np.asarray(leaf), kind.frozen_params(task))
+    return task, params, batch_of(tokenizer, task, rows), frozen
 
 
 def test_the_loss_is_what_the_embeddings_have_moved_by(origin, tokenizer):
     config = held(origin)
-    task, params, batch = made(config, tokenizer)
-    value, metrics = jax.jit(task.loss)(params, batch, jax.random.key(0))
-    plain, _ = jax.jit(make_task(held(origin, weight=0.0), tokenizer, None).loss)(params, batch, jax.random.key(0))
-    started = Clip.graph(clip_arch(held(origin, (), ()), tokenizer))
+    task, params, batch, frozen = made(config, tokenizer)
+    value, metrics = jax.jit(task.loss)(params, batch, jax.random.key(0), frozen)
+    plain, _ = jax.jit(kind_of(held(origin, weight=0.0)).task(tokenizer).loss)(params, batch, jax.random.key(0))
+    started = Clip.graph(kind_of(held(origin, (), ())).arch(tokenizer))
     pixels = jnp.asarray(batch["image"], jnp.float32) / 127.5 - 1
     then = jax.jit(started.encode_image)(checkpoint.read(origin, "clip").params, pixels)
     now = jax.jit(Clip.graph(task.arch).encode_image_exits)(params, pixels)
@@ -86,9 +84,9 @@ def test_the_loss_is_what_the_embeddings_have_moved_by(origin, tokenizer):
 
 
 def test_where_nothing_changed_nothing_is_lost(origin, tokenizer):
-    task, params, batch = made(held(origin, (), ()), tokenizer)
-    (_, metrics), grads = jax.jit(jax.value_and_grad(task.loss, has_aux=True, argnums=1, allow_int=True))(
-        params, batch, jax.random.key(0)
+    task, params, batch, frozen = made(held(origin, (), ()), tokenizer)
+    (_, metrics), grads = jax.jit(jax.value_and_grad(task.loss, has_aux=True, argnums=3))(
+        params, batch, jax.random.key(0), frozen
     )
     assert float(metrics["distill_init"]) == pytest.approx(0, abs=1e-6)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads["init"]))  # the copy does not learn
@@ -98,12 +96,12 @@ def test_a_tower_of_another_size_is_refused(origin, tokenizer):
     config = held(origin)
     config.clip = dataclasses.replace(config.clip, image_size=96)
     with pytest.raises(ConfigError, match="it takes 64 pixels, this run 96; set config.clip.image_size=64"):
-        make_task(config, tokenizer, None)
+        kind_of(config).task(tokenizer)
 
 
 def test_the_forward_pass_of_the_copy_is_counted(origin):
     config, plain = held(origin), held(origin, weight=0.0)
-    arch, copy = clip_arch(config, None), clip_arch(held(origin, (), ()), None)
+    arch, copy = kind_of(config).arch(None), kind_of(held(origin, (), ())).arch(None)
     more = plan_flops.step_flops(config, arch).model - plan_flops.step_flops(plain, arch).model
     assert more == config.train.batch_size * flops.vision_flops(copy.vision)
 
@@ -111,11 +109,11 @@ def test_the_forward_pass_of_the_copy_is_counted(origin):
 @pytest.mark.check
 def test_accumulated_gradient_equals_the_whole_batch(origin, tokenizer):
     config, key = held(origin), jax.random.key(5)
-    task, params, batch = made(config, tokenizer)
-    expected = jax.jit(jax.value_and_grad(lambda p: task.loss(p, batch, key), has_aux=True))(params)
+    task, params, batch, frozen = made(config, tokenizer)
+    expected = jax.jit(jax.value_and_grad(lambda p: task.loss(p, batch, key, frozen), has_aux=True))(params)
     found = jax.jit(
         lambda p: grad_cache.value_and_grad(
-            task.embed, lambda p, z: task.contrast(p, z, key), p, task.draw(batch, key), parts=2, mesh=one_device()
+            task.embed, lambda p, z: task.contrast(p, z, key), p, task.draw(batch, key, frozen), parts=2, mesh=one_device()
         )
     )(params)  # fmt: skip
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -127,11 +125,12 @@ def eight_against_one(origin: str) -> dict:
     words, key, expected, checked = Tokenizer.train(CAPTIONS, 300), jax.random.key(5), None, 0
     for shape, scan in (((1, 1, 1), False), ((8, 1, 1), False), ((2, 4, 1), True), ((2, 2, 2), False)):
         mesh, config = make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))]), held(origin, scan_blocks=scan)
-        task, params, batch = made(config, words, 16, mesh)
+        task, params, batch, frozen = made(config, words, 16, mesh)
         params = jax.device_put(params, shardings(task.shapes, mesh))
-        given = {name: jax.device_put(batch[name], shardings(tree, mesh)) for name, tree in task.given.items()}
-        batch = put_batch(batch, task.fields, mesh) | given
-        found = jax.device_get(jax.jit(jax.value_and_grad(lambda p, b: task.loss(p, b, key), has_aux=True))(params, batch))
+        frozen = {name: jax.device_put(frozen[name], shardings(tree, mesh)) for name, tree in task.frozen.items()}
+        batch = put_batch(batch, task.fields, mesh)
+        gradient = jax.jit(jax.value_and_grad(lambda p, b, f: task.loss(p, b, key, f), has_aux=True))
+        found = jax.device_get(gradient(params, batch, frozen))
         expected = expected or found
         require_near(found, expected, shape)
         checked += 1

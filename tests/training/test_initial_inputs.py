@@ -12,7 +12,7 @@ from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.vision import VisionArch
 from icar_jax.training.init_weights import load_params, note_preprocessing
-from icar_jax.training.setup import tokenizer_of
+from icar_jax.training.tasks.clip import tokenizer_of
 from tests.support.runs import CAPTIONS, random_clip, tiny_config
 
 

@@ -6,7 +6,8 @@ import re
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from icar_jax import pytree
+from icar_jax import architectures, pytree
+from icar_jax.config import ClipConfig
 from icar_jax.models import variants
 from icar_jax.models.clip import Clip
 from icar_jax.parallel.rules import RULES, spec_for
@@ -46,14 +47,14 @@ def test_every_large_leaf_of_the_large_model_is_cut():
 
 def test_no_leaf_of_the_large_model_is_unmatched():
     """ViT-L/14 with exits and both losses' scalars: a rule of the table for every parameter, and so for its moments."""
-    arch = variants.clip_arch(variants.cfg.ClipConfig(variant="vit_l14", exits=(6, 12)))
+    arch = architectures.clip_arch(ClipConfig(variant="vit_l14", exits=(6, 12)))
     paths = list(pytree.flatten(Clip.graph(dataclasses.replace(arch, logit_bias=True)).shapes))
     assert len(paths) > 400 and [p for p in paths if not any(re.search(pattern, p) for pattern, _ in RULES)] == []
 
 
 def test_every_rule_is_used():
-    config = variants.cfg.ClipConfig(variant="vit_l14", exits=(12,))
-    paths = list(pytree.flatten(Clip.graph(variants.clip_arch(config)).shapes))
+    config = ClipConfig(variant="vit_l14", exits=(12,))
+    paths = list(pytree.flatten(Clip.graph(architectures.clip_arch(config)).shapes))
     for pattern, _ in RULES:
         assert any(re.search(pattern, path) for path in paths), pattern
 
@@ -69,7 +70,7 @@ from icar_jax.parallel.mesh import make_mesh
 from icar_jax.parallel.rules import shardings
 from icar_jax.training.optimizer import make_optimizer
 from icar_jax.training.step import init_state, make_step, put_batch
-from icar_jax.training.tasks.tasks import make_task
+from icar_jax.training.tasks.kinds import kind_of
 
 def keep_gradient():
     # Passes updates on as they are; its state is the last gradient.
@@ -85,7 +86,7 @@ config = tiny_config(batch_size=16)
 results, start, expected = {}, None, None
 for shape in [(1, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2)]:
     mesh = make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
-    task = make_task(config, tokenizer, mesh)
+    task = kind_of(config).task(tokenizer, mesh)
     tokens = tokenizer(captions, task.context_length)
     optimizer = optax.chain(keep_gradient(), make_optimizer(config.optim, 4))
     start = start or jax.device_get(jax.jit(task.init)(jax.random.key(0)))
@@ -95,7 +96,7 @@ for shape in [(1, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2)]:
     step = make_step(task, optimizer, mesh, config)
     losses = []
     for image in batches:
-        state, metrics = step(state, put_batch({"image": image, "tokens": tokens}, task.fields, mesh))
+        state, metrics = step(state, put_batch({"image": image, "tokens": tokens}, task.fields, mesh), {})
         losses.append(float(metrics["loss"]))
         if len(losses) == 1:
             gradient = {p: np.asarray(g) for p, g in pytree.flatten(state["opt_state"][0]).items()}

@@ -22,7 +22,7 @@ from icar_jax.models.clip import Clip
 from icar_jax.models.exit_regret import ExtraNegatives, cosine_regret, loss_regret, unit_ranks
 from icar_jax.training.loop import train
 from icar_jax.training.tasks import regret
-from icar_jax.training.tasks.tasks import make_task
+from icar_jax.training.tasks.kinds import kind_of
 from tests.support.regret import plain_regret, unit
 from tests.support.runs import metric_lines, regret_config
 
@@ -61,12 +61,11 @@ def test_unit_ranks_share_the_mean_of_ties(values):
 
 def batch_of(config, task):
     source = Scenes("train", 50, image_size=32)
-    tokenizer = regret.tokenizer(config)
+    tokenizer = regret.clip_tokenizer(config)
     reading = {"batch_size": 8, "seed": 0, "num_threads": 0, "others": task.others}
     with train_batches(source, task.preprocess, tokenizer, task.context_length, **reading) as batches:
         batch = next(batches)
-    given = {name: regret.params(config, tree) for name, tree in task.given.items()}
-    return {name: batch[name] for name in task.fields} | given
+    return {name: batch[name] for name in task.fields}
 
 
 _EACH = [("blocks", 0, "loss"), ("convnextv2_tests", 32, "kl"), ("convnextv2_tests", 48, "cosine")]
@@ -79,11 +78,12 @@ _ALL = [(variant, size, kind) for variant, size, _ in _EACH for kind in ("loss",
 def test_targets_are_the_ranks_of_the_clips_own_regrets(variant, size, kind, clip_folder):
     config = regret_config(clip_folder, variant)
     config.complexity.image_size, config.complexity.regret, config.complexity.exit = size or 224, kind, 2
-    task = make_task(validate(config))
-    batch = batch_of(config, task)
+    kind_ = kind_of(validate(config))
+    task = kind_.task()
+    batch, frozen = batch_of(config, task), kind_.frozen_params(task)
     assert ("clip_image" in batch) == (size == 48), "a second picture only where the CLIP sees another one"
     teacher = regret.teacher(config)
-    clip, params = Clip.graph(teacher.clip.arch), batch["clip"]
+    clip, params = Clip.graph(teacher.clip.arch), frozen["clip"]
     pixels = (batch.get("clip_image", batch["image"]) / 255).astype(np.float32)
     mean, std = (np.array(v, np.float32) for v in (teacher.preprocess.mean, teacher.preprocess.std))
     embeds = jax.jit(lambda p, x: clip.encode_image_exits(p, x, (2, 3)))(params, (pixels - mean) / std)
@@ -104,12 +104,12 @@ def test_targets_are_the_ranks_of_the_clips_own_regrets(variant, size, kind, cli
         from icar_jax.models.token_router import TokenRouter
 
         tower = jax.jit(TokenRouter.graph(task.arch).tokens)(whole, (pixels - mean) / std)
-    found, metrics = teacher.target(batch, tower, 1 if variant == "blocks" else 0)
+    found, metrics = teacher.target(batch, frozen, tower, 1 if variant == "blocks" else 0)
     np.testing.assert_allclose(found, (rankdata(expected) - 1) / 7, atol=1e-6)
     assert float(metrics["regret"]) == pytest.approx(expected.mean(), abs=1e-4)
-    (loss, metrics), grads = jax.jit(
-        jax.value_and_grad(lambda b: task.loss(whole, batch | {"clip": b}, jax.random.key(1)), has_aux=True)
-    )(params)
+    (loss, metrics), grads = jax.jit(jax.value_and_grad(lambda f: task.loss(whole, batch, jax.random.key(1), f), has_aux=True))(
+        frozen
+    )
     assert np.isfinite(loss) and 0 <= loss <= 1 and set(metrics) == {"regret"}
     assert not any(np.any(g) for g in jax.tree.leaves(grads)), "no gradient reaches the CLIP"
 
@@ -165,7 +165,7 @@ def test_a_continued_run_needs_the_clip_it_began_with(clip_folder, tmp_path):
     about = json.loads(file.read_text())
     about["hashes"][checkpoint.WEIGHTS] = "0" * 64
     file.write_text(json.dumps(about))
-    with pytest.raises(ConfigError, match="is another model than the one .*run began with.*put the first one back"):
+    with pytest.raises(ConfigError, match="differs from the CLIP that .*run started with.*put the first one back"):
         train(config, tmp_path / "run")
     shutil.rmtree(clip)
     with pytest.raises(ConfigError, match="config.complexity.clip=.*clip does not exist"):
@@ -231,9 +231,9 @@ def test_the_teacher_is_counted(clip_folder):
     config = regret_config(clip_folder, "convnextv2_tests")
     rated = dataclasses.replace(config, complexity=dataclasses.replace(config.complexity, target="rating", clip=""))
     arch = regret.teacher(config).clip.arch
-    extra = step_flops(config, make_task(config).arch).model - step_flops(rated, make_task(rated).arch).model
+    extra = step_flops(config, kind_of(config).task().arch).model - step_flops(rated, kind_of(rated).task().arch).model
     among = dataclasses.replace(config, complexity=dataclasses.replace(config.complexity, rivals=50))
-    more = step_flops(among, make_task(among).arch).model - step_flops(config, make_task(config).arch).model
+    more = step_flops(among, kind_of(among).task().arch).model - step_flops(config, kind_of(config).task().arch).model
     assert more == config.train.batch_size * 3 * 2 * 50 * arch.vision.embed_dim
     pair = flops.vision_flops(arch.vision) + flops.head_flops(arch.vision, 1) + flops.text_flops(arch.text)
     assert extra == pytest.approx(config.train.batch_size * pair)

@@ -20,7 +20,7 @@ from icar_jax.training.loop import NonFiniteLoss, train
 from icar_jax.training.losses import contrastive
 from icar_jax.training.optimizer import decays, group, make_optimizer, schedule
 from icar_jax.training.step import init_state, make_step
-from icar_jax.training.tasks.tasks import make_task
+from icar_jax.training.tasks.kinds import kind_of
 from icar_jax.workdir import save_config
 from tests.support.runs import metric_lines as lines
 from tests.support.runs import tiny_config
@@ -261,7 +261,7 @@ def test_the_baseline_is_the_same_step_with_no_early_exit(dtype):
     config = tiny_config(dtype=dtype)
     config.clip.exits = ()
     tokenizer = Tokenizer.train(["a red circle", "two squares"], 300)
-    task = make_task(config, tokenizer)
+    task = kind_of(config).task(tokenizer)
     optimizer = make_optimizer(config.optim, 4)
     mesh = make_mesh(config.mesh)
     state = init_state(task, optimizer, mesh, config)
@@ -271,7 +271,7 @@ def test_the_baseline_is_the_same_step_with_no_early_exit(dtype):
         "image": rng.integers(0, 256, (8, 64, 64, 3), dtype=np.uint8),
         "tokens": tokenizer(["a red circle"] * 8, task.context_length),
     }
-    state, metrics = step(state, batch)
+    state, metrics = step(state, batch, {})
     assert {k for k in metrics if k.startswith("loss")} == {"loss", "loss_3"}
     assert metrics["loss"] == pytest.approx(np.log(8), rel=0.5) and int(state["step"]) == 1
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state["params"]))

@@ -11,7 +11,7 @@ import icar_jax
 from icar_jax import checkpoint, pytree
 from icar_jax.config import ConfigError
 from icar_jax.data.configured import eval_source
-from icar_jax.evaluation.during_training import Retrieval
+from icar_jax.evaluation.during_training import RetrievalEvaluator
 from icar_jax.evaluation.metrics.retrieval import ranks, recall
 from icar_jax.training.loop import train
 from tests.support.runs import metric_lines as lines
@@ -89,7 +89,7 @@ def test_retrieval_while_training_is_that_of_the_finished_model(tmp_path):
     """Every third step and the last; the values of the last are those of the written model, image by image."""
     config = tiny_config(eval_every=3)
     config.eval.size, config.eval.batch_size = 21, 8  # the last batch is not full
-    train(config, tmp_path, evaluators=(Retrieval,))
+    train(config, tmp_path, evaluators=(RetrievalEvaluator,))
     found = [line for line in lines(tmp_path) if "eval/full_r5" in line]
     assert [line["step"] for line in found] == [3, 4]
     model, source = icar_jax.load(tmp_path), eval_source(config.data, config.eval)

@@ -36,7 +36,7 @@ SHARES = {"train": 0.70, "val": 0.15, "test": 0.15}
 VAL_OF_TRAIN = 0.10  # where the ratings come as train.txt and test.txt, without val.txt
 
 
-class RatedFolder:
+class RatedFolder(Source):
     """Files of a folder with their scores, as a source.
 
     `names` are relative to `images`; `scores` float32 [N] in [0, 1].
@@ -54,7 +54,7 @@ class RatedFolder:
         return Record(self.names[i], functools.partial(decode, path), (), float(self.scores[i]))
 
 
-class RatedShards:
+class RatedShards(Source):
     """Records of a source of shards that were joined with scores by URL, which is their name.
 
     `indices` int64 [N] are their numbers in the source; `scores` float32 [N] in [0, 1].

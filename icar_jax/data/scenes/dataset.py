@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from icar_jax.data.records import Record
+from icar_jax.data.records import Record, Source
 from icar_jax.data.scenes.captions import describe
 from icar_jax.data.scenes.draw import draw_scene
 from icar_jax.data.scenes.grammar import Scene
@@ -20,7 +20,7 @@ _SEEN_PAIRS_ONLY = ("train", "calibration", "relations")
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 32, 512
 
 
-class Scenes:
+class Scenes(Source):
     """Scenes of one split.
 
     ``train`` and ``calibration`` never hold a (colour, shape) pair of HELDOUT_PAIRS; ``val`` and ``test`` are

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from icar_jax.data.records import Record
+from icar_jax.data.records import Record, Source
 from icar_jax.data.scenes.dataset import Scenes
 
 _WARNING = threading.Lock()
 _WITNESSES = 64  # scenes whose pixels name the files, so that another way of drawing never meets old pictures
 
 
-class DrawnScenes:
+class DrawnScenes(Source):
     """`scenes` with the same records in the same order, whose pictures are kept in `folder`.
 
     A picture that was only half written, or damaged on the disk, is noticed and drawn again. Where the disk is full or fails,

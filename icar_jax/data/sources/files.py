@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from icar_jax.config import require_local
 from icar_jax.data.images import decode
-from icar_jax.data.records import Record
+from icar_jax.data.records import Record, Source
 from icar_jax.data.sources.folders import IMAGE_SUFFIXES
 from icar_jax.errors import DataError
 
@@ -169,7 +169,7 @@ def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-class ImageFiles:
+class ImageFiles(Source):
     """The images that files, folders and patterns name (see `image_paths.ImagePaths`), each once, without captions.
 
     Raises NoImages where one of them names none.

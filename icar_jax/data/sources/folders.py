@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from icar_jax.data.images import decode
-from icar_jax.data.records import Record, name_hash
+from icar_jax.data.records import Record, Source, name_hash
 from icar_jax.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
@@ -29,7 +29,7 @@ class _Entry(NamedTuple):
     split: str | None
 
 
-class _Photos:
+class _Photos(Source):
     """Base of the folder sources: matches caption entries with the files that exist.
 
     Attributes:

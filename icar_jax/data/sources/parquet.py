@@ -19,7 +19,7 @@ from absl import logging
 
 from icar_jax.config import ConfigError
 from icar_jax.data.images import decode
-from icar_jax.data.records import Record
+from icar_jax.data.records import Record, Source
 from icar_jax.data.sources.shards import ShardError, Shards, attempt, find_shards, texts, unusable
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _LARGE_GROUP = 32 << 20  # bytes of a row group from which a warning is due
 
 
-class Parquet:
+class Parquet(Source):
     """A folder, glob or brace range of .parquet files.
 
     Args:

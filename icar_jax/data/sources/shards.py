@@ -191,7 +191,7 @@ class Shards:
         return hashlib.sha256("\n".join(f"{label} {size} {count}" for label, size, count in rows).encode()).hexdigest()
 
 
-class Rest:
+class Rest(Source):
     """A source without some of its records; holds the numbers left out, not those kept."""
 
     def __init__(self, source: Source, left_out: np.ndarray, name: str):

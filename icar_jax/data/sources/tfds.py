@@ -12,13 +12,13 @@ import numpy as np
 
 from icar_jax.config import ConfigError
 from icar_jax.data.images import decode
-from icar_jax.data.records import Record
+from icar_jax.data.records import Record, Source
 from icar_jax.data.sources.shards import Shards, attempt, texts, unusable
 
 _importing = threading.Lock()
 
 
-class Tfds:
+class Tfds(Source):
     """A split of a prepared data set; nothing is downloaded.
 
     Args:

@@ -17,7 +17,7 @@ from absl import logging
 from tqdm import tqdm
 
 from icar_jax.data.images import decode
-from icar_jax.data.records import Record
+from icar_jax.data.records import Record, Source
 from icar_jax.data.sources.shards import OpenFiles, ShardError, attempt, find_shards, retries_now, retrying, texts, unusable
 from icar_jax.data.sources.tar import TarDamage, members
 from icar_jax.data.sources.tar_index import IMAGES, Index, split_name, windowed
@@ -25,7 +25,7 @@ from icar_jax.data.sources.tar_index import IMAGES, Index, split_name, windowed
 _THREADS = 8  # that read URLs: mostly waiting for storage
 
 
-class WebDataset:
+class WebDataset(Source):
     """A folder, glob or brace range of uncompressed .tar shards; random access to their samples.
 
     Members whose names agree up to the first dot of the file name are one sample. It is used if it has an image (jpg, jpeg,

@@ -1,6 +1,6 @@
-"""How well predictions of complexity agree with what is known of the same images: rows of a report, from arrays alone.
+"""Agreement of complexity predictions with known complexity, as rows of a report computed from arrays.
 
-A row is {metric: {'value', 'low', 'high'}}; the interval is None where too few images, or too few of a class, allow one.
+A row is {metric: {'value', 'low', 'high'}}; low and high are None if there are too few images, or too few of one class.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ OF_CLASSIFIERS = (*m.OF_DECISIONS, *m.OF_SCORES)
 
 @dataclass(frozen=True)
 class Predictions:
-    """One predictor on N images: scores [N] in [0, 1], and the decision threshold of a classifier."""
+    """One predictor's scores [N] in [0, 1], and the decision threshold if it is a classifier."""
 
     scores: np.ndarray
     threshold: float | None = None
 
     @property
     def decided(self) -> np.ndarray:
-        """bool [N]: strictly above the threshold, as float32."""
+        """Decisions, bool [N]: whether the score is strictly above the threshold, compared as float32."""
         return np.asarray(self.scores, np.float32) > np.float32(self.threshold)
 
     def input_of(self, metric: str) -> np.ndarray:
-        """What a metric is computed from: decisions or scores."""
+        """Returns the input of a metric: decisions or scores [N]."""
         return self.decided if metric in m.OF_DECISIONS else self.scores
 
 
 def rows(
     predictors: Mapping[str, Predictions], truth: np.ndarray, metrics: tuple[str, ...], n: int
 ) -> dict[str, dict[str, Any]]:
-    """{predictor: {metric: interval}} on all images. Raises MetricError where a metric of all images has no value."""
+    """Returns {predictor: {metric: interval}} on all images. Raises MetricError if a metric is undefined on all images."""
     with tqdm(total=len(predictors) * len(metrics), desc="bootstrap", unit="interval") as bar:
 
         def row(metric: str, predicted: Predictions) -> dict[str, float | None]:
@@ -49,17 +49,17 @@ def rows(
 
 
 def margin(metric: str, model: Predictions, others: Mapping[str, Predictions], truth: np.ndarray, n: int) -> dict[str, Any]:
-    """The best of the others by a metric, and the model's margin over it on the same resamples.
+    """Returns the model's margin over the best of the others by a metric, with a paired bootstrap interval.
 
-    Returns {'metric', 'over', 'value', 'low', 'high', 'includes_zero'}, the last three None where there is no interval. The
-    best is chosen on these very images, which favours it.
+    Returns {'metric', 'over', 'value', 'low', 'high', 'includes_zero'}; the last three are None without an interval. The best
+    is chosen on the same images, which favours it.
     """
     best = max(others, key=lambda name: m.value(metric, others[name].input_of(metric), truth))
     first, second = model.input_of(metric), others[best].input_of(metric)
     try:
         found = m.difference(metric, first, second, truth, n=n)
     except m.MetricError:
-        # Raises again where there is not even a value.
+        # Raises again if the metric itself is undefined.
         apart = m.value(metric, first, truth) - m.value(metric, second, truth)
         return {"metric": metric, "over": best, "value": apart, "low": None, "high": None, "includes_zero": None}
     return {"metric": metric, "over": best, **found.as_dict(), "includes_zero": found.includes_zero}
@@ -68,10 +68,10 @@ def margin(metric: str, model: Predictions, others: Mapping[str, Predictions], t
 def by_level(
     predictors: Mapping[str, Predictions], truth: np.ndarray, nuisances: Mapping[str, np.ndarray], n: int
 ) -> dict[str, dict[str, Any]]:
-    """PCC of each predictor on the images with a low, middle or high value of each nuisance: thirds of equal number.
+    """Returns the PCC of each predictor on the low, middle and high third of the images by each nuisance.
 
-    nuisances: name -> [N]. Returns {nuisance: {level: {'from', 'to', 'images', 'pcc': {predictor: interval}}}}; a PCC that
-    has no value, as of three images rated alike, is None.
+    nuisances: name -> [N]. Returns {nuisance: {level: {'from', 'to', 'images', 'pcc': {predictor: interval}}}}; an undefined
+    PCC, for example with equal ratings, is None.
     """
     result: dict[str, dict[str, Any]] = {}
     for name, values in nuisances.items():
@@ -93,7 +93,7 @@ def _row(metric: str, predicted: Predictions, truth: np.ndarray, n: int) -> dict
     try:
         return m.interval(metric, predicted.input_of(metric), truth, n=n).as_dict()
     except m.MetricError:
-        # Raises again where there is not even a value.
+        # Raises again if the metric itself is undefined.
         return {"value": m.value(metric, predicted.input_of(metric), truth), "low": None, "high": None}
 
 

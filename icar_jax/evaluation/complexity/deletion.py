@@ -1,7 +1,7 @@
-"""Do maps of complexity tell the truth? The deletion test on scenes, whose objects are known.
+"""Deletion test of complexity maps on scenes, whose objects are known.
 
-Deletion (Petsiuk et al. 2018, RISE): where a map is right, replacing the pixels that it ranks highest lowers the score more
-than replacing as many others.
+Deletion (Petsiuk et al. 2018, RISE): if a map is faithful, replacing its highest-ranked pixels lowers the score more than
+replacing as many other pixels.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from icar_jax.inference.model import Model
 
 ORDERS = ("highest", "random_cells", "random_pixels", "lowest")
 FILLS = ("background", "blur")
-_BLUR = 0.08  # standard deviation, of the side
+_BLUR = 0.08  # standard deviation as a fraction of the image side
 Score = Callable[[np.ndarray], np.ndarray]
 
 
 def object_mask(scene: Scene, side: int, confetti: bool = True) -> np.ndarray:
-    """bool [side, side]: the boxes round the circles that circumscribe a scene's items and, unless left out, its confetti."""
+    """Returns bool [side, side]: bounding boxes of a scene's items and, unless disabled, its confetti."""
     circles = [(item.x, item.y, item.radius) for item in scene.items]
     if confetti:
         circles += [(x, y, length + width) for x, y, _, length, width, *_ in scene.confetti]
@@ -38,7 +38,10 @@ def object_mask(scene: Scene, side: int, confetti: bool = True) -> np.ndarray:
 
 
 def fills(scenes: Sequence[Scene], pictures: np.ndarray, kind: str) -> np.ndarray:
-    """What deleted pixels become, uint8 [N, S, S, 3]: the same scene without items and confetti, or a blurred picture."""
+    """Returns replacement pixels uint8 [N, S, S, 3]: the scene without items and confetti, or the blurred image.
+
+    Raises ValueError unless kind is one of FILLS.
+    """
     side = pictures.shape[1]
     if kind == "background":
         return np.stack([draw_scene(dataclasses.replace(s, items=(), confetti=()), side) for s in scenes])
@@ -49,7 +52,7 @@ def fills(scenes: Sequence[Scene], pictures: np.ndarray, kind: str) -> np.ndarra
 
 
 def replace(pictures: np.ndarray, filling: np.ndarray, ranks: np.ndarray, share: float) -> np.ndarray:
-    """Pictures [N, S, S, 3] with the `share` of the pixels that `ranks` [N, S, S] puts highest taken from `filling`."""
+    """Replaces the fraction `share` of pixels ranked highest by `ranks` [N, S, S] with those of `filling` [N, S, S, 3]."""
     n, side = pictures.shape[:2]
     count = round(share * side * side)
     out = pictures.copy().reshape(n, side * side, 3)
@@ -60,10 +63,10 @@ def replace(pictures: np.ndarray, filling: np.ndarray, ranks: np.ndarray, share:
 
 
 def rankings(maps: np.ndarray, side: int, seed: int) -> dict[str, np.ndarray]:
-    """maps [N, h, w] -> for each of ORDERS a ranking [N, side, side].
+    """Returns a ranking [N, side, side] for each of ORDERS from maps [N, h, w].
 
-    'random_cells' is the map with its cells shuffled, so that it deletes patches of the same kind; 'random_pixels' deletes
-    single ones.
+    'random_cells' shuffles the cells of the map, so it deletes patches of the same size; 'random_pixels' deletes single
+    pixels.
     """
     rng = np.random.default_rng(seed)
     shuffled = rng.permuted(maps.reshape(len(maps), -1), axis=1).reshape(maps.shape)
@@ -72,12 +75,15 @@ def rankings(maps: np.ndarray, side: int, seed: int) -> dict[str, np.ndarray]:
 
 
 def drops(score: Score, pictures: np.ndarray, filling: np.ndarray, ranks: np.ndarray, share: float) -> np.ndarray:
-    """Fall of the score [N] when a share of the pixels is deleted; score: uint8 [N, S, S, 3] -> [N]."""
+    """Returns the drop in score [N] when a fraction of the pixels is deleted; score: uint8 [N, S, S, 3] -> [N]."""
     return score(pictures) - score(replace(pictures, filling, ranks, share))
 
 
 def mass_inside(large: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of maps [N, S, S] the share of the positive mass that lies inside the masks [N], and the masks' share of the area [N]."""
+    """Returns the fraction [N] of each map's positive mass inside its mask, and the masks' area fraction [N].
+
+    large: maps [N, S, S]; masks: bool [N, S, S].
+    """
     positive = np.maximum(large, 0)
     total = positive.sum(axis=(1, 2))
     inside = (positive * masks).sum(axis=(1, 2)) / np.where(total > 0, total, 1)
@@ -85,14 +91,14 @@ def mass_inside(large: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def mean_interval(values: np.ndarray, n: int = RESAMPLES, seed: int = 0) -> Interval:
-    """Mean of [N] values with its bootstrap percentile interval over the images; of differences this is the paired one."""
+    """Returns the mean of values [N] with its bootstrap percentile interval over images; of differences, a paired interval."""
     values = np.asarray(values, np.float64)
     means = np.concatenate([values[indices].mean(axis=1) for indices in resample_indices(len(values), n, seed)])
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(values.mean()), float(low), float(high))
 
 
-def measure(
+def deletion_test(
     model: Model,
     *,
     images: int = 128,
@@ -100,12 +106,12 @@ def measure(
     shares: Sequence[float] = (0.2,),
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The deletion test and the mass inside the objects, on scenes of the split 'val' drawn at the model's input size.
+    """Runs the deletion test and measures map mass inside objects, on scenes of split 'val' at the model's input size.
 
-    stages: of the maps, as `Explainer` takes them; (None,) for a head on the blocks of a vision tower.
-    Returns, JSON-ready: images, pcc (of the score with the known complexity), and under 'stages' for each stage:
-        deletion: fill -> share -> order -> interval of the fall of the score, and highest_minus_<order> with paired intervals;
-        mass: 'objects' and 'items' (confetti left out) -> intervals of inside, area and their difference.
+    stages: map stages, as in `Explainer`; (None,) for a head on the blocks of a vision tower. shares: fractions of pixels
+    to delete. Returns a JSON-ready dict: 'images', 'pcc' (of scores with the known complexity), and 'stages' with, per stage:
+        deletion: fill -> share -> order -> interval of the drop in score, and highest_minus_<order> with paired intervals;
+        mass: 'objects' and 'items' (without confetti) -> intervals of inside, area and their difference.
     """
     side = model.scorer.preprocess.image_size
     source = Scenes("val", images, image_size=side)

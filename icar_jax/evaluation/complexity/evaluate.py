@@ -1,4 +1,4 @@
-"""Evaluation of a complexity model on its held-out split, beside classical measures of the same pictures."""
+"""Evaluation of a complexity model on its held-out split, compared with classical measures of the same images."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from icar_jax.config import ExperimentConfig
 from icar_jax.data import configured
 from icar_jax.data.loader.batches import BadFiles, eval_batches
 from icar_jax.data.records import Source
+from icar_jax.data.scenes import Scenes
 from icar_jax.errors import DataError
 from icar_jax.evaluation.complexity import agreement, baselines, regret
 from icar_jax.evaluation.complexity.agreement import Predictions
 from icar_jax.evaluation.metrics import ratings as m
 from icar_jax.evaluation.report import complexity_figures, complexity_table
 from icar_jax.evaluation.report.table import write_metrics
-from icar_jax.evaluation.routing.calibration import labels_of
+from icar_jax.evaluation.routing.calibration import binary_labels
 from icar_jax.evaluation.routing.thresholds import best_threshold
 from icar_jax.inference.loading import load
 from icar_jax.inference.model import Model
@@ -34,31 +35,31 @@ from icar_jax.models import variants
 from icar_jax.models.flops import complexity_flops, router_flops, vision_flops
 
 MODEL = "model"
-NUISANCES = ("noise", "blur", "contrast")  # of scenes: varied independently of the complexity
-TIMED = 256  # images whose scoring is timed
-REPEATS = 3  # the fastest counts: other work on the machine only ever adds time
-REFERENCE = "vit_l14"  # the tower whose cost a router is measured against
+NUISANCES = ("noise", "blur", "contrast")  # scene parameters that vary independently of complexity
+TIMED = 256  # number of images whose scoring is timed
+REPEATS = 3  # the fastest repetition counts, since other load on the machine only adds time
+REFERENCE = "vit_l14"  # vision tower that router cost is compared with
 
 
 @dataclass(frozen=True)
 class ComplexityResult:
-    """Every readable image of a split: scores float32 [n], measures [n, 3], known complexity float32 [n], indices [n]."""
+    """Results for the readable images of a split: scores float32 [n], measures [n, 3], complexity float32 [n], index [n]."""
 
     scores: np.ndarray
     measures: np.ndarray
     complexity: np.ndarray
     index: np.ndarray
-    sample: dict[str, np.ndarray]  # prepared pixels of the first images, to be timed
+    sample: dict[str, np.ndarray]  # preprocessed pixels of the first images, for timing
     bad: BadFiles
 
 
 def evaluate_complexity(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
     """Evaluates the complexity model in `workdir`; writes metrics.json, scores.png and, for scenes, nuisance.png there.
 
-    A run that kept its best model is evaluated by that one, in WORKDIR/best. Returns the metrics as documented in
-    evaluation/complexity_table.py. Of a model that learnt regret, what it is compared with are the ranks of the regrets (see
-    evaluation/regret.py). Raises ConfigError or CheckpointError: a classifier needs a stored threshold, and the images
-    must be those that the run in `workdir` was started on, or some that it trained on could be among the held-out ones.
+    Uses WORKDIR/best if the run kept its best model. Returns the metrics documented in
+    evaluation/report/complexity_table.py. Models trained on regret are compared with the ranks of the regrets (see
+    evaluation/complexity/regret.py). Raises ConfigError or CheckpointError: a classifier needs a stored threshold, and the data
+    must be what the run in `workdir` was started on, otherwise held-out images could include training images.
     """
     config = cfg.validate(config)
     cfg.require_local("--workdir", workdir)
@@ -72,11 +73,11 @@ def evaluate_complexity(config: ExperimentConfig, workdir: str | Path) -> dict[s
     model = load(folder, batch_size=config.eval.batch_size, dtype=config.eval.dtype)
     threshold = _stored_threshold(model, folder)
     source, calibration = configured.eval_source(config.data, config.eval), configured.calibration_source(config.data)
-    lost = _regrets(config, model, calibration, source)
-    fitted_on, asked = (found.judged() for found in lost) if lost else (calibration, source)
-    fitted = _measure(config, None, fitted_on, "calibration images")
-    measured = _measure(config, model, asked, "score")
-    metrics = _report(config, model, threshold, fitted, measured, source, lost)
+    regrets = _regrets(config, model, calibration, source)
+    fit_source, eval_source = (found.as_source() for found in regrets) if regrets else (calibration, source)
+    fitted = _score_split(config, None, fit_source, "calibration images")
+    measured = _score_split(config, model, eval_source, "score")
+    metrics = _report(config, model, threshold, fitted, measured, source, regrets)
     metrics["notes"] = _notes(folder, source, calibration, fitted, measured)
     if threshold is not None:
         metrics["notes"].append(_decision_note(model.description.get("threshold_found", {}), threshold, source, calibration))
@@ -89,33 +90,33 @@ def evaluate_complexity(config: ExperimentConfig, workdir: str | Path) -> dict[s
 
 
 def _stored_threshold(model: Model, folder: Path) -> float | None:
-    """The threshold of a classifier; None for a regression, which decides nothing."""
+    """Returns a classifier's stored threshold; None for a regression model. Raises CheckpointError if it is missing."""
     if model.scorer.complexity.arch.head != "classification":
         return None
     if "threshold" not in model.description:
         raise CheckpointError(
-            f"{folder} is a classifier without a threshold, so it decides nothing yet: run `icar calibrate {folder} --metric "
-            "f1` first, which chooses one on the calibration images"
+            f"{folder} is a classifier without a threshold: run `icar calibrate {folder} --metric f1` first, which chooses one "
+            "on the calibration images"
         )
     return float(model.description["threshold"])
 
 
 def _regrets(config: ExperimentConfig, model: Model, *of: Source) -> tuple[regret.Regrets, ...] | None:
-    """The regrets of each source; None of a model of ratings."""
-    told = model.description.get("regret")
+    """Returns the regrets of each source; None for a model trained on ratings."""
+    spec = model.description.get("regret")
     if config.complexity.target != "regret":
-        if told is not None:
+        if spec is not None:
             raise cfg.ConfigError(
-                f"the model learnt regret, at exit {told['exit']} of {told['clip']}: pass --config.complexity.target=regret "
-                "--config.complexity.clip=CLIP to evaluate it"
+                f"the model was trained on regret at exit {spec['exit']} of {spec['clip']}: pass "
+                "--config.complexity.target=regret --config.complexity.clip=CLIP to evaluate it"
             )
         return None
-    clip = regret.open_clip(config, model.description)
-    return tuple(regret.measure(config, clip, told, source) for source in of)
+    clip = regret.load_routed_clip(config, model.description)
+    return tuple(regret.measure_regrets(config, clip, spec, source) for source in of)
 
 
-def _measure(config: ExperimentConfig, model: Model | None, source: Source, title: str) -> ComplexityResult:
-    """One pass over a split: the classical measures of every picture, and its score where there is a model."""
+def _score_split(config: ExperimentConfig, model: Model | None, source: Source, title: str) -> ComplexityResult:
+    """Computes the classical measures of every image of a split, and its score if a model is given, in one pass."""
     preprocess = {"classical": baselines.PREPROCESS} | ({MODEL: model.scorer.preprocess} if model else {})
     size, bad = config.eval.batch_size, BadFiles()
     scores, measures, known, index = [], [], [], []
@@ -127,7 +128,7 @@ def _measure(config: ExperimentConfig, model: Model | None, source: Source, titl
                 continue
             if model:
                 scores.append(model.scorer.forward.submit(batch["images"][MODEL]))
-            measures.append(baselines.measure(batch["images"]["classical"]))
+            measures.append(baselines.classical_measures(batch["images"]["classical"]))
             known.append(batch["complexity"])
             index.append(batch["index"])
             if sum(map(len, kept["classical"])) < TIMED:
@@ -155,23 +156,23 @@ def _report(
     fitted: ComplexityResult,
     measured: ComplexityResult,
     source: Source,
-    lost: tuple[regret.Regrets, ...] | None,
+    regrets: tuple[regret.Regrets, ...] | None,
 ) -> dict[str, Any]:
     n, head = config.eval.bootstrap, model.scorer.complexity.arch.head
-    fits = baselines.fit(fitted.measures, fitted.complexity)
+    fits = baselines.fit_baselines(fitted.measures, fitted.complexity)
     others = {name: Predictions(fit(measured.measures)) for name, fit in fits.items()}
     truth, names, ranked_by = measured.complexity, m.OF_RATINGS, "pcc"
     if threshold is not None:
         boundary = config.complexity.threshold
-        truth = labels_of(measured.complexity, boundary, source.name)
-        labels = labels_of(fitted.complexity, boundary, "the calibration images")
+        truth = binary_labels(measured.complexity, boundary, source.name)
+        labels = binary_labels(fitted.complexity, boundary, "the calibration images")
         chosen_by = model.description.get("threshold_found", {}).get("metric", "f1")
         others = {
             name: Predictions(p.scores, best_threshold(fits[name](fitted.measures), labels, chosen_by)[0])
             for name, p in others.items()
         }
         names, ranked_by = agreement.OF_CLASSIFIERS, "roc_auc"
-    known = _known(lost, fitted) if lost else {}
+    known = _known(regrets, fitted) if regrets else {}
     predictors = {MODEL: Predictions(measured.scores, threshold), **known, **others}
     nuisances = _nuisances(source, measured.index)
     metrics = {
@@ -184,9 +185,9 @@ def _report(
         "nuisance": agreement.by_level(predictors, measured.complexity, nuisances, n) if nuisances else {},
         "cost": _cost(model, measured.sample, known),
     }
-    if lost:
-        rated = lost[1].known() if known else None
-        metrics["regret"] = regret.record(lost[1], model.description["regret"], measured.scores, rated, n)
+    if regrets:
+        rated = regrets[1].known_complexity() if known else None
+        metrics["regret"] = regret.summarise_regrets(regrets[1], model.description["regret"], measured.scores, rated, n)
         metrics["over_known"] = agreement.margin(ranked_by, predictors[MODEL], known, truth, n) if known else None
     if threshold is not None:
         confusion = m.confusion(predictors[MODEL].decided, truth).as_dict()
@@ -194,24 +195,24 @@ def _report(
     return metrics
 
 
-def _known(lost: tuple[regret.Regrets, ...], fitted: ComplexityResult) -> dict[str, Predictions]:
-    """What the source knows of its images' complexity as a predictor of regret: a line fitted on the calibration images."""
-    rated, asked = (found.known() for found in lost)
-    if np.isnan(rated).any() or np.isnan(asked).any() or not np.ptp(rated):
+def _known(regrets: tuple[regret.Regrets, ...], fitted: ComplexityResult) -> dict[str, Predictions]:
+    """Returns the source's known complexity as a predictor of regret: a linear fit on the calibration images."""
+    fit_complexity, eval_complexity = (found.known_complexity() for found in regrets)
+    if np.isnan(fit_complexity).any() or np.isnan(eval_complexity).any() or not np.ptp(fit_complexity):
         return {}
-    return {regret.KNOWN: Predictions(regret.line(rated, fitted.complexity, asked))}
+    return {regret.KNOWN: Predictions(regret.fit_line(fit_complexity, fitted.complexity, eval_complexity))}
 
 
 def _nuisances(source: Source, index: np.ndarray) -> dict[str, np.ndarray]:
-    """What varies in scenes beside their complexity: name -> [n]; empty for other sources."""
-    if not hasattr(source, "scene"):
+    """Returns the nuisance parameters of scenes: name -> [n]; empty for other sources."""
+    if not isinstance(source, Scenes):
         return {}
     found = [source.scene(i).nuisance for i in index.tolist()]
     return {name: np.array([getattr(nuisance, name) for nuisance in found]) for name in NUISANCES}
 
 
 def _cost(model: Model, sample: dict[str, np.ndarray], known: Mapping[str, Predictions]) -> dict[str, dict[str, float | None]]:
-    """What each predictor costs an image, timed on prepared pixels, compilation left out."""
+    """Returns the cost per image of each predictor, timed on preprocessed pixels, without compilation."""
     arch = model.scorer.complexity.arch
     tower, flops = vision_flops(variants.CLIP[REFERENCE].vision), complexity_flops(arch)
     forward = model.scorer.forward
@@ -246,11 +247,11 @@ def _fastest(run: Callable[[], object]) -> float:
 
 
 def _decision_note(found: Mapping[str, Any], threshold: float, source: Source, calibration: Source) -> str:
-    note = f"decisions are score > {threshold:g}, as stored in the checkpoint; baselines choose theirs on {calibration.name}"
+    note = f"decisions: score > {threshold:g}, from the checkpoint; baseline thresholds are chosen on {calibration.name}"
     if found.get("calibration", calibration.name) != calibration.name:
         note += (
-            f"; the threshold was chosen on {found['calibration']}: where that holds images of {source.name}, decisions look "
-            "better here than they are"
+            f"; the threshold was chosen on {found['calibration']}: if that contains images of {source.name}, the decision "
+            "metrics are optimistic"
         )
     return note
 
@@ -259,10 +260,10 @@ def _notes(
     folder: Path, source: Source, calibration: Source, fitted: ComplexityResult, measured: ComplexityResult
 ) -> list[str]:
     notes = [
-        f"the model is {folder}",
-        f"classical measures have no scale of their own: each is a line fitted on {len(fitted.complexity)} images of "
-        f"{calibration.name}, 'all three' one linear fit of them together, at {baselines.SIZE} pixels",
-        "milliseconds are of prepared images held in memory: the model in batches, a classical measure on one thread",
+        f"model: {folder}",
+        f"each classical measure is a linear fit on {len(fitted.complexity)} images of {calibration.name}, 'all three' is one "
+        f"linear fit of all of them, at {baselines.SIZE} pixels",
+        "milliseconds are for preprocessed images in memory: the model in batches, classical measures on one thread",
     ]
     for name, seen in ((source.name, measured.bad), (calibration.name, fitted.bad)):
         if seen:

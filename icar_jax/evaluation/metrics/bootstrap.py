@@ -1,8 +1,8 @@
 """Bootstrap intervals for recall: images are resampled together with all their captions, paired between runs.
 
 The captions of an image are not independent, so the image is the unit of resampling. Each resample is a vector of
-counts over the images, and recall is then a weighted sum; runs that are compared share the same counts, which
-cancels the difficulty of the images drawn. Intervals are percentile intervals (Efron and Tibshirani 1993, ch. 13).
+counts over the images, and recall is a weighted sum. Compared runs share the same counts, which cancels the
+difficulty of the drawn images. Intervals are percentile intervals (Efron and Tibshirani 1993, ch. 13).
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from icar_jax.evaluation.metrics.retrieval import Ranks
 
 RESAMPLES = 2000
 LEVEL = 0.95
-_CHUNK_ELEMENTS = 2_000_000  # counts held at a time: 16 MB as float64
+_CHUNK_ELEMENTS = 2_000_000  # counts in memory at once: 16 MB as float64
 
 
 @dataclass(frozen=True)
 class Hits:
-    """Hits at k of one run, per image: all a resample needs. Float64, so draws can be averaged.
+    """Hits at k of one run per image, which is all that resampling needs. Float64, so draws can be averaged.
 
     k: the k of recall at k.
-    text_to_image: [N] how many of the image's captions found it among their first k images.
-    captions: [N] how many captions the image has.
-    image_to_text: [N] 1 where one of the first k captions belongs to the image, else 0.
+    text_to_image: [N] number of the image's captions that retrieve it among the top k images.
+    captions: [N] number of captions of the image.
+    image_to_text: [N] 1 if one of the top k captions belongs to the image, else 0.
     """
 
     k: int
@@ -37,7 +37,7 @@ class Hits:
 
 @dataclass(frozen=True)
 class Recalls:
-    """Recall at k of one run over R resamples, in percent: two arrays [R]."""
+    """Recall at k of one run over R resamples, in percent; two arrays [R]."""
 
     text_to_image: np.ndarray
     image_to_text: np.ndarray
@@ -50,7 +50,7 @@ class Recalls:
 
 @dataclass(frozen=True)
 class Interval:
-    """A statistic of the whole gallery with the bounds of its bootstrap interval."""
+    """A statistic of the full gallery with the bounds of its bootstrap interval."""
 
     value: float
     low: float
@@ -61,7 +61,7 @@ class Interval:
         return self.low <= 0.0 <= self.high
 
     def percent(self) -> Interval:
-        """The same interval times 100, for a ratio shown in percent."""
+        """Returns the interval multiplied by 100, for a ratio shown in percent."""
         return Interval(100.0 * self.value, 100.0 * self.low, 100.0 * self.high)
 
     def as_dict(self) -> dict[str, float]:
@@ -69,7 +69,7 @@ class Interval:
 
 
 def hits_at(ranks: Ranks, k: int) -> Hits:
-    """Hits at k of a run, from its ranks."""
+    """Returns the hits at k of a run from its ranks. Raises ValueError for k < 1."""
     if k < 1:
         raise ValueError(f"hits need k >= 1, found {k}")
     n = len(ranks.image_to_text)
@@ -82,7 +82,7 @@ def hits_at(ranks: Ranks, k: int) -> Hits:
 
 
 def mean_hits(draws: Sequence[Hits]) -> Hits:
-    """Mean over draws of one random run (such as random routing) on the same gallery."""
+    """Averages the hits of several draws of a random run (such as random routing) on the same gallery."""
     _check_paired(draws)
     return Hits(
         k=draws[0].k,
@@ -114,26 +114,26 @@ def interval(
     seed: int = 0,
     level: float = LEVEL,
 ) -> Interval:
-    """Percentile interval of `statistic(*recalls)`, one `Recalls` for each entry of `hits`, all on the same resamples.
+    """Returns the percentile interval of `statistic(*recalls)`, with one `Recalls` per entry of `hits` on shared resamples.
 
-    statistic: maps R resamples to [R] values, as in `lambda run, full: run.mean - full.mean`.
-    Raises ValueError for runs on different galleries or different k, and where the statistic is not finite.
+    statistic: maps R resamples to [R] values, for example `lambda run, full: run.mean - full.mean`.
+    Raises ValueError for runs on different galleries or different k, and if the statistic is not finite.
     """
     point, values = _sample(statistic, hits, n=n, seed=seed, level=level)
     bad = int(np.count_nonzero(~np.isfinite(values))) + (not np.isfinite(point))
     if bad:
         raise ValueError(
-            f"the statistic is not finite for {bad} of {n + 1} samples: no interval exists. A ratio needs hits in "
+            f"the statistic is not finite for {bad} of {n + 1} samples, so it has no interval; a ratio needs hits in "
             "every resample (see `retention`)"
         )
     return bounds(point, values, level)
 
 
 def retention(run: Hits, full: Hits, *, n: int = RESAMPLES, seed: int = 0, level: float = LEVEL) -> Interval | None:
-    """Mean recall of both directions as a ratio run / full (1.0 = nothing lost), with its paired interval.
+    """Returns the ratio run / full of mean recall over both directions (1.0: no loss), with its paired interval.
 
-    None where the full run has no hit in the gallery or in one of the resamples: too few hits for a ratio to mean
-    anything (about 15 hit images rule it out).
+    Returns None if the full run has no hit in the gallery or in some resample: with so few hits a ratio is meaningless
+    (with about 15 hit images this does not happen).
     """
     point, values = _sample(_ratio, [run, full], n=n, seed=seed, level=level)
     if not np.isfinite(point) or not np.isfinite(values).all():
@@ -142,7 +142,7 @@ def retention(run: Hits, full: Hits, *, n: int = RESAMPLES, seed: int = 0, level
 
 
 def difference(run_a: Hits, run_b: Hits, *, n: int = RESAMPLES, seed: int = 0, level: float = LEVEL) -> Interval:
-    """Mean recall of both directions, run_a - run_b in percentage points, with its paired interval."""
+    """Returns run_a - run_b in mean recall over both directions, in percentage points, with its paired interval."""
     return interval(lambda a, b: a.mean - b.mean, [run_a, run_b], n=n, seed=seed, level=level)
 
 
@@ -166,14 +166,14 @@ def _sample(
 
 
 def _counts(indices: np.ndarray) -> np.ndarray:
-    """[R, N] indices of drawn images -> [R, N] float64 how often each image was drawn."""
+    """Converts indices [R, N] of drawn images to float64 counts [R, N] of how often each image was drawn."""
     rows, n_images = indices.shape
     flat = (indices + n_images * np.arange(rows)[:, None]).ravel()
     return np.bincount(flat, minlength=rows * n_images).reshape(rows, n_images).astype(np.float64)
 
 
 def _recalls(hits: Hits, counts: np.ndarray) -> Recalls:
-    # One product a run, never one stacked product: identical runs must give identical numbers to the last bit.
+    # One matrix product per run, not a stacked one, so that identical runs give bit-identical numbers.
     return Recalls(
         text_to_image=100.0 * (counts @ hits.text_to_image) / (counts @ hits.captions),
         image_to_text=100.0 * (counts @ hits.image_to_text) / counts.sum(axis=1),
@@ -181,20 +181,20 @@ def _recalls(hits: Hits, counts: np.ndarray) -> Recalls:
 
 
 def bounds(point: float, values: np.ndarray, level: float) -> Interval:
-    """The percentile interval of resampled values [R] around the value of the whole gallery."""
+    """Returns the percentile interval of resampled values [R], with `point` as the value of the full gallery."""
     low, high = np.quantile(values, [(1.0 - level) / 2, (1.0 + level) / 2])
     return Interval(point, float(low), float(high))
 
 
 def _check_paired(hits: Sequence[Hits]) -> None:
     if not hits:
-        raise ValueError("at least one run's hits are needed, found none")
+        raise ValueError("expected the hits of at least one run, found none")
     first = hits[0]
     if len(first.captions) == 0:
-        raise ValueError("the gallery is empty: there is no image to resample")
+        raise ValueError("the gallery is empty: there are no images to resample")
     for position, other in enumerate(hits[1:], start=1):
         if other.k != first.k:
-            raise ValueError(f"runs must be compared at one k, found k={first.k} (run 0) and k={other.k} (run {position})")
+            raise ValueError(f"runs must be compared at the same k, found k={first.k} (run 0), k={other.k} (run {position})")
         if not np.array_equal(other.captions, first.captions):
             raise ValueError(
                 f"runs 0 and {position} differ in their gallery ({len(first.captions)} images with "

@@ -1,15 +1,15 @@
-"""Category-level retrieval: an item is relevant to a query if they share at least one label; average precision at K.
+"""Category-level retrieval: average precision at K, where an item is relevant to a query if they share at least one label.
 
-Queries are the base images, and the first caption of each. A caption has the labels of its image. The query's own image or
-caption is in the gallery and counts as any other. Two denominators are in use for AP@K, the mean of precision@r over the
-ranks r <= K of relevant items:
+Queries are the base images and the first caption of each. A caption has the labels of its image. The query's own image or
+caption is in the gallery and counts like any other item. AP@K is the sum of precision@r over the ranks r <= K of relevant
+items, divided by one of two denominators:
 
-- official (github MikelWL/ICAR, scripts/evaluate_mixed_preprocessed.py): the relevant items *retrieved*, those up to K; 0
-  where there are none. One relevant item at rank 1 is a perfect AP@100, whatever else was missed;
-- standard (as TREC and Deep Hashing write it): min(K, R), with R the relevant items in the whole gallery.
+- official (github MikelWL/ICAR, scripts/evaluate_mixed_preprocessed.py): the number of relevant items *retrieved* up to rank
+  K; AP is 0 if there are none. One relevant item at rank 1 gives a perfect AP@100 even if all others are missed;
+- standard (as in TREC and deep hashing): min(K, R), where R is the number of relevant items in the full gallery.
 
-A query without labels has no relevant item: the official AP is 0 and counts, the standard AP is undefined (nan) and is left
-out of the mean.
+A query without labels has no relevant items: its official AP is 0 and enters the mean; its standard AP is undefined (nan) and
+is excluded from the mean.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 PRECISION_AT = (10, 50, 100)
 DENOMINATORS = ("official", "standard")
-_CHUNK_ELEMENTS = 4_000_000  # comparisons of label sets held at a time
+_CHUNK_ELEMENTS = 4_000_000  # label-set comparisons in memory at a time
 
 
 @dataclass(frozen=True)
 class Precisions:
-    """AP@K of N queries a direction, float64: `values[direction][denominator][K]` is [N], in the order of the images."""
+    """AP@K of N queries per direction: `values[direction][denominator][K]` is float64 [N], in image order."""
 
     values: dict[str, dict[str, dict[int, np.ndarray]]]
 
@@ -49,12 +49,13 @@ def precisions(
     query_chunk: int | None = None,
     mesh: Mesh | None = None,
 ) -> Precisions:
-    """AP@K of every image and of every image's first caption, in galleries of all captions and images, with distractors.
+    """Returns AP@K with every image, and every image's first caption, as queries against all captions and images.
 
-    image_embed: [N, D]; text_embed: [M, D]; caption_image: [M] as for `metrics.ranks`, as are ties and the other arguments.
-    labels: for each of the N images its labels, () where it has none. Distractors without labels are irrelevant.
+    image_embed: [N, D]; text_embed: [M, D]; caption_image: [M]. Ties and other arguments are as for `retrieval.ranks`.
+    labels: labels of each of the N images, () for none. Distractors without labels are never relevant.
 
-    Raises ValueError as `metrics.ranks` does, and for a wrong number of labels, no label at all, or a K below 1.
+    Raises errors as `retrieval.ranks` does, DataError for a wrong number of labels or no label at all, and ValueError for
+    K < 1.
     """
     from icar_jax.evaluation.metrics.ranking import Ranker
 
@@ -63,9 +64,9 @@ def precisions(
     far = far or [()] * len(pairs.far_images)
     for name, given, images in (("labels", labels, pairs.images), ("distractors.labels", far, pairs.far_images)):
         if len(given) != len(images):
-            raise DataError(f"{name} must hold the labels of {len(images)} images, () for one without; found {len(given)}")
+            raise DataError(f"{name} must have one entry per image ({len(images)}), () for no labels; found {len(given)}")
     if not any(labels):
-        raise DataError("no image has a label, so nothing is relevant to any query: category-level retrieval needs labels")
+        raise DataError("no image has a label, so no item is relevant to any query: category-level retrieval needs labels")
     if not at or min(at) < 1:
         raise ValueError(f"average precision needs K >= 1, found {tuple(at)}")
     place = {"mesh": mesh, "query_chunk": query_chunk}
@@ -86,10 +87,10 @@ def precisions(
 def average_precision(
     relevant: np.ndarray, total: np.ndarray, at: Sequence[int] = PRECISION_AT
 ) -> dict[str, dict[int, np.ndarray]]:
-    """{'official': {K: AP@K [Q]}, 'standard': {K: AP@K [Q]}}, float64, for the denominators explained above.
+    """Returns {'official': {K: AP@K [Q]}, 'standard': {K: AP@K [Q]}}, float64, for the two denominators described above.
 
-    relevant: bool [Q, K'] of the first K' items in order, where K' is at least the greatest K or the whole gallery.
-    total: [Q] relevant items in the whole gallery.
+    relevant: bool [Q, K'] relevance of the top K' items, where K' is at least the largest K, or the gallery size.
+    total: [Q] number of relevant items in the full gallery.
     """
     hits = np.cumsum(relevant, axis=1, dtype=np.float64)
     ranks = np.arange(1, relevant.shape[1] + 1)
@@ -104,7 +105,7 @@ def average_precision(
 
 
 def summarise(precisions: Precisions) -> dict[str, dict[str, float]]:
-    """Per direction, in percent: 'map10', 'map50', ... (official denominator), 'map10_standard', ... (standard)."""
+    """Returns mAP in percent per direction: 'map10', 'map50', ... (official), 'map10_standard', ... (standard)."""
     return {
         direction: {
             f"map{k}{'' if name == 'official' else '_standard'}": 100.0 * float(np.nanmean(values))
@@ -116,9 +117,9 @@ def summarise(precisions: Precisions) -> dict[str, dict[str, float]]:
 
 
 class LabelSets:
-    """Sets of labels of many items: equal sets are kept once, as bits.
+    """Label sets of many items, deduplicated and stored as bit masks.
 
-    of: int64 [items], the number of each item's set.
+    of: int64 [items], the set index of each item.
     """
 
     def __init__(self, labels: Sequence[Sequence[str]]):
@@ -132,14 +133,14 @@ class LabelSets:
                 self._bits[row, word] |= np.uint64(1 << bit)
 
     def share(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Whether the sets of these numbers have a label in common; broadcasts."""
+        """Returns whether sets a and b (indices, broadcast) share a label."""
         shared = np.zeros(np.broadcast_shapes(a.shape, b.shape), bool)
-        for word in self._bits.T:  # one at a time: no array of all words of all pairs
+        for word in self._bits.T:  # one word at a time, to limit memory
             shared |= (word[a] & word[b]) != 0
         return shared
 
     def relevant_in(self, query: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """int64 [Q]: how many of the items share a label with each query, both given as numbers of their sets."""
+        """Returns int64 [Q]: the number of items that share a label with each query; both are given as set indices."""
         wanted, place = np.unique(query, return_inverse=True)
         sets, count = np.unique(items, return_counts=True)
         rows = max(1, _CHUNK_ELEMENTS // len(sets))

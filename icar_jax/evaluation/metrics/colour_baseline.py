@@ -1,6 +1,6 @@
-"""Retrieval by colour alone: how far a linear map from colour histograms to caption words gets.
+"""Colour-only retrieval baseline: a linear map from colour histograms to caption words.
 
-A data set whose captions this baseline solves says little about a model. Pure numpy, no training loop.
+If this baseline solves a data set, the data set says little about a model. Pure numpy, no training loop.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ def colour_histogram_baseline(
     test_images: Iterable[np.ndarray],
     test_captions: Sequence[Sequence[str]],
 ) -> dict[str, dict[str, float]]:
-    """Ridge regression from colour histograms to bags of words, then cosine retrieval on the test images.
+    """Fits ridge regression from colour histograms to bags of words and returns cosine-retrieval recall on the test images.
 
-    An image becomes the square root of its joint 4 x 4 x 4 RGB histogram; a caption its unit-norm tf-idf vector
-    over the training words, less the mean over training; an image's target is the mean over its captions.
+    Image features are the square root of the joint 4 x 4 x 4 RGB histogram. Caption features are unit-norm tf-idf vectors
+    over the training words, centred on the training mean. The target of an image is the mean over its captions.
 
     Args:
         train_images, test_images: uint8 [H, W, 3] arrays or RGB PIL images; read once, in order.
-        train_captions, test_captions: the captions of each image, at least one each.
+        train_captions, test_captions: the captions of each image, at least one per image.
 
     Returns:
         'text_to_image' and 'image_to_text', each with 'r1', 'r5', 'r10' in percent of the queries.
 
     Raises:
-        ValueError: no images, numbers of images and captions that differ, an image without captions, or an
+        ValueError: no images, different numbers of images and caption lists, an image without captions, or an
             image that is not uint8 [H, W, 3].
     """
     features = _histograms("train", train_images, train_captions)
@@ -59,7 +59,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 
 def _histograms(name: str, images: Iterable[np.ndarray], captions: Sequence[Sequence[str]]) -> np.ndarray:
-    """[N, 65]: square root of the share of each colour cell, and a constant one."""
+    """Returns features [N, 65]: the square root of each colour cell's share, and a constant one."""
     rows = []
     for k, image in enumerate(images):
         pixels = np.asarray(image)
@@ -74,7 +74,7 @@ def _histograms(name: str, images: Iterable[np.ndarray], captions: Sequence[Sequ
     if not rows:
         raise DataError(f"the colour baseline needs {name} images, found none")
     if len(rows) != len(captions):
-        raise ValueError(f"{name}: {len(rows)} images but captions for {len(captions)}; give one tuple an image")
+        raise ValueError(f"{name}: {len(rows)} images but captions for {len(captions)}; pass one tuple per image")
     bare = [k for k, texts in enumerate(captions) if not len(texts)]
     if bare:
         raise DataError(f"{name}: {len(bare)} images have no caption (first: image {bare[0]}); leave them out")
@@ -86,7 +86,7 @@ def _words(caption: str) -> list[str]:
 
 
 def _vocabulary(captions: Sequence[Sequence[str]]) -> tuple[dict[str, int], np.ndarray]:
-    """Index of each training word and its weight log((1 + captions) / (1 + captions with the word))."""
+    """Returns each training word's index, and the idf weights log((1 + captions) / (1 + captions with the word))."""
     documents = [set(_words(text)) for texts in captions for text in texts]
     words = {word: k for k, word in enumerate(sorted(set().union(*documents)))}
     if not words:
@@ -98,7 +98,7 @@ def _vocabulary(captions: Sequence[Sequence[str]]) -> tuple[dict[str, int], np.n
 
 
 def _bags(captions: Sequence[str], words: dict[str, int], weights: np.ndarray) -> np.ndarray:
-    """[captions, words] unit-norm tf-idf; words not seen in training are left out."""
+    """Returns unit-norm tf-idf vectors [captions, words]; words not seen in training are ignored."""
     bags = np.zeros((len(captions), len(words)))
     for row, text in enumerate(captions):
         for word in _words(text):

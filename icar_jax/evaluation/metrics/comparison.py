@@ -1,9 +1,9 @@
-"""Bootstrap intervals of every retrieval metric of several runs at once, paired: all runs and metrics see the same resamples.
+"""Paired bootstrap intervals of all retrieval metrics of several runs; all runs and metrics share the same resamples.
 
-A resample draws images with replacement, each with all its captions; a metric of it is that of the queries drawn, with their
-ranks in the whole gallery, which is not resampled. Means are ratios of weighted sums. The median of a resample is the usual
-one of its queries (the mean of the two middle ones where their number is even), found without sorting anything: among the
-few ranks around the median of all queries.
+A resample draws images with replacement, each with all its captions. Its metrics are those of the drawn queries, with their
+ranks in the full gallery; the gallery is not resampled. Means are ratios of weighted sums. The median rank of a resample is
+the usual median (the mean of the two middle ranks for an even count). It is found without sorting, by counting only the ranks
+near the overall median.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from icar_jax.evaluation.metrics.bootstrap import LEVEL, RESAMPLES, Interval, bo
 from icar_jax.evaluation.metrics.category import Precisions
 from icar_jax.evaluation.metrics.retrieval import DIRECTIONS, RECALL_AT, Ranks
 
-BOTH = "mean"  # of both directions
+BOTH = "mean"  # mean over both directions
 _BAR_DELAY_S = 3.0
-_FIRST_WINDOW = 64  # distinct ranks looked at for a median; doubled until it holds the medians of all resamples
+_FIRST_WINDOW = 64  # distinct ranks searched for the medians; doubled until it covers the medians of all resamples
 
 
 @dataclass(frozen=True)
 class Queries:
-    """The queries of one direction of one draw: ranks [Q] int64, and the image [Q] each belongs to."""
+    """The queries of one direction in one draw: ranks [Q] int64 and the image index [Q] of each query."""
 
     ranks: np.ndarray
     image: np.ndarray
@@ -34,10 +34,10 @@ class Queries:
 
 @dataclass(frozen=True)
 class RunMetrics:
-    """What resamples of N images need of a run.
+    """The metrics of a run per image (N images), ready for resampling.
 
-    means: direction -> metric -> (total [N], count [N]), float64: the metric is sum(total) / sum(count).
-    queries: direction -> one `Queries` for each draw; the median rank is the mean of their medians.
+    means: direction -> metric -> (total [N], count [N]), float64; the metric is sum(total) / sum(count).
+    queries: direction -> one `Queries` per draw; the median rank is the mean of their medians.
     """
 
     means: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]
@@ -50,11 +50,11 @@ class RunMetrics:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric of one run; None where a resample has no query of it, or a ratio no denominator.
+    """One metric of one run compared with a reference run. A field is None if the metric is undefined in some resample.
 
     value: percent for recall and mAP, ranks for median and mean rank.
-    difference: run - the run compared with, in percentage points or ranks.
-    retention: run / the run compared with, in percent; None for ranks.
+    difference: run - reference, in percentage points or ranks.
+    retention: run / reference, in percent; None for ranks.
     """
 
     value: Interval | None
@@ -62,12 +62,12 @@ class Comparison:
     retention: Interval | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers for metrics.json, None where there is none."""
+        """Returns the intervals as plain numbers for metrics.json; None stays None."""
         return {name: found.as_dict() if (found := getattr(self, name)) else None for name in self.__dataclass_fields__}
 
 
 def collect(ranks: Ranks, precisions: Precisions | None = None) -> RunMetrics:
-    """A run's metrics image by image: those of `metrics.summarise`, and of `category.summarise` where precisions are given."""
+    """Returns the metrics of `retrieval.summarise`, and of `category.summarise` given precisions, per image of a run."""
     n = len(ranks.image_to_text)
     every = np.arange(n)
     found: dict[str, Queries] = {
@@ -90,9 +90,9 @@ def collect(ranks: Ranks, precisions: Precisions | None = None) -> RunMetrics:
 
 
 def mean_run(draws: Sequence[RunMetrics]) -> RunMetrics:
-    """Mean over draws of one random run (such as random routing) of the same images.
+    """Averages several draws of a random run (such as random routing) on the same images.
 
-    A metric that only some draws have, such as average precision, is the mean of these.
+    A metric that only some draws have, such as average precision, is averaged over those.
     """
     if not draws:
         raise ValueError("mean_run needs at least one draw, found none")
@@ -110,10 +110,10 @@ def mean_run(draws: Sequence[RunMetrics]) -> RunMetrics:
 def intervals(
     runs: Mapping[str, RunMetrics], against: str = "full", *, n: int = RESAMPLES, seed: int = 0, level: float = LEVEL
 ) -> dict[str, dict[str, dict[str, Comparison]]]:
-    """run -> 'text_to_image' | 'image_to_text' | 'mean' (of both) -> metric -> `Comparison` with the run `against`.
+    """Returns run -> 'text_to_image' | 'image_to_text' | 'mean' (of both) -> metric -> `Comparison` with the run `against`.
 
-    Metrics are 'r1', 'r5', 'r10', 'median_rank', 'mean_rank', and where collected 'map10', ..., 'map10_standard', ...
-    Raises ValueError for runs of different images or captions, and where `against` is not among them.
+    Metrics: 'r1', 'r5', 'r10', 'median_rank', 'mean_rank' and, if collected, 'map10', ..., 'map10_standard', ...
+    Raises ValueError for runs with different images or captions, and if `against` is missing.
     """
     if n < 1 or not 0.0 < level < 1.0:
         raise ValueError(f"an interval needs n >= 1 resamples and 0 < level < 1, found n={n}, level={level}")
@@ -150,10 +150,10 @@ def intervals(
 
 
 def _metrics(run: RunMetrics, counts: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
-    """direction or 'mean' -> metric -> [R], for counts [R, N] of how often each image was drawn."""
+    """Returns direction or 'mean' -> metric -> [R], for counts [R, N] of how often each image was drawn."""
     found: dict[str, dict[str, np.ndarray]] = {}
     for direction, by_name in run.means.items():
-        # One product a run, never one for all runs: identical runs must give identical numbers to the last bit.
+        # One matrix product per run, not one for all runs, so that identical runs give bit-identical numbers.
         totals, numbers = (counts @ np.stack([pair[i] for pair in by_name.values()], axis=1) for i in (0, 1))
         with np.errstate(divide="ignore", invalid="ignore"):
             found[direction] = dict(zip(by_name, (totals / numbers).T))
@@ -164,16 +164,16 @@ def _metrics(run: RunMetrics, counts: np.ndarray) -> dict[str, dict[str, np.ndar
 
 
 def _medians(queries: Queries, counts: np.ndarray) -> np.ndarray:
-    """[R] median rank of the queries, each as often as its image was drawn."""
+    """Returns the median rank [R] of the queries, each weighted by how often its image was drawn."""
     n_images = counts.shape[1]
     distinct, place = np.unique(queries.ranks, return_inverse=True)
     drawn = counts @ np.bincount(queries.image, minlength=n_images).astype(np.float64)
-    lower, upper = np.floor((drawn + 1) / 2), np.floor((drawn + 2) / 2)  # which queries are in the middle, from 1
+    lower, upper = np.floor((drawn + 1) / 2), np.floor((drawn + 2) / 2)  # 1-based positions of the two middle queries
     middle, width = int(np.median(place)), _FIRST_WINDOW
     while True:
         begin = max(0, middle - width // 2)
         end = min(len(distinct), begin + width)
-        # reached[r, w]: queries of resample r with a rank up to distinct[begin + w - 1].
+        # reached[r, w]: number of queries in resample r with rank <= distinct[begin + w - 1].
         inside = (place >= begin) & (place < end)
         cell = queries.image[inside] * (end - begin + 1) + place[inside] - begin + 1
         held = np.bincount(cell, minlength=n_images * (end - begin + 1)).reshape(n_images, -1)

@@ -1,11 +1,11 @@
 """Agreement of predicted complexity with human ratings or labels, with bootstrap intervals, in numpy.
 
-Every metric is written once, as a function of how often each image was drawn: `counts` [R, N] -> [R]. The metric of a data
-set has one row of ones; its interval has a row a resample (`bootstrap.resample_counts`). Ranks, curves and bins follow from
-the counts, so nothing loops over resamples.
+Every metric is a function of how often each image was drawn: `counts` [R, N] -> [R]. The metric of the data set uses one row
+of ones; its interval uses one row per resample (`bootstrap.resample_counts`). Ranks, curves and bins are computed from the
+counts, so there is no loop over resamples.
 
 Ratings: pcc, srcc, rmse, rmae, as IC9600 defines them (Feng et al. 2023: RMSE = sqrt(mean e^2), RMAE = sqrt(mean |e|)).
-Labels: accuracy, f1, balanced_accuracy, youden of decisions; roc_auc and ece of scores. The positive class is 'complex'.
+Labels: accuracy, f1, balanced_accuracy, youden for decisions; roc_auc and ece for scores. The positive class is 'complex'.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ ECE_BINS = 15
 OF_RATINGS = ("pcc", "srcc", "rmse", "rmae")
 OF_DECISIONS = ("accuracy", "f1", "balanced_accuracy", "youden")
 OF_SCORES = ("roc_auc", "ece")
-MAX_UNDEFINED = 0.05  # share of resamples that may lack a class, or variance, and are left out of an interval
-_CONSTANT = 1e-14  # variance of values scaled to [-1, 1] that rounding alone may leave
+MAX_UNDEFINED = 0.05  # largest share of resamples that may be undefined (one class, no variance) and are dropped
+_CONSTANT = 1e-14  # largest variance, of values scaled to [-1, 1], that is due to rounding alone
 
 Statistic = Callable[[np.ndarray], np.ndarray]  # counts [R, N] -> [R], nan where undefined
 
 
 class MetricError(IcarError, ValueError):
-    """A metric has no value on these numbers; the message says why."""
+    """A metric is undefined for these inputs; the message says why."""
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """Images by decision and label; 'positive' is complex."""
+    """Counts of images by decision and label; positive means complex."""
 
     true_positive: int
     false_positive: int
@@ -47,12 +47,12 @@ class Confusion:
 
 
 def pcc(predicted: Any, rated: Any) -> float:
-    """Pearson's correlation of two arrays [N]. Raises MetricError where either is constant."""
+    """Pearson's correlation of two arrays [N]. Raises MetricError if either is constant."""
     return value("pcc", predicted, rated)
 
 
 def srcc(predicted: Any, rated: Any) -> float:
-    """Spearman's rank correlation of two arrays [N]; ties take their average rank. Raises as `pcc`."""
+    """Spearman's rank correlation of two arrays [N]; ties take their average rank. Raises as `pcc` does."""
     return value("srcc", predicted, rated)
 
 
@@ -62,53 +62,53 @@ def rmse(predicted: Any, rated: Any) -> float:
 
 
 def rmae(predicted: Any, rated: Any) -> float:
-    """sqrt(mean |e|) of two arrays [N]: the root of the mean absolute error, IC9600's own definition."""
+    """sqrt(mean |e|) of two arrays [N]: root of the mean absolute error, as IC9600 defines it."""
     return value("rmae", predicted, rated)
 
 
 def accuracy(decided: Any, labels: Any) -> float:
-    """Share of right decisions; two arrays [N] of bool, 0 or 1."""
+    """Fraction of correct decisions; two arrays [N] of bool, 0 or 1."""
     return value("accuracy", decided, labels)
 
 
 def f1(decided: Any, labels: Any) -> float:
-    """2 TP / (2 TP + FP + FN) of the class 'complex'; 0 where nothing is complex and nothing was called so."""
+    """2 TP / (2 TP + FP + FN) for the class 'complex'; 0 if no image is complex and none was predicted complex."""
     return value("f1", decided, labels)
 
 
 def balanced_accuracy(decided: Any, labels: Any) -> float:
-    """Mean of the true positive and the true negative rate. Raises MetricError where the labels hold one class only."""
+    """Mean of the true positive and true negative rates. Raises MetricError if the labels hold only one class."""
     return value("balanced_accuracy", decided, labels)
 
 
 def youden(decided: Any, labels: Any) -> float:
-    """Youden's J, true positive + true negative rate - 1, in [-1, 1]. Raises as `balanced_accuracy`."""
+    """Youden's J = true positive rate + true negative rate - 1, in [-1, 1]. Raises as `balanced_accuracy` does."""
     return value("youden", decided, labels)
 
 
 def roc_auc(scores: Any, labels: Any) -> float:
-    """Share of (complex, simple) pairs that the scores order right; ties count half. Raises MetricError for one class only."""
+    """Share of (complex, simple) pairs that the scores order correctly; ties count half. Raises MetricError for one class."""
     return value("roc_auc", scores, labels)
 
 
 def ece(scores: Any, labels: Any) -> float:
-    """Expected calibration error of p(complex): sum over bins of (share of images) x |mean score - share that is complex|.
+    """Expected calibration error of p(complex): sum over bins of (share of images) x |mean score - share of complex images|.
 
-    15 bins of equal width, (i / 15, (i + 1) / 15], the first closed below (Naeini et al. 2015; for one class as in
-    scikit-learn's calibration_curve). Noise adds to it, so few images, and resamples of them, have a higher one: its interval
-    leans upwards. Raises MetricError for scores outside [0, 1].
+    Uses 15 bins of equal width, (i / 15, (i + 1) / 15], the first closed below (Naeini et al. 2015; for one class as in
+    scikit-learn's calibration_curve). Sampling noise biases ECE upwards, so small samples and bootstrap intervals are biased
+    upwards. Raises MetricError for scores outside [0, 1].
     """
     return value("ece", scores, labels)
 
 
 def confusion(decided: Any, labels: Any) -> Confusion:
-    """Counts of the four outcomes; two arrays [N] of bool, 0 or 1."""
+    """Returns the confusion counts of two arrays [N] of bool, 0 or 1."""
     d, y = _checked("accuracy", decided, labels)
     return Confusion(int((d * y).sum()), int((d * (1 - y)).sum()), int(((1 - d) * (1 - y)).sum()), int(((1 - d) * y).sum()))
 
 
 def rate(metric: str, tp: np.ndarray, fp: np.ndarray, tn: np.ndarray, fn: np.ndarray) -> np.ndarray:
-    """One of OF_DECISIONS from arrays of counts of one shape; 0/0 counts 0, as in ICAR's threshold search."""
+    """Computes one of OF_DECISIONS from equally shaped arrays of counts; 0/0 counts as 0, as in ICAR's threshold search."""
     if metric == "accuracy":
         return _ratio(tp + tn, tp + fp + tn + fn)
     if metric == "f1":
@@ -122,10 +122,10 @@ def rate(metric: str, tp: np.ndarray, fp: np.ndarray, tn: np.ndarray, fn: np.nda
 
 
 def value(metric: str, predicted: Any, truth: Any) -> float:
-    """A metric by name: predicted and truth [N] -> float.
+    """Computes a metric by name from predicted [N] and truth [N].
 
-    `predicted` are ratings for OF_RATINGS, decisions (0 or 1) for OF_DECISIONS, scores for OF_SCORES; `truth` are ratings
-    or labels. Raises MetricError for shapes that differ, values that are not finite, and where the metric is undefined.
+    predicted: ratings for OF_RATINGS, decisions (0 or 1) for OF_DECISIONS, scores for OF_SCORES. truth: ratings or labels.
+    Raises MetricError for different shapes, non-finite values, and if the metric is undefined.
     """
     statistic, n = _statistic(metric, predicted, truth)
     point = float(statistic(np.ones((1, n)))[0])
@@ -135,9 +135,9 @@ def value(metric: str, predicted: Any, truth: Any) -> float:
 
 
 def interval(metric: str, predicted: Any, truth: Any, *, n: int = RESAMPLES, seed: int = 0, level: float = LEVEL) -> Interval:
-    """A metric with its percentile interval; images are resampled, `n` times.
+    """Returns a metric with its percentile interval over `n` bootstrap resamples of the images.
 
-    Resamples without a value (one class only, or no variance) are left out; more than 5% of them raise MetricError.
+    Undefined resamples (one class only, or no variance) are dropped; if more than 5% are undefined, raises MetricError.
     """
     statistic, images = _statistic(metric, predicted, truth)
     return _interval(metric, statistic, value(metric, predicted, truth), images, n, seed, level)
@@ -146,7 +146,7 @@ def interval(metric: str, predicted: Any, truth: Any, *, n: int = RESAMPLES, see
 def difference(
     metric: str, predicted: Any, other: Any, truth: Any, *, n: int = RESAMPLES, seed: int = 0, level: float = LEVEL
 ) -> Interval:
-    """metric(predicted) - metric(other) on the same images, with its paired interval: both see the same resamples."""
+    """Returns metric(predicted) - metric(other) on the same images, with its paired bootstrap interval."""
     first, images = _statistic(metric, predicted, truth)
     second, _ = _statistic(metric, other, truth)
     point = value(metric, predicted, truth) - value(metric, other, truth)
@@ -161,7 +161,7 @@ def _interval(metric: str, statistic: Statistic, point: float, images: int, n: i
     if len(values) - len(good) > MAX_UNDEFINED * len(values):
         raise MetricError(
             f"{metric} is undefined in {len(values) - len(good)} of {len(values)} resamples of {images} images, so it has no "
-            "interval: too few images, or too few of one class"
+            "interval; use more images, or more of the rarer class"
         )
     return bounds(point, good, level)
 
@@ -186,7 +186,7 @@ def _checked(metric: str, predicted: Any, truth: Any) -> tuple[np.ndarray, np.nd
         raise MetricError(f"unknown metric {metric!r}; expected one of {', '.join(known)}")
     p, t = np.asarray(predicted, np.float64), np.asarray(truth, np.float64)
     if p.ndim != 1 or p.shape != t.shape or not p.size:
-        raise MetricError(f"{metric} needs two arrays [N] of one length, N >= 1; found {list(p.shape)} and {list(t.shape)}")
+        raise MetricError(f"{metric} needs two arrays [N] of equal length, N >= 1; found {list(p.shape)} and {list(t.shape)}")
     for name, array in (("predictions", p), ("ratings or labels", t)):
         if bad := int(np.count_nonzero(~np.isfinite(array))):
             raise MetricError(f"{metric}: {bad} of {len(array)} {name} are NaN or inf")
@@ -194,7 +194,7 @@ def _checked(metric: str, predicted: Any, truth: Any) -> tuple[np.ndarray, np.nd
         raise MetricError(f"{metric} needs labels that are 0 (simple) or 1 (complex), found {t[~np.isin(t, (0, 1))][0]:g}")
     if metric in OF_DECISIONS and not np.isin(p, (0, 1)).all():
         raise MetricError(
-            f"{metric} needs decisions that are 0 or 1, found {p[~np.isin(p, (0, 1))][0]:g}; compare scores to a threshold"
+            f"{metric} needs decisions that are 0 or 1, found {p[~np.isin(p, (0, 1))][0]:g}; apply a threshold to the scores"
         )
     if metric == "ece" and (p.min() < 0 or p.max() > 1):
         raise MetricError(f"ece needs probabilities in [0, 1], found {p.min():g} to {p.max():g}")
@@ -204,7 +204,7 @@ def _checked(metric: str, predicted: Any, truth: Any) -> tuple[np.ndarray, np.nd
 def _undefined(metric: str, predicted: Any, truth: Any) -> str:
     p, t = _checked(metric, predicted, truth)
     if metric in OF_RATINGS:
-        which = "predictions" if not np.ptp(p) else "ratings" if not np.ptp(t) else "predictions or ratings, but for rounding,"
+        which = "predictions" if not np.ptp(p) else "ratings" if not np.ptp(t) else "predictions or ratings, up to rounding,"
         return f"{metric} is undefined: all {len(p)} {which} are equal ({p[0] if which == 'predictions' else t[0]:g})"
     return f"{metric} is undefined: all {len(t)} labels are of class {'complex' if t[0] else 'simple'}; it needs both classes"
 
@@ -226,7 +226,7 @@ def _spearman(x: np.ndarray, y: np.ndarray) -> Statistic:
 
     def statistic(counts: np.ndarray) -> np.ndarray:
         n = counts.sum(1, keepdims=True)
-        # Average ranks have the mean (n + 1) / 2 whatever the ties.
+        # Average ranks have mean (n + 1) / 2 regardless of ties.
         a, b = ((ties.ranks(counts) - (n + 1) / 2) / n for ties in (rank_x, rank_y))
         return _correlation(*(np.einsum("rn,rn,rn->r", counts, p, q) / n[:, 0] for p, q in ((a, b), (a, a), (b, b))))
 
@@ -267,7 +267,7 @@ def _ece(scores: np.ndarray, labels: np.ndarray) -> Statistic:
 
 
 class _Ties:
-    """The images grouped by equal value, in ascending order of the values."""
+    """Groups images by equal value, in ascending order of the values."""
 
     def __init__(self, values: np.ndarray):
         _, self._group, sizes = np.unique(values, return_inverse=True, return_counts=True)
@@ -275,17 +275,17 @@ class _Ties:
         self._starts = np.cumsum(sizes) - sizes
 
     def sums(self, weights: np.ndarray) -> np.ndarray:
-        """[R, N] weights of the images -> [R, G] of the groups."""
+        """Sums image weights [R, N] within groups -> [R, G]."""
         return np.add.reduceat(weights[:, self._order], self._starts, axis=1)
 
     def ranks(self, counts: np.ndarray) -> np.ndarray:
-        """[R, N] average rank, from 1, that each image has where it was drawn so often."""
+        """Returns the 1-based average rank [R, N] of each image, given how often each was drawn (counts [R, N])."""
         sizes = self.sums(counts)
         return (np.cumsum(sizes, 1) - sizes + (sizes + 1) / 2)[:, self._group]
 
 
 def _scaled(x: np.ndarray) -> np.ndarray:
-    """Centred, within [-1, 1]: correlation is the same, and differences of moments keep their digits."""
+    """Centres and scales to [-1, 1]; leaves correlation unchanged and avoids cancellation in the moments."""
     x = x - x.mean() if np.ptp(x) else np.zeros_like(x)
     return x / np.abs(x).max() if x.any() else x
 

@@ -1,8 +1,8 @@
-"""Instance-level image-text retrieval with several captions an image: ranks and recall.
+"""Instance-level image-text retrieval with several captions per image: ranks and recall.
 
-Each caption belongs to one image. Text-to-image has one query per caption and one right image. Image-to-text has
-one query per image and takes the best rank over the image's captions, as is usual for COCO and Flickr30k. Distractors are in
-both galleries and are never asked for. The ranking itself is done by evaluation/ranking.py.
+Each caption belongs to one image. Text-to-image has one query per caption and one target image. Image-to-text has
+one query per image and takes the best rank over the image's captions, as is standard for COCO and Flickr30k. Distractors are
+in both galleries and are never queries or targets. The ranking itself is in evaluation/metrics/ranking.py.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ DIRECTIONS = ("text_to_image", "image_to_text")
 
 @dataclass(frozen=True)
 class Ranks:
-    """1-based ranks of the right answers for N images and M captions, int64; distractors are in the galleries alone.
+    """1-based ranks of the targets for N images and M captions, int64. Distractors are in the galleries only.
 
-    text_to_image: [M] rank of each caption's own image among the N images and the distractors.
-    image_to_text: [N] best rank of the image's own captions among the M captions and the distractors'.
-    caption_image: [M] index of the image of each caption, as given to `ranks`.
+    text_to_image: [M] rank of each caption's image among the N images and the distractors.
+    image_to_text: [N] best rank of the image's captions among the M captions and the distractors' captions.
+    caption_image: [M] image index of each caption, as passed to `ranks`.
     """
 
     text_to_image: np.ndarray
@@ -36,10 +36,10 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Distractors:
-    """A images with B captions from elsewhere that fill up the galleries.
+    """A additional images with B captions that enlarge the galleries and are never queries or targets.
 
     image_embed: [A, D]; text_embed: [B, D]; caption_image: [B] integers in [0, A).
-    labels: for each image its category labels, () where it has none; an empty sequence: none has any.
+    labels: category labels of each image, () for none; an empty sequence if no image has labels.
     """
 
     image_embed: np.ndarray
@@ -50,7 +50,7 @@ class Distractors:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Embeddings that were checked: everything a ranking needs, distractors as arrays that may be empty.
+    """Validated embeddings for ranking; the distractor arrays may be empty.
 
     images: [N, D], texts: [M, D], owner: [M] int64; far_images: [A, D], far_texts: [B, D], far_owner: [B] int64.
     """
@@ -72,28 +72,28 @@ def ranks(
     query_chunk: int | None = None,
     mesh: Mesh | None = None,
 ) -> Ranks:
-    """Ranks every query against the whole gallery by dot product (give unit-norm embeddings for cosine).
+    """Ranks every query against the full gallery by dot product (cosine for unit-norm embeddings) and returns `Ranks`.
 
-    image_embed: [N, D]; text_embed: [M, D]; float32, or bfloat16 throughout, else cast to float32; scores are float32.
+    image_embed: [N, D]; text_embed: [M, D]; all bfloat16, or cast to float32; scores are float32.
     caption_image: [M] integers in [0, N); every image needs at least one caption.
-    distractors: further images and captions of both galleries, none of them a query.
-    query_chunk: queries scored at a time; None takes as many as `ranking.SCORE_BYTES` allow.
-    mesh: devices the gallery is dealt out over; None takes one.
+    distractors: additional images and captions in both galleries; none of them is a query.
+    query_chunk: queries scored at a time; None uses as many as `ranking.SCORE_BYTES` allow.
+    mesh: devices the gallery is sharded over; None uses one device.
 
-    The rank of an item is 1 + the number of items with a higher score, or with an equal score and a place before it:
-    distractors come before images and captions, lower indices before higher ones. So exact ties are deterministic, and an
-    encoder that maps everything to one point gains nothing over chance.
+    The rank of an item is 1 + the number of items with a higher score, or with an equal score and an earlier position.
+    Distractors come before images and captions, and lower indices before higher ones. So ties are deterministic, and an
+    encoder that maps everything to one point does no better than chance.
 
-    Raises ValueError for wrong shapes, an empty gallery, embeddings that are not finite, `caption_image` out of
-    range, and images without a caption.
+    Raises ValueError for wrong shapes, an empty gallery, `caption_image` out of range and images without a caption, and
+    ModelError for embeddings that are not finite.
     """
-    from icar_jax.evaluation.metrics.ranking import Ranker  # here, so that who only reads or writes metrics does not load JAX
+    from icar_jax.evaluation.metrics.ranking import Ranker  # imported here, so that reading or writing metrics needs no JAX
 
     pairs = checked(image_embed, text_embed, caption_image, distractors)
     place = {"mesh": mesh, "query_chunk": query_chunk}
     images = Ranker((pairs.far_images, pairs.images), **place)
     text_to_image = images.ranks(pairs.texts, len(pairs.far_images) + pairs.owner[:, None])
-    del images  # one gallery at a time
+    del images  # keep one gallery on the devices at a time
     own = own_captions(pairs.owner, len(pairs.images))
     texts = Ranker((pairs.far_texts, pairs.texts), **place)
     image_to_text = texts.ranks(pairs.images, np.where(own < 0, -1, own + len(pairs.far_texts)))
@@ -101,7 +101,7 @@ def ranks(
 
 
 def own_captions(caption_image: np.ndarray, n_images: int) -> np.ndarray:
-    """int64 [N, C]: indices of each image's captions, ascending, filled up with -1 to the greatest number C of any image."""
+    """Returns int64 [N, C]: caption indices of each image, ascending, padded with -1; C is the most captions of any image."""
     counts = np.bincount(caption_image, minlength=n_images)
     grouped = np.argsort(caption_image, kind="stable")
     rows = caption_image[grouped]
@@ -111,14 +111,14 @@ def own_captions(caption_image: np.ndarray, n_images: int) -> np.ndarray:
 
 
 def recall(ranks: Ranks, k: int) -> dict[str, float]:
-    """Recall at k of both directions, in percent of the queries: {'text_to_image': ..., 'image_to_text': ...}."""
+    """Returns recall at k in percent: {'text_to_image': ..., 'image_to_text': ...}. Raises ValueError for k < 1."""
     if k < 1:
         raise ValueError(f"recall needs k >= 1, found {k}")
     return {name: 100.0 * float(np.mean(getattr(ranks, name) <= k)) for name in DIRECTIONS}
 
 
 def summarise(ranks: Ranks) -> dict[str, dict[str, float]]:
-    """Per direction: 'r1', 'r5', 'r10' in percent, 'median_rank' and 'mean_rank' (1 is perfect)."""
+    """Returns, per direction, 'r1', 'r5', 'r10' in percent, 'median_rank' and 'mean_rank' (1 is perfect)."""
     summary = {
         name: {
             "median_rank": float(np.median(getattr(ranks, name))),
@@ -131,7 +131,7 @@ def summarise(ranks: Ranks) -> dict[str, dict[str, float]]:
 
 
 def mean_summary(summaries: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Mean of several results of `summarise`, as for several draws of random routing; each metric over those that have it."""
+    """Averages results of `summarise`, such as draws of random routing; each metric over the results that contain it."""
     if not summaries:
         raise ValueError("mean_summary needs at least one summary, found none")
     return {
@@ -141,11 +141,11 @@ def mean_summary(summaries: Sequence[dict[str, dict[str, float]]]) -> dict[str, 
 
 
 def chance_recall(n_images: int, n_captions: int, k: int, own: float | None = None) -> dict[str, float]:
-    """Recall at k of a random order, in percent, for a gallery with equally many captions an image.
+    """Returns recall at k of a random ranking, in percent, for a gallery with equally many captions per image.
 
-    own: captions of an image that is asked for, c; None: as many as the gallery has on average, M / N.
-    Text-to-image is k / N. Image-to-text is the chance that k draws without replacement from M captions hit one of
-    the c: 1 - prod_{j<k} (M - c - j) / (M - j).
+    own: captions c of each query image; None uses the gallery's mean, M / N.
+    Text-to-image is k / N. Image-to-text is the probability that k draws without replacement from M captions hit one of
+    the c: 1 - prod_{j<k} (M - c - j) / (M - j). Raises ValueError for an empty gallery or fewer captions than images.
     """
     if n_images < 1 or n_captions < n_images:
         raise ValueError(
@@ -160,7 +160,7 @@ def chance_recall(n_images: int, n_captions: int, k: int, own: float | None = No
 def checked(
     image_embed: np.ndarray, text_embed: np.ndarray, caption_image: np.ndarray, distractors: Distractors | None = None
 ) -> Pairs:
-    """The arguments of `ranks` as arrays. Raises ValueError as described there."""
+    """Validates the arguments of `ranks` and returns them as arrays. Raises as `ranks` does."""
     images, texts = _embeddings("image_embed", image_embed), _embeddings("text_embed", text_embed)
     far_images, far_texts = images[:0], texts[:0]
     if distractors is not None:
@@ -187,7 +187,7 @@ def checked(
 
 
 def _embeddings(name: str, values: np.ndarray) -> np.ndarray:
-    """[items, D] as float32, or bfloat16 as they are."""
+    """Returns [items, D] as float32; bfloat16 is left unchanged."""
     from icar_jax.evaluation.metrics.ranking import require_finite
 
     array = np.asarray(values)

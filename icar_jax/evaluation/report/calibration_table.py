@@ -1,4 +1,4 @@
-"""What a calibration found, for people: a table and plain sentences, from the description it was written into."""
+"""Prints the result of a calibration as a table and plain sentences, from the checkpoint's description."""
 
 from __future__ import annotations
 
@@ -23,43 +23,42 @@ def print_calibration(description: Mapping[str, Any], costs: Costs | None, conso
 
 
 def sentences(found: Mapping[str, Any], costs: Costs | None) -> list[str]:
-    """How the thresholds were found and what they reached."""
+    """Returns sentences about how the thresholds were found and what they reached."""
     unreadable = f", {found['unreadable']} more could not be read" if found["unreadable"] else ""
     lines = [f"found on {found['images']:,} images of {found['calibration']}{unreadable}"]
     by_recall = found["method"] == "max_recall_drop" or found.get("chosen_by") == "recall"
     if found["method"] == "budget" and not by_recall:
         budget = f"{_percent(found['budget'])} of full depth, {found.get('cost_by', 'counted')} cost"
-        lines.append(f"budget: {budget}; several exits share it as evenly as it allows")
+        lines.append(f"budget: {budget}; exit shares are as even as the budget allows")
     if by_recall:
         lines += _recall(found)
     if "measured" in found:
         took = found["measured"]
         exits = ", ".join(f"{e} blocks {ms:.3g} ms" for e, ms in took["exit_ms"].items())
         lines.append(
-            f"mean measured cost {_percent(took['cost'])} of full depth: {exits}, router {took['router_ms']:.3g} ms an image "
+            f"mean measured cost {_percent(took['cost'])} of full depth: {exits}, router {took['router_ms']:.3g} ms per image "
             f"(medians of {took['repeats']} timings of {took['images']} images, on this machine)"
         )
         if took["cost"] >= 1:
-            lines.append("routing saves no time here: it takes at least as long as full depth for every image")
+            lines.append("routing saves no time here: it takes at least as long as running every image at full depth")
     if costs is not None:
         router = _percent(costs.router / costs.full)
         lines.append(f"mean counted cost {_percent(found['cost'])} of full depth, {router} of it for the complexity model")
         if found["cost"] >= 1:
-            lines.append("routing saves no FLOPs here: it costs at least as much as full depth for every image")
+            lines.append("routing saves no FLOPs here: it costs at least as much as running every image at full depth")
     if found["method"] == "metric":
         known = found["low"] is not None
         interval = f"95% interval [{found['low']:.4f}, {found['high']:.4f}]" if known else "too few images for an interval"
         lines.append(
-            f"{found['metric']} {found['value']:.4f}, {interval}, is of the images "
-            f"that chose the threshold: expect less of others ({found['complex']} of {found['images']} are complex, "
-            f"{found['called_complex']} are called so)"
+            f"{found['metric']} {found['value']:.4f}, {interval}, on the images that chose the threshold, so it is optimistic "
+            f"({found['complex']} of {found['images']} are complex, {found['called_complex']} are classified as complex)"
         )
     return lines
 
 
 def _recall(found: Mapping[str, Any]) -> list[str]:
     drop = found["drop"]
-    how = "every combination on a grid" if found["search"] == "exhaustive" else "coordinate search, so perhaps not the best"
+    how = "every combination on a grid" if found["search"] == "exhaustive" else "coordinate search, a local optimum"
     tried = f"of {found['settings']:,} settings ({how})"
     chosen = (
         f"highest mean R@5 {tried} within {_percent(found['budget'])} of full depth's {found['cost_by']} cost"
@@ -71,15 +70,15 @@ def _recall(found: Mapping[str, Any]) -> list[str]:
         f"mean R@5 {found['recall']:.2f}% against {found['full_recall']:.2f}% at full depth: a drop of {drop['value']:.2f} "
         f"points, 95% interval [{drop['low']:.2f}, {drop['high']:.2f}], in a gallery of {found['images']:,} images and "
         f"{found['captions']:,} captions",
-        "the drop is of the images that chose the setting, so it is optimistic, and drops grow with the gallery: evaluate.py "
-        "measures it on the held-out split",
+        "the drop is measured on the images that chose the setting, so it is optimistic; drops also grow with the gallery: "
+        "evaluate.py measures the drop on the held-out split",
     ]
     unused = [e for e, share in found["reached"].items() if not share]
     if unused:
         lines.append(f"exits not used: {', '.join(unused)}")
     if alone := found["exit_alone"]:
         lines.append(
-            f"exit {alone['exit']} for every image, without a router, meets the bound too and is cheaper: "
+            f"exit {alone['exit']} for every image, without a router, also meets the bound and is cheaper: "
             f"{_percent(alone['cost'])} of full depth's {found['cost_by']} cost at mean R@5 {alone['recall']:.2f}%, so routing "
             "gains nothing here"
         )
@@ -105,7 +104,7 @@ def _exits(routing: Mapping[str, Any], costs: Costs) -> Table:
 
 def _classifier(threshold: float, found: Mapping[str, Any]) -> Table:
     table = Table(title="Calibrated classifier", box=box.ROUNDED)
-    for header in ("threshold", found["metric"], "95% interval", "called complex"):
+    for header in ("threshold", found["metric"], "95% interval", "classified complex"):
         table.add_column(header, justify="right", no_wrap=True)
     share = found["called_complex"] / found["images"]
     interval = f"{found['low']:.4f} to {found['high']:.4f}" if found["low"] is not None else "none"

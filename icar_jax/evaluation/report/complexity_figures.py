@@ -1,4 +1,4 @@
-"""Figures of a complexity model's evaluation: scores against what is known, and PCC by nuisance."""
+"""Figures of a complexity model's evaluation: scores against known complexity, and PCC by nuisance."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BLUE, _ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette
 
 
 def scores(predicted: np.ndarray, known: np.ndarray, metrics: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Draws each image's score against its known complexity (regression), or the scores of both classes (classification)."""
+    """Plots scores [N] against known complexity [N] (regression) or per class (classification) and writes a PNG to `path`."""
     figure, axes = new_figure()
     if metrics["head"] == "regression":
         _scatter(axes, predicted, known, metrics)
@@ -27,14 +27,14 @@ def scores(predicted: np.ndarray, known: np.ndarray, metrics: Mapping[str, Any],
 
 
 def nuisance(metrics: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Draws the PCC of the model and of the best classical measure on low, middle and high values of each nuisance."""
+    """Plots the PCC of the model and the best classical measure by thirds of each nuisance and writes a PNG to `path`."""
     figure, axes = new_figure()
     over = metrics["margin"]["over"]
     groups = [(name, level, part) for name, levels in metrics["nuisance"].items() for level, part in levels.items()]
     for run, colour, marker, shift in ((MODEL, _ORANGE, "D", -0.12), (over, _BLUE, "s", 0.12)):
         shown = [(i, part["pcc"][run]) for i, (_, _, part) in enumerate(groups) if part["pcc"][run] is not None]
         at, values = np.array([i for i, _ in shown]), np.array([pcc["value"] for _, pcc in shown])
-        # A percentile interval need not contain the value, and there may be none.
+        # A percentile interval need not contain the value, and may be missing.
         lows = np.array([min(p["value"], p["value"] if p["low"] is None else p["low"]) for _, p in shown])
         highs = np.array([max(p["value"], p["value"] if p["high"] is None else p["high"]) for _, p in shown])
         label = NAMES.get(run, run)
@@ -47,14 +47,14 @@ def nuisance(metrics: Mapping[str, Any], path: str | os.PathLike) -> None:
             axes.axvline(edge - 0.5, color="0.8", linewidth=0.8)
     what = "rank of the regret" if "regret" in metrics else "known complexity"
     axes.set_ylabel(f"PCC with the {what}, 95% interval")
-    axes.set_title(f"What varies beside the complexity: {metrics['images']:,} images of {metrics['source']}", fontsize=10.5)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, fontsize=8.5)  # covers no point
+    axes.set_title(f"PCC by nuisance factor: {metrics['images']:,} images of {metrics['source']}", fontsize=10.5)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, fontsize=8.5)  # below the axes
     save(figure, path)
 
 
 def _scatter(axes: Axes, predicted: np.ndarray, known: np.ndarray, metrics: Mapping[str, Any]) -> None:
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=":", zorder=0)
-    # Thousands of points would be a blot.
+    # Fewer points are drawn more opaque.
     alpha = float(np.clip(150 / len(predicted), 0.08, 0.6))
     axes.scatter(known, predicted, s=14, color=_BLUE, alpha=alpha, linewidths=0)
     axes.set_xlim(-0.02, 1.02)
@@ -76,7 +76,7 @@ def _classes(axes: Axes, predicted: np.ndarray, known: np.ndarray, metrics: Mapp
     limit = metrics["threshold"]
     axes.axvline(limit, color="black", linewidth=1, linestyle="--", label=f"threshold {limit:.3f}")
     axes.set_xlim(0, 1)
-    axes.set_xlabel("score: probability of 'complex'")
+    axes.set_xlabel("score: probability of class 'complex'")
     axes.set_ylabel("images")
     run = metrics["runs"][MODEL]
     axes.set_title(

@@ -1,16 +1,16 @@
-"""The record of a complexity model's evaluation: shown as one table, judged in plain sentences, written as metrics.json.
+"""Format, table and summary sentences of a complexity model's evaluation (metrics.json).
 
-metrics['head'] is 'regression' or 'classification'; 'source' and 'images' say what it was evaluated on.
-metrics['runs'] maps 'model' and the classical measures to {metric: {'value', 'low', 'high'}}, the bounds None where there is no
+metrics['head'] is 'regression' or 'classification'; 'source' and 'images' identify the evaluated images.
+metrics['runs'] maps 'model' and the classical measures to {metric: {'value', 'low', 'high'}}; bounds are None without an
   interval. Regression: pcc, srcc, rmse, rmae. Classification: accuracy, f1, balanced_accuracy, youden, roc_auc, ece.
-metrics['margin'] is the model's margin over the best classical measure: {'metric', 'over', 'value', 'low', 'high',
-  'includes_zero'}, paired; the last three None where there is no interval.
+metrics['margin'] is the model's paired margin over the best classical measure: {'metric', 'over', 'value', 'low', 'high',
+  'includes_zero'}; the last three are None without an interval.
 metrics['nuisance'] maps noise, blur and contrast (of scenes) to {level: {'from', 'to', 'images', 'pcc': {run: interval}}}.
 metrics['cost'] maps each run to 'flops_per_image' (2 x MACs), 'share_of_vit_l14' (of its vision tower) and 'ms_per_image'; the
-  model's 'routing_flops' is what it adds to a tower whose blocks it shares.
-Of a model that learnt regret the metrics are against the ranks of the regrets, scaled to [0, 1], and metrics['regret'] says
-  'kind', 'exit', 'clip', 'mean', 'deviation', 'better_early' (share of images that the exit serves better) and 'pcc' with the
-  regrets as they are, of the model and of what is known of the images; metrics['over_known'] is a margin as above, or None.
+  model's 'routing_flops' is its additional cost as the router of a tower whose blocks it shares.
+For a model trained on regret, the metrics compare with the ranks of the regrets, scaled to [0, 1]. metrics['regret'] holds
+  'kind', 'exit', 'clip', 'mean', 'deviation', 'better_early' (fraction of images with negative regret) and 'pcc' with the raw
+  regrets, for the model and the known complexity; metrics['over_known'] is a margin as above, or None.
 A classifier also has 'threshold', 'confusion' and 'boundary', the rating above which an image is complex. metrics['notes'] is a
 list of sentences.
 """
@@ -40,7 +40,7 @@ _WIDE = 104  # columns that intervals with three decimals need
 
 
 def results_table(metrics: Mapping[str, Any], *, compact: bool = False) -> Table:
-    """One column a run, one row a metric, each value above its 95% interval; `compact` fits 80 columns."""
+    """Returns a table with one column per run and one row per metric, values above 95% intervals; `compact` fits 80 columns."""
     table = _table(metrics, f"{subject(metrics)} of {metrics['images']:,} images of {metrics['source']}", compact)
     runs, cost = metrics["runs"], metrics["cost"]
     for metric in runs[MODEL]:
@@ -51,8 +51,8 @@ def results_table(metrics: Mapping[str, Any], *, compact: bool = False) -> Table
 
 
 def nuisance_table(metrics: Mapping[str, Any], *, compact: bool = False) -> Table:
-    """PCC of each run on thirds of the images by each nuisance."""
-    table = _table(metrics, "PCC by what varies beside the complexity", compact)
+    """Returns a table of the PCC of each run on thirds of the images by each nuisance."""
+    table = _table(metrics, "PCC by nuisance factor", compact)
     for name, levels in metrics["nuisance"].items():
         for level, part in levels.items():
             cells = (part["pcc"][run] for run in metrics["runs"])
@@ -85,40 +85,40 @@ def _table(metrics: Mapping[str, Any], title: str, compact: bool) -> Table:
 
 
 def verdicts(metrics: Mapping[str, Any]) -> list[str]:
-    """What the numbers show, as plain sentences."""
+    """Returns plain sentences about what the numbers show."""
     cost = metrics["cost"][MODEL]
     lines = [_margin(metrics["margin"], "the best classical measure ({})", "a few lines of numpy", "do better")]
     if metrics.get("over_known"):
-        lines.append(_margin(metrics["over_known"], "the {}", "what is known of the images' complexity", "does better"))
+        lines.append(_margin(metrics["over_known"], "the {}", "the images' known complexity", "does better"))
     if "regret" in metrics:
         lines.append(_regret(metrics["regret"]))
     lines.append(f"a score costs {_percent(cost['share_of_vit_l14'])} of the counted FLOPs of ViT-L/14's vision tower")
     if cost["routing_flops"] != cost["flops_per_image"]:
         lines.append(
-            f"as the router of the tower whose blocks it shares, a score adds {cost['routing_flops'] / 1e9:.3g} GFLOPs only"
+            f"as the router of the tower whose blocks it shares, a score adds only {cost['routing_flops'] / 1e9:.3g} GFLOPs"
         )
     return lines
 
 
 def subject(metrics: Mapping[str, Any]) -> str:
-    """What the scores are of: 'Complexity', or the regret at an exit."""
+    """Returns what the scores predict: 'Complexity', or the regret at an exit."""
     found = metrics.get("regret")
     return f"Regret ({found['kind']}) at exit {found['exit']}" if found else "Complexity"
 
 
-def _margin(margin: Mapping[str, Any], over: str, rival: str, does: str) -> str:
+def _margin(margin: Mapping[str, Any], over: str, other: str, does: str) -> str:
     title = TITLES[margin["metric"]]
     line = f"{title} of the model - of {over.format(_name(margin['over']))} = {margin['value']:+.3f}"
     if margin["low"] is not None:
         line += f", paired 95% interval [{margin['low']:.3f}, {margin['high']:.3f}]"
     if margin["low"] is None:
-        return f"{line}: too few images, or too few of one class, for an interval, so nothing is shown"
+        return f"{line}: no interval (too few images, or too few of one class), so no conclusion"
     if margin["includes_zero"]:
-        return f"{line}: includes zero, so the model is not shown to beat {rival} here"
+        return f"{line}: includes zero, so the model is not shown to beat {other} here"
     if margin["value"] > 0:
         them = "them" if does == "do better" else "it"
         return f"{line}: above zero, so the model beats {them}"
-    return f"{line}: below zero, so {rival} {does}"
+    return f"{line}: below zero, so {other} {does}"
 
 
 def _regret(found: Mapping[str, Any]) -> str:
@@ -127,8 +127,8 @@ def _regret(found: Mapping[str, Any]) -> str:
     if pcc["low"] is not None:
         shown += f", 95% interval [{pcc['low']:.3f}, {pcc['high']:.3f}]"
     return (
-        f"regret is {found['mean']:.3g} on average, deviation {found['deviation']:.3g}, and below zero for "
-        f"{_percent(found['better_early'])} of the images; PCC of the score with the regrets as they are: {shown}"
+        f"regret: mean {found['mean']:.3g}, standard deviation {found['deviation']:.3g}, negative for "
+        f"{_percent(found['better_early'])} of the images; PCC of the score with the raw regrets: {shown}"
     )
 
 

@@ -23,23 +23,23 @@ DPI = 150
 _STYLES = {
     "full": {"color": "#000000", "marker": "o", "label": "full depth"},
     "exit": {"color": "#0072B2", "marker": "s", "label": "one exit for all images"},
-    "routed": {"color": "#D55E00", "marker": "D", "label": "routed by complexity (router counted)"},
-    "random": {"color": "#009E73", "marker": "^", "label": "random routing, same share"},
-    "oracle": {"color": "#882255", "marker": "*", "label": "ranks known (upper bound)"},
+    "routed": {"color": "#D55E00", "marker": "D", "label": "routed by complexity (router included)"},
+    "random": {"color": "#009E73", "marker": "^", "label": "random routing, same shares"},
+    "oracle": {"color": "#882255", "marker": "*", "label": "oracle (upper bound)"},
     "other": {"color": "#CC79A7", "marker": "v", "label": "other"},
 }
 
 
 def retention_against_cost(metrics: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Draws what each run keeps of full depth against what it costs of it; see `table` for the form of `metrics`.
+    """Plots the retention of each run against its cost and writes a PNG to `path`; `metrics` is documented in `table`.
 
     x: FLOPs per image in percent of full depth. y: R@5, mean of both directions, in percent of full depth, with its
-    interval. A line joins the static exits: a routed point above it is worth its router. Runs whose retention is
-    undefined are named in the figure. Raises ValueError where metrics['runs'] lacks 'full'.
+    interval. A line joins the single-exit runs; routed points above it are better than a single exit of equal cost. Runs
+    with undefined retention are named in the figure. Raises ValueError if metrics['runs'] lacks 'full'.
     """
     runs, gallery = metrics["runs"], metrics["gallery"]
     if "full" not in runs:
-        raise ValueError(f"metrics['runs'] must hold 'full', the unit of both axes; found {sorted(runs)}")
+        raise ValueError(f"metrics['runs'] must hold 'full', the reference of both axes; found {sorted(runs)}")
     figure, axes = new_figure()
     axes.margins(x=0.12, y=0.14)
     axes.axhline(100, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
@@ -56,29 +56,29 @@ def retention_against_cost(metrics: Mapping[str, Any], path: str | os.PathLike) 
         used.add(kind)
         # A percentile interval need not contain the value; a bar cannot be drawn with a negative length.
         bars = [[max(kept["value"] - kept["low"], 0.0)], [max(kept["high"] - kept["value"], 0.0)]]
-        # Full depth lies below and larger: the last static exit often falls on it.
+        # Full depth is drawn larger and behind, because the last single exit often coincides with it.
         size, layer = (11, 2) if kind == "full" else (7, 3)
         axes.errorbar(cost, kept["value"], yerr=bars, markersize=size, capsize=3, linestyle="none", zorder=layer, **style)
     axes.set_xlabel("FLOPs per image, % of full depth")
     axes.set_ylabel("R@5 kept, % of full depth\n(mean of both directions, 95% interval)")
     axes.set_title(
-        f"What is kept against what it costs: gallery of {gallery['images']:,} images, {gallery['captions']:,} captions",
+        f"Retention against cost: gallery of {gallery['images']:,} images, {gallery['captions']:,} captions",
         fontsize=10.5,
     )
     missing = [name for name in run_order(runs) if name not in shown]
     if missing:
         axes.text(0.02, 0.02, f"undefined (too few hits): {', '.join(missing)}", transform=axes.transAxes, fontsize=8)
     if shown:
-        # Below the axes, where it can cover no point.
+        # Below the axes, so that it covers no point.
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False, fontsize=8.5)
-    figure.canvas.draw()  # fixes the layout, so that labels are placed in final pixels
+    figure.canvas.draw()  # fixes the layout, since labels are placed in pixel coordinates
     styled = {name: (exit_label(name), _STYLES[_kind(name)]["color"]) for name in points}
     place_labels(axes, points, static, styled, paper="white")
     save(figure, path)
 
 
 def exit_label(name: str) -> str:
-    """A run's name as it stands in figures and tables."""
+    """Returns a run's display name in figures and tables."""
     return f"exit {exit_depth(name)}" if name.startswith("exit_") else name.replace("_", " ")
 
 
@@ -91,11 +91,11 @@ def complexity_histogram(
     title: str = "",
     size_inches: tuple[float, float] = SIZE_INCHES,
 ) -> None:
-    """Draws the distribution of complexity scores with the thresholds and the share of the images at each exit.
+    """Plots a histogram of complexity scores with the thresholds and the share of images at each exit; writes a PNG.
 
-    scores: [N] finite. thresholds: ascending; a score above t goes deeper (strictly), so E thresholds make E + 1 exits.
-    exits: blocks run of each exit, shallow to deep, or names of the parts; without it the shares are numbered. A threshold that
-    no score can pass, or every one passes, is not drawn; the parts that it leaves empty are named below.
+    scores: [N], finite. thresholds: ascending; a score strictly above t goes deeper, so E thresholds make E + 1 exits.
+    exits: executed blocks of each exit, shallow to deep, or names; None numbers them. Thresholds that no score or every score
+    exceeds are not drawn; the exits they leave unused are named below the axis. Raises ValueError for invalid arguments.
     """
     scores = np.asarray(scores, np.float64)
     limits = np.asarray(thresholds, np.float64)
@@ -106,7 +106,7 @@ def complexity_histogram(
     end = len(limits) - above
     unused = names[:below] + names[end + 1 :]
     limits, names = limits[below:end], names[below : end + 1]
-    # side="left" counts the thresholds strictly below a score: the strict rule of routing.
+    # side="left" counts thresholds strictly below a score, as routing does.
     segment = np.searchsorted(limits, scores, side="left")
     shares = np.bincount(segment, minlength=len(limits) + 1) / len(scores)
     low, high = min(scores.min(), limits.min(initial=np.inf)), max(scores.max(), limits.max(initial=-np.inf))
@@ -122,7 +122,7 @@ def complexity_histogram(
     texts = []
     for i, share in enumerate(shares):
         if not len(limits):
-            break  # all images in one part
+            break  # all images at one exit
         texts.append(
             axes.text(
                 (edges[i] + edges[i + 1]) / 2,
@@ -133,12 +133,12 @@ def complexity_histogram(
             )
         )
     _stagger(figure, texts)
-    told = [f"dashed: threshold {', '.join(f'{t:.3g}' for t in limits)}"] if len(limits) else []
-    told += [f"not used: {', '.join(unused)}"] if unused else []
-    axes.set_xlabel("complexity score" + (f"   ({'; '.join(told)})" if told else ""))
+    notes = [f"dashed: threshold {', '.join(f'{t:.3g}' for t in limits)}"] if len(limits) else []
+    notes += [f"not used: {', '.join(unused)}"] if unused else []
+    axes.set_xlabel("complexity score" + (f"   ({'; '.join(notes)})" if notes else ""))
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("images")
-    # A figure title, because the layout then keeps it above the shares.
+    # A figure title, because the constrained layout places it above the shares.
     figure.suptitle(title or f"Complexity scores of {len(scores):,} images", fontsize=10.5)
     save(figure, path)
 
@@ -155,7 +155,7 @@ def save(figure: Figure, path: str | os.PathLike | BinaryIO) -> None:
     if isinstance(path, (str, os.PathLike)):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-    # Without matplotlib's version in the file, equal figures are equal bytes.
+    # Omit matplotlib's version, so that equal figures give equal bytes.
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
@@ -171,10 +171,10 @@ def place_labels(
     styled: Mapping[str, tuple[str, str]],
     paper: str,
 ) -> None:
-    """Puts each label at the nearest of several places round its point that covers no marker, bar, line or label.
+    """Places each label at the nearest position around its point that overlaps no marker, bar, line or other label.
 
-    points: name -> (x, interval); line: points joined by a line; styled: name -> (label, colour); paper: colour behind a label.
-    The figure was drawn before, so that its layout is fixed.
+    points: name -> (x, interval); line: vertices of a line to avoid; styled: name -> (label, colour); paper: colour behind
+    labels. Draw the figure first, so that its layout is fixed.
     """
     to_pixels = axes.transData.transform
     taken = []
@@ -219,7 +219,7 @@ def place_labels(
 
 
 def _stagger(figure: Figure, texts: Sequence[Text]) -> None:
-    """Lifts a share by a line where it would run into one before it, as over two close thresholds."""
+    """Raises share labels that would overlap earlier ones, for example between two close thresholds."""
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
     placed = []
@@ -237,7 +237,7 @@ def _check_scores(scores: np.ndarray, limits: np.ndarray, exits: Sequence[int | 
         raise ValueError(f"scores must be [N] with at least one image, found shape {list(scores.shape)}")
     bad = int(np.count_nonzero(~np.isfinite(scores)))
     if bad:
-        raise ValueError(f"{bad} of {len(scores)} complexity scores are NaN or inf: check the complexity model")
+        raise ValueError(f"{bad} of {len(scores)} complexity scores are NaN or inf; check the complexity model")
     if limits.ndim != 1 or not np.isfinite(limits).all() or np.any(np.diff(limits) < 0):
         raise ValueError(f"thresholds must be finite and ascending, found {limits.tolist()}")
     if exits is not None and len(exits) != len(limits) + 1:

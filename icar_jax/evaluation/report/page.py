@@ -1,6 +1,6 @@
-"""The page of a report as one HTML text: no scripts, no other files, light and dark, from a phone's width up.
+"""Builds a report as one self-contained HTML page: no scripts or other files, light and dark themes, any screen width.
 
-Everything that comes from outside (captions, paths, notes, names of runs) passes through `text`.
+All external text (captions, paths, notes, run names) is escaped by `text`.
 """
 
 from __future__ import annotations
@@ -67,9 +67,12 @@ td::before{content:attr(data-label);color:var(--faint);text-align:left;white-spa
 """
 
 
+_UNREADABLE = "<span>unreadable</span>"
+
+
 @dataclass(frozen=True)
 class Picture:
-    """A figure. light, dark: SVG; alt: what a reader who does not see it is told; note: what to look for."""
+    """A figure. light, dark: SVG; alt: alternative text; note: caption."""
 
     title: str
     alt: str
@@ -79,9 +82,12 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Fall:
-    """An image whose rank fell by leaving early. thumbnail: JPEG, or None where it can no longer be read; query: a caption that
-    asked for it, or the first of its captions where the image asked for them (`by_image`)."""
+class RankDrop:
+    """An image whose rank got worse at an early exit.
+
+    thumbnail: JPEG, or None if the image can no longer be read. query: the caption used as query, or the image's first caption
+    if the image was the query (`by_image`). before, after: rank at full depth and in the run. exit: executed blocks.
+    """
 
     name: str
     thumbnail: bytes | None
@@ -95,7 +101,7 @@ class Fall:
 
 @dataclass(frozen=True)
 class Table:
-    """caption: read out before the table. head: of each column. rows: one header cell and the other cells, all HTML."""
+    """A table. caption: label for screen readers; head: one heading per column; rows: header cell and other cells, as HTML."""
 
     caption: str
     head: Sequence[str]
@@ -103,12 +109,12 @@ class Table:
 
 
 def text(value: Any) -> str:
-    """Any value as text that HTML takes for nothing but text, in attributes too."""
+    """Escapes any value for HTML text and attributes."""
     return html.escape(str(value), quote=True)
 
 
 def page(title: str, sections: Sequence[str], lead: str, foot: str) -> str:
-    """The whole document; `lead`, `foot` and the sections are HTML."""
+    """Returns the complete document; `lead`, `foot` and the sections are HTML."""
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{text(title)}</title>\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
@@ -125,7 +131,7 @@ def section(title: str, body: str, intro: str = "") -> str:
 
 
 def cards(items: Sequence[tuple[str, str, str]]) -> str:
-    """(what, value, how) each."""
+    """Returns a row of cards from (label, value, explanation) triples."""
     made = "".join(
         f'<li><span class="what">{text(w)}</span><strong>{text(v)}</strong><span class="how">{text(h)}</span></li>'
         for w, v, h in items
@@ -138,7 +144,7 @@ def sentences(lines: Sequence[str]) -> str:
 
 
 def table(given: Table) -> str:
-    """A table that turns into one block a row on a phone; the roles keep it a table for a screen reader there."""
+    """Returns a table that becomes one block per row on narrow screens; ARIA roles keep it a table for screen readers."""
     head = "".join(f'<th scope="col" role="columnheader">{each}</th>' for each in given.head)
     labels = [each.replace("<br>", " ") for each in given.head]
     rows = []
@@ -154,7 +160,7 @@ def table(given: Table) -> str:
 
 
 def bar(parts: Mapping[str, float]) -> str:
-    """Shares as a bar, with the numbers below."""
+    """Returns shares as a stacked bar with the numbers below."""
     keys = sorted(parts, key=int)
     strength = [0.35 + 0.65 * i / max(1, len(keys) - 1) if len(keys) > 1 else 1.0 for i in range(len(keys))]
     made = "".join(
@@ -176,15 +182,15 @@ def figures(pictures: Sequence[Picture]) -> str:
     return f'<div class="figures">{"".join(made)}</div>'
 
 
-def falls(items: Sequence[Fall]) -> str:
+def rank_drops(items: Sequence[RankDrop]) -> str:
     made = []
     for each in items:
-        alt = text(f"picture {each.name}")
-        picture = f'<img alt="{alt}" src="{data_url(each.thumbnail, "image/jpeg")}">' if each.thumbnail else "<span>gone</span>"
+        alt = text(f"image {each.name}")
+        picture = f'<img alt="{alt}" src="{data_url(each.thumbnail, "image/jpeg")}">' if each.thumbnail else _UNREADABLE
         score = f" · score {each.score:.3f}" if each.score is not None else ""
         made.append(
             f'<li>{picture}<div><span class="move">rank {each.before:,} \N{RIGHTWARDS ARROW} {each.after:,}</span>'
-            f"{'asking for its captions, such as ' if each.by_image else 'asked for by '}"
+            f"{'query: this image; caption: ' if each.by_image else 'query: '}"
             f'<q>{text(each.query)}</q><span class="faint">{each.exit} blocks{score}<br>{text(each.name)}</span></div></li>'
         )
     return f'<ul class="falls">{"".join(made)}</ul>'

@@ -1,4 +1,4 @@
-"""The report of an evaluation: REPORT/index.html, which needs no other file, metrics.json and figures/*.png."""
+"""Writes the report of an evaluation: a self-contained index.html, metrics.json and figures/*.png."""
 
 from __future__ import annotations
 
@@ -22,62 +22,68 @@ from icar_jax.evaluation.report.page import text
 from icar_jax.evaluation.report.verdicts import verdicts
 from icar_jax.evaluation.routing.gallery import Evidence
 
-FALLS = 12  # images shown whose rank fell most
+RANK_DROPS = 12  # number of images shown with the largest rank drops
 _THUMBNAIL = (176, 176)  # pixels
 _WORDS = {"text_to_image": "text \N{RIGHTWARDS ARROW} image", "image_to_text": "image \N{RIGHTWARDS ARROW} text"}
 _ABOUT = {
-    "full": "every image at full depth", "exit": "every image after so many blocks", "static": "a smaller model",
-    "routed": "by complexity, the bundle's thresholds; router counted", "budget": "thresholds for this share of the cost",
-    "random": "same shares by dice; no router", "oracle": "same shares, ranks known: an upper bound",
-    "lossless": "as early as no rank falls, ranks known", "routed_affine": "routed, its scores calibrated for each exit",
+    "full": "every image at full depth", "exit": "every image after this many blocks",
+    "static": "a shallower baseline at full depth", "routed": "by complexity score; router included in the cost",
+    "budget": "routed, thresholds set for this share of the cost", "random": "random routing at the same shares; no router",
+    "oracle": "best assignment at the same shares: an upper bound",
+    "lossless": "lossless oracle: earliest exit where no rank gets worse",
+    "routed_affine": "routed, per-exit calibrated scores",
 }  # fmt: skip
 
 
 def write_report(metrics: Mapping[str, Any], evidence: Evidence, source: Source, folder: Path, *, title: str) -> Path:
-    """Writes the report and returns the path of its page. `metrics` as documented in `table`; `source` has the pictures."""
+    """Writes the report to `folder` and returns the path of index.html.
+
+    metrics: as documented in `table`; source: the evaluated images, for thumbnails.
+    """
     table.write_metrics(metrics, folder / "metrics.json")
     pictures = []
     for name, picture, draw in _figures(metrics, evidence):
         workdir.write_bytes(folder / "figures" / f"{name}.png", drawn.render(draw, drawn.LIGHT, "png"))
         light, dark = (drawn.render(draw, theme, "svg") for theme in (drawn.LIGHT, drawn.DARK))
         pictures.append(html.Picture(*picture, light, dark))
-    worst = _falls(evidence, source)
+    worst = _rank_drops(evidence, source)
     workdir.write_text(folder / "index.html", _page(metrics, pictures, worst, title))
     return folder / "index.html"
 
 
-def _page(metrics: Mapping[str, Any], pictures: Sequence[html.Picture], worst: Sequence[html.Fall], title: str) -> str:
+def _page(metrics: Mapping[str, Any], pictures: Sequence[html.Picture], worst: Sequence[html.RankDrop], title: str) -> str:
     gallery = metrics["gallery"]
-    asked = gallery["queries"]
+    queries = gallery["queries"]
     far = f", {text(gallery['distractors'])} as distractors" if gallery.get("distractors") else ""
     lead = (
-        f"<p>{asked['images']:,} images and {asked['captions']:,} captions of {text(gallery.get('source', 'the split'))} asked "
-        f"for in a gallery of {gallery['images']:,} images and {gallery['captions']:,} captions{far}.</p>"
+        f"<p>Queries: {queries['images']:,} images and {queries['captions']:,} captions of "
+        f"{text(gallery.get('source', 'the split'))}. Gallery: {gallery['images']:,} images and {gallery['captions']:,} "
+        f"captions{far}.</p>"
         f"{html.cards(_cards(metrics))}"
     )
     sections = [
-        html.section("In plain words", html.sentences([*verdicts(metrics), *metrics.get("notes", [])])),
+        html.section("Findings", html.sentences([*verdicts(metrics), *metrics.get("notes", [])])),
         html.section(
-            "Runs side by side", html.table(_runs_table(metrics)) + _more_tables(metrics),
-            "R@K: share of the queries whose right answer is among the first K. Kept: R@5, mean of both directions, in percent "
-            "of full depth, with its 95% interval. Costs are in percent of full depth.",
+            "Runs", html.table(_runs_table(metrics)) + _more_tables(metrics),
+            "R@K: percent of queries with a correct item in the top K. R@5 kept: R@5, mean of both directions, in percent of "
+            "full depth, with its 95% interval. Costs are in percent of full depth.",
         ),
         html.section(
-            "What is kept, and what it costs", html.figures(pictures),
-            "Small dots are other thresholds on these same images: a sweep that shows what is possible. Nothing was chosen on "
-            "it; the thresholds of the runs come from calibration images.",
+            "Retention and cost", html.figures(pictures),
+            "Small dots: a sweep of other thresholds on the evaluated images, for orientation only. The thresholds of the runs "
+            "were chosen on calibration images.",
         ),
     ]  # fmt: skip
     if "timing" in metrics:
-        sections.append(html.section("Where the time goes", _timing(metrics)))
+        sections.append(html.section("Time per stage", _timing(metrics)))
     if worst:
         sections.append(
             html.section(
-                "What early exits lost", html.falls(worst),
-                "The images that left early and whose rank fell most for one of their queries: rank at full depth, then here.",
+                "Largest rank drops at early exits", html.rank_drops(worst),
+                "Images that left early and lost the most ranks for one of their queries: rank at full depth, then here.",
             )
         )  # fmt: skip
-    foot = "Intervals resample images with all their captions, 95%, paired between runs. All numbers: metrics.json."
+    foot = "95% bootstrap intervals over images with all their captions, paired between runs. All numbers: metrics.json."
     return html.page(f"Evaluation of {title}", sections, lead, f"<p>{foot}</p>")
 
 
@@ -89,20 +95,20 @@ def _cards(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     routed, made = runs["routed"], []
     kept = routed["retention"]
     if kept is not None:
-        noise = "within the noise" if kept["low"] <= 100 <= kept["high"] else "a loss" if kept["high"] < 100 else "a gain"
+        noise = "not significant" if kept["low"] <= 100 <= kept["high"] else "a loss" if kept["high"] < 100 else "a gain"
         made.append(("R@5 kept by routing", f"{kept['value']:.1f}%", f"95% [{kept['low']:.1f}, {kept['high']:.1f}]: {noise}"))
     cost = drawn.share_of_full(runs, "routed", "counted")
-    made.append(("Counted cost", f"{100 * cost:.0f}%", "of full depth's FLOPs, router included"))
+    made.append(("Counted cost", f"{100 * cost:.0f}%", "of full-depth FLOPs, router included"))
     measured = drawn.share_of_full(runs, "routed", "measured")
     if measured is not None:
         made.append(("Measured speed", f"{1 / measured:.2f}\N{MULTIPLICATION SIGN}",
-                     f"full depth's, router included: routing {'saves' if measured < 1 else 'loses'} time"))  # fmt: skip
+                     f"of full depth, router included: routing {'saves' if measured < 1 else 'loses'} time"))  # fmt: skip
     delta = metrics.get("comparisons", {}).get("routed_minus_random")
     if delta:
-        word = "better than dice" if delta["value"] > 0 else "worse than dice"
-        word = "not shown to beat dice" if delta["includes_zero"] else word
+        word = "significantly above" if delta["value"] > 0 else "significantly below"
+        word = "not significant" if delta["includes_zero"] else word
         how = f"points R@5, 95% [{delta['low']:+.1f}, {delta['high']:+.1f}]: {word}"
-        made.append(("Against random routing", f"{delta['value']:+.1f}", how))
+        made.append(("Routed minus random", f"{delta['value']:+.1f}", how))
     return made
 
 
@@ -124,7 +130,7 @@ def _runs_table(metrics: Mapping[str, Any]) -> html.Table:
         cells.append("–" if speed is None else f"{speed:,.0f}")
         rows.append((_name(name), [*cells, html.bar(run["share"])]))
     head = ["run", *(f"{_WORDS[d]}<br>R@{ks}, %" for d in DIRECTIONS), "R@5 kept, %", "counted<br>FLOPs", "measured<br>time"]
-    return html.Table("Runs side by side", [*head, "images/s", "blocks: share of the images"], rows)
+    return html.Table("Runs", [*head, "images/s", "blocks: share of images"], rows)
 
 
 def _more_tables(metrics: Mapping[str, Any]) -> str:
@@ -143,8 +149,8 @@ def _more_tables(metrics: Mapping[str, Any]) -> str:
     if "intervals" in runs["full"]:
         kept = [*(f"r{k}" for k in RECALL_AT), *labelled]
         rows = [(_name(n), [_kept(runs[n], m) for m in kept]) for n in order]
-        head = ["kept, % of full depth", *(f"R@{m[1:]}" if m[0] == "r" else _map_name(m) for m in kept)]
-        found += html.details("What every metric keeps, with intervals", html.table(html.Table("What is kept", head, rows)))
+        head = ["retention, %", *(f"R@{m[1:]}" if m[0] == "r" else _map_name(m) for m in kept)]
+        found += html.details("Retention of every metric, with intervals", html.table(html.Table("Retention", head, rows)))
     return found
 
 
@@ -168,67 +174,67 @@ def _timing(metrics: Mapping[str, Any]) -> str:
     t, rows = metrics["timing"], []
     towers = sorted(t["tower_ms"].items(), key=lambda item: int(item[0]))
     parts = [
-        ("decode", t["decode_ms"], "one thread; scenes are drawn"),
+        ("decode", t["decode_ms"], "one thread; for scenes, drawing"),
         ("preprocessing", t["preprocess_ms"], "resizing for every model, one thread"),
-        ("router", t["router_ms"], "the complexity score"),
-        *((f"tower, {e} blocks", ms, "the image embedding") for e, ms in towers),
-        ("padding", t["padding"]["ms"] if t["padding"] else None, "rows that routing computed and threw away"),
-        ("text, per caption", t["text_ms"], "the text embedding"),
+        ("router", t["router_ms"], "complexity score"),
+        *((f"tower, {e} blocks", ms, "image embedding") for e, ms in towers),
+        ("padding", t["padding"]["ms"] if t["padding"] else None, "padding rows computed by routing"),
+        ("text, per caption", t["text_ms"], "text embedding"),
     ]
     for name, ms, about in parts:
         if ms is not None:
             rows.append((f"{text(name)}<small>{text(about)}</small>", [f"{ms:.3g}", f"{1000 / ms:,.0f}" if ms else "–"]))
-    made = html.table(html.Table("Where the time goes", ["part", "ms", "per second"], rows))
+    made = html.table(html.Table("Time per stage", ["stage", "ms", "per second"], rows))
     if t.get("compile_s") is not None:
-        made += f"<p>Compilation, once and apart: {t['compile_s']:.1f} s for {t['programs']} programs.</p>"
+        made += f"<p>Compilation, not included: {t['compile_s']:.1f} s for {t['programs']} programs.</p>"
     flops = metrics.get("flops", {}).get("exits", {})
     pairs = [f"{e} blocks {f['counted'] / 1e9:.3g} ({f['compiler'] / 1e9:.3g})" for e, f in flops.items() if f["compiler"]]
     if pairs:
-        what = "Counted GFLOPs per image, and in brackets what XLA counts, norms and softmax with it"
+        what = "Counted GFLOPs per image (in brackets: XLA's count, which includes norms and softmax)"
         made += f"<p>{what}: {', '.join(pairs)}.</p>"
     return made
 
 
 def _figures(metrics: Mapping[str, Any], evidence: Evidence):
-    """(file name, (title, alt, note), drawing) of every figure that the runs allow."""
+    """Yields (file name, (title, alt, note), drawing) for every figure the runs provide data for."""
     runs = metrics["runs"]
     for cost, word in (("measured", "time"), ("counted", "FLOPs")):
         points = [
-            f"{exit_label(n)} keeps {runs[n]['retention']['value']:.1f}% at {100 * at:.0f}%"
+            f"{exit_label(n)} retains {runs[n]['retention']['value']:.1f}% at {100 * at:.0f}%"
             for n in table.run_order(runs)
             if runs[n]["retention"] and (at := drawn.share_of_full(runs, n, cost)) is not None
         ]
-        note = "Up and to the left is better. Bars: 95% intervals against full depth."
+        note = "Upper left is better. Bars: 95% intervals relative to full depth."
         alt = f"R@5 kept against {cost} cost, both in percent of full depth: {'; '.join(points)}."
-        yield f"kept_{cost}", (f"Kept against {cost} {word}", alt, note), drawn.kept_against_cost(metrics, cost)
+        yield f"kept_{cost}", (f"R@5 kept against {cost} {word}", alt, note), drawn.kept_against_cost(metrics, cost)
     scores, taken = evidence.gallery.scores, evidence.exits.get("routed")
     exits = {max(evidence.gallery.by_exit) if n == "full" else table.exit_depth(n): r
              for n, r in evidence.ranks.items() if n == "full" or n.startswith("exit_")}  # fmt: skip
     if scores is not None:
         deepest = [100 * np.mean(taken[part] == max(exits)) for part in drawn.deciles(scores)]
-        alt = f"Share of full depth by tenth of complexity, simplest first: {', '.join(f'{v:.0f}%' for v in deepest)}."
-        note = "Which exits the images take, by tenths of their complexity scores."
+        alt = f"Share of images at full depth by complexity decile, simplest first: {', '.join(f'{v:.0f}%' for v in deepest)}."
+        note = "Exits taken by the images, by decile of the complexity score."
         yield "share_by_complexity", ("Exits by complexity", alt, note), drawn.shares_by_complexity(scores, taken)
         rows = []
         for exit in sorted(exits):
             hits = drawn.hits_per_image(exits[exit], 5)
             rows.append(f"{exit} blocks {', '.join(f'{100 * hits[part].mean():.0f}' for part in drawn.deciles(scores))}")
-        note = "If depth pays for complex images, the lines part to the right. Each line: every image at that exit."
-        alt = f"R@5 in percent by tenth of complexity, simplest first: {'; '.join(rows)}."
+        note = "Each line: all images at that exit. If complex images need depth, the lines diverge to the right."
+        alt = f"R@5 in percent by complexity decile, simplest first: {'; '.join(rows)}."
         yield "recall_by_complexity", ("Recall by complexity", alt, note), drawn.recall_by_complexity(scores, exits)
     changes = rank_changes(evidence)
     if changes:
         same = [f"{e} blocks: {100 * drawn.change_shares(c)[3]:.0f}% the same, {100 * np.mean(c > 0):.0f}% worse"
                 for e, c in sorted(changes.items())]  # fmt: skip
         which = "images that left early under routing" if "routed" in evidence.ranks else "all images, at each early exit"
-        note = f"Of the queries for {which}, both directions, how the rank of the answer moved."
+        note = f"Change in target rank of the queries for {which}, both directions."
         yield "rank_change", ("Rank change by exit", f"{note} {'; '.join(same)}.", note), drawn.rank_changes(changes)
 
 
 def rank_changes(evidence: Evidence) -> dict[int, np.ndarray]:
-    """Early exit -> change of rank against full depth of every query of the images that took it; positive is worse.
+    """Returns early exit -> rank changes relative to full depth, for all queries of the images that left there.
 
-    Of the routed run; without one, of the runs that take every image out at one exit.
+    Positive is worse. Uses the routed run, or without one the runs with all images at one exit.
     """
     full = evidence.ranks["full"]
     found = {}
@@ -251,8 +257,8 @@ def _changes(run: Ranks, full: Ranks, images: np.ndarray) -> np.ndarray:
     ])  # fmt: skip
 
 
-def _falls(evidence: Evidence, source: Source) -> list[html.Fall]:
-    """The images that fell most by leaving early, worst first, each by the worst of its queries."""
+def _rank_drops(evidence: Evidence, source: Source) -> list[html.RankDrop]:
+    """Returns the images with the largest rank drops at early exits, worst first, each with its worst query."""
     early = [name for name in evidence.ranks if name.startswith("exit_")]
     name = "routed" if "routed" in evidence.ranks else min(early, key=table.exit_depth, default=None)
     if name is None:
@@ -266,16 +272,18 @@ def _falls(evidence: Evidence, source: Source) -> list[html.Fall]:
         fell = run.text_to_image[caption] - full.text_to_image[caption]
         if fell > worst[image]:
             worst[image], query[image] = fell, caption
-    order = [i for i in np.argsort(-worst, kind="stable").tolist() if left[i] and worst[i] > 0][:FALLS]
+    order = [i for i in np.argsort(-worst, kind="stable").tolist() if left[i] and worst[i] > 0][:RANK_DROPS]
     found = []
     for i in order:
         q = query[i]
         before, after = ((r.image_to_text[i] if q < 0 else r.text_to_image[q]) for r in (full, run))
-        asked = gallery.captions[i][0] if q < 0 else texts[q]
+        shown = gallery.captions[i][0] if q < 0 else texts[q]
         score = float(gallery.scores[i]) if gallery.scores is not None else None
         thumbnail = _thumbnail(source, int(gallery.index[i]))
         found.append(
-            html.Fall(gallery.names[i], thumbnail, asked, int(before), int(after), int(evidence.exits[name][i]), score, q < 0)
+            html.RankDrop(
+                gallery.names[i], thumbnail, shown, int(before), int(after), int(evidence.exits[name][i]), score, q < 0
+            )
         )
     return found
 

@@ -168,7 +168,7 @@ def shares_by_complexity(scores: np.ndarray, exits: np.ndarray) -> Drawing:
             height = np.array([100 * np.mean(exits[part] == exit) for part in parts])
             axes.bar(range(1, len(parts) + 1), height, bottom=below, color=colour, width=0.86, label=f"{exit} blocks")
             below += height
-        _tenths(axes, len(parts))
+        _decile_axis(axes, len(parts))
         axes.set_ylabel("share of the images, %")
         axes.grid(visible=False, axis="x")
         _legend_above(axes, theme, len(known))
@@ -185,7 +185,7 @@ def recall_by_complexity(scores: np.ndarray, ranks: Mapping[int, Ranks], k: int 
             hits = hits_per_image(ranks[exit], k)
             values = [100 * hits[part].mean() for part in parts]
             axes.plot(range(1, len(parts) + 1), values, color=colour, marker=marker, markersize=5, label=f"{exit} blocks")
-        _tenths(axes, len(parts))
+        _decile_axis(axes, len(parts))
         axes.set_ylabel(f"R@{k}, %, mean of both directions")
         axes.set_ylim(bottom=0)
         _legend_above(axes, theme, len(ranks))
@@ -236,7 +236,7 @@ def _kind(name: str) -> str:
     return {"budget": "routed", "lossless": "oracle"}.get(kind, kind if kind in _MARKERS else "static")
 
 
-def _tenths(axes: Axes, n: int) -> None:
+def _decile_axis(axes: Axes, n: int) -> None:
     axes.set_xticks(range(1, n + 1))
     axes.set_xlabel(f"complexity, {'tenths' if n == DECILES else 'parts'} of the images: 1 is the simplest")
 

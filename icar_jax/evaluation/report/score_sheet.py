@@ -1,4 +1,4 @@
-"""A contact sheet of scored images, simple to complex, under the distribution of their scores: what a model calls complex."""
+"""Contact sheet of scored images, simple to complex, below a histogram of their scores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _INK, _FAINT, _PAPER = "#222222", "#777777", "white"
 
 
 def spread(scores: np.ndarray, n: int) -> np.ndarray:
-    """scores [N] -> indices [min(n, N)] in order of score: evenly spaced ranks, with the lowest and the highest."""
+    """Returns indices [min(n, N)] at evenly spaced ranks of scores [N], in ascending order, including both extremes."""
     order = np.argsort(scores, kind="stable")
     return order[np.rint(np.linspace(0, len(order) - 1, min(n, len(order)))).astype(int)]
 
@@ -36,21 +36,21 @@ def score_sheet(
     thresholds: Sequence[float] = (),
     thumbnails: int = 60,
 ) -> None:
-    """Writes a PNG: the histogram of all scores with thresholds, and thumbnails in the order of their scores.
+    """Writes a PNG with a histogram of all scores and their thresholds, and thumbnails in order of score.
 
     Args:
-        files: N image files; one that can no longer be read is shown as an empty frame.
+        files: N image files; unreadable files are shown as empty frames.
         scores: [N], finite.
-        model: what the title calls the model.
-        exits, thresholds: of a bundle; or one threshold without exits, of a classifier.
-        thumbnails: with more images than that they are taken at evenly spaced ranks.
+        model: name of the model in the title.
+        exits, thresholds: those of a bundle; or one threshold without exits, for a classifier.
+        thumbnails: largest number of thumbnails; with more images, evenly spaced ranks are shown.
 
-    Raises ValueError without images, and where `thumbnails` is not positive.
+    Raises ValueError without images, and if `thumbnails` is not positive.
     """
     if not len(files) or len(files) != len(scores) or thumbnails < 1:
         raise ValueError(
-            f"a sheet needs images with a score each and at least one thumbnail, found {len(files)} images, {len(scores)} "
-            f"scores and thumbnails={thumbnails}"
+            f"a sheet needs one score per image and at least one thumbnail, found {len(files)} images, {len(scores)} scores "
+            f"and thumbnails={thumbnails}"
         )
     scores = np.asarray(scores, np.float32)
     shown = spread(scores, thumbnails)
@@ -65,7 +65,7 @@ def score_sheet(
     sheet.paste(chart, (0, 8))
     pen = ImageDraw.Draw(sheet)
     what = "all images" if len(shown) == len(files) else f"{len(shown)} images at evenly spaced ranks"
-    note = f"{what}, simplest first; below each its score" + (" and the blocks it runs" if exits else "")
+    note = f"{what}, simplest first; below each: score" + (" and executed blocks" if exits else "")
     pen.text((width / 2, top - 20), note, fill=_FAINT, font=ImageFont.load_default(size=16), anchor="mm")
     for place, index in enumerate(shown):
         left, upper = _MARGIN + place % columns * cell[0], top + place // columns * cell[1]
@@ -89,11 +89,11 @@ def _histogram(scores: np.ndarray, thresholds: Sequence[float], exits: Sequence[
 
 
 def _thumbnail(file: str) -> Image.Image:
-    """At most _BOX in size, its proportions kept; small pictures are enlarged."""
+    """Returns the image resized to fit _BOX, keeping the aspect ratio, or an empty frame if it cannot be read."""
     try:
         return ImageOps.contain(decode(file), _BOX, Image.Resampling.LANCZOS)
     except (OSError, ImageError):
         frame = Image.new("RGB", _BOX, "#eeeeee")
         middle = (_BOX[0] / 2, _BOX[1] / 2)
-        ImageDraw.Draw(frame).text(middle, "gone", fill=_FAINT, font=ImageFont.load_default(size=15), anchor="mm")
+        ImageDraw.Draw(frame).text(middle, "unreadable", fill=_FAINT, font=ImageFont.load_default(size=15), anchor="mm")
         return frame

@@ -13,7 +13,7 @@ falls; 'static' is a smaller model; 'routed_affine' is 'routed' ranked by scores
   intervals: 'text_to_image' | 'image_to_text' | 'mean' -> each of these metrics -> 'value', 'difference' (to full depth) and
     'retention' (percent of full depth), each {'value', 'low', 'high'} or None, as of bootstrap_metrics.Comparison;
   of budgets also 'thresholds', and 'found': how, on which images, and what was reached there.
-metrics['timing'] is that of timing.split and timing.warm_up; metrics['flops'] holds 'exits' {exit -> 'counted', 'compiler'},
+metrics['timing'] is that of timing.time_breakdown and timing.warm_up; metrics['flops'] holds 'exits' {exit -> 'counted', 'compiler'},
 'router' and 'text'; metrics['frontier'] is a list of frontier.Point with 'kept', R@5 in percent of full depth: a sweep of
 thresholds on the evaluated images, from which nothing was chosen.
 metrics['gallery'] holds the counts 'images' and 'captions', distractors included, 'queries' with the counts of those asked

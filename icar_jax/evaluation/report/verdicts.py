@@ -1,4 +1,4 @@
-"""What the numbers of an evaluation show and what they do not, as plain sentences; `table` documents the record."""
+"""Plain sentences about what an evaluation does and does not show; `table` documents the record."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from icar_jax.evaluation.metrics.retrieval import DIRECTIONS, chance_recall
 
 
 def verdicts(metrics: Mapping[str, Any]) -> list[str]:
-    """Sentences about the runs that were made, and about no others."""
+    """Returns sentences about the runs in metrics['runs']."""
     runs, comparisons = metrics["runs"], metrics.get("comparisons", {})
     lines = [_against_chance(metrics)]
     if "routed" in runs:
@@ -22,13 +22,13 @@ def verdicts(metrics: Mapping[str, Any]) -> list[str]:
         lines += _time("routed", runs["routed"], runs["full"])
         lines += _padding(metrics.get("timing", {}))
         lines += _one_exit(runs["routed"])
-        lines += _static_rivals(runs, "routed")
+        lines += _dominating_runs(runs, "routed")
         if "oracle" in runs:
             lines += _oracle(runs)
     for name in sorted(name for name in runs if name.startswith("budget_")):
         lines.append(_retention(name, runs[name], runs["full"]))
         lines += _time(name, runs[name], runs["full"])
-        lines += _static_rivals(runs, name)
+        lines += _dominating_runs(runs, name)
     return lines
 
 
@@ -39,8 +39,8 @@ def _mean_r5(run: Mapping[str, Any]) -> float:
 def _against_chance(metrics: Mapping[str, Any]) -> str:
     full, gallery = metrics["runs"]["full"], metrics["gallery"]
     parts, least = [], math.inf
-    asked = gallery.get("queries", gallery)
-    own = asked["captions"] / asked["images"]
+    queries = gallery.get("queries", gallery)
+    own = queries["captions"] / queries["images"]
     for direction in DIRECTIONS:
         shown = []
         for k in (5, 10):
@@ -58,38 +58,38 @@ def _against_chance(metrics: Mapping[str, Any]) -> str:
 def _retention(name: str, routed: Mapping[str, Any], full: Mapping[str, Any]) -> str:
     kept = routed["retention"]
     if kept is None:
-        return f"what {_called(name)} keeps is undefined: full depth has too few hits at R@5"
+        return f"the retention of {_display_name(name)} is undefined: full depth has too few hits at R@5"
     flops = 100 * routed["flops_per_image"] / full["flops_per_image"]
     line = (
-        f"{name} keeps {kept['value']:.1f}% of full-depth R@5 (mean of both directions) at {flops:.0f}% of its FLOPs, "
+        f"{name} retains {kept['value']:.1f}% of full-depth R@5 (mean of both directions) at {flops:.0f}% of its FLOPs, "
         f"router included; 95% interval [{kept['low']:.1f}, {kept['high']:.1f}]"
     )
     if kept["low"] > 100:
         return f"{line}: above 100, so routing retrieves better than full depth here"
     if kept["high"] < 100:
-        return f"{line}: below 100, so routing does lose retrieval quality"
-    return f"{line}: includes 100, so neither a loss nor a gain against full depth is shown in this gallery"
+        return f"{line}: below 100, so routing loses retrieval quality"
+    return f"{line}: includes 100, so neither a loss nor a gain is shown in this gallery"
 
 
 def _against_random(delta: Mapping[str, Any]) -> str:
     line = f"routed - random = {delta['value']:+.1f} points R@5, 95% interval [{delta['low']:.1f}, {delta['high']:.1f}]"
     if delta["includes_zero"]:
-        return f"{line}: includes zero, so routing is not shown to beat random at this share"
+        return f"{line}: includes zero, so routing is not shown to beat random routing at these shares"
     if delta["value"] > 0:
-        return f"{line}: above zero, so routing beats random at this share"
-    return f"{line}: below zero, so routing is worse than random at this share"
+        return f"{line}: above zero, so routing beats random routing at these shares"
+    return f"{line}: below zero, so routing is worse than random routing at these shares"
 
 
 def _calibrated(delta: Mapping[str, Any]) -> str:
     line = (
-        f"scores calibrated for each exit: {delta['value']:+.1f} points R@5 against the same routing without, 95% interval "
+        f"per-exit score calibration: {delta['value']:+.1f} points R@5 compared with the same routing without it, 95% interval "
         f"[{delta['low']:.1f}, {delta['high']:.1f}]"
     )
     return f"{line}: includes zero, so no effect is shown" if delta["includes_zero"] else line
 
 
 def _time(name: str, routed: Mapping[str, Any], full: Mapping[str, Any]) -> list[str]:
-    lines, who = [], _called(name)
+    lines, who = [], _display_name(name)
     if routed["images_per_s"] is not None and full["images_per_s"] is not None:
         ratio = routed["images_per_s"] / full["images_per_s"]
         word = "loses" if ratio < 1 else "saves"
@@ -106,54 +106,57 @@ def _one_exit(routed: Mapping[str, Any]) -> list[str]:
     name, share = max(routed["share"].items(), key=lambda item: item[1])
     if share < 0.995:
         return []
-    return [f"{100 * share:.1f}% of the images take exit {name}: this is a static exit with the router's cost on top"]
+    return [f"{100 * share:.1f}% of the images take exit {name}: this equals a single exit plus the router's cost"]
 
 
-def _static_rivals(runs: Mapping[str, Any], name: str) -> list[str]:
-    """Single exits, and a smaller model, that are at least as good as a routed run and no dearer: routing is then pointless."""
+def _dominating_runs(runs: Mapping[str, Any], name: str) -> list[str]:
+    """Lists single exits and the shallower baseline that are at least as good as a routed run at no higher cost."""
     routed, lines = runs[name], []
-    for rival, run in runs.items():
-        if not (rival == "static" or rival.startswith("exit_")) or _mean_r5(run) < _mean_r5(routed):
+    for other, run in runs.items():
+        if not (other == "static" or other.startswith("exit_")) or _mean_r5(run) < _mean_r5(routed):
             continue
-        who = "the smaller model" if rival == "static" else f"{rival} for every image"
+        who = "the shallower baseline" if other == "static" else f"{other} for every image"
         recalls = f"(mean R@5 {_mean_r5(run):.1f}% against {_mean_r5(routed):.1f}%)"
         speeds = run["images_per_s"], routed["images_per_s"]
         if run["flops_per_image"] <= routed["flops_per_image"]:
-            lines.append(f"{who} is at least as good as {_called(name)} at no more FLOPs {recalls}")
+            lines.append(f"{who} is at least as good as {_display_name(name)} at no more FLOPs {recalls}")
         elif None not in speeds and speeds[0] >= speeds[1]:
             lines.append(
-                f"{who} is at least as good as {_called(name)} and no slower {recalls}: {speeds[0]:.1f} images/s against "
+                f"{who} is at least as good as {_display_name(name)} and no slower {recalls}: {speeds[0]:.1f} images/s against "
                 f"{speeds[1]:.1f}"
             )
     return lines
 
 
-def _called(name: str) -> str:
+def _display_name(name: str) -> str:
     return "routing" if name == "routed" else name
 
 
 def _oracle(runs: Mapping[str, Any]) -> list[str]:
-    """What a better router could gain at this share."""
+    """Bounds what a better router could gain at the same shares."""
     kept, routed = runs["oracle"]["retention"], runs["routed"]["retention"]
     if kept is None or routed is None:
         return []
     line = (
-        f"an oracle that knows the ranks keeps {kept['value']:.1f}% at the same share, routed {routed['value']:.1f}%: the "
+        f"the oracle (upper bound) retains {kept['value']:.1f}% at the same shares, routed {routed['value']:.1f}%: the "
         "difference bounds what a better score could gain"
     )
     if "lossless" in runs:
         free = runs["lossless"]
         share = 100 * free["flops_per_image"] / runs["full"]["flops_per_image"]
-        line += f"; with every image as early as no rank of it falls, the towers alone would cost {share:.0f}% of full depth"
+        line += (
+            "; with the lossless oracle (every image at the earliest exit where none of its ranks gets worse), the towers "
+            f"alone would cost {share:.0f}% of full depth"
+        )
     return [line]
 
 
 def _padding(timing: Mapping[str, Any]) -> list[str]:
-    """Where padding eats what routing saves."""
+    """Warns if padding takes a large part of the computed rows."""
     wasted = timing.get("padding")
     if not wasted or wasted["share"] < 0.1:
         return []
     return [
-        f"{100 * wasted['share']:.0f}% of the rows that routing computed for {timing['images']} images were padding and thrown "
-        "away: use a smaller batch, or more images at a time"
+        f"{100 * wasted['share']:.0f}% of the rows that routing computed for {timing['images']} images were padding: use a "
+        "smaller batch, or more images at a time"
     ]

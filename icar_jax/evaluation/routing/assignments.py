@@ -1,9 +1,9 @@
-"""Which exit each image takes: at random at a given share, or by an oracle that knows the ranks; and the gallery that makes.
+"""Random and oracle assignments of images to exits, and ranks in the resulting mixed galleries.
 
-What an exit does to an image is measured with that image alone at the exit and all other images at full depth
-(`ranks_alone`). An oracle that looked at the mixed gallery would be circular: each image's rank there depends on the exits of
-all the others. So the oracle decides by the ranks alone, and its mixed gallery is then ranked as any other. Image-to-text
-ranks are exact in both, since captions have no exits; text-to-image ranks may move a little where rivals leave early too.
+The effect of an exit on an image is measured with only that image at the exit and all others at full depth (`ranks_alone`).
+An oracle defined on the mixed gallery would be circular, since each rank there depends on the exits of all other images. So
+the oracle decides on `ranks_alone`, and its mixed gallery is then ranked like any other. Image-to-text ranks are the same in
+both, because captions have no exits; text-to-image ranks may differ slightly when other images leave early too.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _ROWS = 4096
 
 
 def take_exits(by_exit: Mapping[int, np.ndarray], exits: np.ndarray) -> np.ndarray:
-    """Embeddings [N, D] of the images, each from the exit [N] it takes. Raises ValueError for an exit without embeddings."""
+    """Selects each image's embedding [N, D] from the exit [N] it takes. Raises ValueError for an exit without embeddings."""
     if unknown := set(np.unique(exits).tolist()) - set(by_exit):
-        raise ValueError(f"images leave at exits {sorted(unknown)}, embeddings are there for {sorted(by_exit)}")
+        raise ValueError(f"no embeddings for exits {sorted(unknown)}; available exits: {sorted(by_exit)}")
     rows = by_exit[max(by_exit)].copy()
     for exit, embeddings in by_exit.items():
         rows[exits == exit] = embeddings[exits == exit]
@@ -33,7 +33,7 @@ def take_exits(by_exit: Mapping[int, np.ndarray], exits: np.ndarray) -> np.ndarr
 
 
 def random_exits(exits: np.ndarray, seed: int) -> np.ndarray:
-    """The same exits [N] dealt out at random: as many images at each exit."""
+    """Returns a random permutation of exits [N], so each exit keeps its number of images."""
     return np.random.default_rng(seed).permutation(exits)
 
 
@@ -46,11 +46,11 @@ def ranks_alone(
     query_chunk: int | None = None,
     mesh: Mesh | None = None,
 ) -> dict[int, Ranks]:
-    """exit -> ranks every image would have if it alone left there; at full depth (the greatest exit) the ordinary ranks.
+    """Returns exit -> `Ranks` if only the target or query image uses that exit and all other images are at full depth.
 
-    by_exit: exit -> [N, D], in executed blocks; the other arguments as for `metrics.ranks`, distractors at full depth.
-    text_to_image: rank of the image at this exit for each of its captions among the other images at full depth.
-    image_to_text: best rank of its captions for the image at this exit.
+    by_exit: exit (executed blocks) -> [N, D]; the largest exit is full depth. Other arguments as for `retrieval.ranks`;
+    distractors are at full depth. text_to_image: rank of the image at this exit, for each of its captions, among the other
+    images at full depth. image_to_text: best rank of the image's captions, with the image at this exit as query.
     """
     from icar_jax.evaluation.metrics.ranking import Ranker
 
@@ -64,7 +64,7 @@ def ranks_alone(
     for exit in sorted(set(by_exit) - {full}):
         rows = pairs[exit].images
         found = images.ranks_of_scores(whole.texts, _own_scores(whole.texts, rows, whole.owner), position)
-        same = (rows == whole.images).all(axis=1)  # their scores may differ in the last bit between the two products
+        same = (rows == whole.images).all(axis=1)  # equal rows may still differ in the last bit between the two products
         text_to_image[exit] = np.where(same[whole.owner], text_to_image[full], found)
     del images
     own = own_captions(whole.owner, len(whole.images))
@@ -84,17 +84,17 @@ def ranks_mixed(
     query_chunk: int | None = None,
     mesh: Mesh | None = None,
 ) -> list[Ranks]:
-    """Ranks under S assignments at once, as of `metrics.ranks` with `take_exits`; far cheaper than one after the other.
+    """Ranks S assignments at once; equals S calls of `retrieval.ranks` on `take_exits`, but is much cheaper.
 
-    by_exit: exit -> [N, D]; exits: [S, N], or with distractors [S, N + A], the exit each image takes, distractors last.
-    far_by_exit: exit -> [A, D] of the distractors, in place of `distractors.image_embed`; all else as for `metrics.ranks`.
-    Raises ValueError as `metrics.ranks` does, and for an exit without embeddings.
+    by_exit: exit -> [N, D]; exits: [S, N], or [S, N + A] with distractors last, the exit of each image.
+    far_by_exit: exit -> [A, D] of the distractors; replaces `distractors.image_embed`. Other arguments as for
+    `retrieval.ranks`. Raises ValueError as it does, and for an exit without embeddings.
     """
     from icar_jax.evaluation.metrics.ranking import Ranker, mixed_ranks
 
     order = sorted(by_exit)
     if (unknown := set(np.unique(exits).tolist()) - set(order)) or set(far_by_exit or by_exit) != set(by_exit):
-        raise ValueError(f"images leave at exits {sorted(unknown)}, embeddings are there for {order}")
+        raise ValueError(f"no embeddings for exits {sorted(unknown)}; available exits: {order}")
     pairs = {}
     for exit, embeddings in by_exit.items():
         far = dataclasses.replace(distractors, image_embed=far_by_exit[exit]) if distractors is not None else None
@@ -104,7 +104,7 @@ def ranks_mixed(
     place = {"mesh": mesh, "query_chunk": query_chunk}
     own = own_captions(some.owner, n)
     texts = Ranker((some.far_texts, some.texts), **place)
-    # Captions have no exits, so an image's own rank is the same in every assignment that takes it out there.
+    # Captions have no exits, so an image's image-to-text rank depends only on its own exit.
     alone = np.stack([texts.ranks(pairs[e].images, np.where(own < 0, -1, own + len(some.far_texts))) for e in order])
     del texts
     choice = np.searchsorted(order, np.concatenate([exits[:, n:], exits[:, :n]], axis=1))
@@ -115,10 +115,11 @@ def ranks_mixed(
 
 
 def oracle_exits(alone: Mapping[int, Ranks]) -> np.ndarray:
-    """int64 [N]: for each image the cheapest exit at which none of its ranks is worse than at full depth.
+    """Returns int64 [N]: lossless oracle, the cheapest exit of each image at which none of its ranks is worse than at full
+    depth.
 
-    alone: of `ranks_alone`. All ranks count: the image's own, and those of all its captions. So at these exits no metric of
-    instance-level retrieval falls, but for the images that leave early as rivals (see above).
+    alone: from `ranks_alone`. The image's own rank and those of all its captions count. At these exits no instance-level
+    metric drops, except through other images that leave early too (see above).
     """
     full = max(alone)
     n = len(alone[full].image_to_text)
@@ -132,28 +133,28 @@ def oracle_exits(alone: Mapping[int, Ranks]) -> np.ndarray:
 
 
 def oracle_exits_at_share(alone: Mapping[int, Ranks], counts: Mapping[int, int], k: int | Sequence[int] = 5) -> np.ndarray:
-    """int64 [N]: of all assignments with `counts[exit]` images at each exit the one with the highest recall at k.
+    """Returns int64 [N]: oracle, the assignment with `counts[exit]` images at each exit that maximises recall at k.
 
-    The recall is the mean of both directions, and over several k, of the ranks alone; images that are equal in hits are told
-    apart by their reciprocal ranks. Exact: a transportation problem, whose linear program has a whole-numbered solution
-    (Dantzig 1951). Compare it with the routed run of the same counts: an upper bound for any router that sees one image at a
-    time, up to the effect of rivals.
+    Recall is the mean over both directions and over all given k, computed from `alone`; reciprocal ranks break ties in hits.
+    The solution is exact: a transportation problem, whose linear program has an integral optimum (Dantzig 1951). It is an
+    upper bound for any router with the same counts that scores images independently, up to the effect of other images'
+    exits on the ranks.
 
-    Raises ValueError where the counts do not add up to the N images, or name an exit without ranks.
+    Raises ValueError if the counts do not sum to N images or name an exit without ranks.
     """
     exits = sorted(alone)
     n = len(alone[exits[0]].image_to_text)
     if set(counts) - set(exits) or sum(counts.values()) != n or min(counts.values()) < 0:
-        raise ValueError(f"counts={dict(counts)} must deal out {n} images over the exits {exits}")
+        raise ValueError(f"counts={dict(counts)} must assign all {n} images to the exits {exits}")
     used = [exit for exit in exits if counts.get(exit)]
     gain = np.stack([_gain(alone[exit], np.atleast_1d(k)) for exit in used], axis=1)
     return np.array(used, np.int64)[_transport(gain, [counts[exit] for exit in used])]
 
 
 def _gain(ranks: Ranks, ks: np.ndarray) -> np.ndarray:
-    """[N] what each image adds to the mean recall at `ks` of both directions, with a little for better ranks."""
+    """Returns [N]: each image's contribution to mean recall at `ks` over both directions, plus a tie-break by rank."""
     n, m = len(ranks.image_to_text), len(ranks.caption_image)
-    little = 1 / (4 * len(ks) * max(n, m))  # of reciprocal ranks beside hits: all together weigh less than the smallest hit
+    little = 1 / (4 * len(ks) * max(n, m))  # weight of reciprocal ranks; in total below the smallest hit
 
     def worth(found: np.ndarray) -> np.ndarray:
         return np.mean([found <= k for k in ks], axis=0) + little / found
@@ -163,11 +164,11 @@ def _gain(ranks: Ranks, ks: np.ndarray) -> np.ndarray:
 
 
 def _transport(gain: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-    """[N] columns of gain [N, E] with the greatest sum such that column e is taken counts[e] times."""
+    """Returns [N]: the column of gain [N, E] chosen per row to maximise the sum, with column e used counts[e] times."""
     n, e = gain.shape
     if e == 1:
         return np.zeros(n, np.int64)
-    if e == 2:  # the images with the least to lose in the first column
+    if e == 2:  # images that lose the least take the first column
         columns = np.ones(n, np.int64)
         columns[np.argsort(gain[:, 1] - gain[:, 0], kind="stable")[: counts[0]]] = 0
         return columns
@@ -177,16 +178,16 @@ def _transport(gain: np.ndarray, counts: Sequence[int]) -> np.ndarray:
     one_each = kron(eye_array(n), np.ones((1, e)))
     per_column = kron(np.ones((1, n)), eye_array(e))
     limits = np.concatenate([np.ones(n), counts])
-    # Scaled, since HiGHS works to absolute tolerances; the dual simplex ends in a corner, and corners are whole-numbered.
+    # Scaled, since HiGHS uses absolute tolerances. The dual simplex ends in a vertex, and all vertices are integral.
     cost = -gain.ravel() / max(np.abs(gain).max(), np.finfo(np.float64).tiny)
     solved = linprog(cost, A_eq=csr_array(vstack([one_each, per_column])), b_eq=limits, bounds=(0, 1), method="highs-ds")
     if solved.x is None:
-        raise RuntimeError(f"the assignment of {n} images to {e} exits was not solved: {solved.message}")
+        raise RuntimeError(f"could not solve the assignment of {n} images to {e} exits: {solved.message}")
     return solved.x.reshape(n, e).argmax(axis=1)
 
 
 def _own_scores(texts: np.ndarray, images: np.ndarray, owner: np.ndarray) -> np.ndarray:
-    """[M] float32 score of each caption with its own image."""
+    """Returns float32 [M]: the score of each caption with its own image."""
     scores = np.empty(len(texts), np.float32)
     for start in range(0, len(texts), _ROWS):
         rows = slice(start, start + _ROWS)

@@ -1,7 +1,7 @@
-"""The budget dial by recall and by measured cost: the cheapest thresholds that lose at most so much, on calibration images.
+"""Budget search: the cheapest thresholds within a recall drop, or the best recall within a budget, on calibration images.
 
-What is chosen on images looks better on them than on others, so the drop that is found here is optimistic; evaluate.py shows
-that of the held-out split.
+The recall drop reported here is optimistic, because the thresholds were chosen on the same images; evaluate.py measures it on
+the held-out split.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from icar_jax.evaluation.metrics.bootstrap import difference, hits_at
 from icar_jax.evaluation.metrics.ranking import local_mesh
 from icar_jax.evaluation.routing import timing
 from icar_jax.evaluation.routing.frontier import EXHAUSTIVE, RECALL_AT, Bench, Point, best_within, cheapest
-from icar_jax.evaluation.routing.gallery import Gallery, embed
+from icar_jax.evaluation.routing.gallery import Gallery, embed_source
 from icar_jax.inference.budgets import Costs, thresholds_for_budget
 from icar_jax.inference.model import Model
 
@@ -27,7 +27,8 @@ KINDS = ("counted", "measured")
 
 @dataclass(frozen=True)
 class SearchedSettings:
-    """The settings that a search tried, the one it chose, full depth, the kind of cost, and the bound: points or a share."""
+    """All settings a search tried, the chosen one, full depth, the kind of cost, and the bound: max_drop in percentage points
+    or budget as a fraction of full depth."""
 
     settings: tuple[Point, ...]
     chosen: Point
@@ -38,27 +39,27 @@ class SearchedSettings:
 
 
 def check_cost(kind: str) -> None:
-    """Raises ConfigError for anything but a kind of cost."""
+    """Raises ConfigError unless `kind` is one of KINDS."""
     if kind not in KINDS:
         raise ConfigError(f"cost {kind!r} is unknown; use one of {', '.join(KINDS)}")
 
 
 def check_drop(max_drop: float) -> None:
-    """Raises ConfigError for a drop that is no number of points."""
+    """Raises ConfigError unless `max_drop` lies in [0, 100] percentage points."""
     if not 0 <= max_drop <= 100:
         raise ConfigError(f"a recall drop of {max_drop} must lie in [0, 100]: points of mean R@{RECALL_AT}, such as 0.5")
 
 
 def require_captions(gallery: Gallery, source: Source) -> None:
-    """Raises ConfigError where recall cannot be measured."""
+    """Raises ConfigError if some images have no caption, since recall cannot be measured on them."""
     if bare := sum(not captions for captions in gallery.captions):
         raise ConfigError(
-            f"{bare} of {len(gallery.captions)} images of {source.name} have no caption, and recall needs them; pass --config, "
-            "or a workdir whose calibration images have captions"
+            f"{bare} of {len(gallery.captions)} images of {source.name} have no caption, but recall needs captions; pass "
+            "--config, or a workdir whose calibration images have captions"
         )
 
 
-def find(
+def search_thresholds(
     model: Model,
     source: Source,
     counted: Costs,
@@ -69,17 +70,19 @@ def find(
     loading: Mapping[str, Any] | None = None,
     draw: Callable[[SearchedSettings], None] | None = None,
 ) -> tuple[Gallery, tuple[float, ...], dict[str, Any]]:
-    """The cheapest thresholds whose mean R@5 is at most `max_drop` points below that of full depth, or those of the highest
-    mean R@5 that cost at most `budget` times full depth, on the images of `source`. One of the two is given.
+    """Searches for thresholds on the images of `source`, and returns (gallery, thresholds, record of the search).
 
-    counted: FLOPs of the exits and the router; cost: which one it goes by, 'counted' or 'measured' (seconds, of which the
-    medians of repeated timings count, router included). draw: called with all settings tried.
-    Returns the images with their scores, the thresholds, and how they were found: 'drop' with the 95% interval of that one
-    setting (paired bootstrap), which does not know that the setting was chosen, 'recall', 'full_recall', 'settings' tried,
-    'search', 'exit_alone' (a single exit that would do as well at less cost, or None), and 'measured', as of `describe_costs`.
-    Raises ConfigError where images have no captions, and for a budget that cannot be met, naming the lowest one.
+    Exactly one bound is given: with `max_drop`, finds the cheapest thresholds whose mean R@5 is at most that many points below
+    full depth; with `budget`, finds the highest mean R@5 that costs at most `budget` times full depth.
+
+    counted: FLOPs of the exits and the router. cost: 'counted', or 'measured' (median seconds of repeated timings, router
+    included). draw: called with all settings tried.
+    The record holds 'drop' (with the 95% paired bootstrap interval of the chosen setting, not corrected for the selection),
+    'recall', 'full_recall', 'settings' (number tried), 'search', 'exit_alone' (a single exit that meets the bound at lower
+    cost, or None) and 'measured' (see `describe_costs`).
+    Raises ConfigError if images have no captions, and for a budget that cannot be met, naming the lowest possible one.
     """
-    gallery = embed(model, source, loading)
+    gallery = embed_source(model, source, loading)
     require_captions(gallery, source)
     measured = timing.measured_costs(model, gallery.sample)
     bench = Bench(
@@ -88,7 +91,7 @@ def find(
     )  # fmt: skip
     full = bench.full
     if budget is not None:
-        thresholds_for_budget(np.zeros(1, np.float32), budget, bench.costs[cost])  # whether it can be met
+        thresholds_for_budget(np.zeros(1, np.float32), budget, bench.costs[cost])  # raises if it cannot be met
         best, how = best_within(bench, budget, cost), {"method": "budget", "budget": budget, "chosen_by": "recall"}
         alone = _exit_alone(bench, best.recall, cost)
     else:
@@ -96,7 +99,7 @@ def find(
         alone = _exit_alone(bench, full.recall - max_drop, cost)
     (found,) = bench.ranks([best.thresholds])
     (whole,) = bench.ranks([full.thresholds])
-    # Where the interval runs past zero to below, the setting may be no worse than full depth at all.
+    # If the interval includes zero, the setting is not shown to be worse than full depth.
     drop = difference(hits_at(whole, RECALL_AT), hits_at(found, RECALL_AT))
     if draw is not None:
         draw(SearchedSettings(tuple(bench.known), best, full, cost, max_drop, budget))
@@ -115,7 +118,7 @@ def find(
 
 
 def _exit_alone(bench: Bench, lowest: float, cost: str) -> dict[str, Any] | None:
-    """The first early exit that keeps the recall with every image at it, which needs no router."""
+    """Returns the first early exit that reaches recall `lowest` when used for all images (no router needed), or None."""
     early = len(bench.exits) - 1
     costs = bench.costs[cost]
     for place, exit in enumerate(bench.exits[:-1]):
@@ -126,13 +129,13 @@ def _exit_alone(bench: Bench, lowest: float, cost: str) -> dict[str, Any] | None
 
 
 def measure_costs(model: Model, source: Source, loading: Mapping[str, Any] | None = None) -> tuple[Costs, int]:
-    """Measured costs on the first images of a source that can be read, and how many these were."""
+    """Returns measured costs on the first readable images of a source, and the number of images."""
     made = timing.sample_of(model, source, loading=loading)
     return timing.measured_costs(model, made), len(made.clip)
 
 
 def describe_costs(costs: Costs, setting: Point | Mapping[int, float], images: int) -> dict[str, Any]:
-    """Measured costs for a description: 'cost' of a setting (or of shares per exit) as a share of full depth, and
+    """Returns measured costs for a description: 'cost' of a setting (or of shares per exit) as a fraction of full depth, and
     milliseconds per image of the router and of every exit."""
     share = setting.share if isinstance(setting, Point) else dict(setting)
     return {

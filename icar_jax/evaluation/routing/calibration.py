@@ -1,7 +1,7 @@
-"""Thresholds from calibration images, and the checkpoints that carry them.
+"""Calibrates thresholds on calibration images and writes them into checkpoints.
 
-Calibration images come from the training split and are never trained on; the evaluated split has no say. Whatever finds
-thresholds records how, so that `icar describe` tells it.
+Calibration images are held out from the training split: they are never trained on, and the evaluation split is never used. How
+thresholds were found is recorded in the checkpoint and shown by `icar describe`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CLASSIFICATION = "classification"
 
 @dataclass(frozen=True)
 class ScoredImages:
-    """Every readable image of a source: scores and known complexity float32 [n] (nan where unknown), in order."""
+    """Scores and known complexity of every readable image of a source, in order; float32 [n], nan if unknown."""
 
     scores: np.ndarray
     complexity: np.ndarray
@@ -44,7 +44,7 @@ class ScoredImages:
     source: Source
 
     def record(self) -> dict[str, Any]:
-        """Which images these are, for a checkpoint's description."""
+        """Returns what identifies these images, for a checkpoint's description."""
         names = {k: v for k, v in fingerprint(self.source).items() if k != "images"}
         return {
             "calibration": self.source.name,
@@ -55,9 +55,9 @@ class ScoredImages:
 
 
 def score_source(model: Model, source: Source, title: str, loading: Mapping[str, Any] | None = None) -> ScoredImages:
-    """Scores every readable image of a source. `loading` are keywords of `eval_batches`: workers, retries and the like.
+    """Scores every readable image of a source. loading: keyword arguments of `eval_batches` (workers, retries, ...).
 
-    Raises DataError where none can be read.
+    Raises DataError if no image can be read.
     """
     pending, known, bad = [], [], BadFiles()
     batches = eval_batches(source, {"complexity": model.scorer.preprocess}, batch_size=model.batch_size, **(loading or {}))
@@ -72,26 +72,28 @@ def score_source(model: Model, source: Source, title: str, loading: Mapping[str,
     return ScoredImages(np.concatenate([part.result() for part in pending]), np.concatenate(known), bad, source)
 
 
-def costs_of(bundle: str | Path) -> Costs:
-    """Counted FLOPs of a bundle's exits and of its router, from the descriptions alone."""
+def bundle_costs(bundle: str | Path) -> Costs:
+    """Returns counted FLOPs of a bundle's exits and router, reading only the descriptions."""
     bundle = Path(bundle)
     clip, scorer = (checkpoint.describe(bundle / part)["arch"] for part in ("clip", "complexity"))
-    return costs(from_dict(clip, ClipArch, f"{bundle / 'clip'}: arch"), scorer_arch(scorer, f"{bundle / 'complexity'}: arch"))
+    return model_costs(
+        from_dict(clip, ClipArch, f"{bundle / 'clip'}: arch"), scorer_arch(scorer, f"{bundle / 'complexity'}: arch")
+    )
 
 
-def costs(clip: ClipArch, scorer: Any) -> Costs:
-    """Counted FLOPs of the exits of a CLIP and of the complexity model that routes to them."""
+def model_costs(clip: ClipArch, scorer: Any) -> Costs:
+    """Returns counted FLOPs of a CLIP's exits and of the complexity model that routes to them."""
     return counted_costs(clip, scorer)
 
 
-def routing_of(
+def routing_from_scores(
     scored: ScoredImages, exits: Sequence[int], costs: Costs, *, shares: Sequence[float] = (), budget: float | None = None
 ) -> dict[str, Any]:
-    """Thresholds from a budget, or from shares of the early exits (empty: equal), as the 'routing' of a bundle.
+    """Calibrates thresholds for a budget, or for shares of the early exits (empty: equal), and returns a bundle's 'routing'.
 
-    Returns {'exits', 'thresholds', 'found', 'scores'}. 'found' says how, on what, and what was reached: the shares of the
-    exits and the counted cost, router included, as a share of full depth; 'scores' are quantiles, as of `pack_quantiles`.
-    Raises ConfigError for what cannot be met.
+    Returns {'exits', 'thresholds', 'found', 'scores'}. 'found' records the method, the calibration images, the exit shares
+    reached, and the counted cost as a fraction of full depth, router included. 'scores' are quantiles from `pack_quantiles`.
+    Raises ConfigError for a budget or shares that cannot be met.
     """
     if budget is not None:
         thresholds = thresholds_for_budget(scored.scores, budget, costs)
@@ -100,17 +102,17 @@ def routing_of(
         wanted = full_shares(shares, exits)
         thresholds = thresholds_for_shares(scored.scores, wanted)
         found = {"method": "shares", "shares": dict(zip(map(str, exits), wanted))}
-    routing = _routing(scored, exits, costs, thresholds, found)
+    routing = _routing_record(scored, exits, costs, thresholds, found)
     if budget is None:
         reached = routing["found"]["reached"]
         if any(abs(reached[str(e)] - share) > 0.05 for e, share in zip(exits, wanted)):
             logging.warning(
-                "Many images have the same complexity score, so the shares %s were not met: reached %s.", wanted, reached
+                "The shares %s were not met, because many images have equal complexity scores; reached %s.", wanted, reached
             )
     return routing
 
 
-def _routing(
+def _routing_record(
     scored: ScoredImages, exits: Sequence[int], costs: Costs, thresholds: Sequence[float], found: Mapping[str, Any]
 ) -> dict[str, Any]:
     taken = assign(scored.scores, exits, thresholds)
@@ -124,14 +126,16 @@ def _routing(
     }
 
 
-def threshold_of(scored: ScoredImages, metric: str, boundary: float | None, *, resamples: int) -> tuple[float, dict[str, Any]]:
-    """The threshold of a classifier, and how it was found, from images whose labels are known.
+def classifier_threshold(
+    scored: ScoredImages, metric: str, boundary: float | None, *, resamples: int
+) -> tuple[float, dict[str, Any]]:
+    """Chooses a classifier's threshold on labelled images; returns (threshold, record of how it was found).
 
-    `boundary` makes labels of ratings: a complexity above it is the class 'complex'. It may be None where all are 0 or 1.
-    The interval is of the metric at the found threshold; its bounds are None where the images are too few for one.
-    Raises ConfigError where labels are missing or of one class.
+    boundary: ratings above it are labelled 'complex'; may be None if all ratings are 0 or 1. The record's interval is of the
+    metric at the chosen threshold; its bounds are None if there are too few images. Raises ConfigError if labels are missing
+    or all of one class.
     """
-    labels = labels_of(scored.complexity, boundary, scored.source.name)
+    labels = binary_labels(scored.complexity, boundary, scored.source.name)
     threshold, value = best_threshold(scored.scores, labels, metric)
     called = scored.scores > np.float32(threshold)
     try:
@@ -149,21 +153,21 @@ def threshold_of(scored: ScoredImages, metric: str, boundary: float | None, *, r
     }
 
 
-def labels_of(complexity: np.ndarray, boundary: float | None, where: str) -> np.ndarray:
-    """Known complexity [n] -> labels int [n], 1 above `boundary`. Raises ConfigError where there is no telling."""
+def binary_labels(complexity: np.ndarray, boundary: float | None, where: str) -> np.ndarray:
+    """Converts known complexity [n] to labels int [n], 1 above `boundary`. Raises ConfigError if labels cannot be derived."""
     if missing := int(np.isnan(complexity).sum()):
         raise ConfigError(f"{missing} of {len(complexity)} images of {where} have no label; pass --labels FILE --root FOLDER")
     if boundary is None and not np.isin(complexity, (0, 1)).all():
         other = complexity[~np.isin(complexity, (0, 1))][0]
         raise ConfigError(
-            f"{where} holds ratings such as {other:g}, not labels 0 and 1; pass --boundary, the rating above which an image is "
-            "complex"
+            f"{where} holds ratings such as {other:g}, not labels 0 and 1; pass --boundary, the rating above which an image "
+            "counts as complex"
         )
     labels = (complexity == 1 if boundary is None else complexity > boundary).astype(int)
     if labels.min() == labels.max():
         raise ConfigError(
-            f"all {len(labels)} images of {where} are of class {'complex' if labels[0] else 'simple'}; "
-            "a threshold needs images of both classes"
+            f"all {len(labels)} images of {where} belong to class {'complex' if labels[0] else 'simple'}; "
+            "choosing a threshold needs images of both classes"
         )
     return labels
 
@@ -185,25 +189,27 @@ def calibrate(
     resamples: int = ratings.RESAMPLES,
     draw: Callable[[budget_search.SearchedSettings], None] | None = None,
 ) -> dict[str, Any]:
-    """Finds thresholds on `source` and writes them into the description of a bundle or of a classifier.
+    """Calibrates thresholds on `source`, writes them into a bundle's or classifier's description and returns the description.
 
-    Exactly one of `budget`, `shares`, `metric` and `max_recall_drop` is given. A bundle takes any of them, `metric` where it
-    has one early exit; a classifier takes `metric`. Weights stay as they are. Returns the new description.
-    best_recall: of a budget, the thresholds of the highest mean R@5, not those that spread it evenly: see `dial`.
-    cost: of budgets (default 'counted'), of `best_recall` and of drops (default 'measured'), which are in points of mean R@5.
-    draw: called with the settings that `max_recall_drop` or `best_recall` tried.
-    Raises ConfigError for what does not fit the checkpoint or cannot be met, CheckpointError for another kind.
+    Exactly one of `budget`, `shares`, `metric` and `max_recall_drop` must be given. A bundle accepts any of them (`metric` only
+    with one early exit); a classifier accepts `metric`. Weights do not change.
+    max_recall_drop: in percentage points of mean R@5.
+    best_recall: with a budget, maximise mean R@5 instead of spreading the budget evenly; see `budget_search`.
+    cost: 'counted' (default for budgets) or 'measured' (default for `best_recall` and `max_recall_drop`).
+    draw: called with all settings that `max_recall_drop` or `best_recall` tried.
+    Raises ConfigError for options that do not apply to the checkpoint or cannot be met, CheckpointError for another kind of
+    checkpoint.
     """
     if sum((budget is not None, bool(shares), metric is not None, max_recall_drop is not None)) != 1:
         raise ConfigError(
-            "thresholds are found by one of: a budget, a share for each early exit, a metric of labelled images, a recall drop"
+            "pass exactly one of: a budget, a share for each early exit, a metric of labelled images, a maximum recall drop"
         )
     if best_recall and budget is None:
-        raise ConfigError("the best recall is looked for within a budget: give one")
+        raise ConfigError("best recall needs a budget to search within; pass one")
     if cost is not None:
         budget_search.check_cost(cost)
         if budget is None and max_recall_drop is None:
-            raise ConfigError(f"cost {cost!r} is for a budget or a recall drop; shares and metrics are found without costs")
+            raise ConfigError(f"cost {cost!r} applies only to a budget or a recall drop, not to shares or metrics")
     folder = checkpoint.find(folder, ("bundle", "complexity"))
     description = checkpoint.describe(folder)
     bundle = description["kind"] == "bundle"
@@ -216,9 +222,9 @@ def calibrate(
         )  # fmt: skip
     if bundle:
         exits = description["routing"]["exits"]
-        counted = costs_of(folder)
+        counted = bundle_costs(folder)
         if budget is not None and cost != "measured":
-            thresholds_for_budget(np.zeros(1, np.float32), budget, counted)  # known before the images are scored
+            thresholds_for_budget(np.zeros(1, np.float32), budget, counted)  # fails early if the budget cannot be met
         full_shares(shares, exits)
         if cost == "measured":
             whole = load(folder, batch_size=batch_size, dtype=dtype)
@@ -227,18 +233,18 @@ def calibrate(
     scored = score_source(load(folder / "complexity" if bundle else folder, batch_size=batch_size, dtype=dtype),
                           source, "calibrate", loading)  # fmt: skip
     if metric is not None:
-        threshold, found = threshold_of(scored, metric, boundary, resamples=resamples)
+        threshold, found = classifier_threshold(scored, metric, boundary, resamples=resamples)
         changes = {"threshold": threshold, "threshold_found": found}
         if bundle:
-            changes = {"routing": _routing(scored, exits, counted, (threshold,), found)}
+            changes = {"routing": _routing_record(scored, exits, counted, (threshold,), found)}
     elif cost == "measured":
         found = {"method": "budget", "budget": budget, "cost_by": cost}
-        routing = _routing(scored, exits, counted, thresholds_for_budget(scored.scores, budget, measured[0]), found)
+        routing = _routing_record(scored, exits, counted, thresholds_for_budget(scored.scores, budget, measured[0]), found)
         reached = {int(e): share for e, share in routing["found"]["reached"].items()}
         routing["found"]["measured"] = budget_search.describe_costs(measured[0], reached, measured[1])
         changes = {"routing": routing}
     else:
-        changes = {"routing": routing_of(scored, exits, counted, shares=shares, budget=budget)}
+        changes = {"routing": routing_from_scores(scored, exits, counted, shares=shares, budget=budget)}
     checkpoint.amend(folder, changes)
     return checkpoint.describe(folder)
 
@@ -251,13 +257,13 @@ def _calibrate_recall(
     if max_drop is not None:
         budget_search.check_drop(max_drop)
     elif cost == "counted":
-        thresholds_for_budget(np.zeros(1, np.float32), budget, costs_of(folder))  # known before the images are embedded
+        thresholds_for_budget(np.zeros(1, np.float32), budget, bundle_costs(folder))  # fails early if it cannot be met
     model = load(folder, batch_size=batch_size, dtype=dtype)
-    gallery, thresholds, found = budget_search.find(
-        model, source, costs_of(folder), max_drop=max_drop, budget=budget, cost=cost, loading=loading, draw=draw
+    gallery, thresholds, found = budget_search.search_thresholds(
+        model, source, bundle_costs(folder), max_drop=max_drop, budget=budget, cost=cost, loading=loading, draw=draw
     )  # fmt: skip
     scored = ScoredImages(gallery.scores, np.full(len(gallery.scores), np.nan, np.float32), gallery.bad, source)
-    checkpoint.amend(folder, {"routing": _routing(scored, model.exits, costs_of(folder), thresholds, found)})
+    checkpoint.amend(folder, {"routing": _routing_record(scored, model.exits, bundle_costs(folder), thresholds, found)})
     return checkpoint.describe(folder)
 
 
@@ -266,18 +272,18 @@ def _check_fits(folder: Path, description: Mapping[str, Any], metric: str | None
         exits = description["routing"]["exits"]
         if metric is not None and len(exits) != 2:
             raise ConfigError(
-                f"{folder} has the exits {tuple(exits)}: a metric of labels finds one threshold, for one early exit and full "
-                "depth; use --budget or --share"
+                f"{folder} has the exits {tuple(exits)}: a metric sets one threshold, which needs exactly one early exit; use "
+                "--budget or --share"
             )
     elif metric is None:
         raise ConfigError(
-            f"{folder} is a complexity model alone: budgets and shares are of a bundle's exits; `icar bundle` makes one. "
-            "For the threshold of a classifier pass --metric"
+            f"{folder} is a complexity model without a CLIP: budgets and shares need a bundle (made by `icar bundle`); to set "
+            "the threshold of a classifier pass --metric"
         )
     elif description["arch"]["head"] != CLASSIFICATION:
         raise ConfigError(
-            f"{folder} predicts ratings (head 'regression') and calls nothing complex, so it has no threshold of its own; "
-            "calibrate a classifier, or the bundle that routes with it"
+            f"{folder} is a regression model; only classifiers have a decision threshold. Calibrate a classifier, or the "
+            "bundle that routes with this model"
         )
 
 
@@ -293,20 +299,20 @@ def make_bundle(
     dtype: str = "float32",
     loading: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Joins a CLIP and a complexity checkpoint with thresholds and writes the bundle to `out`.
+    """Combines a CLIP and a complexity checkpoint with thresholds, writes the bundle to `out` and returns its path.
 
-    Either `thresholds` are given, or they are set on `calibration` so that each exit gets its share of those images. Without
-    both, the threshold that a converted classifier brings along serves a CLIP with one early exit. `loading` are keywords of
-    `eval_batches`: workers, retries and the like.
-    The description records how they were found. Raises CheckpointError or ConfigError where the parts do not fit.
+    Either `thresholds` are given, or they are calibrated on `calibration` so that each exit gets its share of the images. With
+    neither, a CLIP with one early exit uses the threshold stored with a converted classifier. loading: keyword arguments of
+    `eval_batches` (workers, retries, ...). The description records how the thresholds were found. Raises CheckpointError or
+    ConfigError if the parts do not match.
     """
-    checkpoint.require_replaceable(out, "bundle")  # known before the calibration images are scored
+    checkpoint.require_replaceable(out, "bundle")  # fails before the calibration images are scored
     clip_model, scorer = load_parts(clip, complexity, batch_size=batch_size, dtype=dtype)
     exits = clip_model.exits
     if len(exits) < 2:
         raise ConfigError(
-            f"{clip} has no early exit, so there is nothing to route; train it with config.clip.exits, or convert it again "
-            "with `icar convert --exits`"
+            f"{clip} has no early exit, so routing is not possible; train it with config.clip.exits, or convert it again with "
+            "`icar convert --exits`"
         )
     stored = scorer.description.get("threshold")
     if thresholds is not None:
@@ -317,12 +323,12 @@ def make_bundle(
     else:
         if calibration is None:
             raise ConfigError(
-                "a bundle needs thresholds, or calibration images to set them on: pass --thresholds, or as --clip a workdir of "
-                "train.py, which names its calibration images"
+                "a bundle needs thresholds, or calibration images to set them: pass --thresholds, or pass a train.py workdir "
+                "as --clip, whose config names the calibration images"
             )
         full_shares(shares, exits)
         scored = score_source(scorer, calibration, "calibrate", loading)
-        routing = routing_of(scored, exits, costs(clip_model.arch, scorer.scorer.complexity.arch), shares=shares)
+        routing = routing_from_scores(scored, exits, model_costs(clip_model.arch, scorer.scorer.complexity.arch), shares=shares)
     routing = {"exits": list(exits), **routing}
     logging.info("Thresholds %s for exits %s.", routing["thresholds"], exits)
     return checkpoint.write_bundle(

@@ -1,7 +1,7 @@
-"""Settings of a router (thresholds, and with them which exits are used) by what they cost and what recall they keep.
+"""Cost and recall of router settings, the cost-recall frontier, and search over settings.
 
-A setting is its thresholds. An exit that no image takes is not used. Recall is the mean recall at 5 of both directions, every
-image at the exit its score sends it to, in the mixed gallery that makes.
+A setting is a tuple of thresholds. An exit that no image takes is not used. Recall is R@5, mean of both directions, with every
+image at the exit its score routes it to, in the resulting mixed gallery.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from icar_jax.inference.budgets import Costs
 from icar_jax.inference.router import assign
 
 RECALL_AT = 5
-FINE, COARSE = 100, 20  # steps of the shares searched, for one early exit and for more
-EXHAUSTIVE = 2  # early exits up to which every combination on the grid is tried
-_AT_ONCE = 128  # settings ranked in one pass
+FINE, COARSE = 100, 20  # grid steps of the searched shares, for one early exit and for more
+EXHAUSTIVE = 2  # largest number of early exits for exhaustive grid search
+_AT_ONCE = 128  # settings ranked per pass
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting. share: exit -> fraction of the images; cost: name -> mean cost as a share of full depth, router included;
-    recall: mean R@5 in percent."""
+    """One setting with its cost and recall.
+
+    share: exit -> fraction of the images. cost: name -> mean cost as a fraction of full depth, router included. recall: R@5
+    in percent, mean of both directions.
+    """
 
     thresholds: tuple[float, ...]
     share: dict[int, float]
@@ -42,11 +45,11 @@ class Point:
 
 @dataclass
 class Bench:
-    """Images that settings are tried on.
+    """Embedded images and captions on which settings are evaluated.
 
     by_exit: exit -> [N, D]; texts: [M, D]; caption_image: [M]; scores: [N] complexity.
     costs: name ('counted', 'measured') -> `Costs`.
-    far_by_exit, far_scores, distractors: of the distractors, which are routed as the others are.
+    far_by_exit, far_scores, distractors: the distractors, which are routed like the base images.
     """
 
     by_exit: Mapping[int, np.ndarray]
@@ -65,18 +68,18 @@ class Bench:
         return tuple(sorted(self.by_exit))
 
     def thresholds(self, cumulative: Sequence[float]) -> tuple[float, ...]:
-        """Thresholds under which a share cumulative[i] of the images leaves at exit i or before."""
+        """Returns thresholds with which a fraction cumulative[i] of the images leaves at exit i or earlier."""
         return thresholds_for_shares(self.scores, np.diff([0.0, *cumulative, 1.0]))
 
     def ranks(self, settings: Sequence[Sequence[float]]) -> list[Ranks]:
-        """Ranks of both directions under each of the thresholds."""
+        """Ranks the queries of both directions under each setting."""
         scores = self.scores if self.far_scores is None else np.concatenate([self.scores, self.far_scores])
         exits = np.stack([assign(scores, self.exits, limits) for limits in settings])
         more = {"far_by_exit": self.far_by_exit, "distractors": self.distractors, "mesh": self.mesh}
         return ranks_mixed(self.by_exit, self.texts, self.caption_image, exits, **more)
 
     def points(self, settings: Sequence[Sequence[float]]) -> list[Point]:
-        """What each setting costs and keeps; one that was tried before is not ranked again."""
+        """Returns cost and recall of each setting; results are cached, so no setting is ranked twice."""
         wanted = [tuple(float(t) for t in limits) for limits in settings]
         new = [limits for limits in dict.fromkeys(wanted) if limits not in self._known]
         for start in range(0, len(new), _AT_ONCE):
@@ -94,12 +97,12 @@ class Bench:
 
     @property
     def full(self) -> Point:
-        """Every image at full depth, the router's cost included."""
+        """The setting with every image at full depth, router cost included."""
         return self.points([self.thresholds([0.0] * (len(self.exits) - 1))])[0]
 
     @property
     def known(self) -> list[Point]:
-        """All points so far."""
+        """All settings evaluated so far."""
         return list(self._known.values())
 
     @property
@@ -108,18 +111,18 @@ class Bench:
 
 
 def sweep(bench: Bench, steps: int = COARSE) -> list[Point]:
-    """Settings for a picture of what thresholds can do: every pair of exits at rising shares."""
+    """Evaluates every pair of exits at increasing shares, to plot the range of what thresholds can reach."""
     early = len(bench.exits) - 1
     settings = []
     for i, j in itertools.combinations(range(early + 1), 2):
         for part in np.arange(steps + 1) / steps:
-            # A share `part` leaves at exit i, the rest at exit j.
+            # A fraction `part` leaves at exit i, the rest at exit j.
             settings.append(bench.thresholds([0.0] * i + [part] * (j - i) + [1.0] * (early - j)))
     return bench.points(list(dict.fromkeys(settings)))
 
 
 def frontier(points: Sequence[Any], cost: str) -> list[Any]:
-    """The points that no other beats in both recall and cost, by rising cost. Points: `Point`, or dicts of `as_dict`."""
+    """Returns the Pareto-optimal points in recall and cost, by increasing cost. points: `Point`, or dicts of `as_dict`."""
 
     def of(point: Any, name: str) -> Any:
         return point[name] if isinstance(point, Mapping) else getattr(point, name)
@@ -132,28 +135,28 @@ def frontier(points: Sequence[Any], cost: str) -> list[Any]:
 
 
 def cheapest(bench: Bench, max_drop: float, cost: str) -> Point:
-    """The setting of least cost whose mean R@5 is at most `max_drop` points below that of full depth; see `_best`.
+    """Returns the cheapest setting whose mean R@5 is at most `max_drop` points below full depth; see `_best`.
 
-    Of equal costs the higher recall is taken. Full depth is among the settings, so there is always an answer.
+    Ties go to the higher recall. Full depth is among the settings, so there is always a result.
     """
     lowest = bench.full.recall - max_drop - 1e-9
     return _best(bench, lambda p: (p.recall < lowest, p.cost[cost], -p.recall))
 
 
 def best_within(bench: Bench, budget: float, cost: str) -> Point:
-    """The setting of highest mean R@5 that costs at most `budget` times full depth; of equal recalls the cheapest. See `_best`.
+    """Returns the setting with the highest mean R@5 that costs at most `budget` times full depth; ties go to the cheapest.
 
-    The budget allows the first exit for every image, router included: else nothing is within it.
+    The budget must allow the first exit for every image, router included; otherwise no setting meets it. See `_best`.
     """
     return _best(bench, lambda p: (p.cost[cost] > budget + 1e-9, -p.recall, p.cost[cost]))
 
 
 def _best(bench: Bench, key: Callable[[Point], tuple]) -> Point:
-    """The setting of least key, full depth among them.
+    """Returns the setting that minimises `key`; full depth is always a candidate.
 
-    One or two early exits: every combination of cumulative shares on a grid of 1/FINE or 1/COARSE. More: coordinate search
-    on the coarse grid, from every exit alone and from full depth; each threshold in turn moves to where the key is least,
-    until none moves. A local optimum, then.
+    One or two early exits: exhaustive search over cumulative shares on a grid of 1/FINE or 1/COARSE. More: coordinate search
+    on the coarse grid, started from each single exit and from full depth; each threshold in turn moves to its best value
+    until none moves, which gives a local optimum.
     """
     early, found = len(bench.exits) - 1, bench.full
     if early <= EXHAUSTIVE:

@@ -1,4 +1,4 @@
-"""A source embedded once: every exit of every image, the routed rows, and every caption."""
+"""Embeds a source once: every image at every exit, the routed embeddings, and every caption."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ from icar_jax.models.clip import LOGIT_SCALE_MAX
 
 @dataclass(frozen=True)
 class Gallery:
-    """Embeddings of a whole source: one row per image and exit, one per caption, and the routed rows.
+    """Embeddings of N images and M captions of a source.
 
-    names and index are those of the images in the source; labels are their category labels, () where there are none.
+    by_exit: exit -> [N, D]; texts: [M, D]; caption_image: [M] image of each caption; routed: [N, D]; scores: [N] complexity;
+    exits: [N] executed blocks under routing (all three None without routing); sample: images for timing; names and index
+    identify the images in the source; labels: category labels of each image, () for none.
     """
 
     by_exit: dict[int, np.ndarray]
@@ -41,13 +43,13 @@ class Gallery:
     labels: list[tuple[str, ...]]
 
 
-def embed(
+def embed_source(
     model: Model, source: Source, loading: Mapping[str, Any] | None = None, *, exits: Sequence[int] | None = None
 ) -> Gallery:
-    """One pass over the source: every exit of every image, the routed rows, and every caption.
+    """Embeds every readable image of a source at every exit and by routing, and every caption, in one pass.
 
-    loading: keywords of `eval_batches`: workers, retries and the like. exits: only these, without routing.
-    Raises DataError where no image can be read.
+    loading: keyword arguments of `eval_batches` (workers, retries, ...). exits: only these exits, without routing.
+    Raises DataError if no image can be read.
     """
     towers = {exit: [] for exit in exits or model.exits}
     kept: dict[str, list[np.ndarray]] = {key: [] for key in model.preprocesses}
@@ -82,7 +84,7 @@ def embed(
                 yield batch["images"]["clip"], batch["images"].get(model.scored_on)
 
     if routing:
-        routed = model.router.embed(prepared(), model.embed_dim)
+        routed = model.router.embed_batches(prepared(), model.embed_dim)
     else:
         for _ in prepared():
             pass
@@ -107,14 +109,17 @@ def embed(
 
 
 def full_scale(model: Model) -> float:
-    """The logit scale of full depth, at most 100 as in CLIP, or unbounded as in SigLIP."""
+    """Returns the logit scale of full depth, clipped at 100 for CLIP and unclipped for SigLIP."""
     return model.temperature if model.arch.logit_bias else min(model.temperature, LOGIT_SCALE_MAX)
 
 
 def labelled(
     gallery: Gallery, urls: list[str | None] | None, table: dict[str, Labels] | None, file: str, notes: list[str]
 ) -> Gallery:
-    """The gallery with the labels that `read_labels(file)` gave, where there are any; notes how many images they know."""
+    """Returns the gallery with labels from `table`, the result of `read_labels(file)`; adds a note on their coverage.
+
+    Without a table the gallery is returned unchanged.
+    """
     if table is None:
         return gallery
     own_urls = [urls[i] for i in gallery.index.tolist()] if urls is not None else None
@@ -125,7 +130,7 @@ def labelled(
 
 @dataclass
 class Evidence:
-    """What the report shows beyond the metrics. ranks: run -> `Ranks`, of runs with one assignment; exits: run -> [N]."""
+    """Per-image results shown in the report. ranks: run -> `Ranks`, for runs with one assignment; exits: run -> [N]."""
 
     gallery: Gallery
     ranks: dict[str, Ranks] = field(default_factory=dict)

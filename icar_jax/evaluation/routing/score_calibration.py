@@ -1,10 +1,10 @@
-"""Scores of different exits made comparable: z' = a_e s + b_e for each early exit e, in score space (s is the cosine).
+"""Per-exit affine score calibration: s' = a_e s + b_e for each early exit e, where s is the cosine similarity.
 
-In a mixed gallery an image is ranked against images of other exits. Where the cosines of an exit lie lower or spread less than
-those of full depth, its images lose to others whatever they show. Two numbers an exit are fitted on calibration images, never
-on evaluated ones; full depth keeps (1, 0). What is minimised is the InfoNCE of text to image in the mixed gallery itself, at
-full depth's temperature, which is convex in (a, b). Image-to-text ranks do not change: all captions of an image share its a > 0
-and its b.
+In a mixed gallery, images from different exits are ranked against each other. If the cosines of one exit are lower or less
+spread than those of full depth, its images rank too low regardless of content. One slope and one offset per exit are fitted
+on calibration images, never on evaluated ones; full depth stays at (1, 0). The objective is the text-to-image InfoNCE in the
+mixed gallery at full depth's temperature, which is convex in (a, b). Image-to-text ranks do not change, because all captions of
+an image share its a > 0 and b.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import numpy as np
 
 from icar_jax.evaluation.routing.assignments import take_exits
 
-_ROWS = 512  # captions whose scores are held at a time
-_LEAST_SLOPE = 0.05  # a slope of 0 or less would turn the order of an exit's captions over
+_ROWS = 512  # captions scored at a time
+_LEAST_SLOPE = 0.05  # keeps slopes positive: a slope <= 0 would reverse the order of an exit's captions
 
 
 @dataclass(frozen=True)
 class ScoreCalibration:
-    """exit (executed blocks) -> (slope a, offset b) of its cosines; full depth has (1, 0)."""
+    """Affine calibration of cosines: exit (executed blocks) -> (slope a, offset b); full depth has (1, 0)."""
 
     affine: dict[int, tuple[float, float]]
-    loss_before: float  # nats, of the calibration images
+    loss_before: float  # in nats, on the calibration images
     loss_after: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -34,18 +34,21 @@ class ScoreCalibration:
         return {"kind": "affine", "exits": affine, "loss_before": self.loss_before, "loss_after": self.loss_after}
 
     def images(self, embeddings: np.ndarray, exits: np.ndarray) -> np.ndarray:
-        """[N, D] of images that left at `exits` [N] -> [N, D + 1], whose products with `texts` are the calibrated scores."""
+        """Maps embeddings [N, D] from `exits` [N] to float32 [N, D + 1] whose products with `texts` are calibrated scores.
+
+        Raises ValueError for an exit without calibration.
+        """
         slopes, offsets = self._of(exits)
         return np.concatenate([embeddings.astype(np.float32) * slopes[:, None], offsets[:, None]], axis=1)
 
     @staticmethod
     def texts(embeddings: np.ndarray) -> np.ndarray:
-        """[M, D] -> [M, D + 1]: a one that the offset is multiplied by."""
+        """Appends a column of ones to text embeddings: [M, D] -> float32 [M, D + 1]."""
         return np.concatenate([embeddings.astype(np.float32), np.ones((len(embeddings), 1), np.float32)], axis=1)
 
     def _of(self, exits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if unknown := set(np.unique(exits).tolist()) - set(self.affine):
-            raise ValueError(f"images leave at exits {sorted(unknown)}, calibrated are {sorted(self.affine)}")
+            raise ValueError(f"no score calibration for exits {sorted(unknown)}; calibrated exits: {sorted(self.affine)}")
         pairs = np.zeros((len(exits), 2), np.float32)
         for exit, pair in self.affine.items():
             pairs[exits == exit] = pair
@@ -53,7 +56,7 @@ class ScoreCalibration:
 
 
 def bias(by_exit: Mapping[int, np.ndarray], texts: np.ndarray, caption_image: np.ndarray) -> dict[int, dict[str, float]]:
-    """exit -> {'matching', 'other'}: mean cosine of captions with their own image, and with all other images.
+    """Returns exit -> {'matching', 'other'}: mean cosine of captions with their own image, and with all other images.
 
     by_exit: exit -> [N, D]; texts: [M, D], unit norm; caption_image: [M]. 'other' is nan for a single image.
     """
@@ -70,10 +73,10 @@ def bias(by_exit: Mapping[int, np.ndarray], texts: np.ndarray, caption_image: np
 def fit(
     by_exit: Mapping[int, np.ndarray], texts: np.ndarray, caption_image: np.ndarray, exits: np.ndarray, scale: float
 ) -> ScoreCalibration:
-    """The slopes and offsets of least loss for a gallery whose images leave at `exits` [N].
+    """Fits the slopes and offsets that minimise the loss for a gallery whose images leave at `exits` [N].
 
-    by_exit: exit -> [N, D] of calibration images; texts: [M, D], unit norm; caption_image: [M]; scale: of full depth. An exit
-    that no image takes, like full depth, keeps (1, 0); a gallery all at one early exit keeps it too, for want of rivals.
+    by_exit: exit -> [N, D] of calibration images; texts: [M, D], unit norm; caption_image: [M]; scale: logit scale of full
+    depth. Full depth and unused exits stay at (1, 0), as does a single exit that all images share, since nothing is mixed.
     Raises ValueError for an exit without embeddings.
     """
     full, owner = max(by_exit), np.asarray(caption_image)
@@ -83,7 +86,7 @@ def fit(
     if not fitted or len(np.unique(exits)) == 1:
         before = _loss(np.zeros(2 * len(fitted)), rows, texts, owner, exits, fitted, scale, [(0.0, 1.0)] * len(fitted))[0]
         return ScoreCalibration(identity, before, before)
-    # Standardised: one step of a slope then moves the logits as much as one of an offset.
+    # Standardise cosines, so that steps in slope and in offset move the logits equally.
     spread = [_spread(rows[exits == e], texts) for e in fitted]
     arguments = (rows, texts, owner, exits, fitted, scale, spread)
     start = np.zeros(2 * len(fitted))
@@ -102,7 +105,7 @@ def fit(
 
 
 def _spread(images: np.ndarray, texts: np.ndarray) -> tuple[float, float]:
-    """Mean and deviation of the cosines of images and texts."""
+    """Returns mean and standard deviation of the cosines between images and texts."""
     scores = images[:_ROWS] @ texts[: 4 * _ROWS].T.astype(np.float32)
     return float(scores.mean()), max(float(scores.std()), 1e-3)
 
@@ -111,7 +114,7 @@ def _loss(
     x: np.ndarray, rows: np.ndarray, texts: np.ndarray, owner: np.ndarray, exits: np.ndarray, fitted: list[int], scale: float,
     spread: list[tuple[float, float]],
 ) -> tuple[float, np.ndarray]:  # fmt: skip
-    """Mean InfoNCE of the captions, and its gradient by x = (u, v) an exit: logits T s + u (s - mean) / deviation + v."""
+    """Returns mean InfoNCE and its gradient in x = (u, v) per exit; logits are T s + u (s - mean) / deviation + v."""
     members = [exits == e for e in fitted]
     total, gradient = 0.0, np.zeros(2 * len(fitted))
     for start in range(0, len(texts), _ROWS):

@@ -1,13 +1,13 @@
-"""A corpus of embedded images on disk: float16 shards that are mapped into memory, beside Parquet rows that say what is what.
+"""A corpus of image embeddings on disk: memory-mapped float16 shards with Parquet metadata.
 
     DIR/
-      corpus.json        the model's identity, how images were encoded, and whether the last run came to its end
+      corpus.json        identity of the model, encoding options, and whether the last run finished
       000000.npy         float16 [rows, D], unit norm up to rounding
-      000000.parquet     the same rows: path, sha256, complexity, exit, milliseconds
-      bad.csv            files that could not be embedded, and why; only where there are any
+      000000.parquet     metadata of the same rows: path, sha256, complexity, exit, milliseconds
+      bad.csv            files that could not be embedded, with reasons; absent if there are none
 
-A shard exists once its Parquet file does, which is moved into place last. So a writer that is killed at any moment leaves a
-corpus of whole shards, and the next one goes on after them.
+The Parquet file of a shard is moved into place last, and a shard without one is ignored. A killed writer therefore leaves
+only complete shards, and the next run continues after them.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ SCHEMA = pa.schema(
         ("milliseconds", pa.float64()),
     ]
 )  # fmt: skip
-FIXED = ("format", "model", "encoding", "embed_dim", "shard_rows")  # entries of the manifest that a later run must share
+FIXED = ("format", "model", "encoding", "embed_dim", "shard_rows")  # manifest entries that must be equal in later runs
 
 
 class CorpusError(IcarError, ValueError):
-    """A corpus is missing, damaged, in use, or of another model; the message names the path and the fix."""
+    """A corpus is missing, damaged, in use, or made with another model; the message names the path and the fix."""
 
 
 class Corpus:
-    """A corpus as `open_corpus` reads it; embeddings stay on disk until they are used.
+    """A corpus opened by `open_corpus`; embeddings are memory-mapped.
 
     Attributes:
-        manifest: corpus.json. `manifest['model']` are the identities of the models, as `Model.identity`.
-        complete: whether the last run embedded everything that it was given.
-        shards: float16 [rows, D] arrays, mapped into memory, in the order of the rows.
+        manifest: contents of corpus.json; `manifest['model']` is the `Model.identity` it was made with.
+        complete: whether the last run embedded all of its input.
+        shards: memory-mapped float16 [rows, D] arrays, in row order.
     """
 
     def __init__(self, path: Path, manifest: Mapping[str, Any], names: Sequence[str]):
         self.path, self.manifest = path, dict(manifest)
         self.complete = bool(manifest.get("complete"))
-        self.shards = [_mapped(path, name, manifest["embed_dim"]) for name in names]
+        self.shards = [_open_shard(path, name, manifest["embed_dim"]) for name in names]
         self._names = list(names)
         self._ends = np.cumsum([len(shard) for shard in self.shards], dtype=np.int64)
 
@@ -65,12 +65,12 @@ class Corpus:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, rows: Any) -> np.ndarray:
-        """Embeddings float16 [n, D] of row numbers int [n], or of a slice."""
+        """Embeddings float16 [n, D] of row indices int [n] or of a slice. Raises IndexError out of range."""
         if isinstance(rows, slice):
             rows = np.arange(*rows.indices(len(self)))
         rows = np.asarray(rows, np.int64)
         if rows.ndim != 1 or (len(rows) and (rows.min() < 0 or rows.max() >= len(self))):
-            raise IndexError(f"rows of {self.path} are a list or a slice of numbers from 0 to {len(self) - 1}")
+            raise IndexError(f"{self.path} expects a list or a slice of row indices from 0 to {len(self) - 1}")
         out = np.empty((len(rows), self.manifest["embed_dim"]), np.float16)
         shard_of = np.searchsorted(self._ends, rows, side="right")
         for shard in np.unique(shard_of):
@@ -79,22 +79,22 @@ class Corpus:
         return out
 
     def rows(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """The table with the columns of SCHEMA, or some of them, one row an embedding."""
+        """Metadata table with one row per embedding; columns of SCHEMA, all by default."""
         tables = [pq.read_table(self.path / f"{name}.parquet", columns=columns) for name in self._names]
         return pa.concat_tables(tables) if tables else SCHEMA.empty_table().select(columns or SCHEMA.names)
 
 
 def open_corpus(path: str | os.PathLike) -> Corpus:
-    """Opens what `icar embed` wrote, also while it is written. Raises CorpusError saying what is wrong with it."""
+    """Opens a corpus written by `icar embed`, also while it is being written. Raises CorpusError if it cannot be read."""
     path = Path(path)
     return Corpus(path, read_manifest(path), shard_names(path))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """corpus.json. Raises CorpusError where it is missing or of another format."""
+    """Contents of corpus.json. Raises CorpusError if it is missing, unreadable or of another format."""
     file = path / MANIFEST
     if not file.is_file():
-        raise CorpusError(f"{path} holds no {MANIFEST}; expected a folder that `icar embed` wrote")
+        raise CorpusError(f"{path} has no {MANIFEST}; expected a folder written by `icar embed`")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -105,15 +105,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def shard_names(path: Path) -> list[str]:
-    """Names of the complete shards, in order. Raises CorpusError where one is missing between others."""
+    """Names of the complete shards, in order. Raises CorpusError if one is missing in the sequence."""
     names = sorted(file.stem for file in path.glob("[0-9]*.parquet"))
     for number, name in enumerate(names):
         if name != f"{number:06}":
-            raise CorpusError(f"{path} lacks {number:06}.parquet; copy the whole folder again, or embed into another one")
+            raise CorpusError(f"{path} is missing {number:06}.parquet; copy the whole folder again, or embed into another one")
     return names
 
 
-def _mapped(path: Path, name: str, embed_dim: int) -> np.ndarray:
+def _open_shard(path: Path, name: str, embed_dim: int) -> np.ndarray:
     file = path / f"{name}.npy"
     rows = pq.read_metadata(path / f"{name}.parquet").num_rows
     try:
@@ -122,28 +122,28 @@ def _mapped(path: Path, name: str, embed_dim: int) -> np.ndarray:
         raise CorpusError(f"cannot read {file}: {error}; copy the whole folder again") from error
     if array.shape != (rows, embed_dim) or array.dtype != np.float16:
         found, wanted = f"{array.dtype} {list(array.shape)}", f"float16 [{rows}, {embed_dim}]"
-        raise CorpusError(f"{file} holds {found}, expected {wanted}; copy the whole folder again")
+        raise CorpusError(f"{file} is {found}, expected {wanted}; copy the whole folder again")
     return array
 
 
 def path_key(path: str) -> bytes:
-    """16 bytes that stand for an absolute path."""
+    """16-byte hash of the absolute path."""
     return hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=16).digest()
 
 
 class CorpusWriter:
-    """Adds shards to a corpus, a new one or one that an earlier run began; one writer at a time.
+    """Appends shards to a new or existing corpus; only one writer at a time.
 
     Args:
-        path: folder of the corpus; made where it is missing.
-        manifest: entries of FIXED but 'format', which an existing corpus must share.
+        path: folder of the corpus; created if missing.
+        manifest: the entries of FIXED except 'format'; they must equal those of an existing corpus.
 
     Attributes:
-        done: `path_key` of the images that the corpus holds.
-        images: how many these are.
+        done: `path_key` of every image in the corpus.
+        images: number of images in the corpus.
 
-    Use as a context manager. Raises CorpusError for another model or encoding, for a folder that is no corpus, and while
-    another process writes to it.
+    Use it as a context manager. Raises CorpusError for another model or encoding, for a folder that is not a corpus, and
+    while another process writes to it.
     """
 
     def __init__(self, path: str | os.PathLike, manifest: Mapping[str, Any]):
@@ -162,7 +162,7 @@ class CorpusWriter:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, even if killed
         except BlockingIOError:
             os.close(self._lock)
             raise CorpusError(f"another process is writing to {self.path}; wait for it, or choose another folder") from None
@@ -175,19 +175,19 @@ class CorpusWriter:
 
     def __exit__(self, *_: Any) -> None:
         with suppress(OSError):
-            if [entry.name for entry in self.path.iterdir()] == [MANIFEST]:  # nothing came of it
+            if [entry.name for entry in self.path.iterdir()] == [MANIFEST]:  # no shard was written
                 (self.path / MANIFEST).unlink()
-            self.path.rmdir()  # only ever an empty folder
+            self.path.rmdir()  # fails unless the folder is empty
         os.close(self._lock)
 
     def _open(self) -> None:
         entries = [entry for entry in self.path.iterdir()]
         for entry in entries:
             if entry.name.startswith(".") and entry.suffix == ".tmp":
-                entry.unlink(missing_ok=True)  # of a writer that was killed
+                entry.unlink(missing_ok=True)  # left by a killed writer
         if not (self.path / MANIFEST).exists():
             if any(not entry.name.startswith(".") for entry in entries):
-                raise CorpusError(f"{self.path} exists and is no corpus; choose another folder or remove it")
+                raise CorpusError(f"{self.path} exists and is not a corpus; choose another folder or remove it")
             self._next = 0
             return
         before = read_manifest(self.path)
@@ -195,22 +195,25 @@ class CorpusWriter:
         changed = [f"{key} was {before.get(key)}, now {now[key]}" for key in FIXED if before.get(key) != now[key]]
         if changed:
             raise CorpusError(
-                f"{self.path} was embedded in another way, and its rows could not be compared with new ones; use the same "
+                f"{self.path} was embedded with other settings, and its rows are not comparable with new ones; use the same "
                 f"checkpoint and options, or another folder: {'; '.join(changed)}"
             )
         names = shard_names(self.path)
         for name in names:
-            _mapped(self.path, name, self._manifest["embed_dim"])
+            _open_shard(self.path, name, self._manifest["embed_dim"])
             for batch in pq.ParquetFile(self.path / f"{name}.parquet").iter_batches(columns=["path"]):
                 self.done.update(path_key(path) for path in batch.column(0).to_pylist())
         self._next = len(names)
 
-    def note(self, **entries: Any) -> None:
-        """Writes the manifest, with more entries."""
+    def update_manifest(self, **entries: Any) -> None:
+        """Writes the manifest with additional entries."""
         workdir.write_text(self.path / MANIFEST, json.dumps({**self._manifest, **entries}, indent=2) + "\n")
 
-    def add(self, embeddings: np.ndarray, columns: Mapping[str, Sequence[Any]]) -> None:
-        """Writes a shard: float [n, D] and the columns of SCHEMA, each of length n."""
+    def add_shard(self, embeddings: np.ndarray, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Writes a shard: embeddings float [n, D] and the columns of SCHEMA, each of length n.
+
+        Raises ModelError for a non-finite embedding.
+        """
         if not np.isfinite(embeddings).all():
             row = int(np.argmin(np.isfinite(embeddings).all(axis=1)))
             raise ModelError(f"the embedding of {columns['path'][row]} is not finite; the model is broken")

@@ -1,4 +1,4 @@
-"""Files into a corpus on disk, shard by shard; continued where a run before was stopped."""
+"""Embeds image files into a corpus on disk, shard by shard; an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from icar_jax.data.sources.files import ImagePaths
 from icar_jax.inference.files.corpus import BAD, CorpusWriter, path_key
 from icar_jax.inference.files.stream import ReadImage, StreamEncoder, StreamResult, embed_stream, read_image
 from icar_jax.inference.model import Model
-from icar_jax.inference.reading import Bad, in_order, readable
+from icar_jax.inference.reading import BadFile, map_ordered, read_or_bad
 from icar_jax.inference.router import RoutingResult
 
 SHARD_ROWS = 4096
@@ -26,27 +26,27 @@ SHARD_ROWS = 4096
 
 @dataclass
 class EmbeddingResult(StreamResult):
-    """What a run of `embed_files` did.
+    """Counts and timings of a run of `embed_files`.
 
     Attributes:
-        images: embedded by this run; `before`: named to it, but embedded by an earlier one; `total`: in the corpus now.
+        images: embedded by this run; `before`: requested, but embedded by an earlier run; `total`: in the corpus now.
         exits: executed blocks -> images of this run.
-        bad: files that could not be embedded; `first_bad` holds the first of them.
-        duplicates, empty: as of ImagePaths.
-        warm_up_s, seconds: wall time of compilation, and of all that came after.
+        bad: number of files that could not be embedded; `first_bad` lists the first of them.
+        duplicates, empty: as in ImagePaths.
+        warm_up_s, seconds: wall time of compilation, and of everything else.
         stats: of the router, summed over the shards.
     """
 
     before: int = 0
     total: int = 0
     bad: int = 0
-    first_bad: list[Bad] = field(default_factory=list)
+    first_bad: list[BadFile] = field(default_factory=list)
     duplicates: int = 0
     empty: list[str] = field(default_factory=list)
 
     def report(self) -> str:
-        """Text for the end of a run: speed, shares, and where the time went."""
-        before = f"; {self.before:,} had been embedded before" if self.before else ""
+        """Summary text of the run: speed, fraction of images per exit, and time breakdown."""
+        before = f"; {self.before:,} were already embedded" if self.before else ""
         first = (
             f"Embedded {self.images:,} images in {self.seconds:.1f} s ({self.images / max(self.seconds, 1e-9):.1f} images/s) "
             f"after {self.warm_up_s:.1f} s of compilation{before}"
@@ -65,17 +65,16 @@ def embed_files(
     threads: int = 0,
     bad_shown: int = 20,
 ) -> EmbeddingResult:
-    """Embeds files into the corpus `out`, with a progress bar; see `inference.corpus` for what lies there.
+    """Embeds files into the corpus `out` with a progress bar; `icar_jax.inference.files.corpus` describes the format.
 
-    Rows stand in the order of `paths`, by their absolute path; those that the corpus holds are not read again, whatever became
-    of the file. Files that cannot be used are tried in every run. `milliseconds` of a row is the wall time of reading, decoding
-    and resizing on its thread, plus its share of the time in which the device was busy with its batches. With `exit` every
-    image runs to that depth, and none is scored; without it a bundle routes, and a CLIP alone runs full depth. `budget` as for
-    `Model.encode_image`.
+    Rows are in the order of `paths` and store absolute paths. Paths already in the corpus are skipped, even if the file has
+    changed; unusable files are retried in every run. `milliseconds` of a row is the wall time of reading, decoding and
+    resizing on its thread, plus its share of the device time of its batches. With `exit`, every image runs to that depth and
+    none is scored; without it, a bundle routes and a plain CLIP runs full depth. `budget` as for `Model.encode_image`.
 
-    Some ten batches of pixels are held: read ahead, waiting for their scores, for an exit, and for the device. Beyond that
-    memory grows with `shard_rows` embeddings, and with some 80 bytes for each image of the corpus.
-    Raises CorpusError for a corpus of another model or other options, NoImages where `paths` names none.
+    Memory: about ten batches of pixels (read ahead, waiting for scores, for an exit, for the device), `shard_rows` embeddings,
+    and about 80 bytes for each image in the corpus.
+    Raises CorpusError for a corpus of another model or other options, and NoImages if `paths` contains no image.
     """
     encoding = StreamEncoder(model, exit=exit, budget=budget)
     manifest = {
@@ -88,31 +87,31 @@ def embed_files(
     with CorpusWriter(out, manifest) as corpus:
         start = time.perf_counter()
         bar = tqdm(total=paths.count(), desc="embed", unit=" images")
-        read = in_order(
-            lambda path: readable(path, lambda path: read_image(path, encoding.preprocesses)),
-            _new(paths, corpus.done, done, bar),
+        read = map_ordered(
+            lambda path: read_or_bad(path, lambda path: read_image(path, encoding.preprocesses)),
+            _not_embedded(paths, corpus.done, done, bar),
             ahead=2 * model.batch_size,
             threads=threads,
         )
         with bar, closing(read), _BadFiles(Path(out), done, bad_shown) as bad:
-            corpus.note(complete=False)
+            corpus.update_manifest(complete=False)
 
             def write(images: Sequence[ReadImage], routed: RoutingResult) -> None:
-                _add(corpus, images, routed)
+                _add_shard(corpus, images, routed)
                 bar.set_postfix_str(done.shares())
                 bad.flush()
 
-            embed_stream(encoding, _good(read, bad, bar), shard_rows, write, done, bar.unpause)
+            embed_stream(encoding, _readable_images(read, bad, bar), shard_rows, write, done, bar.unpause)
         if corpus.images:
-            corpus.note(complete=True, images=corpus.images, bad=done.bad)
+            corpus.update_manifest(complete=True, images=corpus.images, bad=done.bad)
         done.total = corpus.images
     done.seconds = time.perf_counter() - start - done.warm_up_s
     done.duplicates, done.empty = paths.duplicates, list(paths.empty)
     return done
 
 
-def _add(corpus: CorpusWriter, images: Sequence[ReadImage], routed: RoutingResult) -> None:
-    corpus.add(
+def _add_shard(corpus: CorpusWriter, images: Sequence[ReadImage], routed: RoutingResult) -> None:
+    corpus.add_shard(
         routed.embeddings,
         {
             "path": [image.path for image in images],
@@ -124,9 +123,9 @@ def _add(corpus: CorpusWriter, images: Sequence[ReadImage], routed: RoutingResul
     )
 
 
-def _new(paths: ImagePaths, have: set[bytes], done: EmbeddingResult, bar: tqdm) -> Iterator[str]:
-    """Absolute paths that the corpus lacks; the others are counted, but are not part of the images/s."""
-    have = frozenset(have)  # of earlier runs: this one meets no path twice
+def _not_embedded(paths: ImagePaths, have: set[bytes], done: EmbeddingResult, bar: tqdm) -> Iterator[str]:
+    """Yields absolute paths that are not in the corpus; the others are counted, but excluded from the images/s."""
+    have = frozenset(have)  # from earlier runs; `paths` yields no path twice
 
     def passed() -> None:
         bar.initial += 1
@@ -141,7 +140,7 @@ def _new(paths: ImagePaths, have: set[bytes], done: EmbeddingResult, bar: tqdm) 
 
 
 class _BadFiles:
-    """bad.csv of a run, written as files turn up; gone where there are none."""
+    """Writes bad.csv during a run; removes an old one if no file was bad."""
 
     def __init__(self, folder: Path, done: EmbeddingResult, shown: int):
         self._path, self._done, self._shown = folder / BAD, done, shown
@@ -150,7 +149,7 @@ class _BadFiles:
     def __enter__(self) -> _BadFiles:
         return self
 
-    def add(self, bad: Bad) -> None:
+    def add(self, bad: BadFile) -> None:
         if self._file is None:
             self._file = self._path.open("w", encoding="utf-8", newline="")
             csv.writer(self._file, lineterminator="\n").writerow(("file", "reason"))
@@ -167,13 +166,13 @@ class _BadFiles:
         if self._file is not None:
             self._file.close()
         elif kind is None:
-            self._path.unlink(missing_ok=True)  # of an earlier run
+            self._path.unlink(missing_ok=True)  # from an earlier run
 
 
-def _good(items: Iterable[ReadImage | Bad], bad: _BadFiles, bar: tqdm) -> Iterator[ReadImage]:
+def _readable_images(items: Iterable[ReadImage | BadFile], bad: _BadFiles, bar: tqdm) -> Iterator[ReadImage]:
     for item in items:
         bar.update()
-        if isinstance(item, Bad):
+        if isinstance(item, BadFile):
             bad.add(item)
         else:
             yield item

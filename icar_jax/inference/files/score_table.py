@@ -1,4 +1,4 @@
-"""Tables of scores on disk: CSV, JSON, JSON lines or Parquet, whole or not at all."""
+"""Score tables on disk: CSV, JSON, JSON lines or Parquet, written atomically."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from icar_jax.config import ConfigError
 from icar_jax.data.sources.files import ImagePaths
-from icar_jax.inference.files.scoring import Row, score_files
+from icar_jax.inference.files.scoring import ScoreRow, score_files
 from icar_jax.inference.model import Model
-from icar_jax.inference.reading import Bad
+from icar_jax.inference.reading import BadFile
 
 COLUMNS = ("file", "score", "exit", "milliseconds")
-ROW_GROUP = 65_536  # rows of a Parquet file that are held in memory
+ROW_GROUP = 65_536  # rows of a Parquet file buffered in memory
 _DECIMALS = 3  # of the milliseconds
 
 
@@ -99,7 +99,7 @@ FORMATS = {".csv": _Csv, ".json": _Json, ".jsonl": _JsonLines, ".parquet": _Parq
 
 
 class _Atomic:
-    """Writes beside `path` and moves it there in `keep`; `drop` leaves what was there before."""
+    """Writes a temporary file next to `path`; `keep` moves it there, `drop` leaves an existing file unchanged."""
 
     def __init__(self, path: Path, writer: Any):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,34 +118,34 @@ class _Atomic:
 
 
 @dataclass
-class Summary:
-    """What a run scored.
+class ScoreSummary:
+    """Scores and counts of a run of `write_scores`.
 
     Attributes:
         scores: float32 [N], in the order of the table.
-        files: their names, where they were asked for; else empty.
+        files: paths of the scored files with `keep_files`; otherwise empty.
         exits: executed blocks -> images; empty without a bundle.
-        bad: files that could not be scored; `first_bad` holds the first of them.
-        duplicates: paths that were named or found again.
+        bad: number of files that could not be scored; `first_bad` lists the first of them.
+        duplicates: number of paths given or found more than once.
         empty: folders and patterns without an image file.
-        seconds: wall time, compilation included.
+        seconds: wall time, including compilation.
     """
 
     scores: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     files: list[str] = field(default_factory=list)
     exits: Counter = field(default_factory=Counter)
     bad: int = 0
-    first_bad: list[Bad] = field(default_factory=list)
+    first_bad: list[BadFile] = field(default_factory=list)
     duplicates: int = 0
     empty: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     def report(self, threshold: float | None = None) -> str:
-        """Text for the end of a run: speed, distribution, and how many images go where; `threshold` is a classifier's own."""
+        """Summary text: speed, score quantiles, images per exit, and images above a classifier's decision `threshold`."""
         n = len(self.scores)
         low, middle, high = np.quantile(self.scores, [0.05, 0.5, 0.95])
         lines = [
-            f"Scored {n:,} images in {self.seconds:.1f} s ({n / self.seconds:.1f} images/s with start-up): mean "
+            f"Scored {n:,} images in {self.seconds:.1f} s ({n / self.seconds:.1f} images/s, including start-up): mean "
             f"{self.scores.mean():.3f}, median {middle:.3f}, 90% of them from {low:.3f} to {high:.3f}"
         ]
         lines += [f"  {depth} blocks: {count:,} images ({count / n:.1%})" for depth, count in sorted(self.exits.items())]
@@ -156,12 +156,12 @@ class Summary:
 
 
 def require_writable(path: str | os.PathLike, flag: str, overwrite: bool, suffixes: tuple[str, ...] = ()) -> Path:
-    """The path of a file to write. Raises ConfigError for another suffix, a folder, or a file that must not be replaced."""
+    """The path as a Path. Raises ConfigError for another suffix, a folder, or an existing file without `overwrite`."""
     path = Path(path)
     if suffixes and path.suffix.lower() not in suffixes:
         raise ConfigError(f"{flag} {path} must end in {', '.join(suffixes)}")
     if path.is_dir():
-        raise ConfigError(f"{flag} {path} is a folder; name a file in it")
+        raise ConfigError(f"{flag} {path} is a folder; give a file name in it")
     if path.exists() and not overwrite:
         raise ConfigError(f"{flag} {path} exists; choose another name, or pass --overwrite to replace it")
     return path
@@ -177,23 +177,23 @@ def write_scores(
     threads: int = 0,
     keep_files: bool = False,
     bad_shown: int = 20,
-) -> Summary:
-    """Scores files into a table with the columns of COLUMNS, its format by its suffix, with a progress bar.
+) -> ScoreSummary:
+    """Scores files into a table with columns COLUMNS and a progress bar; the suffix of `out` selects the format.
 
-    Bad files go to `bad`, OUT.bad.csv by default, as file and reason; without any there is no such file. Both appear when all
-    is done: a run that is stopped or fails leaves neither, and nothing of a table that is to be replaced is lost. Where no
-    file could be scored there is no table. Rows stand in the order of `paths`; see `Row` for the units.
-    Raises ConfigError for an unknown suffix or a file that exists, NoImages where `paths` names none, and as `score_files`.
+    Unusable files are listed in `bad` (default: OUT.bad.csv) with the reason; the file is absent if there are none. Both files
+    are moved into place at the end, so an interrupted run writes neither and keeps an existing table. If no file could be
+    scored, no table is written. Rows are in the order of `paths`; see `ScoreRow` for units.
+    Raises ConfigError for an unknown suffix or an existing file, NoImages if `paths` contains none, and as `score_files`.
     """
     out = require_writable(out, "--out", overwrite, tuple(FORMATS))
     bad = require_writable(bad or f"{out}.bad.csv", "--bad", overwrite)
     table = _Atomic(out, FORMATS[out.suffix.lower()])
     faults = _Atomic(bad, lambda path: _Csv(path, ("file", "reason")))
-    summary, scores = Summary(), array("f")
+    summary, scores = ScoreSummary(), array("f")
     start = time.perf_counter()
     try:
         for row in _with_progress(model, paths, threads):
-            if isinstance(row, Bad):
+            if isinstance(row, BadFile):
                 faults.table.add(row.file, row.reason)
                 summary.bad += 1
                 if len(summary.first_bad) < bad_shown:
@@ -208,7 +208,7 @@ def write_scores(
         if summary.bad:
             faults.keep()
         else:
-            bad.unlink(missing_ok=True)  # of an earlier run
+            bad.unlink(missing_ok=True)  # from an earlier run
         if scores:
             table.keep()
     finally:
@@ -220,7 +220,7 @@ def write_scores(
     return summary
 
 
-def _with_progress(model: Model, paths: ImagePaths, threads: int) -> Iterator[Row | Bad]:
+def _with_progress(model: Model, paths: ImagePaths, threads: int) -> Iterator[ScoreRow | BadFile]:
     with tqdm(total=paths.count(), desc="score", unit=" images") as bar:
         for row in score_files(model, paths.each(bar.update), threads=threads):
             bar.update()

@@ -1,4 +1,4 @@
-"""Complexity scores of files: decoded on threads ahead of the model, in order, in bounded memory."""
+"""Complexity scores of image files, decoded on threads ahead of the model, in order and in bounded memory."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from icar_jax.data.images import Preprocess, decode
 from icar_jax.errors import ModelError
 from icar_jax.inference.forward import Forward, count_compilations
 from icar_jax.inference.model import Model
-from icar_jax.inference.reading import Bad, in_order, readable
+from icar_jax.inference.reading import BadFile, map_ordered, read_or_bad
 from icar_jax.inference.router import assign
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoreRow:
     """One scored file.
 
     Attributes:
         score: complexity in [0, 1]; higher is more complex.
-        exit: executed blocks that the thresholds of a bundle select; None without a bundle.
+        exit: executed blocks selected by the thresholds of a bundle; None without a bundle.
         milliseconds: wall time of reading, decoding and resizing this file on its thread, plus an equal share of the wall time
-            in which the model scored its batch (of which padding is part and compilation is not). Threads decode side by side
-            and while the model runs, so that the column sums to more than the run took.
+            of scoring its batch (including padding, excluding compilation). Threads decode in parallel and while the model
+            runs, so the column sums to more than the duration of the run.
     """
 
     file: str
@@ -47,30 +47,30 @@ def require_scorer(model: Model) -> None:
     """Raises CheckpointError for a model that cannot score."""
     if model.scorer is None:
         raise CheckpointError(
-            f"{model.path} is a CLIP model and cannot score complexity; pass a complexity checkpoint, or join the two with "
+            f"{model.path} is a CLIP and cannot score complexity; pass a complexity checkpoint, or combine the two with "
             "`icar bundle`"
         )
 
 
-def score_files(model: Model, paths: Iterable[str | os.PathLike], *, threads: int = 0) -> Iterator[Row | Bad]:
-    """Yields a Row or a Bad for each path, in their order; see `data.image_paths.ImagePaths` for folders and patterns.
+def score_files(model: Model, paths: Iterable[str | os.PathLike], *, threads: int = 0) -> Iterator[ScoreRow | BadFile]:
+    """Yields a ScoreRow or a BadFile for each path, in order; use `data.sources.files.ImagePaths` for folders and patterns.
 
-    Files that cannot be read take no place in a batch: only the last batch is ragged, and no shape compiles but those of
-    `Forward`. `paths` is read about two batches ahead. `threads` decode; 0 takes one a core, up to 8.
-    Raises CheckpointError for a CLIP without a complexity model, and ValueError for a score that is not finite.
+    Unreadable files take no place in a batch, so only the last batch is ragged and only the shapes of `Forward` compile.
+    `paths` is read about two batches ahead. `threads` decode images; 0 means one per core, up to 8.
+    Raises CheckpointError for a CLIP without a complexity model, and ModelError for a non-finite score.
     """
     require_scorer(model)
-    waiting: list[_Prepared | Bad] = []  # in order, until the next batch is full
+    waiting: list[_Prepared | BadFile] = []  # in order, until a batch is full
     ready = 0
     preprocess = model.scorer.preprocess
 
-    def read(path: str | os.PathLike) -> _Prepared | Bad:
-        return readable(os.fspath(path), lambda path: _prepare(path, preprocess))
+    def read(path: str | os.PathLike) -> _Prepared | BadFile:
+        return read_or_bad(os.fspath(path), lambda path: _prepare(path, preprocess))
 
-    for item in in_order(read, paths, ahead=2 * model.batch_size, threads=threads):
+    for item in map_ordered(read, paths, ahead=2 * model.batch_size, threads=threads):
         waiting.append(item)
         ready += isinstance(item, _Prepared)
-        # Where only bad files come they do not wait for a batch.
+        # Bad files are also yielded when no readable file follows to fill a batch.
         if ready == model.batch_size or (not ready and len(waiting) >= model.batch_size):
             yield from _scored(model, waiting)
             waiting, ready = [], 0
@@ -83,7 +83,7 @@ def _prepare(path: str, preprocess: Preprocess) -> _Prepared:
     return _Prepared(path, pixels, time.perf_counter() - start)
 
 
-def _scored(model: Model, items: list[_Prepared | Bad]) -> Iterator[Row | Bad]:
+def _scored(model: Model, items: list[_Prepared | BadFile]) -> Iterator[ScoreRow | BadFile]:
     good = [item for item in items if isinstance(item, _Prepared)]
     if good:
         scores, seconds = _timed(model.scorer.forward, np.stack([item.pixels for item in good]))
@@ -93,16 +93,16 @@ def _scored(model: Model, items: list[_Prepared | Bad]) -> Iterator[Row | Bad]:
         exits = assign(scores, model.exits, model.thresholds).tolist() if model.thresholds is not None else [None] * len(good)
         results = iter(zip(scores, exits, strict=True))
     for item in items:
-        if isinstance(item, Bad):
+        if isinstance(item, BadFile):
             yield item
         else:
             score, exit = next(results)
-            # The shortest decimal that is this float32, as text and as a Python float.
-            yield Row(item.file, float(str(score)), exit, 1000 * (item.seconds + seconds / len(good)))
+            # str gives the shortest decimal that round-trips this float32.
+            yield ScoreRow(item.file, float(str(score)), exit, 1000 * (item.seconds + seconds / len(good)))
 
 
 def _timed(forward: Forward, pixels: np.ndarray) -> tuple[np.ndarray, float]:
-    """Scores [n] and the seconds they took; where something compiled the batch runs once more, to be timed without."""
+    """Scores [n] and the seconds they took; reruns the batch if a program was compiled, to time it without compilation."""
     while True:
         with count_compilations() as compiled:
             start = time.perf_counter()

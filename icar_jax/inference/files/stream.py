@@ -1,4 +1,4 @@
-"""Files into embeddings: read and hashed on threads, routed a few thousand at a time, and handed to whoever keeps them."""
+"""Embeds a stream of image files: reads and hashes them on threads, routes a few thousand at a time, calls a writer."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ import numpy as np
 from icar_jax.checkpoint import CheckpointError
 from icar_jax.data.images import Preprocess, decode
 from icar_jax.inference.budgets import ABOVE_ALL
-from icar_jax.inference.fetch_queue import Stats
+from icar_jax.inference.fetch_queue import RoutingStats
 from icar_jax.inference.model import Model
 from icar_jax.inference.router import RoutingResult
 
-SCORE = "score"  # entry of a batch: complexity that is known already
+SCORE = "score"  # batch entry of precomputed complexity
 
 
 @dataclass(frozen=True)
 class ReadImage:
-    """A file that was read: `seconds` of wall time on its thread.
+    """An image file that was read, hashed and preprocessed.
 
     Attributes:
-        pixels: by the names of `Encoding.preprocesses`, uint8 [S, S, 3]; empty where `read_image` was told not to decode.
+        pixels: uint8 [S, S, 3] by the names of `StreamEncoder.preprocesses`; empty if the file was not decoded.
+        seconds: wall time on its thread.
     """
 
     path: str
@@ -38,7 +39,7 @@ class ReadImage:
 
 
 def read_image(path: str, preprocesses: Mapping[str, Preprocess], known: Callable[[str], bool] = lambda _: False) -> ReadImage:
-    """Reads, hashes and prepares a file; one whose hash is `known` is not decoded. Raises OSError and ImageError."""
+    """Reads, hashes and preprocesses a file, without decoding if `known(sha256)`. Raises OSError and ImageError."""
     start = time.perf_counter()
     content = Path(path).read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
@@ -50,19 +51,19 @@ def read_image(path: str, preprocesses: Mapping[str, Preprocess], known: Callabl
 
 
 class StreamEncoder:
-    """How a run embeds its images: routed by a bundle's thresholds or by others, all at one exit, or by scores known before.
+    """Embeds batches at one exit, routed by thresholds, or routed by precomputed scores.
 
     Args:
-        exit: executed blocks for every image, none is scored; without it a bundle routes, and a CLIP runs full depth.
+        exit: executed blocks of every image, without scoring; if None, a bundle routes and a CLIP runs full depth.
         budget: as for `Model.encode_image`; excludes `exit`.
-        cheap: a bundle scores every image, and runs it at its first exit only; excludes both.
-        known: images come with the entry SCORE in their pixels, and are routed by it. Needs a bundle.
+        cheap: a bundle scores every image and runs it to the first exit; excludes `exit` and `budget`.
+        known: route by the precomputed entry SCORE of each image; needs a bundle.
 
     Attributes:
-        exit, thresholds: one of them is None.
-        preprocesses: how images are prepared, by the names of a batch's entries.
+        exit, thresholds: exactly one of them is None.
+        preprocesses: preprocessing by the names of a batch's entries.
 
-    Raises ConfigError for a budget that cannot be met, CheckpointError for a model that cannot do it.
+    Raises ConfigError for a budget that cannot be met, and CheckpointError if the model does not support the request.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class StreamEncoder:
         natural = model.fixed_exit(exit)
         if (cheap or known) and model.thresholds is None:
             raise CheckpointError(
-                f"{model.path} cannot score images, as passes over a collection need; make a bundle with `icar bundle`"
+                f"{model.path} cannot score images, which --pass cheap and --pass refine need; make a bundle with `icar bundle`"
             )
         if cheap:
             self.exit, self.thresholds = None, (ABOVE_ALL,) * (len(model.exits) - 1)
@@ -86,23 +87,23 @@ class StreamEncoder:
         self.preprocesses = {"clip": model.preprocess} if known or self.exit is not None else model.preprocesses
 
     def warm_up(self) -> float:
-        """Compiles what `embed` runs; returns the seconds it took."""
+        """Compiles what `embed_batches` runs; returns the seconds it took."""
         start = time.perf_counter()
         if self._known:
-            for exit in self.model.exits[1:]:  # what is known to belong at the first exit is there
+            for exit in self.model.exits[1:]:  # no image is refined to the first exit
                 self.model.warm_up_embed(exit)
         else:
             self.model.warm_up_embed(self.exit)
         return time.perf_counter() - start
 
-    def embed(self, batches: Iterable[Mapping[str, np.ndarray]]) -> RoutingResult:
-        """Batches of prepared images -> Routed over all of them, in order."""
+    def embed_batches(self, batches: Iterable[Mapping[str, np.ndarray]]) -> RoutingResult:
+        """RoutingResult of all preprocessed batches, in order."""
         if self._known:
             return self.model.embed_known(((b["clip"], b[SCORE]) for b in batches), self.thresholds)
         return self.model.embed(batches, exit=self.exit, thresholds=self.thresholds)
 
     def describe(self) -> dict[str, Any]:
-        """JSON-ready; equal ones of one model give equal embeddings."""
+        """JSON-serialisable settings; for one model, equal settings give equal embeddings."""
         how = {"exit": self.exit} if self.exit is not None else {
             "exits": list(self.model.exits), "thresholds": list(self.thresholds)
         }  # fmt: skip
@@ -111,38 +112,38 @@ class StreamEncoder:
 
 @dataclass
 class StreamResult:
-    """What a run of `embed_stream` did: images, executed blocks -> images, wall time, sums of the router's."""
+    """Results of `embed_stream`: images, images per exit (executed blocks), wall times in s, summed router statistics."""
 
     images: int = 0
     exits: Counter = field(default_factory=Counter)
     warm_up_s: float = 0.0
     seconds: float = 0.0
-    stats: Stats = field(default_factory=Stats)
+    stats: RoutingStats = field(default_factory=RoutingStats)
 
     def shares(self) -> str:
-        """Share of each exit, for a progress bar."""
+        """Fraction of images per exit as text, for a progress bar."""
         return ", ".join(f"{depth} blocks {count / max(1, self.images):.0%}" for depth, count in sorted(self.exits.items()))
 
     def share_exits(self, depths: Sequence[int], counts: Sequence[int]) -> None:
-        """Takes over images per exit that were summed over processes."""
+        """Sets the images per exit to counts that were summed over processes."""
         self.exits = Counter({depth: int(count) for depth, count in zip(depths, counts, strict=True) if count})
 
     def pace(self) -> str:
-        """How long it took, for the first line of a report."""
+        """Duration and speed as text, for the first line of a report."""
         speed = f" ({self.images / max(self.seconds, 1e-9):.1f} images/s)" if self.images else ""
         compiled = f", after {self.warm_up_s:.1f} s of compilation" if self.warm_up_s else ""
         return f"{self.seconds:.1f} s{speed}{compiled}"
 
     def details(self) -> list[str]:
-        """Lines for the end of a run: shares of the exits, and where the time went."""
+        """Summary lines: fraction of images per exit and time breakdown."""
         s, n = self.stats, max(1, self.images)
         padding = sum(s.padding.values()) / max(1, sum(s.rows.values()) + sum(s.padding.values()))
         share = lambda seconds: f"{100 * seconds / max(s.total_s, 1e-9):.0f}%"
         lines = [f"  {depth} blocks: {count:,} images ({count / n:.1%})" for depth, count in sorted(self.exits.items())]
         if self.images:
             lines.append(
-                f"  towers {share(s.tower_s)} of the time, complexity {share(s.score_s)}, waiting for images "
-                f"{share(s.input_s)}; padding {padding:.1%} of the towers' rows; {s.compilations} compilations after warm-up"
+                f"  time: towers {share(s.tower_s)}, complexity {share(s.score_s)}, waiting for images {share(s.input_s)}; "
+                f"padding {padding:.1%} of tower rows; {s.compilations} compilations after warm-up"
             )
         return lines
 
@@ -155,10 +156,10 @@ def embed_stream(
     done: StreamResult,
     compiled: Callable[[], None] = lambda: None,
 ) -> None:
-    """Embeds all images and calls `write` for every `rows` of them, in their order; `done` is brought up to date before.
+    """Embeds all images and calls `write` for every `rows` of them, in order, after updating `done`.
 
-    Nothing is compiled where no image comes; `compiled()` is called after that, so that a progress bar can leave it out.
-    Some ten batches of pixels are held, and beyond them `rows` embeddings.
+    Compiles only if there is an image, then calls `compiled()`, so that a progress bar can exclude compilation.
+    Memory: about ten batches of pixels and `rows` embeddings.
     """
     first = next(images, None)
     if first is None:
@@ -166,18 +167,18 @@ def embed_stream(
     done.warm_up_s += encoding.warm_up()
     compiled()
     images = itertools.chain([first], images)
-    while _shard(encoding, images, rows, write, done):
+    while _embed_shard(encoding, images, rows, write, done):
         pass
 
 
-def _shard(
+def _embed_shard(
     encoding: StreamEncoder,
     images: Iterator[ReadImage],
     rows: int,
     write: Callable[[Sequence[ReadImage], RoutingResult], None],
     done: StreamResult,
 ) -> bool:
-    """The next `rows` images; False where none was left."""
+    """Embeds and writes the next `rows` images; False if none was left."""
     taken: list[ReadImage] = []
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
@@ -185,11 +186,11 @@ def _shard(
             batch = list(itertools.islice(images, min(encoding.model.batch_size, rows - len(taken))))
             if not batch:
                 return
-            # What was read is kept without its pixels: they would be most of the memory.
+            # Kept without pixels, which take most of the memory.
             taken.extend(ReadImage(image.path, image.sha256, {}, image.seconds) for image in batch)
             yield {name: np.stack([image.pixels[name] for image in batch]) for name in batch[0].pixels}
 
-    routed = encoding.embed(batches())
+    routed = encoding.embed_batches(batches())
     if not taken:
         return False
     done.images += len(taken)

@@ -15,7 +15,7 @@ from starlette.responses import RedirectResponse
 
 from icar_jax.search.server import pages, schemas
 from icar_jax.search.server.backend import Backend, ImageQuery, TextQuery
-from icar_jax.search.server.errors import Refused, add_handlers
+from icar_jax.search.server.errors import RequestError, add_handlers
 from icar_jax.search.server.guards import LOGIN, Guard, Login
 from icar_jax.search.server.metrics import Metrics
 from icar_jax.search.server.pictures import ID, SIDES, Pictures, open_picture
@@ -78,7 +78,7 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
         found, queue_s = await backend.worker.run(kind, query, settings.timeout_s)
         pictures.remember((hit.sha256, hit.path) for hit in found.hits)
         parts = {"queue": queue_s, "decode": decode_s, **found.latency_s, "total": time.perf_counter() - start}
-        metrics.search(kind, parts)
+        metrics.observe_search(kind, parts)
         return backend.answer(found, parts)
 
     failures = _problems(400, 422, 503, 504)
@@ -130,7 +130,7 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
     ) -> Response:
         """A JPEG of the image, upright and without metadata."""
         if size not in SIDES:
-            raise Refused(422, "invalid", f"size: one of {', '.join(map(str, SIDES))} pixels, found {size}")
+            raise RequestError(422, "invalid", f"size: one of {', '.join(map(str, SIDES))} pixels, found {size}")
         headers = _cached(f"{id}-{size}")
         if request.headers.get("if-none-match") == headers["ETag"]:
             return Response(status_code=304, headers=headers)
@@ -185,8 +185,8 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
     return guard
 
 
-def _busy(what: str) -> Refused:
-    return Refused(503, "busy", f"too many {what} already; try again in a moment", {"Retry-After": "1"})
+def _busy(what: str) -> RequestError:
+    return RequestError(503, "busy", f"too many {what} already; try again in a moment", {"Retry-After": "1"})
 
 
 def _cached(tag: str) -> dict[str, str]:
@@ -199,7 +199,7 @@ def _share(pictures: Pictures) -> float:
 
 def _add_pages(api: FastAPI, settings: ServerSettings) -> None:
     """The page and its files: a fixed list held in memory, so that no address can name another file."""
-    for name, page in pages.load().items():
+    for name, page in pages.load_pages().items():
         headers = {"ETag": f'"{page.sha256}"', "Cache-Control": "no-cache"}
 
         async def static(request: Request, page=page, headers=headers) -> Response:
@@ -209,7 +209,7 @@ def _add_pages(api: FastAPI, settings: ServerSettings) -> None:
 
         path = "/" if name == "index.html" else f"/static/{name}"
         api.add_api_route(path, static, methods=["GET", "HEAD"], include_in_schema=False)
-    login = Login(pages.read("login.html").content.decode("utf-8"), settings.token)
+    login = Login(pages.read_page("login.html").content.decode("utf-8"), settings.token)
 
     @api.get(LOGIN, include_in_schema=False)
     async def form() -> Response:

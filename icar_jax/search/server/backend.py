@@ -18,7 +18,7 @@ from icar_jax.inference.forward import count_compilations
 from icar_jax.search.access import StoreError
 from icar_jax.search.query import QueryError, Result, Searcher
 from icar_jax.search.server import schemas
-from icar_jax.search.server.errors import Refused, store_unreadable
+from icar_jax.search.server.errors import RequestError, store_unreadable
 from icar_jax.search.server.metrics import Metrics
 from icar_jax.search.server.worker import Worker
 from icar_jax.search.store import Store
@@ -175,7 +175,7 @@ class Backend:
                 return self._searcher.search_image(query.image, **options)
             return self._searcher.search_text(query.text, embedding=embedding, **options)
         except QueryError as error:
-            return Refused(422, "query", str(error))
+            return RequestError(422, "query", str(error))
         except StoreError as error:
             return store_unreadable(error)
         except Exception as error:  # fails this query, not those that were encoded with it

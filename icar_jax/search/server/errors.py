@@ -18,7 +18,7 @@ class ServerError(IcarError, ValueError):
     """A server that must not or cannot be started as asked."""
 
 
-class Refused(Exception):
+class RequestError(Exception):
     """A request that is answered with `status` and {"detail": reason}; `kind` counts it in the metrics."""
 
     def __init__(self, status: int, kind: str, reason: str, headers: Mapping[str, str] | None = None):
@@ -30,17 +30,17 @@ class Refused(Exception):
         return JSONResponse({"detail": self.reason}, self.status, self.headers)
 
 
-def store_unreadable(error: StoreError) -> Refused:
+def store_unreadable(error: StoreError) -> RequestError:
     """503; where the store lies, and what is wrong with it, is for the log alone."""
     logging.error("%s", error)
-    return Refused(503, "store", "the store cannot be read; the server's log says why", {"Retry-After": "5"})
+    return RequestError(503, "store", "the store cannot be read; the server's log says why", {"Retry-After": "5"})
 
 
 def add_handlers(app: FastAPI, count_refusal) -> None:
     """Every failure of `app` becomes {"detail": "one line"}; `count_refusal(kind)` is told of each that was refused."""
 
-    @app.exception_handler(Refused)
-    async def refused(request: Request, error: Refused) -> JSONResponse:
+    @app.exception_handler(RequestError)
+    async def refused(request: Request, error: RequestError) -> JSONResponse:
         count_refusal(error.kind)
         return error.response()
 

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from icar_jax.search.server.errors import Refused
+from icar_jax.search.server.errors import RequestError
 from icar_jax.search.server.settings import ServerSettings
 
 COOKIE = "icar_session"
@@ -75,7 +75,7 @@ class Guard:
             limit = self._limit(scope)
             body = _Body(receive, limit)
             body.check_declared(Headers(scope=scope))
-        except Refused as error:
+        except RequestError as error:
             self._refused(error.kind)
             await _drain(receive)
             answer = error.response()
@@ -85,22 +85,22 @@ class Guard:
         await self._limited(scope, body, with_headers)
 
     def _check(self, scope: Scope) -> Response | None:
-        """None for a request that may go on, or where it is sent instead. Raises Refused."""
+        """None for a request that may go on, or where it is sent instead. Raises RequestError."""
         headers, path = Headers(scope=scope), scope["path"]
         host = headers.get("host", "")
         if self._hosts is not None and _name(host) not in self._hosts:
-            raise Refused(421, "host", f"this server answers to {', '.join(sorted(self._hosts))}, not to {host[:100]!r}")
+            raise RequestError(421, "host", f"this server answers to {', '.join(sorted(self._hosts))}, not to {host[:100]!r}")
         # Browsers say where a request comes from; a page of another site may link to this one, and do nothing else.
         if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             followed = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
             if not (followed and scope["method"] == "GET" and path in PAGES):
-                raise Refused(403, "cross-site", "pages of other sites may not use this server")
+                raise RequestError(403, "cross-site", "pages of other sites may not use this server")
         if self._settings.token is None or path in OPEN_PATHS or authorised(headers, self._settings.token):
             return None
         if path == "/" and scope["method"] in ("GET", "HEAD"):
             query = scope["query_string"].decode("latin-1")
             return RedirectResponse(LOGIN + (f"?{quote(query, safe='=&%+')}" if query else ""), 303)
-        raise Refused(
+        raise RequestError(
             401, "token", "this server needs its token: send `Authorization: Bearer TOKEN`, or open the page and sign in",
             {"WWW-Authenticate": "Bearer"},
         )  # fmt: skip
@@ -149,8 +149,10 @@ class _Body:
         return message
 
 
-def _too_large(limit: int) -> Refused:
-    return Refused(413, "upload-bytes", f"the body is larger than {limit:,} bytes, the most that is read; send a smaller file")
+def _too_large(limit: int) -> RequestError:
+    return RequestError(
+        413, "upload-bytes", f"the body is larger than {limit:,} bytes, the most that is read; send a smaller file"
+    )
 
 
 async def _drain(receive: Receive) -> None:

@@ -33,7 +33,7 @@ class Metrics:
         """A number that is read when it is asked for."""
         Gauge(name, says, registry=self._registry).set_function(value)
 
-    def search(self, kind: str, seconds: dict[str, float]) -> None:
+    def observe_search(self, kind: str, seconds: dict[str, float]) -> None:
         """Notes the parts of a search."""
         for part, value in seconds.items():
             self.latency.labels(kind, part).observe(value)

@@ -23,12 +23,12 @@ class Page:
         return hashlib.sha256(self.content).hexdigest()
 
 
-def read(name: str) -> Page:
+def read_page(name: str) -> Page:
     """A file of the page, by name."""
     content = resources.files(__package__).joinpath("static", name).read_bytes()
     return Page(content, _TYPES[name.rpartition(".")[2]])
 
 
-def load() -> dict[str, Page]:
+def load_pages() -> dict[str, Page]:
     """Every file that browsers may ask for."""
-    return {name: read(name) for name in _FILES}
+    return {name: read_page(name) for name in _FILES}

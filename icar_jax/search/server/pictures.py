@@ -20,7 +20,7 @@ from PIL import Image
 
 from icar_jax.data.images import ImageError, decode
 from icar_jax.search.scan import is_below
-from icar_jax.search.server.errors import Refused
+from icar_jax.search.server.errors import RequestError
 
 # Formats that are opened, by Pillow's names. Some others run programs of their own (EPS) or have no picture until drawn.
 Image.init()
@@ -37,7 +37,7 @@ def open_picture(data: bytes, name: str, max_pixels: int, side: int | None = Non
     """The bytes of an image file -> RGB picture, upright.
 
     With `side` a JPEG may be decoded at a fraction of its size, down to twice `side`.
-    Raises Refused (422) for anything but a whole image of FORMATS with at most `max_pixels`; the size is read before them.
+    Raises RequestError (422) for anything but a whole image of FORMATS with at most `max_pixels`; the size is read before them.
     """
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -46,15 +46,17 @@ def open_picture(data: bytes, name: str, max_pixels: int, side: int | None = Non
             picture.draft("RGB", (2 * side, 2 * side))
         return decode(picture, name)
     except Image.UnidentifiedImageError:
-        raise Refused(422, "image", f"{name}: no image that can be read; send a whole file of {', '.join(FORMATS)}") from None
+        raise RequestError(
+            422, "image", f"{name}: no image that can be read; send a whole file of {', '.join(FORMATS)}"
+        ) from None
     except (Image.DecompressionBombError, MemoryError):
         raise _too_many(name, max_pixels) from None
     except ImageError as error:
-        raise Refused(422, "image", str(error)) from None
-    except Refused:
+        raise RequestError(422, "image", str(error)) from None
+    except RequestError:
         raise
     except Exception as error:  # Pillow's plugins raise many kinds on damaged files
-        raise Refused(422, "image", f"{name}: cannot decode image: {error or type(error).__name__}") from None
+        raise RequestError(422, "image", f"{name}: cannot decode image: {error or type(error).__name__}") from None
 
 
 def _require_pixels(picture: Image.Image, name: str, max_pixels: int) -> None:
@@ -62,8 +64,10 @@ def _require_pixels(picture: Image.Image, name: str, max_pixels: int) -> None:
         raise _too_many(f"{name} ({picture.width} x {picture.height})", max_pixels)
 
 
-def _too_many(name: str, max_pixels: int) -> Refused:
-    return Refused(422, "pixels", f"{name}: more than {max_pixels:,} pixels, which is all that is decoded; shrink the image")
+def _too_many(name: str, max_pixels: int) -> RequestError:
+    return RequestError(
+        422, "pixels", f"{name}: more than {max_pixels:,} pixels, which is all that is decoded; shrink the image"
+    )
 
 
 class Pictures:
@@ -98,23 +102,23 @@ class Pictures:
                 self._paths.popitem(last=False)
 
     def original(self, sha256: str) -> tuple[bytes, str]:
-        """(bytes of the file, media type). Raises Refused (404) saying why there is none."""
+        """(bytes of the file, media type). Raises RequestError (404) saying why there is none."""
         with self._lock:
             paths = self._paths.get(sha256, ())
         try:
             data = self._first(paths, sha256)
-        except Refused:
+        except RequestError:
             data = None
         if data is None:  # not met yet, or moved since
             paths = self._find(sha256)
             if not paths:
-                raise Refused(404, "image-unknown", "the store holds no image with this id")
+                raise RequestError(404, "image-unknown", "the store holds no image with this id")
             data = self._first(paths, sha256)
             self.remember((sha256, path) for path in paths[:1])
         return data, _media_type(data)
 
     def preview(self, sha256: str, side: int) -> bytes:
-        """JPEG of the picture within `side` x `side` pixels, upright and without metadata. Raises Refused as `original`."""
+        """JPEG of the picture within `side` x `side` pixels, upright and without metadata. Raises RequestError as `original`."""
         key = (sha256, side)
         with self._lock:
             if key in self._cache:
@@ -147,38 +151,38 @@ class Pictures:
         for path in paths:
             try:
                 return read_indexed(path, sha256, self._follow_links, roots)
-            except Refused as error:
+            except RequestError as error:
                 reasons.append(error)
         raise reasons[0]
 
 
 def read_indexed(path: str, sha256: str, follow_links: bool = False, roots: Sequence[str] | None = None) -> bytes:
-    """Bytes of a file, which have this hash. Raises Refused (404) where the path no longer leads to them.
+    """Bytes of a file, which have this hash. Raises RequestError (404) where the path no longer leads to them.
 
     Without `follow_links` a path below one of `roots` has to lead to a place below one of them, whatever links it goes
     through; any other path may not be a link out of its own folder.
     """
     name = os.path.basename(path)
     if not follow_links and (out := _leads_out(path, roots or ())):
-        raise Refused(404, "image-link", f"{name} is {out}, which is not followed (--follow-links does)")
+        raise RequestError(404, "image-link", f"{name} is {out}, which is not followed (--follow-links does)")
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not be waited for
     except OSError as error:
         reason = "no longer exists" if isinstance(error, (FileNotFoundError, NotADirectoryError)) else "cannot be read"
-        raise Refused(404, "image-gone", f"{name} {reason}; {_UPDATE}") from None
+        raise RequestError(404, "image-gone", f"{name} {reason}; {_UPDATE}") from None
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise Refused(404, "image-changed", f"{name} is no longer a file")
+        raise RequestError(404, "image-changed", f"{name} is no longer a file")
     with open(descriptor, "rb") as file:
         if status.st_size > _MAX_FILE_BYTES:
-            raise Refused(404, "image-large", f"{name} is larger than {_MAX_FILE_BYTES:,} bytes, and not served")
+            raise RequestError(404, "image-large", f"{name} is larger than {_MAX_FILE_BYTES:,} bytes, and not served")
         try:
             data = file.read(_MAX_FILE_BYTES)
         except OSError as error:
-            raise Refused(404, "image-gone", f"{name} cannot be read: {error.strerror}") from None
+            raise RequestError(404, "image-gone", f"{name} cannot be read: {error.strerror}") from None
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise Refused(404, "image-changed", f"{name} has changed since it was indexed; {_UPDATE}")
+        raise RequestError(404, "image-changed", f"{name} has changed since it was indexed; {_UPDATE}")
     return data
 
 

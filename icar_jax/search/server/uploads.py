@@ -9,7 +9,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from icar_jax.search.server.errors import Refused
+from icar_jax.search.server.errors import RequestError
 
 FIELD = "image"
 # The body of the upload in the API's description: the endpoint reads it itself, to bound how many parts there are.
@@ -32,28 +32,30 @@ OPENAPI = {
 async def read_upload(request: Request, max_bytes: int, timeout_s: float) -> bytes:
     """Bytes of the file in the field `image`.
 
-    Raises Refused: 408 where it does not arrive in time, 413 beyond `max_bytes` (a body beyond them is cut off before it comes
+    Raises RequestError: 408 where it does not arrive in time, 413 beyond `max_bytes` (a body beyond them is cut off before it comes
     here), 422 for a body without such a file.
     """
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise Refused(422, "upload", f"expected multipart/form-data with a file in the field {FIELD!r}")
+        raise RequestError(422, "upload", f"expected multipart/form-data with a file in the field {FIELD!r}")
     try:
         async with asyncio.timeout(timeout_s):
             async with request.form(max_files=1, max_fields=4) as form:
                 file = form.get(FIELD)
                 if not isinstance(file, UploadFile):
-                    raise Refused(422, "upload", f"expected a file in the field {FIELD!r}, found fields {sorted(form)[:4]}")
+                    raise RequestError(
+                        422, "upload", f"expected a file in the field {FIELD!r}, found fields {sorted(form)[:4]}"
+                    )
                 data = await file.read(max_bytes + 1)
     except TimeoutError:
-        raise Refused(408, "upload-slow", f"the upload did not arrive within {timeout_s:g} s") from None
+        raise RequestError(408, "upload-slow", f"the upload did not arrive within {timeout_s:g} s") from None
     except HTTPException as error:
-        raise Refused(422, "upload", f"the body is no multipart/form-data that can be read: {error.detail}") from None
+        raise RequestError(422, "upload", f"the body is no multipart/form-data that can be read: {error.detail}") from None
     except ClientDisconnect:
-        raise Refused(422, "upload", "the upload ended early") from None
+        raise RequestError(422, "upload", "the upload ended early") from None
     except (ValueError, KeyError) as error:
-        raise Refused(422, "upload", f"the body is no multipart/form-data that can be read: {error}") from None
+        raise RequestError(422, "upload", f"the body is no multipart/form-data that can be read: {error}") from None
     if len(data) > max_bytes:
-        raise Refused(413, "upload-bytes", f"the file is larger than {max_bytes:,} bytes, which is all that is read")
+        raise RequestError(413, "upload-bytes", f"the file is larger than {max_bytes:,} bytes, which is all that is read")
     if not data:
-        raise Refused(422, "upload", f"the file in the field {FIELD!r} is empty")
+        raise RequestError(422, "upload", f"the file in the field {FIELD!r} is empty")
     return data

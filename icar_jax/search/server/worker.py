@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from icar_jax.search.server.errors import Refused
+from icar_jax.search.server.errors import RequestError
 
 _STOP = object()
 
@@ -72,20 +72,20 @@ class Worker:
         self._thread.join(timeout_s)
 
     def submit(self, kind: str, payload: Any) -> Job:
-        """Queues a job. Raises Refused (503) where the queue is full or the server is stopping."""
+        """Queues a job. Raises RequestError (503) where the queue is full or the server is stopping."""
         if self._stopping:
             raise _stopping()
         job = Job(kind, payload)
         try:
             self._queue.put_nowait(job)
         except queue.Full:
-            raise Refused(
+            raise RequestError(
                 503, "queue", f"{self._queue.maxsize} searches are waiting already; try again in a moment", {"Retry-After": "1"}
             ) from None
         return job
 
     async def run(self, kind: str, payload: Any, timeout_s: float) -> tuple[Any, float]:
-        """(result, seconds it waited). Raises Refused: 503 as `submit`, 504 after `timeout_s`; and what the handler raised.
+        """(result, seconds it waited). Raises RequestError: 503 as `submit`, 504 after `timeout_s`; and what the handler raised.
 
         A job that still waits when its time is over never runs.
         """
@@ -93,7 +93,9 @@ class Worker:
         try:
             result = await asyncio.wait_for(asyncio.wrap_future(job.future), timeout_s)
         except TimeoutError:
-            raise Refused(504, "timeout", f"no answer within {timeout_s:g} s; try again when the server is less busy") from None
+            raise RequestError(
+                504, "timeout", f"no answer within {timeout_s:g} s; try again when the server is less busy"
+            ) from None
         return result, job.queued_s
 
     def _loop(self) -> None:
@@ -141,5 +143,5 @@ class Worker:
             job.future.set_exception(_stopping())
 
 
-def _stopping() -> Refused:
-    return Refused(503, "stopping", "the server is stopping", {"Retry-After": "5"})
+def _stopping() -> RequestError:
+    return RequestError(503, "stopping", "the server is stopping", {"Retry-After": "5"})

@@ -1,4 +1,4 @@
-"""Rivals of a pair whose regret is learnt: thousands of training pairs, as the frozen CLIP embeds them.
+"""Extra negatives of a regret run: a memory bank of thousands of training pairs, embedded once by the frozen CLIP.
 
 In a batch of 64 nearly every image finds its caption, early or late. What an image loses in a gallery of thousands shows only
 among thousands.
@@ -17,16 +17,20 @@ from tqdm import tqdm
 from icar_jax import pytree
 from icar_jax.config import ConfigError, ExperimentConfig
 from icar_jax.data import configured
+from icar_jax.data.images import Preprocess
 from icar_jax.data.loader.batches import BadFiles, eval_batches
 from icar_jax.data.loader.order import examples_at
 from icar_jax.data.records import Source, Subset
 from icar_jax.data.tokenizer import Tokenizer
+from icar_jax.models.clip import Clip
+from icar_jax.models.functional import Graph
 from icar_jax.models.ops import normalise
 from icar_jax.models.xla_options import jit_for_host
 from icar_jax.parallel import distributed
 from icar_jax.training.preemption import StopRequest
-from icar_jax.training.tasks import regret
 
+# Entry of the frozen arrays: {'image', 'text': float32 [M, D], unit norm; 'index': int32 [M], numbers in the training set}.
+NEGATIVES = "negatives"
 _BATCH = 64
 
 
@@ -37,15 +41,20 @@ def require_enough(config: ExperimentConfig, images: int) -> None:
 
 
 def embed(
-    config: ExperimentConfig, source: Source, tokenizer: Tokenizer, params: Mapping[str, Any], request: StopRequest
+    config: ExperimentConfig,
+    clip: Graph[Clip],
+    preprocess: Preprocess,
+    source: Source,
+    tokenizer: Tokenizer,
+    params: Mapping[str, Any],
+    request: StopRequest,
 ) -> pytree.Tree | None:
-    """regret.RIVALS: config.complexity.rivals pairs of the training set, through the CLIP with `params`; None if stopped.
+    """NEGATIVES: config.complexity.rivals training pairs through `clip` with `params`; None where a signal stopped it.
 
-    config.train.seed draws them; of an image the first caption counts. Every process of a run computes the same, with the
-    whole CLIP on one of its devices. Raises ConfigError where too few pairs can be read.
+    config.train.seed draws them; the first caption of an image counts. Every process of a run computes the same, with the whole
+    CLIP on one of its devices. Raises ConfigError where too few pairs can be read.
     """
-    count, teacher = config.complexity.rivals, regret.teacher(config)
-    clip, p = teacher.clip, teacher.preprocess
+    count, p = config.complexity.rivals, preprocess
     params = jax.device_put(params)
 
     @jit_for_host
@@ -58,8 +67,8 @@ def embed(
     images, texts, found, bad = [], [], [], BadFiles()
     reading = {"batch_size": _BATCH, **configured.loading(config.data)}
     with (
-        eval_batches(Subset(source, order, f"{source.name}/rivals"), {"clip": p}, **reading) as batches,
-        tqdm(total=count, desc="embed rivals", unit="pair", disable=not distributed.is_main()) as bar,
+        eval_batches(Subset(source, order, f"{source.name}/extra negatives"), {"clip": p}, **reading) as batches,
+        tqdm(total=count, desc="embed extra negatives", unit="pair", disable=not distributed.is_main()) as bar,
     ):
         for batch in batches:
             if request.name and jax.process_count() == 1:

@@ -7,21 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from icar_jax import checkpoint, pytree
+from icar_jax.architectures import routed_clip
 from icar_jax.checkpoint import CheckpointError
 from icar_jax.config import ConfigError, ExperimentConfig
 from icar_jax.data.images import Preprocess
 from icar_jax.models.token_router import shared_paths
-from icar_jax.models.variants import BLOCKS, routed_clip
-
-
-def has_tower(config: ExperimentConfig) -> bool:
-    """Whether the run trains a head on the first blocks of a CLIP."""
-    return config.task == "complexity" and config.complexity.variant == BLOCKS
-
-
-def frozen_groups(config: ExperimentConfig) -> tuple[str, ...]:
-    """The groups of parameters (training/optimizer.py) that do not learn in this run."""
-    return (*config.train.freeze, "tower") if has_tower(config) else config.train.freeze
 
 
 def preprocess(config: ExperimentConfig) -> Preprocess:

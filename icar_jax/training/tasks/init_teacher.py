@@ -1,7 +1,7 @@
-"""Where a run began: a frozen copy of the vision tower of config.train.init, whose embeddings config.loss.distill_init aims at.
+"""Distillation from the initial weights: the frozen vision tower of config.train.init is the teacher of the run's own tower.
 
-A tower that gets cheaper on the way, by merging patches or by exits, learns from every image what the tower that it was made
-of says, and not only which captions fit; so it comes back to it in few steps.
+A tower that was made cheaper, by merging tokens or by exits, learns from every image the embedding that the tower it came from
+gives, and not only which captions fit. It recovers in few steps.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ from icar_jax.models.ops import normalise
 from icar_jax.models.transformer import Execution
 from icar_jax.models.vision import VisionTower
 from icar_jax.training import init_weights
-from icar_jax.training.tasks import origin
 
-PARAMS = "init"  # entry of a batch: {'vision': parameters of the tower}
-IMAGE = "init_image"  # entry of a batch: its embeddings [B, D], which take the place of PARAMS
+PARAMS = "init"  # entry of the frozen arrays: {'vision': parameters of the tower}
+IMAGE = "init_image"  # entry of a batch: the teacher's embeddings [B, D]
 
 
 @dataclass(frozen=True)
 class InitTeacher:
-    """The tower as it was; holds no arrays."""
+    """The tower with its initial weights; holds no arrays."""
 
     tower: Graph[VisionTower]
     preprocess: Preprocess
@@ -42,19 +41,18 @@ class InitTeacher:
         """Of PARAMS."""
         return {"vision": self.tower.shapes}
 
-    def embed(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch with IMAGE [B, D], float32, unit norm, in place of PARAMS. No gradient flows through.
+    def embed(self, frozen: Mapping[str, Any], images: jax.Array) -> jax.Array:
+        """Embeddings [B, D], float32, unit norm, of images [B, S, S, 3] through the parameters frozen[PARAMS]. No gradient.
 
         All images at once, also where gradients are accumulated: without a backward pass nothing is kept of them.
         """
-        params = jax.lax.stop_gradient(batch[PARAMS])["vision"]
-        pixels, full = normalise(batch["image"], self.preprocess.mean, self.preprocess.std), self.tower.arch.depth
-        found = unit_norm(self.tower(params, pixels, (full,))[full])
-        return {**{name: each for name, each in batch.items() if name != PARAMS}, IMAGE: jax.lax.stop_gradient(found)}
+        params = jax.lax.stop_gradient(frozen[PARAMS])["vision"]
+        pixels, full = normalise(images, self.preprocess.mean, self.preprocess.std), self.tower.arch.depth
+        return jax.lax.stop_gradient(unit_norm(self.tower(params, pixels, (full,))[full]))
 
 
-def anchor(config: ExperimentConfig, preprocess: Preprocess, execution: Execution, dtype: DType) -> InitTeacher:
-    """The tower of config.train.init, for a run that prepares pictures so. Raises ConfigError where it takes another size."""
+def teacher(config: ExperimentConfig, preprocess: Preprocess, execution: Execution, dtype: DType) -> InitTeacher:
+    """The tower of config.train.init, for a run with this preprocessing. Raises ConfigError where it takes another size."""
     try:
         found = Preprocess.from_dict(_describe(config)["preprocess"])
     except (KeyError, TypeError, ValueError) as error:
@@ -75,9 +73,11 @@ def params(config: ExperimentConfig) -> pytree.Tree:
     return {"vision": init_weights.load_params(config.train.init, config.task, saved, Clip.graph(saved).shapes)["vision"]}
 
 
-def require_same(config: ExperimentConfig, workdir: Path) -> None:
-    """Raises ConfigError where a continued run would aim at other weights than it began with, or these are gone."""
-    kept = origin.described(workdir)
+def require_same(config: ExperimentConfig, kept: Path, workdir: Path) -> None:
+    """Raises ConfigError where a continued run would learn from other weights than before, or these are gone.
+
+    kept: the description of the checkpoint that the run was initialised from.
+    """
     if not config.loss.distill_init or not kept.is_file():
         return
     why = "at whose embeddings config.loss.distill_init aims, also when a run is continued"

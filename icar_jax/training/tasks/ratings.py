@@ -1,17 +1,33 @@
-"""What a complexity run says of its images before it starts: their splits, and how their ratings are spread."""
+"""Training a complexity model on ratings, and a survey of the ratings before the run starts."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
+from icar_jax import architectures
 from icar_jax import workdir as files
 from icar_jax.config import ConfigError, ExperimentConfig
 from icar_jax.data import configured
+from icar_jax.data.images import Preprocess
 from icar_jax.data.ratings.balance import balance
 from icar_jax.data.records import Source
+from icar_jax.data.tokenizer import Tokenizer
+from icar_jax.models.complexity import ComplexityModel
+from icar_jax.models.functional import Graph
+from icar_jax.models.ops import normalise
+from icar_jax.models.token_router import TokenRouter, scorer_class
+from icar_jax.models.variants import BLOCKS
+from icar_jax.training.losses import contrastive
+from icar_jax.training.tasks import frozen_trunk
+from icar_jax.training.tasks.base import NOTHING, Task, preprocess_of
+from icar_jax.training.tasks.kind import START, RunKind, described
 
 LOOKED_AT = 2000  # scenes whose complexity is counted: to draw up all of them would take minutes
 
@@ -33,7 +49,98 @@ class RatingsSummary:
         files.write_text(workdir / files.SPLITS, json.dumps(self.splits, indent=1, ensure_ascii=False) + "\n")
 
 
-def look_at(config: ExperimentConfig, source: Source) -> RatingsSummary:
+class ScorerRun(RunKind):
+    """A run that trains a complexity model: a ConvNeXt, or with variant 'blocks' a head on the frozen blocks of a CLIP."""
+
+    @property
+    def on_trunk(self) -> bool:
+        """Whether the model is a head on the first blocks of a CLIP, which stay frozen."""
+        return self.config.complexity.variant == BLOCKS
+
+    @property
+    def frozen_groups(self) -> tuple[str, ...]:
+        return (*self.config.train.freeze, "tower") if self.on_trunk else self.config.train.freeze
+
+    def check_architecture(self) -> None:
+        architectures.complexity_arch(self.config.complexity)
+
+    def initialised_from(self) -> Path | None:
+        return frozen_trunk.folder(self.config) if self.on_trunk else super().initialised_from()
+
+    @property
+    def starts_from_weights(self) -> bool:
+        return self.on_trunk or super().starts_from_weights
+
+    def initial_params(self, task: Task, note: Callable[[str], None]) -> Mapping[str, Any]:
+        if self.on_trunk:
+            return frozen_trunk.params(self.config, task.shapes, self.random_params(task))
+        return super().initial_params(task, note)
+
+    def recalled(self, workdir: Path) -> ExperimentConfig:
+        config, clip = super().recalled(workdir), self.config.complexity.clip
+        if not described(workdir).is_file() or not files.has_checkpoint(workdir):
+            return config
+        if self.on_trunk and not self.still_needs_clip and not Path(clip).exists():
+            config = dataclasses.replace(config, complexity=dataclasses.replace(config.complexity, clip=str(workdir / START)))
+        return config
+
+    @property
+    def still_needs_clip(self) -> bool:
+        """Whether a continued run reads the weights of config.complexity.clip."""
+        return False
+
+    def model(self) -> tuple[Graph[ComplexityModel] | Graph[TokenRouter], Preprocess, dict[str, Any]]:
+        """(the model, its preprocessing, the start of the description of its checkpoint). Raises ConfigError."""
+        arch = architectures.complexity_arch(self.config.complexity)
+        description: dict[str, Any] = {"arch": dataclasses.asdict(arch)}
+        if self.on_trunk:
+            preprocess = frozen_trunk.preprocess(self.config)
+            description["tower"] = frozen_trunk.origin(self.config)
+        else:
+            preprocess = preprocess_of(self.config, arch.image_size)
+        return scorer_class(arch).graph(arch, dtype=self.config.train.dtype), preprocess, description
+
+
+def scorer_task(
+    model: Graph,
+    loss: Callable[..., Any],
+    preprocess: Preprocess,
+    fields: tuple[str, ...],
+    description: Mapping[str, Any],
+    **more: Any,
+) -> Task:
+    """The task of a complexity model; `more` are further fields of Task."""
+    init = lambda key: scorer_class(model.arch).init(key, model.arch)
+    described = {**description, "preprocess": preprocess.to_dict()}
+    return Task(model.arch, "complexity", model.shapes, init, loss, preprocess, fields, described, **more)
+
+
+class RatingsRun(ScorerRun):
+    """`config.task` 'complexity' with `config.complexity.target` 'rating'."""
+
+    @property
+    def best_by(self) -> str:
+        return "pcc" if self.config.complexity.head == "regression" else "loss"
+
+    def survey(self, source: Source) -> RatingsSummary:
+        return survey(self.config, source)
+
+    def task(
+        self, tokenizer: Tokenizer | None = None, mesh: Mesh | None = None, class_counts: tuple[int, int] = (1, 1)
+    ) -> Task:
+        model, preprocess, description = self.model()
+        c = self.config.complexity
+        weights = contrastive.class_weights(c.class_weights, class_counts)
+
+        def loss(params, batch, key, frozen=NOTHING):
+            pixels = normalise(batch["image"], preprocess.mean, preprocess.std)
+            logits = model.logits(params, pixels, key)
+            return contrastive.complexity_loss(logits, batch["complexity"], model.arch.head, c.threshold, weights), {}
+
+        return scorer_task(model, loss, preprocess, ("image", "complexity"), description)
+
+
+def survey(config: ExperimentConfig, source: Source) -> RatingsSummary:
     """Counts the ratings of the training images. Raises ConfigError where a classifier has images of one class only."""
     c = config.complexity
     found = balance(configured.scores(source, LOOKED_AT), c.head, c.threshold, len(source))

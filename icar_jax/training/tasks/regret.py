@@ -1,64 +1,75 @@
-"""The frozen CLIP beside a complexity model that learns regret: its weights, its view of a batch, and the targets it gives."""
+"""Training a complexity model on regret: how much an image loses in a gallery when it leaves a frozen CLIP at an early exit."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from icar_jax import checkpoint, pytree
 from icar_jax import workdir as files
 from icar_jax.checkpoint import CheckpointError
 from icar_jax.config import ConfigError, ExperimentConfig, from_dict
 from icar_jax.data.images import Preprocess
+from icar_jax.data.records import Source
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.exit_regret import ExtraNegatives, cosine_regret, loss_regret, unit_ranks
 from icar_jax.models.functional import Graph
 from icar_jax.models.ops import normalise
 from icar_jax.models.token_merging import Tokens
-from icar_jax.training.tasks import frozen_trunk
+from icar_jax.training.losses import contrastive
+from icar_jax.training.preemption import StopRequest
+from icar_jax.training.tasks import extra_negatives, frozen_trunk
+from icar_jax.training.tasks.base import Frozen, Metrics, Task
+from icar_jax.training.tasks.extra_negatives import NEGATIVES
+from icar_jax.training.tasks.ratings import ScorerRun, scorer_task
 
-CLIP = "clip"  # entry of a batch: the parameters of the CLIP
-# Entry of a batch: {'image', 'text': float32 [M, D], unit norm; 'index': int32 [M], which image of the training set}.
-RIVALS = "rivals"
-INDEX = "index"  # entry of a batch, beside RIVALS: which image of the training set each one is
-IMAGE = "clip_image"  # entry of a batch: the pictures as the CLIP is given them, where the complexity model sees others
-KEPT = "start/clip.json"  # of a workdir: description of the CLIP that the regret is of
-
-
-def has_regret(config: ExperimentConfig) -> bool:
-    """Whether the run learns regret."""
-    return config.task == "complexity" and config.complexity.target == "regret"
+CLIP = "clip"  # entry of the frozen arrays: the parameters of the CLIP
+INDEX = "index"  # entry of a batch where there are extra negatives: the number of each image in the training set
+IMAGE = "clip_image"  # entry of a batch: images as the CLIP is given them, where the complexity model's preprocessing differs
+KEPT = "start/clip.json"  # of a workdir: description of the CLIP whose regret is learnt
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The CLIP whose regret is learnt; holds no arrays."""
+    """The frozen CLIP whose regret is learnt; holds no arrays."""
 
     clip: Graph[Clip]
     exit: int  # executed blocks
     kind: str  # one of models.regret.KINDS
     preprocess: Preprocess
     description: dict[str, Any]  # of the finished checkpoint: kind, exit, rivals, and which CLIP
-    rivals: int = 0  # pairs beside those of the batch
+    negatives: int = 0  # pairs beside those of the batch
 
     @property
     def reads_captions(self) -> bool:
         return self.kind != "cosine"
 
-    def regret(self, batch: dict[str, Any], pixels: jax.Array | None, tokens: Tokens | None, start: int) -> jax.Array:
-        """Regrets [B] of a batch with the entries CLIP and, where captions are read, 'tokens' int32 [B, L]; RIVALS and INDEX.
+    @property
+    def shapes(self) -> dict[str, pytree.Tree]:
+        """Of the frozen arrays: CLIP and, with extra negatives, NEGATIVES."""
+        embeddings = jax.ShapeDtypeStruct((self.negatives, self.clip.arch.vision.embed_dim), jnp.float32)
+        index = jax.ShapeDtypeStruct((self.negatives,), jnp.int32)
+        bank = {"image": embeddings, "text": embeddings, "index": index}
+        return {CLIP: self.clip.shapes} | ({NEGATIVES: bank} if self.negatives else {})
+
+    def regret(
+        self, batch: Mapping[str, Any], frozen: Frozen, pixels: jax.Array | None, tokens: Tokens | None, start: int
+    ) -> jax.Array:
+        """Regrets [B] of a batch with the entries 'tokens' int32 [B, L], where captions are read, and INDEX, with negatives.
 
         Images come as `pixels` float [B, S, S, 3], normalised, or as Tokens of [B, L, W] in the tower after `start` blocks.
         No gradient flows through.
         """
-        params = jax.lax.stop_gradient(batch[CLIP])
+        params = jax.lax.stop_gradient(frozen[CLIP])
         exits = (self.exit, self.clip.arch.vision.depth)
         if tokens is None:
             image = self.clip.encode_image_exits(params, pixels, exits)
@@ -69,18 +80,18 @@ class Teacher:
             return cosine_regret(early, full)
         text = self.clip.encode_text(params, batch["tokens"])
         more = None
-        if self.rivals:
-            found = jax.lax.stop_gradient(batch[RIVALS])
+        if self.negatives:
+            found = jax.lax.stop_gradient(frozen[NEGATIVES])
             more = ExtraNegatives(found["image"], found["text"], jnp.any(batch[INDEX][:, None] == found["index"], axis=0))
         return loss_regret(early, full, text, self.clip.logit_scales(params)[exits[-1]], more, self.kind == "kl")
 
-    def target(self, batch: dict[str, Any], tokens: Tokens | None, start: int) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(targets [B] in [0, 1], what is logged): ranks of the regrets in the batch."""
+    def target(self, batch: Mapping[str, Any], frozen: Frozen, tokens: Tokens | None, start: int) -> tuple[jax.Array, Metrics]:
+        """(targets [B] in [0, 1], metrics): ranks of the regrets in the batch."""
         pixels = None
         if tokens is None:
             picture = batch[IMAGE] if IMAGE in batch else batch["image"]
             pixels = normalise(picture, self.preprocess.mean, self.preprocess.std)
-        found = jax.lax.stop_gradient(self.regret(batch, pixels, tokens, start).astype(jnp.float32))
+        found = jax.lax.stop_gradient(self.regret(batch, frozen, pixels, tokens, start).astype(jnp.float32))
         return unit_ranks(found), {"regret": jnp.mean(found)}
 
 
@@ -109,12 +120,6 @@ def teacher(config: ExperimentConfig) -> Teacher:
     return Teacher(clip, exit, c.regret, Preprocess.from_dict(description["preprocess"]), told, c.rivals)
 
 
-def rival_shapes(found: Teacher) -> pytree.Tree:
-    """Shapes of RIVALS."""
-    embeddings = jax.ShapeDtypeStruct((found.rivals, found.clip.arch.vision.embed_dim), jnp.float32)
-    return {"image": embeddings, "text": embeddings, "index": jax.ShapeDtypeStruct((found.rivals,), jnp.int32)}
-
-
 def params(config: ExperimentConfig, shapes: pytree.Tree) -> pytree.Tree:
     """The CLIP's parameters, float32 numpy. Raises ConfigError where they are damaged or do not fit `shapes`."""
     try:
@@ -129,7 +134,7 @@ def params(config: ExperimentConfig, shapes: pytree.Tree) -> pytree.Tree:
     return found
 
 
-def tokenizer(config: ExperimentConfig) -> Tokenizer | None:
+def clip_tokenizer(config: ExperimentConfig) -> Tokenizer | None:
     """The CLIP's own; None where the regret reads no captions. Raises ConfigError where the checkpoint has none."""
     if config.complexity.regret == "cosine":
         return None
@@ -142,25 +147,6 @@ def tokenizer(config: ExperimentConfig) -> Tokenizer | None:
     return Tokenizer.from_file(file)
 
 
-def remember(config: ExperimentConfig, workdir: Path) -> None:
-    """Writes which CLIP the run learns the regret of, not where it is continued. Raises OSError, ConfigError."""
-    if has_regret(config) and not (files.has_checkpoint(workdir) and (workdir / KEPT).is_file()):
-        text = (frozen_trunk.folder(config) / checkpoint.DESCRIPTION).read_text(encoding="utf-8")
-        files.write_text(workdir / KEPT, text)
-
-
-def require_same(config: ExperimentConfig, workdir: Path) -> None:
-    """Raises ConfigError where a continued run would learn the regret of another CLIP than it began with."""
-    if not has_regret(config) or not (workdir / KEPT).is_file():
-        return
-    began = json.loads((workdir / KEPT).read_text(encoding="utf-8"))
-    if checkpoint.identity(checkpoint.describe(frozen_trunk.folder(config))) != checkpoint.identity(began):
-        raise ConfigError(
-            f"config.complexity.clip={config.complexity.clip} is another model than the one {workdir} began with: what its "
-            "images lose is another; put the first one back, or start in another --workdir"
-        )
-
-
 def others(found: Teacher, preprocess: Preprocess, shared: bool) -> dict[str, Preprocess]:
     """{entry of the batch: preprocess} of pictures that the CLIP needs beside those of the complexity model.
 
@@ -168,3 +154,74 @@ def others(found: Teacher, preprocess: Preprocess, shared: bool) -> dict[str, Pr
     """
     alike = lambda p: dataclasses.replace(p, mean=found.preprocess.mean, std=found.preprocess.std)
     return {} if shared or alike(preprocess) == found.preprocess else {IMAGE: found.preprocess}
+
+
+class RegretRun(ScorerRun):
+    """`config.task` 'complexity' with `config.complexity.target` 'regret'."""
+
+    @property
+    def best_by(self) -> str:
+        return "pcc"
+
+    @property
+    def still_needs_clip(self) -> bool:
+        return True
+
+    def task(
+        self, tokenizer: Tokenizer | None = None, mesh: Mesh | None = None, class_counts: tuple[int, int] = (1, 1)
+    ) -> Task:
+        model, preprocess, description = self.model()
+        clip = teacher(self.config)
+        blocks = model.arch.blocks if self.on_trunk else 0
+        more = others(clip, preprocess, bool(blocks))
+
+        def loss(params, batch, key, frozen):
+            pixels, tokens = normalise(batch["image"], preprocess.mean, preprocess.std), None
+            if blocks:  # the CLIP goes on from the same tokens
+                tokens = model.tokens(params, pixels)
+                logits = model.logits_of_tokens(params, tokens, key)
+            else:
+                logits = model.logits(params, pixels, key)
+            target, metrics = clip.target(batch, frozen, tokens, blocks)
+            return contrastive.complexity_loss(logits, target, model.arch.head, 0.0), metrics
+
+        fields = ("image", *more, *(("tokens",) if clip.reads_captions else ()), *((INDEX,) if clip.negatives else ()))
+        length = clip.clip.arch.text.context_length if clip.reads_captions else 0
+        described = {**description, "target": "regret", "regret": clip.description}
+        kept = {"context_length": length, "frozen": clip.shapes, "others": more}
+        return scorer_task(model, loss, preprocess, fields, described, **kept)
+
+    def tokenizer(self, source: Source, resumed: Path | None) -> Tokenizer | None:
+        return clip_tokenizer(self.config)
+
+    def require_images(self, count: int) -> None:
+        extra_negatives.require_enough(self.config, count)
+
+    def frozen_params(self, task: Task) -> dict[str, pytree.Tree]:
+        return {CLIP: params(self.config, task.frozen[CLIP])}
+
+    def embedded_params(
+        self, task: Task, source: Source, tokenizer: Tokenizer | None, frozen: Frozen, request: StopRequest
+    ) -> dict[str, pytree.Tree] | None:
+        if NEGATIVES not in task.frozen:
+            return {}
+        clip = teacher(self.config)
+        found = extra_negatives.embed(self.config, clip.clip, clip.preprocess, source, tokenizer, frozen[CLIP], request)
+        return None if found is None else {NEGATIVES: found}
+
+    def remember(self, workdir: Path) -> None:
+        super().remember(workdir)
+        if not (files.has_checkpoint(workdir) and (workdir / KEPT).is_file()):
+            text = (frozen_trunk.folder(self.config) / checkpoint.DESCRIPTION).read_text(encoding="utf-8")
+            files.write_text(workdir / KEPT, text)
+
+    def require_same(self, workdir: Path) -> None:
+        if not (workdir / KEPT).is_file():
+            return
+        began = json.loads((workdir / KEPT).read_text(encoding="utf-8"))
+        if checkpoint.identity(checkpoint.describe(frozen_trunk.folder(self.config))) != checkpoint.identity(began):
+            clip = self.config.complexity.clip
+            raise ConfigError(
+                f"config.complexity.clip={clip} differs from the CLIP that {workdir} started with, so the regret targets would "
+                "change; put the first one back, or start in another --workdir"
+            )

@@ -1,0 +1,106 @@
+"""The architectures that a configuration asks for: named variants with its exits, sizes and heads."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from icar_jax import checkpoint
+from icar_jax import config as cfg
+from icar_jax.models.clip import ClipArch
+from icar_jax.models.complexity import ComplexityArch
+from icar_jax.models.token_router import BlocksArch, ScorerArch
+from icar_jax.models.variants import BLOCKS, CLIP, CONVNEXT
+from icar_jax.models.vision import VisionArch
+
+
+def clip_arch(config: cfg.ClipConfig, vocabulary: int | None = None, end_id: int | None = None) -> ClipArch:
+    """The architecture that `config.clip` asks for; the tokenizer's size and end token replace CLIP's where given.
+
+    Raises ConfigError for an unknown variant, exits beyond the depth, or an image size off the patch grid.
+    """
+    if config.variant not in CLIP:
+        raise cfg.unknown("config.clip.variant", config.variant, CLIP)
+    base = CLIP[config.variant]
+    depth = config.depth or base.vision.depth
+    cfg.validate_depth(config.exits, depth)
+    size = config.image_size or base.vision.image_size
+    patch = config.patch_size or base.vision.patch_size
+    if size < patch or size % patch:
+        near = max(patch, round(size / patch) * patch)
+        raise cfg.ConfigError(
+            f"config.clip.image_size={size} is not a multiple of the patch size {patch}; use {near} "
+            "or another config.clip.patch_size"
+        )
+    if config.context_length < 0 or config.context_length == 1:
+        raise cfg.ConfigError(f"config.clip.context_length={config.context_length} must be 0 or at least 2")
+    try:
+        vision = dataclasses.replace(
+            base.vision,
+            depth=depth,
+            image_size=size,
+            patch_size=patch,
+            exits=tuple(config.exits),
+            pool=config.pool,
+            exit_head=config.exit_head,
+            exit_sum=config.exit_sum,
+            merge=tuple(config.merge),
+        )
+    except ValueError as error:
+        raise cfg.ConfigError(f"config.clip: {error}") from error
+    text = dataclasses.replace(
+        base.text,
+        context_length=config.context_length or base.text.context_length,
+        vocabulary=base.text.vocabulary if vocabulary is None else vocabulary,
+        end_id=base.text.end_id if end_id is None else end_id,
+    )
+    return ClipArch(vision, text, config.temperature)
+
+
+def complexity_arch(config: cfg.ComplexityConfig) -> ScorerArch:
+    """The architecture that `config.complexity` asks for; of variant 'blocks' the CLIP's description says the rest.
+
+    Raises ConfigError for an unknown variant, a bad size, or a CLIP that cannot be read or lacks these blocks.
+    """
+    if config.variant not in (*CONVNEXT, BLOCKS):
+        raise cfg.unknown("config.complexity.variant", config.variant, (*CONVNEXT, BLOCKS))
+    if not 0 <= config.dropout < 1:
+        raise cfg.ConfigError(f"config.complexity.dropout={config.dropout} must lie in [0, 1)")
+    if config.variant == BLOCKS:
+        return _blocks_arch(config)
+    for name, off in (("clip", ""), ("blocks", 0), ("pooled_norm", "whole")):
+        if getattr(config, name) != off and not (name == "clip" and config.target == "regret"):
+            where = " or target='regret'" if name == "clip" else ""
+            raise cfg.ConfigError(
+                f"config.complexity.{name}={getattr(config, name)!r} is for config.complexity.variant='{BLOCKS}'{where} only, "
+                f"found {config.variant!r}; leave it {off!r}"
+            )
+    if config.image_size < 32:
+        raise cfg.ConfigError(f"config.complexity.image_size={config.image_size} must be at least 32 pixels")
+    return ComplexityArch(CONVNEXT[config.variant], config.head, config.image_size, config.dropout)
+
+
+def _blocks_arch(config: cfg.ComplexityConfig) -> BlocksArch:
+    if not config.clip:
+        raise cfg.ConfigError(
+            f"config.complexity.clip='' but config.complexity.variant='{BLOCKS}' puts a head on the vision tower of a CLIP; "
+            "name its checkpoint or workdir"
+        )
+    folder = routed_clip(config)
+    clip = cfg.from_dict(checkpoint.describe(folder)["arch"], ClipArch, f"{folder}: arch")
+    if not 1 <= config.blocks <= clip.vision.all_exits[0]:
+        raise cfg.ConfigError(
+            f"config.complexity.blocks={config.blocks} must lie in 1 to {clip.vision.all_exits[0]}, the first exit of "
+            f"{config.clip}: an image that leaves there has to be scored before"
+        )
+    plain = {name: getattr(VisionArch, name) for name in ("exits", "pool", "exit_head", "exit_sum")}  # it has no exits
+    vision = dataclasses.replace(clip.vision, **plain, merge=clip.vision.merge_before(config.blocks))
+    return BlocksArch(vision, config.blocks, config.head, config.dropout, config.pooled_norm == "parts")
+
+
+def routed_clip(config: cfg.ComplexityConfig) -> Path:
+    """The folder of the CLIP checkpoint that config.complexity.clip names. Raises ConfigError."""
+    try:
+        return checkpoint.find(config.clip, ("clip",))
+    except checkpoint.CheckpointError as error:
+        raise cfg.ConfigError(f"config.complexity.clip={config.clip}: {error}") from error

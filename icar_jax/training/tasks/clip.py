@@ -1,0 +1,179 @@
+"""Training CLIP with early exits: the contrastive loss at every exit and at full depth, and what keeps exits compatible."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from icar_jax import architectures, checkpoint, pytree
+from icar_jax.config import ConfigError, ExperimentConfig
+from icar_jax.data.records import Source
+from icar_jax.data.tokenizer import Tokenizer
+from icar_jax.models.clip import Clip, ClipArch
+from icar_jax.models.ops import normalise
+from icar_jax.models.transformer import Execution, block_scales
+from icar_jax.parallel.mesh import batch_sharding
+from icar_jax.training import init_weights
+from icar_jax.training.losses import contrastive, ring
+from icar_jax.training.losses import exits as exit_losses
+from icar_jax.training.losses.exits import MIXED
+from icar_jax.training.tasks import init_teacher
+from icar_jax.training.tasks.base import NOTHING, Task, preprocess_of
+from icar_jax.training.tasks.kind import RunKind, described
+
+CAPTIONS_FOR_TOKENIZER = 20_000  # images whose captions a tokenizer is trained on
+_LAYERS, _MIXED_EXITS = 0, 1  # the key of a step is folded with these for each thing that is drawn
+
+
+class ClipRun(RunKind):
+    """`config.task` 'clip'."""
+
+    unit: ClassVar[str] = "pairs"
+    trains_clip: ClassVar[bool] = True
+
+    @property
+    def best_by(self) -> str:
+        return "recall"
+
+    def check_architecture(self) -> None:
+        architectures.clip_arch(self.config.clip)
+
+    def arch(self, tokenizer: Tokenizer | None) -> ClipArch:
+        """The variant with the tokenizer's vocabulary, and a logit bias for the sigmoid loss."""
+        config = self.config
+        sizes = (tokenizer.vocab_size, tokenizer.end_id) if tokenizer is not None else ()
+        arch = architectures.clip_arch(config.clip, *sizes)
+        if config.train.init:
+            arch = init_weights.adopt(arch, config.train.init)
+        return dataclasses.replace(arch, logit_bias=config.loss.kind == "sigmoid")
+
+    def task(
+        self, tokenizer: Tokenizer | None = None, mesh: Mesh | None = None, class_counts: tuple[int, int] = (1, 1)
+    ) -> Task:
+        return _task(self.config, self.arch(tokenizer), mesh)
+
+    def tokenizer(self, source: Source, resumed: Path | None) -> Tokenizer:
+        return tokenizer_of(self.config, source, resumed)
+
+    @property
+    def still_needs_init(self) -> bool:
+        return bool(self.config.loss.distill_init)
+
+    def require_same(self, workdir: Path) -> None:
+        init_teacher.require_same(self.config, described(workdir), workdir)
+
+    def frozen_params(self, task: Task) -> dict[str, pytree.Tree]:
+        return {init_teacher.PARAMS: init_teacher.params(self.config)} if task.frozen else {}
+
+
+def tokenizer_of(config: ExperimentConfig, source: Source, resumed: Path | None) -> Tokenizer:
+    """The tokenizer that a resumed run began with, the configured file, or one trained on the captions."""
+    if resumed is not None:
+        return Tokenizer.from_file(resumed / checkpoint.TOKENIZER)
+    init, file = config.train.init, config.data.tokenizer
+    kept = init_weights.load_tokenizer(init) if init else None
+    theirs = Tokenizer.from_json(kept, f"the tokenizer of {init}") if kept is not None else None
+    if file:
+        given = Tokenizer.from_file(file)
+        if theirs is not None and not given.same_ids(theirs):
+            raise ConfigError(
+                f"config.data.tokenizer={file} gives other ids than the tokenizer in config.train.init={init}, which its text "
+                "tower was trained with; leave config.data.tokenizer empty, which takes that one"
+            )
+        return given
+    if theirs is not None:
+        return theirs
+    if init:
+        raise ConfigError(
+            f"config.train.init={init} holds no tokenizer, and one trained on the captions would not fit its text tower; pass "
+            "the one it was trained with: --config.data.tokenizer=PATH"
+        )
+    count = min(len(source), CAPTIONS_FOR_TOKENIZER)
+    captions = (caption for i in range(count) for caption in source[i].captions)
+    return Tokenizer.train(captions, config.data.vocabulary)
+
+
+def _task(config: ExperimentConfig, arch: ClipArch, mesh: Mesh | None) -> Task:
+    # Without it the compiler shards the width of the activations over fsdp inside a scan.
+    sharding = batch_sharding(mesh) if mesh is not None else None
+    dtype = jnp.dtype(config.train.dtype)
+    clip = Clip.graph(arch, execution=Execution(config.train.remat, config.train.scan_blocks, sharding), dtype=dtype)
+    exits = arch.vision.all_exits
+    weights = contrastive.exit_weights(config.loss.exit_weights, exits)
+    preprocess = preprocess_of(config, arch.vision.image_size)
+
+    form = {"kind": config.loss.kind, "direction": config.loss.direction}
+    compare = partial(contrastive.per_exit, **form)
+    if config.loss.chunk:
+        assert mesh is not None, "config.loss.chunk passes texts round a mesh"
+        compare = partial(ring.per_exit, **form, mesh=mesh, chunk=config.loss.chunk)
+
+    dropout = config.train.layer_dropout
+    teacher = None
+    if config.loss.distill_init:
+        teacher = init_teacher.teacher(config, preprocess, Execution("none", config.train.scan_blocks, sharding), dtype)
+
+    def draw(batch, key, frozen=NOTHING):
+        batch = batch if teacher is None else {**batch, init_teacher.IMAGE: teacher.embed(frozen, batch["image"])}
+        if not dropout:
+            return batch
+        scales = block_scales(jax.random.fold_in(key, _LAYERS), len(batch["image"]), arch.vision.depth, dropout)
+        return {**batch, "block_scales": scales if sharding is None else jax.lax.with_sharding_constraint(scales, sharding)}
+
+    def embed(params, batch):
+        pixels = normalise(batch["image"], preprocess.mean, preprocess.std)
+        image = clip.encode_image_exits(params, pixels, scales=batch.get("block_scales"))
+        # Text keys: JAX orders the keys of a dict, and integers and strings cannot be ordered together.
+        found = {"image": {str(e): z for e, z in image.items()}, "text": clip.encode_text(params, batch["tokens"])}
+        return found if teacher is None else {**found, init_teacher.IMAGE: batch[init_teacher.IMAGE]}
+
+    def contrast(params, embeddings, key):
+        image, text, full = {e: embeddings["image"][str(e)] for e in exits}, embeddings["text"], arch.vision.depth
+        scales = clip.logit_scales(params)
+        biases = clip.logit_biases(params) if arch.logit_bias else None
+        if config.loss.mixed:  # one more gallery, at full depth's temperature and bias
+            compared = image | {MIXED: exit_losses.mixed_images(image, jax.random.fold_in(key, _MIXED_EXITS))}
+            per_exit = compare(compared, text, *({**own, MIXED: own[full]} if own else None for own in (scales, biases)))
+        else:
+            per_exit = compare(image, text, scales, biases)
+        metrics = {f"loss_{e}": per_exit[e] for e in exits}
+        metrics |= {f"scale_{e}": scales[e] for e in exits}
+        total = sum(weights[e] * per_exit[e] for e in exits)
+        if config.loss.mixed:
+            metrics["loss_mixed"] = per_exit[MIXED]
+            total = total + config.loss.mixed * per_exit[MIXED]
+        if config.loss.distill_cosine:
+            metrics["distill_cosine"] = exit_losses.distill_cosine(image, full)
+            total = total + config.loss.distill_cosine * metrics["distill_cosine"]
+        if config.loss.distill_init:
+            metrics["distill_init"] = exit_losses.distill_init(image, embeddings[init_teacher.IMAGE], weights)
+            total = total + config.loss.distill_init * metrics["distill_init"]
+        if config.loss.distill_kl:
+            metrics["distill_kl"] = exit_losses.distill_kl(image, text, scales, full)
+            total = total + config.loss.distill_kl * metrics["distill_kl"]
+        return total, metrics
+
+    def loss(params, batch, key, frozen=NOTHING):
+        return contrast(params, embed(params, draw(batch, key, frozen)), key)
+
+    return Task(
+        arch,
+        "clip",
+        clip.shapes,
+        lambda key: Clip.init(key, arch, config.clip.exit_start),
+        loss,
+        preprocess,
+        ("image", "tokens"),
+        {"arch": dataclasses.asdict(arch), "preprocess": preprocess.to_dict()},
+        arch.text.context_length,
+        draw,
+        embed,
+        contrast,
+        frozen={} if teacher is None else {init_teacher.PARAMS: teacher.shapes},
+    )
