@@ -1,5 +1,6 @@
 # For newcomers: `make demo` and `make test`. Both need only python3 (3.11 or newer) with pip.
-# For who changes the code: `make quick` (what a change touches), `make check` (slow tests), `make parity`, `make coverage`.
+# For who changes the code: `make quick` (what a change touches), `make check` (slow tests), `make parity`, `make coverage`,
+# `make lint`, `make docs`.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := workdir/demo
@@ -13,7 +14,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 FAST := ICAR_JAX_TESTS_COMPILE_FAST=1
 PYTEST := $(BIN)/python -m pytest -q --durations=10
 
-.PHONY: demo test quick check parity coverage clean
+.PHONY: demo test quick check parity coverage lint docs clean
 
 demo: .venv/installed
 	$(KEPT) $(BIN)/python examples/demo.py $(DEMO)
@@ -38,6 +39,25 @@ parity: .venv/parity
 coverage: .venv/installed
 	$(FAST) $(PYTEST) -n 2 -m "not check and not parity" --cov=icar_jax --cov-report=json:coverage.json
 	$(BIN)/python -m tests.support.covered coverage.json
+
+# ruff over everything; mypy over the package, strictly over what other code builds on (pyproject.toml).
+lint: .venv/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The pages of docs/ and an API reference from the docstrings, as workdir/site/index.html. Needs no network once installed.
+docs: .venv/docs
+	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q -f mkdocs.yml
+	@echo "Open workdir/site/index.html"
+
+.venv/lint: .venv/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt ruff mypy
+	touch $@
+
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	touch $@
 
 .venv/parity: .venv/installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0 transformers

@@ -3,7 +3,7 @@
 import os
 import re
 
-from icar_jax.config.errors import ConfigError
+from icar_jax.errors import ConfigError
 
 # pathlib makes s3:/bucket of s3://bucket, so one slash is enough; a letter alone may be a drive.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")

@@ -14,7 +14,7 @@ def _check_types(node: Any, prefix: str) -> None:
     hints = typing.get_type_hints(type(node))
     for f in dataclasses.fields(node):
         name, value, want = f"{prefix}.{f.name}", getattr(node, f.name), hints[f.name]
-        if dataclasses.is_dataclass(want):
+        if isinstance(want, type) and dataclasses.is_dataclass(want):
             if not isinstance(value, want):
                 raise ConfigError(f"{name} must be a {want.__name__}, found {type(value).__name__}")
             _check_types(value, name)

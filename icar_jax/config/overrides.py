@@ -5,13 +5,14 @@ import json
 import typing
 from typing import Any
 
-from icar_jax.config.errors import ConfigError, no_field
+from icar_jax.config.errors import no_field
 from icar_jax.config.schema import ExperimentConfig
+from icar_jax.errors import ConfigError
 
 
 def check_override(path: str, cls: type = ExperimentConfig) -> None:
     """Raises ConfigError where `config.a.b` names no field of the configuration, with the nearest field that exists."""
-    node, seen = cls, []
+    node, seen = cls, list[str]()
     for part in path.split(".")[1:]:
         if not dataclasses.is_dataclass(node):
             raise ConfigError(f"{path} goes below the field {'.'.join(['config', *seen])}, which has none of its own")
@@ -40,7 +41,7 @@ def from_dict(values: dict[str, Any], cls: type = ExperimentConfig, prefix: str 
     for key, value in values.items():
         want = hints[key]
         if dataclasses.is_dataclass(want):
-            value = from_dict(value, want, f"{prefix}.{key}")
+            value = from_dict(value, typing.cast(type, want), f"{prefix}.{key}")
         elif typing.get_origin(want) is tuple:
             value = tuple(value)
         made[key] = value

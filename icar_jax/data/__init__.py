@@ -1,4 +1,4 @@
 """Image-text data: sources, tokenizer, image decoding and the batch pipeline.
 
-Nothing here imports jax: worker processes run this package and must not start a backend.
+This package never imports jax: worker processes run it and must not start a backend.
 """

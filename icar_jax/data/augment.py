@@ -1,7 +1,7 @@
-"""Random changes of training pictures with Pillow, drawn from a generator that is passed in.
+"""Random augmentation of training images with Pillow, using the given random generator.
 
-In this order, each with the meaning it has in torchvision: crop (RandomResizedCrop), horizontal flip, affine (RandomAffine,
-bilinear, black where the picture ends), then brightness, contrast and saturation (ColorJitter, in this order always).
+Applied in this order, each as in torchvision: crop (RandomResizedCrop), horizontal flip, affine (RandomAffine, bilinear, black
+outside the image), then brightness, contrast and saturation (ColorJitter, but always in this order).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _JITTER = {"brightness": ImageEnhance.Brightness, "contrast": ImageEnhance.Contr
 
 @dataclass(frozen=True)
 class Augment:
-    """Training augmentation; what is off draws nothing and changes nothing.
+    """Training augmentation. Disabled transforms draw no random numbers.
 
     Attributes:
-        kind: 'none' keeps the evaluation resize; 'crop' takes a random rectangle and resizes it to S x S; 'squashed_crop' takes
-            it from the picture squashed to S x S, as models see it that are given whole images (in one resampling).
-        scale: range of the rectangle's share of the image area.
+        kind: 'none' uses the evaluation resize; 'crop' resizes a random rectangle of the image to S x S; 'squashed_crop' crops
+            from the image squashed to S x S, for models that are evaluated on squashed images (one resampling).
+        scale: range of the rectangle's fraction of the image area.
         ratio: range of its aspect ratio (width / height), drawn log-uniformly.
-        flip: mirror half of the images. Separate and off by default: it makes captions with left and right wrong.
-        rotate: degrees up to which a picture is turned about its centre, either way.
-        translate: share of the side up to which it is shifted, across and down.
+        flip: mirror half of the images. Off by default, because it invalidates captions with left and right.
+        rotate: largest rotation about the centre, in degrees, in either direction.
+        translate: largest shift as a fraction of the side, horizontally and vertically.
         brightness, contrast, saturation: each factor is drawn from [1 - value, 1 + value].
     """
 
@@ -60,7 +60,7 @@ class Augment:
                 raise ConfigError(f"augment.{name} must lie in [0, 1], got {getattr(self, name)}")
 
     def resize(self, image: Image.Image, preprocess: Preprocess, rng: np.random.Generator) -> np.ndarray:
-        """RGB image -> augmented uint8 [S, S, 3]."""
+        """Augments and resizes an RGB image to uint8 [S, S, 3]."""
         pixels = self._cropped(image, preprocess, rng)
         if self.flip and rng.random() < 0.5:
             pixels = np.ascontiguousarray(pixels[:, ::-1])
@@ -88,7 +88,7 @@ class Augment:
 
 
 def from_config(data: DataConfig, whole_images: bool) -> Augment:
-    """The augmentation that `config.data` asks for; `whole_images` where the model is given whole images, squashed."""
+    """Returns the augmentation of `config.data`; whole_images: the model is evaluated on squashed, uncropped images."""
     kind = "none" if data.crop_scale == 1 else "squashed_crop" if whole_images else "crop"
     return Augment(
         kind,
@@ -103,11 +103,11 @@ def from_config(data: DataConfig, whole_images: bool) -> Augment:
 
 
 def _moved(picture: Image.Image, rotate: float, translate: float, rng: np.random.Generator) -> Image.Image:
-    """Turned about its centre, then shifted by whole pixels."""
+    """Rotates an image about its centre, then shifts it by whole pixels."""
     side = picture.size[0]
     angle = math.radians(rng.uniform(-rotate, rotate))
     across, down = (round(float(rng.uniform(-1, 1)) * translate * side) for _ in range(2))
-    # Pillow asks where each pixel of the result comes from: back by the shift, then turned back about the centre.
+    # Pillow takes the inverse transform: undo the shift, then undo the rotation about the centre.
     cos, sin, centre = math.cos(angle), math.sin(angle), side / 2
     x, y = -centre - across, -centre - down
     inverse = (cos, sin, cos * x + sin * y + centre, -sin, cos, -sin * x + cos * y + centre)
@@ -120,9 +120,9 @@ def random_box(
     ratio: tuple[float, float],
     rng: np.random.Generator,
 ) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a random rectangle, as in Inception training (Szegedy et al., 2015).
+    """Returns (left, top, right, bottom) of a random rectangle, as in Inception training (Szegedy et al., 2015).
 
-    After ten rectangles that do not fit, the largest centred one within the ratio range.
+    After ten rectangles that do not fit, returns the largest centred one within the ratio range.
     """
     width, height = image_size
     for _ in range(10):

@@ -1,4 +1,4 @@
-"""Pictures from elsewhere that fill up the galleries of an evaluation, and the proof that none of them is asked for."""
+"""Distractors: additional gallery images that are never queries or targets, checked for overlap with the evaluated images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NAMES_SHOWN = 3
 
 
 def distractor_source(distractors: DistractorConfig, data: DataConfig) -> Source:
-    """The first `size` pictures of what `config.eval.distractors` names (all where that is 0), read as those of `data` are.
+    """Returns the first `size` images of `config.eval.distractors` (all if size is 0), read with the options of `data`.
 
     Raises ConfigError, ShardError or OSError as the sources do.
     """
@@ -23,13 +23,13 @@ def distractor_source(distractors: DistractorConfig, data: DataConfig) -> Source
     source = open_files(d.source, d, d.split or (None if d.source == "folder" else "."), data.retries)
     if d.size > len(source):
         raise ConfigError(
-            f"config.eval.distractors.size={d.size}, but {source.name} holds {len(source)} images; lower it, or 0 takes all"
+            f"config.eval.distractors.size={d.size}, but {source.name} holds {len(source)} images; lower it, or pass 0 for all"
         )
     return Subset(source, np.arange(d.size), source.name) if d.size else source
 
 
 def source_urls(source: Source) -> list[str | None] | None:
-    """The URL of every record; None where the source keeps none."""
+    """Returns the URL of every record; None if the source has no URLs."""
     try:
         urls = source.urls()
     except ConfigError:  # Parquet files without a column of URLs
@@ -38,10 +38,10 @@ def source_urls(source: Source) -> list[str | None] | None:
 
 
 def require_apart(base: Source, far: Source, base_urls: list | None, far_urls: list | None) -> list[str]:
-    """Raises ConfigError where a distractor is also a picture of the base set; returns sentences on how that was checked.
+    """Raises ConfigError if a distractor is also an image of the base set; returns sentences on how this was checked.
 
-    Compared are the shard files of both, or the names of the pictures where both have names of their own, and the URLs
-    (`source_urls`). The names of records in shards are numbers, so they say nothing about records of other shards.
+    Compares the shard files of both sources, or their image names if both have names of their own, and the URLs from
+    `source_urls`. Names of records in shards are numbers, so they cannot be compared between shards.
     """
     notes, checked = [], []
     for what, of in (("shard files", _shard_files), ("names", _names)):
@@ -58,19 +58,19 @@ def require_apart(base: Source, far: Source, base_urls: list | None, far_urls: l
         ends = sorted(u for u in far_urls if u and u.split("?")[0].rpartition("/")[2] in named)
         if ends:
             notes.append(
-                f"{len(ends)} distractors come from URLs that end in the name of a picture of {base.name} ({_some(ends)}): if "
-                "these are the same pictures, take them out"
+                f"{len(ends)} distractors have URLs that end in the name of an image of {base.name} ({_some(ends)}): if these "
+                "are the same images, remove them"
             )
     if not checked:
-        notes.append(f"whether {far.name} holds pictures of {base.name} could not be checked: no names or URLs to compare")
-    return notes or [f"no distractor is also in {base.name}, by {' and '.join(checked)}"]
+        notes.append(f"could not check whether {far.name} holds images of {base.name}: no names or URLs to compare")
+    return notes or [f"no distractor is also in {base.name} (compared: {' and '.join(checked)})"]
 
 
 def _refuse(what: str, shared: set[str], base: Source, far: Source) -> None:
     if shared:
         raise ConfigError(
-            f"config.eval.distractors: {len(shared)} {what} of {far.name} are also in {base.name}, which is evaluated "
-            f"({_some(sorted(shared))}); a query must not meet its own picture as a distractor: take these out"
+            f"config.eval.distractors: {len(shared)} {what} of {far.name} are also in the evaluated {base.name} "
+            f"({_some(sorted(shared))}); evaluated images must not be distractors: remove these"
         )
 
 
@@ -80,7 +80,7 @@ def _shard_files(source: Source) -> set[str] | None:
 
 
 def _names(source: Source) -> set[str] | None:
-    """Names of the pictures; for scenes that of the split, which their names begin with; None for records in shards."""
+    """Returns image names; for scenes the split's name, which prefixes all names; None for records in shards."""
     inner = source.source if isinstance(source, Subset) else source
     if isinstance(inner, Scenes):
         return {inner.name}

@@ -1,4 +1,4 @@
-"""Image decoding and resizing with Pillow; pixels stay uint8, normalisation happens on the device."""
+"""Image decoding and resizing with Pillow. Pixels stay uint8; normalisation runs on the device."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ HALF_MEAN = HALF_STD = (0.5, 0.5, 0.5)
 
 RESIZES = ("squash", "crop")
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-# Beyond this ratio of sides the long side is cut before resizing: a 1 x 60000 strip would need gigabytes.
+# Beyond this aspect ratio the long side is cropped before resizing: a 1 x 60000 strip would need gigabytes.
 _MAX_ASPECT = 50
 
 ImageLike = str | os.PathLike | bytes | np.ndarray | Image.Image
 
 
 class ImageError(DataError):
-    """An image that cannot be decoded; the message begins with its name."""
+    """An image that cannot be decoded; the message starts with its name."""
 
 
 def decode(image: ImageLike, name: str | None = None) -> Image.Image:
-    """Any image a user may hand over, as RGB `PIL.Image`.
+    """Decodes any supported image to an RGB `PIL.Image`.
 
-    Takes a path, the bytes of an image file, a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], or a
-    `PIL.Image`. EXIF orientation is applied. Transparent pixels are laid on white, as a viewer shows them; opaque
-    images are unaffected by that. 16-bit greyscale is scaled to 8 bits. Of an animation the first frame is taken.
+    Accepts a path, the bytes of an image file, a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], or a
+    `PIL.Image`. Applies EXIF orientation, composites transparent pixels on white, scales 16-bit greyscale to 8 bits, and
+    uses the first frame of an animation.
 
     Args:
         name: used in error messages; defaults to the path.
@@ -58,7 +58,7 @@ def decode(image: ImageLike, name: str | None = None) -> Image.Image:
     else:
         raise TypeError(f"{name or 'image'}: expected a path, bytes, a uint8 array or a PIL image, got {type(image).__name__}")
     if stream is image and (why := not_local(image)) is not None:
-        raise ImageError(f"{name}: {why}; download the picture first")
+        raise ImageError(f"{name}: {why}; download the image first")
     try:
         opened = Image.open(stream)
     except FileNotFoundError:
@@ -98,7 +98,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I"):
         deep = np.clip(np.asarray(image, np.int64), 0, 65535)
         if image.mode == "I" and deep.max(initial=0) < 256:
-            deep <<= 8  # 32-bit containers of 8-bit values; black otherwise
+            deep <<= 8  # 32-bit containers of 8-bit values would be black otherwise
         return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -122,11 +122,11 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a model expects its images; it belongs to the weights and is stored with them.
+    """Preprocessing that a model expects; stored with its weights.
 
     Attributes:
         image_size: side S of the square input, in pixels.
-        resize: 'squash' resizes to S x S whatever the aspect ratio; 'crop' resizes the shortest side to S and cuts the
+        resize: 'squash' resizes to S x S regardless of aspect ratio; 'crop' resizes the shortest side to S and crops the
             centre, with torchvision's rounding.
         interpolation: 'bicubic' or 'bilinear', both antialiased (Pillow).
         mean, std: per RGB channel, for pixels scaled to [0, 1]; applied on the device as (x / 255 - mean) / std.
@@ -155,7 +155,7 @@ class Preprocess:
             object.__setattr__(self, field, value)
 
     def resize(self, image: Image.Image) -> np.ndarray:
-        """RGB image -> uint8 [S, S, 3]."""
+        """Resizes an RGB image to uint8 [S, S, 3]."""
         size, resample = self.image_size, INTERPOLATIONS[self.interpolation]
         if self.resize_mode == "squash":
             return np.array(image.resize((size, size), resample))
@@ -170,7 +170,7 @@ class Preprocess:
         return np.array(image.crop((left, top, left + size, top + size)))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready dict; `from_dict` restores it exactly."""
+        """Returns a JSON-ready dict; `from_dict` restores it exactly."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod

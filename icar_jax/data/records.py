@@ -1,4 +1,4 @@
-"""The contract of every source: a record per image; subsets of sources, and splits by the hash of each record's name."""
+"""Interface of data sources (one record per image), subsets, and splits by the hash of record names."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ class Record:
     """One image with its captions.
 
     Attributes:
-        name: file name or an address such as ``scenes/train/000123``; unique in its source.
-        image: decodes the picture when called and returns an RGB ``PIL.Image``;
-            raises on a file that cannot be read.
-        captions: all captions of the image; empty only where a source holds ratings.
-        complexity: known or measured complexity in [0, 1]; ``nan`` where unknown.
+        name: file name or a path such as ``scenes/train/000123``; unique in its source.
+        image: callable that decodes the image and returns an RGB ``PIL.Image``; raises for unreadable files.
+        captions: all captions of the image; empty only in sources of ratings.
+        complexity: known or measured complexity in [0, 1]; ``nan`` if unknown.
         labels: category labels, possibly empty.
     """
 
@@ -38,17 +37,17 @@ class Record:
 
 
 class Source(abc.ABC):
-    """A random-access collection of records: the contract of every image-text source.
+    """Abstract base of all data sources: a random-access collection of records.
 
-    A subclass sets `name` and defines `__len__` and `__getitem__`. The other attributes say what it knows without reading
-    records; their defaults mean that it does not know.
+    A subclass sets `name` and defines `__len__` and `__getitem__`. The other attributes hold what is known without reading
+    records; None means unknown.
 
     Attributes:
         name: unique among the sources of a run, such as 'scenes/train'.
-        names: the names of all records; `record_names` makes the records where this is None.
+        names: names of all records; if None, `record_names` reads the records.
         scores: float32 [n], complexity ratings in [0, 1].
-        shards: the shards that records lie in; records of shards are named by shard and number.
-        paths: the files of the shards.
+        shards: the shards that hold the records, which are then named by shard and number.
+        paths: file paths of the shards.
     """
 
     name: str
@@ -63,15 +62,15 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def __getitem__(self, i: int) -> Record:
-        """Record number i, in [0, len)."""
+        """Returns record i, in [0, len)."""
 
     def urls(self) -> list[str | None] | None:
-        """The URL of every record; None where the source keeps none. Reads the source."""
+        """Returns the URL of every record, or None if the source has no URLs. Reads the source."""
         return None
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this set of images and ratings from another: their number, and hashes of their names and ratings."""
-        names = self.names if self.names is not None else [self.name]  # scenes are a function of the split and the index
+        """Returns an identifier of this set of images and ratings: their number, and hashes of names and ratings."""
+        names = self.names if self.names is not None else [self.name]  # scenes depend only on the split and the index
         found = {"images": len(self), "names_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
         if self.scores is not None:
             found["ratings_sha256"] = hashlib.sha256(np.asarray(self.scores, np.float32).tobytes()).hexdigest()
@@ -79,19 +78,19 @@ class Source(abc.ABC):
 
 
 def name_hash(name: str, seed: int) -> int:
-    """64 pseudo-random bits of (seed, name), the same on every machine and Python version."""
+    """Returns a 64-bit hash of (seed, name), the same on every machine and Python version."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "big")
 
 
 def record_names(source: Source) -> list[str]:
-    """Names of all records, which are made only where the source does not list its names."""
+    """Returns the names of all records; reads the records only if the source does not list its names."""
     return list(source.names) if source.names is not None else [source[i].name for i in range(len(source))]
 
 
 def calibration_split(names: Sequence[str], *, seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts a calibration part out of the training records: those of the `size` lowest hashes.
+    """Splits records into training and calibration parts; calibration takes the `size` lowest hashes.
 
-    Adding files replaces at most some of the chosen ones and moves no other.
+    Adding files replaces at most some of the calibration records; all other records stay in their part.
 
     Args:
         names: unique record names.
@@ -102,7 +101,7 @@ def calibration_split(names: Sequence[str], *, seed: int, size: int) -> tuple[np
     """
     if len(set(names)) != len(names):
         double = next(name for name, count in Counter(names).items() if count > 1)
-        raise DataError(f"record names must be unique to be split, {double!r} occurs more than once")
+        raise DataError(f"record names must be unique to split them; {double!r} occurs more than once")
     if not 0 < size < len(names):
         raise DataError(f"a calibration size must lie in [1, {len(names) - 1}] for {len(names)} records, got {size}")
     hashes = [name_hash(name, seed) for name in names]
@@ -112,7 +111,7 @@ def calibration_split(names: Sequence[str], *, seed: int, size: int) -> tuple[np
 
 
 class Subset(Source):
-    """The records of a source at the given indices, as a source of its own."""
+    """A source with the records of another source at the given indices."""
 
     def __init__(self, source: Source, indices: Sequence[int], name: str):
         self.name = name
@@ -126,13 +125,13 @@ class Subset(Source):
 
     @property
     def names(self) -> list[str]:
-        """Names of the records; made one by one where the source does not list them."""
+        """Names of the records; read one by one if the source does not list them."""
         known = self.source.names
         return [known[i] if known is not None else self.source[i].name for i in self.indices.tolist()]
 
     @property
     def scores(self) -> np.ndarray | None:
-        """Of the source, at the indices."""
+        """Scores of the source at the indices, or None."""
         return None if self.source.scores is None else self.source.scores[self.indices]
 
     def urls(self) -> list[str | None] | None:

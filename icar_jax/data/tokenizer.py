@@ -1,9 +1,8 @@
-"""Tokenizers over the `tokenizers` library: CLIP's own vocabulary, one trained on the captions, or SigLIP's.
+"""Tokenizers based on the `tokenizers` library: CLIP's vocabulary, one trained on the captions, or SigLIP's.
 
-CLIP's and trained ones share a contract: text is cleaned as OpenAI's CLIP does, and an encoded caption is
-[start, tokens..., end, pad...]. The end token has the highest id in both vocabularies, so the first end token and
-the argmax of the ids name the same position. SigLIP's has no start token: [tokens..., end, pad...], and cleans the text with
-the rules that its own file holds.
+CLIP and trained tokenizers clean text as OpenAI's CLIP does and encode a caption as [start, tokens..., end, pad...]. The end
+token has the highest id in both vocabularies, so the first end token and the argmax of the ids are the same position. SigLIP's
+has no start token ([tokens..., end, pad...]) and cleans text by the rules in its own file.
 """
 
 from __future__ import annotations
@@ -27,25 +26,25 @@ CLIP_END_ID = CLIP_VOCAB_SIZE - 1
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 # Names of (start, end) that published CLIP vocabularies use.
 _SPECIAL_PAIRS = ((START, END), ("<start_of_text>", "<end_of_text>"))
-_SIGLIP = {"</s>": "</s>", "<eos>": "<pad>"}  # end token of SigLIP and SigLIP 2 -> what each pads with
+_SIGLIP = {"</s>": "</s>", "<eos>": "<pad>"}  # end token -> pad token of SigLIP and of SigLIP 2
 _CLIP_WORDS = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+)"""
 _CLIP_MERGES = CLIP_VOCAB_SIZE - 2 * 256 - 2
 _MIN_TRAINED_VOCAB = 256 + 3
 
 
 def clean(text: str) -> str:
-    """OpenAI CLIP's cleaning: mojibake repaired, HTML entities unescaped twice, whitespace collapsed, lower case."""
+    """Cleans text as OpenAI's CLIP does: repairs mojibake, unescapes HTML twice, collapses whitespace, lower-cases."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 
 class Tokenizer:
-    """Captions -> int32 ids.
+    """Encodes captions as int32 ids.
 
     Attributes:
-        start_id, end_id: special tokens around every caption; start_id is None in SigLIP's.
-        pad_id: fills the rest. In CLIP's vocabulary it is 0, also an ordinary token ('!'), and in SigLIP's first one it is the
-            end token: find a caption's length by its first end token, never by the padding.
+        start_id, end_id: special tokens around every caption; start_id is None for SigLIP.
+        pad_id: padding. In CLIP's vocabulary it is 0, also an ordinary token ('!'), and in SigLIP's (version 1) it is the end
+            token, so find a caption's length by its first end token, never by the padding.
         vocab_size: number of ids, special tokens included.
     """
 
@@ -72,8 +71,8 @@ class Tokenizer:
         self.pad_id = 0 if pad_id is None else pad_id
         if self.end_id != self.vocab_size - 1:
             raise DataError(
-                f"{where}: the end token has id {self.end_id}, expected the highest id, {self.vocab_size - 1}:"
-                " pooling at the end token relies on it. Remove tokens that were added behind it."
+                f"{where}: the end token has id {self.end_id}, expected the highest id, {self.vocab_size - 1}, because"
+                " pooling finds the end token by the argmax of the ids. Remove tokens that were added after it."
             )
 
     def _open_siglip(self, padding: dict | None, where: str) -> None:
@@ -84,18 +83,18 @@ class Tokenizer:
             found = sorted(str(token.content) for token in backend.get_added_tokens_decoder().values())
             raise DataError(
                 f"{where}: neither a CLIP nor a SigLIP vocabulary; expected one of the pairs {_SPECIAL_PAIRS}, or one of"
-                f" {tuple(_SIGLIP)}; found the special tokens {found}. CLIP's tokenizers, SigLIP's and those trained here can"
-                " be used."
+                f" {tuple(_SIGLIP)}; found the special tokens {found}. Use a tokenizer of CLIP or SigLIP, or one trained by"
+                " this package."
             )
         self.end_id, self.pad_id = backend.token_to_id(end), backend.token_to_id(pad)
-        # Kept in the file, so that `from_json` finds the pad token again; the length is set when texts are encoded.
+        # Stored in the JSON, so that `from_json` finds the pad token; the length is set when texts are encoded.
         backend.enable_padding(pad_id=self.pad_id, pad_token=pad, length=1)
 
     @classmethod
     def from_file(cls, path: str | Path, pad_token: str = "") -> Tokenizer:
-        """Reads a `tokenizer.json`, or CLIP's merges file (`bpe_simple_vocab_16e6.txt`, also gzipped).
+        """Reads a `tokenizer.json`, or CLIP's merges file (`bpe_simple_vocab_16e6.txt`, optionally gzipped).
 
-        `pad_token` serves a SigLIP tokenizer.json that does not name it itself.
+        pad_token: for a SigLIP tokenizer.json that does not name its pad token.
 
         Raises:
             FileNotFoundError, ValueError: with the path, what was expected and what was found.
@@ -103,7 +102,7 @@ class Tokenizer:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(
-                f"tokenizer file {path} not found; give CLIP's tokenizer.json or bpe_simple_vocab_16e6.txt.gz"
+                f"tokenizer file {path} not found; pass CLIP's tokenizer.json or bpe_simple_vocab_16e6.txt.gz"
             )
         data = path.read_bytes()
         try:
@@ -116,7 +115,7 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str, where: str = "tokenizer JSON", pad_token: str = "") -> Tokenizer:
-        """Restores `to_json` exactly; the text has the layout of a Hugging Face tokenizer.json."""
+        """Restores a tokenizer from `to_json` exactly; the text has the layout of a Hugging Face tokenizer.json."""
         try:
             backend = _Backend.from_str(text)
             if backend.padding is None and backend.token_to_id(pad_token) is not None:
@@ -131,8 +130,8 @@ class Tokenizer:
     def train(cls, captions: Iterable[str], vocab_size: int, min_frequency: int = 2) -> Tokenizer:
         """Trains a byte-level BPE on cleaned captions; pad is id 0, start and end are the two highest ids.
 
-        Every byte is in the vocabulary, so any text can be encoded. Few captions may give fewer than `vocab_size`
-        tokens: size the embedding by `.vocab_size`.
+        Every byte is in the vocabulary, so any text can be encoded. A small corpus may yield fewer than `vocab_size`
+        tokens, so size the embedding by `.vocab_size`.
 
         Raises:
             ValueError: `vocab_size` below 259 (256 bytes and 3 special tokens), or no captions.
@@ -157,17 +156,17 @@ class Tokenizer:
         backend.add_special_tokens([AddedToken(START, special=True), AddedToken(END, special=True)])
         tokenizer = cls(backend, where="trained tokenizer")
         if tokenizer.vocab_size < vocab_size:
-            logging.info("The captions yield %d tokens, fewer than the %d asked for.", tokenizer.vocab_size, vocab_size)
+            logging.info("The captions yield %d tokens, fewer than the requested %d.", tokenizer.vocab_size, vocab_size)
         return tokenizer
 
     def encode(self, texts: str | Sequence[str], context_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and whether each text was cut.
+        """Encodes texts as token ids, and reports which were truncated.
 
-        Text that spells a special token is read as that token, as in CLIP.
+        Text that spells a special token is encoded as that token, as in CLIP.
 
         Returns:
             ids int32 [N, L] and truncated bool [N]. A text that is too long keeps its first tokens, with the end
-            token in the last place. An empty text is [start, end].
+            token in the last position. An empty text is [start, end].
 
         Raises:
             TypeError: an element that is not a string. ValueError: context_length below 2.
@@ -187,28 +186,28 @@ class Tokenizer:
         return ids, truncated
 
     def _bodies(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text without special tokens and padding."""
+        """Returns token ids of each text without special tokens and padding."""
         if self.start_id is not None:
             texts = [clean(text) for text in texts]
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         if self.start_id is not None:
             return [encoding.ids for encoding in encodings]
-        # SigLIP's file asks for padding of at least one place.
+        # SigLIP's tokenizer pads to at least one position.
         return [[i for i, keep in zip(e.ids, e.attention_mask) if keep] for e in encodings]
 
     def __call__(self, texts: str | Sequence[str], context_length: int) -> np.ndarray:
-        """Token ids int32 [N, L]; see `encode`, which also tells which texts were cut."""
+        """Returns token ids int32 [N, L]; see `encode`, which also reports which texts were truncated."""
         return self.encode(texts, context_length)[0]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of one row of ids, without special tokens and padding; cleaned text, so not the caption itself."""
+        """Returns the text of one row of ids without special tokens and padding; this is the cleaned text."""
         ids = [int(i) for i in ids]
         begin = ids.index(self.start_id) + 1 if self.start_id is not None and self.start_id in ids else 0
         stop = ids.index(self.end_id) if self.end_id in ids else len(ids)
         return self._backend.decode(ids[begin:stop], skip_special_tokens=True).strip()
 
     def same_ids(self, other: Tokenizer) -> bool:
-        """Whether both give the same ids to the same tokens, whatever the start and end tokens are called."""
+        """Returns whether both map the same tokens to the same ids, regardless of the names of start and end tokens."""
         special = [(t.start_id, t.end_id, t.pad_id) for t in (self, other)]
         words = [
             {i: token for token, i in t._backend.get_vocab(with_added_tokens=True).items() if i not in (t.start_id, t.end_id)}
@@ -217,11 +216,11 @@ class Tokenizer:
         return special[0] == special[1] and words[0] == words[1]
 
     def token(self, id: int) -> str:
-        """The token with this id, as the vocabulary spells it."""
+        """Returns the token with this id, as spelled in the vocabulary."""
         return self._backend.id_to_token(id)
 
     def to_json(self) -> str:
-        """The whole tokenizer as text; `from_json` restores it exactly."""
+        """Returns the complete tokenizer as JSON text; `from_json` restores it exactly."""
         return self._backend.to_str()
 
     def save(self, path: str | Path) -> None:
@@ -236,9 +235,9 @@ def _check_text(text: object, position: int) -> str:
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte, in the order of CLIP's (and GPT-2's) vocabulary.
+    """Returns the printable character that represents each byte, in the order of CLIP's (and GPT-2's) vocabulary.
 
-    Printable bytes stand for themselves and come first; the others follow as the characters from U+0100 on.
+    Printable bytes represent themselves and come first; the others follow as characters from U+0100 on.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = len(set(range(256)) - set(printable))
@@ -246,11 +245,11 @@ def _byte_characters() -> list[str]:
 
 
 def _clip_backend(text: str, where: str) -> _Backend:
-    """CLIP's BPE from its merges file: a header, then one merge a line, of which the first 48,894 count."""
+    """Builds CLIP's BPE from its merges file: a header, then one merge per line; the first 48,894 are used."""
     lines = text.split("\n")
     if not lines[0].startswith(("#version", '"bpe_simple_vocab')):
         raise DataError(
-            f"tokenizer file {where}: neither a tokenizer.json nor a CLIP merges file; a merges file begins with a"
+            f"tokenizer file {where}: neither a tokenizer.json nor a CLIP merges file; a merges file starts with a"
             f" header line such as '#version: 0.2', found {lines[0]!r:.80}"
         )
     merges: list[tuple[str, str]] = []
@@ -265,15 +264,15 @@ def _clip_backend(text: str, where: str) -> _Backend:
     tokens = characters + [c + "</w>" for c in characters] + ["".join(pair) for pair in merges] + [START, END]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
-        raise DataError(f"tokenizer file {where}: {len(tokens) - len(vocabulary)} merges give a token that exists already")
+        raise DataError(f"tokenizer file {where}: {len(tokens) - len(vocabulary)} merges produce a token that already exists")
     try:
         model = models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", continuing_subword_prefix="")
     except Exception as error:  # the library raises bare Exception for a merge of unknown symbols
         raise DataError(f"tokenizer file {where}: inconsistent merges: {error}") from error
     if not any(second.endswith("</w>") for _, second in merges):
         raise DataError(
-            f"tokenizer file {where}: no merge ends a word (</w>), so these are not CLIP's merges but those of another model,"
-            " such as GPT-2; give CLIP's bpe_simple_vocab_16e6.txt.gz or its tokenizer.json"
+            f"tokenizer file {where}: no merge ends a word (</w>), so these are not CLIP's merges but another model's, such as"
+            " GPT-2's; pass CLIP's bpe_simple_vocab_16e6.txt.gz or its tokenizer.json"
         )
     backend = _Backend(model)
     backend.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])

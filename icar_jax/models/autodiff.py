@@ -104,15 +104,15 @@ _linear_p = Primitive("icar_linear")
 _linear_p.multiple_results = True
 
 
-def _apply_rule(*operands: Array, linear: _Linear, aval) -> list[Array]:
+def _apply_rule(*operands: Array, linear: _Linear, aval: Any) -> list[Array]:
     return [linear.apply(*operands)]
 
 
-def _jvp_rule(primals, tangents, *, linear: _Linear, aval):
+def _jvp_rule(primals: Any, tangents: Any, *, linear: _Linear, aval: Any) -> Any:
     return jax.jvp(lambda *operands: [linear.apply(*operands)], primals, tuple(map(ad.instantiate_zeros, tangents)))
 
 
-def _transpose_rule(cotangents, *operands, linear: _Linear, aval):
+def _transpose_rule(cotangents: Any, *operands: Any, linear: _Linear, aval: Any) -> list[Any]:
     (cotangent,) = cotangents
     unknown = [ad.is_undefined_primal(x) for x in operands]
     if any(unknown[: linear.residuals]):
@@ -125,7 +125,7 @@ def _transpose_rule(cotangents, *operands, linear: _Linear, aval):
     return [None] * linear.residuals + wanted
 
 
-def _batching_rule(operands, axes, *, linear: _Linear, aval):
+def _batching_rule(operands: Any, axes: Any, *, linear: _Linear, aval: Any) -> Any:
     size = next(x.shape[axis] for x, axis in zip(operands, axes) if axis is not None)
     spread = [
         jax.numpy.broadcast_to(x, (size, *x.shape)) if axis is None else jax.numpy.moveaxis(x, axis, 0)

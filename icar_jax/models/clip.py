@@ -36,7 +36,7 @@ class ClipArch:
     temperature: str = "own"  # own | shared
     logit_bias: bool = False  # SigLIP's; beside each logit scale
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.vision.embed_dim != self.text.embed_dim:
             raise ModelError(
                 f"both towers must embed into one space: vision {self.vision.embed_dim}, text {self.text.embed_dim}"

@@ -34,7 +34,7 @@ class ComplexityArch:
     image_size: int
     dropout: float = 0.2  # regression head only, while training
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.head not in HEADS:
             raise ModelError(f"complexity head {self.head!r} must be one of {HEADS}")
         if self.backbone.num_classes:

@@ -29,7 +29,7 @@ class ConvNeXtArch:
     version: int = 2
     num_classes: int = 0  # 0 returns the pooled, normalised features
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.version not in (1, 2) or len(self.depths) != 4 or len(self.dims) != 4:
             raise ModelError(f"ConvNeXt needs version 1 or 2 and four stages, found {self}")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from icar_jax.models.autodiff import Derivatives, present_sum, with_derivatives
-from icar_jax.models.ops import Array, along
+from icar_jax.models.ops import Array, Arrays, DType, Saved, along
 
 _UNROLL = 64  # positions of the cotangent a loop step of the CPU kernel gradient takes
 
@@ -24,7 +26,7 @@ def _conv(x: Array, kernel: Array) -> Array:
     )
 
 
-def _pad_same(x: Array, kernel_shape, extra_h: int = 0, extra_w: int = 0) -> Array:
+def _pad_same(x: Array, kernel_shape: tuple[int, ...], extra_h: int = 0, extra_w: int = 0) -> Array:
     rows, cols = kernel_shape[0] // 2, kernel_shape[1] // 2
     return jnp.pad(x, ((0, 0), (rows, rows + extra_h), (cols, cols + extra_w), (0, 0)))
 
@@ -34,7 +36,8 @@ def _shifted_sum(x: Array, kernel: Array) -> Array:
     height, width = x.shape[1:3]
     padded = _pad_same(x, kernel.shape).astype(jnp.float32)
     taps = [(i, j) for i in range(kernel.shape[0]) for j in range(kernel.shape[1])]
-    return sum(padded[:, i : i + height, j : j + width] * along(kernel[i, j, 0], x) for i, j in taps).astype(x.dtype)
+    summed = cast(Array, sum(padded[:, i : i + height, j : j + width] * along(kernel[i, j, 0], x) for i, j in taps))
+    return summed.astype(x.dtype)
 
 
 def _kernel_gradient_conv(x: Array, kernel: Array, g: Array) -> Array:
@@ -55,7 +58,7 @@ def _kernel_gradient_tiles(x: Array, kernel: Array, g: Array) -> Array:
     x = _pad_same(x, kernel.shape, extra_h, extra_w)
     g = jnp.pad(g, ((0, 0), (0, extra_h), (0, extra_w), (0, 0)))
 
-    def add_tile(sums, index):
+    def add_tile(sums: tuple[Array, ...], index: Array) -> tuple[tuple[Array, ...], None]:
         corner = (index // (tiles_h * tiles_w), index // tiles_w % tiles_h * tile_h, index % tiles_w * tile_w, 0)
         x_tile = lax.dynamic_slice(x, corner, (1, tile_h + rows - 1, tile_w + cols - 1, channels))[0].astype(jnp.float32)
         g_tile = lax.dynamic_slice(g, corner, (1, tile_h, tile_w, channels))[0].astype(jnp.float32)
@@ -70,17 +73,17 @@ def _kernel_gradient_tiles(x: Array, kernel: Array, g: Array) -> Array:
     return jnp.stack(sums, axis=1)[:, :, None].astype(kernel.dtype)
 
 
-def _depthwise_forward(x, kernel):
+def _depthwise_forward(x: Array, kernel: Array) -> Saved:
     return lax.platform_dependent(x, kernel, cpu=_shifted_sum, default=_conv), (x, kernel)
 
 
-def _depthwise_backward(residuals, g):
+def _depthwise_backward(residuals: Arrays, g: Array) -> Arrays:
     x, kernel = residuals
     d_kernel = lax.platform_dependent(x, kernel, g, cpu=_kernel_gradient_tiles, default=_kernel_gradient_conv)
     return _depthwise(g, kernel[::-1, ::-1]), d_kernel
 
 
-def _depthwise_tangent(residuals, tangents):
+def _depthwise_tangent(residuals: Arrays, tangents: Arrays) -> Array:
     (x, kernel), (dx, d_kernel) = residuals, tangents
     return present_sum(None if dx is None else _depthwise(dx, kernel), None if d_kernel is None else _depthwise(x, d_kernel))
 
@@ -88,7 +91,7 @@ def _depthwise_tangent(residuals, tangents):
 _depthwise = with_derivatives(Derivatives(_depthwise_forward, _depthwise_tangent, _depthwise_backward), arrays=2)
 
 
-def depthwise_conv(x: Array, kernel: Array, bias: Array | None = None, *, dtype) -> Array:
+def depthwise_conv(x: Array, kernel: Array, bias: Array | None = None, *, dtype: DType) -> Array:
     """Depthwise convolution, stride 1, "same" zero padding: x [B, H, W, C], kernel [h, w, 1, C] -> [B, H, W, C] in `dtype`.
 
     Raises:

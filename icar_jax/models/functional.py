@@ -74,7 +74,8 @@ class Graph(Generic[M]):
         first = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         signature = inspect.signature(found)
         pure.__name__, pure.__doc__ = name, found.__doc__
-        pure.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])  # jax.jit reads it
+        shown = signature.replace(parameters=[first, *signature.parameters.values()])
+        pure.__signature__ = shown  # type: ignore[attr-defined]  # jax.jit reads it
         return self._functions.setdefault(name, pure)  # one object a name: jax.jit knows it again
 
     def __eq__(self, other: object) -> bool:
@@ -86,7 +87,7 @@ class Graph(Generic[M]):
     def __repr__(self) -> str:
         return f"Graph({type(self._abstract).__name__}, {pytree.count(self.shapes):,} parameters)"
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Graph, (self._graphdef, self._state)
 
 
@@ -98,7 +99,7 @@ class Module(nnx.Module):
 
         Raises ValueError for a module that keeps other state, such as the counters of dropout: `nnx.split` carries that.
         """
-        graphdef, params, rest = nnx.split(self, nnx.Param, ...)
+        graphdef, params, rest = nnx.split(self, nnx.Param, ...)  # type: ignore[misc]
         if len(jax.tree.leaves(rest)):
             raise ValueError(
                 f"split() keeps parameters only, and this {type(self).__name__} has other state: {_kinds(rest)}; "
@@ -110,7 +111,7 @@ class Module(nnx.Module):
     @classmethod
     def graph(cls, *args: Any, **kwargs: Any) -> Graph[Self]:
         """The structure of cls(*args, rngs=..., **kwargs), without allocating anything."""
-        abstract = nnx.eval_shape(lambda: cls(*args, rngs=nnx.Rngs(0), **kwargs))
+        abstract = nnx.eval_shape(lambda: cls(*args, rngs=nnx.Rngs(0), **kwargs))  # type: ignore[call-arg]
         graphdef, state = nnx.split(abstract)
         return Graph(graphdef, nnx.to_pure_dict(state))
 
@@ -119,7 +120,7 @@ class Module(nnx.Module):
         """Random parameters of cls(*args, **kwargs) as a nested dict; one program, which a jit around it may create sharded."""
 
         def make(key: jax.Array) -> Params:
-            made = nnx.to_pure_dict(nnx.state(cls(*args, rngs=nnx.Rngs(key), **kwargs)))
+            made = nnx.to_pure_dict(nnx.state(cls(*args, rngs=nnx.Rngs(key), **kwargs)))  # type: ignore[call-arg]
             return pytree.map_with_path(lambda _, leaf: leaf, made)
 
         return jax.jit(make)(key)

@@ -8,7 +8,7 @@ arithmetic is that of `ops`. A layer with other settings (`dot_general`, `precis
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,13 +41,18 @@ class _OneKey:
         return self._key
 
 
-def _plain(layer: nnx.Module) -> bool:
+def _one_key(rngs: nnx.Rngs | None) -> nnx.Rngs:
+    """`_OneKey` where Flax asks for Rngs."""
+    return cast(nnx.Rngs, _OneKey(rngs))
+
+
+def _plain(layer: Any) -> bool:
     """Whether a layer computes as it was built to, and not by what a Flax user has put in."""
     usual = layer.promote_dtype is promote_dtype and getattr(layer, "precision", None) is None
     return usual and getattr(layer, "preferred_element_type", None) is None
 
 
-def _dtype(layer: nnx.Module, x: Array) -> DType:
+def _dtype(layer: Any, x: Array) -> DType:
     return x.dtype if layer.dtype is None else layer.dtype
 
 
@@ -55,7 +60,7 @@ def _usual_linear(layer: nnx.Linear) -> bool:
     return layer.dot_general is jax.lax.dot_general and _plain(layer)
 
 
-def _usual_conv(layer: nnx.Conv) -> bool:
+def _usual_conv(layer: PatchConv | DepthwiseConv) -> bool:
     usual = layer.conv_general_dilated is jax.lax.conv_general_dilated and layer.mask is None
     return usual and _geometry(layer) == layer.built and _plain(layer)
 
@@ -72,7 +77,7 @@ class Linear(nnx.Linear):
         param_dtype: DType = jnp.float32, rngs: nnx.Rngs,
     ):  # fmt: skip
         super().__init__(
-            n_in, n_out, use_bias=bias, dtype=dtype, param_dtype=param_dtype, kernel_init=_normal(std), rngs=_OneKey(rngs)
+            n_in, n_out, use_bias=bias, dtype=dtype, param_dtype=param_dtype, kernel_init=_normal(std), rngs=_one_key(rngs)
         )
 
     def __call__(self, x: Array, out_sharding: Any = None) -> Array:
@@ -94,7 +99,7 @@ class LayerNorm(nnx.LayerNorm):
     """LayerNorm over the last axis, statistics in float32; keeps the input's dtype unless given one."""
 
     def __init__(self, width: int, eps: float, *, dtype: DType = None, param_dtype: DType = jnp.float32):
-        super().__init__(width, epsilon=eps, dtype=dtype, param_dtype=param_dtype, rngs=_OneKey(None))
+        super().__init__(width, epsilon=eps, dtype=dtype, param_dtype=param_dtype, rngs=_one_key(None))
 
     def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
         axes = (self.reduction_axes, self.feature_axes, self.axis_name)
@@ -115,7 +120,7 @@ class PatchConv(nnx.Conv):
     ):  # fmt: skip
         super().__init__(
             n_in, n_out, (patch, patch), (patch, patch), padding="VALID", use_bias=bias, dtype=dtype, param_dtype=param_dtype,
-            kernel_init=_normal(std), rngs=_OneKey(rngs),
+            kernel_init=_normal(std), rngs=_one_key(rngs),
         )  # fmt: skip
         self.built = _geometry(self)
 
@@ -135,7 +140,7 @@ class DepthwiseConv(nnx.Conv):
     def __init__(self, width: int, *, std: float, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
         super().__init__(
             width, width, (7, 7), feature_group_count=width, dtype=dtype, param_dtype=param_dtype, kernel_init=_normal(std),
-            rngs=_OneKey(rngs),
+            rngs=_one_key(rngs),
         )  # fmt: skip
         self.built = _geometry(self)
 

@@ -7,7 +7,9 @@ differentiate in both modes and any number of times.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,9 @@ from jax import lax
 from icar_jax.models.autodiff import Derivatives, present_sum, with_derivatives
 
 Array = jax.Array
+DType = Any
+Arrays = tuple[Any, ...]
+Saved = tuple[Array, Arrays]  # the result, and what the backward pass needs
 
 
 # --- matrix products -------------------------------------------------------------------------------------------------------
@@ -26,7 +31,7 @@ def _row_major(x: Array) -> Array:
     return lax.optimization_barrier(split).reshape(x.shape)
 
 
-def _cpu_dot(lhs: Array, rhs: Array, dims) -> Array:
+def _cpu_dot(lhs: Array, rhs: Array, dims: Any) -> Array:
     """A bf16 x bf16 -> f32 dot in the one form that XLA's CPU backend runs on the matrix units.
 
     Two rewrites of XLA would undo it. An operand that comes out of a transpose carries the transposed layout, and XLA then
@@ -37,7 +42,7 @@ def _cpu_dot(lhs: Array, rhs: Array, dims) -> Array:
     return lax.optimization_barrier(out)
 
 
-def _dot_general(lhs: Array, rhs: Array, dims, dtype) -> Array:
+def _dot_general(lhs: Array, rhs: Array, dims: Any, dtype: DType) -> Array:
     lhs, rhs = lhs.astype(dtype), rhs.astype(dtype)
     if dtype == jnp.float32:
         return lax.dot_general(lhs, rhs, dims, precision=lax.Precision.HIGHEST)
@@ -49,7 +54,7 @@ def _transpose(x: Array) -> Array:
     return jnp.swapaxes(x, -1, -2)
 
 
-def dot(lhs: Array, rhs: Array, dtype) -> Array:
+def dot(lhs: Array, rhs: Array, dtype: DType) -> Array:
     """[..., M, K] x [..., K, N] -> [..., M, N] float32; equal leading dimensions; operands are cast to `dtype`.
 
     The cotangent is cast to `dtype` before the backward dots, which accumulate in float32 too; plain autodiff would run them
@@ -58,22 +63,22 @@ def dot(lhs: Array, rhs: Array, dtype) -> Array:
     return _dot(lhs, rhs, jnp.dtype(dtype))
 
 
-def dot_t(lhs: Array, rhs: Array, dtype) -> Array:
+def dot_t(lhs: Array, rhs: Array, dtype: DType) -> Array:
     """[..., M, K] x [..., N, K] -> [..., M, N] float32: `dot` with a transposed right operand, without transposing it."""
     return _dot_t(lhs, rhs, jnp.dtype(dtype))
 
 
-def _dot_forward(lhs, rhs, dtype):
+def _dot_forward(lhs: Array, rhs: Array, dtype: DType) -> Saved:
     batch = tuple(range(lhs.ndim - 2))
     return _dot_general(lhs, rhs, (((lhs.ndim - 1,), (rhs.ndim - 2,)), (batch, batch)), dtype), (lhs, rhs)
 
 
-def _dot_t_forward(lhs, rhs, dtype):
+def _dot_t_forward(lhs: Array, rhs: Array, dtype: DType) -> Saved:
     batch = tuple(range(lhs.ndim - 2))
     return _dot_general(lhs, rhs, (((lhs.ndim - 1,), (rhs.ndim - 1,)), (batch, batch)), dtype), (lhs, rhs)
 
 
-def _dot_backward(operands, g, dtype):
+def _dot_backward(operands: Arrays, g: Array, dtype: DType) -> Arrays:
     lhs, rhs = operands
     g = g.astype(dtype)
     d_lhs = dot_t(g, rhs, dtype)
@@ -81,7 +86,7 @@ def _dot_backward(operands, g, dtype):
     return d_lhs.astype(lhs.dtype), d_rhs.astype(rhs.dtype)
 
 
-def _dot_t_backward(operands, g, dtype):
+def _dot_t_backward(operands: Arrays, g: Array, dtype: DType) -> Arrays:
     lhs, rhs = operands
     g = g.astype(dtype)
     d_lhs = dot(g, rhs, dtype)
@@ -89,10 +94,10 @@ def _dot_t_backward(operands, g, dtype):
     return d_lhs.astype(lhs.dtype), d_rhs.astype(rhs.dtype)
 
 
-def _product_rule(product):
+def _product_rule(product: Callable[..., Array]) -> Callable[..., Array]:
     """The tangent of a bilinear `product(lhs, rhs, dtype)`."""
 
-    def tangent(operands, tangents, dtype):
+    def tangent(operands: Arrays, tangents: Arrays, dtype: DType) -> Array:
         (lhs, rhs), (d_lhs, d_rhs) = operands, tangents
         return present_sum(
             None if d_lhs is None else product(d_lhs, rhs, dtype), None if d_rhs is None else product(lhs, d_rhs, dtype)
@@ -105,7 +110,7 @@ _dot = with_derivatives(Derivatives(_dot_forward, _product_rule(dot), _dot_backw
 _dot_t = with_derivatives(Derivatives(_dot_t_forward, _product_rule(dot_t), _dot_t_backward), arrays=2)
 
 
-def linear(x: Array, kernel: Array, bias: Array | None = None, *, dtype) -> Array:
+def linear(x: Array, kernel: Array, bias: Array | None = None, *, dtype: DType) -> Array:
     """x [..., in] @ kernel [in, out] (+ bias [out]) -> [..., out] in `dtype`; float32 master weights are cast inside."""
     dtype = jnp.dtype(dtype)
     y = dot(x.astype(dtype).reshape(-1, x.shape[-1]), kernel, dtype)
@@ -117,7 +122,7 @@ def linear(x: Array, kernel: Array, bias: Array | None = None, *, dtype) -> Arra
 # --- attention -------------------------------------------------------------------------------------------------------------
 
 
-def _attend(q: Array, k: Array, v: Array, causal: bool, dtype) -> tuple[Array, Array, Array]:
+def _attend(q: Array, k: Array, v: Array, causal: bool, dtype: DType) -> tuple[Array, Array, Array]:
     """q, k, v [B, H, L, K] -> output [B, H, L, K] and unnormalised weights [B, H, L, L] in `dtype`, their sums in float32.
 
     Dividing by the sum after the second product touches [L, K] values in place of [L, L], and keeps XLA on CPU from folding
@@ -133,12 +138,12 @@ def _attend(q: Array, k: Array, v: Array, causal: bool, dtype) -> tuple[Array, A
     return (dot(weights, v, dtype) / total).astype(dtype), weights, total
 
 
-def _attention_forward(q, k, v, causal, dtype):
+def _attention_forward(q: Array, k: Array, v: Array, causal: bool, dtype: DType) -> Saved:
     out, weights, total = _attend(q, k, v, causal, dtype)
     return out, (q, k, v, weights, total, out)
 
 
-def _attention_backward(residuals, g, causal, dtype):
+def _attention_backward(residuals: Arrays, g: Array, causal: bool, dtype: DType) -> Arrays:
     # With p = weights / total: dv = p^T g, dp = g v^T and ds = p (dp - rowsum(p dp)), where rowsum(p dp) = rowsum(g out).
     # g is divided by total once, so that the unnormalised weights serve as p.
     q, k, v, weights, total, out = residuals
@@ -152,7 +157,7 @@ def _attention_backward(residuals, g, causal, dtype):
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-def _attention_tangent(residuals, tangents, causal, dtype):
+def _attention_tangent(residuals: Arrays, tangents: Arrays, causal: bool, dtype: DType) -> Array:
     # With p = weights / total and the scores' tangent ds: dp = p (ds - rowsum(p ds)); what is masked has p = 0.
     q, k, v, weights, total, _ = residuals
     dq, dk, dv = tangents
@@ -167,7 +172,7 @@ def _attention_tangent(residuals, tangents, causal, dtype):
 _attention = with_derivatives(Derivatives(_attention_forward, _attention_tangent, _attention_backward), arrays=3)
 
 
-def attention(q: Array, k: Array, v: Array, *, causal: bool = False, dtype=None) -> Array:
+def attention(q: Array, k: Array, v: Array, *, causal: bool = False, dtype: DType = None) -> Array:
     """Scaled dot-product attention; q, k, v [B, L, H, K] -> [B, L, H, K] in `dtype` (None: q's); softmax in float32."""
     dtype = jnp.dtype(q.dtype if dtype is None else dtype)
     out = _attention(*(jnp.swapaxes(t.astype(dtype), 1, 2) for t in (q, k, v)), causal, dtype)
@@ -195,7 +200,7 @@ def _normalise(x: Array, mean: Array, inverse: Array) -> Array:
     return (x.astype(jnp.float32) - mean) * inverse
 
 
-def _layer_norm_forward(x, scale, bias, eps, dtype):
+def _layer_norm_forward(x: Array, scale: Array, bias: Array, eps: float, dtype: DType) -> Saved:
     y = x.astype(jnp.float32)
     mean = y.mean(-1, keepdims=True)
     inverse = lax.rsqrt(jnp.square(y - mean).mean(-1, keepdims=True) + eps)
@@ -205,7 +210,7 @@ def _layer_norm_forward(x, scale, bias, eps, dtype):
     return out.astype(dtype), (x, scale, bias, mean, inverse)
 
 
-def _layer_norm_backward(residuals, g, eps, dtype):
+def _layer_norm_backward(residuals: Arrays, g: Array, eps: float, dtype: DType) -> Arrays:
     x, scale, bias, mean, inverse = residuals
     g = g.astype(jnp.float32)
     y = _normalise(x, mean, inverse)
@@ -218,7 +223,7 @@ def _layer_norm_backward(residuals, g, eps, dtype):
     return dx.astype(x.dtype), d_scale.astype(scale.dtype), d_bias.astype(bias.dtype)
 
 
-def _layer_norm_tangent(residuals, tangents, eps, dtype):
+def _layer_norm_tangent(residuals: Arrays, tangents: Arrays, eps: float, dtype: DType) -> Array:
     (x, scale, _, mean, inverse), (dx, d_scale, d_bias) = residuals, tangents
     y, out = _normalise(x, mean, inverse), None
     if dx is not None:
@@ -233,23 +238,23 @@ def _layer_norm_tangent(residuals, tangents, eps, dtype):
 _layer_norm = with_derivatives(Derivatives(_layer_norm_forward, _layer_norm_tangent, _layer_norm_backward), arrays=3)
 
 
-def layer_norm(x: Array, scale: Array, bias: Array, *, eps: float, dtype=None) -> Array:
+def layer_norm(x: Array, scale: Array, bias: Array, *, eps: float, dtype: DType = None) -> Array:
     """LayerNorm over the last axis: x [..., D], scale and bias [D]; statistics in float32; returns `dtype` or x.dtype."""
     return _layer_norm(x, scale, bias, eps, jnp.dtype(dtype or x.dtype))
 
 
-def _recomputed(function):
+def _recomputed(function: Callable[[Array], Array]) -> Callable[..., Array]:
     """An elementwise function evaluated in float32 and returned in x.dtype, of which the backward pass stores x alone."""
 
-    def forward(x):
+    def forward(x: Array) -> Saved:
         return function(x.astype(jnp.float32)).astype(x.dtype), (x,)
 
-    def backward(residuals, g):
+    def backward(residuals: Arrays, g: Array) -> Arrays:
         (x,) = residuals
         x32 = lax.optimization_barrier(x).astype(jnp.float32)  # or XLA would store intermediates of the forward pass
         return (jax.vjp(function, x32)[1](g.astype(jnp.float32))[0].astype(x.dtype),)
 
-    def tangent(residuals, tangents):
+    def tangent(residuals: Arrays, tangents: Arrays) -> Array:
         (x,), (dx,) = residuals, tangents
         return jax.jvp(function, (x.astype(jnp.float32),), (dx.astype(jnp.float32),))[1].astype(x.dtype)
 
@@ -276,13 +281,10 @@ def quick_gelu(x: Array) -> Array:
     return _quick_gelu(x)
 
 
-Array = jax.Array
-
-
 def normalise(images: Array, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Array:
     """images uint8 [B, S, S, 3] -> float32 [B, S, S, 3], (x / 255 - mean) / std per channel."""
-    mean, std = (jnp.asarray(each, jnp.float32).reshape(1, 1, 1, 3) for each in (mean, std))
-    return images.astype(jnp.float32) * (1 / (255 * std)) - mean / std
+    shift, scale = (jnp.asarray(each, jnp.float32).reshape(1, 1, 1, 3) for each in (mean, std))
+    return images.astype(jnp.float32) * (1 / (255 * scale)) - shift / scale
 
 
 def require_floats(images: Array) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ class TextArch:
     proj_bias: bool = False
     norm_eps: float = 1e-5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.pool not in POOLS:
             raise ModelError(f"text pool {self.pool!r} must be one of {POOLS}")
         if not 0 <= self.end_id < self.vocabulary:
@@ -55,10 +56,16 @@ class TextTower(Module):
     ):  # fmt: skip
         a = arch
         self.arch, self.execution, self.dtype = arch, execution, jnp.dtype(dtype)
-        types = {"dtype": self.dtype, "param_dtype": param_dtype, "rngs": rngs}
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.embed = draw(rngs, (a.vocabulary, a.width), 0.02, param_dtype)
         self.pos = draw(rngs, (a.context_length, a.width), 0.01, param_dtype)
-        kind = {"depth": a.depth, "activation": a.activation, "eps": a.norm_eps, "causal": a.causal, "attention": attention}
+        kind: dict[str, Any] = {
+            "depth": a.depth,
+            "activation": a.activation,
+            "eps": a.norm_eps,
+            "causal": a.causal,
+            "attention": attention,
+        }
         self.blocks = nnx.List([Block(a.width, a.heads, a.mlp_width, **kind, **types) for _ in range(a.depth)])
         self.ln_final = LayerNorm(a.width, a.norm_eps, param_dtype=param_dtype)
         self.proj = Linear(a.width, a.embed_dim, std=a.width**-0.5, bias=a.proj_bias, **types)

@@ -39,7 +39,7 @@ class BlocksArch:
     norm_parts: bool = False  # class token, mean and deviation are brought to one scale before the head's own norm
     type: str = "blocks"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.head not in HEADS:
             raise ModelError(f"complexity head {self.head!r} must be one of {HEADS}")
         if not 1 <= self.blocks <= self.vision.depth:

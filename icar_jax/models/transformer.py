@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ class Execution:
     scan: bool = False
     sharding: jax.sharding.NamedSharding | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.remat not in REMAT:
             raise ModelError(f"remat {self.remat!r} must be one of {REMAT}")
 
@@ -178,7 +179,7 @@ def _run(blocks: Sequence[nnx.Module], x: Array, scales: Array | None, execution
         _require_parameters_only(block, i, execution)
 
     def one_of(i: int) -> Callable:
-        def pure(x, p, scale):
+        def pure(x: Array, p: Any, scale: Array | None) -> Array:
             block = nnx.merge(split[i][0], p)
             y = run(block, x, scale)
             _require_parameters_only(block, first + i, execution)  # nor has it begun to: `sow` does
@@ -196,7 +197,7 @@ def _run(blocks: Sequence[nnx.Module], x: Array, scales: Array | None, execution
         (*path, "kernel") for path, layer in nnx.iter_modules(blocks[0]) if type(layer) is Linear and layer.dtype == x.dtype
     }
 
-    def stack(path, *leaves):
+    def stack(path: Any, *leaves: Array) -> Array:
         keys = tuple(part.key for part in path)
         return jnp.stack([leaf.astype(x.dtype) if keys in cast else leaf for leaf in leaves])
 

@@ -10,7 +10,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ class VisionArch:
     exit_sum: bool = False  # an embedding is the sum of what the heads up to its depth give, not of its own head alone
     merge: tuple[int, ...] = ()  # entry i: patches merged into similar ones after i + 1 blocks; shorter than the depth
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
             raise ModelError(f"image size {self.image_size} is not a multiple of the patch size {self.patch_size}")
         if list(self.exits) != sorted(set(self.exits)) or any(not 1 <= e < self.depth for e in self.exits):
@@ -136,7 +136,7 @@ class ExitHead(Module):
         self, arch: VisionArch, *, attention: AttentionFn | None = None, dtype: DType = None, param_dtype: DType = jnp.float32,
         rngs: nnx.Rngs,
     ):  # fmt: skip
-        types = {"dtype": dtype, "param_dtype": param_dtype}
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         self.pool = arch.pool
         self.class_token = arch.class_token
         if arch.pool == "map":
@@ -170,13 +170,13 @@ class Trunk(Module):
     ):  # fmt: skip
         a, std = arch, arch.width**-0.5
         self.arch, self.execution, self.dtype = arch, execution, jnp.dtype(dtype)
-        types = {"dtype": self.dtype, "param_dtype": param_dtype, "rngs": rngs}
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": param_dtype, "rngs": rngs}
         patch_std = (3 * a.patch_size**2) ** -0.5
         self.patch = PatchConv(a.patch_size, 3, a.width, std=patch_std, bias=a.patch_bias, **types)
         self.cls = draw(rngs, (a.width,), std, param_dtype) if a.class_token else None
         self.pos = draw(rngs, (a.tokens, a.width), std, param_dtype)
         self.ln_pre = nnx.data(LayerNorm(a.width, a.norm_eps, param_dtype=param_dtype) if a.pre_norm else None)
-        kind = {"depth": a.depth, "activation": a.activation, "eps": a.norm_eps, "attention": attention}
+        kind: dict[str, Any] = {"depth": a.depth, "activation": a.activation, "eps": a.norm_eps, "attention": attention}
         self.depth = count = a.depth if blocks is None else blocks
         self.blocks = nnx.List([Block(a.width, a.heads, a.mlp_width, **kind, **types) for _ in range(count)])
 
@@ -219,7 +219,7 @@ def run_trunk(
         found = run_blocks(trunk.blocks, tokens.values, wanted, execution=trunk.execution, start=start, scales=scales)
         return {blocks_run: Tokens(x, tokens.sizes) for blocks_run, x in found.items()}
 
-    wanted, taps = set(wanted), {}
+    wanted, taps = set(wanted), dict[int, Tokens]()
     for stop, count in enumerate(trunk.arch.merge, 1):
         if count and start <= stop < max(wanted):
             taps |= part(tokens, {e for e in wanted if e < stop} - taps.keys() | {stop}, start)
@@ -243,7 +243,7 @@ class VisionTower(Trunk):
         self, arch: VisionArch, *, execution: Execution = Execution(), attention: AttentionFn | None = None,
         dtype: DType = jnp.float32, param_dtype: DType = jnp.float32, rngs: nnx.Rngs,
     ):  # fmt: skip
-        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         super().__init__(arch, execution=execution, attention=attention, **types)
         self.ln_post = LayerNorm(arch.width, arch.norm_eps, param_dtype=param_dtype)
         if arch.head == "map":
@@ -251,6 +251,21 @@ class VisionTower(Trunk):
         else:
             self.proj = Linear(arch.width, arch.embed_dim, std=arch.width**-0.5, bias=False, **types)
         self.exits = nnx.Dict({str(e): ExitHead(arch, attention=attention, **types) for e in arch.exits})
+
+    @overload
+    def __call__(
+        self,
+        images: Array,
+        exits: Sequence[int] | None = ...,
+        scales: Array | None = ...,
+        *,
+        intermediates: Literal[False] = ...,
+    ) -> dict[int, Array]: ...
+
+    @overload
+    def __call__(
+        self, images: Array, exits: Sequence[int] | None = ..., scales: Array | None = ..., *, intermediates: Literal[True]
+    ) -> tuple[dict[int, Array], dict[str, Array]]: ...
 
     def __call__(
         self, images: Array, exits: Sequence[int] | None = None, scales: Array | None = None, *, intermediates: bool = False

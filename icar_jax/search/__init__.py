@@ -1,6 +1,6 @@
-"""Image search: a store of embedded images on disk or in an object store, queries over it, and a web page.
+"""Image search: a store of image embeddings on disk or in an object store, queries over it, and a web page.
 
-Needs the [search] extra; nothing of it is imported before one of its parts is used.
+Needs the [search] extra, whose libraries are imported lazily.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class MissingExtra(IcarError, ValueError):
 
 
 def extra(name: str) -> ModuleType:
-    """The module `name` of the [search] extra. Raises MissingExtra saying how to install it."""
+    """Imports the module `name` of the [search] extra. Raises MissingExtra with the install command."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Ways into a store: its address, the lock that local writers take in turn, and errors that name it."""
+"""Access to a store: its address, the lock of local writers, and errors that name the store."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ LOCK = ".lock"
 
 
 class StoreError(IcarError, ValueError):
-    """A store is missing, damaged, of another format or of another model; the message names it and the fix."""
+    """A store is missing, damaged, or has another format or model; the message names the store and the fix."""
 
 
 class StoreExists(StoreError):
-    """There is a store already where one was to be made."""
+    """A store already exists at the address of a new one."""
 
 
 def is_local(uri: str) -> bool:
-    """Whether a store's address is a folder of this machine, not an object store's such as s3://bucket/name."""
+    """Whether a store address is a local folder rather than an object store such as s3://bucket/name."""
     return "://" not in uri
 
 
 def address(uri: str | os.PathLike) -> str:
-    """The address in full: of a folder its absolute path."""
+    """The normalised address; folders become absolute paths. Raises StoreError for an object store address made a Path."""
     uri = os.fspath(uri)
-    if is_local(uri) and not_local(uri) is not None:  # as pathlib spells it
-        raise StoreError(f"{uri}: write the address of a store with two slashes, such as s3://bucket/name, and not as a Path")
+    if is_local(uri) and not_local(uri) is not None:  # pathlib collapses the two slashes
+        raise StoreError(f"{uri}: pass the address of an object store as a string with two slashes, such as s3://bucket/name")
     return os.path.abspath(os.path.expanduser(uri)) if is_local(uri) else uri
 
 
 def creation_stamp(uri: str) -> tuple[int, int] | None:
-    """What tells a local store from another one made at its address later; None for object stores and where there is none.
+    """(inode, mtime_ns) of a local store's lock file, which changes if the store is deleted and recreated; None otherwise.
 
-    It is the file of the lock, which is made with a store and never written to. A folder's number may be given out again.
+    The lock file is created with the store and never written to. A folder's inode may be reused.
     """
     if not is_local(uri):
         return None
@@ -52,14 +52,14 @@ def creation_stamp(uri: str) -> tuple[int, int] | None:
 
 @contextmanager
 def locked(uri: str) -> Iterator[None]:
-    """Holds the lock of a local store, waiting for it. Object stores have none: there commits fail where two meet."""
+    """Context that holds the exclusive lock of a local store. Object stores have no lock; conflicting commits fail there."""
     if not is_local(uri):
         yield
         return
     with store_errors(uri, "locking it for writing"):
         descriptor = os.open(Path(uri) / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # ends with the process, however it ends
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # released when the process ends, even if killed
         yield
     finally:
         os.close(descriptor)
@@ -67,10 +67,10 @@ def locked(uri: str) -> Iterator[None]:
 
 @contextmanager
 def store_errors(uri: str, doing: str) -> Iterator[None]:
-    """Turns what LanceDB raises into a StoreError that names the store."""
+    """Context that converts LanceDB errors into a StoreError naming the store and the action `doing`."""
     try:
         yield
     except (StoreError, MissingExtra):
         raise
     except (ValueError, RuntimeError, OSError) as error:
-        raise StoreError(f"the store {uri}: {doing} failed: {error}") from error
+        raise StoreError(f"store {uri}: {doing} failed: {error}") from error

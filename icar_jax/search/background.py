@@ -31,13 +31,13 @@ from icar_jax.search.store import KEEP_OF_MANY, KEEP_VERSIONS, Store
 from icar_jax.search.tables import cleanup_age, vector_column
 
 TABLE = "background"
-OWN_CAPTIONS = 128  # captions of the store in the background
-MIN_OWN_CAPTIONS = 32  # with fewer captions than this the threshold is that of the plain ones
+OWN_CAPTIONS = 128  # captions sampled from the store
+MIN_OWN_CAPTIONS = 32  # with fewer, the threshold comes from the plain captions
 REFERENCE = 256
-TOP = 10  # hits of which the best one decides
-MISS_RATE = 0.05  # share of the store's own captions that the threshold may call absent
+TOP = 10  # hits considered for the statistic of a query
+MISS_RATE = 0.05  # fraction of the store's captions that may fall below the threshold
 SEED = 0
-RESAMPLE_RATIO = 1.5  # a store this many times larger, or smaller, is sampled again
+RESAMPLE_RATIO = 1.5  # resample when the store has grown or shrunk by this factor
 
 SCHEMA_TEXT = [("text", pa.string()), ("path", pa.string()), ("images", pa.int64()), ("model", pa.string())]
 Nearest = Callable[[np.ndarray], tuple[np.ndarray, Sequence[str]]]
@@ -45,11 +45,13 @@ Nearest = Callable[[np.ndarray], tuple[np.ndarray, Sequence[str]]]
 
 @dataclass(frozen=True)
 class Background:
-    """Texts that queries are compared with.
+    """Embedded background texts that queries are compared with.
 
     Attributes:
-        vectors: [K, D], unit norm. paths: of the image that a text is the caption of; '' for plain ones.
-        temperature: t of the module's formula, the model's own. threshold: of a query's statistic; None before `calibrate`.
+        vectors: float [K, D], unit norm.
+        paths: [K], path of the image that the caption belongs to; '' for plain captions.
+        temperature: the model's softmax temperature, t in the module docstring.
+        threshold: queries with a lower statistic match nothing; None before `calibrate`.
     """
 
     vectors: np.ndarray
@@ -60,9 +62,9 @@ class Background:
     def lifts(
         self, cosines: np.ndarray, embeddings: np.ndarray, paths: Sequence[str], leave_out: int | None = None
     ) -> np.ndarray:
-        """Of n hits: cosines with the query [n], embeddings [n, D] and paths -> lift [n].
+        """Lift [n] of n hits, from their cosines with the query [n], embeddings [n, D] and paths.
 
-        A caption never stands against its own image. `leave_out` takes one text out of the background.
+        A caption is not counted for its own image. `leave_out` excludes one background text by index.
         """
         if not len(cosines):
             return np.zeros(0)
@@ -75,21 +77,21 @@ class Background:
         return self.temperature * np.asarray(cosines, np.float64) - top - np.log(np.maximum(mean, 1e-30))
 
     def statistic(self, cosines: np.ndarray, lifts: np.ndarray) -> float:
-        """Of a query, from all that is known of its first TOP hits, of which there is one at least."""
+        """Statistic of a query from the cosines [n] and lifts [n] of its hits, n >= 1; only the first TOP count."""
         return float(np.max((lifts + self.temperature * np.asarray(cosines))[:TOP]))
 
     def score(self, lifts: np.ndarray) -> np.ndarray:
-        """lift [n] -> score [n] in (0, 1)."""
+        """Score [n] in (0, 1) of lifts [n]."""
         return 1 / (1 + REFERENCE * np.exp(-np.asarray(lifts)))
 
 
 def threshold_of(own: np.ndarray, plain: np.ndarray) -> float:
-    """The least statistic of a query that is found, from those of captions known to be here and those of plain captions."""
+    """Threshold from the statistics of the store's own captions and of the plain captions, each [n]."""
     return float(np.quantile(own, MISS_RATE) if len(own) >= MIN_OWN_CAPTIONS else np.median(plain))
 
 
 def calibrate(background: Background, nearest: Nearest, progress: bool = True) -> Background:
-    """The background with its threshold. `nearest(vector)` -> embeddings [n, D] and paths of the TOP images of a query."""
+    """The background with its threshold set; `nearest(vector)` returns embeddings [n, D] and paths of the TOP images."""
     own, plain = [], []
     for i, vector in enumerate(tqdm(background.vectors, "Comparing captions", unit="query", disable=not progress, leave=False)):
         embeddings, paths = nearest(vector)
@@ -98,13 +100,13 @@ def calibrate(background: Background, nearest: Nearest, progress: bool = True) -
             lifts = background.lifts(cosines, embeddings, paths, leave_out=i)
             (own if background.paths[i] else plain).append(background.statistic(cosines, lifts))
     if not plain:
-        raise StoreError("a store without images has no background")
+        raise StoreError("the threshold cannot be calibrated on a store without images")
     threshold = threshold_of(np.array(own), np.array(plain))
     return Background(background.vectors, background.paths, background.temperature, threshold)
 
 
 def open_background(store: Store, model: Model, nearest: Nearest, progress: bool = True) -> Background:
-    """The background of a store: as stored, or made and stored where there is none, or the store has grown or shrunk since."""
+    """The background of a store; recomputed and stored if missing, or if the size of the store changed by RESAMPLE_RATIO."""
     images, identity = store.count(), model.identity["clip"]
     rows = _rows(store, identity)
     if rows and images / RESAMPLE_RATIO <= rows[0]["images"] <= images * RESAMPLE_RATIO and _plain(rows) == PLAIN:
@@ -116,37 +118,37 @@ def open_background(store: Store, model: Model, nearest: Nearest, progress: bool
     embedded = {row["text"]: row["vector"] for row in rows}
     unknown = [text for text in texts if text not in embedded]
     if unknown:
-        encoded = encode(unknown, model, progress).astype(np.float16)  # as they are stored
+        encoded = encode(unknown, model, progress).astype(np.float16)  # rounded as in the store
         embedded |= dict(zip(unknown, encoded, strict=True))
     vectors = np.array([embedded[text] for text in texts], np.float32)
     made = calibrate(Background(vectors, paths, model.temperature), nearest, progress)
     try:
         _write(store, made, texts, images, identity)
     except StoreError as error:
-        logging.warning("the background of %s could not be kept there and is made again next time: %s", store.uri, error)
+        logging.warning("the background of %s could not be stored and will be recomputed next time: %s", store.uri, error)
     return made
 
 
 def sample_captions(store: Store) -> tuple[list[str], list[str]]:
-    """Up to OWN_CAPTIONS different captions of the store at random, and the paths of their images."""
+    """Up to OWN_CAPTIONS distinct captions sampled from the store, and the paths of their images."""
     rows = store.sample(8 * OWN_CAPTIONS, SEED, ["path", "caption"]).to_pylist()
-    # Of several captions, one a line, the first.
+    # Only the first of several captions, one per line.
     rows = {row["caption"].strip().splitlines()[0]: row["path"] for row in rows if row["caption"] and row["caption"].strip()}
     chosen = np.random.default_rng(SEED).permutation(sorted(rows))[:OWN_CAPTIONS]
     return [str(text) for text in chosen], [rows[text] for text in chosen]
 
 
 def encode(texts: Sequence[str], model: Model, progress: bool = True) -> np.ndarray:
-    """Texts -> float32 [n, D], a batch at a time."""
+    """Embeddings float32 [n, D] of n texts, computed in batches."""
     size = model.batch_size
     starts = range(0, len(texts), size)
-    starts = tqdm(starts, "Encoding captions to compare with", unit="batch", disable=not progress, leave=False)
-    # That a caption of the store is long is nothing the searcher can change.
+    starts = tqdm(starts, "Encoding background captions", unit="batch", disable=not progress, leave=False)
+    # No warning: the user of a search cannot shorten the store's captions.
     return np.concatenate([model.encode_text(texts[start : start + size], warn=False) for start in starts])
 
 
 def _rows(store: Store, identity: str) -> list[dict]:
-    """What is stored for this CLIP, in its order; empty where nothing is, or it is damaged: all of it can be made again."""
+    """Stored rows for this CLIP, in order; empty if there are none or the table is damaged, since it can be recomputed."""
     try:
         if TABLE not in _tables(store):
             return []
@@ -154,7 +156,7 @@ def _rows(store: Store, identity: str) -> list[dict]:
             rows = store.database.open_table(TABLE).search().to_arrow().to_pylist()
             return rows if rows and rows[0]["model"] == identity else []
     except (StoreError, KeyError) as error:
-        logging.warning("%s; it is made again", error)
+        logging.warning("%s; recomputing the background", error)
         _drop(store)
         return []
 
@@ -163,7 +165,7 @@ def _drop(store: Store) -> None:
     try:
         with store.commit_lock(), store_errors(store.uri, f"removing its table {TABLE}"):
             store.database.drop_table(TABLE, ignore_missing=True)
-    except StoreError as error:  # of a store that may only be read: made anew at every start
+    except StoreError as error:  # read-only store: recomputed at every start
         logging.warning("%s", error)
 
 

@@ -1,4 +1,4 @@
-"""Captions of a file for the images of a store."""
+"""Captions from a file for the images of a store."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from icar_jax.search.scan import is_below
 
 
 class Captions:
-    """Captions by the path of an image: its name as the file of captions gives it, below one of some folders.
+    """Looks up captions by image path; names in the caption file are relative to one of several folders.
 
     Args:
-        where: Karpathy's JSON, a .csv or a .jsonl, as training reads them.
-        folders: where the images are, besides the folder that the layout of `where` implies.
+        where: caption file as for training: Karpathy JSON, .csv or .jsonl.
+        folders: image folders, in addition to the one implied by the layout of `where`.
 
     Attributes:
-        used: how many images were asked for that have a caption.
+        used: number of lookups that found a caption.
     """
 
     def __init__(self, where: str | os.PathLike, folders: Sequence[str] = ()):
@@ -28,7 +28,7 @@ class Captions:
         self.used = 0
 
     def get(self, path: str) -> str | None:
-        """All captions of an image by its absolute path, one a line; None where there is none."""
+        """All captions of the image at an absolute path, one per line; None without captions."""
         names = [os.path.relpath(path, folder) for folder in self._folders if is_below(path, [folder])]
         found = next((self._captions[name] for name in (*names, path) if name in self._captions), None)
         self.used += found is not None

@@ -1,4 +1,4 @@
-"""What a run of indexing did, and how it is told."""
+"""The result of an indexing run and its summary text."""
 
 from dataclasses import dataclass, field, fields
 
@@ -6,24 +6,25 @@ from icar_jax.inference.files.stream import StreamResult
 from icar_jax.inference.reading import BadFile
 
 _KEEP_EXITS = (
-    "  Unchanged images keep their exits: --budget, --exit and --pass cheap are for what is embedded now. --pass refine runs "
-    "deeper what needs it, with --budget as well; a new store holds all images at another budget"
+    "  Unchanged images keep their exits: --budget, --exit and --pass cheap apply only to images embedded in this run. Use "
+    "--pass refine, optionally with --budget, to run images deeper, or a new store to embed all images at another budget"
 )
 
 
 @dataclass
 class IndexResult(StreamResult):
-    """What a run of `index_files` did, summed over its processes.
+    """Counts and timings of a run of `index_files`; counts are summed over processes.
 
     Attributes:
-        rerouted: images were unchanged, and another budget, exit or pass was asked for than the last ones were embedded with.
-        images: run through the model; exits, warm_up_s, seconds, stats: as of Embedding, of this process.
-        added, updated: paths that are new to the store, or whose content changed; whether or not the model had to run.
-        copied: of these, content that the store held already: files moved or copied.
-        touched: content unchanged, but not the modified time. captioned: only the caption changed.
-        unchanged: not read, or read and found equal. removed: rows of vanished files, with `prune`; gone: without.
-        kept: rows that another run had written meanwhile. bad, still_bad: files that cannot be used, found now or before.
-        total: images in the store now. duplicates, empty: as of ImagePaths.
+        rerouted: some images were unchanged, but the budget, exit or pass differs from that of the previous run.
+        images: images run through the model; exits as in StreamResult; warm_up_s, seconds, stats: of this process.
+        added, updated: new paths, and paths with new content; both include `copied`.
+        copied: content that the store already contained, such as moved or copied files; not run through the model.
+        touched: same content with another modification time. captioned: only the caption changed.
+        unchanged: not read, or read and equal. removed: deleted rows of missing files (`prune`); gone: kept ones (without).
+        kept: rows written by another run in the meantime, which were kept.
+        bad, still_bad: unusable files found in this run, and in earlier runs.
+        total: images in the store now. duplicates, empty: as in ImagePaths.
     """
 
     added: int = 0
@@ -44,15 +45,15 @@ class IndexResult(StreamResult):
     empty: list[str] = field(default_factory=list)
 
     def report(self) -> str:
-        """Text for the end of a run: speed, shares, and what became of the files."""
+        """Summary text of the run: speed, fraction of images per exit, and counts of files."""
         counts = [f"added {self.added:,}", f"updated {self.updated:,}", f"removed {self.removed:,}",
                   f"unchanged {self.unchanged:,}", f"bad {self.bad + self.still_bad:,}"]  # fmt: skip
         rare = {
             "touched (same content)": self.touched, "new captions": self.captioned, "written by another run": self.kept,
-            "vanished files whose rows stay (--prune removes them)": self.gone,
+            "rows of missing files (--prune removes them)": self.gone,
         }  # fmt: skip
         counts += [f"{what} {count:,}" for what, count in rare.items() if count]
-        copied = f" ({self.copied:,} of them had content that was embedded already)" if self.copied else ""
+        copied = f" ({self.copied:,} of them with content that was already embedded)" if self.copied else ""
         return "\n".join(
             [f"Embedded {self.images:,} images in {self.pace()}", *self.details(),
              f"  {', '.join(counts)}{copied}", *([_KEEP_EXITS] if self.rerouted else [])]

@@ -1,7 +1,7 @@
-"""Files into a store: what is new or changed is embedded and written in small commits, so that a run may be stopped anywhere.
+"""Indexes image files into a store: new and changed files are embedded and written in small, resumable commits.
 
-The files are the truth and the store follows them. A run that was killed left whole commits, and the next one finds what is
-missing by comparing again. Content that the store holds, under this path or another, is not embedded twice.
+The store is synchronised to the files. A killed run leaves only complete commits, and the next run compares again to find
+what is missing. Content that is already in the store, under any path, is not embedded again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _BUNDLE_ROUTES = {"budget": None, "exit": None, "cheap": False}
 
 
 class IndexingError(IcarError, ValueError):
-    """A run that would do harm, or cannot be meant; the message says how to mean it."""
+    """Indexing options that contradict each other or would delete data by mistake; the message names the fix."""
 
 
 def index_files(
@@ -60,33 +60,38 @@ def index_files(
     threads: int = 0,
     bad_shown: int = 20,
 ) -> IndexResult:
-    """Brings the store at `uri` up to date with files, with a progress bar; makes it where there is none.
+    """Updates the store at `uri` from image files, with a progress bar; creates it if missing.
 
-    `load(checkpoint)` gives the model; it is not called where no file has to be read. A store knows its checkpoint, so that
-    `checkpoint` may be None from the second run on. `exit`, `budget`, `cheap` are as of Encoding, for what is embedded now.
-    With `prune` rows at or below the named folders whose files vanished are removed. Files that were bad are read again when
-    they change, or with `retry_bad`. `captions` is a file as `search.captions` reads it; without it captions stay as they are.
-    `may_be_empty`: no file at all is no error.
+    Args:
+        checkpoint: path passed to `load`; None uses the checkpoint recorded in the store.
+        load: returns the model of a checkpoint; called only if a file must be embedded or the store is new.
+        exit, budget, cheap: as for StreamEncoder, for images embedded in this run.
+        prune: remove rows at or below the given folders whose files no longer exist.
+        prune_missing: with `prune`, also if a whole given folder is missing or empty.
+        rehash: read every file even if its size and modification time are unchanged.
+        retry_bad: retry unusable files even if unchanged.
+        captions: caption file as for `Captions`; None keeps the captions of the store.
+        may_be_empty: no error if there are no files.
 
-    Under jax.distributed each process embeds and commits the paths whose hash is its share; all call this alike.
-    Memory grows with some 250 bytes for each image of the store.
-    Raises StoreError, CheckpointError, NoImages, and IndexingError for names that do not exist.
+    Under jax.distributed, all processes make the same call, and each handles the paths assigned to it by hash.
+    Memory grows by about 250 bytes per image in the store.
+    Raises StoreError, CheckpointError, NoImages, and IndexingError for paths that do not exist.
     """
     roots, missing = named_roots(paths.named)
     if missing and not (prune and prune_missing):
         raise IndexingError(
-            f"{', '.join(missing[:3])} does not exist; is its disk mounted? To remove the rows of files that are really gone, "
-            "use --prune with --prune-missing"
+            f"{', '.join(missing[:3])} does not exist; is its disk mounted? If the files were deleted, remove their rows with "
+            "--prune --prune-missing"
         )
     if prune and not roots:
-        raise IndexingError("--prune compares folders with the store; name the folders, not patterns or a list")
+        raise IndexingError("--prune compares folders with the store; pass folders, not patterns or a list")
     store, model = open_or_create(uri, checkpoint, load, _require_images(paths, missing))
     if prune and not prune_missing:
         _require_no_emptied_folder(store, roots)
     new_captions = Captions(captions, [root for root in roots if os.path.isdir(root)]) if captions is not None else None
     done, start = IndexResult(), time.perf_counter()
     with distributed.together("indexing"):
-        if distributed.is_main():  # before any row of theirs: they bound what is served
+        if distributed.is_main():  # before any of their rows, since `icar serve` only serves files below the roots
             store.add_roots(root for root in roots if os.path.isdir(root) or os.path.islink(root))
         scan = Scan(
             store.state(), store.bad_rows(), rehash=rehash, retry_bad=retry_bad,
@@ -96,8 +101,8 @@ def index_files(
         encoding = None
         bar = tqdm(total=paths.count(), desc="index", unit=" images", disable=not distributed.is_main())
 
-        def passed() -> None:  # counted, but no part of the images/s
-            if not bar.disable:  # one process of several shows it
+        def passed() -> None:  # counted, but excluded from the images/s
+            if not bar.disable:  # only process 0 shows the bar
                 bar.initial += 1
             bar.update()
 
@@ -109,8 +114,8 @@ def index_files(
                     break
                 encoding = encoding or StreamEncoder(model(), exit=exit, budget=budget, cheap=cheap)
                 _embed_files(encoding, itertools.chain([first], found), writer, bar, threads, commit_rows)
-                found = iter(writer.take_retries())  # whose source was removed by another run before it was copied
-        if distributed.is_main():  # of patterns and lists
+                found = iter(writer.take_retries())  # another run removed the row to copy from
+        if distributed.is_main():  # folders of patterns and lists
             store.add_roots(map(os.path.abspath, paths.folders))
         writer.recaption()
         gone = [path for path in scan.gone(roots) if vanished(path)]
@@ -118,7 +123,7 @@ def index_files(
             done.removed += store.delete(gone, unless=lambda path: not vanished(path))
         else:
             done.gone = len(gone)
-        # A folder that was not met among what cannot be read has been read.
+        # An unreadable folder that was not found again is readable now.
         store.clear_bad([name for name in scan.bad_gone(roots) if vanished(name) or os.path.isdir(name)])
         done.unchanged = len(scan.unchanged) - done.captioned
         done.still_bad = len(scan.still_bad)
@@ -135,8 +140,8 @@ def index_files(
     done.total, done.duplicates, done.empty = store.count(), paths.duplicates, list(paths.empty)
     if new_captions is not None and not distributed.total([new_captions.used])[0]:
         raise IndexingError(
-            f"{new_captions.where}: none of its files is among the images; its names are looked for below its own folder "
-            f"and below {', '.join(roots) or 'no other'}"
+            f"{new_captions.where}: no caption matches an image; its file names were resolved relative to its own folder "
+            f"and {', '.join(roots) or 'no other folder'}"
         )
     return done
 
@@ -144,20 +149,20 @@ def index_files(
 def open_or_create(
     uri: str | os.PathLike, checkpoint: str | os.PathLike | None, load: Callable, before_creating: Callable[[], None]
 ) -> tuple[Store, Callable[[], Model]]:
-    """A store that fits the checkpoint, and what gives the model: it is loaded once, when it is first asked for.
+    """(store for this checkpoint, function that returns the model, loaded on its first call).
 
-    Nothing but the checkpoint's description is read where the store exists. Raises StoreError for one of another model.
+    An existing store only needs the checkpoint's description. Raises StoreError for a store of another model.
     """
     known = opening.open_store(uri) if opening.store_exists(uri) else None
     if checkpoint is None:
         if known is None:
-            raise IndexingError(f"there is no store at {address(uri)} yet; pass --checkpoint to make one")
+            raise IndexingError(f"there is no store at {address(uri)}; pass --checkpoint to create one")
         checkpoint = known.meta["checkpoint"]
     where = os.fspath(checkpoint)
     model = functools.cache(lambda: load(where))
     identity = ckpt.identities(where)
     if "clip" not in identity:
-        raise IndexingError(f"{where} holds no CLIP model, and so cannot embed images; pass a bundle or a CLIP checkpoint")
+        raise IndexingError(f"{where} contains no CLIP and cannot embed images; pass a bundle or a CLIP checkpoint")
 
     def make() -> Store:
         if not opening.store_exists(uri):
@@ -166,7 +171,7 @@ def open_or_create(
             try:
                 return opening.create_store(uri, made.identity, made.embed_dim, made.exits, str(Path(where).absolute()))
             except StoreExists:
-                pass  # another run was faster
+                pass  # another run created it first
         store = opening.open_store(uri)
         store.require_model(identity, where)
         return store
@@ -180,9 +185,9 @@ def open_or_create(
 
 
 def named_roots(named: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(absolute paths of the files and folders among the names, those of them that do not exist).
+    """(absolute paths of the given files and folders, those of them that do not exist).
 
-    Patterns and lists are neither: what they named before is not known.
+    Patterns and lists are excluded, since what they matched in earlier runs is unknown.
     """
     names = [name for name in named if name != STDIN and (os.path.lexists(name) or not glob.has_magic(name))]
     roots = [os.path.abspath(os.path.expanduser(name)) for name in names]
@@ -190,14 +195,14 @@ def named_roots(named: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _require_images(paths: ImagePaths, missing: Sequence[str]) -> Callable[[], None]:
-    """What raises NoImages before a store is made for nothing; a list is read once, and so cannot be looked at."""
+    """A function that raises NoImages if there are no images; skips lists from stdin, which can be read only once."""
     return lambda: None if STDIN in paths.named or missing else (next(iter(paths)), None)[1]
 
 
 def _require_no_emptied_folder(store: Store, roots: Sequence[str]) -> None:
-    """Raises IndexingError for a folder, at or below one of `roots`, that holds no image any more but has rows in the store.
+    """Raises IndexingError if a folder at or below `roots` has rows in the store but contains no image now.
 
-    A disk that is not mounted leaves its folder behind, empty. A folder that is gone itself was removed by somebody.
+    An unmounted disk leaves an empty folder. A folder that no longer exists was deleted on purpose.
     """
     there = sorted({_nearest_existing(folder, root) for root in roots for folder in store.folders_below(root)})
     empty = [folder for folder in there if next(walk(folder), None) is None]
@@ -205,18 +210,18 @@ def _require_no_emptied_folder(store: Store, roots: Sequence[str]) -> None:
     if empty:
         counts = [store.count_below(folder) for folder in empty]
         named = "; ".join(
-            f"{folder} holds no image, and the store has {count:,} from there"
+            f"{folder} contains no image, but the store has {count:,} from there"
             for folder, count in zip(empty[:5], counts, strict=False)
         )
         more = f"; and {len(empty) - 5} more such folders" if len(empty) > 5 else ""
         raise IndexingError(
-            f"{named}{more}: is a disk not mounted? --prune with --prune-missing removes all {sum(counts):,} of these rows, "
-            "and those of files that vanished elsewhere"
+            f"{named}{more}: is a disk not mounted? --prune --prune-missing removes all {sum(counts):,} of these rows, and "
+            "those of other missing files"
         )
 
 
 def _nearest_existing(folder: str, root: str) -> str:
-    """The nearest folder at or above `folder` that exists, `root` at most."""
+    """The nearest existing folder at or above `folder`, not above `root`."""
     while folder != root and not os.path.isdir(folder):
         folder = os.path.dirname(folder)
     return folder
@@ -225,7 +230,7 @@ def _nearest_existing(folder: str, root: str) -> str:
 def _existing_paths(
     paths: ImagePaths, missing: Sequence[str], none_is_fine: bool, passed: Callable[[], None]
 ) -> Iterator[str]:  # fmt: skip
-    """The paths, without names that do not exist; `passed()` is called for those, and for paths that were met before."""
+    """Yields the paths that exist; `passed()` is called for missing and duplicate ones."""
     left_out = set(missing)
     try:
         for path in paths.each(passed):

@@ -324,7 +324,7 @@ def test_a_worker_that_hangs_altogether(tmp_path, monkeypatch):
     with train_batches(source, PREPROCESS, None, batch_size=4, seed=0, num_workers=1, stall_timeout_s=2) as batches:
         next(batches)
         os.kill(worker_pids(batches)[0], signal.SIGSTOP)
-        with pytest.raises(StalledData, match="waiting for positions .*the workers did not say"):
+        with pytest.raises(StalledData, match="waiting for positions .*the workers did not report"):
             for _ in range(100):
                 next(batches)
     assert time.monotonic() - started < 60

@@ -22,7 +22,7 @@ def test_labels_join_by_url_name_and_last_part(tmp_path):
     names, urls = ["x/1.jpg", "val/2.jpg", "val/3.jpg", "val/4.jpg"], ["http://a/1.jpg", None, None, None]
     labels, note = merge_labels(names, urls, table, "labels.json")
     assert labels == [("cat",), ("dog", "7"), ("sky",), ()]
-    assert note == "labels.json: 3 of 4 images have labels; 1 entries fit no image"
+    assert note == "labels.json: 3 of 4 images have labels; 1 entries match no image"
     # A failed download shifts nothing: the rest keep their own.
     assert merge_labels(names[1:], urls[1:], table, "")[0] == labels[1:]
     assert merge_labels(names[1:], None, table, "")[0] == labels[1:]
@@ -31,7 +31,7 @@ def test_labels_join_by_url_name_and_last_part(tmp_path):
 @pytest.mark.parametrize(
     ("names", "table", "message"),
     [
-        (["a/1.jpg", "b/1.jpg"], {"1.jpg": ("x",)}, r"'1.jpg' fits 2 images.*'a/1.jpg'"),
+        (["a/1.jpg", "b/1.jpg"], {"1.jpg": ("x",)}, r"'1.jpg' matches 2 images.*'a/1.jpg'"),
         (["a.jpg"], {"0": ("x",), "laion_00000001": ("x",)}, r"none of its 2 entries \(first: '0'\).*a.jpg.*Running numbers"),
         (["a.jpg"], {"b.jpg": ("x",)}, r"none of its 1 entries.*first: 'a.jpg'\)\.$"),
         (["a.jpg"], {}, r"none of its 0 entries"),
@@ -95,35 +95,35 @@ def apart(base, far):
 
 def test_shared_pictures_are_refused():
     base = Named("coco/test", ["a.jpg", "b.jpg"], ["http://x/a.jpg", None])
-    with pytest.raises(ConfigError, match=r"1 names of web are also in coco/test.*b.jpg"):
+    with pytest.raises(ConfigError, match=r"1 names of web are also in the evaluated coco/test.*b.jpg"):
         apart(base, Named("web", ["b.jpg", "c.jpg"]))
     with pytest.raises(ConfigError, match=r"1 URLs of laion .*http://x/a.jpg"):
         apart(base, Sharded("laion", ["/s/0.tar"], ["http://x/a.jpg", "http://y/z.jpg"]))
     shards = Sharded("laion", ["/s/0.tar", "/s/1.tar"])
     with pytest.raises(ConfigError, match=r"1 shard files of laion .*/s/1.tar"):
         apart(shards, Subset(Sharded("laion", ["/s/1.tar"]), [0], "laion"))
-    assert apart(base, Named("web", ["c.jpg"])) == ["no distractor is also in coco/test, by names"]
+    assert apart(base, Named("web", ["c.jpg"])) == ["no distractor is also in coco/test (compared: names)"]
     # Only what is kept of a source counts.
-    assert apart(base, Subset(Named("web", ["c.jpg", "b.jpg"]), [0], "web")) == ["no distractor is also in coco/test, by names"]
+    assert apart(base, Subset(Named("web", ["c.jpg", "b.jpg"]), [0], "web")) == ["no distractor is also in coco/test (compared: names)"]
     assert source_urls(Subset(Sharded("laion", [], ["http://1", "http://2"]), [1], "laion")) == ["http://2"]
 
 
 def test_what_cannot_be_proved_is_said():
     base = Named("coco/test", ["val/a.jpg", "b.jpg"])
     (note,) = apart(base, Sharded("laion", ["/s/0.tar"], ["http://x/a.jpg?w=3", "http://y/z.jpg"]))
-    assert note.startswith("1 distractors come from URLs that end in the name of a picture of coco/test (http://x/a.jpg?w=3)")
+    assert note.startswith("1 distractors have URLs that end in the name of an image of coco/test (http://x/a.jpg?w=3)")
     (note,) = apart(base, Sharded("laion", ["/s/0.tar"]))
-    assert "could not be checked" in note
+    assert "could not check whether" in note
     (note,) = apart(base, Sharded("laion", ["/s/0.tar"], ["http://y/y.jpg", None]))
-    assert note == "no distractor is also in coco/test, by file names in URLs"
+    assert note == "no distractor is also in coco/test (compared: file names in URLs)"
 
 
 def test_scenes_as_distractors():
     far = distractor_source(DistractorConfig("scenes", split="test", size=6), DataConfig(scenes_pixels=32))
     base = distractor_source(DistractorConfig("scenes", split="val", size=4), DataConfig(scenes_pixels=32))
     assert len(far) == 6 and far[0].name.startswith("scenes/test") and far[0].labels
-    assert apart(base, far) == ["no distractor is also in scenes/val, by names"]
-    with pytest.raises(ConfigError, match="1 names of scenes/val are also in scenes/val"):
+    assert apart(base, far) == ["no distractor is also in scenes/val (compared: names)"]
+    with pytest.raises(ConfigError, match="1 names of scenes/val are also in the evaluated scenes/val"):
         apart(base, base)
 
 

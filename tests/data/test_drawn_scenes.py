@@ -77,7 +77,7 @@ def test_on_a_full_or_broken_disk_training_goes_on_with_the_same_pictures(tmp_pa
             ours, theirs = next(batches), next(plain)
             assert list(ours["name"]) == list(theirs["name"])
             np.testing.assert_array_equal(ours["image"], theirs["image"])
-    said = "No space left on device; scenes are drawn and no longer kept there (config.data.scenes_kept)"
+    said = "No space left on device; scenes are rendered and no longer cached there (config.data.scenes_kept)"
     assert caplog.text.count(said) == 1
 
 

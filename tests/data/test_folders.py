@@ -133,7 +133,7 @@ def test_jsonl(plain):
     [
         ("captions.csv", "image,text\na.png,one\n", "line 1: expected a header"),
         ("captions.csv", "", "line 1: expected a header"),
-        ("captions.csv", "file,caption\n", "no captions in it"),
+        ("captions.csv", "file,caption\n", "contains no captions"),
         ("captions.csv", "file,caption\na.png,one\na.png\n", "line 3: expected 2 columns"),
         ("captions.csv", "file,caption\na.png,one, two\n", "line 2: .*double quotes"),
         ("captions.csv", "file,caption\n,one\n", "line 2: expected a file name"),

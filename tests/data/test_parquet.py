@@ -132,7 +132,7 @@ def test_columns_that_do_not_fit(tmp_path, image, caption, message):
 def test_damaged_files_are_named(root, tmp_path):
     raw = (root / "train" / "0.parquet").read_bytes()
     (tmp_path / "0.parquet").write_bytes(raw[:-20])
-    with pytest.raises(ShardError, match=r"0\.parquet: not a whole Parquet file"):
+    with pytest.raises(ShardError, match=r"0\.parquet: not a complete Parquet file"):
         Parquet(str(tmp_path))
     write(tmp_path / "0.parquet", rows=0, image=pa.array([], pa.binary()), caption=pa.array([], pa.string()))
     with pytest.raises(ShardError, match="no rows"):

@@ -144,7 +144,7 @@ def test_faults_in_the_program_are_not_bad_files():
 
 
 def test_complexity_must_be_known(folder):
-    with pytest.raises(ValueError, match="no complexity known for 6 records"):
+    with pytest.raises(ValueError, match="no known complexity for 6 records"):
         take(1, folder, PREPROCESS, None, with_complexity=True)
 
 
@@ -224,7 +224,7 @@ def test_closed_batches_say_so(folder):
     batches = train_batches(folder, PREPROCESS, None, batch_size=4, seed=0)
     batches.close()
     batches.close()
-    with pytest.raises(ValueError, match="were closed"):
+    with pytest.raises(ValueError, match="was closed"):
         next(batches)
 
 

@@ -53,7 +53,7 @@ def test_a_val_file_is_used_where_there_is_one(tmp_path):
     root = ratedfiles.ic9600(tmp_path)
     lines = (root / "train.txt").read_text().splitlines(keepends=True)
     (root / "val.txt").write_text("".join(lines[:7]))
-    with pytest.raises(RatingsError, match=r"val.txt: 7 images are in train.txt as well, first "):
+    with pytest.raises(RatingsError, match=r"val.txt: 7 images are also in train.txt, first "):
         open_rated(DataConfig(source="ratings", root=str(root)))
     (root / "train.txt").write_text("".join(lines[7:]))
     assert open_rated(DataConfig(source="ratings", root=str(root))).counts == {"train": 33, "val": 7, "test": 10}
@@ -68,14 +68,14 @@ def test_faults_stop_the_run_or_are_left_out(tmp_path):
         configured.train_source(data)
     data.bad_share = 0.03
     rated = open_rated(data)
-    assert len(rated.source) == 50 and "left out: 1 missing image" in rated.notes[0]
+    assert len(rated.source) == 50 and "skipped: 1 missing image" in rated.notes[0]
 
 
 def test_a_broken_link_to_the_data_is_explained(tmp_path):
     ratedfiles.annotations(tmp_path)
     with pytest.raises(ConfigError, match="has no train.txt .*--config.data.ratings=FILE"):
         open_rated(DataConfig(source="ratings", root=str(tmp_path)))
-    with pytest.raises(ConfigError, match="'labels.json' not found; there is .*labels.json: pass that"):
+    with pytest.raises(ConfigError, match="'labels.json' not found; did you mean .*labels.json"):
         open_rated(DataConfig(source="ratings", root=str(tmp_path), ratings="labels.json"))
     with pytest.raises(FileNotFoundError, match="ratings file .*gone.json not found"):
         open_rated(DataConfig(source="ratings", root=str(tmp_path), ratings="gone.json"))
@@ -150,7 +150,7 @@ def test_tar_shards_are_joined_by_url(tmp_path):
     data = DataConfig(source="webdataset", root=str(tmp_path / "shards"), ratings=ratings)
     rated = open_rated(data)
     assert len(rated.source) == 25
-    assert "30 images, 25 with a score; left out: 5 images without a score, 3 scores without an image" in rated.notes[1]
+    assert "30 images, 25 with a score; skipped: 5 images without a score, 3 scores without an image" in rated.notes[1]
     for i in range(25):
         record = rated.source[i]
         number = int(record.name[-6:])
@@ -187,8 +187,8 @@ def test_samples_without_a_url_and_of_the_same_url(tmp_path):
     ratings = scores_file(tmp_path / "r.csv", [1])
     rated = open_rated(DataConfig(source="webdataset", root=str(tmp_path / "s"), ratings=ratings))
     assert rated.source.names == [url(1)]
-    left_out = "1 images without a score, 1 images without a URL, 1 images of a URL that came before"
-    assert f"left out: {left_out}" in rated.notes[1]
+    left_out = "1 images without a score, 1 images without a URL, 1 images with a duplicate URL"
+    assert f"skipped: {left_out}" in rated.notes[1]
 
 
 def test_parquet_is_joined_by_url(tmp_path):
@@ -203,7 +203,7 @@ def test_parquet_is_joined_by_url(tmp_path):
     expected = np.random.default_rng(4).integers(0, 256, (12, 16, 3), np.uint8)
     assert (np.asarray(source[1].image()) == expected).all()
     pq.write_table(pa.table({"image": rows["image"]}), tmp_path / "p" / "0.parquet")
-    with pytest.raises(ConfigError, match="no column 'url' to join config.data.ratings by; it has image"):
+    with pytest.raises(ConfigError, match="no column 'url', which joins config.data.ratings; it has image"):
         open_rated(data)
 
 
@@ -229,7 +229,7 @@ def test_shards_joined_by_file_name_or_with_nothing_in_common(tmp_path):
     with pytest.raises(RatingsError, match="joined by URL, never by running number"):
         open_rated(data)
     (tmp_path / "r.csv").write_text("url,score\nhttp://other.org/x,0.5\n")
-    with pytest.raises(RatingsError, match="No URL is in both; the first rated one is http://other.org/x, the first of an"):
+    with pytest.raises(RatingsError, match="No rated URL belongs to an image; first rated URL: http://other.org/x, first"):
         open_rated(data)
 
 
@@ -245,5 +245,5 @@ def test_balance():
     first = more.lines("none")[0]
     assert more.skewed and first == "7 of 70 training images: 5 simple, 2 complex; the larger class has 71%"
     assert "Imbalance 2.5:1: set config.complexity.class_weights='balanced'" in more.lines("none")[1]
-    assert "weigh alike" in more.lines("balanced")[1]
+    assert "weights both classes equally" in more.lines("balanced")[1]
     assert balance(np.array([0.3, 0.6]), "classification", 0.7, 2).counts == (2, 0)

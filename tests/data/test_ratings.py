@@ -64,7 +64,7 @@ TEXT_FAULTS = {
     "a.jpg  -0.1": ("score outside [0, 1]", "line 2: a.jpg: score -0.1"),
     "a.jpg  nan": ("score outside [0, 1]", "line 2: a.jpg: score nan"),
     "a.jpg  inf": ("score outside [0, 1]", "line 2: a.jpg: score inf"),
-    "first.jpg  0.5": ("duplicate", "line 2: first.jpg was rated at line 1 already"),
+    "first.jpg  0.5": ("duplicate", "line 2: first.jpg was already rated at line 1"),
     "gone.jpg  0.5": ("missing image", "line 2: gone.jpg: not here"),
 }
 
@@ -101,14 +101,14 @@ def test_names_that_are_not_utf8_and_keys_that_come_twice(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("r.xlsx", "", "r.xlsx: ratings are read from .txt, .json, .csv, .parquet files"),
+    ("r.xlsx", "", "r.xlsx: expected ratings in a .txt, .json, .csv, .parquet file"),
     ("r.json", "[1]", "r.json: expected an object {file: score}, found list"),
     ("r.json", "{", "r.json: not valid JSON"),
     ("r.csv", "name,score\n", "header: expected the columns score and either file or url, found name, score"),
     ("r.csv", "file,url,score\n", "either file or url"),
     ("r.csv", "", "found nothing"),
     ("r.csv", 'file,score\n"a,0.5\n', "not readable as CSV"),
-    ("r.parquet", "no", "not a whole Parquet file"),
+    ("r.parquet", "no", "not a complete Parquet file"),
 ])  # fmt: skip
 def test_files_that_cannot_be_read_as_a_whole(name, content, message, tmp_path):
     with pytest.raises(RatingsError) as error:
@@ -120,10 +120,10 @@ def test_missing_and_empty_files(tmp_path):
     write(tmp_path / "other.csv", "")
     with pytest.raises(FileNotFoundError, match="r.txt not found; .* has other.csv"):
         read_ratings(tmp_path / "r.txt")
-    with pytest.raises(RatingsError, match="no ratings in it"):
+    with pytest.raises(RatingsError, match="contains no ratings"):
         read_ratings(write(tmp_path / "r.txt", "\n")).check(1.0)
     only = read_ratings(write(tmp_path / "l.json", '{"a": -1}'))
-    with pytest.raises(RatingsError, match="no ratings in it; 1 undecided"):
+    with pytest.raises(RatingsError, match="contains no ratings; 1 undecided"):
         only.check(1.0)
 
 

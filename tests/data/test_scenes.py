@@ -265,7 +265,7 @@ def test_user_errors():
 def test_contact_sheet(tmp_path):
     contact_sheet(Scenes("val", 6), 6, tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").stat().st_size > 10_000
-    with pytest.raises(ValueError, match="1 to 6"):
+    with pytest.raises(ValueError, match="between 1 and 6"):
         contact_sheet(Scenes("val", 6), 7, tmp_path / "none.png")
 
 
@@ -279,7 +279,7 @@ def test_a_folder_of_scenes_reads_as_they_were_drawn(tmp_path):
     (folder / "images" / "holiday.png").write_bytes(b"mine")
     with pytest.raises(ValueError, match=r"holds images/holiday\.png"):
         picture_folder(scenes, 12, folder)
-    with pytest.raises(ValueError, match="gives 1 to 12 pictures"):
+    with pytest.raises(ValueError, match="between 1 and 12 images"):
         picture_folder(scenes, 13, tmp_path / "none")
 
 

@@ -64,8 +64,8 @@ def test_no_tensorflow(root):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"dataset": "other"}, "no prepared data set at .*other .the root holds tiny_captions.*tfds build other"),
-        ({"dataset": "tiny_captions:9.9.9"}, "cannot be opened: .*; there are tiny_captions/1.0.0"),
+        ({"dataset": "other"}, "no prepared data set at .*other .the root contains tiny_captions.*tfds build other"),
+        ({"dataset": "tiny_captions:9.9.9"}, "cannot be opened: .*; available: tiny_captions/1.0.0"),
         ({"split": "test"}, r"no split 'test'; it has train \(11\), val \(4\)"),
         (
             {"image_column": "picture"},

@@ -58,7 +58,7 @@ def test_merges_plain_text_equals_gzip(merges_file, tmp_path):
         ("#version: 0.2\nt h\n", "no merge ends a word"),
         ("#version: 0.2\nt h\nt h e\n", "line 3: expected two symbols"),
         ("#version: 0.2\nzz qq\n", "inconsistent merges"),
-        ("#version: 0.2\nt h\nt h\n", "exists already"),
+        ("#version: 0.2\nt h\nt h\n", "already exists"),
         ("{broken", "not a tokenizer.json"),
         ('{"version": "1.0"}', "not a tokenizer.json"),
     ],

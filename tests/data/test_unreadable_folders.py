@@ -87,7 +87,7 @@ def test_the_rest_is_indexed_and_no_row_is_lost(model, tree, locked, tmp_path):
     assert sum("/lost/" in path for path in rows(store)) == 2
     (bad,) = open_store(store).bad_rows().to_pylist()
     assert bad["path"] == str(tree / "lost") and bad["size"] is None
-    assert "folder cannot be read" in bad["reason"] and "Permission denied" in bad["reason"]
+    assert "contents cannot be read" in bad["reason"] and "Permission denied" in bad["reason"]
     done = index(model, [tree / "lost", tree], store, prune=True, prune_missing=True)
     assert (done.still_bad, done.bad, done.removed) == (1, 0, 0) and len(rows(store)) == 6
     locked()

@@ -140,7 +140,7 @@ def test_mistakes(bundle, complexity_folder, tmp_path, capsys):
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     before = (bundle / checkpoint.DESCRIPTION).read_bytes()
     for wrong, message in (
-        ({"max_recall_drop": 1.0, "budget": 0.9}, "by one of"), ({"max_recall_drop": -1.0}, "must lie in"),
+        ({"max_recall_drop": 1.0, "budget": 0.9}, "exactly one of"), ({"max_recall_drop": -1.0}, "must lie in"),
         ({"max_recall_drop": 1.0, "cost": "guessed"}, "use one of counted, measured"),
         ({"shares": (0.5, 0.2), "cost": "measured"}, "applies only to a budget or a recall drop"),
     ):  # fmt: skip

@@ -128,7 +128,7 @@ def test_a_threshold_from_labels(classifier, pictures, tmp_path, capsys):
     assert found["value"] == 1.0 and found["images"] == 39 and found["complex"] == found["called_complex"]
     assert limit - 0.001 <= description["threshold"] < above  # the highest point of the grid that parts the classes
     printed = capsys.readouterr().out
-    assert "1 undecided" in printed and "expect less of others" in printed
+    assert "1 undecided" in printed and "so it is optimistic" in printed
 
 
 def test_a_bundle_of_one_exit_takes_a_metric(clip_folder, classifier, pictures, tmp_path):
@@ -195,7 +195,7 @@ def test_mistakes_of_routing(bundle, complexity_folder, clip_folder, pictures, t
     images = ["--images", pictures]
     assert f"at least {np.ceil(lowest * 1e4) / 1e4:g}" in fails(capsys, bundle, "--budget", lowest - 0.01, *images)
     assert "must lie in (0, 1]" in fails(capsys, bundle, "--budget", 1.2, *images)
-    assert "give 2 numbers" in fails(capsys, bundle, "--share", 0.5, *images)
+    assert "pass 2 numbers" in fails(capsys, bundle, "--share", 0.5, *images)
     assert "lies in no workdir" in fails(capsys, bundle, "--budget", 0.9)
     assert "no image file" in fails(capsys, bundle, "--budget", 0.9, "--images", tmp_path / "none*.png")
     config = ["--config", ROOT / "configs/demo.py:clip"]
@@ -238,8 +238,8 @@ def test_mistakes_of_labels(classifier, complexity_folder, pictures, tmp_path, c
         (tmp_path / name).write_text("\n".join(["file,score", *lines]))
         return "--metric", "f1", "--labels", tmp_path / name, "--root", pictures
 
-    assert "predicts ratings" in fails(capsys, complexity_folder, *labels([0, 1] * 20))
-    assert "of class simple" in fails(capsys, classifier, *labels([0] * 40))
+    assert "is a regression model" in fails(capsys, complexity_folder, *labels([0, 1] * 20))
+    assert "belong to class simple" in fails(capsys, classifier, *labels([0] * 40))
     assert "pass --boundary" in fails(capsys, classifier, *labels([0.2, 0.7] * 20))
     assert "no such image" in fails(capsys, classifier, *labels([0, 1] * 20)[:-1], tmp_path.parent)
     assert "--root" in fails(capsys, classifier, *labels([0, 1] * 20)[:-2])
@@ -251,7 +251,7 @@ def test_mistakes_of_labels(classifier, complexity_folder, pictures, tmp_path, c
 
 def test_one_way_of_finding_them(bundle):
     for wrong in ({}, {"budget": 0.9, "shares": (0.5, 0.2)}, {"budget": 0.9, "metric": "f1"}):
-        with pytest.raises(icar_jax.config.ConfigError, match="by one of"):
+        with pytest.raises(icar_jax.config.ConfigError, match="exactly one of"):
             calibrate(bundle, Scenes("calibration", 4), **wrong)
 
 

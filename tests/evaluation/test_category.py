@@ -135,7 +135,10 @@ def test_distractors_count_by_their_labels():
         ({"labels": [["a"]]}, r"labels must have one entry per image \(40\).*found 1"),
         ({"labels": [[]] * 40}, "no image has a label"),
         ({"at": (0, 10)}, r"K >= 1, found \(0, 10\)"),
-        ({"distractors": Distractors(np.eye(2, 8), np.eye(2, 8), np.arange(2), [["a"]])}, r"distractors.labels .* per image \(2\)"),
+        (
+            {"distractors": Distractors(np.eye(2, 8), np.eye(2, 8), np.arange(2), [["a"]])},
+            r"distractors.labels .* per image \(2\)",
+        ),
     ],
 )
 def test_faults_are_named(change, message):

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from icar_jax.data.records import Source
 from icar_jax.data.images import ImageError
 from icar_jax.data.loader.batches import BadFiles
-from icar_jax.data.records import Record
+from icar_jax.data.records import Record, Source
 from icar_jax.evaluation.metrics.retrieval import Ranks, summarise
 from icar_jax.evaluation.report import page as report_page
 from icar_jax.evaluation.report import report, report_figures

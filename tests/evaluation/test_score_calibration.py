@@ -93,7 +93,7 @@ def test_longer_vectors_give_the_calibrated_scores_and_keep_the_order_of_caption
         apart = np.abs(np.subtract.outer(before[:, k], before[:, k])) > 1e-4
         same = np.sign(np.subtract.outer(before[:, k], before[:, k])) == np.sign(np.subtract.outer(after[:, k], after[:, k]))
         assert same[apart].all()
-    with pytest.raises(ValueError, match=r"exits \[5\], calibrated are \[3, 6, 12\]"):
+    with pytest.raises(ValueError, match=r"exits \[5\]; calibrated exits: \[3, 6, 12\]"):
         calibration.images(rows, np.full_like(exits, 5))
 
 
@@ -149,5 +149,5 @@ def test_an_evaluation_ranks_the_routed_gallery_by_calibrated_scores_too(clip_fo
     expected = recall(ranks(rows, calibration.texts(own.texts), own.caption_image, distractors=others), 5)
     assert {d: affine[d]["r5"] for d in expected} == pytest.approx(expected, abs=4.0)
     assert "routed_affine_minus_routed" in found["comparisons"]
-    assert "routed, its scores calibrated for each exit" in (tmp_path / "report" / "index.html").read_text()
-    assert "scores calibrated for each exit:" in " ".join(capsys.readouterr().out.split())
+    assert "routed, per-exit calibrated scores" in (tmp_path / "report" / "index.html").read_text()
+    assert "per-exit score calibration:" in " ".join(capsys.readouterr().out.split())

@@ -152,5 +152,5 @@ def test_shares_meet_their_quantiles():
     assert th.thresholds_for_shares(scores, (0.0, 1.0)) == (bg.BELOW_ALL,)
     assert th.full_shares((), (4, 8)) == (0.5, 0.5) and th.full_shares((0.2,), (4, 8)) == (0.2, 0.8)
     for wrong in ((0.5, 0.4), (1.2,), (-0.1,)):
-        with pytest.raises(ConfigError, match="do not fit"):
+        with pytest.raises(ConfigError, match="do not match the exits"):
             th.full_shares(wrong, (4, 8))

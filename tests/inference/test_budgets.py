@@ -92,7 +92,7 @@ def test_a_corpus_of_a_budget(model, tmp_path):
 
 
 def test_budgets_that_cannot_be_met(model, clip_folder, complexity_folder, tmp_path):
-    with pytest.raises(ConfigError, match="cannot be met: exit 2"):
+    with pytest.raises(ConfigError, match="cannot be met: sending every image to exit 2"):
         model.encode_image(pictures(1), budget=0.1)
     with pytest.raises(ConfigError, match="must lie in"):
         model.encode_image(pictures(1), budget=60)

@@ -162,12 +162,12 @@ def test_another_model_or_other_options_are_refused(model, bundle, clip_folder, 
 
 
 def test_folders_that_are_no_corpus_and_damage(model, pictures, tmp_path):
-    with pytest.raises(CorpusError, match="is no corpus"):
+    with pytest.raises(CorpusError, match="is not a corpus"):
         embed(model, pictures, pictures)
-    with pytest.raises(CorpusError, match="holds no corpus.json"):
+    with pytest.raises(CorpusError, match="has no corpus.json"):
         open_corpus(pictures)
     embed(model, pictures, tmp_path / "out")
-    for name, match in (("000001.npy", "000001.npy"), ("000001.parquet", "lacks 000001.parquet")):
+    for name, match in (("000001.npy", "000001.npy"), ("000001.parquet", "is missing 000001.parquet")):
         kept = (tmp_path / "out" / name).read_bytes()
         (tmp_path / "out" / name).unlink()
         for use in (open_corpus, lambda out: embed(model, pictures, out)):

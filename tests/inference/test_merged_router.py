@@ -62,7 +62,7 @@ def test_a_map_of_merged_patches_is_that_of_the_patches_before(model):
 
 def test_a_tower_that_merges_otherwise_before_the_head_is_refused(scorer, tmp_path):
     other = write_clip(tmp_path / "clip", merge=(1, 1, 1))
-    with pytest.raises(CheckpointError, match=r"another tower \(merge \(1, 1\) against \(1, 2\)\)"):
+    with pytest.raises(CheckpointError, match=r"a different tower \(merge \(1, 1\) instead of \(1, 2\)\)"):
         make_bundle(other, scorer, tmp_path / "bundle", thresholds=(0.5,))
     later = write_clip(tmp_path / "later", merge=(1, 2, 2))  # what the head does not see may be otherwise
     make_bundle(later, scorer, tmp_path / "bundle", thresholds=(0.5,))

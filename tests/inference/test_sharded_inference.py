@@ -40,9 +40,9 @@ assert len({shard.device for shard in placed.addressable_shards}) == 8 and place
 try:
     icar_jax.load(sys.argv[1], batch_size=12, mesh=make_mesh(MeshConfig()))
 except ValueError as error:
-    assert "multiple of the 8 parts" in str(error)
+    assert "8 batch shards" in str(error)
 else:
-    raise AssertionError("12 images were cut into 8 parts")
+    raise AssertionError("12 images were sharded over 8 devices")
 np.savez(sys.argv[3], **out)
 embed = ["embed", sys.argv[4], "--checkpoint", sys.argv[1], "--out", sys.argv[5], "--sharded", "--batch-size"]
 try:
@@ -79,7 +79,7 @@ def test_eight_devices_equal_one(kind, request, tmp_path):
         cwd=ROOT, env=environment(tmp_path / "cache", devices=8), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
-    assert "a batch of 12 images cannot be cut over 8 devices" in run.stderr
+    assert "a batch of 12 images cannot be sharded over 8 devices" in run.stderr
     found = np.load(tmp_path / "out.npz")
     one = icar_jax.load(path, batch_size=16, mesh=make_mesh(MeshConfig()))  # a mesh of one device
     for n in (1, 16, 37):

@@ -146,7 +146,7 @@ def test_a_bundle_with_another_tower_is_refused(clip_folder, tmp_path):
         return flat | {"tower/blocks/0/mlp/fc1/kernel": kernel}
 
     other = write_scorer(tmp_path / "other", clip_folder, 1, change=nudge)
-    with pytest.raises(CheckpointError, match=r"another tower \(vision/blocks/0/mlp/fc1/kernel\).*trained on \(clips/first"):
+    with pytest.raises(CheckpointError, match=r"a different tower \(vision/blocks/0/mlp/fc1/kernel\).*trained on \(clips/first"):
         make_bundle(clip_folder, other, tmp_path / "bundle", thresholds=(0.3, 0.6))
     assert not (tmp_path / "bundle").exists()
 
@@ -155,7 +155,7 @@ def test_an_edited_bundle_is_refused_when_loaded(shared_bundle, clip_folder, tmp
     shutil.copytree(shared_bundle, tmp_path / "bundle")
     shutil.rmtree(tmp_path / "bundle" / "complexity")
     write_scorer(tmp_path / "bundle" / "complexity", clip_folder, 2)
-    with pytest.raises(CheckpointError, match="exit after block 1, which would leave before it is scored"):
+    with pytest.raises(CheckpointError, match="exit after block 1, where images would leave before they are scored"):
         icar_jax.load(tmp_path / "bundle")
 
 
@@ -163,7 +163,7 @@ def test_other_preprocessing_is_refused(clip_folder, scorer_folder, tmp_path):
     read = checkpoint.read(scorer_folder, "complexity")
     description = {**read.description, "preprocess": Preprocess(32, "crop").to_dict()}
     other = checkpoint.write(tmp_path / "other", "complexity", description, read.params)
-    with pytest.raises(CheckpointError, match="another tower .the preprocessing."):
+    with pytest.raises(CheckpointError, match="a different tower .the preprocessing."):
         make_bundle(clip_folder, other, tmp_path / "bundle", thresholds=(0.3, 0.6))
 
 

@@ -99,6 +99,12 @@ def test_the_readme_is_short_and_maps_every_folder():
     assert [folder.name for folder in packages if f" {folder.name}/" not in text] == []
 
 
+def test_the_index_links_every_page():
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    pages = {file.name for file in (ROOT / "docs").iterdir() if file.suffix in (".md", ".ipynb")} - {"index.md"}
+    assert {name for name in pages if f"]({name})" not in text} == set()
+
+
 @each_page
 def test_links_resolve(page):
     text = FENCED.sub("", page.read_text(encoding="utf-8"))

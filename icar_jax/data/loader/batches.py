@@ -1,4 +1,4 @@
-"""Batches for training and evaluation: made whole, by position, so that workers and processes change nothing."""
+"""Batches for training and evaluation; each depends only on its position, not on workers or processes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.errors import ConfigError, DataError, IcarError
 
 MAX_SUBSTITUTES = 8
-# What a source's `image()` raises for a file that cannot be read; anything else is a fault in the program.
+# Errors that a source's `image()` raises for unreadable files; any other error is a bug.
 _BAD_FILE = (OSError, ImageError)
 _LAST_POSITION = 2**62
 
 
 class UnreadableImages(IcarError, ValueError):
-    """So many images do not decode that no substitute was found; a type of its own survives worker processes."""
+    """Too many images do not decode, so no substitute was found; a separate type survives pickling between processes."""
 
 
 def train_batches(
@@ -48,28 +48,28 @@ def train_batches(
     retries: int = RETRIES,
     stall_timeout_s: float = STALL_TIMEOUT_S,
 ) -> BatchIterator:
-    """Endless training batches; a pure function of (source, seed, start_position), whatever the workers.
+    """Returns an endless iterator of training batches, a pure function of (source, seed, start_position).
 
-    Step s covers the global positions start_position + s * batch_size onwards, of which this process takes its slice of
-    b = batch_size / process_count. Caption and augmentation are drawn from (seed, position). A file that does not
+    Step s covers the global positions from start_position + s * batch_size; this process takes its slice of
+    b = batch_size / process_count. Captions and augmentations are drawn from (seed, position). A file that does not
     decode is replaced by another example of the epoch (`order.substitute_position`) and reported in `bad`.
 
     Args:
-        tokenizer: None leaves the tokens out (training on images alone).
-        others: {entry: preprocess} of what else the pictures are made into, with the same random changes.
-        batch_size: pairs of a step over all processes.
-        num_workers: worker processes; 0 makes the batches in this process.
-        num_threads: threads in each process that make batches ahead of time; 0 makes them when asked.
-        retries: times a shard that cannot be read is tried again before `shards.ShardError` stops the run.
-        stall_timeout_s: seconds without a batch after which `watch.StalledData` stops it.
+        tokenizer: None omits the tokens (training on images only).
+        others: {key: preprocess} for additional versions of the images, with the same random augmentation.
+        batch_size: image-text pairs per step over all processes.
+        num_workers: worker processes; 0 makes batches in this process.
+        num_threads: prefetching threads per process; 0 makes batches on demand.
+        retries: number of retries of a shard read before `shards.ShardError` stops the run.
+        stall_timeout_s: seconds without a batch before `watch.StalledData` stops the run.
 
     Returns:
         An iterator of dicts, to be closed when done (`with`, or `.close()`):
-        image uint8 [b, S, S, 3]; tokens int32 [b, L] and truncated bool [b] (with a tokenizer);
-        one more as image for each of `others`; complexity float32 [b] (with_complexity); position, index int64 [b];
-        name object [b];
-        bad object [n], (name, reason) for every decoding that failed; retried object [m], (shard, reason) for every read
-        that was tried again.
+        image uint8 [b, S, S, 3]; tokens int32 [b, L] and truncated bool [b] (with a tokenizer); one more entry like image
+        per key of `others`; complexity float32 [b] (with_complexity); position, index int64 [b]; name object [b];
+        bad object [n], (name, reason) of every failed decoding; retried object [m], (shard, reason) of every retried read.
+
+    Raises ConfigError, DataError or ValueError for invalid arguments.
     """
     if len(source) < 1:
         raise DataError(f"source {source.name!r} has no images to train on")
@@ -101,15 +101,15 @@ def eval_batches(
     retries: int = RETRIES,
     stall_timeout_s: float = STALL_TIMEOUT_S,
 ) -> BatchIterator:
-    """One pass over a source in order; each image is decoded once and resized for every preprocess.
+    """Returns an iterator over a source, in order; each image is decoded once and resized for every preprocess.
 
-    Batch k covers indices [k * batch_size, (k + 1) * batch_size). The last one is shorter; files that do not decode are
-    left out and reported, so any batch may be shorter, or empty.
+    Batch k covers indices [k * batch_size, (k + 1) * batch_size). Files that do not decode are skipped and reported, so any
+    batch may be shorter than batch_size, or empty.
 
     Returns:
         An iterator of dicts, to be closed when done:
         images {key: uint8 [n, S, S, 3]}; index int64 [n]; name object [n]; captions, labels object [n] (tuples of str);
-        complexity float32 [n], nan where unknown; bad object [m] of (name, reason); retried as of `train_batches`.
+        complexity float32 [n], nan if unknown; bad object [m] of (name, reason); retried as in `train_batches`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -171,7 +171,7 @@ class _TrainBatch:
         return batch
 
     def _readable(self, position: int, index: int, bad: list[tuple[str, str]]) -> tuple[int, Record, Any]:
-        """(index, record, picture) of the example at a position, or of its first substitute that decodes."""
+        """Returns (index, record, image) of the example at a position, or of its first substitute that decodes."""
         size = len(self.source)
         attempts = min(MAX_SUBSTITUTES, size - 1)
         tried: list[tuple[str, str]] = []
@@ -189,14 +189,14 @@ class _TrainBatch:
                 return index, record, picture
         listed = "\n".join("  " + _with_name(*item) for item in tried)
         raise UnreadableImages(
-            f"source {self.source.name!r}, position {position}: the example and its {attempts} substitutes do not"
-            f" decode. Most of the files seem unreadable; check the folder and its storage:\n{listed}"
+            f"source {self.source.name!r}, position {position}: the example and its {attempts} substitutes cannot be"
+            f" decoded. Most of the files seem unreadable; check the folder and its storage:\n{listed}"
         )
 
 
 @dataclass(frozen=True)
 class _EvalBatch:
-    """Makes batch k of one pass in order; picklable."""
+    """Makes batch k of one ordered pass; picklable."""
 
     source: Source
     preprocess: dict[str, Preprocess]
@@ -245,7 +245,7 @@ def _picture(record: Record) -> Any:
 
 
 def _objects(values: list[Any]) -> np.ndarray:
-    """Object array [N]; `np.array` would turn tuples of equal length into two dimensions."""
+    """Returns an object array [N]; `np.array` would turn tuples of equal length into two dimensions."""
     out = np.empty(len(values), object)
     for i, value in enumerate(values):
         out[i] = value
@@ -262,7 +262,7 @@ def _with_name(name: str, reason: str) -> str:
 
 def _draw_caption(record: Record, rng: np.random.Generator, source_name: str) -> str:
     if not record.captions:
-        raise DataError(f"source {source_name!r}: record {record.name} has no caption; a source must leave such files out")
+        raise DataError(f"source {source_name!r}: record {record.name} has no caption; sources must skip such files")
     return record.captions[rng.integers(len(record.captions))]
 
 
@@ -271,20 +271,20 @@ def _known_complexity(records: list[Record], source_name: str) -> np.ndarray:
     if not np.isfinite(values).all():
         unknown = [r.name for r, v in zip(records, values, strict=True) if not np.isfinite(v)]
         raise DataError(
-            f"source {source_name!r}: no complexity known for {len(unknown)} records of a batch, first {unknown[0]};"
-            " train the complexity model on a source that knows it, such as scenes"
+            f"source {source_name!r}: no known complexity for {len(unknown)} records of a batch, first {unknown[0]};"
+            " train the complexity model on a source with known complexity, such as scenes"
         )
     return values
 
 
 class BadFiles:
-    """Collects the `bad` and `retried` entries of batches: logs each file once, counts every occurrence, summarises.
+    """Collects the `bad` and `retried` entries of batches; logs each file once and counts every occurrence.
 
     Attributes:
         reasons: file name -> reason, in order of first appearance.
-        count: failed decodings, repeated ones included.
-        retried: shard -> reads that failed and were tried again.
-        retry_reasons: shard -> reason of the last of them.
+        count: number of failed decodings, including repeated ones.
+        retried: shard -> number of retried reads.
+        retry_reasons: shard -> reason of its last retry.
     """
 
     def __init__(self) -> None:
@@ -294,11 +294,11 @@ class BadFiles:
         self.retry_reasons: dict[str, str] = {}
 
     def __bool__(self) -> bool:
-        """Whether there is anything to report."""
+        """Returns whether there is anything to report."""
         return bool(self.reasons or self.retried)
 
     def add(self, batch: Batch) -> None:
-        """Takes the entries of one batch."""
+        """Adds the entries of one batch."""
         for name, reason in batch["bad"]:
             self.count += 1
             if name not in self.reasons:
@@ -306,18 +306,18 @@ class BadFiles:
                 logging.warning("Unreadable image, %s", _with_name(name, reason))
         for shard, reason in batch["retried"]:
             if shard not in self.retried:
-                logging.warning("Read again after a fault, %s", _with_name(shard, reason))
+                logging.warning("Retried a failed read, %s", _with_name(shard, reason))
             self.retried[shard] = self.retried.get(shard, 0) + 1
             self.retry_reasons[shard] = reason
 
     def summary(self, shown: int = 20) -> str:
-        """Text for the end of a run: the numbers of files and shards, and the first names with reasons."""
+        """Returns a summary for the end of a run: numbers of files and shards, and the first names with reasons."""
         parts = ["All images were readable."] if not self.reasons else []
         if self.reasons:
             parts.append(f"{len(self.reasons)} unreadable image files ({self.count} failed decodings):")
             parts += _listed([_with_name(*item) for item in self.reasons.items()], shown)
         if self.retried:
-            parts.append(f"{len(self.retried)} shards were read again after faults ({sum(self.retried.values())} times):")
+            parts.append(f"{len(self.retried)} shards had failed reads that were retried ({sum(self.retried.values())} times):")
             parts += _listed([f"{s}: {n} times, last {self.retry_reasons[s]}" for s, n in self.retried.items()], shown)
         return "\n".join(parts)
 

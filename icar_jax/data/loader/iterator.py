@@ -1,11 +1,11 @@
-"""An iterator of batches on Grain, with threads and worker processes that change neither order nor content.
+"""Batch iterator on Grain; threads and worker processes change neither order nor content of the batches.
 
-grain (and with it jax, where installed) is imported only when an iterator is made. Worker processes are spawned and
+grain (and with it jax, if installed) is imported only when an iterator is created. Worker processes are spawned and
 pinned to the CPU platform, so that none of them can start an accelerator backend.
 
-Nothing waits for ever. Each batch is made in a daemon thread of its own (`watch.WatchedIterator`), so that a read which never
-returns is noticed where it happens and can be named, and holds up neither the other threads nor the end of the program. The
-iterator itself waits on a thread that asks Grain, and looks after the worker processes meanwhile.
+All waits have a timeout. Each batch is made in its own daemon thread (`watch.WatchedIterator`), so that a hanging read is
+detected where it happens, can be reported, and blocks neither other threads nor the exit of the program. The iterator waits
+on a thread that requests batches from Grain, and polls the worker processes meanwhile.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from icar_jax.data.loader.watch import (
     WatchedIterator,
     WorkerDied,
     Workers,
-    outlive_signals_not_the_parent,
+    ignore_signals_and_exit_with_parent,
     set_worker,
 )
 
 STALL_TIMEOUT_S = 600.0
-# A worker reports a stall itself, as it knows what it was reading; Grain waits up to 25 s for its end before passing that on.
+# A stalled worker reports what it was reading; Grain waits up to 25 s for it to exit before it passes the error on.
 _GRACE_S = 30.0
-_START_S = 60.0  # that worker processes may take to start and import what they need, on a busy machine
+_START_S = 60.0  # time for worker processes to start and import on a busy machine
 _LOOK_EVERY_S = 1.0
 
 Batch = dict[str, Any]
 
 
 class BatchIterator:
-    """Batches 0 ... count - 1 of `make`, in order, prepared ahead by threads and worker processes.
+    """Iterates over batches 0 ... count - 1 of `make`, in order, prefetched by threads and worker processes.
 
-    `make.where(step)`, where it exists, names a batch in messages. Close it when done: worker processes live until then, or
-    until it is garbage.
+    If `make.where(step)` exists, it names a batch in messages. Close the iterator when done: worker processes run until then,
+    or until it is garbage-collected.
 
     Raises (`next`):
-        StalledData: `stall_timeout_s` seconds without a batch, naming the batch and what was being read.
-        WorkerDied: a worker process ended by itself or was killed, naming it and the signal.
-        What `make` raises.
+        StalledData: no batch for `stall_timeout_s` seconds; names the batch and what was being read.
+        WorkerDied: a worker process exited or was killed; names it and the signal.
+        Any error of `make`.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class BatchIterator:
             make = _FromFile.write(make, os.path.join(temporary[0].name, "make.pickle"))
         else:
             make.closing = closing
-        # The batch is made inside `map`, before the slicing by worker: batching after it would mix the slices.
+        # Batches are made inside `map`, before the slicing by worker; batching afterwards would mix the slices.
         read = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
         dataset = grain.MapDataset.range(count).map(make).to_iter_dataset(read)
         if num_workers:
@@ -96,7 +96,7 @@ class BatchIterator:
         self._answers: queue.SimpleQueue = queue.SimpleQueue()
         threading.Thread(target=_answer, args=(running, self._requests, self._answers), daemon=True).start()
         self._running = [running]
-        # Also when the program ends without closing, while the modules that closing needs still exist.
+        # Also runs if the program exits without closing, while the modules needed for closing still exist.
         self._close = weakref.finalize(self, _close_all, self._running, self._requests, closing, temporary)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -104,8 +104,8 @@ class BatchIterator:
 
     def __next__(self) -> Batch:
         if not self._running:
-            raise ValueError("these batches were closed; make a new iterator from the position reached")
-        if not self._asked:  # else the last call was interrupted while it waited
+            raise ValueError("this iterator was closed; create a new one from the position reached")
+        if not self._asked:  # otherwise the last call was interrupted while waiting
             self._requests.put(True)
             self._asked = True
         batch, error = self._wait()
@@ -118,23 +118,23 @@ class BatchIterator:
         return _plain(batch)
 
     def _wait(self) -> tuple[Any, BaseException | None]:
-        """The next batch or error. Counts its own looks, not the clock: time in which the program was suspended is none."""
+        """Returns the next batch or error. Counts polls instead of clock time, so that suspension is not a stall."""
         limit_s = self._timeout_s + _GRACE_S + (0 if self._workers.look() else _START_S)
         for _ in range(round(limit_s / _LOOK_EVERY_S)):
             self._workers.look()
             try:
                 return self._answers.get(timeout=_LOOK_EVERY_S)
             except queue.Empty:
-                if self._workers.dead():  # Grain would notice too, but not while it waits for another one
+                if self._workers.dead():  # Grain notices too, but not while it waits for another worker
                     return None, WorkerDied()
         self._workers.kill()
         return None, StalledData(
             f"no batch for {limit_s:.0f} s (config.data.stall_timeout_s), waiting for {self._where(self._delivered)}; "
-            "the workers did not say what they were reading. Check the storage and the machine's load, then run again"
+            "the workers did not report what they were reading. Check the storage and the machine's load, then run again"
         )
 
     def close(self) -> None:
-        """Ends the worker processes and threads; a second call does nothing."""
+        """Stops the worker processes and threads; further calls do nothing."""
         self._close()
 
     def __enter__(self) -> BatchIterator:
@@ -145,7 +145,7 @@ class BatchIterator:
 
 
 def _answer(running: Any, requests: queue.SimpleQueue, answers: queue.SimpleQueue) -> None:
-    """Asks Grain for a batch at each request, until a request is None."""
+    """Requests a batch from Grain for each request, until a request is None."""
     while requests.get() is not None:
         try:
             answers.put((next(running), None))
@@ -168,11 +168,11 @@ _loading = threading.Lock()
 
 @dataclass
 class _FromFile:
-    """A callable that each worker reads from a file when it is first called.
+    """A callable that each worker loads from a file on its first call.
 
-    Python writes what a spawned process needs into a pipe. A child that dies before reading it, as it does where the
-    main script lacks `if __name__ == "__main__"`, would block the parent for ever if that is larger than the pipe's
-    buffer of 64 KiB; a source with its captions is.
+    Python sends a spawned process its data through a pipe. If the child dies before reading it (as it does if the main
+    script lacks `if __name__ == "__main__"`), data larger than the pipe's 64 KiB buffer, such as a source with captions,
+    would block the parent forever.
     """
 
     path: str
@@ -187,10 +187,10 @@ class _FromFile:
         return cls(path)
 
     def __call__(self, step: int) -> Batch:
-        with _loading:  # threads of a worker share what is loaded
+        with _loading:  # the threads of a worker share the loaded object
             if self.loaded is None:
                 with open(self.path, "rb") as stream:
-                    self.loaded = pickle.load(stream)  # written by this program a moment ago
+                    self.loaded = pickle.load(stream)  # written by this program
         return _packed(self.loaded(step))
 
 
@@ -198,10 +198,10 @@ _PICKLED = "\0pickled"
 
 
 def _packed(batch: Any) -> Any:
-    """Turns arrays of objects into bytes, which travel in shared memory as other arrays do.
+    """Converts object arrays to bytes, which are sent through shared memory like other arrays.
 
-    What is left for the pipe between the processes is then smaller than PIPE_BUF and written whole or not at all; a
-    worker killed in the middle of a longer message would leave its reader waiting for ever.
+    The rest, sent through the pipe between the processes, is then smaller than PIPE_BUF and written atomically; a worker
+    killed in the middle of a longer message would leave its reader waiting forever.
     """
     if isinstance(batch, dict):
         return {key: _packed(item) for key, item in batch.items()}
@@ -211,23 +211,23 @@ def _packed(batch: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Copies arrays out of a worker's shared memory, which leaks where a batch lives until the program ends."""
+    """Copies arrays out of a worker's shared memory, which leaks if a batch lives until the program exits."""
     if isinstance(value, dict):
         if _PICKLED in value:
-            return pickle.loads(value[_PICKLED].tobytes())  # made by `_packed` in a process of this program
+            return pickle.loads(value[_PICKLED].tobytes())  # from `_packed` in a process of this program
         return {key: _plain(item) for key, item in value.items()}
     return value if type(value) is np.ndarray else np.array(value)
 
 
 def _ensure_flags_parsed() -> None:
-    # Grain reads absl flags while starting workers and fails where a program (a notebook, a test) never parsed any.
+    # Grain reads absl flags when starting workers and fails if the program (a notebook, a test) never parsed any.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
 
 
 def _init_worker(folder: str, worker_index: int, worker_count: int) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
-    if (jax := sys.modules.get("jax")) is not None:  # grain has imported it: the variable was read already
+    if (jax := sys.modules.get("jax")) is not None:  # imported by grain, so the variable was already read
         jax.config.update("jax_platforms", "cpu")
     set_worker(folder, worker_index, worker_count)
-    outlive_signals_not_the_parent()
+    ignore_signals_and_exit_with_parent()

@@ -1,12 +1,12 @@
-"""The training order: a pure function of (seed, global example position).
+"""Training order of the examples, as a pure function of (seed, global example position).
 
-Position p belongs to epoch p // size and slot p % size; each epoch is a pseudo-random permutation of the examples.
-The permutation is a Feistel network over the smallest 4**k >= size, with cycle walking for values that fall outside,
-so any position is found in O(1) time and memory, and a run can resume anywhere on any number of processes.
+Position p is slot p % size of epoch p // size; each epoch is a pseudo-random permutation of the examples.
+The permutation is a Feistel network over the smallest 4**k >= size, with cycle walking for values out of range,
+so any position takes O(1) time and memory, and a run can resume anywhere on any number of processes.
 
 Sources: Luby and Rackoff, "How to construct pseudorandom permutations from pseudorandom functions" (1988); cycle
 walking from Black and Rogaway, "Ciphers with arbitrary finite domains" (2002); the mixing function is the finaliser
-of SplitMix64 (Steele, Lea and Flood, 2014). It shuffles; it is not a cipher.
+of SplitMix64 (Steele, Lea and Flood, 2014). It is a shuffle, not a secure cipher.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _check(size: int, seed: int) -> None:
 
 
 def permute(epochs: np.ndarray, slots: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Example index at each slot of each epoch; for a fixed epoch a permutation of range(size).
+    """Returns the example index at each (epoch, slot); for a fixed epoch, a permutation of range(size).
 
     Args:
         epochs: int64 [N], at least 0.
@@ -45,7 +45,7 @@ def permute(epochs: np.ndarray, slots: np.ndarray, size: int, seed: int) -> np.n
         int64 [N].
     """
     _check(size, seed)
-    # At least 4 x 4 values, so that the permutations of a handful of examples differ between epochs.
+    # At least 4 x 4 values, so that permutations of very few examples differ between epochs.
     half_bits = np.uint64(max(2, ((size - 1).bit_length() + 1) // 2))
     half_mask = (np.uint64(1) << half_bits) - np.uint64(1)
     with np.errstate(over="ignore"):
@@ -63,7 +63,7 @@ def permute(epochs: np.ndarray, slots: np.ndarray, size: int, seed: int) -> np.n
 
 
 def examples_at(positions: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The epoch and the example index at each global position.
+    """Returns the epoch and the example index at each global position.
 
     Args:
         positions: integers [N], at least 0.
@@ -82,16 +82,16 @@ def examples_at(positions: np.ndarray, size: int, seed: int) -> tuple[np.ndarray
 
 
 def example_at(position: int, size: int, seed: int) -> tuple[int, int]:
-    """(epoch, index) of one global position; see `examples_at`."""
+    """Returns (epoch, index) of one global position; see `examples_at`."""
     epochs, indices = examples_at(np.array([position]), size, seed)
     return int(epochs[0]), int(indices[0])
 
 
 def substitute_position(position: int, attempt: int, attempts: int, size: int) -> int:
-    """Position whose example replaces the one at `position` on the given attempt (1 ... attempts).
+    """Returns the position whose example replaces the one at `position` on the given attempt (1 ... attempts).
 
-    It lies in the same epoch, a whole number of strides of about size / (attempts + 1) away: a neighbour would very
-    likely stand in the same batch already and become a false negative of the contrastive loss.
+    It is in the same epoch, a multiple of about size / (attempts + 1) away: a neighbour would probably be in the same batch
+    already and become a false negative in the contrastive loss.
     """
     epoch, slot = divmod(position, size)
     stride = max(1, size // (attempts + 1))

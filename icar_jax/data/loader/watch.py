@@ -1,4 +1,4 @@
-"""Noticing that data no longer comes: a read that never returns, a worker process that died."""
+"""Detects stalled reads and dead worker processes."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from icar_jax.data.sources.shards import read_by
 from icar_jax.errors import IcarError
 
 _LOOK_EVERY_S = 1.0
-_worker = ""  # of this process; empty in the main one
-_ending = threading.Event()  # of a worker process in which a batch stalled: the others need not be waited for
+_worker = ""  # name of this worker process; empty in the main process
+_ending = threading.Event()  # set in a worker process after a stalled batch, so that other threads stop waiting
 
 
 class StalledData(IcarError, RuntimeError):
-    """No batch came within the time allowed; the message names the batch, what was being read and by whom."""
+    """No batch arrived within the timeout; the message names the batch, the process and what it was reading."""
 
 
 class WorkerDied(IcarError, RuntimeError):
-    """A worker process ended by itself or was killed; the message names it, and the signal or exit code."""
+    """A worker process exited or was killed; the message names it and the signal or exit code."""
 
 
 def set_worker(folder: str, index: int, count: int) -> None:
-    """Called in a worker process: who it is, for its messages and for the process that started it."""
+    """Sets this worker process's name for messages, and writes its process id to `folder` for the parent."""
     global _worker
     _worker = f"data worker {index} of {count} (process {os.getpid()})"
     Path(folder, f"worker-{index}").write_text(str(os.getpid()), encoding="utf-8")
 
 
-def outlive_signals_not_the_parent() -> None:
-    """Called in a worker process: it ends when it is told to or when its parent is gone, and for no other request.
+def ignore_signals_and_exit_with_parent() -> None:
+    """Makes this worker process ignore SIGTERM and SIGINT, and exit when its parent exits.
 
-    Schedulers and terminals signal the whole group of processes, and the parent needs batches until all processes of the run
-    have agreed at which step to stop. A parent that was killed closes nothing: its workers would wait for it for ever, with
-    what they hold in memory.
+    Schedulers and terminals signal the whole process group, but the parent needs batches until all processes of the run have
+    agreed on the step to stop at. A killed parent closes nothing, so its workers would otherwise wait forever and keep their
+    memory.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -57,11 +57,11 @@ def _end_after(parent: Any) -> None:
 
 @dataclass
 class WatchedIterator:
-    """`make`, each call in a daemon thread; raises StalledData where one takes longer than `timeout_s`."""
+    """Calls `make`, each time in a daemon thread; raises StalledData if a call takes longer than `timeout_s` seconds."""
 
     make: Callable[[int], Any]
     timeout_s: float
-    closing: threading.Event | None = None  # of an iterator without worker processes: ends waiting early, as `_ending` does
+    closing: threading.Event | None = None  # without worker processes: stops waiting early, as `_ending` does
 
     def __call__(self, step: int) -> Any:
         answers: queue.SimpleQueue = queue.SimpleQueue()
@@ -69,7 +69,7 @@ class WatchedIterator:
         thread.start()
         ending = self.closing or _ending
         slice_s = min(_LOOK_EVERY_S, self.timeout_s)
-        # Counts looks, not the clock: time in which the program was suspended, as by a job scheduler, is no stall.
+        # Count polls instead of clock time, so that a suspended program (as by a job scheduler) is not a stall.
         for _ in range(max(1, round(self.timeout_s / slice_s))):
             try:
                 result, error = answers.get(timeout=slice_s)
@@ -86,7 +86,7 @@ class WatchedIterator:
         raise StalledData(
             f"no batch for {self.timeout_s:g} s (config.data.stall_timeout_s), waiting for {where}; "
             f"{_worker or 'this process'} is reading {what}. Check that storage, then run the command again: it continues "
-            "from its last checkpoint"
+            "from the last checkpoint"
         )
 
     def _run(self, step: int, answers: queue.SimpleQueue) -> None:
@@ -99,15 +99,15 @@ class WatchedIterator:
 
 @dataclass
 class Workers:
-    """The worker processes of one iterator, found by the files in which they write who they are."""
+    """The worker processes of one iterator, found by the process-id files that they write."""
 
     count: int
     folder: str = ""
     found: dict[int, BaseProcess] = field(default_factory=dict)
-    unseen: dict[int, int] = field(default_factory=dict)  # process ids of those that came and went between two looks
+    unseen: dict[int, int] = field(default_factory=dict)  # process ids of workers that started and exited between two polls
 
     def look(self) -> bool:
-        """Finds processes that have started since; whether all have."""
+        """Finds newly started processes; returns whether all have started."""
         if len(self.found) == self.count:
             return True
         children = {child.pid: child for child in multiprocessing.active_children()}
@@ -116,7 +116,7 @@ class Workers:
             try:
                 pid = int(Path(self.folder, f"worker-{index}").read_text(encoding="utf-8"))
             except (OSError, ValueError):
-                continue  # not started, or just writing
+                continue  # not started, or still writing
             if pid in children:
                 self.found[index] = children[pid]
             else:
@@ -124,17 +124,17 @@ class Workers:
         return len(self.found) == self.count
 
     def dead(self) -> dict[int, int]:
-        """Index -> exit code of those that failed or were killed; one that has made its last batch ends with 0."""
+        """Returns index -> exit code of workers that failed or were killed; finished workers exit with 0."""
         return {i: process.exitcode for i, process in self.found.items() if process.exitcode}
 
     def kill(self) -> None:
-        """Ends all of them at once: those that do not answer would be waited for, one after the other, while closing."""
+        """Kills all workers at once; otherwise closing would wait for unresponsive ones, one after the other."""
         for process in self.found.values():
             if process.is_alive():
                 process.kill()
 
     def explain(self, error: BaseException, where: str) -> BaseException:
-        """The error to raise for one that came instead of a batch: WorkerDied where that is what happened."""
+        """Returns the error to raise for an error received instead of a batch: WorkerDied if a worker died."""
         grains = re.search(r"Worker process was terminated unexpectedly with exit code (-?\d+)", str(error))
         if not isinstance(error, WorkerDied) and not (isinstance(error, RuntimeError) and grains):
             if isinstance(error, StalledData):
@@ -150,18 +150,18 @@ class Workers:
         self.kill()
         fate, hint = _fate(code)
         return WorkerDied(
-            f"{who} {fate} before {where} came; {hint}. Nothing of the run is lost but the steps since its last checkpoint: "
-            "run the command again"
+            f"{who} {fate} before {where} arrived; {hint}. Only the steps since the last checkpoint are lost: run the command "
+            "again"
         )
 
 
 def _fate(code: int) -> tuple[str, str]:
-    """What happened to a process, and what may be done."""
+    """Returns what happened to a process, and a hint for the user."""
     if code >= 0:
-        return f"ended with exit code {code}", "its own message, if any, stands above"
+        return f"ended with exit code {code}", "see its own message above, if any"
     try:
         name = signal.Signals(-code).name
     except ValueError:
         name = "an unknown signal"
-    hint = "the system does so when memory runs out: lower config.data.workers or config.data.threads"
-    return f"was killed by signal {-code}, {name},", hint if code == -signal.SIGKILL else "see the system's log"
+    hint = "the system does this when memory runs out: lower config.data.workers or config.data.threads"
+    return f"was killed by signal {-code}, {name},", hint if code == -signal.SIGKILL else "see the system log"

@@ -1,6 +1,6 @@
-"""Lines of files that rate images: IC9600's text, annotations in JSON, and tables in CSV or Parquet.
+"""Readers of rating files: IC9600's text format, JSON annotations, and CSV or Parquet tables.
 
-A line that cannot be read is handed on with the reason, to be counted; what makes a whole file unreadable is raised.
+Invalid lines are returned with the reason, to be counted; an invalid file raises an error.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ SUFFIXES = (".txt", ".json", ".csv", ".parquet")
 
 
 class RatingsError(DataError):
-    """A file of ratings that cannot be used; the message begins with its path."""
+    """A rating file that cannot be used; the message starts with its path."""
 
 
 class Line(NamedTuple):
-    """One rating as it stands in the file.
+    """One rating of a file.
 
-    `place` is what to call it ('line 7', "key 'a.jpg'", 'row 7', counted from 1). `value` is the number found, not yet
-    checked; `fault` says why there is none.
+    place: 'line 7', "key 'a.jpg'" or 'row 7', counted from 1. value: the number found, not yet checked. fault: why the line
+    is invalid, or ''.
     """
 
     place: str
@@ -34,17 +34,17 @@ class Line(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """The lines of a file; `key` says what their names are, 'file' or 'url'."""
+    """The lines of a file; `key` is the kind of their names, 'file' or 'url'."""
 
     key: str
     lines: list[Line]
 
 
 def read_lines(path: Path) -> Lines:
-    """The lines of a file, by its suffix. Raises FileNotFoundError, OSError, RatingsError."""
+    """Reads the lines of a rating file by its suffix. Raises FileNotFoundError, OSError, RatingsError."""
     readers = {".txt": _text, ".json": _annotations, ".csv": _table, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
-        raise RatingsError(f"{path}: ratings are read from {', '.join(SUFFIXES)} files, found {path.suffix or 'no suffix'}")
+        raise RatingsError(f"{path}: expected ratings in a {', '.join(SUFFIXES)} file, found {path.suffix or 'no suffix'}")
     if not path.is_file():
         beside = ", ".join(sorted(p.name for s in SUFFIXES for p in path.parent.glob(f"*{s}"))[:5])
         raise FileNotFoundError(f"ratings file {path} not found; {path.parent} has {beside or 'no such files'}")
@@ -52,7 +52,7 @@ def read_lines(path: Path) -> Lines:
 
 
 def _text(path: Path) -> Lines:
-    """IC9600: `name<two spaces>score`; the name may hold single spaces."""
+    """Reads IC9600's format, `name<two spaces>score`; names may contain single spaces."""
     lines = []
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as stream:
         for number, text in enumerate(stream, start=1):
@@ -68,7 +68,7 @@ def _text(path: Path) -> Lines:
 
 
 def _table(path: Path) -> Lines:
-    """A header with `file` or `url`, and `score`; further columns are ignored."""
+    """Reads a CSV file with the columns `file` or `url`, and `score`; other columns are ignored."""
     lines = []
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         reader = csv.DictReader(stream, strict=True)
@@ -105,13 +105,13 @@ def _parquet(path: Path) -> Lines:
             key = _key(path, file.schema_arrow.names)
             table = file.read(columns=[key, "score"])
     except pa.ArrowInvalid as error:
-        raise RatingsError(f"{path}: not a whole Parquet file: {error}; fetch or write it again") from error
+        raise RatingsError(f"{path}: not a complete Parquet file: {error}; fetch or write it again") from error
     pairs = zip(table.column(key).to_pylist(), table.column("score").to_pylist(), strict=True)
     return Lines(key, [_line(f"row {row}", name, score) for row, (name, score) in enumerate(pairs, start=1)])
 
 
 def _annotations(path: Path) -> Lines:
-    """`{file: score}` or `{file: 0 | 1 | -1}`; a key that comes twice is seen twice."""
+    """Reads JSON `{file: score}` or `{file: 0 | 1 | -1}`; duplicate keys are kept as separate lines."""
 
     class Pairs(list):
         pass
@@ -127,7 +127,7 @@ def _annotations(path: Path) -> Lines:
 
 def _checked_keys(pairs: list[tuple[str, Any]]) -> Iterator[Line]:
     for name, value in pairs:
-        if isinstance(value, str):  # in text files numbers are text, in JSON they are not
+        if isinstance(value, str):  # numbers must not be strings in JSON
             yield Line(f"key {name!r}", name, fault=f"expected a number, found the text {value!r:.80}")
         else:
             yield _line(f"key {name!r}", name, value)

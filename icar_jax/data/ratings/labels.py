@@ -1,6 +1,6 @@
-"""Category labels from a file, joined with images by URL or name, never by running number.
+"""Category labels from a file, joined with images by URL or name, never by a running number.
 
-A running number goes wrong for all later images as soon as one download fails; a URL or a name cannot.
+Running numbers shift for all later images when a download fails; URLs and names do not.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ Labels = tuple[str, ...]
 
 
 def read_labels(path: str | os.PathLike) -> dict[str, Labels]:
-    """URL or name -> labels, from JSON: {"000001.jpg": ["cat", "dog"]}, or {"000001.jpg": {"categories": ["cat"]}}.
+    """Reads URL or name -> labels from JSON: {"000001.jpg": ["cat", "dog"]}, or {"000001.jpg": {"categories": ["cat"]}}.
 
-    Raises ConfigError where the file is missing or of another shape, naming the entry.
+    Raises ConfigError if the file is missing or has another structure, naming the entry.
     """
     try:
         table = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"file of labels {path} cannot be read: {error.strerror or error}") from error
+        raise ConfigError(f"label file {path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise ConfigError(f"file of labels {path} is not JSON: {error}") from error
+        raise ConfigError(f"label file {path} is not JSON: {error}") from error
     if not isinstance(table, dict):
-        raise ConfigError(f'file of labels {path}: expected {{"name or URL": ["label", ...]}}, found a {type(table).__name__}')
-    return {key: _labels(value, f"file of labels {path}, entry {key!r}") for key, value in table.items()}
+        raise ConfigError(f'label file {path}: expected {{"name or URL": ["label", ...]}}, found a {type(table).__name__}')
+    return {key: _labels(value, f"label file {path}, entry {key!r}") for key, value in table.items()}
 
 
 def merge_labels(
     names: Sequence[str], urls: Sequence[str | None] | None, table: Mapping[str, Labels], where: str
 ) -> tuple[list[Labels], str]:
-    """(labels of each image, () where the table has none; a sentence on how many matched).
+    """Joins labels with images; returns (labels of each image, () for none; a sentence on how many matched).
 
-    An image is looked up by its URL, its name, and the last part of its name ('val/000001.jpg' by '000001.jpg').
+    An image is looked up by its URL, its name, and the last component of its name ('val/000001.jpg' by '000001.jpg').
 
-    Raises ConfigError where no entry matches, or where an entry matches the last part of several names.
+    Raises ConfigError if no entry matches, or if an entry matches the last component of several names.
     """
     last = [name.rpartition("/")[2] for name in names]
     shared = Counter(last)
@@ -50,18 +50,18 @@ def merge_labels(
         keys = (urls[i] if urls is not None else None, name, last[i])
         key = next((key for key in keys if key in table), None)
         if key is not None and key == last[i] != name and shared[key] > 1:
-            raise ConfigError(f"{where}: the entry {key!r} fits {shared[key]} images, one of them {name!r}; write whole names")
+            raise ConfigError(f"{where}: the entry {key!r} matches {shared[key]} images, such as {name!r}; use full names")
         found.append(table[key] if key is not None else ())
         used.add(key)
     matched = sum(map(bool, found))
     if not used - {None}:
-        numbers = " Running numbers cannot be joined: they shift when a download fails." if _numbers(table) else ""
+        numbers = " Running numbers cannot be used: they shift when a download fails." if _numbers(table) else ""
         raise ConfigError(
-            f"{where}: none of its {len(table)} entries (first: {next(iter(table), None)!r}) is the URL or the name of one of "
-            f"the {len(names)} images (first: {names[0]!r}{f', {urls[0]}' if urls is not None else ''}).{numbers}"
+            f"{where}: none of its {len(table)} entries (first: {next(iter(table), None)!r}) is the URL or name of any of the "
+            f"{len(names)} images (first: {names[0]!r}{f', {urls[0]}' if urls is not None else ''}).{numbers}"
         )
     left = len(table) - len(used - {None})
-    return found, f"{where}: {matched} of {len(names)} images have labels; {left} entries fit no image"
+    return found, f"{where}: {matched} of {len(names)} images have labels; {left} entries match no image"
 
 
 def _labels(value: Any, where: str) -> Labels:

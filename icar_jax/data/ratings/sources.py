@@ -1,8 +1,8 @@
-"""Images with ratings as sources of records, and how they are split.
+"""Sources of images with ratings, and their splits.
 
-Ratings meet images by file name or by URL, never by a running number. Splits come from the ratings (IC9600's train.txt and
-test.txt) or from the hash of each name, so that adding images moves no other. Thresholds are chosen on `val`, as ICAR does:
-nothing is trained on it, and nothing that is reported comes from it.
+Ratings are joined with images by file name or URL, never by a running number. Splits come from the ratings (IC9600's train.txt
+and test.txt) or from the hash of each name, so that adding images moves no others. Thresholds are chosen on `val`, as in ICAR;
+`val` is neither trained on nor reported.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from icar_jax.data.sources.webdataset import WebDataset
 
 SPLITS = ("train", "val", "test")
 SHARES = {"train": 0.70, "val": 0.15, "test": 0.15}
-VAL_OF_TRAIN = 0.10  # where the ratings come as train.txt and test.txt, without val.txt
+VAL_OF_TRAIN = 0.10  # fraction of train.txt used as val if there is no val.txt
 
 
 class RatedFolder(Source):
-    """Files of a folder with their scores, as a source.
+    """Source of image files in a folder, with scores.
 
-    `names` are relative to `images`; `scores` float32 [N] in [0, 1].
+    names: relative to `images`; scores: float32 [N] in [0, 1].
     """
 
     def __init__(self, name: str, images: Path, names: Sequence[str], scores: np.ndarray):
@@ -55,9 +55,9 @@ class RatedFolder(Source):
 
 
 class RatedShards(Source):
-    """Records of a source of shards that were joined with scores by URL, which is their name.
+    """Source of records in shards, joined with scores by URL; the URL is their name.
 
-    `indices` int64 [N] are their numbers in the source; `scores` float32 [N] in [0, 1].
+    indices: int64 [N], record indices in the source; scores: float32 [N] in [0, 1].
     """
 
     def __init__(self, source: Source, indices: Sequence[int], names: Sequence[str], scores: np.ndarray):
@@ -77,10 +77,10 @@ class RatedSource:
     """All rated images of a configuration.
 
     Attributes:
-        source: every image that has a usable score.
-        split_of: the split of each of them.
-        how: one sentence on where the splits come from.
-        notes: lines for people: what was read, what was left out.
+        source: all images with a usable score.
+        split_of: the split of each image.
+        how: one sentence on how the splits were made.
+        notes: sentences about what was read and what was skipped.
     """
 
     source: RatedFolder | RatedShards
@@ -90,11 +90,11 @@ class RatedSource:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Split -> images."""
+        """Number of images per split."""
         return dict(Counter(self.split_of))
 
     def split(self, wanted: str) -> Subset:
-        """The images of a split, or of several joined by '+'. Raises ConfigError naming the splits there are."""
+        """Returns the images of a split, or of several joined by '+'. Raises ConfigError naming the available splits."""
         names = set(wanted.split("+"))
         if unknown := sorted(names - set(self.split_of)):
             listed = ", ".join(f"{name} ({count} images)" for name, count in sorted(self.counts.items()))
@@ -104,10 +104,10 @@ class RatedSource:
 
 
 def open_rated(data: DataConfig) -> RatedSource:
-    """What config.data.root and config.data.ratings hold together.
+    """Opens the images of config.data.root joined with the ratings of config.data.ratings.
 
-    Raises ConfigError, OSError, ShardError; RatingsError where more than config.data.bad_share of the lines are unusable, or
-    an image lies in two splits.
+    Raises ConfigError, OSError, ShardError; RatingsError if more than config.data.bad_share of the lines are unusable, or an
+    image is in two splits.
     """
     if data.source in ("webdataset", "parquet"):
         return _sharded(data)
@@ -130,12 +130,12 @@ def by_hash(source: RatedFolder | RatedShards, notes: tuple[str, ...]) -> RatedS
         place = name_hash(name, seed=0) / 2**64
         return "train" if place < train else "val" if place < val else "test"
 
-    how = "70/15/15 into train, val and test by the BLAKE2b hash of each image's name: adding images moves no other"
+    how = "70/15/15 into train, val and test by the BLAKE2b hash of each image's name, so adding images moves no others"
     return RatedSource(source, tuple(map(split, source.names)), how, notes)
 
 
 def _own_splits(root: Path, bad_share: float) -> RatedSource:
-    """IC9600's layout: train.txt and test.txt, perhaps val.txt, beside images/."""
+    """Opens IC9600's layout: train.txt, test.txt and optionally val.txt, next to images/."""
     files = {split: root / f"{split}.txt" for split in SPLITS if (root / f"{split}.txt").is_file()}
     if "train" not in files:
         raise ConfigError(
@@ -150,22 +150,22 @@ def _own_splits(root: Path, bad_share: float) -> RatedSource:
         both = [name for name in ratings.scores if name in first]
         if both:
             raise RatingsError(
-                f"{ratings.where}: {len(both)} images are in {files[first[both[0]]].name} as well, first {both[0]}; an image "
-                "must be in one split only, or what is reported was trained on"
+                f"{ratings.where}: {len(both)} images are also in {files[first[both[0]]].name}, first {both[0]}; each image "
+                "must be in one split only, so that no evaluated image is trained on"
             )
         first |= dict.fromkeys(ratings.scores, split)
     how = f"{', '.join(file.name for file in files.values())} of the folder"
     if "val" not in read:
         cut = {name for name in read["train"].scores if name_hash(name, seed=0) < VAL_OF_TRAIN * 2**64}
         first |= dict.fromkeys(cut, "val")
-        how += "; val is a tenth of train.txt, by the BLAKE2b hash of each image's name"
+        how += "; val is a tenth of train.txt, chosen by the BLAKE2b hash of each image's name"
     scores = {name: score for ratings in read.values() for name, score in ratings.scores.items()}
     source = _folder(root.name, images, scores)
     return RatedSource(source, tuple(first[name] for name in source.names), how, tuple(r.summary() for r in read.values()))
 
 
 def _sharded(data: DataConfig) -> RatedSource:
-    """Shards joined with scores by URL; all that root names, whatever the split."""
+    """Opens all shards of root, regardless of split, joined with scores by URL."""
     ratings = read_ratings(_ratings_file(data, None)).check(data.bad_share)
     if ratings.key != "url":
         raise RatingsError(
@@ -187,7 +187,7 @@ _last_urls: dict[Any, list[str | None]] = {}
 
 
 def _urls(source: WebDataset | Parquet, key: Any) -> list[str | None]:
-    """Those of the last shards asked for are remembered: training, validation and the splits all ask."""
+    """Returns the URLs of a source; cached for the last shards, since training, validation and splits all need them."""
     if key not in _last_urls:
         found = source.urls()
         _last_urls.clear()
@@ -196,7 +196,7 @@ def _urls(source: WebDataset | Parquet, key: Any) -> list[str | None]:
 
 
 def _url_folder(images: Path, files: list[str], ratings: Ratings) -> RatedSource:
-    """img2dataset's layout of files: 00000/000000001.jpg with its address in 000000001.json beside it."""
+    """Opens img2dataset's file layout: 00000/000000001.jpg with its URL in 000000001.json."""
 
     def url(file: str) -> str | None:
         try:
@@ -211,13 +211,13 @@ def _url_folder(images: Path, files: list[str], ratings: Ratings) -> RatedSource
     scores = np.array([ratings.scores[name] for name in names], np.float32)
     source = RatedFolder(images.name, images, [files[i] for i in indices], scores)
     rated = by_hash(source, (ratings.summary(), note))
-    # Files are numbered as they happened to arrive; the address stays when they are fetched again.
+    # File numbers depend on the download; URLs do not, so splits are by URL.
     split_of = by_hash(RatedFolder(images.name, images, names, scores), ()).split_of
     return dataclasses.replace(rated, split_of=split_of, how=rated.how.replace("image's name", "image's URL"))
 
 
 def _join(urls: Sequence[str | None], ratings: Ratings) -> tuple[list[str], list[int], str]:
-    """(addresses that have both an image and a score, the number of the image of each, a line for people)."""
+    """Joins URLs with scores; returns (URLs with image and score, image index of each, a summary sentence)."""
     first: dict[str, int] = {}
     unaddressed = unrated = repeated = 0
     for i, url in enumerate(urls):
@@ -231,15 +231,15 @@ def _join(urls: Sequence[str | None], ratings: Ratings) -> tuple[list[str], list
             first[url] = i
     counts = f"{len(urls)} images, {len(first)} with a score"
     rest = {
-        "images without a score": unrated, "images without a URL": unaddressed, "images of a URL that came before": repeated,
+        "images without a score": unrated, "images without a URL": unaddressed, "images with a duplicate URL": repeated,
         "scores without an image": len(ratings.scores) - len(first),
     }  # fmt: skip
-    note = f"joined by URL: {counts}; left out: " + (", ".join(f"{n} {what}" for what, n in rest.items() if n) or "nothing")
+    note = f"joined by URL: {counts}; skipped: " + (", ".join(f"{n} {what}" for what, n in rest.items() if n) or "nothing")
     if not first:
         example = next((url for url in urls if url is not None), "none")
         raise RatingsError(
-            f"{ratings.where}: {note}. No URL is in both; the first rated one is {next(iter(ratings.scores))}, the first of an "
-            f"image {example}"
+            f"{ratings.where}: {note}. No rated URL belongs to an image; first rated URL: {next(iter(ratings.scores))}, first "
+            f"image URL: {example}"
         )
     if unrated or unaddressed or repeated:
         logging.info("%s", note)
@@ -257,14 +257,14 @@ def _image_folder(root: Path) -> Path:
 def _ratings_file(data: DataConfig, root: Path | None) -> Path:
     path = Path(data.ratings).expanduser()
     if root is not None and not path.is_file() and (root / path).is_file():
-        raise ConfigError(f"config.data.ratings={data.ratings!r} not found; there is {root / path}: pass that")
+        raise ConfigError(f"config.data.ratings={data.ratings!r} not found; did you mean {root / path}?")
     return path
 
 
 def _lookup(images: Path, found: set[str]) -> tuple[Callable[[str], str | None], str]:
-    """(name in a file of ratings -> name relative to the images, what to say where there is none).
+    """Returns (function from a name in a rating file to a path relative to the images, or None; reason for None).
 
-    A name is relative to the images; or it is a path, as `icar score` writes them.
+    Names are relative to the images, or paths as written by `icar score`.
     """
 
     def known(name: str) -> str | None:

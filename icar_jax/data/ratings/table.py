@@ -1,4 +1,4 @@
-"""Ratings of images: {name: score in [0, 1]}, with every unusable line named and counted."""
+"""Ratings of images, {name: score in [0, 1]}, with all unusable lines listed and counted."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["Fault", "Ratings", "RatingsError", "read_ratings"]
 
 MALFORMED, OUTSIDE, LABEL = "malformed line", "score outside [0, 1]", "wrong label"
 DUPLICATE, MISSING = "duplicate", "missing image"
-UNDECIDED = -1  # the label of images that annotators could not agree on
+UNDECIDED = -1  # label of images on which annotators disagreed
 _SHOWN, _WARNED = 20, 5
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a line is left out."""
+    """The reason why a line was skipped."""
 
     kind: str
     place: str
@@ -36,16 +36,16 @@ class Fault:
 
 @dataclass(frozen=True)
 class Ratings:
-    """What a file says of images.
+    """Ratings read from a file.
 
     Attributes:
         where: the file.
-        key: what the names are: 'file' or 'url'.
+        key: kind of the names: 'file' or 'url'.
         scores: name -> score in [0, 1], in the file's order; labels are 0.0 and 1.0.
-        labels: whether the values are labels 0, 1 or -1, not scores.
-        undecided: labels -1, which are left out.
-        lines: all lines, unusable ones included.
-        faults: the unusable ones.
+        labels: whether the values are labels (0, 1 or -1) instead of scores.
+        undecided: number of labels -1, which are skipped.
+        lines: number of lines, unusable ones included.
+        faults: the unusable lines.
     """
 
     where: Path
@@ -58,31 +58,31 @@ class Ratings:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Kind of fault -> how many."""
+        """Number of faults by kind."""
         return dict(Counter(fault.kind for fault in self.faults))
 
     def check(self, bad_share: float) -> Ratings:
-        """This object; warns of faults. Raises RatingsError where they exceed `bad_share` of the lines, or nothing is left."""
+        """Warns of faults and returns self. Raises RatingsError if they exceed `bad_share` of the lines, or nothing is left."""
         if self.faults and len(self.faults) > bad_share * self.lines:
             raise RatingsError(
                 f"{self.where}: {len(self.faults)} of {self.lines} lines cannot be used ({_listed(self.counts)}), which is "
                 f"{len(self.faults) / self.lines:.1%} and more than config.data.bad_share={bad_share} allows:\n"
-                f"{self._first(_SHOWN)}\nCorrect the file, or raise config.data.bad_share to leave such lines out"
+                f"{self._first(_SHOWN)}\nCorrect the file, or raise config.data.bad_share to skip such lines"
             )
         if not self.scores:
-            raise RatingsError(f"{self.where}: no ratings in it{self._undecided()}")
+            raise RatingsError(f"{self.where}: contains no ratings{self._undecided()}")
         if self.faults:
             _warn(
-                f"{self.where}: {len(self.faults)} of {self.lines} lines are left out ({_listed(self.counts)}):\n"
+                f"{self.where}: {len(self.faults)} of {self.lines} lines are skipped ({_listed(self.counts)}):\n"
                 f"{self._first(_WARNED)}"
             )
         return self
 
     def summary(self) -> str:
-        """One line for people."""
+        """Returns a one-line summary."""
         kind = "labels" if self.labels else "scores"
-        left_out = f"; left out: {_listed(self.counts)}" if self.faults else ""
-        return f"{self.where}: {len(self.scores)} {kind} of {self.lines} lines{self._undecided()}{left_out}"
+        skipped = f"; skipped: {_listed(self.counts)}" if self.faults else ""
+        return f"{self.where}: {len(self.scores)} {kind} of {self.lines} lines{self._undecided()}{skipped}"
 
     def _undecided(self) -> str:
         return f"; {self.undecided} undecided (label {UNDECIDED}) dropped" if self.undecided else ""
@@ -95,19 +95,18 @@ class Ratings:
 def read_ratings(
     path: str | os.PathLike, known: Callable[[str], str | None] = lambda name: name, missing: str = "no such image"
 ) -> Ratings:
-    """Reads `.txt` (IC9600), `.json`, `.csv` or `.parquet`; see `ratings_files` for the layouts.
+    """Reads ratings from `.txt` (IC9600), `.json`, `.csv` or `.parquet`; see `data.ratings.files` for the layouts.
 
-    A JSON file holds labels where at least half of its numbers are -1, 0 or 1; then every value must be one of these. Of a
-    name that comes twice the first line counts.
+    A JSON file holds labels if at least half of its numbers are -1, 0 or 1; then every value must be one of these. For
+    duplicate names the first line counts.
 
     Args:
-        known: name -> the name an image is known by, or None where there is none. Not asked where names are URLs: whether an
-            image of that address was fetched is no fault of the file.
-        missing: the reason given for None.
+        known: maps a name to the name of an image, or None if there is no such image. Not used for URLs, since an image that
+            was not downloaded is not a fault of the file.
+        missing: the reason reported for None.
 
     Raises:
-        FileNotFoundError, OSError, RatingsError: the file as a whole cannot be read. Single lines are in `faults`; the caller
-            decides with `check`.
+        FileNotFoundError, OSError, RatingsError: the file cannot be read. Invalid lines are in `faults`; see `check`.
     """
     path = Path(path).expanduser()
     key, lines = read_lines(path)
@@ -127,7 +126,7 @@ def read_ratings(
             continue
         name = line.name if name is None else name
         if name in seen:
-            faults.append(Fault(DUPLICATE, line.place, f"{name} was rated at {seen[name]} already, which counts"))
+            faults.append(Fault(DUPLICATE, line.place, f"{name} was already rated at {seen[name]}, which is used"))
             continue
         seen[name] = line.place
         if dropped:
@@ -158,5 +157,5 @@ def _listed(counts: dict[str, int]) -> str:
 
 @functools.cache
 def _warn(text: str) -> None:
-    """Once a process: the same file is read for training, for validation and for the splits."""
+    """Logs each warning once per process, since the same file is read for training, validation and splits."""
     logging.warning("%s", text)

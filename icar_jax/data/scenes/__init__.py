@@ -1,4 +1,4 @@
-"""The embedded dataset ``scenes``: compositional pictures drawn on demand, with captions and complexity."""
+"""The built-in synthetic data set ``scenes``: compositional images rendered on demand, with captions and complexity."""
 
 from icar_jax.data.scenes.dataset import SPLITS, Scenes
 from icar_jax.data.scenes.drawn import DrawnScenes

@@ -1,14 +1,14 @@
 """Captions of a scene: three true sentences, of which the first two are complete.
 
-The third leaves out the background's colour among others: it covers most of the picture, so it is what a colour
-histogram tells best.
+The third omits the background's colour and other details: the background covers most of the image, so its colour is
+what a colour histogram predicts best.
 """
 
 from __future__ import annotations
 
 from icar_jax.data.scenes import grammar as g
 
-# Every aspect has two phrasings; a scene uses one in its first caption and the other in its second.
+# Every attribute has two phrasings; a scene uses one in its first caption and the other in its second.
 _SIZE = {"large": ("large", "big"), "small": ("small", "little")}
 _TEXTURE = {
     "plain": ("", ""), "striped": ("striped", "stripy"), "dotted": ("dotted", "spotted"),
@@ -64,23 +64,23 @@ def _ground(scene: g.Scene, form: int, *, colour: bool = False, confetti: bool =
 
 
 def _subject(scene: g.Scene, form: int, *, converse: bool = False, **detail: bool) -> str:
-    """The items with their relation, or the one item with its place."""
+    """Describes the items with their relation, or a single item with its position."""
     nouns = [_noun(item, form, **detail) for item in scene.items]
     if len(nouns) == 1:
         return f"{nouns[0]} {_place(scene.position, form)}"
     relation = scene.relation
     if converse:
         nouns[0], nouns[1], relation = nouns[1], nouns[0], _CONVERSE[relation]
-    # Three items leave no room for long phrasings in 26 words.
+    # With three items, long phrasings would exceed 26 words.
     text = f"{nouns[0]} {_RELATION[relation][1 if len(nouns) == 3 else form]} {nouns[1]}"
     return text if len(nouns) == 2 else f"{text}, with {nouns[2]},"
 
 
 def describe(scene: g.Scene) -> tuple[str, str, str]:
-    """Three captions: complete; complete in other words; without the background's colour, the confetti and either
-    the sizes or the textures.
+    """Returns three captions: complete; complete in other words; without background colour, confetti and either sizes
+    or textures.
 
-    All are true of the scene and at most 26 words long; they depend on the scene alone.
+    All are true of the scene, at most 26 words long, and a function of the scene only.
     """
     flips = [int(w >= 0.5) for w in scene.wording]
     forms, three = flips[:6], len(scene.items) == 3

@@ -1,4 +1,4 @@
-"""The embedded dataset: a random-access source of scenes, a pure function of (seed, split, index)."""
+"""Random-access source of scenes; each scene is a pure function of (seed, split, index)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from icar_jax.data.scenes.grammar import Scene
 from icar_jax.data.scenes.sample import sample_scene, twin_of
 from icar_jax.errors import DataError
 
-# Split -> number in the random key. The numbers are part of the dataset: never change one.
+# Split -> number in the random key. The numbers define the data set; never change them.
 SPLITS = {"train": 0, "calibration": 1, "val": 2, "test": 3, "relations": 4, "heldout": 5}
 _SEEN_PAIRS_ONLY = ("train", "calibration", "relations")
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 32, 512
@@ -23,21 +23,21 @@ MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 32, 512
 class Scenes(Source):
     """Scenes of one split.
 
-    ``train`` and ``calibration`` never hold a (colour, shape) pair of HELDOUT_PAIRS; ``val`` and ``test`` are
-    drawn alike but hold them at their natural rate; every scene of ``heldout`` holds one at least. In
-    ``relations`` the scenes 2k and 2k + 1 are twins: the same but for two items that changed places, so that
-    only a relation in the caption tells them apart.
+    ``train`` and ``calibration`` never contain a (colour, shape) pair of HELDOUT_PAIRS. ``val`` and ``test`` use the same
+    distribution but contain these pairs at their natural rate; every scene of ``heldout`` contains at least one. In
+    ``relations``, scenes 2k and 2k + 1 are twins: equal except that two items swap places, so that only a relation in
+    the caption distinguishes them.
 
     Args:
         split: one of SPLITS.
-        size: number of scenes; a longer source begins with the scenes of a shorter one.
-        seed: non-negative; another seed is another dataset.
-        image_size: side of the pictures in pixels, 32 to 512.
-        heldout: False leaves the held-out pairs out of ``val`` or ``test`` too; None is the split's own rule.
+        size: number of scenes; a longer source starts with the scenes of a shorter one.
+        seed: non-negative; each seed defines a different data set.
+        image_size: side of the images in pixels, 32 to 512.
+        heldout: False excludes the held-out pairs from ``val`` or ``test`` too; None uses the split's own rule.
 
     Raises:
-        ValueError: unknown split, a size, seed or image size out of range, an odd size for ``relations``, or
-            ``heldout`` against the split's rule.
+        ValueError: unknown split, size, seed or image size out of range, an odd size for ``relations``, or
+            ``heldout`` contradicts the split's rule.
     """
 
     def __init__(self, split: str, size: int, *, seed: int = 0, image_size: int = 64, heldout: bool | None = None) -> None:
@@ -51,7 +51,7 @@ class Scenes(Source):
         if not MIN_IMAGE_SIZE <= image_size <= MAX_IMAGE_SIZE:
             raise DataError(f"scenes/{split}: image_size must be {MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE} pixels, got {image_size}")
         if heldout and split in _SEEN_PAIRS_ONLY:
-            raise DataError(f"scenes/{split} never holds the held-out pairs; heldout=True needs val, test or heldout")
+            raise DataError(f"scenes/{split} never contains the held-out pairs; heldout=True needs val, test or heldout")
         if heldout is False and split == "heldout":
             raise DataError("scenes/heldout consists of held-out pairs; heldout=False needs another split")
         self.name = f"scenes/{split}"
@@ -62,7 +62,7 @@ class Scenes(Source):
         return self.size
 
     def scene(self, i: int) -> Scene:
-        """The i-th scene as data, without drawing it. Raises IndexError outside [0, len)."""
+        """Returns scene i as data, without rendering it. Raises IndexError outside [0, len)."""
         if not 0 <= i < self.size:
             raise IndexError(f"{self.name}: index {i} out of range for {self.size} scenes")
         i = int(i)

@@ -1,4 +1,4 @@
-"""Draws a scene at any size: signed distances with antialiased edges, each clipped to its bounding box."""
+"""Renders a scene at any size with antialiased signed distance functions, each clipped to its bounding box."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _TAU = 2 * math.pi
 
 @lru_cache(maxsize=8)
 def _axes(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel centres, x as [1, S] and y as [S, 1], float32 fractions of the side."""
+    """Returns pixel centres, x as [1, S] and y as [S, 1], float32 fractions of the side."""
     axis = ((np.arange(size) + 0.5) / size).astype(np.float32)
     return axis[None, :], axis[:, None]
 
 
 def _star(x, y):
-    # Fold the plane into one tenth of the star, then take the distance to that edge's line.
+    # Fold the plane into one tenth of the star, then compute the distance to that edge's line.
     angle = np.arctan2(x, -y)
     folded = np.abs(np.mod(angle + math.pi / 5, _TAU / 5) - math.pi / 5)
     radius = np.hypot(x, y)
@@ -62,7 +62,7 @@ _SHAPES = {
 
 
 def _pattern(kind: str, x, y, period: float, scale: float):
-    """Share of the second colour in [0, 1]. ``x``, ``y`` and ``period`` in one unit, of ``scale`` pixels."""
+    """Returns the weight of the second colour in [0, 1]; ``x``, ``y`` and ``period`` are in units of ``scale`` pixels."""
     if kind == "dotted":
         u, v = x / period, y / period
         gap = np.hypot(u - np.floor(u) - 0.5, v - np.floor(v) - 0.5)
@@ -74,7 +74,7 @@ def _pattern(kind: str, x, y, period: float, scale: float):
 
 
 def _background(ground: g.Background, size: int) -> np.ndarray:
-    """[S, S, 3] float32."""
+    """Renders the background as float32 [S, S, 3]."""
     x, y = _axes(size)
     first = np.asarray(ground.rgb[0], np.float32)
     if ground.kind == "plain":
@@ -100,7 +100,7 @@ def _background(ground: g.Background, size: int) -> np.ndarray:
 
 
 def _draw_confetti(canvas: np.ndarray, pieces: tuple[tuple[float, ...], ...]) -> None:
-    """Capsules, all distances in one batch [N, K, K]; K pixels hold the longest piece."""
+    """Draws confetti pieces as capsules, all distances in one batch [N, K, K]; K pixels fit the longest piece."""
     size = canvas.shape[0]
     table = np.asarray(pieces, np.float32)
     x, y, angle, length, width = (table[:, k, None, None] for k in range(5))
@@ -138,7 +138,7 @@ def _draw_item(canvas: np.ndarray, item: g.Item) -> None:
         tcos, tsin = math.cos(item.texture_angle), math.sin(item.texture_angle)
         share = _pattern(item.texture, u * tcos + v * tsin + 0.25, v * tcos - u * tsin + 0.25, period, scale)
         fill = fill + share[..., None] * (np.asarray(item.accent, np.float32) - fill)
-    # A thin dark contour keeps an item apart from a background or container that is nearly as light.
+    # A thin dark contour separates an item from a background or container of similar brightness.
     line = np.clip((distance + 0.014 / item.radius) * scale + 0.5, 0, 1)[..., None] * 0.75
     fill = fill + line * (0.06 - fill)
     box = canvas[low_y:high_y, low_x:high_x]
@@ -146,9 +146,9 @@ def _draw_item(canvas: np.ndarray, item: g.Item) -> None:
 
 
 def draw_scene(scene: g.Scene, size: int, light: np.ndarray | None = None) -> np.ndarray:
-    """The picture as [size, size, 3] uint8. The layout is the same at every size; only pixel noise differs.
+    """Renders a scene as uint8 [size, size, 3]. The layout is the same at every size; only pixel noise differs.
 
-    light: [size, size] float32, what the background's brightness is multiplied by.
+    light: float32 [size, size], factor on the background's brightness.
     """
     canvas = _background(scene.background, size)
     if light is not None:
@@ -171,6 +171,6 @@ def draw_scene(scene: g.Scene, size: int, light: np.ndarray | None = None) -> np
     noise = rng.standard_normal((size, size, 3), dtype=np.float32)
     noise *= 255 * n.noise
     noise += np.asarray(blurred)
-    noise += 0.5  # round to nearest when the cast cuts off
+    noise += 0.5  # the cast truncates, so this rounds to nearest
     np.clip(noise, 0, 255, out=noise)
     return noise.astype(np.uint8)

@@ -1,7 +1,7 @@
-"""Pictures of scenes that are drawn once and then read: for runs that see the same scenes again, or one after the other.
+"""Cache of rendered scenes on disk, for repeated epochs or several runs on the same scenes.
 
-A folder holds two files for each split, seed and size: the pixels of every scene at its place, and a checksum each, zero where
-a scene was not drawn yet. Both grow as scenes are asked for. Several processes may fill them: all write the same bytes.
+The folder holds two files per split, seed and size: the pixels of every scene, and a checksum per scene, zero if the scene is
+not rendered yet. Both fill up as scenes are read. Several processes may fill them, since all write the same bytes.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from icar_jax.data.records import Record, Source
 from icar_jax.data.scenes.dataset import Scenes
 
 _WARNING = threading.Lock()
-_WITNESSES = 64  # scenes whose pixels name the files, so that another way of drawing never meets old pictures
+_FINGERPRINTED = 64  # scenes whose pixels are hashed into the file names, so that a new renderer never uses old images
 
 
 class DrawnScenes(Source):
-    """`scenes` with the same records in the same order, whose pictures are kept in `folder`.
+    """The records of `scenes` in the same order, with images cached in `folder`.
 
-    A picture that was only half written, or damaged on the disk, is noticed and drawn again. Where the disk is full or fails,
-    the rest is drawn and not kept, with one warning. The files are sparse: they take what has been drawn, 3 S^2 bytes a scene.
+    Incomplete or damaged images are detected by checksum and rendered again. If the disk is full or fails, the remaining
+    images are rendered without caching, with one warning. The files are sparse: 3 S^2 bytes per rendered scene.
 
     Raises:
-        OSError: the folder or its files cannot be made.
+        OSError: the folder or its files cannot be created.
     """
 
     def __init__(self, scenes: Scenes, folder: Path) -> None:
@@ -63,19 +63,19 @@ class DrawnScenes(Source):
             pixels.write(i, kept)
             sums.write(i, _checksum(kept))
         except OSError as error:
-            with _WARNING:  # several threads may find out at once
+            with _WARNING:  # several threads may fail at once
                 if not self._failed:
-                    said = "%s: %s; scenes are drawn and no longer kept there (config.data.scenes_kept)"
+                    said = "%s: %s; scenes are rendered and no longer cached there (config.data.scenes_kept)"
                     logging.warning(said, self.folder, error)
                 self._failed = True
         return drawn or record.image()
 
     def _files(self) -> tuple[_File, _File]:
-        """Of the pixels and of the checksums."""
+        """Opens (pixel file, checksum file)."""
         if self._open is None:
             s = self.scenes
-            witnesses = b"".join(s[i].image().tobytes() for i in range(min(_WITNESSES, len(s))))
-            stem = f"{s.split}-seed{s.seed}-{len(s)}x{s.image_size}-{zlib.crc32(witnesses):08x}"
+            pixels = b"".join(s[i].image().tobytes() for i in range(min(_FINGERPRINTED, len(s))))
+            stem = f"{s.split}-seed{s.seed}-{len(s)}x{s.image_size}-{zlib.crc32(pixels):08x}"
             self.folder.mkdir(parents=True, exist_ok=True)
             sizes = {"u8": 3 * s.image_size**2, "crc32": 4}
             self._open = tuple(_File(self.folder / f"{stem}.{end}", size, len(s)) for end, size in sizes.items())
@@ -83,24 +83,24 @@ class DrawnScenes(Source):
 
 
 class _File:
-    """`count` entries of `size` bytes each, zeros at first, in a file that several threads and processes read and write."""
+    """A file of `count` entries of `size` bytes, initially zero, which several threads and processes read and write."""
 
     def __init__(self, path: Path, size: int, count: int) -> None:
         self._size, self._path = size, path
         with open(path, "ab") as file:
             if file.tell() != size * count:
-                file.truncate(size * count)  # zeros that take no room; another process may do the same
+                file.truncate(size * count)  # sparse zeros; another process may do the same
         self._file = open(path, "r+b", buffering=0)
 
     def read(self, i: int) -> bytes:
         return os.pread(self._file.fileno(), self._size, i * self._size)
 
     def write(self, i: int, entry: bytes) -> None:
-        # Not through a memory map: there a full disk ends the process without a word.
+        # Not through a memory map, where a full disk kills the process without a message.
         if os.pwrite(self._file.fileno(), entry, i * self._size) != self._size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
 
 
 def _checksum(pixels: bytes) -> bytes:
-    """Never zeros, which say that nothing is there."""
+    """Returns the CRC-32 of the pixels; never zero, which marks missing entries."""
     return (zlib.crc32(pixels) or 1).to_bytes(4, "little")

@@ -1,7 +1,7 @@
-"""What a scene can contain: the vocabulary, the scene dataclasses and the complexity formula.
+"""Grammar of scenes: the vocabulary, the scene dataclasses and the complexity formula.
 
-A scene is one to three *items* (named shapes) on a background, with or without confetti.
-Coordinates are fractions of the picture's side, x to the right and y downwards.
+A scene has one to three *items* (named shapes) on a background, with or without confetti.
+Coordinates are fractions of the image side, x to the right and y downwards.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ THIN = ("diamond", "cross", "crescent", "ring", "arrow")
 # Shapes with enough room for a small item inside (a ring holds it in its hole).
 CONTAINERS = ("circle", "square", "diamond", "heart", "ring")
 
-# Background kind -> how much it adds to the complexity, in [0, 1]. A gradient runs between two named colours; the
-# patterns take two shades of one, so that the colours of a picture say little about its caption.
+# Background kind -> contribution to the complexity, in [0, 1]. A gradient has two named colours; patterns have two
+# shades of one colour, so that the colours of an image say little about its caption.
 BACKGROUNDS = {"plain": 0.0, "gradient": 0.4, "cloudy": 0.7, "striped": 0.8, "dotted": 0.9, "checkered": 1.0}
 
 # (colour, shape) pairs that never occur in the splits 'train', 'calibration' and 'relations': 9 of 100.
-# Every shape and colour but one is in exactly one pair, so each word is seen in training with all others.
+# Every shape, and every colour except one, is in exactly one pair, so training covers each word with all others.
 HELDOUT_PAIRS = (
     ("red", "cross"), ("orange", "square"), ("yellow", "star"), ("green", "heart"), ("teal", "circle"),
     ("blue", "triangle"), ("purple", "ring"), ("pink", "diamond"), ("white", "crescent"),
 )  # fmt: skip
 
-# Colours too alike to lie on one another; an item never takes a colour close to its background's.
+# Colours too similar to overlap; an item never has a colour close to its background's.
 _CLOSE = (
     ("red", "orange"), ("orange", "yellow"), ("green", "teal"), ("teal", "blue"), ("blue", "purple"),
     ("purple", "pink"), ("pink", "red"), ("yellow", "white"), ("pink", "white"),
@@ -43,12 +43,12 @@ _CLOSE = (
 CLOSE = {c: frozenset({c, *(b for a, b in _CLOSE if a == c), *(a for a, b in _CLOSE if b == c)}) for c in COLOURS}
 
 MAX_CONFETTI = 32
-MANY_CONFETTI = 9  # from this count on the captions say 'strewn', below it 'a little'
+MANY_CONFETTI = 9  # from this count on, captions say 'strewn'; below, 'a little'
 
 
 @dataclass(frozen=True)
 class Item:
-    """A named object. ``radius`` is that of its circumscribed circle; angles in radians; rgb in [0, 1]."""
+    """A named object. ``radius`` is the radius of its circumscribed circle; angles in radians; rgb in [0, 1]."""
 
     shape: str
     colour: str
@@ -65,8 +65,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Background:
-    """``colours`` are names, two for 'gradient' and one for every other kind; ``rgb`` are one colour for 'plain'
-    and two otherwise; ``layout`` are uniform numbers in [0, 1) for direction and phase."""
+    """Background of a scene. ``colours``: names, two for 'gradient', else one. ``rgb``: one colour for 'plain', else two.
+    ``layout``: uniform numbers in [0, 1) for direction and phase."""
 
     kind: str
     colours: tuple[str, ...]
@@ -76,16 +76,16 @@ class Background:
 
 @dataclass(frozen=True)
 class Nuisance:
-    """What varies independently of everything a caption or the complexity says.
+    """Image parameters that are independent of captions and complexity.
 
     Attributes:
         noise: standard deviation of Gaussian pixel noise, in units of the full range.
-        blur: standard deviation of the Gaussian blur, in percent of the picture's side.
+        blur: standard deviation of the Gaussian blur, in percent of the image side.
         contrast: factor around mid-grey.
         brightness: offset in units of the full range.
         hue: rotation of the whole palette, degrees.
         saturation: factor on the saturation of the whole palette.
-        illumination: strength of a linear light gradient across the picture.
+        illumination: strength of a linear light gradient across the image.
         light_angle: direction of that gradient, radians.
         warmth: colour of the light; the factor is 1 + warmth on red and 1 - warmth on blue.
     """
@@ -103,15 +103,15 @@ class Nuisance:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that captions, labels, complexity and the drawing are derived from.
+    """A scene: captions, labels, complexity and the rendered image are derived from it.
 
     Attributes:
-        items: 1 to 3 items; where there are two or more, ``items[0]`` is <relation> (of) ``items[1]``.
+        items: 1 to 3 items; with two or more, ``items[0]`` is <relation> (of) ``items[1]``.
         relation: one of RELATIONS, or None for one item.
         position: one of POSITIONS for one item, else None.
         confetti: pieces as (x, y, angle, half length, half width, r, g, b).
         noise_key: seeds the pixel noise.
-        wording: uniform numbers in [0, 1) that choose between the phrasings.
+        wording: uniform numbers in [0, 1) that select the phrasings.
     """
 
     items: tuple[Item, ...]
@@ -132,12 +132,12 @@ class Scene:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The shapes present, sorted, each once."""
+        """Distinct shapes of the items, sorted."""
         return tuple(sorted({i.shape for i in self.items}))
 
 
 def complexity(items: int, background: str, textures: int, colours: int, confetti: int) -> float:
-    """Complexity in [0, 1] from the construction.
+    """Returns the complexity in [0, 1] from the scene's parts.
 
     0.25 (items - 1) / 2 + 0.15 BACKGROUNDS[background] + 0.10 textures / 3 + 0.10 (colours - 1) / 2
     + 0.40 confetti / MAX_CONFETTI

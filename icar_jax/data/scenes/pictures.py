@@ -1,4 +1,4 @@
-"""Pictures of a source as files: a sheet with their captions to look at, or a folder to train on or to search."""
+"""Writes the images of a source as files: a contact sheet with captions, or a folder for training and search."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COLUMNS, _TILE, _LINE, _LINES, _GAP = 5, 192, 12, 15, 8
 
 
 def contact_sheet(source: Source, n: int, path: str | os.PathLike[str]) -> None:
-    """Writes the first ``n`` pictures of ``source``, enlarged, with complexity and captions as a PNG.
+    """Writes a PNG with the first ``n`` images of ``source``, enlarged, with complexity and captions.
 
     Raises:
         ValueError: ``n`` is not between 1 and ``len(source)``.
@@ -39,10 +39,10 @@ def contact_sheet(source: Source, n: int, path: str | os.PathLike[str]) -> None:
 
 
 def picture_folder(source: Source, n: int, folder: str | os.PathLike[str]) -> None:
-    """Writes the first ``n`` pictures of ``source`` to ``folder``/images as PNG, and then ``folder``/captions.jsonl.
+    """Writes the first ``n`` images of ``source`` to ``folder``/images as PNG, and then ``folder``/captions.jsonl.
 
-    A line of that file has `file`, `caption` (all of them) and `complexity`: the layout that training, evaluation and
-    `icar index --captions` read. The same call again gives the same files.
+    Each line has `file`, `caption` (all captions) and `complexity`: the layout that training, evaluation and
+    `icar index --captions` read. Repeating the call gives the same files.
 
     Raises:
         ValueError: ``n`` is not between 1 and ``len(source)``, or ``folder`` holds other files.
@@ -56,7 +56,7 @@ def picture_folder(source: Source, n: int, folder: str | os.PathLike[str]) -> No
         own = {images, captions, *(images / name for name in names)}
         other = next((p for p in sorted(folder.rglob("*")) if p not in own), None)
         if other is not None:
-            raise DataError(f"{folder} holds {other.relative_to(folder)}, which is not of these pictures; name a new folder")
+            raise DataError(f"{folder} holds {other.relative_to(folder)}, which is not one of these images; use a new folder")
     images.mkdir(parents=True, exist_ok=True)
     for name, record in zip(names, records, strict=True):
         record.image().save(images / name)
@@ -69,4 +69,4 @@ def picture_folder(source: Source, n: int, folder: str | os.PathLike[str]) -> No
 
 def _require(source: Source, n: int) -> None:
     if not 1 <= n <= len(source):
-        raise DataError(f"{source.name} gives 1 to {len(source)} pictures here, got {n}")
+        raise DataError(f"expected between 1 and {len(source)} images of {source.name}, got {n}")

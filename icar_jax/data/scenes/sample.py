@@ -1,4 +1,4 @@
-"""Random scenes. The complexity is drawn first, uniformly, and the parts are chosen to meet it."""
+"""Samples random scenes: draws the complexity uniformly first, then chooses parts that match it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from icar_jax.data.scenes import grammar as g
 
 
 class Draws:
-    """Uniform numbers from a generator, taken in blocks: many times faster than one call per number."""
+    """Uniform random numbers from a generator, drawn in blocks, which is much faster than one call per number."""
 
     def __init__(self, rng: np.random.Generator):
         self._rng, self._block, self._next = rng, [], 0
@@ -31,7 +31,7 @@ class Draws:
         return options[int(self.uniform() * len(options))]
 
     def several(self, options: Sequence, count: int) -> list:
-        """``count`` different members of ``options`` in random order."""
+        """Returns ``count`` distinct members of ``options`` in random order."""
         rest = list(options)
         return [rest.pop(int(self.uniform() * len(rest))) for _ in range(count)]
 
@@ -52,7 +52,7 @@ def _all_parts() -> list[_Parts]:
             for colours in range(1, items + 1):
                 for textures in range(items + 1):
                     base = g.complexity(items, kind, textures, colours, 0)
-                    # High targets leave no choice but three items, so fewer items are preferred where there is one.
+                    # High targets require three items, so fewer items are preferred where possible.
                     weight = 0.7 ** (items - colours) / sum(0.7**k for k in range(items))
                     weight *= (2.0 if kind == "plain" else 1.0) * (4 - items) / (items + 1)
                     parts.append(_Parts(base, weight, items, kind, colours, textures))
@@ -65,14 +65,14 @@ _CUMULATIVE = [0.0, *accumulate(p.weight for p in _PARTS)]
 
 
 def _parts_for(target: float, gap: float, draws: Draws) -> _Parts:
-    """Parts whose complexity without confetti lies at most ``gap`` below ``target``."""
+    """Chooses parts whose complexity without confetti lies at most ``gap`` below ``target``."""
     low = bisect_left(_BASES, target - gap - 1e-9)
     high = bisect_right(_BASES, target)
     at = draws.uniform(_CUMULATIVE[low], _CUMULATIVE[high])
     return _PARTS[min(max(bisect_right(_CUMULATIVE, at) - 1, low), high - 1)]
 
 
-# Hue in degrees, saturation and value of each name, and how far each may stray.
+# Hue in degrees, saturation and value of each colour name.
 _HSV = {
     "red": (357, 0.88, 0.86), "orange": (27, 0.92, 0.97), "yellow": (50, 0.85, 0.97),
     "green": (122, 0.75, 0.62), "teal": (178, 0.75, 0.75), "blue": (221, 0.85, 0.85),
@@ -93,7 +93,7 @@ def _mix(a: Sequence[float], b: Sequence[float], share: float) -> tuple[float, f
 
 
 def _ground_rgb(kind: str, names: tuple[str, ...], nuisance: g.Nuisance, draws: Draws):
-    """The background's one or two colours; the second colour of a pattern is a shade of the first."""
+    """Returns the background's one or two colours; the second colour of a pattern is a shade of the first."""
     rgb = _rgb(names[0], nuisance, draws)
     if kind == "plain":
         return (rgb,)
@@ -121,7 +121,7 @@ def _nuisance(draws: Draws) -> g.Nuisance:
 
 
 def _places(count: int, relation: str | None, position: str | None, draws: Draws) -> list[tuple[float, float]]:
-    """Centres of the items, far enough apart that two large ones do not touch, also when swapped."""
+    """Returns item centres, far enough apart that two large items do not touch, even when swapped."""
 
     def near(x: float, y: float, by: float = 0.03) -> tuple[float, float]:
         return x + draws.uniform(-by, by), y + draws.uniform(-by, by)
@@ -143,7 +143,7 @@ def _places(count: int, relation: str | None, position: str | None, draws: Draws
 
 
 def _colours(parts: _Parts, relation: str | None, forced: str | None, draws: Draws) -> tuple[tuple[str, ...], list[str]]:
-    """Background colours and one colour per item; ``forced`` is the first item's colour where given."""
+    """Returns background colours and one colour per item; ``forced`` fixes the first item's colour."""
     grounds = []
     for _ in range(2 if parts.background == "gradient" else 1):
         taken = {c for c in grounds for c in g.CLOSE[c]} | (g.CLOSE[forced] if forced else set())
@@ -153,13 +153,13 @@ def _colours(parts: _Parts, relation: str | None, forced: str | None, draws: Dra
     colours = ([forced] if forced else []) + draws.several(free, parts.item_colours - bool(forced))
     colours += [draws.choice(colours) for _ in range(parts.items - len(colours))]
     if relation == "inside" and colours[1] in g.CLOSE[colours[0]]:
-        # What lies inside must stand out; at least one of the free colours is neither close nor the ground's.
+        # The inner item must contrast with its container; at least one free colour is not close to either colour.
         colours[1] = draws.choice([c for c in free if c not in g.CLOSE[colours[0]]])
     return tuple(grounds), colours
 
 
 def _textures(parts: _Parts, shapes: list[str], radii: list[float], draws: Draws) -> list[str]:
-    """One texture per item. Items too small or too thin to show one stay plain."""
+    """Returns one texture per item; items too small or too thin for a visible texture stay plain."""
     shows = [r > 0.15 or (r > 0.11 and s not in g.THIN) for s, r in zip(shapes, radii)]
     kinds = draws.several(g.TEXTURES[1:], min(parts.textures, sum(shows)))
     textures = kinds + [draws.choice(["plain", *kinds]) for _ in range(sum(shows) - len(kinds))]
@@ -168,7 +168,7 @@ def _textures(parts: _Parts, shapes: list[str], radii: list[float], draws: Draws
 
 
 def _shapes(colours: list[str], relation: str | None, forced: tuple[str, str] | None, exclude: bool, draws: Draws):
-    """One shape per item: no two items alike in colour and shape, held-out pairs left out on demand."""
+    """Returns one shape per item: no two items share colour and shape; held-out pairs are excluded if ``exclude``."""
     shapes: list[str] = []
     for k, colour in enumerate(colours):
         if forced and k == 0:
@@ -186,7 +186,7 @@ def _item(shape, colour, size, texture, place, radius, nuisance, draws) -> g.Ite
     light = sum(rgb) / 3
     if colour == "black":
         accent = (0.62, 0.62, 0.62)
-    elif light > 0.62:  # pale colours need a dark accent to show the texture
+    elif light > 0.62:  # pale colours need a dark accent for a visible texture
         accent = _mix(rgb, (0.1, 0.1, 0.1), 0.6)
     else:
         accent = _mix(rgb, *draws.choice((((1, 1, 1), 0.72), ((0.02, 0.02, 0.02), 0.72))))
@@ -204,21 +204,21 @@ def sample_scene(
     force_heldout: bool = False,
     force_relation: bool = False,
 ) -> g.Scene:
-    """Draws one scene.
+    """Samples one scene.
 
     Args:
-        rng: source of all randomness but the pixel noise.
-        noise_key: entropy for the pixel noise, kept in the scene.
-        exclude_heldout: no item is one of HELDOUT_PAIRS.
-        force_heldout: the first item is one of HELDOUT_PAIRS.
-        force_relation: two or three items in a relation that has an opposite.
+        rng: source of all randomness except the pixel noise.
+        noise_key: entropy for the pixel noise, stored in the scene.
+        exclude_heldout: use no pair of HELDOUT_PAIRS.
+        force_heldout: make the first item one of HELDOUT_PAIRS.
+        force_relation: use two or three items, in a relation that has an opposite.
     """
     draws = Draws(rng)
     nuisance = _nuisance(draws)
     wording = tuple(draws.uniform() for _ in range(12))
     while True:
         target = draws.uniform()
-        # Confetti closes the gap to the target, or there is none and the parts alone come near.
+        # Either confetti closes the gap to the target, or the parts alone come close to it.
         clean = target <= 0.6 and draws.uniform() < 0.4
         parts = _parts_for(target, 0.03 if clean else 0.4, draws)
         if parts.items > 1 or not force_relation:
@@ -248,7 +248,7 @@ def sample_scene(
     )
     bare = g.Scene(items, relation, position, background, (), nuisance, noise_key, wording)
     pieces = 0 if clean else min(g.MAX_CONFETTI, max(0, round((target - bare.complexity) / 0.4 * g.MAX_CONFETTI)))
-    # Confetti in few colours looks to a histogram like items in these colours.
+    # Confetti in few colours resembles items of these colours in a colour histogram.
     hues = draws.several([c for c in g.COLOURS if c not in grounds], draws.choice((1, 2, 3)))
     return replace(bare, confetti=tuple(_piece(hues, nuisance, draws) for _ in range(pieces)))
 
@@ -262,13 +262,9 @@ def _piece(colours: list[str], nuisance: g.Nuisance, draws: Draws) -> tuple[floa
 
 
 def twin_of(scene: g.Scene) -> g.Scene:
-    """The same scene with its first two items in each other's place.
-
-    Raises:
-        ValueError: the scene's relation has no opposite.
-    """
+    """Returns the scene with its first two items swapped. Raises ValueError if the scene's relation has no opposite."""
     if scene.relation not in g.OPPOSITE:
-        raise ValueError(f"a twin needs a relation out of {sorted(g.OPPOSITE)}, this scene has {scene.relation!r}")
+        raise ValueError(f"a twin needs one of the relations {sorted(g.OPPOSITE)}, this scene has {scene.relation!r}")
     a, b, *rest = scene.items
     swapped = (replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y), *rest)
     return replace(scene, items=swapped, relation=g.OPPOSITE[scene.relation])

@@ -1,4 +1,4 @@
-"""Paths of images as a person names them: files, folders, patterns and lists; walked while they are used, never held."""
+"""Image paths from files, folders, glob patterns and lists; folders are walked lazily and paths are not stored."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ STDIN = "-"
 
 
 class NoImages(DataError):
-    """Nothing that was named is, or holds, an image file."""
+    """No image files were found under the given names."""
 
 
 class ImagePaths:
-    """Image files in the order named, each path once; iterating walks the disk anew.
+    """Iterates over image files in the given order, each path once; every iteration walks the disk again.
 
     Args:
-        named: files (taken whatever their suffix), folders (walked with all below them, image suffixes only, in order of their
-            names, hidden folders left out), patterns with *, ? or [ ] (sorted), and '-' for `lines`. A name that exists is no
-            pattern, and one that does not exist is handed on, to be reported by whoever opens it.
-        lines: what '-' stands for: files and folders, one a line, without patterns; read once and as they come.
+        named: files (any suffix), folders (walked recursively and sorted by name, image suffixes only, without hidden
+            folders), patterns with *, ? or [ ] (sorted), and '-' for `lines`. An existing name is never treated as a pattern;
+            a missing one is yielded, so that opening it reports the error.
+        lines: paths for '-': files and folders, one per line, without patterns; read once, as a stream.
 
     Attributes:
-        duplicates: paths met again and left out, by the iteration in progress or the last one.
-        empty: folders and patterns that gave no image file, likewise.
-        folders: those that were walked, as they were named or listed, or as a pattern gave them; likewise.
+        duplicates: number of duplicate paths skipped by the current or last iteration.
+        empty: folders and patterns without image files, in the current or last iteration.
+        folders: folders walked in the current or last iteration, as named, listed or matched.
 
-    A folder that cannot be read is handed on too, in its place, as `walk` does.
+    Unreadable folders are yielded as paths, as in `walk`.
     """
 
     def __init__(self, named: Sequence[str], lines: Iterable[str] = ()):
@@ -51,9 +51,9 @@ class ImagePaths:
         return self.each()
 
     def each(self, duplicate: Callable[[], None] = lambda: None) -> Iterator[str]:
-        """The paths; `duplicate()` is called for each that is left out, so that a bar over `count()` reaches its end."""
+        """Yields the paths; calls `duplicate()` for each skipped duplicate, so that progress over `count()` completes."""
         self.duplicates, self.empty, self.folders = 0, [], []
-        # 16 bytes a path find the duplicates among millions; the paths themselves would take several times as much.
+        # Store 16-byte hashes, which take several times less memory than the paths.
         seen: set[bytes] = set()
         for path in self._all():
             key = hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=16).digest()
@@ -66,10 +66,10 @@ class ImagePaths:
         if not seen:
             listed = ", ".join(self.named) or "nothing"
             suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise NoImages(f"no image file found: looked in {listed} for files that end in {suffixes}; name a folder or files")
+            raise NoImages(f"no image file found: looked in {listed} for files that end in {suffixes}; pass a folder or files")
 
     def count(self) -> int | None:
-        """Number of paths, duplicates included, from a walk of its own; None where a list is still to be read."""
+        """Counts the paths, duplicates included, in a separate walk; None if a list must still be read from `lines`."""
         if STDIN in self.named:
             return None
         said = self.empty, self.folders
@@ -97,7 +97,7 @@ class ImagePaths:
         for match in matches:
             if "**" not in pattern or not os.path.isdir(match):
                 yield from self._below(match)
-            elif unlisted(match) is not None:  # ** has matched the files below a folder too, but says nothing of others
+            elif unlisted(match) is not None:  # ** also matches files below readable folders; report unreadable ones
                 yield match
 
     def _below(self, path: str) -> Iterator[str]:
@@ -114,10 +114,10 @@ class ImagePaths:
 
 
 def walk(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Image files in and below a folder, in order of their names; links are followed, but never round in a circle.
+    """Yields image files in and below a folder, sorted by name; follows links, except cycles.
 
-    Holds the names of one folder at each depth. A folder that cannot be read gives its own path, to be reported by whoever
-    opens it as a file: one of them is no reason to leave out the others.
+    Holds the names of one folder per depth in memory. For an unreadable folder it yields the folder's path, so that opening it
+    reports the error while the other folders are still used.
     """
     real = os.path.realpath(folder)
     if real in above:
@@ -137,7 +137,7 @@ def walk(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
 
 
 def unlisted(folder: str) -> str | None:
-    """Why the names in a folder cannot be had; None where they can, and for what is no folder."""
+    """Returns why a folder cannot be listed; None if it can, or if the path is not a folder."""
     try:
         os.scandir(folder).close()
     except NotADirectoryError:
@@ -148,7 +148,7 @@ def unlisted(folder: str) -> str | None:
 
 
 def vanished(path: str) -> bool:
-    """Whether nothing is at a path any more. What cannot be looked at, as its folder cannot be read, has not vanished."""
+    """Returns whether a path no longer exists; False if this cannot be determined, for example without permission."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -161,7 +161,7 @@ def vanished(path: str) -> bool:
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError as error:  # a link to where this user cannot look, which `walk` finds again; or one to itself
+    except OSError as error:  # a link to an inaccessible place, which `walk` reports, or (ELOOP) a link to itself
         return error.errno != errno.ELOOP
 
 
@@ -170,16 +170,16 @@ def _is_image(name: str) -> bool:
 
 
 class ImageFiles(Source):
-    """The images that files, folders and patterns name (see `image_paths.ImagePaths`), each once, without captions.
+    """Source of the images named by files, folders and patterns (see `ImagePaths`), each once, without captions.
 
-    Raises NoImages where one of them names none.
+    Raises NoImages if a folder or pattern contains no images.
     """
 
     def __init__(self, named: Sequence[str]):
         paths = ImagePaths(named)
         self.name, self.names = " ".join(named), list(paths)
         if paths.empty:
-            raise NoImages(f"no image file in {', '.join(paths.empty)}; name another folder or pattern")
+            raise NoImages(f"no image file in {', '.join(paths.empty)}; pass another folder or pattern")
 
     def __len__(self) -> int:
         return len(self.names)

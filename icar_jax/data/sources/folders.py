@@ -1,4 +1,4 @@
-"""Photo folders with captions: Karpathy's JSON layout, and captions.csv or captions.jsonl."""
+"""Sources for image folders with captions: Karpathy's JSON layout, and captions.csv or captions.jsonl."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class _Entry(NamedTuple):
 
 
 class _Photos(Source):
-    """Base of the folder sources: matches caption entries with the files that exist.
+    """Base of the folder sources: matches caption entries with existing files.
 
     Attributes:
-        missing: captioned files of this split that do not exist (left out, with a warning).
-        uncaptioned: files of the folder without any caption (left out, with a warning).
-        splits: split name -> number of captioned images, missing files included; empty where the file names none.
+        missing: captioned files of this split that do not exist (skipped with a warning).
+        uncaptioned: files of the folder without any caption (skipped with a warning).
+        splits: split name -> number of captioned images, missing files included; empty if the file names no splits.
     """
 
     def __init__(self, root: Path, split: str | None, entries: Sequence[_Entry], where: Path):
@@ -43,7 +43,7 @@ class _Photos(Source):
         self.name = f"{root.name}/{split}" if split else root.name
         if split is not None and not any(e.split for e in entries):
             entries = [e._replace(split=_split_by_name(e.file)) for e in entries]
-            logging.warning("%s names no splits: a tenth of the files becomes 'val', the rest 'train'.", where)
+            logging.warning("%s names no splits: a tenth of the files is used as 'val', the rest as 'train'.", where)
         self.splits = dict(Counter(e.split for e in entries if e.captions and e.split is not None))
         wanted = _wanted_splits(split, self.splits, where)
         images = root / "images" if (root / "images").is_dir() else root
@@ -66,10 +66,10 @@ class _Photos(Source):
                 f" (first: {_some(self.missing)}). Put the images there, with the same names and suffixes."
             )
         if self.missing:
-            logging.warning("%s: %d of %d captioned files are missing and left out: %s",
+            logging.warning("%s: %d of %d captioned files are missing and skipped: %s",
                             self.name, len(self.missing), len(chosen), _some(self.missing))  # fmt: skip
         if self.uncaptioned:
-            logging.warning("%s: %d files have no caption and are left out: %s",
+            logging.warning("%s: %d files have no caption and are skipped: %s",
                             self.name, len(self.uncaptioned), _some(self.uncaptioned))  # fmt: skip
         self.images = images
         self.names = [e.file for e in kept]
@@ -84,12 +84,12 @@ class _Photos(Source):
 
 
 class KarpathyFolder(_Photos):
-    """A folder with Karpathy's `dataset*.json` and its images in `images/` or beside it.
+    """A folder with Karpathy's `dataset*.json` and its images in `images/` or next to it.
 
     Args:
         root: the folder.
-        split: a split named in the JSON; several joined by '+' ('train+restval'); None takes every image.
-        json_name: the JSON's file name; found by itself when it is the only `dataset*.json`.
+        split: a split named in the JSON; several joined by '+' ('train+restval'); None uses every image.
+        json_name: the JSON's file name; detected automatically if there is only one `dataset*.json`.
 
     Raises:
         FileNotFoundError, ValueError: with the file, what was expected and what was found.
@@ -102,14 +102,14 @@ class KarpathyFolder(_Photos):
 
 
 class CaptionFolder(_Photos):
-    """A folder with `captions.csv` or `captions.jsonl` and its images in `images/` or beside it.
+    """A folder with `captions.csv` or `captions.jsonl` and its images in `images/` or next to it.
 
     Each row or line has `file` (relative to the image folder), `caption` and optionally `split`; a file may have
-    several rows. In JSON lines `caption` may be a list. Further columns are ignored.
+    several rows. In JSON lines `caption` may be a list. Other columns are ignored.
 
     Args:
         root: the folder.
-        split: a value of the `split` column; several joined by '+'; None takes every image.
+        split: a value of the `split` column; several joined by '+'; None uses every image.
 
     Raises:
         FileNotFoundError, ValueError: with the file, the line number, what was expected and what was found.
@@ -121,14 +121,14 @@ class CaptionFolder(_Photos):
         if not present:
             raise FileNotFoundError(f"{root}: expected {' or '.join(CAPTION_FILES)}, found {_listing(root)}")
         if len(present) > 1:
-            raise DataError(f"{root}: both {' and '.join(CAPTION_FILES)} are there; keep one of them")
+            raise DataError(f"{root}: found both {' and '.join(CAPTION_FILES)}; keep one of them")
         where = present[0]
         rows = _read_csv(where) if where.suffix == ".csv" else _read_jsonl(where)
         super().__init__(root, split, _merge(rows, where), where)
 
 
 def open_folder(root: str | Path, split: str | None) -> KarpathyFolder | CaptionFolder:
-    """The source for a folder, by the caption file in it. Raises where there is none, or more than one kind."""
+    """Opens a folder by the kind of its caption file. Raises FileNotFoundError without one, DataError for several kinds."""
     root = existing_folder(root)
     karpathy = sorted(p.name for p in root.glob("dataset*.json"))
     plain = [name for name in CAPTION_FILES if (root / name).is_file()]
@@ -142,21 +142,21 @@ def open_folder(root: str | Path, split: str | None) -> KarpathyFolder | Caption
 
 
 def read_captions(where: str | Path) -> tuple[Path, dict[str, tuple[str, ...]]]:
-    """(folder of the images, captions by relative POSIX path) of Karpathy's JSON, a .csv or a .jsonl, as the sources read them.
+    """Reads Karpathy's JSON, a .csv or a .jsonl as the sources do; returns (image folder, relative POSIX path -> captions).
 
     Raises FileNotFoundError, ValueError: with the file, the line, what was expected and what was found.
     """
     where = Path(where).expanduser().absolute()
     readers = {".json": _read_karpathy, ".csv": _read_csv, ".jsonl": _read_jsonl}
     if where.suffix.lower() not in readers:
-        raise DataError(f"{where}: expected captions in a .json of Karpathy's layout, a .csv or a .jsonl")
+        raise DataError(f"{where}: expected captions in Karpathy's .json layout, a .csv or a .jsonl")
     entries = _merge(readers[where.suffix.lower()](where), where)
     folder = where.parent / "images" if (where.parent / "images").is_dir() else where.parent
     return folder, {entry.file: entry.captions for entry in entries if entry.captions}
 
 
 def _split_by_name(file: str) -> str:
-    """'val' for a tenth of the names, else 'train'; a pure function of the name, so that adding files moves none."""
+    """Returns 'val' for a tenth of the names, else 'train'; depends on the name only, so adding files moves no others."""
     return "val" if name_hash(file, seed=0) < 2**64 // 10 else "train"
 
 
@@ -174,7 +174,7 @@ def _only_karpathy_json(root: Path) -> Path:
     if not found:
         raise FileNotFoundError(f"{root}: expected a Karpathy file dataset*.json, found {_listing(root)}")
     if len(found) > 1:
-        raise DataError(f"{root}: several Karpathy files, {', '.join(p.name for p in found)}; name one with json_name")
+        raise DataError(f"{root}: several Karpathy files, {', '.join(p.name for p in found)}; choose one with json_name")
     return found[0]
 
 
@@ -188,7 +188,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def image_files(folder: Path) -> set[str]:
-    """Relative POSIX paths of all image files; one directory walk instead of a stat per caption."""
+    """Returns the relative POSIX paths of all image files, from one directory walk instead of a stat per caption."""
     found = set()
     for directory, subfolders, files in os.walk(folder, followlinks=True):
         subfolders[:] = [s for s in subfolders if not s.startswith(".")]
@@ -228,7 +228,7 @@ def _row(where: Path, place: str, file: Any, captions: Any, split: Any) -> _Row:
 
 
 def _merge(rows: Iterator[_Row], where: Path) -> list[_Entry]:
-    """Rows of one file joined, in order of first appearance; a file in two splits would leak and is an error."""
+    """Merges the rows of each file, in order of first appearance. Raises DataError for a file in two splits."""
     first: dict[str, _Row] = {}
     captions: dict[str, list[str]] = {}
     for row in rows:
@@ -239,7 +239,7 @@ def _merge(rows: Iterator[_Row], where: Path) -> list[_Entry]:
             )
         captions.setdefault(row.file, []).extend(row.captions)
     if not any(captions.values()):
-        raise DataError(f"{where}: no captions in it")
+        raise DataError(f"{where}: contains no captions")
     return [_Entry(file, tuple(captions[file]), row.split) for file, row in first.items()]
 
 
@@ -258,7 +258,7 @@ def _read_karpathy(where: Path) -> Iterator[_Row]:
         except (KeyError, TypeError) as error:
             raise DataError(f"{where}, {place}: expected `filename` and `sentences[*].raw`: {error!r}") from error
         row = _row(where, place, file, sentences, image.get("split"))
-        # COCO's file keeps the sub-folder (val2014) apart; some copies of the images are flat.
+        # COCO's JSON stores the subfolder (val2014) separately; some copies of the images are flat.
         nested = posixpath.join(str(image.get("filepath") or ""), row.file)
         yield row._replace(file=nested) if nested != row.file and (folder / nested).is_file() else row
 
@@ -274,8 +274,8 @@ def _read_csv(where: Path) -> Iterator[_Row]:
                 place = f"line {reader.line_num}"
                 if None in row or None in row.values():
                     raise DataError(
-                        f"{where}, {place}: expected {len(columns)} columns ({', '.join(columns)}), found more or less;"
-                        " put a caption that contains commas in double quotes"
+                        f"{where}, {place}: expected {len(columns)} columns ({', '.join(columns)}), found more or fewer;"
+                        " put captions that contain commas in double quotes"
                     )
                 yield _row(where, place, row["file"], row["caption"], row.get("split"))
         except (csv.Error, UnicodeDecodeError) as error:

@@ -1,8 +1,8 @@
-"""Parquet files with image bytes, or with paths of images, and captions; random access by row group.
+"""Source for Parquet files with captions and image bytes or paths; random access by row group.
 
-Parquet stores rows in groups, and a row is read by reading the image and caption columns of its whole group. The last groups
-read stay in memory, but in training order nearly every picture asks for another one: write small groups (100 rows, as
-Hugging Face does for images), or tar shards, which cost one read a picture whatever their size.
+Reading a row reads the image and caption columns of its whole row group. Recent groups are cached, but in shuffled training
+order nearly every image is in another group. So write small groups (100 rows, as Hugging Face does for images), or use tar
+shards, which need one read per image regardless of their size.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from icar_jax.data.sources.shards import ShardError, Shards, attempt, find_shard
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_LARGE_GROUP = 32 << 20  # bytes of a row group from which a warning is due
+_LARGE_GROUP = 32 << 20  # row group size in bytes above which a warning is logged
 
 
 class Parquet(Source):
-    """A folder, glob or brace range of .parquet files.
+    """Random access to the rows of .parquet files, given as a folder, glob or brace range.
 
     Args:
         root, split: see `shards.find_shards`.
         image_column: bytes, a struct with `bytes` (and `path`), or a path relative to the file's folder or to `root`.
-        caption_column: text or a list of texts; dots lead into structs and lists of them ('sentences.raw'). A row without
-            any is reported as an unreadable image is. Empty: no captions are read.
-        cache_bytes: of the row groups kept in memory, in each process.
+        caption_column: text or a list of texts; dots select fields of structs and lists of structs ('sentences.raw'). A row
+            without captions is reported like an unreadable image. Empty: captions are not read.
+        cache_bytes: memory for cached row groups, per process.
 
     Raises:
-        ConfigError: no files there, or a column is missing or of another type; lists the columns found.
+        ConfigError: no files found, or a column is missing or of another type; lists the columns found.
         ShardError: a file is unreadable or damaged.
     """
 
@@ -62,15 +62,15 @@ class Parquet(Source):
             groups.append(np.cumsum(rows, dtype=np.int64))
             counts.append(sum(rows))
             largest = max(largest, size)
-        self._groups = groups  # for each file, the rows up to the end of each row group
+        self._groups = groups  # per file: cumulative number of rows at the end of each row group
         sizes = [attempt(path, functools.partial(os.path.getsize, path)) for path in self._paths]
         self.shards = Shards(tuple(labels), np.array(counts, np.int64), np.array(sizes, np.int64))
         if not len(self):
             raise ShardError(f"{self._paths[0]} and {len(self._paths) - 1} more: no rows")
         if largest > _LARGE_GROUP:
             logging.warning(
-                "%s: row groups of up to %d MiB, and a picture is read with its whole group: write them with fewer rows "
-                "(row_group_size=100), or use tar shards", self.name, largest >> 20,
+                "%s: row groups of up to %d MiB are slow, because reading an image reads its whole group: write fewer rows "
+                "per group (row_group_size=100), or use tar shards", self.name, largest >> 20,
             )  # fmt: skip
         self._make_cache()
 
@@ -119,11 +119,11 @@ class Parquet(Source):
         return decode(path, f"{name} ({image})")
 
     def urls(self) -> list[str | None]:
-        """The column `url` of every row. Raises ConfigError where a file has none, ShardError where it is damaged."""
+        """Returns the column `url` of every row. Raises ConfigError if a file has none, ShardError if it is damaged."""
         return [url for path in self._paths for url in attempt(path, functools.partial(_urls_of, path))]
 
     def _group(self, shard: int, group: int) -> tuple[pa.ChunkedArray, ...]:
-        """The image and the caption column of a row group; the latter where captions are read."""
+        """Returns the image column of a row group and, if captions are read, the caption column."""
         with self._lock:
             if (shard, group) in self._cache:
                 self._cache.move_to_end((shard, group))
@@ -151,7 +151,7 @@ class Parquet(Source):
         return tuple(table.column(name) for name in names)
 
     def _describe(self, path: str) -> tuple[list[int], int]:
-        """(rows of each row group, bytes of the largest); the columns are checked."""
+        """Checks the columns and returns (rows of each row group, bytes of the largest)."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -160,7 +160,7 @@ class Parquet(Source):
                 schema, metadata = file.schema_arrow, file.metadata
                 groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
         except pa.ArrowInvalid as error:
-            raise ShardError(f"{path}: not a whole Parquet file: {error}; fetch or write it again") from error
+            raise ShardError(f"{path}: not a complete Parquet file: {error}; fetch or write it again") from error
         self._check(path, schema)
         return [g.num_rows for g in groups], max((g.total_byte_size for g in groups), default=0)
 
@@ -189,7 +189,7 @@ def _urls_of(path: str) -> list[str | None]:
         with pq.ParquetFile(path) as file:
             if "url" not in file.schema_arrow.names:
                 raise ConfigError(
-                    f"{path} has no column 'url' to join config.data.ratings by; it has {', '.join(file.schema_arrow.names)}"
+                    f"{path} has no column 'url', which joins config.data.ratings; it has {', '.join(file.schema_arrow.names)}"
                 )
             return file.read(columns=["url"]).column("url").to_pylist()
     except pa.ArrowInvalid as error:

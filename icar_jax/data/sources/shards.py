@@ -1,7 +1,7 @@
-"""What the sharded sources share: finding their files, reading with bounded retries, and cutting without names.
+"""Shared code of the sharded sources: finding files, reading with bounded retries, and splitting without name lists.
 
-Reading is named while it lasts (`reading`), so that a stalled run can say what it waited for, and every read that had to
-be tried again is noted, so that the batch it went into can report it.
+`reading` records what each thread is reading, so that a stalled run can report it. Retried reads are recorded, so that
+their batch can report them.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from icar_jax.errors import IcarError
 
 RETRIES = 3
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-_OPEN_FILES = 128  # of the 1024 that a process may usually have
+_OPEN_FILES = 128  # processes are usually limited to 1024 open files
 _NAMES_SHOWN = 5
 _T = TypeVar("_T")
 
 
 class ShardError(IcarError, RuntimeError):
-    """A shard that is damaged or could not be read after all retries; the message begins with its path."""
+    """A shard that is damaged or could not be read after all retries; the message starts with its path."""
 
 
 class _Policy(threading.local):
@@ -45,12 +45,12 @@ class _Policy(threading.local):
 
 
 _policy = _Policy()
-_reading: dict[int, tuple[str, float]] = {}  # thread -> what it reads, since when
+_reading: dict[int, tuple[str, float]] = {}  # thread -> (what it is reading, start time)
 
 
 @contextlib.contextmanager
 def retrying(retries: int) -> Iterator[list[tuple[str, str]]]:
-    """Within it this thread tries a read again `retries` times; yields the growing list of (shard, reason) of such reads."""
+    """Sets this thread's number of retries per read; yields the growing list of retried reads as (shard, reason)."""
     before = _policy.retries, _policy.retried
     _policy.retries, _policy.retried = retries, []
     try:
@@ -60,13 +60,13 @@ def retrying(retries: int) -> Iterator[list[tuple[str, str]]]:
 
 
 def retries_now() -> int:
-    """Retries that hold for this thread."""
+    """Returns the number of retries set for this thread."""
     return _policy.retries
 
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Names what this thread reads, for `read_by`."""
+    """Records what this thread is reading, for `read_by`."""
     thread = threading.get_ident()
     before = _reading.get(thread)
     _reading[thread] = what, time.monotonic()
@@ -80,15 +80,15 @@ def reading(what: str) -> Iterator[None]:
 
 
 def read_by(thread: int) -> str | None:
-    """What a thread is reading and for how long, or None."""
+    """Returns what a thread is reading and for how long, or None."""
     now = _reading.get(thread)
     return f"{now[0]} (for {time.monotonic() - now[1]:.0f} s)" if now else None
 
 
 def attempt(shard: str | Path, read: Callable[[], _T]) -> _T:
-    """`read()`, tried again after each OSError with growing pauses (0.5 s, 1 s, 2 s ..., at most 30 s).
+    """Returns `read()`, retrying after OSError with increasing pauses (0.5 s, 1 s, 2 s ..., at most 30 s).
 
-    Raises ShardError naming the shard, the reason and the tries once the retries are spent.
+    Raises ShardError with the shard, the reason and the number of tries after the last retry.
     """
     retries = _policy.retries
     with reading(f"shard {shard}"):
@@ -100,10 +100,10 @@ def attempt(shard: str | Path, read: Callable[[], _T]) -> _T:
                 if failed == retries:
                     raise ShardError(
                         f"{shard}: cannot be read: {reason} ({failed + 1} tries, config.data.retries={retries}). Check the "
-                        "file and its storage, then run the command again: it continues from its last checkpoint"
+                        "file and its storage, then run the command again: it continues from the last checkpoint"
                     ) from error
             if _policy.retried is None:
-                logging.warning("%s: %s; trying again", shard, reason)
+                logging.warning("%s: %s; retrying", shard, reason)
             else:
                 _policy.retried.append((str(shard), reason))
             time.sleep(min(FIRST_PAUSE_S * 2**failed, LONGEST_PAUSE_S))
@@ -111,17 +111,17 @@ def attempt(shard: str | Path, read: Callable[[], _T]) -> _T:
 
 
 class OpenFiles:
-    """Positioned reads from many files; the last 128 stay open in each process. Safe between threads, and picklable."""
+    """Positioned reads from many files; keeps the last 128 open in each process. Thread-safe and picklable."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._open: OrderedDict[str, list[int]] = OrderedDict()  # path -> [descriptor, reads under way]
+        self._open: OrderedDict[str, list[int]] = OrderedDict()  # path -> [descriptor, reads in progress]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OpenFiles, ()
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes at `offset`. Raises OSError, also where the file ends before."""
+        """Reads exactly `length` bytes at `offset`. Raises OSError, also if the file is too short."""
         with self._lock:
             entry = self._open.get(path)
             if entry is None:
@@ -144,7 +144,7 @@ class OpenFiles:
     def _release(self, path: str, entry: list[int], drop: bool) -> None:
         with self._lock:
             entry[1] -= 1
-            if drop and self._open.get(path) is entry:  # a stale handle of network storage must be opened anew
+            if drop and self._open.get(path) is entry:  # stale handles of network storage must be reopened
                 del self._open[path]
             if not entry[1] and self._open.get(path) is not entry:
                 os.close(entry[0])
@@ -159,12 +159,12 @@ class OpenFiles:
 
 @dataclass(frozen=True)
 class Shards:
-    """The shards behind a source: record i is number i - (records before it) of its shard.
+    """The shards of a source, in order; records are numbered consecutively across shards.
 
     Attributes:
-        labels: name of each shard, unique, the same wherever the data lies.
+        labels: name of each shard, unique and independent of the data's location.
         counts: records of each shard, int64 [n].
-        sizes: bytes of each shard's file, int64 [n].
+        sizes: file size of each shard in bytes, int64 [n].
     """
 
     labels: tuple[str, ...]
@@ -175,24 +175,24 @@ class Shards:
         object.__setattr__(self, "ends", np.cumsum(self.counts, dtype=np.int64))
 
     def __len__(self) -> int:
-        """Records in all shards."""
+        """Number of records in all shards."""
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def locate(self, i: int) -> tuple[int, int]:
-        """(shard, number within it) of record i. Raises IndexError."""
+        """Returns (shard, index within the shard) of record i. Raises IndexError."""
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)}")
         shard = int(np.searchsorted(self.ends, i, side="right"))
         return shard, int(i - (self.ends[shard] - self.counts[shard]))
 
     def sha256(self) -> str:
-        """Hash of the shards' names, bytes and records, in order."""
+        """Returns a hash of the shards' labels, file sizes and record counts, in order."""
         rows = zip(self.labels, self.sizes.tolist(), self.counts.tolist(), strict=True)
         return hashlib.sha256("\n".join(f"{label} {size} {count}" for label, size, count in rows).encode()).hexdigest()
 
 
 class Rest(Source):
-    """A source without some of its records; holds the numbers left out, not those kept."""
+    """A source without some of its records; stores the excluded indices, not the included ones."""
 
     def __init__(self, source: Source, left_out: np.ndarray, name: str):
         self.name, self.source = name, source
@@ -209,9 +209,11 @@ class Rest(Source):
 
 
 def cut_calibration(source: Any, *, seed: int, size: int) -> tuple[Rest, Subset]:
-    """(training, calibration) parts of a source with `shards`: calibration takes the `size` lowest of random numbers that
-    are a function of (seed, shard label, number within the shard), so no list of names is made: 8 bytes a record of one
-    shard at a time. Adding shards replaces at most some of the chosen records and moves no other.
+    """Splits a source with `shards` into (training, calibration) parts.
+
+    Calibration takes the `size` lowest of random numbers that depend on (seed, shard label, index within the shard). This
+    needs no list of names: 8 bytes per record of one shard at a time. Adding shards replaces at most some of the calibration
+    records; all other records stay in their part.
     """
     shards: Shards = source.shards
     best, numbers, start = np.zeros(0, np.uint64), np.zeros(0, np.int64), 0
@@ -228,10 +230,10 @@ def cut_calibration(source: Any, *, seed: int, size: int) -> tuple[Rest, Subset]
 
 
 def find_shards(root: str, split: str, suffix: str) -> tuple[list[str], list[str]]:
-    """(paths, labels) of the shards in a folder, a glob or a brace range such as {00000..00123}.tar, in order.
+    """Returns (paths, labels) of the shards in a folder, glob or brace range such as {00000..00123}.tar, in order.
 
-    `split` is a subfolder, several joined by '+', or '.' for the folder itself; of a pattern it stands before the file
-    names. Raises ConfigError naming config.data.root where nothing, or not everything that braces name, is there.
+    split: a subfolder, several joined by '+', or '.' for the folder itself; in patterns it is inserted before the file name.
+    Raises ConfigError naming config.data.root if no shards, or not all shards of a brace range, exist.
     """
     where = f"config.data.root={root!r}"
     require_local("config.data.root", root)
@@ -243,7 +245,7 @@ def find_shards(root: str, split: str, suffix: str) -> tuple[list[str], list[str
             if not os.path.isdir(folder):
                 raise ConfigError(
                     f"{where} has no subfolder {part!r} for the split; it has {_some(_visible(root))}. The shards "
-                    "of a split lie in a subfolder of its name; '.' takes those of the folder itself"
+                    "of a split must be in a subfolder of that name; '.' uses those of the folder itself"
                 )
             found += _matching(os.path.join(glob.escape(folder), "*" + suffix), folder, suffix, where)
             continue
@@ -258,15 +260,15 @@ def find_shards(root: str, split: str, suffix: str) -> tuple[list[str], list[str
             found += _matching(pattern, pattern, suffix, where) if glob.has_magic(pattern) else [pattern]
     paths = [os.path.abspath(path) for path in found]
     if wrong := [p for p in paths if not p.endswith(suffix)]:
-        raise ConfigError(f"{where}: {wrong[0]} is not a {suffix} file; {_compressed(wrong) or 'choose the shards alone'}")
+        raise ConfigError(f"{where}: {wrong[0]} is not a {suffix} file; {_compressed(wrong) or 'match only the shards'}")
     if len(set(paths)) != len(paths):
-        raise ConfigError(f"{where}, split {split!r} names some shards twice; name each once")
+        raise ConfigError(f"{where}, split {split!r} names some shards twice; name each only once")
     common = os.path.commonpath([os.path.dirname(p) for p in paths])
     return paths, [Path(os.path.relpath(p, common)).as_posix() for p in paths]
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Every string that {000..123} and {a,b} stand for, as in a shell; leading zeros give the width."""
+    """Expands {000..123} and {a,b} as a shell does; leading zeros set the width. Raises ConfigError for descending ranges."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
     if not match:
         return [pattern]
@@ -288,7 +290,7 @@ def _matching(pattern: str, place: str, suffix: str, where: str) -> list[str]:
         there = _visible(place) if os.path.isdir(place) else []
         raise ConfigError(
             f"{where}: no {suffix} files at {place}; found {_some(there) or 'nothing'}. "
-            f"{_compressed(there) or 'Name the folder that holds the shards, a glob or a {000..123} range'}"
+            f"{_compressed(there) or 'Pass the folder that contains the shards, a glob or a {000..123} range'}"
         )
     return found
 
@@ -309,9 +311,9 @@ def _some(names: Sequence[str]) -> str:
 
 
 def texts(value: Any) -> tuple[str, ...]:
-    """The captions in a value read from a file: text, bytes, or nested lists and arrays of them; empty ones left out.
+    """Returns the non-empty captions in a value: text, bytes, or nested lists and arrays of them.
 
-    Raises TypeError naming what else was found.
+    Raises TypeError for any other value.
     """
     if value is None:
         return ()
@@ -325,5 +327,5 @@ def texts(value: Any) -> tuple[str, ...]:
 
 
 def unusable(name: str, reason: str) -> None:
-    """The `image` of a record that has none, or no caption: it is replaced and reported as an unreadable image is."""
+    """Raises ImageError; used as `image` of records without image or caption, so they are handled as unreadable images."""
     raise ImageError(f"{name}: {reason}")

@@ -1,6 +1,6 @@
-"""The members of an uncompressed tar, from its headers alone.
+"""Lists the members of an uncompressed tar from its headers.
 
-The layout is POSIX.1-1988 (ustar) with pax and GNU long names, as described by POSIX.1-2001, "pax", and the GNU tar manual,
+Supports POSIX.1-1988 (ustar) with pax and GNU long names, as described in POSIX.1-2001, "pax", and the GNU tar manual,
 "Basic Tar Format".
 """
 
@@ -16,15 +16,15 @@ BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _REGULAR, _EMPTY = (b"0", b"\0", b"7"), (b"1", b"2", b"3", b"4", b"5", b"6")
 _EXTENDED = (b"x", b"g", b"L")
-_MOST_EXTENDED = 1 << 20  # bytes of an extended header; more is damage, not a name
+_MOST_EXTENDED = 1 << 20  # largest valid extended header in bytes; larger ones are damaged
 
 
 class TarDamage(DataError):
-    """A tar that is cut off, compressed, damaged or not laid out as a WebDataset."""
+    """A tar that is truncated, compressed, damaged or not in WebDataset layout."""
 
 
 class Member(NamedTuple):
-    """A regular file: its headers begin at `start`, its content is the `size` bytes at `data`."""
+    """A regular file: its headers start at `start`; its content is `size` bytes at `data`."""
 
     name: str
     start: int
@@ -33,27 +33,27 @@ class Member(NamedTuple):
 
 
 def members(read: Callable[[int, int], bytes], end: int, part: bool = False) -> Iterator[Member]:
-    """The regular files of a tar, in order; contents are skipped.
+    """Yields the regular files of a tar, in order, without reading their contents.
 
     Args:
         read: (offset, length) -> up to `length` bytes.
-        end: bytes of the tar, or of the part.
-        part: consecutive members cut out of a tar, which needs no end mark.
+        end: size of the tar, or of the part, in bytes.
+        part: the bytes are consecutive members cut out of a tar, without an end mark.
 
     Raises:
-        TarDamage: where the tar ends early, a header's checksum is wrong, or a member is of an unknown kind.
+        TarDamage: the tar is truncated, a header's checksum is wrong, or a member is of an unknown kind.
     """
     offset, start, long_name = 0, None, None
     while not (part and offset >= end):
         header = read(offset, BLOCK)
         if len(header) < BLOCK:
-            raise TarDamage(f"cut off after {end} bytes: the end mark of a tar is missing; fetch or write the file again")
+            raise TarDamage(f"cut off after {end} bytes: the end-of-archive mark is missing; fetch or write the file again")
         if header == _ZEROS:
             return
         if header[:2] == b"\x1f\x8b":
             raise TarDamage("compressed with gzip, which has no random access; decompress it first (gunzip)")
-        # The sum of a header's bytes, its checksum field counted as spaces. Adler-32's low half is that sum, plus one, modulo
-        # 65521, and takes a tenth of the time of summing in Python.
+        # The checksum is the sum of the header's bytes, with the checksum field as spaces. The low half of Adler-32 is that sum
+        # plus one, modulo 65521; it takes a tenth of the time of summing in Python.
         if (zlib.adler32(header[:148] + b" " * 8 + header[156:]) & 0xFFFF) != (1 + _number(header[148:156], offset)) % 65521:
             raise TarDamage(f"not a tar header at byte {offset}: the checksum is wrong; fetch or write the file again")
         kind, size, data = header[156:157], _number(header[124:136], offset), offset + BLOCK
@@ -73,7 +73,7 @@ def members(read: Callable[[int, int], bytes], end: int, part: bool = False) -> 
             elif kind == b"x":
                 long_name = _pax_path(content, start) or long_name
         elif kind == b"K":
-            pass  # name of a link's target
+            pass  # GNU long name of a link target
         elif kind in _REGULAR or kind in _EMPTY:
             if kind in _REGULAR:
                 prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
@@ -89,7 +89,7 @@ def _text(field: bytes) -> str:
 
 
 def _number(field: bytes, offset: int) -> int:
-    """Octal digits, or GNU's binary form, whose first bit is set."""
+    """Parses octal digits, or GNU's binary form, whose first bit is set."""
     if field[0] & 0x80:
         return int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
     try:
@@ -99,7 +99,7 @@ def _number(field: bytes, offset: int) -> int:
 
 
 def _pax_path(content: bytes, offset: int) -> str | None:
-    """The path among records 'LENGTH KEY=VALUE\\n', or None. Raises TarDamage, also where a size is among them."""
+    """Returns the path in records 'LENGTH KEY=VALUE\\n', or None. Raises TarDamage for damage and for a size record."""
     path = None
     while content:
         length, _, _ = content.partition(b" ")

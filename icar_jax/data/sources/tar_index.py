@@ -1,4 +1,4 @@
-"""Where the samples of tar shards lie: scanned once, header by header, and kept beside the shards."""
+"""Index of the byte ranges of samples in tar shards: scanned once, header by header, and cached next to the shards."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from icar_jax.data.sources.tar import Member, TarDamage, members
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 _MAGIC = b"icar_jax index 1\n"
-_THREADS = 8  # that scan shards: mostly waiting for storage
-_MOST_BAD = 20  # bad shards after which scanning stops: the rest would only cost retries
+_THREADS = 8  # threads that scan shards; they mostly wait for storage
+_MOST_BAD = 20  # bad shards after which scanning stops, to avoid retries on the rest
 _SAVE_EVERY_S = 60.0
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(key, extension in lower case): what stands before and after the first dot of the file name; ('', '') if not both."""
+    """Splits at the first dot of the file name: (key, lower-case extension), or ('', '') if either is empty."""
     folder, slash, file = name.rpartition("/")
     stem, dot, extension = file.partition(".")
     return (folder + slash + stem, extension.lower()) if stem and dot else ("", "")
 
 
 def group(found: Iterator[Member]) -> tuple[list[tuple[int, int]], int]:
-    """The (start, end) in bytes of every usable sample, and how many are left out.
+    """Groups members into samples: returns the byte range (start, end) of every usable sample, and the number skipped.
 
-    Raises TarDamage where a key comes again after another one, or a sample has two members of one extension.
+    Raises TarDamage if a sample's members are not contiguous, or a sample has two members with the same extension.
     """
     spans: list[tuple[int, int]] = []
     seen: set[str] = set()
@@ -59,13 +59,13 @@ def group(found: Iterator[Member]) -> tuple[list[tuple[int, int]], int]:
             left_out += finish()
             if this in seen:
                 raise TarDamage(
-                    f"the members of sample {this!r} are not next to each other, as WebDataset needs; write the tar again with "
-                    "its names sorted (tar --sort=name)"
+                    f"the members of sample {this!r} are not contiguous, as WebDataset requires; write the tar again with "
+                    "sorted names (tar --sort=name)"
                 )
             seen.add(this)
             key, extensions, start = this, set(), member.start
         if extension in extensions:
-            raise TarDamage(f"sample {this!r} has two members .{extension}")
+            raise TarDamage(f"sample {this!r} has two members with the extension .{extension}")
         extensions.add(extension)
         end = member.data + member.size
     left_out += finish()
@@ -73,7 +73,7 @@ def group(found: Iterator[Member]) -> tuple[list[tuple[int, int]], int]:
 
 
 def scan(path: str) -> tuple[np.ndarray, int]:
-    """Where the samples of a tar lie: int64 [samples, 2] of (start, end) in bytes, and how many samples are left out."""
+    """Scans a tar: returns the samples' byte ranges (start, end) as int64 [samples, 2], and the number of skipped samples."""
     with open(path, "rb", buffering=0) as stream:
         size = os.fstat(stream.fileno()).st_size
         spans, left_out = group(members(windowed(stream.fileno()), size))
@@ -81,7 +81,7 @@ def scan(path: str) -> tuple[np.ndarray, int]:
 
 
 def windowed(descriptor: int, window: int = 8192) -> Callable[[int, int], bytes]:
-    """Positioned reads through a small window: after a picture come the small txt and json and the next header."""
+    """Returns a buffered positioned read; small members and the next header usually lie in the same window."""
     buffer, begin = b"", 0
 
     def read(offset: int, length: int) -> bytes:
@@ -94,7 +94,7 @@ def windowed(descriptor: int, window: int = 8192) -> Callable[[int, int], bytes]
 
 
 class _Stat(NamedTuple):
-    """What tells whether a shard is still the one that was scanned."""
+    """Identifies the version of a shard that was scanned."""
 
     label: str
     size: int
@@ -102,7 +102,7 @@ class _Stat(NamedTuple):
 
 
 class _Spans:
-    """int64 [samples, 2], in memory or mapped from an index file; a copy sent to a worker maps the file again."""
+    """Byte ranges int64 [samples, 2], in memory or mapped from an index file; unpickling in a worker maps the file again."""
 
     def __init__(self, array: np.ndarray, file: Path | None = None, header: bytes = b""):
         self._array, self._file, self._header = array, file, header
@@ -120,14 +120,14 @@ class _Spans:
         with open(file, "rb") as stream:
             found = stream.read(len(header))
         if found != header:
-            raise ShardError(f"{file}: the shards beside it changed while they were in use; start again")
+            raise ShardError(f"{file}: the shards of this index changed while in use; start again")
         size = (os.path.getsize(file) - len(header)) // 16
         array = np.memmap(file, np.int64, "r", len(header), (size, 2)) if size else np.zeros((0, 2), np.int64)
         return cls(array, file, header)
 
 
 class Index(NamedTuple):
-    """Where every sample lies, for a list of shards."""
+    """Byte ranges of all samples of a list of shards."""
 
     shards: Shards
     spans: _Spans
@@ -135,7 +135,10 @@ class Index(NamedTuple):
 
     @classmethod
     def open(cls, paths: list[str], labels: list[str]) -> Index:
-        """Reads the index beside the shards, scanning those it does not know or that changed, and keeps what is new."""
+        """Reads the index next to the shards, scans new or changed shards, and updates the index.
+
+        Raises ShardError if shards cannot be used.
+        """
         folder = Path(os.path.commonpath([os.path.dirname(p) for p in paths]))
         file = folder / f".icar_index_{hashlib.sha256(chr(10).join(labels).encode()).hexdigest()[:12]}"
         stats = [_Stat(label, *attempt(path, functools.partial(_stat, path))) for path, label in zip(paths, labels)]
@@ -186,7 +189,7 @@ def _scan_one(retries: int, path: str) -> tuple[np.ndarray, int] | ShardError:
 
 
 def _header(rows: list[tuple[_Stat, np.ndarray, int]]) -> bytes:
-    """Magic, length of the JSON, JSON of one row a shard; a multiple of 16 bytes long."""
+    """Returns the header: magic, length of the JSON, JSON with one row per shard, padded to a multiple of 16 bytes."""
     text = json.dumps([[*stat, len(spans), left_out] for stat, spans, left_out in rows]).encode()
     text += b" " * (-(len(_MAGIC) + 15 + len(text)) % 16)
     return _MAGIC + b"%14d\n" % len(text) + text
@@ -201,7 +204,7 @@ def _begins_with(file: Path, header: bytes) -> bool:
 
 
 def _read_index(file: Path) -> dict[_Stat, tuple[np.ndarray, int]]:
-    """What an index file knows; nothing where it cannot be read or is of another version: the shards are scanned then."""
+    """Returns the entries of an index file; empty if it cannot be read or has another version, so shards are rescanned."""
     try:
         with open(file, "rb") as stream:
             if stream.read(len(_MAGIC)) != _MAGIC:
@@ -212,14 +215,14 @@ def _read_index(file: Path) -> dict[_Stat, tuple[np.ndarray, int]]:
         if sum(row[3] for row in rows) != len(spans):
             return {}
     except (OSError, ValueError, IndexError) as error:
-        logging.warning("%s: not readable as an index (%s); scanning the shards", file, error)
+        logging.warning("%s: not a readable index (%s); scanning the shards", file, error)
         return {}
     ends = np.cumsum([row[3] for row in rows])
     return {_Stat(*row[:3]): (spans[end - row[3] : end], row[4]) for row, end in zip(rows, ends, strict=True)}
 
 
 def _write_index(file: Path, rows: list[tuple[_Stat, np.ndarray, int]]) -> bool:
-    """Whether the index could be written; it appears whole or not at all."""
+    """Writes the index atomically; returns whether it could be written."""
     partial = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")
     try:
         with open(partial, "wb") as stream:
@@ -228,7 +231,7 @@ def _write_index(file: Path, rows: list[tuple[_Stat, np.ndarray, int]]) -> bool:
                 stream.write(np.ascontiguousarray(spans, np.int64))
         os.replace(partial, file)
     except OSError as error:
-        logging.info("%s cannot be written (%s): the shards are scanned at every start", file, error)
+        logging.info("%s cannot be written (%s), so the shards are scanned at every start", file, error)
         partial.unlink(missing_ok=True)
         return False
     return True

@@ -1,4 +1,4 @@
-"""TensorFlow Datasets prepared as ArrayRecord, read through `tfds.data_source` without TensorFlow."""
+"""Source for TensorFlow Datasets prepared as ArrayRecord, read through `tfds.data_source` without TensorFlow."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Tfds(Source):
     """A split of a prepared data set; nothing is downloaded.
 
     Args:
-        dataset: its name, such as coco_captions, with a configuration or version if wanted ('coco_captions/2014').
-        root: TFDS's data_dir, the folder that holds one named after the data set.
+        dataset: name such as coco_captions, optionally with configuration or version ('coco_captions/2014').
+        root: TFDS's data_dir, the folder that contains the data set's folder.
         split: a split, several joined by '+', or parts of them ('train[:90%]').
-        image_column, caption_column: features; dots lead into nested ones ('captions.text').
+        image_column, caption_column: features; dots select nested ones ('captions.text').
 
     Raises:
-        ConfigError: data set, split or feature not there; lists what is.
+        ConfigError: data set, split or feature not found; lists the available ones.
     """
 
     def __init__(self, dataset: str, root: str, split: str, image_column: str = "image", caption_column: str = "caption"):
@@ -73,7 +73,7 @@ class Tfds(Source):
         return Record(name, functools.partial(decode, image, name), found)
 
     def overlaps(self, other: Tfds) -> bool:
-        """Whether the two share examples; 'train[:50%]' and 'train[50%:]' do not."""
+        """Returns whether the two splits share examples; 'train[:50%]' and 'train[50%:]' do not."""
         return any(a == b and max(s, t) < min(e, f) for a, s, e in self.pieces for b, t, f in other.pieces)
 
     def _read(self, i: int) -> dict[str, Any]:
@@ -81,10 +81,10 @@ class Tfds(Source):
             source = self._opened = self._opened or self._open()
         try:
             return source[i]
-        # array_record reports missing and damaged files as these
+        # errors that array_record raises for missing and damaged files
         except (RuntimeError, ValueError, IndexError) as error:
             with self._lock:
-                self._opened = None  # its readers stay broken
+                self._opened = None  # its readers do not recover
             raise OSError(str(error)) from error
 
     def _open(self) -> Any:
@@ -97,13 +97,13 @@ class Tfds(Source):
 
     def _builder(self) -> Any:
         folder = Path(self._root, self._dataset.split("/")[0].split(":")[0])
-        # Also keeps TFDS from asking its bucket on the network about a data set that is not here.
+        # This check also stops TFDS from looking up missing data sets in its network bucket.
         prepared = sorted(path.parent.relative_to(self._root).as_posix() for path in folder.rglob("dataset_info.json"))
         where = f"config.data.dataset={self._dataset!r}, config.data.root={self._root!r}"
         if not prepared:
             there = sorted(p.name for p in Path(self._root).iterdir()) if os.path.isdir(self._root) else []
             raise ConfigError(
-                f"{where}: no prepared data set at {folder} (the root holds {', '.join(there[:8]) or 'nothing'}). "
+                f"{where}: no prepared data set at {folder} (the root contains {', '.join(there[:8]) or 'nothing'}). "
                 f"Prepare it with: tfds build {self._dataset} --file_format=array_record --data_dir={self._root}"
             )
         tfds = _tfds()
@@ -113,27 +113,27 @@ class Tfds(Source):
             format = builder.info.file_format.value if builder.info.file_format else "none"
         except Exception as error:
             first = str(error).split("\n")[0]
-            raise ConfigError(f"{where}: cannot be opened: {first}; there are {', '.join(prepared)}") from error
+            raise ConfigError(f"{where}: cannot be opened: {first}; available: {', '.join(prepared)}") from error
         if format != "array_record":
             raise ConfigError(
-                f"{where}: is stored as {format}, which has no random access; prepare it again with "
+                f"{where}: stored as {format}, which has no random access; prepare it again with "
                 f"tfds build {self._dataset} --file_format=array_record"
             )
         return builder
 
 
 def _tfds() -> Any:
-    """The package, imported by one thread at a time: its lazy modules and Python's import lock can wait for one another."""
+    """Imports the package in one thread at a time, because its lazy modules can deadlock with Python's import lock."""
     with _importing:
         import tensorflow_datasets
     return tensorflow_datasets
 
 
 def _check_feature(features: Any, path: list[str], where: str, dataset: str) -> None:
-    """Raises ConfigError where a dotted name leads to no feature."""
+    """Raises ConfigError if a dotted name does not lead to a feature."""
     here = features
     for key in path:
-        here = getattr(here, "feature", here)  # of a sequence
+        here = getattr(here, "feature", here)  # element feature of a sequence
         names = list(here.keys()) if hasattr(here, "keys") else []
         if key not in names:
             raise ConfigError(f"{where}: {dataset} has no such feature; expected one of {_names(features)}")

@@ -1,8 +1,8 @@
-"""WebDataset shards, as img2dataset writes them: tars of 000123.jpg with 000123.txt and 000123.json beside it.
+"""Source for WebDataset shards as written by img2dataset: tars with 000123.jpg, 000123.txt and 000123.json.
 
-A shard is scanned once, header by header, for where each sample begins and ends. A sample's members lie together, so one
-positioned read then fetches a picture with its captions, in any order. The places take 16 bytes a sample; they are kept in a
-file `.icar_index_*` beside the shards where that folder can be written, and mapped, so that all worker processes share them.
+Each shard is scanned once, header by header, for the byte range of each sample. A sample's members are contiguous, so one
+positioned read fetches an image with its captions, in any order. The ranges take 16 bytes per sample. They are cached in a file
+`.icar_index_*` next to the shards, if that folder is writable, and memory-mapped, so that all worker processes share them.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from icar_jax.data.sources.shards import OpenFiles, ShardError, attempt, find_sh
 from icar_jax.data.sources.tar import TarDamage, members
 from icar_jax.data.sources.tar_index import IMAGES, Index, split_name, windowed
 
-_THREADS = 8  # that read URLs: mostly waiting for storage
+_THREADS = 8  # threads that read URLs; they mostly wait for storage
 
 
 class WebDataset(Source):
-    """A folder, glob or brace range of uncompressed .tar shards; random access to their samples.
+    """Random access to the samples of uncompressed .tar shards, given as a folder, glob or brace range.
 
-    Members whose names agree up to the first dot of the file name are one sample. It is used if it has an image (jpg, jpeg,
-    png, webp) and a txt or json; others are left out, with a warning. The captions are the txt, or, where that is missing or
-    empty, `caption` or `captions` (text, or a list) of the json. One without any is reported as an unreadable image is.
+    Members whose names agree up to the first dot of the file name form a sample. Samples with an image (jpg, jpeg, png, webp)
+    and a txt or json are used; others are skipped with a warning. The captions are the txt or, if that is missing or empty,
+    `caption` or `captions` (text, or a list) of the json. A sample without captions is reported like an unreadable image.
 
     Args:
         root, split: see `shards.find_shards`.
-        captions: False reads none, and so misses none.
+        captions: whether to read captions; with False, samples without captions are valid.
 
     Raises:
-        ConfigError: no shards there.
-        ShardError: shards that are damaged, compressed or unreadable, with names, reasons and their number.
+        ConfigError: no shards found.
+        ShardError: damaged, compressed or unreadable shards, with names, reasons and their number.
     """
 
     def __init__(self, root: str, split: str = ".", captions: bool = True):
@@ -50,11 +50,11 @@ class WebDataset(Source):
         self.shards, self._spans = index.shards, index.spans
         if not len(self):
             raise ShardError(
-                f"{self._paths[0]} and {len(self._paths) - 1} more: no sample with an image ({', '.join(IMAGES)}) and a txt or "
+                f"{self._paths[0]} and {len(self._paths) - 1} more: no sample has an image ({', '.join(IMAGES)}) and a txt or "
                 f"json of the same name; {index.left_out} samples lack one of them"
             )
         if index.left_out:
-            logging.warning("%s: %d samples without an image or without txt and json are left out", self.name, index.left_out)
+            logging.warning("%s: %d samples without an image or without txt and json are skipped", self.name, index.left_out)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -72,10 +72,7 @@ class WebDataset(Source):
         return _record(span, self.shards.labels[shard], path, start, self._with_captions)
 
     def urls(self) -> list[str | None]:
-        """The `url` in the json of every sample, None where there is none; reads the jsons, not the pictures.
-
-        Raises ShardError.
-        """
+        """Returns the `url` in the json of every sample, or None; reads the jsons but not the images. Raises ShardError."""
         count, read = len(self._paths), functools.partial(self._urls_of, retries_now())
         with ThreadPoolExecutor(_THREADS) as pool:
             parts = tqdm(pool.map(read, range(count)), total=count, desc="read URLs", disable=None)
@@ -94,11 +91,11 @@ class WebDataset(Source):
             with retrying(retries):
                 return attempt(self._paths[shard], read)
         except TarDamage as error:
-            raise ShardError(f"{self._paths[shard]}: {error}; it changed since it was indexed, or is damaged") from None
+            raise ShardError(f"{self._paths[shard]}: {error}; the file changed since it was indexed, or is damaged") from None
 
 
 def _url(read: Callable[[int, int], bytes], begin: int, end: int) -> str | None:
-    """The `url` in the json among a sample's members."""
+    """Returns the `url` in the json of a sample, or None."""
     for member in members(lambda offset, length: read(begin + offset, length), end - begin, part=True):
         if split_name(member.name)[1] == "json":
             try:
@@ -110,16 +107,16 @@ def _url(read: Callable[[int, int], bytes], begin: int, end: int) -> str | None:
 
 
 def _record(span: bytes, label: str, path: str, start: int, with_captions: bool) -> Record:
-    """The record in the bytes of one sample's members."""
+    """Builds the record from the bytes of one sample's members."""
     found: dict[str, bytes] = {}
     key = ""
     try:
         for member in members(lambda offset, length: span[offset : offset + length], len(span), part=True):
             this, extension = split_name(member.name)
-            if this:  # hidden files may lie between
+            if this:  # hidden files may be in between
                 key, found[extension] = this, span[member.data : member.data + member.size]
     except TarDamage as error:
-        raise ShardError(f"{path}: {error}, {start} bytes into it; it changed since it was indexed, or is damaged") from None
+        raise ShardError(f"{path}, byte {start}: {error}; the file changed since it was indexed, or is damaged") from None
     name = f"{label}/{key}"
     captions, reason = _captions(found) if with_captions else ((), "")
     if with_captions and not captions:
@@ -129,7 +126,7 @@ def _record(span: bytes, label: str, path: str, start: int, with_captions: bool)
 
 
 def _captions(found: dict[str, bytes]) -> tuple[tuple[str, ...], str]:
-    """(captions, why there are none)."""
+    """Returns (captions, reason if there are none)."""
     if captions := texts(found.get("txt")):
         return captions, ""
     if "json" not in found:

@@ -1,4 +1,4 @@
-"""Pictures of where a model saw complexity: the image beside its activation map, one PNG an image."""
+"""Writes activation maps of complexity models: one PNG per image, with the image next to its map."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from icar_jax.data.images import ImageError
 from icar_jax.inference.explain import Explainer, Explanation, over_picture
 
 INDEX = "maps.csv"
-_DPI, _LONGEST = 110, 560  # pixels of the longer side of a picture
-_PALETTE = "RdBu_r"  # diverging, and told apart by colour-blind readers
+_DPI, _LONGEST = 110, 560  # _LONGEST: pixels of the image's longer side
+_PALETTE = "RdBu_r"  # diverging and colour-blind safe
 _BATCH = 8
 
 
 def require_folder(folder: str | os.PathLike, overwrite: bool) -> Path:
-    """The folder to write to. Raises ConfigError for a file, and for a folder that is not empty unless `overwrite`."""
+    """Returns the output folder. Raises ConfigError for a file, and for a folder that is not empty unless `overwrite`."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--explain {folder} is a file; name a folder")
+        raise ConfigError(f"--explain {folder} is a file; pass a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ConfigError(f"--explain {folder} is not empty; choose another folder, or pass --overwrite to write into it")
     return folder
@@ -46,13 +46,12 @@ def write_explanations(
     limit: int = 50,
     npy: bool = False,
 ) -> int:
-    """Explains the `limit` most complex of N files in FOLDER/<name>.png, and lists them in FOLDER/maps.csv.
+    """Writes maps of the `limit` most complex of N files as FOLDER/<name>.png, lists them in FOLDER/maps.csv, and returns the
+    number of images written.
 
-    The most complex come first, since a map shows where complexity was seen; ties keep the order of `files`. Files of one name
-    in several folders become name-2.png and so on. With `npy` FOLDER/<name>.npy holds the map: float32 [h, w] over the square
-    that the model saw. A file that can no longer be read is left out.
-
-    Returns the number of images explained. Each file is written in one step, so that a stopped run leaves whole ones.
+    Images are sorted by descending score; ties keep the order of `files`. Files of equal name in several folders become
+    name-2.png and so on. With `npy`, FOLDER/<name>.npy holds the map: float32 [h, w] over the square seen by the model. Files
+    that can no longer be read are skipped. Each file is written atomically.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,13 +81,13 @@ def write_explanations(
 def _readable(explainer: Explainer, files: list[str]) -> list[tuple[str, Explanation]]:
     try:
         return list(zip(files, explainer.explain(files), strict=True))
-    except (OSError, ImageError):  # one of them changed since it was scored
+    except (OSError, ImageError):  # a file changed since it was scored
         return [pair for file in files for pair in _readable(explainer, [file])] if len(files) > 1 else []
 
 
 def _free_name(stem: str, taken: set[str]) -> str:
     name, number = stem, 1
-    while name.casefold() in taken:  # some file systems take no notice of case
+    while name.casefold() in taken:  # some file systems are case-insensitive
         number += 1
         name = f"{stem}-{number}"
     taken.add(name.casefold())
@@ -96,9 +95,9 @@ def _free_name(stem: str, taken: set[str]) -> str:
 
 
 def draw(explained: Explanation, explainer: Explainer, name: str, stream: io.BytesIO) -> None:
-    """Writes a PNG: the picture, and the picture in grey under its map; red raised the score, blue lowered it.
+    """Writes a PNG with the image, and the image in grey under its map: red raised the score, blue lowered it.
 
-    Colours are scaled to the largest value of this map, so that they compare places of one image, not images.
+    Colours are scaled to the largest value of each map, so they are not comparable between images.
     """
     found = over_picture(explained, explainer.preprocess)
     picture = explained.picture
@@ -108,7 +107,7 @@ def draw(explained: Explanation, explainer: Explainer, name: str, stream: io.Byt
     found = np.asarray(Image.fromarray(found).resize(size, Image.Resampling.BILINEAR))
     width, height = size[0] / _DPI, size[1] / _DPI
     gap, bar, top = 0.15, 0.95, 0.55  # inches
-    total = max(2 * width + 3 * gap + bar, 4.0), height + top + gap  # room for the name over a narrow picture
+    total = max(2 * width + 3 * gap + bar, 4.0), height + top + gap  # room for the name above a narrow image
     figure = Figure(figsize=total, dpi=_DPI)
     FigureCanvasAgg(figure)
     largest = float(np.abs(explained.map).max()) or 1.0
@@ -117,7 +116,7 @@ def draw(explained: Explanation, explainer: Explainer, name: str, stream: io.Byt
     left.imshow(picture, aspect="auto")
     grey = np.asarray(picture.convert("L"), np.float32) / 255
     right.imshow(0.35 + 0.6 * grey, cmap="gray", vmin=0, vmax=1, aspect="auto")
-    # Full colour at half of the largest value already: faint colours would drown in the picture.
+    # Full opacity from half of the largest value, since faint colours are hard to see on the image.
     strength = np.clip(2 * np.abs(found) / largest, 0, 1) * 0.75
     right.imshow(found, cmap=_PALETTE, vmin=-largest, vmax=largest, alpha=strength, aspect="auto")
     for axes in (left, right):

@@ -1,4 +1,4 @@
-"""Figures of the report, each drawn for light and for dark paper, sized so that their letters can be read on a phone."""
+"""Figures of the report, drawn for light and dark themes and legible on a phone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DECILES = 10
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one paper; markers differ too, so nothing depends on colour alone (after Okabe and Ito)."""
+    """Colours of a theme (after Okabe and Ito); markers differ too, so nothing depends on colour alone."""
 
     paper: str
     ink: str
@@ -45,7 +45,7 @@ class Theme:
         return getattr(self, _kind(name))
 
     def depths(self, n: int) -> list[Any]:
-        """n colours from the shallowest exit to full depth."""
+        """Returns n colours from the shallowest exit to full depth."""
         blend = matplotlib.colors.LinearSegmentedColormap.from_list("depth", self.ramp)
         return [blend(i / max(1, n - 1)) for i in range(n)]
 
@@ -61,12 +61,12 @@ DARK = Theme(
 THEMES = {"light": LIGHT, "dark": DARK}
 _MARKERS = {"full": "o", "exit": "s", "routed": "D", "random": "^", "oracle": "*", "static": "P"}
 
-# Draws; what it returns is called once the layout is fixed, as labels are placed in final pixels.
+# Draws into axes; a returned function is called after the layout is fixed, to place labels in pixel coordinates.
 Drawing = Callable[[Axes, Theme], Callable[[], None] | None]
 
 
 def render(draw: Drawing, theme: Theme, kind: str) -> bytes:
-    """The figure as 'svg' or 'png'; SVG is transparent, PNG on white."""
+    """Renders a figure as 'svg' (transparent) or 'png' (white background)."""
     with matplotlib.rc_context({"svg.hashsalt": "icar", "font.size": 10.5}):
         figure = Figure(figsize=SIZE_INCHES, dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
@@ -89,7 +89,7 @@ def render(draw: Drawing, theme: Theme, kind: str) -> bytes:
 
 
 def kept_against_cost(metrics: Mapping[str, Any], cost: str) -> Drawing:
-    """R@5 kept, in percent of full depth, against 'measured' or 'counted' cost in percent of it, with the sweep behind."""
+    """Plots R@5 against 'measured' or 'counted' cost, both in percent of full depth, over the threshold sweep."""
 
     def draw(axes: Axes, theme: Theme) -> Callable[[], None]:
         runs = metrics["runs"]
@@ -98,7 +98,7 @@ def kept_against_cost(metrics: Mapping[str, Any], cost: str) -> Drawing:
             at = [(100 * p["cost"][cost], p["kept"]) for p in swept]
             axes.plot(*zip(*at), ".", color=theme.faint, alpha=0.5, markersize=4, zorder=1, label="other thresholds")
             best = [(100 * p["cost"][cost], p["kept"]) for p in frontier(swept, cost)]
-            axes.plot(*zip(*best), color=theme.routed, alpha=0.7, linewidth=1.4, zorder=1, label="their frontier")
+            axes.plot(*zip(*best), color=theme.routed, alpha=0.7, linewidth=1.4, zorder=1, label="Pareto frontier")
         axes.axhline(100, color=theme.faint, linewidth=0.8, linestyle=":", zorder=0)
         points = {}
         for name in run_order(runs):
@@ -124,8 +124,7 @@ def kept_against_cost(metrics: Mapping[str, Any], cost: str) -> Drawing:
 
 
 def budget_search(tried: SearchedSettings) -> Drawing:
-    """Mean R@5 of every setting tried against its cost in percent of full depth, the bound (a drop of recall in points, or a
-    share of full depth's cost) and the setting chosen."""
+    """Plots mean R@5 of all settings tried against cost in percent of full depth, with the bound and the chosen setting."""
 
     points, chosen, full, cost = tried.settings, tried.chosen, tried.full, tried.cost
     max_drop, budget = tried.max_drop, tried.budget
@@ -134,7 +133,7 @@ def budget_search(tried: SearchedSettings) -> Drawing:
         axes.plot([100 * p.cost[cost] for p in points], [p.recall for p in points], ".", color=theme.faint, alpha=0.5,
                   markersize=4, label="settings tried")  # fmt: skip
         best = frontier(points, cost)
-        axes.plot([100 * p.cost[cost] for p in best], [p.recall for p in best], color=theme.exit, label="their frontier")
+        axes.plot([100 * p.cost[cost] for p in best], [p.recall for p in best], color=theme.exit, label="Pareto frontier")
         bound = {"color": theme.random, "linestyle": "--"}
         if max_drop is not None:
             axes.axhline(full.recall - max_drop, **bound, label=f"{max_drop:g} points below full depth")
@@ -143,14 +142,14 @@ def budget_search(tried: SearchedSettings) -> Drawing:
         axes.plot(100 * full.cost[cost], full.recall, "o", color=theme.full, label="full depth, router included")
         axes.plot(100 * chosen.cost[cost], chosen.recall, "D", color=theme.routed, markersize=8, label="chosen")
         axes.set_xlabel(f"{cost} cost, router included, % of full depth")
-        axes.set_ylabel("R@5, %, mean of both directions\n(on the images it was chosen on)")
+        axes.set_ylabel("R@5, %, mean of both directions\n(calibration images)")
         axes.legend(frameon=False, fontsize=9, labelcolor=theme.ink, loc="lower right")
 
     return draw
 
 
 def share_of_full(runs: Mapping[str, Any], name: str, cost: str) -> float | None:
-    """What a run costs as a share of full depth; None where it was not measured."""
+    """Returns a run's cost as a fraction of full depth; None if it was not measured."""
     full, run = runs["full"], runs[name]
     if cost == "counted":
         return run["flops_per_image"] / full["flops_per_image"]
@@ -158,7 +157,7 @@ def share_of_full(runs: Mapping[str, Any], name: str, cost: str) -> float | None
 
 
 def shares_by_complexity(scores: np.ndarray, exits: np.ndarray) -> Drawing:
-    """Share of each exit among the images of each tenth of the complexity scores."""
+    """Plots the share of each exit per decile of the complexity scores."""
     parts = deciles(scores)
     known = np.unique(exits)
 
@@ -177,7 +176,7 @@ def shares_by_complexity(scores: np.ndarray, exits: np.ndarray) -> Drawing:
 
 
 def recall_by_complexity(scores: np.ndarray, ranks: Mapping[int, Ranks], k: int = 5) -> Drawing:
-    """Recall at k (mean of both directions) of every exit among the images of each tenth of the complexity scores."""
+    """Plots recall at k (mean of both directions) of every exit per decile of the complexity scores."""
     parts = deciles(scores)
 
     def draw(axes: Axes, theme: Theme) -> None:
@@ -194,7 +193,7 @@ def recall_by_complexity(scores: np.ndarray, ranks: Mapping[int, Ranks], k: int 
 
 
 def rank_changes(changes: Mapping[int, np.ndarray]) -> Drawing:
-    """Share of the queries by how far their answer's rank moved, for each early exit; positive is worse."""
+    """Plots the distribution over queries of the change in target rank, for each early exit; positive is worse."""
     names = ["100 or\nmore", "10 to\n99", "1 to 9", "same", "1 to 9", "10 to\n99", "100 or\nmore"]
 
     def draw(axes: Axes, theme: Theme) -> None:
@@ -212,19 +211,19 @@ def rank_changes(changes: Mapping[int, np.ndarray]) -> Drawing:
 
 
 def change_shares(change: np.ndarray) -> np.ndarray:
-    """[7]: shares of changes <= -100, -99..-10, -9..-1, 0, 1..9, 10..99, >= 100."""
+    """Returns [7]: shares of changes <= -100, -99..-10, -9..-1, 0, 1..9, 10..99, >= 100."""
     edges = [-99, -9, 0, 1, 10, 100]
     return np.bincount(np.searchsorted(edges, change, side="right"), minlength=7) / max(1, len(change))
 
 
 def deciles(scores: np.ndarray) -> list[np.ndarray]:
-    """Indices of the images in each tenth of the scores, simplest first; fewer parts where there are fewer images."""
+    """Returns image indices per decile of the scores, simplest first; fewer parts if there are fewer than 10 images."""
     order = np.argsort(scores, kind="stable")
     return [part for part in np.array_split(order, DECILES) if len(part)]
 
 
 def hits_per_image(ranks: Ranks, k: int) -> np.ndarray:
-    """[N] mean of an image's own hit at k and of the share of its captions that found it."""
+    """Returns [N]: mean of an image's own hit at k and the fraction of its captions that retrieve it in the top k."""
     n = len(ranks.image_to_text)
     captions = np.bincount(ranks.caption_image, minlength=n)
     found = np.bincount(ranks.caption_image, weights=ranks.text_to_image <= k, minlength=n)
@@ -238,7 +237,7 @@ def _kind(name: str) -> str:
 
 def _decile_axis(axes: Axes, n: int) -> None:
     axes.set_xticks(range(1, n + 1))
-    axes.set_xlabel(f"complexity, {'tenths' if n == DECILES else 'parts'} of the images: 1 is the simplest")
+    axes.set_xlabel(f"complexity {'decile' if n == DECILES else 'part'} of the images (1: simplest)")
 
 
 def _legend_above(axes: Axes, theme: Theme, n: int) -> None:
@@ -249,5 +248,5 @@ def _legend_above(axes: Axes, theme: Theme, n: int) -> None:
 
 
 def write_budget_search(tried: SearchedSettings, file: str | Path) -> None:
-    """Draws `budget_search` into a PNG file."""
+    """Writes the `budget_search` figure as a PNG file."""
     workdir.write_bytes(file, render(budget_search(tried), LIGHT, "png"))

@@ -1,25 +1,26 @@
-"""The record of one evaluation: shown as a table, judged in plain sentences, written as metrics.json.
+"""Format of metrics.json, and its table for the terminal.
 
-metrics['runs'] maps the names of runs to a dict each. 'full' and 'exit_<blocks>' take every image out at one exit, 'routed' by
-the bundle's thresholds, 'budget_<share>' by thresholds set on calibration images for that share of full depth's counted cost,
-'random' by dice at the share of 'routed', 'oracle' by known ranks at that share, 'lossless' by known ranks as early as no rank
-falls; 'static' is a smaller model; 'routed_affine' is 'routed' ranked by scores calibrated for each exit. Each dict holds
-  text_to_image, image_to_text: {'r1', 'r5', 'r10'} in percent, 'median_rank' and 'mean_rank'; where there are labels also
-    'map10', 'map50', 'map100' (official denominator) and 'map10_standard', ... in percent;
-  flops_per_image: 2 x MACs, the complexity model included where the run uses it;
-  images_per_s: measured, None where it was not;
+metrics['runs'] maps run names to dicts. 'full' and 'exit_<blocks>' use one exit for all images; 'routed' the bundle's
+thresholds; 'budget_<share>' thresholds set on calibration images for that share of full depth's counted cost; 'random' a random
+assignment at the shares of 'routed'; 'oracle' the best assignment at these shares (upper bound); 'lossless' each image's
+cheapest exit that worsens none of its ranks (lossless oracle); 'static' is a shallower baseline model; 'routed_affine' is
+'routed' ranked with per-exit calibrated scores. Each dict holds
+  text_to_image, image_to_text: {'r1', 'r5', 'r10'} in percent, 'median_rank' and 'mean_rank'; with labels also 'map10',
+    'map50', 'map100' (official denominator) and 'map10_standard', ... in percent;
+  flops_per_image: 2 x MACs, including the complexity model if the run uses it;
+  images_per_s: measured; None if not measured;
   share: {exit -> fraction of the images};
-  retention: {'value', 'low', 'high'}, R@5 (mean of both directions) in percent of full depth; None where undefined;
+  retention: {'value', 'low', 'high'}, R@5 (mean of both directions) in percent of full depth; None if undefined;
   intervals: 'text_to_image' | 'image_to_text' | 'mean' -> each of these metrics -> 'value', 'difference' (to full depth) and
-    'retention' (percent of full depth), each {'value', 'low', 'high'} or None, as of bootstrap_metrics.Comparison;
-  of budgets also 'thresholds', and 'found': how, on which images, and what was reached there.
-metrics['timing'] is that of timing.time_breakdown and timing.warm_up; metrics['flops'] holds 'exits' {exit -> 'counted', 'compiler'},
-'router' and 'text'; metrics['frontier'] is a list of frontier.Point with 'kept', R@5 in percent of full depth: a sweep of
-thresholds on the evaluated images, from which nothing was chosen.
-metrics['gallery'] holds the counts 'images' and 'captions', distractors included, 'queries' with the counts of those asked
-for, and the names 'source' and 'distractors' (None without); metrics['comparisons']['routed_minus_random'] holds
-{'value', 'low', 'high', 'includes_zero'} in points, and so does ['routed_affine_minus_routed']; metrics['score_calibration'] is
-that of ScoreCalibration.as_dict with 'bias' of the gallery; metrics['notes'] is a list of sentences.
+    'retention' (percent of full depth), each {'value', 'low', 'high'} or None; see metrics.comparison.Comparison;
+  for budgets also 'thresholds', and 'found': the method, the calibration images and what was reached on them.
+metrics['timing'] joins timing.time_breakdown and timing.warm_up; metrics['flops'] holds 'exits' {exit -> 'counted',
+'compiler'}, 'router' and 'text'; metrics['frontier'] is a list of frontier.Point with 'kept', R@5 in percent of full depth: a
+sweep of thresholds on the evaluated images, from which nothing was chosen.
+metrics['gallery'] holds the counts 'images' and 'captions' (with distractors), 'queries' with the counts of queries, and the
+names 'source' and 'distractors' (None without); metrics['comparisons']['routed_minus_random'] and
+['routed_affine_minus_routed'] hold {'value', 'low', 'high', 'includes_zero'} in points; metrics['score_calibration'] is
+ScoreCalibration.as_dict with the 'bias' of the gallery; metrics['notes'] is a list of sentences.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from icar_jax.evaluation.metrics.retrieval import DIRECTIONS, RECALL_AT
 from icar_jax.evaluation.report.verdicts import verdicts
 from icar_jax.workdir import write_text
 
-BUDGET = "budget_"  # and the share of full depth's cost
-_WIDE = 124  # columns the one-line rows need
+BUDGET = "budget_"  # prefix of run names; followed by the share of full depth's cost
+_WIDE = 124  # terminal columns needed for one-line rows
 
 
 def run_order(runs: Mapping[str, Any]) -> list[str]:
-    """Names of the runs as they are shown: full, exits by depth, a smaller model, routed, budgets, random, oracles, others."""
+    """Returns run names in display order: full, exits by depth, static, routed, budgets, random, oracles, others."""
     exits = sorted((name for name in runs if name.startswith("exit_")), key=exit_depth)
     budgets = sorted((name for name in runs if name.startswith(BUDGET)), key=lambda name: float(name.removeprefix(BUDGET)))
     known = ["full", *exits, "static", "routed", "routed_affine", *budgets, "random", "oracle", "lossless"]
@@ -52,7 +53,7 @@ def run_order(runs: Mapping[str, Any]) -> list[str]:
 
 
 def exit_depth(name: str) -> int:
-    """'exit_6' -> 6 (blocks run)."""
+    """Returns the executed blocks of a run name: 'exit_6' -> 6. Raises ValueError for other names."""
     try:
         return int(name.removeprefix("exit_"))
     except ValueError:
@@ -60,9 +61,9 @@ def exit_depth(name: str) -> int:
 
 
 def results_table(metrics: Mapping[str, Any], *, compact: bool = False) -> Table:
-    """One row a run; with `compact`, rows of several lines that fit 80 columns.
+    """Returns a table with one row per run; `compact` uses rows of several lines that fit 80 columns.
 
-    Raises ValueError where metrics['runs'] lacks 'full', the run all others are compared with.
+    Raises ValueError if metrics['runs'] lacks 'full', the run all others are compared with.
     """
     runs, gallery = metrics["runs"], metrics["gallery"]
     if "full" not in runs:
@@ -99,14 +100,14 @@ def results_table(metrics: Mapping[str, Any], *, compact: bool = False) -> Table
 
 
 def print_results(metrics: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints the table, the verdicts and the notes; wide rows where the terminal has room or the output is a file."""
+    """Prints the table, the verdicts and the notes; rows are wide if the terminal has room or the output is a file."""
     console = console or wide_console(_WIDE)
     console.print(results_table(metrics, compact=console.width < _WIDE))
     print_sentences([*verdicts(metrics), *metrics.get("notes", [])], console)
 
 
 def wide_console(width: int) -> Console:
-    """The terminal at its own width, or a file at `width` columns: rich assumes 80 there."""
+    """Returns a console with the terminal's width, or `width` columns for files, where rich would assume 80."""
     console = Console()
     return console if console.is_terminal else Console(width=width)
 
@@ -114,12 +115,12 @@ def wide_console(width: int) -> Console:
 def print_sentences(sentences: Iterable[str], console: Console) -> None:
     """Prints plain sentences below a table."""
     for sentence in sentences:
-        # markup=False: an interval in brackets is not a style tag. soft_wrap: a sentence stays one line in a log.
+        # markup=False: brackets around intervals are not style tags. soft_wrap: one line per sentence in logs.
         console.print(f"- {sentence}", markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def format_share(share: Mapping[str, float]) -> str:
-    """{'12': .48, '6': .52} -> '6: 52%  12: 48%'."""
+    """Formats shares by exit: {'12': .48, '6': .52} -> '6: 52%  12: 48%'."""
     return "  ".join(f"{name}: {100 * share[name]:.0f}%" for name in sorted(share, key=int))
 
 
@@ -130,10 +131,10 @@ def format_interval(interval: Mapping[str, float] | None) -> str:
 
 
 def write_metrics(metrics: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Writes metrics as JSON in one step: a reader sees the old file or the whole new one.
+    """Writes metrics as JSON atomically: a reader sees the old file or the complete new one.
 
-    Numpy scalars and arrays become numbers and lists; None becomes null. Raises ValueError, and leaves the file as
-    it was, for NaN or inf and for keys that are not strings, naming the place as a path of keys.
+    Numpy scalars and arrays become numbers and lists; None becomes null. Raises ValueError, and leaves the old file
+    unchanged, for NaN or inf and for keys that are not strings; the message gives the path of keys.
     """
     text = json.dumps(_plain(metrics, ()), indent=2, allow_nan=False) + "\n"
     write_text(path, text)
@@ -146,7 +147,7 @@ def _plain(value: Any, where: tuple[str, ...]) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise ValueError(f"metrics: key {key!r} at {place} must be a string, as JSON has no other keys")
+                raise ValueError(f"metrics: key {key!r} at {place} must be a string, since JSON has no other keys")
         return {key: _plain(item, (*where, key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, (*where, str(i))) for i, item in enumerate(value)]
