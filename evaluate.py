@@ -1,4 +1,4 @@
-"""`icar evaluate` as a script, for a checkout: python evaluate.py --config=configs/demo.py:clip --workdir=workdir/demo"""
+"""Runs `icar evaluate` from a checkout: python evaluate.py --config=configs/demo.py:clip --workdir=workdir/demo"""
 
 from icar_jax.cli.program import run
 

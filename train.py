@@ -1,4 +1,4 @@
-"""`icar train` as a script, for a checkout: python train.py --config=configs/demo.py:clip --workdir=workdir/demo"""
+"""Runs `icar train` from a checkout: python train.py --config=configs/demo.py:clip --workdir=workdir/demo"""
 
 from icar_jax.cli.program import run
 

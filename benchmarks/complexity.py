@@ -1,11 +1,11 @@
-"""Images per second of the complexity models, timm's same models in the same run, and what each costs beside ViT-L/14.
+"""Images per second of the complexity models, compared with timm in the same run, and cost relative to ViT-L/14.
 
     python benchmarks/complexity.py [--quick] [--batch 8] [--repeats 5] [--tower] [--json docs/results/complexity_speed.json]
 
-One forward pass on prepared images in memory. The runs of one model take turns, and the fastest pass of each counts: other
-work on the machine only adds time, so compare within a run. PyTorch's rows need torch and timm. A head on the first blocks of a
-tower shares the tower's work: its rows time the head alone, on tokens that are there. FLOPs are counted (models/flops.py), as a
-share of the whole image tower of ViT-L/14; with --tower that tower is timed too, and the share is of its wall time as well.
+One forward pass on preprocessed images in memory. The runs of one model are interleaved, and the fastest pass of each counts,
+since other load only adds time; compare numbers within a run. PyTorch's rows need torch and timm. A head on the first blocks of
+a tower shares the tower's computation, so its rows time only the head, on given tokens. FLOPs are counted (models/flops.py) and
+given as a fraction of ViT-L/14's image tower; with --tower that tower is timed too, for the fraction of wall time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CONVNEXTS = (
     ("tiny", 224), ("nano", 224), ("nano", 512), ("pico", 224), ("femto", 224), ("atto", 224), ("nano", 112), ("pico", 112),
     ("femto", 112), ("atto", 112), ("nano", 64), ("pico", 64), ("femto", 64), ("atto", 64), ("demo", 64),
 )  # fmt: skip
-TIMM = [size for size in variants.CONVNEXT if not size.endswith("_demo")]  # timm has no model of the demo's size
+TIMM = [size for size in variants.CONVNEXT if not size.endswith("_demo")]  # timm has no model of the demo size
 HEADS = (("vit_l14", 2), ("vit_l14", 4), ("vit_b16", 2), ("vit_b16", 4))
 TOWER = variants.CLIP["vit_l14"].vision
 TOWER_BATCH = 2
@@ -44,22 +44,22 @@ TOWER_BATCH = 2
 
 @dataclass(frozen=True)
 class Case:
-    """A complexity model: `runs` make the timed functions by name, `share` is its counted cost over ViT-L/14's."""
+    """A complexity model: `runs` create the timed functions by name, `share` is its counted cost over ViT-L/14's."""
 
     name: str
-    images: int  # in a batch
+    images: int  # images per batch
     share: float
     runs: dict[str, Callable[[], Callable[[], object]]]
 
 
-def compiled(function: Callable, *args) -> Callable[[], object]:
-    """A function of no arguments that runs the compiled one and waits for it."""
+def compile_call(function: Callable, *args) -> Callable[[], object]:
+    """Compiles the function; returns a function without arguments that runs it and waits for the result."""
     run = jit_for_host(function).lower(*args).compile()
     return lambda: jax.block_until_ready(run(*args))
 
 
 def random_images(batch: int, side: int) -> np.ndarray:
-    """float32 [batch, side, side, 3]."""
+    """Returns random images, float32 [batch, side, side, 3]."""
     return np.random.default_rng(0).standard_normal((batch, side, side, 3), dtype=np.float32)
 
 
@@ -70,7 +70,7 @@ def convnext_case(size: str, side: int, batch: int, with_torch: bool) -> Case:
 
     def ours(dtype):
         params = ComplexityModel.init(jax.random.key(0), arch)
-        return compiled(ComplexityModel.graph(arch, dtype=dtype).score, params, jnp.asarray(images))
+        return compile_call(ComplexityModel.graph(arch, dtype=dtype).score, params, jnp.asarray(images))
 
     runs = {f"jax {key}": lambda dtype=dtype: ours(dtype) for key, dtype in DTYPES.items()}
     if with_torch and name in TIMM:
@@ -87,7 +87,7 @@ def head_case(variant: str, blocks: int, batch: int) -> Case:
         model = TokenRouter.graph(arch, dtype=dtype)
         tokens = Tokens(jnp.ones((batch, vision.tokens, vision.width), dtype), jnp.ones((batch, vision.tokens)))
         head = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), model.shapes)
-        return compiled(model.score_of_tokens, head, tokens)
+        return compile_call(model.score_of_tokens, head, tokens)
 
     runs = {f"jax {key}": lambda dtype=dtype: ours(dtype) for key, dtype in DTYPES.items()}
     return Case(f"head on {variant} block {blocks}", batch, router_flops(arch) / vision_flops(TOWER), runs)
@@ -96,24 +96,24 @@ def head_case(variant: str, blocks: int, batch: int) -> Case:
 def tower_case() -> Case:
     def ours(dtype):
         clip = Clip.graph(variants.CLIP["vit_l14"], dtype=dtype)
-        # Constant weights: the time does not depend on them, and drawing 300 million takes longer than the benchmark.
+        # Constant weights: time does not depend on them, and drawing 300 million numbers would take longer.
         params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), {"vision": clip.shapes["vision"]})
         params |= {name: leaf for name, leaf in clip.shapes.items() if name != "vision"}
         images = jnp.asarray(random_images(TOWER_BATCH, TOWER.image_size))
         given, rest = {"vision": params.pop("vision")}, params
-        return compiled(lambda p, x: clip.encode_image({**_zeros(rest), **p}, x), given, images)
+        return compile_call(lambda p, x: clip.encode_image({**_zeros(rest), **p}, x), given, images)
 
     runs = {f"jax {key}": lambda dtype=dtype: ours(dtype) for key, dtype in DTYPES.items()}
     return Case("vit_l14 tower", TOWER_BATCH, 1.0, runs)
 
 
 def _zeros(shapes):
-    """Weights that the program does not read, made inside it and so never."""
+    """Returns zeros for weights that the program does not use; created inside it, so they are eliminated."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
-def measure(case: Case, repeats: int) -> dict:
-    """images/s of each run; the runs take turns `repeats` times and the fastest pass of each counts."""
+def time_case(case: Case, repeats: int) -> dict:
+    """Returns images/s of each run, from the fastest of `repeats` interleaved passes."""
     runs = {name: make() for name, make in case.runs.items()}
     best = dict.fromkeys(runs, float("inf"))
     for run in runs.values():
@@ -136,8 +136,8 @@ def measure(case: Case, repeats: int) -> dict:
     return row
 
 
-def measure_all(batch: int, repeats: int, tower: bool, quick: bool) -> list[dict]:
-    """One row a model."""
+def benchmark_models(batch: int, repeats: int, tower: bool, quick: bool) -> list[dict]:
+    """Returns one row per model."""
     try:
         torch_complexity.import_timm()
         with_torch = True
@@ -147,9 +147,9 @@ def measure_all(batch: int, repeats: int, tower: bool, quick: bool) -> list[dict
     sizes = CONVNEXTS[-2:] if quick else CONVNEXTS
     cases = [convnext_case(size, side, max(1, batch * 224**2 // max(224, side) ** 2), with_torch) for size, side in sizes]
     cases += [head_case(variant, blocks, batch) for variant, blocks in (HEADS[-1:] if quick else HEADS)]
-    rows = [measure(case, repeats) for case in tqdm(cases, desc="models", unit="model")]
+    rows = [time_case(case, repeats) for case in tqdm(cases, desc="models", unit="model")]
     if tower:
-        whole = measure(tower_case(), min(repeats, 3))
+        whole = time_case(tower_case(), min(repeats, 3))
         rows.append(whole)
         rate = whole["images_per_s"][whole["best"]]
         for row in rows:
@@ -174,12 +174,14 @@ def print_table(rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the smallest ConvNeXts and one head, two repeats")
-    parser.add_argument("--batch", type=int, default=8, help="images of 224 pixels; larger images come in smaller batches")
+    parser.add_argument(
+        "--batch", type=int, default=8, help="images of 224 pixels per batch; larger images use smaller batches"
+    )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tower", action="store_true", help="time ViT-L/14's image tower too")
+    parser.add_argument("--tower", action="store_true", help="also time ViT-L/14's image tower")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
-    rows = measure_all(args.batch, 2 if args.quick else args.repeats, args.tower, args.quick)
+    rows = benchmark_models(args.batch, 2 if args.quick else args.repeats, args.tower, args.quick)
     print(f"{jax.devices()[0].device_kind}, {jax.default_backend()}, jax {jax.__version__}, fastest of the passes")
     print_table(rows)
     if args.json:

@@ -1,12 +1,12 @@
-"""Images per second that each kind of source delivers, against the pairs per second that the training step takes.
+"""Images per second from each kind of source, compared with the pairs per second that the training step consumes.
 
     python benchmarks/data.py [--quick] [--images 4000] [--batch 64] [--step-pairs-per-s 350] [--json docs/results/data.json]
 
-Writes one synthetic set (JPEG, 256 x 256, smooth noise; captions) as a folder, tar shards, Parquet and ArrayRecord into a
-temporary folder and reads it in training order: decoding, random crop, resize to 224 x 224 and tokens, as train.py does. The
-files are in the page cache, so this measures the processor, not the storage; Parquet's own cache of row groups (of 100 rows)
-holds a sixteenth of the set. `read/s` is one thread that fetches samples without decoding the image. The step's rate comes
-from docs/results/train_step.json unless it is given.
+Writes one synthetic data set (JPEG, 256 x 256, smooth noise; captions) as a folder, tar shards, Parquet and ArrayRecord into
+a temporary folder and reads it in training order: decoding, random crop, resize to 224 x 224 and tokens, as in train.py. The
+files are in the page cache, so this measures the CPU, not the storage; the Parquet cache of row groups (of 100 rows) holds a
+sixteenth of the data. `read/s` is the rate of one thread that fetches samples without decoding images. The step's rate is
+read from docs/results/train_step.json unless given.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT))  # the writers of the layouts
+sys.path.append(str(ROOT))  # for tests.support, which writes the layouts
 from icar_jax.config import DataConfig  # noqa: E402
 from icar_jax.data import configured  # noqa: E402
 from icar_jax.data.augment import Augment  # noqa: E402
@@ -37,13 +37,13 @@ from icar_jax.data.tokenizer import Tokenizer  # noqa: E402
 from tests.support.shardfiles import sample, write_array_records, write_tar  # noqa: E402
 
 KINDS = ("folder", "webdataset", "parquet", "tfds")
-SHARD = 500  # samples of a shard
+SHARD = 500  # samples per shard
 SIDE, TRAINED_AT, CONTEXT = 256, 224, 77
 SETTINGS = ((0, 1), (0, 2), (2, 1))  # worker processes, threads in each process
 
 
 def jpeg(number: int) -> bytes:
-    """A smooth picture with some grain, as large as a photograph of its size (about 20 kB)."""
+    """Returns a smooth image with some grain, with the file size of a photograph (about 20 kB)."""
     rng = np.random.default_rng(number)
     coarse = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     grain = np.asarray(coarse, np.int16) + rng.integers(-12, 13, (SIDE, SIDE, 1))
@@ -57,7 +57,7 @@ def caption(number: int) -> str:
 
 
 def write(root: Path, images: int) -> dict[str, DataConfig]:
-    """The set in every layout, and the configuration that reads each."""
+    """Writes the data set in every layout; returns the configuration that reads each."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -87,7 +87,7 @@ def write(root: Path, images: int) -> dict[str, DataConfig]:
 
 
 def reads_per_s(source: Any, seconds: float) -> float:
-    """Samples fetched in training order by one thread, without decoding their images."""
+    """Returns samples per second fetched in training order by one thread, without decoding images."""
     _, order = examples_at(np.arange(len(source)), len(source), 0)
     start, done = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
@@ -99,7 +99,7 @@ def reads_per_s(source: Any, seconds: float) -> float:
 
 
 def images_per_s(source: Any, tokenizer: Tokenizer, batch: int, workers: int, threads: int, seconds: float) -> float:
-    """Images delivered once the workers have started and their buffers are spent."""
+    """Returns images per second after the workers have started and their initial buffers are used up."""
     spent = 2 * max(1, workers) * (1 + threads)
     with train_batches(
         source, Preprocess(TRAINED_AT), tokenizer, CONTEXT, batch_size=batch, seed=0,
@@ -114,7 +114,7 @@ def images_per_s(source: Any, tokenizer: Tokenizer, batch: int, workers: int, th
 
 
 def step_rate() -> tuple[float, str]:
-    """Pairs per second of this project's fastest measured step, and where that was read."""
+    """Returns pairs per second of this package's fastest measured training step, and the source of the number."""
     path = ROOT / "docs" / "results" / "train_step.json"
     rows = [r for r in json.loads(path.read_text(encoding="utf-8")) if r["framework"] == "icar_jax"]
     best = max(rows, key=lambda r: r["pairs_per_s"])
@@ -126,8 +126,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="600 images, two settings, half a second each; writes no JSON")
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
-    parser.add_argument("--step-pairs-per-s", type=float, help="what the training step takes")
+    parser.add_argument("--seconds", type=float, default=4.0, help="duration of each measurement")
+    parser.add_argument("--step-pairs-per-s", type=float, help="pairs per second of the training step")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "data.json")
     args = parser.parse_args()
     images, seconds, settings = (600, 0.5, SETTINGS[1:2]) if args.quick else (args.images, args.seconds, SETTINGS)
@@ -145,7 +145,7 @@ def main() -> None:
             start = time.perf_counter()
             source = configured.train_source(configs[kind])
             opened = time.perf_counter() - start
-            if kind == "parquet":  # a real set does not fit into the cache
+            if kind == "parquet":  # a real data set does not fit into the cache
                 source.source.cache_bytes = int(images * size) // 16
             read = reads_per_s(source, seconds / 2)
             for workers, threads in settings:

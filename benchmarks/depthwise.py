@@ -1,9 +1,9 @@
-"""Depthwise 7x7 convolution: shifted multiply-adds (the CPU path) against XLA's convolution (the GPU and TPU path).
+"""Compares depthwise 7x7 convolutions: shifted multiply-adds (the CPU path) and XLA's convolution (the GPU and TPU path).
 
     python benchmarks/depthwise.py [--quick] [--json out.json]
 
-Prints one table, times in milliseconds (fastest run), float32, for two ConvNeXt stages at batch 8. Run it on each platform to
-see that the path chosen there is the faster one.
+Prints one table of times in milliseconds (fastest run), float32, for two ConvNeXt stages at batch 8. Run it on each platform
+to check that the path chosen there is the faster one.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ QUICK_SIZES = ((2, 14, 14, 384),)
 
 
 def shifts_backward(x, kernel, g):
-    """Value, input gradient and kernel gradient on the path of shifted multiply-adds."""
+    """Returns value, input gradient and kernel gradient with shifted multiply-adds."""
     gradients = depthwise._shifted_sum(g, kernel[::-1, ::-1]), depthwise._kernel_gradient_tiles(x, kernel, g)
     return depthwise._shifted_sum(x, kernel), *gradients
 
 
 def conv_backward(x, kernel, g):
-    """Value, input gradient and kernel gradient on the convolution path."""
+    """Returns value, input gradient and kernel gradient with XLA's convolution."""
     gradients = depthwise._conv(g, kernel[::-1, ::-1]), depthwise._kernel_gradient_conv(x, kernel, g)
     return depthwise._conv(x, kernel), *gradients
 
 
 def fastest_ms(function, *args, repeats: int) -> float:
-    """The fastest of `repeats` calls of the compiled function, in milliseconds."""
+    """Returns the fastest of `repeats` calls of the compiled function, in milliseconds."""
     compiled = jax.jit(function).lower(*args).compile()
     jax.block_until_ready(compiled(*args))
     times = []
@@ -46,8 +46,8 @@ def fastest_ms(function, *args, repeats: int) -> float:
     return 1e3 * min(times)
 
 
-def measure(sizes=SIZES, repeats: int = 5) -> list[dict]:
-    """One row a size and pass: `size` [B, H, W, C], `pass`, `shifts_ms`, `conv_ms`, `ratio` (conv over shifts)."""
+def benchmark_convolutions(sizes=SIZES, repeats: int = 5) -> list[dict]:
+    """Returns one row per size and pass: `size` [B, H, W, C], `pass`, `shifts_ms`, `conv_ms`, `ratio` (conv over shifts)."""
     generator = np.random.default_rng(0)
     rows = []
     for size in sizes:
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one small size, two repeats")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
-    rows = measure(QUICK_SIZES, 2) if args.quick else measure()
+    rows = benchmark_convolutions(QUICK_SIZES, 2) if args.quick else benchmark_convolutions()
     print(f"platform {jax.default_backend()}, jax {jax.__version__}")
     print(f"{'size':>18} {'pass':>17} {'shifts ms':>10} {'conv ms':>10} {'conv/shifts':>12}")
     for row in rows:

@@ -1,10 +1,10 @@
-"""The deletion test: does replacing what a map of complexity points at lower the score, and does it point at the objects?
+"""Deletion test of complexity maps: how much deleting the highlighted pixels lowers the score, and overlap with objects.
 
     python benchmarks/explain.py --checkpoint WORKDIR [--images 128] [--json out.json] [--figure out.png]
 
-CHECKPOINT is a complexity model that was trained on scenes, as by `train.py --config=configs/demo.py:complexity`. Prints lines
-for each stage (of a head on the blocks of a CLIP: for its patches) and both ways of filling deleted pixels. The figure shows
-the default stage over the share of deleted pixels.
+CHECKPOINT is a complexity model trained on scenes, for example by `train.py --config=configs/demo.py:complexity`. Prints lines
+for each stage (or for the patches, if the model is a head on the blocks of a CLIP) and both fills of deleted pixels. The figure
+shows the default stage against the fraction of deleted pixels.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _STYLES = {
     "random_pixels": ("#56B4E9", "s", "random pixels"),
     "lowest": ("#000000", "v", "ranked lowest by the map"),
 }
-_FILLS = {"background": "the scene without its objects", "blur": "the blurred picture"}
+_FILLS = {"background": "the scene without its objects", "blur": "the blurred image"}
 
 
 def draw(record: dict, path: str) -> None:
-    """Mean fall of the score against the share of deleted pixels, one panel a fill."""
+    """Plots the mean drop in score against the fraction of deleted pixels, one panel per fill."""
     figure = Figure(figsize=(9.6, 4.2), dpi=figures.DPI, layout="constrained")
     axes = figure.subplots(1, len(deletion.FILLS), sharey=True)
     for panel, fill in zip(axes, deletion.FILLS, strict=True):
@@ -49,7 +49,7 @@ def draw(record: dict, path: str) -> None:
         panel.axhline(0, color="0.6", linewidth=0.8, linestyle=":")
         panel.set_title(f"filled with {_FILLS[fill]}", fontsize=10)
         panel.set_xlabel("deleted pixels, %")
-    axes[0].set_ylabel("fall of the score (95% interval)")
+    axes[0].set_ylabel("drop in score (95% interval)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8.5)
     figure.suptitle(f"Deletion test on {record['images']} scenes, maps of {_called(record['default_stage'])}", fontsize=10.5)
@@ -71,14 +71,16 @@ def main() -> None:
     patches = isinstance(model.scorer.complexity.arch, BlocksArch)
     stages, default = ((None,), None) if patches else (MAP_STAGES, MAP_STAGE)
     record = deletion.deletion_test(model, images=args.images, stages=stages)
-    print(f"{args.images} scenes of {record['pixels']} pixels, PCC {record['pcc']:.3f}; the fall of the score, 20% deleted")
+    print(
+        f"{args.images} scenes of {record['pixels']} pixels, PCC {record['pcc']:.3f}; drop in score with 20% of pixels deleted"
+    )
     for stage, found in record["stages"].items():
         for fill, by_share in found["deletion"].items():
             orders = "  ".join(f"{order} {by_share['0.2'][order]['value']:+.3f}" for order in deletion.ORDERS)
             print(f"{_called(stage)}  {fill:10}  {orders}")
         mass = found["mass"]["objects"]
         inside, area = mass["inside"]["value"], mass["area"]["value"]
-        print(f"{_called(stage)}  of the map inside the objects' boxes {inside:.2f}, of the area {area:.2f}")
+        print(f"{_called(stage)}  map mass inside the objects' boxes {inside:.2f}, area of the boxes {area:.2f}")
     record["default_stage"], record["model"] = str(default), dataclasses.asdict(model.scorer.complexity.arch)
     if args.figure:
         more = deletion.deletion_test(model, images=args.images, stages=(default,), shares=SHARES)

@@ -1,19 +1,19 @@
-"""Images per second of the image towers and of the router: this project's, and the official PyTorch way in the same run.
+"""Images per second of the image towers and the router, compared with the official PyTorch implementation in the same run.
 
     python benchmarks/inference.py [--quick] [--towers vit_b16 vit_l14] [--batch 4] [--batches 2] [--repeats 3]
         [--json docs/results/inference.json]
 
-Same random weights, same images in memory, on CPU in turns; the fastest pass of each counts: other work on the machine only
-adds time, so compare within a run. Both sides' float32 embeddings must agree before anything is reported.
+Both use the same random weights and the same images in memory. On CPU their passes are interleaved and the fastest pass of each
+counts, since other load only adds time; compare numbers within a run. Float32 embeddings of both must agree.
 
-Numbered columns are one tower after so many blocks, `scores` is the complexity model (ConvNeXtV2-tiny at 224), `routed` scores
-and towers with half the images early (6 of 12 blocks, 13 of 24). PyTorch's router cuts each batch by a boolean mask, as the
-official evaluator does; ours has a queue per exit. `of ideal` is the speed of `routed` against one that costs no more than its
-parts, each on full batches. PyTorch's rows need torch: float32, bf16 autocast, and bf16 weights.
+Numbered columns are one tower after that many blocks, `scores` is the complexity model (ConvNeXtV2-tiny at 224), `routed` is
+scoring and encoding with half of the images at the early exit (6 of 12 blocks, 13 of 24). PyTorch's router splits each batch
+by a boolean mask, as the official evaluator does; ours has one queue per exit. `of ideal` is the speed of `routed` relative to
+the sum of its parts, each on full batches. PyTorch's rows need torch: float32, bf16 autocast, and bf16 weights.
 
-GFLOP/s are counted FLOPs of the whole tower (2 x multiply-accumulates) over time; `of product` is their share of what the
-fastest single product of square matrices reaches, here or in PyTorch: a tower cannot beat that by much, whoever computes it. On
-an accelerator there are no PyTorch rows, more exits, and larger batches.
+GFLOP/s are counted FLOPs of the full tower (2 x multiply-accumulates) over time; `of product` is their fraction of the fastest
+single product of square matrices, in JAX or PyTorch, which is close to the upper limit. On an accelerator there are no PyTorch
+rows, more exits, and larger batches.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from icar_jax import architectures
-from icar_jax import pytree
+from icar_jax import architectures, pytree
 from icar_jax.config.schema import ClipConfig
 from icar_jax.inference.forward import Forward
 from icar_jax.inference.router import OneExit, Router
@@ -57,18 +56,18 @@ MORE_EXITS = {"vit_b32": (3, 6, 9), "vit_b16": (3, 6, 9), "vit_l14": (9, 13, 17,
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 TORCH_MODES = ("f32", "bf16 autocast", "bf16 weights")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
-TOLERANCE = 1e-4  # float32, of embeddings of length one
-Runs = dict[str, Callable[[int], np.ndarray]]  # by name; the argument says how many of the batches
+TOLERANCE = 1e-4  # largest difference of unit-norm float32 embeddings
+Runs = dict[str, Callable[[int], np.ndarray]]  # by name; the argument is the number of batches
 Timed = dict[str, dict[str, list[float]]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One tower: images uint8 [N, S, S, 3], of which every second one needs full depth and has a first value of 255."""
+    """One tower and its images uint8 [N, S, S, 3]; every second image has a first value of 255 and goes to full depth."""
 
     name: str
     arch: VisionArch
-    early: int  # the exit that half the routed images leave at
+    early: int  # exit of half of the routed images
     scorer: ComplexityArch
     batch: int
     batches: int
@@ -79,7 +78,7 @@ class Case:
 
     @cached_property
     def params(self) -> dict[str, Any]:
-        """Parameters of the tower and of the scorer, float32: drawn numbers that repeat, as drawing them all takes long."""
+        """Float32 parameters of the tower and the scorer: repeated random numbers, since drawing all of them takes long."""
         numbers = 0.02 * np.random.default_rng(1).standard_normal(1_000_003, np.float32)
         leaf = lambda path, s: jnp.asarray(np.resize(numbers, s.shape) + np.float32(path.endswith("scale")))
         shapes = {"tower": self.tower.shapes, "scorer": ComplexityModel.graph(self.scorer).shapes}
@@ -95,7 +94,7 @@ class Case:
 
 
 def jax_runs(case: Case, dtype: Any) -> tuple[Runs, float]:
-    """What is timed of this package, by name, and the seconds that compiling took."""
+    """Returns the timed functions of this package by name, and the compilation time in seconds."""
     full, early = case.arch.depth, case.early
     vision, complexity = VisionTower.graph(case.arch, dtype=dtype), ComplexityModel.graph(case.scorer, dtype=dtype)
 
@@ -107,7 +106,7 @@ def jax_runs(case: Case, dtype: Any) -> tuple[Runs, float]:
         return Forward(embed, case.params["tower"], (case.batch,))
 
     def score(params: Any, pixels: jax.Array) -> jax.Array:
-        # A float times zero may be NaN, so that the compiler cannot leave the score out.
+        # A float times zero may be NaN, so the compiler cannot eliminate the score.
         value = complexity.score(params, normalise(pixels, ICC_MEAN, ICC_STD))
         return pixels[:, 0, 0, 0] / 255 + 0 * value
 
@@ -130,14 +129,14 @@ def jax_runs(case: Case, dtype: Any) -> tuple[Runs, float]:
 
 
 def torch_runs(case: Case) -> dict[str, Runs]:
-    """What is timed of PyTorch, by mode and name; the modes share weights where they can."""
+    """Returns the timed PyTorch functions by mode and name; modes share weights where possible."""
     import torch
     import torch_towers
 
     full, early = case.arch.depth, case.early
     made = {"f32": [], "bf16 weights": []}
     for dtype, modules in zip((torch.float32, torch.bfloat16), made.values()):
-        with torch.device("meta"):  # weights are read, not drawn
+        with torch.device("meta"):  # weights are loaded, not initialised
             vision, scorer = torch_towers.Vision(case.arch), torch_towers.Complexity(case.scorer.backbone)
         modules.append(torch_towers.load(vision, case.params["tower"]).to(dtype))
         modules.append(torch_towers.load(scorer, case.params["scorer"]).to(dtype))
@@ -163,10 +162,10 @@ def torch_runs(case: Case) -> dict[str, Runs]:
     return {mode: runs(mode) for mode in TORCH_MODES}
 
 
-def in_turns(runs: dict[str, Runs], batches: int, repeats: int, title: str) -> tuple[Timed, dict[str, np.ndarray]]:
-    """Seconds of every pass, and what `routed` gave, by row; all rows run a name before the next. A first batch does not count.
+def interleave(runs: dict[str, Runs], batches: int, repeats: int, title: str) -> tuple[Timed, dict[str, np.ndarray]]:
+    """Returns the seconds of every pass, and the results of `routed`, by row; passes of different rows are interleaved.
 
-    A row that took over twice as long as the fastest in the first round is left at that: it is out of the noise's reach.
+    One warm-up batch is not timed. A row that takes over twice as long as the fastest in the first round is not repeated.
     """
     names = list(next(iter(runs.values())))
     seconds: Timed = {row: {name: [] for name in names} for row in runs}
@@ -188,7 +187,7 @@ def in_turns(runs: dict[str, Runs], batches: int, repeats: int, title: str) -> t
 
 
 def product_flops(with_torch: bool) -> dict[str, float]:
-    """FLOP/s of one product of square matrices, by framework and dtype: what the device is known to reach."""
+    """Returns FLOP/s of one product of square matrices by framework and dtype, as a measure of the device's peak."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
     products: dict[str, Callable[[], Any]] = {}
     for key, dtype in DTYPES.items():
@@ -206,23 +205,23 @@ def product_flops(with_torch: bool) -> dict[str, float]:
         for name, product in products.items():
             start = time.perf_counter()
             product()
-            if repeat:  # the first compiles
+            if repeat:  # the first call compiles
                 best[name] = min(best[name], time.perf_counter() - start)
     return {name: 2 * size**3 / seconds for name, seconds in best.items()}
 
 
-def measure(case: Case, repeats: int, with_torch: bool) -> list[dict[str, Any]]:
-    """One row per framework and dtype. Raises SystemExit where PyTorch's embeddings are others than ours."""
+def benchmark_tower(case: Case, repeats: int, with_torch: bool) -> list[dict[str, Any]]:
+    """Returns one row per framework and dtype. Raises SystemExit if PyTorch's embeddings differ from ours."""
     runs, compiled = {}, {}
     if with_torch:
         runs |= {f"torch {mode}": functions for mode, functions in torch_runs(case).items()}
     for key, dtype in DTYPES.items():
         runs[f"jax {key}"], compiled[f"jax {key}"] = jax_runs(case, dtype)
-    seconds, routed = in_turns(runs, case.batches, repeats, case.name)
+    seconds, routed = interleave(runs, case.batches, repeats, case.name)
     if with_torch:
         apart = float(np.abs(routed["torch f32"] - routed["jax f32"]).max())
         if not apart < TOLERANCE:
-            raise SystemExit(f"{case.name}: float32 embeddings of both sides differ by {apart:.1e}, more than {TOLERANCE}")
+            raise SystemExit(f"{case.name}: float32 embeddings of JAX and PyTorch differ by {apart:.1e}, more than {TOLERANCE}")
     images, full, early = case.batch * case.batches, str(case.arch.depth), str(case.early)
     rates = {row: {name: images / min(times) for name, times in named.items()} for row, named in seconds.items()}
     rows = []
@@ -243,7 +242,7 @@ def measure(case: Case, repeats: int, with_torch: bool) -> list[dict[str, Any]]:
 
 
 def print_table(rows: list[dict[str, Any]], peak: float) -> None:
-    """Rows of one tower."""
+    """Prints the rows of one tower."""
     exits = [name for name in rows[0]["images_per_s"] if name.isdigit()]
     columns = [*sorted(exits, key=int), "scores", "routed"]
     title = "".join(f"{name + ' blocks' if name.isdigit() else name:>11}" for name in columns)
@@ -260,7 +259,7 @@ def print_table(rows: list[dict[str, Any]], peak: float) -> None:
 
 
 def device() -> dict[str, Any]:
-    """The machine in words; of a CPU, which of the instructions it has that decide the speed of matrix products."""
+    """Describes the machine; for a CPU also the instruction sets that determine the speed of matrix products."""
     about: dict[str, Any] = {"platform": jax.default_backend(), "kind": jax.devices()[0].device_kind}
     cpuinfo = Path("/proc/cpuinfo")
     if jax.default_backend() == "cpu" and cpuinfo.exists():
@@ -274,10 +273,10 @@ def device() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="ViT-B/32 and the smallest ConvNeXt, one round: whether it runs")
+    parser.add_argument("--quick", action="store_true", help="ViT-B/32 and the smallest ConvNeXt, one round, as a smoke test")
     parser.add_argument("--towers", nargs="+", choices=sorted(EARLY), default=["vit_b16", "vit_l14"])
-    parser.add_argument("--batch", type=int, help="images a batch; 4 on CPU, else 128")
-    parser.add_argument("--batches", type=int, help="batches a pass, an even number; 2 on CPU, else 16")
+    parser.add_argument("--batch", type=int, help="images per batch; 4 on CPU, else 128")
+    parser.add_argument("--batches", type=int, help="batches per pass, an even number; 2 on CPU, else 16")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
@@ -286,7 +285,9 @@ def main() -> None:
     if args.quick:
         args.towers, batch, batches, args.repeats = ["vit_b32"], 4, 2, 1
     if batch < 1 or batches < 2 or batches % 2 or args.repeats < 1:
-        parser.error(f"--batch {batch} and --repeats {args.repeats} must be 1 or more, --batches {batches} even and 2 or more")
+        parser.error(
+            f"--batch {batch} and --repeats {args.repeats} must be at least 1, --batches {batches} even and at least 2"
+        )
     backbone = variants.CONVNEXT["convnextv2_atto" if args.quick else "convnextv2_tiny"]
     scorer = ComplexityArch(backbone, "classification", 224)
     with_torch = on_cpu and find_spec("torch") is not None
@@ -301,7 +302,7 @@ def main() -> None:
     for name in args.towers:
         clip = ClipConfig(variant=name, exits=(EARLY[name],) if on_cpu else MORE_EXITS[name])
         case = Case(name, architectures.clip_arch(clip).vision, EARLY[name], scorer, batch, batches)
-        rows += measure(case, args.repeats, with_torch)
+        rows += benchmark_tower(case, args.repeats, with_torch)
         print_table([row for row in rows if row["tower"] == name], max(peaks.values()))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

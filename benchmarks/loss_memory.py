@@ -1,9 +1,9 @@
-"""Memory of the contrastive loss with its gradient, all logits at once against a ring of text chunks, on 8 fake devices.
+"""Memory of the contrastive loss and its gradient: all logits at once compared with a ring of text chunks, on 8 fake devices.
 
     python benchmarks/loss_memory.py [--quick] [--json docs/results/loss_memory.json]
 
 Compiles value and gradient of the summed loss of 2 exits (float32 embeddings of width 768, mesh data 2 x fsdp 4) and prints
-what XLA's memory analysis of the compiled program says one device holds beside arguments and results. Nothing is executed.
+the temporary memory per device from XLA's memory analysis of the compiled program. Nothing is executed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def mesh() -> Mesh:
     return make_mesh(MeshConfig(*MESH), jax.devices()[:8])
 
 
-def compiled(mesh: Mesh, batch: int, kind: str, chunk: int) -> jax.stages.Compiled:
-    """Value and gradient for images, text, scales and biases, each placed like its argument; chunk 0 is the plain form."""
+def compile_loss(mesh: Mesh, batch: int, kind: str, chunk: int) -> jax.stages.Compiled:
+    """Compiles value and gradient for images, text, scales and biases, sharded like the arguments; chunk 0: plain form."""
 
     def loss(images, text, scales, biases):
         names = {"kind": kind, "direction": "symmetric"}
@@ -47,17 +47,17 @@ def compiled(mesh: Mesh, batch: int, kind: str, chunk: int) -> jax.stages.Compil
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)), out_shardings=places).lower(*arguments).compile()
 
 
-def measure(batches=BATCHES, chunks=CHUNKS, kinds=KINDS) -> list[dict]:
-    """One row a batch, kind and chunk (0: plain; chunks above a device's share are left out).
+def measure_memory(batches=BATCHES, chunks=CHUNKS, kinds=KINDS) -> list[dict]:
+    """Returns one row per batch, kind and chunk (0: plain; chunks larger than a device's shard are skipped).
 
-    `temp_bytes` of a device, and `unit_bytes` = 4 E B/devices (chunk + D), which the ring needs a few times.
+    `temp_bytes`: temporary memory per device. `unit_bytes` = 4 E B/devices (chunk + D); the ring needs a small multiple of it.
     """
     devices, rows = mesh(), []
     for batch in batches:
         local = batch // batch_shards(devices)
         for kind in kinds:
             for chunk in (0, *(c for c in chunks if c <= local)):
-                temporary = compiled(devices, batch, kind, chunk).memory_analysis().temp_size_in_bytes
+                temporary = compile_loss(devices, batch, kind, chunk).memory_analysis().temp_size_in_bytes
                 row = {"batch": batch, "kind": kind, "chunk": chunk, "temp_bytes": temporary}
                 row["unit_bytes"] = 4 * len(EXITS) * local * (chunk + WIDTH) if chunk else None
                 rows.append(row)
@@ -71,7 +71,7 @@ def main() -> None:
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-    rows = measure((4096,), (512,)) if args.quick else measure()
+    rows = measure_memory((4096,), (512,)) if args.quick else measure_memory()
     print(f"8 fake CPU devices, mesh data 2 x fsdp 4, {len(EXITS)} exits, width {WIDTH}, jax {jax.__version__}")
     print(f"{'batch':>6} {'loss':>8} {'form':>11} {'temp MiB/device':>16} {'of plain':>9} {'of 4 E b (chunk + D)':>21}")
     for row in rows:

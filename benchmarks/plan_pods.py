@@ -1,11 +1,10 @@
-"""Plans of large pretraining runs on TPU slices, made by the TPU compiler without a TPU.
+"""Plans large pretraining runs on TPU slices with the TPU compiler, without a TPU.
 
     pip install libtpu
     python benchmarks/plan_pods.py [--only l14_fsdp] [--json docs/results/plan.json]
 
-Each plan compiles the training step of ViT-L/14 or ViT-H/14 with one early exit for a whole slice and prints its report: memory
-of a chip, collectives, roofline. What is already in the JSON file stays there unless it is planned again. A plan takes minutes
-of processor time and prints how many.
+Each plan compiles the training step of ViT-L/14 or ViT-H/14 with one early exit for a full slice and prints its report: memory
+per chip, collectives, roofline. Other plans in the JSON file are kept. A plan takes minutes of CPU time and prints how many.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from icar_jax.planner.plan import plan
 from icar_jax.planner.report import format_plan
 
 PAIRS_PER_CHIP = 128
-CHUNK = 1024  # texts scored at once
+CHUNK = 1024  # texts per chunk of the loss
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "plan.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Pod:
-    """One plan: the model, the slice, the mesh and how the blocks run."""
+    """One plan: the model, the slice, the mesh, and whether the blocks are scanned."""
 
     variant: str
     exit: int
@@ -39,7 +38,7 @@ class Pod:
     chips: int
     mesh: tuple[int, int, int]
     scan: bool = True
-    limit_gib: float | None = None  # what the plan must stay under, besides the chip's memory
+    limit_gib: float | None = None  # upper limit in addition to the chip's memory
 
     def config(self) -> ExperimentConfig:
         return ExperimentConfig(
@@ -59,8 +58,8 @@ PODS = {
 }
 
 
-def measure(name: str) -> tuple[dict, bool]:
-    """Prints the report of one pod; returns its figures, and whether it stays within its limits."""
+def plan_pod(name: str) -> tuple[dict, bool]:
+    """Prints the report of one pod; returns its figures, and whether it is within its limits."""
     pod = PODS[name]
     chip, devices, compiler = target(pod.topology, 0)
     made = plan(pod.config(), devices, chip, compiler)
@@ -73,17 +72,17 @@ def measure(name: str) -> tuple[dict, bool]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PODS, default=list(PODS), help="make these plans only")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="file the figures are written to")
+    parser.add_argument("--only", nargs="+", choices=PODS, default=list(PODS), help="only these plans")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="file to write the figures to")
     args = parser.parse_args()
     results = json.loads(args.json.read_text()) if args.json.exists() else {}
     failed = []
     for name in args.only:
-        results[name], within = measure(name)
+        results[name], within = plan_pod(name)
         failed += [] if within else [name]
-        args.json.write_text(json.dumps(results, indent=1) + "\n")  # at once: the next plan may take long
+        args.json.write_text(json.dumps(results, indent=1) + "\n")  # after every plan, since plans take long
     if failed:
-        print(f"beyond their memory: {', '.join(failed)}", file=sys.stderr)
+        print(f"over the memory limit: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -1,15 +1,15 @@
-"""Routed images per second against full depth, and against what the counted FLOPs of towers and router allow.
+"""Routed images per second, compared with full depth and with the limit set by the counted FLOPs of towers and router.
 
     python benchmarks/router.py [--quick] [--towers vit_b16 vit_l14] [--batch 16] [--images 128] [--repeats 3]
         [--dtype float32] [--scorers atto@112 nano@224] [--json docs/results/router.json]
 
-Random weights, prepared pixels in memory, one early exit (after 6 of 12 blocks, 13 of 24). The complexity model runs, but drawn
-scores replace its own, which random weights make all alike; half the images leave early. Everything is compiled first. The ways
-of one tower take turns, and the fastest pass of each counts: other work on the machine only adds time.
+Random weights, preprocessed pixels in memory, one early exit (after 6 of 12 blocks, 13 of 24). The complexity model runs, but
+random scores replace its own, which would be nearly equal with random weights; half of the images leave early. Everything is
+compiled first. The runs of one tower are interleaved, and the fastest pass of each counts, since other load only adds time.
 
-Two bounds: `ideal by FLOPs` is full depth's counted cost over that of the routed images with their scores, and `ideal by parts`
-is the speed at which each part alone, on full batches, would do the same work. Their difference is how much slower a FLOP of
-the complexity model is; the distance from the second is what queues, copies, padding and waiting cost.
+Two bounds: `ideal by FLOPs` is full depth's counted cost over that of the routed images and their scores; `ideal by parts` is
+the speed of the same work with each part timed alone on full batches. They differ because FLOPs of the complexity model are
+slower; the gap to the second bound is the cost of queues, copies, padding and waiting.
 """
 
 from __future__ import annotations
@@ -40,14 +40,16 @@ EXITS = {"vit_b32": 6, "vit_b16": 6, "vit_l14": 13}
 MEAN = STD = (0.5, 0.5, 0.5)
 
 
-def drawn(shapes: Any) -> Any:
-    """Weights of no meaning; those of linear layers are small enough for activations to stay finite."""
+def random_weights(shapes: Any) -> Any:
+    """Returns random weights, small enough for finite activations."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape, np.float32) * 0.02), shapes)
 
 
-def in_turns(runs: dict[str, Callable[[], RoutingResult]], repeats: int, title: str) -> dict[str, tuple[float, RoutingResult]]:
-    """The fastest pass of each in seconds, and what it returned; the first pass of each does not count."""
+def interleave(
+    runs: dict[str, Callable[[], RoutingResult]], repeats: int, title: str
+) -> dict[str, tuple[float, RoutingResult]]:
+    """Returns the fastest pass of each run in seconds, and its result; the first pass of each is a warm-up."""
     best: dict[str, tuple[float, RoutingResult]] = {}
     for repeat in tqdm(range(repeats + 1), desc=title, unit="round"):
         for name, run in runs.items():
@@ -59,13 +61,13 @@ def in_turns(runs: dict[str, Callable[[], RoutingResult]], repeats: int, title: 
     return best
 
 
-def measure(name: str, scorer_name: str, batch: int, images: int, repeats: int, dtype: Any) -> dict[str, Any]:
-    """Times one tower with one router, 'atto@112'; returns a record of speeds in images/s, speed-ups and efficiencies."""
+def benchmark_router(name: str, scorer_name: str, batch: int, images: int, repeats: int, dtype: Any) -> dict[str, Any]:
+    """Times one tower with one router such as 'atto@112'; returns images/s, speed-ups and efficiencies."""
     arch = architectures.clip_arch(ClipConfig(variant=name, exits=(EXITS[name],)))
     size, _, scorer_side = scorer_name.partition("@")
     scorer_arch = ComplexityArch(variants.CONVNEXT[f"convnextv2_{size}"], "regression", int(scorer_side))
     clip, scorer = Clip.graph(arch, dtype=dtype), ComplexityModel.graph(scorer_arch, dtype=dtype)
-    params, scorer_params = drawn(clip.shapes), drawn(scorer.shapes)
+    params, scorer_params = random_weights(clip.shapes), random_weights(scorer.shapes)
     early, full = arch.vision.all_exits
 
     def tower(exit: int) -> Forward:
@@ -76,7 +78,7 @@ def measure(name: str, scorer_name: str, batch: int, images: int, repeats: int, 
 
     def drawn_score(params: Any, pixels: jax.Array) -> jax.Array:
         number = jnp.sum(pixels.astype(jnp.int32), axis=(1, 2, 3)) % 1009
-        # A float times zero may be NaN, so that the compiler cannot leave the score out.
+        # A float times zero may be NaN, so the compiler cannot eliminate the score.
         return number / 1009 + 0 * scorer.score(params, normalise(pixels, MEAN, STD))
 
     score = Forward(drawn_score, scorer_params, (batch,))
@@ -97,7 +99,7 @@ def measure(name: str, scorer_name: str, batch: int, images: int, repeats: int, 
         for pending in [score.submit(part) for part in parts]:
             pending.result()
 
-    best = in_turns(
+    best = interleave(
         {
             "full": lambda: OneExit(full, towers[full]).embed_batches(batches, dim),
             "early": lambda: OneExit(early, towers[early]).embed_batches(batches, dim),
@@ -130,7 +132,7 @@ def measure(name: str, scorer_name: str, batch: int, images: int, repeats: int, 
 
 
 def report(r: dict[str, Any]) -> str:
-    """Lines of text for a record of `measure`."""
+    """Formats a record of `benchmark_router`."""
     speed, rate, s = r["images_per_s"], r["flops_per_s"], r["stats"]
     rows = sum(s["rows"].values())
     return "\n".join(
@@ -142,17 +144,17 @@ def report(r: dict[str, Any]) -> str:
             "  GFLOP/s: " + ", ".join(f"{name} {value / 1e9:.0f}" for name, value in rate.items()),
             f"  ideal by FLOPs {r['ideal_by_flops']:.3f}: efficiency {r['efficiency_by_flops']:.1%}; "
             f"ideal by parts {r['ideal_by_parts']:.3f}: efficiency {r['efficiency_by_parts']:.1%}",
-            f"  padding {sum(s['padding'].values()) / rows:.1%} of the images' rows, waiting for images "
+            f"  padding {sum(s['padding'].values()) / rows:.1%} of the rows, waiting for images "
             f"{s['input_s'] / s['total_s']:.1%} of the time, {s['compilations']} compilations",
         ]
     )
 
 
 def router_name(text: str) -> str:
-    """A router by name, 'atto@112'."""
+    """Checks a router name such as 'atto@112'. Raises ArgumentTypeError."""
     size, _, side = text.partition("@")
     if f"convnextv2_{size}" not in variants.CONVNEXT or not side.isdecimal() or not 32 <= int(side) <= 224:
-        raise argparse.ArgumentTypeError(f"expected a size of ConvNeXt and 32 to 224 pixels, as atto@112, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a ConvNeXt size and 32 to 224 pixels, such as atto@112, found {text!r}")
     return text
 
 
@@ -164,8 +166,8 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--images", type=int, default=128)
     p.add_argument("--repeats", type=int, default=3)
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16, but float32 on CPU")
-    p.add_argument("--quick", action="store_true", help="ViT-B/32, two batches: whether it runs")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, or float32 on CPU")
+    p.add_argument("--quick", action="store_true", help="ViT-B/32, few batches, as a smoke test")
     p.add_argument("--json")
     args = p.parse_args()
     if args.quick:
@@ -174,7 +176,7 @@ def main() -> None:
     records = []
     for name in args.towers:
         for scorer in args.scorers:
-            records.append(measure(name, scorer, args.batch, args.images, args.repeats, dtype))
+            records.append(benchmark_router(name, scorer, args.batch, args.images, args.repeats, dtype))
             print(report(records[-1]), flush=True)
     if args.json:
         about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "runs": records}

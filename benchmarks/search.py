@@ -1,17 +1,17 @@
-"""Stores of synthetic vectors at scale, and how well "nothing here matches" tells what is in a gallery from what is not.
+"""Benchmarks vector search at scale, and the verdict "nothing here matches" on queries with and without a match.
 
     python benchmarks/search.py [--quick] [--rows 10000 100000 1000000] [--dims 512 768] [--queries 100] [--exact-queries 20]
         [--kind pq] [--dir DIR] [--json docs/results/search.json]
     python benchmarks/search.py --verdict BUNDLE [--scenes 2500] [--json docs/results/search_verdict.json]
 
-The vectors are unit float16, as embeddings are, and clustered, as collections are: a centre for every 100 rows, drawn on the
-sphere, clusters of uneven size (Zipf, exponent 1/2), and within a cluster a normal deviation of norm 0.8 before the row is
-scaled to 1. Queries are further draws that no row equals. A row has all columns of a store. Other work on the machine adds to
-every time; p50 and p99 are those of all queries.
+The vectors are unit-norm float16 and clustered like real collections: one centre on the sphere per 100 rows, cluster sizes by
+a Zipf law with exponent 1/2, and within a cluster a normal deviation of norm 0.8 before normalisation. Queries are further
+draws from the same distribution. Rows have all columns of a store. Other load on the machine adds to every time; p50 and p99
+are over all queries.
 
-The verdict: BUNDLE embeds scenes, routed. For each kind of thing that is taken out of a gallery (every image with one of four
-pairs of colour and shape; every image with one colour) the same captions are asked of a gallery with their images and of one
-of the same size without any. Captions of other subjects are asked against captions whose image is there.
+Verdict: BUNDLE embeds scenes with routing. For each kind of removed content (all images with one of four pairs of colour and
+shape; all images with one colour), the same captions are queried against a gallery with their images and against one of the
+same size without any. Captions of other subjects are compared with captions whose image is in the gallery.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from icar_jax.search.plain import PLAIN
 from icar_jax.search.store import Store
 from icar_jax.search.tables import image_schema, now, vector_column
 
-BATCH = 20_000  # rows a write
+BATCH = 20_000  # rows per write
 KINDS = {"rq": "IvfRq", "pq": "IvfPq", "sq": "IvfSq", "hnsw": "HnswSq"}
 OTHER_SUBJECTS = (
     "two dogs on a beach", "a red car in the street", "a tax form", "a man riding a horse", "people at a table",
@@ -53,7 +53,7 @@ OTHER_SUBJECTS = (
 
 
 class Clusters:
-    """Draws of unit vectors [n, dim]."""
+    """Draws clustered unit vectors [n, dim]."""
 
     def __init__(self, rows: int, dim: int, seed: int = 0):
         self._rng = np.random.default_rng(seed)
@@ -70,7 +70,7 @@ class Clusters:
 
 
 def batches(clusters: Clusters, rows: int, dim: int) -> Iterator[pa.Table]:
-    """All rows of a store, some at a time."""
+    """Yields all rows of a store in batches."""
     for start in range(0, rows, BATCH):
         n = min(BATCH, rows - start)
         yield pa.table(
@@ -91,7 +91,7 @@ def megabytes(folder: str, below: str = "") -> float:
 
 
 def timed(store: Store, queries: np.ndarray, exact: bool) -> tuple[list[set[str]], dict[str, float]]:
-    """Paths of the 10 nearest of each query, and percentiles of wall time in ms; one more query goes first."""
+    """Returns the paths of each query's 10 nearest rows, and percentiles of wall time in ms; one warm-up query is not timed."""
     found, times = [], []
     for i, vector in enumerate(tqdm([queries[0], *queries], "exact" if exact else "approximate", unit="query", leave=False)):
         start = time.perf_counter()
@@ -103,8 +103,10 @@ def timed(store: Store, queries: np.ndarray, exact: bool) -> tuple[list[set[str]
     return found, {f"p{p}": float(np.percentile(times, p)) for p in (50, 99)}
 
 
-def measure(rows: int, dim: int, queries: int, exact_queries: int, folder: str, kind: str | None = None) -> dict[str, Any]:
-    """Writes, builds and searches one store; returns a record, sizes in MB and times in s, of queries in ms."""
+def benchmark_store(
+    rows: int, dim: int, queries: int, exact_queries: int, folder: str, kind: str | None = None
+) -> dict[str, Any]:
+    """Writes, indexes and searches one store; returns a record with sizes in MB and times in s (queries in ms)."""
     clusters = Clusters(rows, dim)
     store = create_store(folder, {"clip": "0" * 64}, dim, (13, 24), "none")
     writing = 0.0
@@ -132,7 +134,7 @@ def measure(rows: int, dim: int, queries: int, exact_queries: int, folder: str, 
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Markdown rows for records of `measure`."""
+    """Returns a Markdown table of records of `benchmark_store`."""
     lines = [
         "| Rows | Width | Store, MB | Index, MB | Write, s | Build, s | Exact p50 / p99, ms | Index p50 / p99, ms | R@10 |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -147,7 +149,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def auc(here: np.ndarray, gone: np.ndarray) -> float:
-    """Chance that a query with an answer has the higher statistic; a half for ties."""
+    """Returns the probability that a query with a match has the higher statistic; ties count half."""
     return float(np.mean((here[:, None] > gone[None]) + 0.5 * (here[:, None] == gone[None])))
 
 
@@ -196,8 +198,8 @@ class Gallery:
         return np.array([one(query) for query in queries]).T
 
 
-def embed(bundle: str, scenes: int) -> dict[str, Any]:
-    """What `verdicts` needs: scenes, their embeddings, two captions of each, and other texts, [n, D]."""
+def embed_scenes(bundle: str, scenes: int) -> dict[str, Any]:
+    """Returns the inputs of `verdicts`: scenes, their embeddings, two captions of each, and other texts, all [n, D]."""
     model = icar_jax.load(bundle)
     source = Scenes("test", scenes, seed=7, heldout=False)
     records = [source[i] for i in range(scenes)]
@@ -211,7 +213,7 @@ def embed(bundle: str, scenes: int) -> dict[str, Any]:
 
 
 def verdicts(given: dict[str, Any], galleries: int = 3) -> list[dict[str, Any]]:
-    """Records by what was taken out and size of gallery: AUC by statistic, and both rates at the thresholds of the lifts."""
+    """Returns records by removed content and gallery size: AUC by statistic, and both error rates at the thresholds."""
     drawn, captions = given["scenes"], given["captions"]
     pairs = [{(item.colour, item.shape) for item in scene.items} for scene in drawn]
     colours = [{item.colour for item in scene.items} | set(scene.background.colours) for scene in drawn]
@@ -260,24 +262,24 @@ def main() -> None:
     p.add_argument("--dims", nargs="+", type=int, default=[512, 768])
     p.add_argument("--queries", type=int, default=100)
     p.add_argument("--exact-queries", type=int, default=20)
-    p.add_argument("--kind", choices=sorted(KINDS), help="another kind of index than the one that `icar index` builds")
-    p.add_argument("--dir", help="folder for the stores; a temporary one by default. What is made in it is removed")
+    p.add_argument("--kind", choices=sorted(KINDS), help="index type; default: the one that `icar index` builds")
+    p.add_argument("--dir", help="folder for the stores, which are removed afterwards; default: a temporary folder")
     p.add_argument("--verdict", metavar="BUNDLE", help="measure the verdict instead, with this bundle")
     p.add_argument("--scenes", type=int, default=2500)
-    p.add_argument("--quick", action="store_true", help="2,000 rows, few queries: whether it runs")
+    p.add_argument("--quick", action="store_true", help="2,000 rows, few queries, as a smoke test")
     p.add_argument("--json")
     args = p.parse_args()
     if args.quick:
         args.rows, args.dims, args.queries, args.exact_queries, args.scenes = [2000], [64], 10, 5, 1300
     records = []
     if args.verdict:
-        records = verdicts(embed(args.verdict, args.scenes), 1 if args.quick else 3)
+        records = verdicts(embed_scenes(args.verdict, args.scenes), 1 if args.quick else 3)
     else:
         for dim in args.dims:
             for rows in args.rows:
                 folder = tempfile.mkdtemp(prefix="search-", dir=args.dir)
                 try:
-                    records.append(measure(rows, dim, args.queries, args.exact_queries, folder, args.kind))
+                    records.append(benchmark_store(rows, dim, args.queries, args.exact_queries, folder, args.kind))
                 finally:
                     shutil.rmtree(folder)
                 print(table(records), flush=True)

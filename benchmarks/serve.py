@@ -1,12 +1,12 @@
-"""Latency of searches through the API of `icar serve`, at 1, 8 and 32 clients; and a picture of its page.
+"""Latency of searches through the API of `icar serve` with 1, 8 and 32 clients; or a screenshot of its page.
 
     python benchmarks/serve.py --store STORE [--checkpoint C] [--quick] [--seconds 10] [--json docs/results/serve.json]
     python benchmarks/serve.py --store STORE --screenshot docs/search_page.png [--query "a red circle"] [--width 1280] [--dark]
 
-Starts the server as a process of its own, on loopback. Each client is a thread with a connection of its own that asks again as
-soon as it has its answer: captions of the store where it holds any, else plain phrases; previews of it as images. Answers
-that refuse (503) stand in a column of their own. The clients share the machine, and so take processor time from the server.
-`batch` is the mean number of queries that were encoded together. A picture needs Chromium.
+Starts the server in a separate process, on loopback. Each client is a thread with its own connection that sends the next
+request as soon as it has a response. Queries are captions of the store, or plain phrases if it has none; image queries are its
+thumbnails. Refused requests (503) have a separate column. The clients run on the same machine and take CPU time from the
+server. `batch` is the mean number of queries encoded together. A screenshot needs Chromium.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PHRASES = ("two dogs playing in the snow", "a child on a swing", "a man riding a
 
 @contextlib.contextmanager
 def server(store: str, checkpoint: str | None, queue: int) -> Iterator[str]:
-    """Address of an `icar serve` of its own."""
+    """Starts `icar serve` in a separate process and yields its address."""
     command = [sys.executable, "-m", "icar_jax.cli", "serve", "--store", store, "--port", "0", "--queue", str(queue)]
     command += ["--checkpoint", checkpoint] if checkpoint else []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -43,7 +43,7 @@ def server(store: str, checkpoint: str | None, queue: int) -> Iterator[str]:
         while found is None:
             line = process.stdout.readline()
             if not line:
-                sys.exit("the server did not start; what it said is above")
+                sys.exit("the server did not start; see its output above")
             found = re.search(r"Serving (http://\S+?)/\s", line)
         yield found[1]
     finally:
@@ -51,18 +51,20 @@ def server(store: str, checkpoint: str | None, queue: int) -> Iterator[str]:
         process.wait(60)
 
 
-def measure(ask: Callable[[httpx.Client, int], httpx.Response], address: str, clients: int, seconds: float) -> dict[str, float]:
-    """Milliseconds of the answers (status 200) that `clients` threads got in a while, and how many were refused."""
+def measure_latency(
+    ask: Callable[[httpx.Client, int], httpx.Response], address: str, clients: int, seconds: float
+) -> dict[str, float]:
+    """Sends requests from `clients` threads for `seconds`; returns latency percentiles in ms and counts of refusals (503)."""
     taken, refused, ready = [], [], threading.Barrier(clients + 1)
 
     def run(number: int) -> None:
         with httpx.Client(base_url=address, timeout=120) as client:
-            client.get("/healthz")  # connects
+            client.get("/healthz")  # opens the connection
             ready.wait()
-            asked, until = number, time.perf_counter() + seconds
+            query, until = number, time.perf_counter() + seconds
             while time.perf_counter() < until:
                 start = time.perf_counter()
-                answer = ask(client, asked)
+                answer = ask(client, query)
                 spent = time.perf_counter() - start
                 if answer.status_code == 503:
                     refused.append(spent)
@@ -70,7 +72,7 @@ def measure(ask: Callable[[httpx.Client, int], httpx.Response], address: str, cl
                 else:
                     answer.raise_for_status()
                     taken.append(spent)
-                asked += clients
+                query += clients
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(clients)]
     for thread in threads:
@@ -85,15 +87,15 @@ def measure(ask: Callable[[httpx.Client, int], httpx.Response], address: str, cl
             "p99_ms": p99}  # fmt: skip
 
 
-def counted(client: httpx.Client, kind: str) -> tuple[float, float]:
-    """(queries, batches) so far."""
+def batch_counts(client: httpx.Client, kind: str) -> tuple[float, float]:
+    """Returns (queries, batches) so far."""
     text = client.get("/metrics").text
     numbers = [re.search(rf'icar_batch_queries_{part}{{kind="{kind}"}} (\S+)', text) for part in ("sum", "count")]
     return tuple(float(number[1]) if number else 0.0 for number in numbers)
 
 
-def kinds(client: httpx.Client) -> dict[str, Callable[[httpx.Client, int], httpx.Response]]:
-    """How each kind of request is made, with queries that vary."""
+def request_kinds(client: httpx.Client) -> dict[str, Callable[[httpx.Client, int], httpx.Response]]:
+    """Returns a function per kind of request, with varying queries."""
     hits = client.get("/api/search", params={"q": PHRASES[0], "k": 200}).raise_for_status().json()["hits"]
     texts = [hit["caption"] for hit in hits if hit["caption"]] or list(PHRASES)
     ids = [hit["id"] for hit in hits]
@@ -106,12 +108,12 @@ def kinds(client: httpx.Client) -> dict[str, Callable[[httpx.Client, int], httpx
 
 
 def screenshot(address: str, file: Path, query: str, width: int, height: int, dark: bool) -> None:
-    """A picture of the page with the results of a query."""
-    sys.path.append(str(ROOT))  # the driver of the page's tests
+    """Writes a screenshot of the page with the results of a query."""
+    sys.path.append(str(ROOT))  # for the Chromium driver of the tests
     from tests.support import chromium
 
     if chromium.PATH is None:
-        sys.exit("no Chromium is installed; it takes the picture")
+        sys.exit("a screenshot needs Chromium, which is not installed")
     with chromium.Browser() as browser:
         page = browser.page(f"{address}/?{httpx.QueryParams({'q': query})}", width, height, dark)
         page.wait("document.querySelectorAll('.card').length > 0 && !document.querySelector('[aria-busy]')")
@@ -125,12 +127,12 @@ def screenshot(address: str, file: Path, query: str, width: int, height: int, da
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", required=True, help="store made by `icar index`")
-    parser.add_argument("--checkpoint", help="as of `icar serve`")
-    parser.add_argument("--quick", action="store_true", help="a second of text alone at 1 and 8 clients; writes no JSON")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
+    parser.add_argument("--checkpoint", help="as for `icar serve`")
+    parser.add_argument("--quick", action="store_true", help="one second of text queries at 1 and 8 clients; writes no JSON")
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration of each measurement")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "serve.json")
-    parser.add_argument("--screenshot", type=Path, metavar="PNG", help="takes a picture of the page, and measures nothing")
-    parser.add_argument("--query", default="a red circle", help="of the picture")
+    parser.add_argument("--screenshot", type=Path, metavar="PNG", help="take a screenshot of the page instead of measuring")
+    parser.add_argument("--query", default="a red circle", help="query in the screenshot")
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--height", type=int, default=900)
     parser.add_argument("--dark", action="store_true")
@@ -146,13 +148,13 @@ def main() -> None:
         print(f"{'kind':>8} {'clients':>8} {'requests':>9} {'503':>5} {'per s':>7}", end=" ")
         print(f"{'p50 ms':>8} {'p90 ms':>8} {'p99 ms':>8} {'batch':>6}")
         rows = []
-        for kind, ask in kinds(client).items():
+        for kind, ask in request_kinds(client).items():
             if args.quick and kind != "text":
                 continue
             for clients in CLIENTS[:2] if args.quick else CLIENTS:
-                before = counted(client, kind)
-                found = measure(ask, address, clients, 1.0 if args.quick else args.seconds)
-                queries, batches = np.subtract(counted(client, kind), before)
+                before = batch_counts(client, kind)
+                found = measure_latency(ask, address, clients, 1.0 if args.quick else args.seconds)
+                queries, batches = np.subtract(batch_counts(client, kind), before)
                 row = {"kind": kind, "clients": clients, **found, "batch": queries / batches if batches else None}
                 rows.append(row)
                 print(

@@ -1,4 +1,4 @@
-"""timm's ConvNeXt as a yardstick for the complexity models on the same machine: one forward pass, float32 or bf16 autocast."""
+"""timm baseline for the complexity models on the same machine: one ConvNeXt forward pass, float32 or bf16 autocast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MODES = ("f32", "f32 channels_last", "bf16", "bf16 channels_last")
 
 
 def import_timm():
-    """Return `(torch, timm)`. Raises ImportError saying what to install."""
+    """Returns `(torch, timm)`. Raises ImportError naming the packages to install."""
     try:
         import torch
     except ImportError as error:
@@ -26,9 +26,10 @@ def import_timm():
 
 
 def make_forward(name: str, images: np.ndarray, mode: str) -> Callable[[], None]:
-    """A function that runs timm's model `name`, random weights and no classes, on images float32 [B, S, S, 3].
+    """Returns a function that runs timm's model `name` (random weights, no classifier) on images float32 [B, S, S, 3].
 
-    `mode` is one of MODES; on an accelerator it runs there, and the function returns once the result is ready.
+    mode: one of MODES. It runs on an accelerator if available and returns once the result is ready. Raises ValueError for
+    unknown modes.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} must be one of {MODES}")

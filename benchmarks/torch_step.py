@@ -1,7 +1,7 @@
-"""The dual-path training step in PyTorch, as a yardstick for the JAX step on the same machine.
+"""PyTorch baseline of the dual-path training step, for comparison with the JAX step on the same machine.
 
-ViT-B/32 from open_clip, written as the reference PyTorch recipe does it: the image is encoded twice, once through the whole
-tower and once up to the exit block, the text once; symmetric InfoNCE on both paths, gradient clipping, AdamW.
+ViT-B/32 from open_clip, as in the reference PyTorch recipe: the image is encoded twice, once through the full tower and once
+up to the exit block, the text once; symmetric InfoNCE on both paths, gradient clipping, AdamW.
 
     python benchmarks/torch_step.py --batch 16 --steps 5 --dtype bf16
 """
@@ -14,16 +14,16 @@ import time
 
 from icar_jax.convert.parity.reference import declare_torchvision_operators
 
-BLOCKS_RUN = 6  # blocks the exit path runs, of 12
+BLOCKS_RUN = 6  # blocks of the exit path, of 12
 WIDTH, EMBED_DIM = 768, 512
 CONTEXT, VOCAB = 77, 49408
 
 
 def import_open_clip():
-    """Return `(torch, open_clip)`.
+    """Returns `(torch, open_clip)`.
 
     Raises:
-      ImportError: torch or open_clip_torch is missing; the message says what to install.
+      ImportError: torch or open_clip_torch is missing; the message names the packages to install.
     """
     try:
         import torch
@@ -40,7 +40,7 @@ def import_open_clip():
 
 
 def build(torch, open_clip):
-    """Return `(model, exit_head, temperature)` with fresh random weights, on the CPU in float32."""
+    """Returns `(model, exit_head, temperature)` with random weights, on the CPU in float32."""
     torch.manual_seed(0)
     model = open_clip.create_model("ViT-B-32", pretrained=None)
     head = torch.nn.Sequential(torch.nn.LayerNorm(WIDTH), torch.nn.Linear(WIDTH, EMBED_DIM, bias=False))
@@ -49,7 +49,7 @@ def build(torch, open_clip):
 
 
 def symmetric_loss(torch, images, texts, log_scale):
-    """Symmetric InfoNCE of unit vectors [B, D] and [B, D], at exp(log_scale) capped at 100."""
+    """Returns symmetric InfoNCE of unit vectors [B, D] and [B, D], with logit scale exp(log_scale) capped at 100."""
     logits = log_scale.exp().clamp(max=100.0) * images @ texts.T
     target = torch.arange(len(logits))
     cross_entropy = torch.nn.functional.cross_entropy
@@ -57,9 +57,9 @@ def symmetric_loss(torch, images, texts, log_scale):
 
 
 def make_step(batch: int = 16, dtype: str = "bf16"):
-    """Return a function of no arguments that runs one training step on fixed synthetic pairs and returns its loss.
+    """Returns a function without arguments that runs one training step on fixed synthetic pairs and returns its loss.
 
-    `dtype` is "f32" or "bf16" (autocast over float32 weights).
+    dtype: "f32" or "bf16" (autocast over float32 weights).
 
     Raises:
       ImportError: torch or open_clip_torch is missing.
@@ -104,11 +104,11 @@ def make_step(batch: int = 16, dtype: str = "bf16"):
     return step
 
 
-def measure(batch: int = 16, steps: int = 5, dtype: str = "bf16") -> dict:
-    """Time the step, after one warm-up step.
+def time_step(batch: int = 16, steps: int = 5, dtype: str = "bf16") -> dict:
+    """Times the step after one warm-up step.
 
     Returns a dict: `pairs_per_s` from the fastest of `steps` steps, `step_s` (every step, seconds), `loss` of the last step,
-    `threads`, and the versions measured.
+    `threads`, and package versions.
 
     Raises:
       ImportError: torch or open_clip_torch is missing.
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--dtype", choices=("f32", "bf16"), default="bf16")
     args = parser.parse_args()
-    print(json.dumps(measure(args.batch, args.steps, args.dtype)))
+    print(json.dumps(time_step(args.batch, args.steps, args.dtype)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""ICAR's image side in plain PyTorch, as a yardstick: ViT with early exit, ConvNeXt V2 classifier, routing by boolean masks.
+"""PyTorch baseline of ICAR's image side: ViT with early exit, ConvNeXt V2 classifier, routing by boolean masks.
 
-The models are called as the official code calls them: float pixels [B, 3, S, S] in [0, 1] are normalised inside, and a batch is
-scored, cut in two by a mask, and each part encoded. Modules carry the names of this package's parameters, which `load` copies.
+The models are called as in the official code: float pixels [B, 3, S, S] in [0, 1] are normalised inside; a batch is scored,
+split by a mask, and each part is encoded. Modules use the parameter names of this package, so `load` can copy weights.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ExitHead(nn.Module):
 
 
 class Vision(nn.Module):
-    """CLIP's ViT: pixels [B, 3, S, S] -> [B, D], unit norm. `exit` counts executed blocks; the class token is pooled."""
+    """CLIP's ViT: pixels [B, 3, S, S] -> [B, D], unit norm. `exit`: number of executed blocks; pools the class token."""
 
     def __init__(self, arch: VisionArch):
         super().__init__()
@@ -165,9 +165,9 @@ def _normalised(pixels: torch.Tensor, mean: tuple, std: tuple) -> torch.Tensor:
 
 
 def routed(vision: Vision, scorer: Complexity, pixels: torch.Tensor, early: int, full: int) -> torch.Tensor:
-    """A batch [B, 3, S, S] as the official evaluator runs it -> [B, D].
+    """Routes a batch [B, 3, S, S] as the official evaluator does -> [B, D].
 
-    The score is computed, but the first pixel of an image decides: it is above 0.5 where the image needs full depth.
+    The score is computed but not used: images whose first pixel is above 0.5 go to full depth.
     """
     probability = scorer(pixels)
     is_complex = pixels[:, 0, 0, 0] + 0 * probability > 0.5
@@ -179,9 +179,9 @@ def routed(vision: Vision, scorer: Complexity, pixels: torch.Tensor, early: int,
 
 
 def load(module: nn.Module, params: Mapping[str, Any]) -> nn.Module:
-    """`module`, built on torch's device "meta", with a copy of this package's parameters of the same model.
+    """Loads a copy of this package's parameters of the same model into `module`, built on torch's device "meta".
 
-    Raises RuntimeError where names or shapes differ.
+    Raises RuntimeError if names or shapes differ.
     """
     state = {}
     for path, leaf in pytree.flatten(params).items():

@@ -1,10 +1,10 @@
-"""Pairs per second of the ViT-B/32 dual-path training step: this project's own step, and PyTorch's in the same run.
+"""Pairs per second of the ViT-B/32 dual-path training step, compared with PyTorch in the same run.
 
     python benchmarks/train_step.py [--quick] [--batch 16] [--steps 5] [--dtypes bf16 f32] [--json out.json]
 
-The step is the one train.py runs: one pass through both towers with a tap after 6 of 12 blocks, symmetric loss at both depths,
-global-norm clip, AdamW, float32 weights, donated state. The PyTorch row needs torch and open_clip_torch; it encodes each image
-twice, as the reference recipe does. The two take turns, and the fastest step of each counts. The batch is ready in memory.
+The step is that of train.py: one pass through both towers with an exit after 6 of 12 blocks, symmetric loss at both depths,
+global-norm clipping, AdamW, float32 weights, donated state. The PyTorch row needs torch and open_clip_torch; it encodes each
+image twice, as the reference recipe does. The two are interleaved, and the fastest step of each counts. Data is in memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DTYPES = {"bf16": "bfloat16", "f32": "float32"}
 
 
 class Vocabulary:
-    """CLIP's vocabulary size and end token: all that the step needs of a tokenizer."""
+    """CLIP's vocabulary size and end token, which is all that the step needs from a tokenizer."""
 
     vocab_size, end_id = 49408, 49407
 
@@ -43,7 +43,7 @@ def experiment(variant: str, batch: int, dtype: str) -> cfg.ExperimentConfig:
 
 
 def random_batch(arch: ClipArch, batch: int) -> dict[str, np.ndarray]:
-    """uint8 pictures and captions of 20 tokens."""
+    """Returns random uint8 images and captions of 20 tokens."""
     rng = np.random.default_rng(0)
     tokens = np.zeros((batch, arch.text.context_length), np.int32)
     tokens[:, :20] = rng.integers(1, arch.text.vocabulary - 2, (batch, 20))
@@ -68,7 +68,7 @@ class JaxStep:
         self.compile_s = time.perf_counter() - start
 
     def time(self, steps: int) -> list[float]:
-        """Seconds of each of `steps` steps."""
+        """Runs `steps` steps and returns the seconds of each."""
         times = []
         for _ in range(steps):
             start = time.perf_counter()
@@ -79,7 +79,7 @@ class JaxStep:
 
 
 def has_torch() -> str | None:
-    """None where PyTorch's row can be measured, else what is missing."""
+    """Returns None if PyTorch's row can be measured, otherwise what is missing."""
     try:
         import_open_clip()
     except ImportError as error:
@@ -87,8 +87,8 @@ def has_torch() -> str | None:
     return None
 
 
-def measure(batch: int, steps: int, dtypes: list[str], rounds: int = 2) -> list[dict]:
-    """One row per framework and dtype; the frameworks take turns `rounds` times."""
+def benchmark_steps(batch: int, steps: int, dtypes: list[str], rounds: int = 2) -> list[dict]:
+    """Returns one row per framework and dtype; the frameworks are interleaved for `rounds` rounds."""
     missing = has_torch()
     if missing:
         print(f"without the PyTorch rows: {missing}")
@@ -118,14 +118,14 @@ def measure(batch: int, steps: int, dtypes: list[str], rounds: int = 2) -> list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="bf16 alone, one round of three steps")
+    parser.add_argument("--quick", action="store_true", help="bf16 only, one round of three steps")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["bf16", "f32"])
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
-    rows = measure(args.batch, 3, ["bf16"], 1) if args.quick else measure(args.batch, args.steps, args.dtypes)
-    print(f"ViT-B/32, tap after {BLOCKS_RUN} of 12 blocks, batch {args.batch}, {jax.default_backend()}, jax {jax.__version__}")
+    rows = benchmark_steps(args.batch, 3, ["bf16"], 1) if args.quick else benchmark_steps(args.batch, args.steps, args.dtypes)
+    print(f"ViT-B/32, exit after {BLOCKS_RUN} of 12 blocks, batch {args.batch}, {jax.default_backend()}, jax {jax.__version__}")
     print(f"{'framework':>10} {'dtype':>6} {'pairs/s':>9} {'x torch':>8}")
     for row in rows:
         ratio = f"{row['ratio_to_torch']:8.2f}" if "ratio_to_torch" in row else "       -"

@@ -1,1 +1,1 @@
-"""Experiments that come with the package: `--config=demo:clip` names get_config("clip") of demo.py."""
+"""Configurations installed with the package: `--config=demo:clip` is get_config("clip") of demo.py."""

@@ -1,11 +1,12 @@
-"""ConvNeXt-IC on `scenes`, whose complexity is known, at 64 pixels or, after a comma, at another size.
+"""ConvNeXt-IC on `scenes`, rendered images with known complexity, at 64 pixels or at the size given after a comma.
 
     python train.py --config=configs/complexity.py:demo --workdir=workdir/complexity
     python train.py --config=configs/complexity.py:atto,112 --workdir=workdir/atto112 --config.train.init=workdir/atto
 
 Variants by size: demo, atto, femto, pico, nano, tiny (ConvNeXt V2, from scratch). Two CPU cores train demo in about twenty
-minutes; the larger ones want an accelerator, or the few steps of experiments/retention/cheap_routers.py. A size above 64
-pixels learns fastest from the weights of the small one. The best model by PCC on `val` is kept; evaluate.py reports on `test`.
+minutes; the larger ones need an accelerator, or the few steps of experiments/retention/cheap_routers.py. A size above 64
+pixels learns fastest when initialised from the 64-pixel model. The best model by PCC on `val` is kept; evaluate.py reports on
+`test`.
 """
 
 from icar_jax.config import ComplexityConfig, ConfigError, DataConfig, EvalConfig, ExperimentConfig, OptimConfig, TrainConfig
@@ -18,7 +19,7 @@ def get_config(argument: str = "demo") -> ExperimentConfig:
     variant, _, size = argument.partition(",")
     if variant not in ARGUMENTS or (size and not size.isdecimal()):
         raise ConfigError(
-            f"configs/complexity.py:{argument}: unknown; use one of {', '.join(ARGUMENTS)}, or one with its pixels: atto,112"
+            f"configs/complexity.py:{argument}: unknown; use one of {', '.join(ARGUMENTS)}, or add the image size: atto,112"
         )
     pixels = int(size or PIXELS)
     return ExperimentConfig(

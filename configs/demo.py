@@ -1,9 +1,9 @@
 """The demo: a small multi-exit CLIP and its complexity model on `scenes`, sized for minutes on two CPU cores.
 
-configs/demo.py:clip and configs/demo.py:complexity are what `make demo` trains. :long is a CLIP trained for longer, on larger
-pictures and by AdamW, from which the recipe of docs/recipe.md starts: patches are merged on the way up, the tower is distilled
-from its initial weights, its exit hardly weighs on it (:cheaper), and a head at that exit learns the regret among thousands of
-pairs (:router).
+`make demo` trains configs/demo.py:clip and configs/demo.py:complexity. The recipe of docs/recipe.md is :long, :cheaper and
+:router. :long is a CLIP trained for more steps, on larger images and with AdamW. :cheaper fine-tunes it with token merging,
+distillation from the initial weights and an exit with a small loss weight. :router trains a head at that exit on regret, with
+thousands of extra negatives.
 
     python train.py --config=configs/demo.py:long --workdir=workdir/long
     python train.py --config=configs/demo.py:cheaper --workdir=workdir/cheaper
@@ -35,7 +35,7 @@ def get_config(task: str = "clip") -> ExperimentConfig:
             ),
             data=DataConfig(source="scenes", vocabulary=512),
             optim=OptimConfig(kind="muon", lr=1.5e-3, exit_lr=3e-3, warmup_steps=30),
-            # In float32: processors without bf16 instructions take several times as long for bf16.
+            # float32, because bf16 is several times slower on processors without bf16 instructions.
             train=TrainConfig(steps=500, batch_size=64, checkpoint_every=250, dtype="float32"),
             eval=EvalConfig(split="val", size=500, complexity="workdir/demo/complexity"),
         )  # fmt: skip

@@ -1,16 +1,16 @@
-"""ConvNeXt-IC on human ratings: IC9600 (Feng et al. 2023), or any folder of images with scores.
+"""ConvNeXt-IC on human complexity ratings: IC9600 (Feng et al. 2023), or any folder of images with scores.
 
     python train.py --config=configs/ic9600.py --config.data.root=PATH/TO/IC9600 --workdir=workdir/ic9600 \
         --config.train.init=CONVERTED/convnextv2_nano
 
-The folder holds images/, train.txt and test.txt (lines `name<two spaces>score`). A tenth of train.txt is the validation split:
-the best model is chosen by its PCC there, and thresholds come from it; `python evaluate.py` with the same flags reports on
+The folder contains images/, train.txt and test.txt (lines `name<two spaces>score`). A tenth of train.txt is the validation
+split, which selects the best model by PCC and calibrates thresholds; `python evaluate.py` with the same flags reports on
 test.txt.
 
-The recipe: ConvNeXt V2 nano at 512 pixels, squashed; mean squared error; rate 1e-4, batch 32, 30 epochs, horizontal flip. It
-asks for Adam with 1e-5 times the weights added to the gradient. Here the decay is decoupled and spares norms and biases
-(AdamW): 1e-9 of a weight a step, next to none; Adam divides it by the root of its second moment, and so decays more. The
-rate follows a cosine at every step, after a warm-up of about half an epoch.
+The recipe: ConvNeXt V2 nano at 512 pixels, squashed; mean squared error; learning rate 1e-4, batch 32, 30 epochs, horizontal
+flip. The original uses Adam with L2 regularisation of 1e-5. Here weight decay is decoupled and does not apply to norms and
+biases (AdamW); at 1e-9 of a weight per step it is negligible, and weaker than L2 regularisation through Adam, which divides
+it by the root of the second moment. The rate follows a cosine at every step, after a warm-up of about half an epoch.
 """
 
 from icar_jax.config import ComplexityConfig, DataConfig, EvalConfig, ExperimentConfig, OptimConfig, TrainConfig

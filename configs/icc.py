@@ -1,12 +1,13 @@
-"""ICAR's complexity classifier on labels {file: 0 | 1 | -1}: simple, complex, undecided.
+"""ICAR's complexity classifier, trained on labels {file: 0 | 1 | -1}: simple, complex, undecided.
 
     python train.py --config=configs/icc.py --config.data.root=PATH/TO/IMAGES --config.data.ratings=PATH/TO/labels.json \
         --workdir=workdir/icc --config.train.init=CONVERTED/convnextv2_tiny
 
-The recipe: ConvNeXt V2 tiny at 224 pixels, squashed; AdamW 1e-5 with decay 1e-5, batch 32, 10 epochs, cross-entropy, early stop
-on the validation loss; 70/15/15 split; random crop (0.8 to 1), flip, rotation 10 degrees, shift 0.1, jitter .2/.2/.1. Here the
-cosine moves at every step, after a real warm-up; the official one moves once an epoch over a horizon counted in batches, so
-hardly at all. Decay spares norms and biases. best/ holds the model of the lowest validation loss, model/ the last one.
+The recipe: ConvNeXt V2 tiny at 224 pixels, squashed; AdamW at 1e-5 with weight decay 1e-5, batch 32, 10 epochs, cross-entropy,
+early stopping on the validation loss; 70/15/15 split; random crop (0.8 to 1), flip, rotation 10 degrees, shift 0.1, colour
+jitter .2/.2/.1. Two differences: the cosine schedule is updated at every step after a warm-up (the official code updates it
+once per epoch with a period counted in batches, so the rate hardly changes), and weight decay does not apply to norms and
+biases. best/ contains the model with the lowest validation loss, model/ the last one.
 """
 
 from icar_jax.config import ComplexityConfig, DataConfig, EvalConfig, ExperimentConfig, OptimConfig, TrainConfig

@@ -1,9 +1,10 @@
-"""A folder of photographs with captions, from scratch on two CPU cores.
+"""CLIP on a folder of photographs with captions, from scratch on two CPU cores.
 
     python train.py --config=configs/photos.py --config.data.root=PATH/TO/flickr8k --workdir=workdir/photos
 
-The folder holds images (in images/ or beside) and dataset*.json (Karpathy's layout), captions.csv or captions.jsonl. By the
-recipe of docs/recipe.md the trained CLIP gets cheaper, and its router sends easy photographs to an exit:
+The folder contains images (at the top level or in images/) and dataset*.json (Karpathy's layout), captions.csv or
+captions.jsonl. The recipe of docs/recipe.md fine-tunes the trained CLIP to cost less (:cheaper) and trains a router that sends
+easy photographs to an early exit (:router):
 
     python train.py --config=configs/photos.py:cheaper --config.data.root=PATH/TO/flickr8k --workdir=workdir/photos_light
     python train.py --config=configs/photos.py:router --config.data.root=PATH/TO/flickr8k --workdir=workdir/photos_light/router
@@ -57,7 +58,7 @@ def get_config(task: str = "clip") -> ExperimentConfig:
                 variant="blocks", clip="workdir/photos_light", blocks=4, target="regret", regret="kl", rivals=4000,
                 pooled_norm="parts", dropout=0.0,
             ),
-            data=DataConfig(**data),  # prepared as the CLIP prepares them, without random crops
+            data=DataConfig(**data),  # the CLIP's preprocessing, without random crops
             optim=OptimConfig(lr=1e-3, warmup_steps=100),
             train=TrainConfig(steps=2000, batch_size=256, checkpoint_every=250, dtype="float32"),
         )  # fmt: skip

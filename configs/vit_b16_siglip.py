@@ -3,7 +3,7 @@
     python train.py --config=configs/vit_b16_siglip.py --config.data.root="PATH/TO/{00000..01023}.tar" \\
         --config.data.tokenizer=PATH/TO/bpe_simple_vocab_16e6.txt.gz --workdir=workdir/siglip
 
-The towers are CLIP's; every image-text pair is a decision of its own, with a learned temperature and bias.
+The towers are CLIP's; the loss classifies every image-text pair as match or not, with a learned temperature and bias.
 """
 
 from icar_jax.config import ClipConfig, DataConfig, ExperimentConfig, LossConfig, OptimConfig, TrainConfig

@@ -3,7 +3,7 @@
     python train.py --config=configs/vit_b32_pretrain.py --config.data.root="PATH/TO/{00000..01023}.tar" \\
         --config.data.tokenizer=PATH/TO/bpe_simple_vocab_16e6.txt.gz --workdir=workdir/b32
 
-Batch and rates are those usual for CLIP at 32,768 pairs; `icar plan` tells whether they fit a pod.
+Batch size and learning rates are the usual ones for CLIP at 32,768 pairs; `icar plan` computes whether they fit a pod.
 """
 
 from icar_jax.config import ClipConfig, DataConfig, ExperimentConfig, OptimConfig, TrainConfig

@@ -1,4 +1,4 @@
-"""Fine-tuning of a converted ViT-L/14 on COCO or Flickr30k (Karpathy splits), so that it needs less of its compute.
+"""Fine-tunes a converted ViT-L/14 on COCO or Flickr30k (Karpathy splits) to reduce its compute per image.
 
     icar convert PATH/TO/laion2b_s32b_b82k workdir/l14
     python train.py --config=configs/vit_l14_finetune.py:coco --config.data.root=PATH/TO/coco --workdir=workdir/cheaper
@@ -6,12 +6,12 @@
         --workdir=workdir/cheaper/router
     python evaluate.py --config=configs/vit_l14_finetune.py:coco --config.data.root=PATH/TO/coco --workdir=workdir/cheaper
 
-configs/vit_l14_finetune.py:coco and :flickr30k follow docs/recipe.md, which was found on small towers: patches are merged a
-third and half of the way up, the tower is held to what the converted one said, an exit two thirds of the way weighs a
-twentieth, and a head that reads there (:coco,router) learns among thousands of pairs which images to send out.
-:coco,paper and :flickr30k,paper are the dual-path fine-tuning of the ICAR paper, whose rates both have. The folder holds
-dataset_coco.json or dataset_flickr30k.json and the pictures. Ten epochs at 128 pairs a step, one for the router; one caption of
-each picture is drawn an epoch.
+configs/vit_l14_finetune.py:coco and :flickr30k follow docs/recipe.md, which was developed on small towers: token merging after
+one third and one half of the blocks, distillation from the initial weights, and an exit after two thirds of the blocks with a
+loss weight of 0.05. :coco,router and :flickr30k,router train a head at that exit on regret, with thousands of extra negatives.
+:coco,paper and :flickr30k,paper are the dual-path fine-tuning of the ICAR paper; both recipes use the paper's learning rates.
+The folder contains dataset_coco.json or dataset_flickr30k.json and the images. Training takes ten epochs at 128 pairs per step,
+one epoch for the router; each epoch draws one caption per image.
 """
 
 from icar_jax.config import (
@@ -26,7 +26,7 @@ from icar_jax.config import (
     TrainConfig,
 )
 
-# pictures to train on, and the splits that hold them
+# number of training images, and the splits that contain them
 SETS = {"coco": (113_287, "train+restval"), "flickr30k": (29_000, "train")}
 ARGUMENTS = tuple(f"{name}{kind}" for kind in ("", ",router", ",paper") for name in SETS)
 MERGE = (*(0,) * 7, 80, 0, 0, 0, 56)  # of 256 patches: 0.68 of full depth's FLOPs

@@ -1,4 +1,4 @@
-"""ViT-L/14 with an exit after half its blocks, pretrained on WebDataset shards; 128 pairs a chip on a v5e pod of 256.
+"""ViT-L/14 with an exit after half its blocks, pretrained on WebDataset shards; 128 pairs per chip on a v5e pod of 256.
 
     icar plan --config=configs/vit_l14_pretrain.py --topology=v5e:16x16
     python train.py --config=configs/vit_l14_pretrain.py --config.data.root="gs-mount/{00000..41407}.tar" \\

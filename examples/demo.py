@@ -1,9 +1,9 @@
-"""The whole of ICAR in a few minutes on two CPU cores: train, route, evaluate, index, search.
+"""Runs all of ICAR in a few minutes on two CPU cores: train, route, evaluate, index, search.
 
-    python examples/demo.py [FOLDER]        workdir/demo by default; the same command continues where it was stopped
+    python examples/demo.py [FOLDER]        default: workdir/demo; the same command resumes an interrupted demo
 
-Every step is a command of its own, which is printed before it runs; here they share one process, so that nothing is imported
-or compiled twice.
+Every step corresponds to one command, which is printed before it runs; here all steps run in one process, so that nothing is
+imported or compiled twice.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# The first lines appear at once; what takes seconds to import comes with the steps.
+# Slow imports are deferred to the steps, so that the first lines appear immediately.
 ROOT = Path(__file__).resolve().parent.parent
 SCENES, QUERY = 500, "A small red circle on a yellow background."
-PLAN = """ICAR on drawn scenes: a CLIP with an exit after two of six blocks, and a complexity model that chooses the exit.
+PLAN = """ICAR on synthetic scenes: a CLIP with an exit after two of six blocks, and a complexity model that chooses the exit.
 
   1  train the complexity model      4  evaluate full depth, exit, routing, random routing and an oracle
-  2  train the CLIP                  5  draw {scenes} scenes that were never seen
-  3  bundle both with a threshold    6, 7  index them, and search them by words
+  2  train the CLIP                  5  draw {scenes} held-out scenes
+  3  bundle both with a threshold    6, 7  index them, and search them by text
 
 It takes three to seven minutes on two CPU cores, and 200 MB of disk in {folder}.
 The same command continues where it was stopped."""
@@ -32,7 +32,7 @@ The same command continues where it was stopped."""
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", default="workdir/demo", help="where everything is written (workdir/demo)")
+    parser.add_argument("folder", nargs="?", default="workdir/demo", help="output folder (default: workdir/demo)")
     folder = Path(parser.parse_args().folder)
     print(PLAN.format(scenes=SCENES, folder=folder), flush=True)
     start = time.perf_counter()
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def commands(folder: Path) -> list[tuple[str, list[str], Callable[[], object]]]:
-    """(title, command as it would be typed, what runs it here) of each step."""
+    """Returns (title, command line, function that runs it in this process) of each step."""
     scorer, bundle, gallery, store = (str(folder / name) for name in ("complexity", "bundle", "gallery", "store"))
     captions = f"{gallery}/captions.jsonl"
     config = lambda name: f"--config=configs/demo.py:{name}"
@@ -63,9 +63,9 @@ def commands(folder: Path) -> list[tuple[str, list[str], Callable[[], object]]]:
         ("CLIP with an early exit", ["python", "train.py", config("clip"), f"--workdir={folder}"],
          lambda: _train("clip", str(folder))),
         icar("Bundle", "bundle", "--clip", str(folder), "--complexity", scorer, "--out", bundle),
-        ("Evaluation on 500 scenes that were never seen",
+        ("Evaluation on 500 held-out scenes",
          ["python", "evaluate.py", config("clip"), f"--workdir={folder}", routed], lambda: _evaluate(folder, scorer)),
-        icar("Pictures to search", "scenes", gallery, "-n", str(SCENES)),
+        icar("Images to search", "scenes", gallery, "-n", str(SCENES)),
         icar("Index", "index", f"{gallery}/images", "--checkpoint", bundle, "--store", store, "--captions", captions),
         icar("Search", "search", QUERY, "--store", store, "-k", "5"),
     ]  # fmt: skip
@@ -82,8 +82,8 @@ def _train(task: str, workdir: str) -> None:
     try:
         done = train(_config(task), Path(workdir))
     except ConfigError as error:
-        raise ConfigError(f"{error}. Is it an older demo? Remove it, or name another folder: examples/demo.py DIR") from None
-    if done == Path(workdir):  # stopped by a signal; what was trained is saved
+        raise ConfigError(f"{error}. Is it an older demo? Remove it, or use another folder: examples/demo.py DIR") from None
+    if done == Path(workdir):  # stopped by a signal after saving a checkpoint
         sys.exit(143)
 
 

@@ -1,8 +1,8 @@
-"""Encodes pictures and a text, and ranks the pictures.
+"""Encodes images and a text, and ranks the images by similarity.
 
-    python examples/encode.py MODEL "a red circle" PICTURE PICTURE ...
+    python examples/encode.py MODEL "a red circle" IMAGE IMAGE ...
 
-MODEL is a checkpoint, bundle or workdir of ours, or weights of Hugging Face, OpenCLIP or OpenAI.
+MODEL is a checkpoint, bundle or workdir of this package, or weights from Hugging Face, OpenCLIP or OpenAI.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""Gradients and curvature of a model by its picture: which pixels move a similarity, and how it bends along them.
+"""Gradient and curvature of an image-text similarity with respect to the pixels.
 
-    python examples/gradients.py MODEL "a red circle" PICTURE
+    python examples/gradients.py MODEL "a red circle" IMAGE
 
-MODEL may be weights of another library: they are converted in memory.
+MODEL may be weights of another library; they are converted in memory.
 """
 
 import sys
@@ -28,7 +28,7 @@ def main(path: str, text: str, picture: str) -> tuple[np.ndarray, float]:
 
     gradient = jax.jit(jax.grad(similarity))(image)
     direction = gradient / jnp.linalg.norm(gradient)
-    # Forward over reverse: a Hessian-vector product without the Hessian.
+    # Forward over reverse mode: a Hessian-vector product without forming the Hessian.
     along = jax.jit(lambda x, d: jnp.vdot(d, jax.jvp(jax.grad(similarity), (x,), (d,))[1]))(image, direction)
     saliency = np.abs(gradient[0]).max(axis=-1)
     row, column = np.unravel_index(saliency.argmax(), saliency.shape)

@@ -1,6 +1,6 @@
-"""A linear probe: a classifier on frozen embeddings, fitted with L-BFGS.
+"""Linear probe: fits a classifier on frozen embeddings with L-BFGS.
 
-python examples/linear_probe.py MODEL FOLDER     FOLDER holds one folder of pictures a class
+python examples/linear_probe.py MODEL FOLDER     FOLDER contains one folder of images per class
 """
 
 import sys
@@ -15,7 +15,7 @@ import icar_jax
 
 
 def fit(x: np.ndarray, y: np.ndarray, classes: int, decay: float = 1e-3, steps: int = 100) -> jax.Array:
-    """x [N, D], y int [N] -> weights [D, classes]."""
+    """Fits weights [D, classes] to embeddings x [N, D] and labels y int [N]."""
     loss = lambda w: optax.losses.softmax_cross_entropy_with_integer_labels(x @ w, y).mean() + decay * jnp.sum(w * w)
     solver, value_and_grad = optax.lbfgs(), optax.value_and_grad_from_state(loss)
     weights = jnp.zeros((x.shape[1], classes))
@@ -37,10 +37,12 @@ def main(path: str, folder: str) -> float:
     files = [(file, y) for y, name in enumerate(names) for file in sorted((Path(folder) / name).iterdir())]
     x = icar_jax.load(path).encode_image([file for file, _ in files])
     y = np.array([y for _, y in files])
-    held = np.arange(len(y)) % 4 == 0  # every fourth picture is held out
+    held = np.arange(len(y)) % 4 == 0  # every fourth image is held out
     weights = fit(x[~held], y[~held], len(names))
     accuracy = float(np.mean(np.argmax(x[held] @ weights, axis=1) == y[held]))
-    print(f"{len(names)} classes, {np.sum(~held)} pictures to learn from: {100 * accuracy:.1f}% of {np.sum(held)} held out")
+    print(
+        f"{len(names)} classes, {np.sum(~held)} training images: accuracy {100 * accuracy:.1f}% on {np.sum(held)} held-out images"
+    )
     return accuracy
 
 

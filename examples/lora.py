@@ -1,4 +1,4 @@
-"""Fine-tunes a CLIP with LoRA: small matrices beside each attention projection learn, everything else stays.
+"""Fine-tunes a CLIP with LoRA on the attention projections of its vision tower; all other weights are frozen.
 
 python examples/lora.py [MODEL]
 """
@@ -41,7 +41,7 @@ def main(path: str = "", steps: int = 10) -> list[float]:
     add_lora(clip, rank=4, rngs=nnx.Rngs(1))
     optimizer = nnx.Optimizer(clip, optax.adamw(1e-2), wrt=nnx.LoRAParam)
     size, text = clip.arch.vision.image_size, clip.arch.text
-    images = jax.random.normal(jax.random.key(0), (8, size, size, 3))  # put your own pairs here
+    images = jax.random.normal(jax.random.key(0), (8, size, size, 3))  # replace with your own image-text pairs
     tokens = jax.random.randint(jax.random.key(1), (8, text.context_length), 0, text.vocabulary)
     losses = [float(step(clip, optimizer, images, tokens)) for _ in range(steps)]
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")

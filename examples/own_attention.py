@@ -1,4 +1,4 @@
-"""Puts another attention into a tower: a function of q, k, v for all blocks, or a sliding window for one of them.
+"""Replaces the attention of a tower: a custom function of q, k, v for all blocks, or a sliding window for one block.
 
 python examples/own_attention.py
 """
@@ -11,12 +11,12 @@ import icar_jax
 
 
 def library_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool) -> jax.Array:
-    """[B, L, H, K] -> [B, L, H, K]; implementation='cudnn' is the one for NVIDIA GPUs."""
+    """Attention of q, k, v [B, L, H, K] -> [B, L, H, K]; pass implementation='cudnn' on NVIDIA GPUs."""
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
 
 
 def windowed(width: int):
-    """Attention to tokens at most `width` places away."""
+    """Returns attention to tokens at most `width` positions away."""
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool) -> jax.Array:
         places = jnp.arange(q.shape[1])
@@ -35,7 +35,7 @@ def main() -> tuple[jax.Array, jax.Array, jax.Array]:
     print(f"largest difference between two attentions: {jnp.abs(plain - other).max():.1e}")
     ours.vision.blocks[1].attn.attention = windowed(8)
     local = ours.encode_image(images)
-    print(f"a window in block 1 moves the embeddings by up to {jnp.abs(plain - local).max():.1e}")
+    print(f"a window in block 1 changes the embeddings by up to {jnp.abs(plain - local).max():.1e}")
     return plain, other, local
 
 

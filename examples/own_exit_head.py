@@ -1,4 +1,4 @@
-"""Gives an exit a head of your own: here the mean and the maximum over all tokens, projected.
+"""Replaces an exit head by a custom module: here the mean and maximum over all tokens, projected.
 
 python examples/own_exit_head.py
 """
@@ -14,7 +14,7 @@ from icar_jax.models.functional import Module
 
 
 class MeanMaxHead(Module):
-    """Tokens [B, L, W] -> [B, D]."""
+    """Pools tokens [B, L, W] -> [B, D]."""
 
     def __init__(self, width: int, embed_dim: int, *, rngs: nnx.Rngs):
         self.norm = nnx.LayerNorm(2 * width, rngs=rngs)

@@ -1,6 +1,6 @@
-"""Routes pictures by their complexity: simple ones leave the tower early.
+"""Routes images by complexity: simple images leave the tower early.
 
-python examples/route.py BUNDLE [--budget 0.8] PICTURE PICTURE ...
+python examples/route.py BUNDLE [--budget 0.8] IMAGE IMAGE ...
 """
 
 import argparse
@@ -20,5 +20,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("bundle")
     parser.add_argument("pictures", nargs="+")
-    parser.add_argument("--budget", type=float, help="mean cost as a share of full depth; default: the bundle's thresholds")
+    parser.add_argument("--budget", type=float, help="mean cost as a fraction of full depth; default: the bundle's thresholds")
     main(parser.parse_args())

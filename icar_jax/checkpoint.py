@@ -1,12 +1,12 @@
-"""The self-describing checkpoint: a folder that needs nothing else to be used.
+"""Reads and writes self-describing checkpoints: a folder with everything needed to use the model.
 
     model/
       icar.json            kind, architecture, exits, preprocessing, activation, source, hashes
       params.safetensors   float32 parameters by path
-      tokenizer.json       where the kind has a text side
+      tokenizer.json       if the model has a text tower
 
 A *bundle* is a folder with an icar.json of kind 'bundle' (exits and thresholds) and two such folders, clip/ and complexity/.
-A *workdir* of train.py holds model/, and bundle/ once one was made; `find` accepts any of the three.
+A *workdir* of train.py contains model/, and bundle/ after calibration; `find` accepts any of the three.
 """
 
 from __future__ import annotations
@@ -34,20 +34,28 @@ KINDS = ("clip", "complexity", "convnext", "bundle")
 
 
 class CheckpointError(IcarError, ValueError):
-    """A checkpoint is missing, damaged or of another kind; the message names the path and the fix."""
+    """A checkpoint is missing, damaged or of the wrong kind; the message names the path and the fix."""
 
 
 class NotFinite(IcarError, ValueError):
-    """Parameters that hold NaN or infinity; `names` lists their paths."""
+    """Parameters contain NaN or infinity; `names` lists their paths."""
 
     def __init__(self, where: str | os.PathLike, names: list[str]):
-        super().__init__(f"refusing to write {where}: not finite: {', '.join(names[:5])} ({len(names)} parameters)")
+        super().__init__(f"cannot write {where}: not finite: {', '.join(names[:5])} ({len(names)} parameters)")
         self.names = names
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was read: `description` without the weights, `params` as float32 numpy arrays by nested path."""
+    """A loaded checkpoint.
+
+    Attributes:
+        path: its folder.
+        kind: 'clip', 'complexity' or 'convnext'.
+        description: parsed icar.json.
+        params: nested dict of float32 numpy arrays.
+        tokenizer: text of tokenizer.json; None if there is none.
+    """
 
     path: Path
     kind: str
@@ -64,10 +72,10 @@ def write(
     tokenizer: str | None = None,
     on_leaf: Callable[[str], None] = lambda name: None,
 ) -> Path:
-    """Writes a checkpoint whole or not at all; an existing folder at `path` is replaced only once the new one is complete.
+    """Writes a checkpoint atomically and returns `path`; an existing checkpoint is replaced only once the new one is complete.
 
-    Leaves are arrays, or anything with a shape that becomes one; each is asked for its values once, followed by `on_leaf`.
-    Raises NotFinite (a ValueError) for parameters that are not finite, naming them.
+    Leaves are arrays, or objects with `shape` and `__array__`, each read once; `on_leaf(name)` is called after each. Raises
+    NotFinite (a ValueError) naming the parameters that are not finite, CheckpointError if `path` cannot be replaced.
     """
     flat = pytree.flatten(params)
 
@@ -85,7 +93,10 @@ def write(
 
 
 def write_bundle(path: str | os.PathLike, description: Mapping[str, Any], clip: Path, complexity: Path) -> Path:
-    """Joins copies of two checkpoints with `description` (exits, thresholds and how they were found)."""
+    """Writes a bundle: copies of two checkpoints and a `description` (exits, thresholds and their calibration).
+
+    Returns `path`. Raises CheckpointError if `path` cannot be replaced.
+    """
 
     def fill(folder: Path) -> None:
         for part, source in (("clip", clip), ("complexity", complexity)):
@@ -104,13 +115,13 @@ def _describe(folder: Path, kind: str, description: Mapping[str, Any]) -> None:
 
 
 def amend(folder: str | os.PathLike, changes: Mapping[str, Any]) -> None:
-    """Sets entries of a checkpoint's description in one step, weights untouched: a killed writer leaves the old one.
+    """Atomically sets entries of a checkpoint's description; weights are not touched.
 
-    Raises CheckpointError for what is no checkpoint.
+    Raises CheckpointError if `folder` is not a checkpoint, ValueError for the entries format, kind and hashes.
     """
     old = describe(folder)
     if reserved := {"format", "kind", "hashes"} & set(changes):
-        raise ValueError(f"{', '.join(sorted(reserved))} of a description belong to its weights and cannot be amended")
+        raise ValueError(f"{', '.join(sorted(reserved))} describe the weights and cannot be amended")
     target = Path(folder).resolve() / DESCRIPTION
     text = json.dumps({**old, **changes}, indent=2, allow_nan=False) + "\n"
     descriptor, temporary = tempfile.mkstemp(prefix=f".{DESCRIPTION}.", dir=target.parent)
@@ -119,37 +130,37 @@ def amend(folder: str | os.PathLike, changes: Mapping[str, Any]) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, target.stat().st_mode)  # mkstemp makes it private
+        os.chmod(temporary, target.stat().st_mode)  # mkstemp creates files with mode 0600
         os.replace(temporary, target)
     finally:
         Path(temporary).unlink(missing_ok=True)
 
 
 def require_replaceable(path: str | os.PathLike, kind: str) -> None:
-    """Raises CheckpointError where `path` holds anything but a checkpoint of the same kind: that is never overwritten."""
+    """Raises CheckpointError if `path` exists and is not an empty folder or a checkpoint of the same kind."""
     _require_local(path)
     path = Path(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not (path / DESCRIPTION).is_file():
-        raise CheckpointError(f"{path} exists and is not a checkpoint; choose another place or remove it")
+        raise CheckpointError(f"{path} exists and is not a checkpoint; choose another path or remove it")
     found = describe(path)["kind"]
     if found != kind:
-        raise CheckpointError(f"{path} holds a checkpoint of kind {found!r}, not {kind!r}; choose another place or remove it")
+        raise CheckpointError(f"{path} is a checkpoint of kind {found!r}, not {kind!r}; choose another path or remove it")
 
 
 def _replace_folder(path: Path, kind: str, fill: Callable[[Path], None]) -> Path:
     require_replaceable(path, kind)
-    target = path.resolve()  # of a link the folder behind it is replaced
+    target = path.resolve()  # a symbolic link is kept and its target is replaced
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise CheckpointError(f"{path} cannot be a folder: {target.parent} is a file or lies below one") from error
+        raise CheckpointError(f"cannot create the folder {path}: {target.parent} is a file or lies below one") from error
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     old = staging.with_name(staging.name + ".old")
     try:
         fill(staging)
-        staging.chmod(0o755)  # mkdtemp makes it private
+        staging.chmod(0o755)  # mkdtemp creates folders with mode 0700
         if target.exists():
             os.replace(target, old)
         try:
@@ -167,7 +178,7 @@ def _replace_folder(path: Path, kind: str, fill: Callable[[Path], None]) -> Path
 
 
 def _keep_strangers(old: Path, new: Path) -> None:
-    """Moves what did not belong to the checkpoint (figures, notes, somebody's weights) over to its successor."""
+    """Moves files that are not part of the checkpoint (figures, notes, other weights) to the new folder."""
     for entry in old.iterdir():
         if entry.name not in (DESCRIPTION, WEIGHTS, TOKENIZER, "clip", "complexity") and not (new / entry.name).exists():
             os.replace(entry, new / entry.name)
@@ -175,15 +186,15 @@ def _keep_strangers(old: Path, new: Path) -> None:
 
 def _require_local(path: str | os.PathLike) -> None:
     if (why := not_local(path)) is not None:
-        raise CheckpointError(f"{why}; copy the checkpoint to a disk, or mount the bucket and give its folder")
+        raise CheckpointError(f"{why}; copy the checkpoint to a local disk, or mount the bucket and pass the mounted folder")
 
 
 def find(path: str | os.PathLike, kinds: tuple[str, ...] = KINDS) -> Path:
-    """The checkpoint folder meant by `path`: itself, or bundle/ or model/ of a workdir, in that order.
+    """Returns the checkpoint folder for `path`: `path` itself, else bundle/ or model/ of a workdir, in that order.
 
-    Of a finished complexity run that kept its best model, best/ goes before model/: it was chosen on images that are neither
-    trained nor reported on. A CLIP's best/ was chosen on the evaluated split, so it has to be asked for by name.
-    Raises CheckpointError where there is none of the wanted kinds, saying what is there.
+    For a finished complexity run, best/ comes before model/: it was selected on a validation split that is neither trained nor
+    reported on. A CLIP's best/ was selected on the evaluated split, so it must be passed explicitly.
+    Raises CheckpointError if there is no checkpoint of one of `kinds`, listing what was found.
     """
     _require_local(path)
     path = Path(path)
@@ -203,20 +214,20 @@ def find(path: str | os.PathLike, kinds: tuple[str, ...] = KINDS) -> Path:
         raise CheckpointError(f"no checkpoint of kind {' or '.join(kinds)} in {path}; found {', '.join(seen)}")
     if (path / "checkpoints").is_dir():
         raise CheckpointError(
-            f"the training run in {path} has not finished; run the same train.py command again to complete it"
+            f"the training run in {path} is not finished; run the same train.py command again to complete it"
         )
-    raise CheckpointError(f"{path} holds no {DESCRIPTION}; expected a bundle, a checkpoint or a workdir of train.py")
+    raise CheckpointError(f"{path} has no {DESCRIPTION}; expected a bundle, a checkpoint or a workdir of train.py")
 
 
 def is_own(path: str | os.PathLike) -> bool:
-    """Whether `path` is what this library writes: a checkpoint, a bundle or a workdir."""
+    """Returns whether `path` is a checkpoint, bundle or workdir of this library."""
     folder = Path(path)
     places = (folder, folder / "bundle", folder / "best", folder / "model")
     return any((place / DESCRIPTION).is_file() for place in places) or (folder / "checkpoints").is_dir()
 
 
 def describe(folder: str | os.PathLike) -> dict[str, Any]:
-    """The parsed icar.json of a checkpoint folder. Raises CheckpointError for an unreadable or unknown one."""
+    """Returns the parsed icar.json of a checkpoint folder. Raises CheckpointError if it is unreadable or of unknown format."""
     file = Path(folder) / DESCRIPTION
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
@@ -231,14 +242,14 @@ def describe(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def read(folder: str | os.PathLike, kind: str) -> Checkpoint:
-    """Reads a 'clip' or 'complexity' checkpoint and checks its hashes. Raises CheckpointError naming what is wrong."""
+    """Returns the checkpoint of kind `kind` in `folder` after checking its hashes. Raises CheckpointError naming the fault."""
     folder = Path(folder)
     description = describe(folder)
     if description["kind"] != kind:
         raise CheckpointError(f"{folder} is of kind {description['kind']!r}, expected {kind!r}")
     for name, expected in description.get("hashes", {}).items():
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} lacks {name}; copy the whole folder again")
+            raise CheckpointError(f"{folder} has no {name}; copy the whole folder again")
         if sha256(folder / name) != expected:
             raise CheckpointError(f"{folder / name} is damaged: its SHA-256 differs from the one in {DESCRIPTION}")
     try:
@@ -250,14 +261,17 @@ def read(folder: str | os.PathLike, kind: str) -> Checkpoint:
 
 
 def identity(description: Mapping[str, Any]) -> str:
-    """Hex SHA-256 of what images are embedded or scored with: weights, architecture and preprocessing."""
+    """Returns the hex SHA-256 of everything that determines a model's output: weights, architecture and preprocessing."""
     what = {key: description.get(key) for key in ("kind", "arch", "preprocess")}
     what["weights"] = description.get("hashes", {}).get(WEIGHTS)
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def identities(path: str | os.PathLike) -> dict[str, str]:
-    """{'clip' and 'complexity': identity} of the checkpoint or bundle that `path` means, from descriptions alone."""
+    """Returns {'clip' or 'complexity': identity} of the checkpoint or bundle at `path`, read from icar.json only.
+
+    Raises CheckpointError if there is none.
+    """
     folder = find(path)
     kind = describe(folder)["kind"]
     parts = {"clip": folder / "clip", "complexity": folder / "complexity"} if kind == "bundle" else {kind: folder}
@@ -265,6 +279,6 @@ def identities(path: str | os.PathLike) -> dict[str, str]:
 
 
 def sha256(file: str | os.PathLike) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
+    """Returns the hex SHA-256 of a file, read in chunks. Raises OSError."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

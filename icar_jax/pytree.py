@@ -2,6 +2,8 @@
 
 Parameters are plain nested dicts with string keys. A leaf is named by its path joined with '/', for example
 `vision/blocks/3/attn/qkv/kernel`. Numeric keys sort as numbers, so block 10 follows block 9.
+
+Not jax.tree_util: programs that read checkpoints must not start JAX, and its key paths sort '10' before '9'.
 """
 
 from __future__ import annotations

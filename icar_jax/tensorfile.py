@@ -1,7 +1,7 @@
-"""Writing a safetensors file one tensor at a time.
+"""Writes a safetensors file one tensor at a time.
 
-The library's own writer holds a second copy of everything in memory; a converted model is read, changed and written leaf by
-leaf, so that the memory needed does not grow with the model.
+The writer of the safetensors package keeps a second copy of all tensors in memory. Here a converted model is read, changed and
+written leaf by leaf, so memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NAMES = {"float32": "F32", "float16": "F16"}
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """SHA-256 of the file, and the tensors that held a value which is not finite."""
+    """Hex SHA-256 of the file, and the names of the tensors that contain NaN or infinity."""
 
     sha256: str
     not_finite: list[str]
@@ -34,10 +34,10 @@ def write(
     metadata: Mapping[str, str] | None = None,
     on_leaf: Callable[[str], None] = lambda name: None,
 ) -> WrittenFile:
-    """Writes {name: array, or anything with `shape` and `__array__`} as `dtype` ('float32' or 'float16').
+    """Writes {name: array, or object with `shape` and `__array__`} as `dtype` ('float32' or 'float16').
 
-    Each leaf is asked for its values once and dropped; `on_leaf(name)` is called after it. Raises ValueError where a leaf turns
-    out to have another shape than it said.
+    Each leaf is read once and released; `on_leaf(name)` is called after it. Raises ValueError if the array of a leaf does not
+    have the leaf's shape, OSError if the disk fails.
     """
     itemsize = np.dtype(dtype).itemsize
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -54,10 +54,10 @@ def write(
             digest.update(head)
             file.write(head)
         for name, leaf in leaves.items():
-            # np.ascontiguousarray would turn scalars into vectors of length one.
+            # Not np.ascontiguousarray, which turns scalars into vectors of length one.
             array = np.asarray(leaf, np.float32).astype(dtype, order="C", copy=False)
             if list(array.shape) != header[name]["shape"]:
-                raise ValueError(f"{name} has shape {array.shape}, announced as {header[name]['shape']}")
+                raise ValueError(f"{name} has shape {array.shape}, declared as {header[name]['shape']}")
             if not np.isfinite(array).all():
                 broken.append(name)
             data = memoryview(array.reshape(-1)).cast("B") if array.size else b""

@@ -1,12 +1,12 @@
-"""How well each cheap router knows the complexity of held-out scenes, and what it costs beside ViT-L/14.
+"""Compares cheap routers by complexity prediction on held-out scenes and by cost relative to ViT-L/14.
 
     python -m experiments.retention.cheap_routers --workdir workdir/routers [--clip workdir/demo] [--only atto nano] [--quick]
         [--speed docs/results/complexity_speed.json] [--json docs/results/cheap_routers.json] [--figure docs/cheap_routers.png]
 
 Trains every router through train.py and configs/complexity.py, for ten to twenty CPU-minutes each, and evaluates it with
-evaluate.py on 1,000 scenes of `test`. ConvNeXts of 112 pixels start from the same model at 64. Run again, it goes on where it
-was stopped. With --clip there is also a head on that CLIP's first blocks. Small routers see more scenes for their time:
-the table says what a router learns in a given time, not what it could learn.
+evaluate.py on 1,000 scenes of `test`. ConvNeXts at 112 pixels are initialised from the same model at 64. The same command
+resumes an interrupted run. With --clip, a head on that CLIP's first blocks is included. Small routers see more scenes in the
+same time, so the table shows what a router learns in a given time, not its best possible accuracy.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of train.py: the argument of configs/complexity.py, its steps, and further flags."""
+    """One run of train.py: the argument of configs/complexity.py, the steps, and additional flags."""
 
     argument: str
     steps: int
@@ -58,7 +58,7 @@ HEAD_STEPS = 1000
 
 
 def head(clip: str) -> Stage:
-    """A head on the first two blocks of the CLIP at `clip`, whose images are of 64 pixels as `demo`'s."""
+    """Returns a head on the first two blocks of the CLIP at `clip`, which takes 64-pixel images, as `demo` does."""
     chosen = ("--config.complexity.variant=blocks", f"--config.complexity.clip={clip}", "--config.complexity.blocks=2")
     return Stage("demo", HEAD_STEPS, chosen)
 
@@ -68,7 +68,7 @@ def config_flag(stage: Stage) -> str:
 
 
 def train(stage: Stage, folder: Path, init: Path | None, quick: bool) -> None:
-    """Runs or resumes train.py; a run that is finished stays as it is."""
+    """Runs or resumes train.py; does nothing for a finished run."""
     steps = 4 if quick else stage.steps
     often, saved = max(2, min(500, steps // 2)), max(2, min(250, steps // 2))
     flags = [config_flag(stage), f"--workdir={folder}", f"--config.train.steps={steps}", f"--config.train.eval_every={often}"]
@@ -79,7 +79,7 @@ def train(stage: Stage, folder: Path, init: Path | None, quick: bool) -> None:
 
 
 def evaluate(stage: Stage, folder: Path, quick: bool) -> dict:
-    """metrics.json of evaluate.py."""
+    """Runs evaluate.py if needed and returns its metrics.json."""
     found = folder / "metrics.json"
     if not found.exists():
         size = ["--config.eval.size=100"] if quick else []
@@ -88,8 +88,8 @@ def evaluate(stage: Stage, folder: Path, quick: bool) -> dict:
     return json.loads(found.read_text(encoding="utf-8"))
 
 
-def measure(stages: tuple[Stage, ...], folder: Path, quick: bool) -> list[dict]:
-    """A row a stage: quality on held-out scenes with intervals, cost, and the scenes of the training up to there."""
+def train_and_evaluate(stages: tuple[Stage, ...], folder: Path, quick: bool) -> list[dict]:
+    """Trains and evaluates the stages; returns one row per stage: quality with intervals, cost, training scenes so far."""
     rows, scenes, before = [], 0, None
     for stage in stages:
         workdir = folder / stage.name
@@ -103,7 +103,9 @@ def measure(stages: tuple[Stage, ...], folder: Path, quick: bool) -> list[dict]:
 def quality(stage: Stage, workdir: Path, quick: bool) -> dict:
     metrics = evaluate(stage, workdir, quick)
     model, cost = metrics["runs"]["model"], metrics["cost"]["model"]
-    added = cost.get("routing_flops", cost["flops_per_image"]) / cost["flops_per_image"]  # of a head on the tower's own blocks
+    added = (
+        cost.get("routing_flops", cost["flops_per_image"]) / cost["flops_per_image"]
+    )  # below 1 for a head that shares the tower
     return {
         "images": metrics["images"],
         **{metric: model[metric] for metric in ("pcc", "srcc", "rmse")},
@@ -117,7 +119,7 @@ def quality(stage: Stage, workdir: Path, quick: bool) -> dict:
 
 
 def wall_shares(path: Path | None) -> dict[str, float]:
-    """Router -> share of the wall time of ViT-L/14's image tower, as benchmarks/complexity.py --tower wrote it."""
+    """Reads router -> wall time as a fraction of ViT-L/14's image tower, as written by benchmarks/complexity.py --tower."""
     if path is None:
         return {}
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
@@ -126,7 +128,7 @@ def wall_shares(path: Path | None) -> dict[str, float]:
 
 def print_table(rows: list[dict]) -> None:
     table = Table(title=f"Routers on {rows[0]['images']:,} held-out scenes")
-    titles = ("PCC", "95% interval", "over the classical", "lowest PCC of a nuisance level", "of ViT-L/14: FLOPs", "time",
+    titles = ("PCC", "95% interval", "margin over classical", "lowest PCC by nuisance level", "of ViT-L/14: FLOPs", "time",
               "scenes seen")  # fmt: skip
     table.add_column("router")
     for title in titles:
@@ -149,7 +151,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def draw(rows: list[dict], path: str) -> None:
-    """PCC with its interval over the counted cost."""
+    """Plots PCC with its interval against the counted cost."""
     figure = Figure(figsize=(7.2, 4.4), dpi=figures.DPI, layout="constrained")
     axes = figure.subplots()
     for row in rows:
@@ -174,10 +176,10 @@ def draw(rows: list[dict], path: str) -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--workdir", type=Path, required=True, help="folder of the runs")
-    p.add_argument("--clip", help="workdir or checkpoint of a CLIP of 64 pixels, for a head on its first blocks")
-    p.add_argument("--only", nargs="+", choices=list(ROUTERS), help="some of the ConvNeXts")
-    p.add_argument("--speed", type=Path, help="what benchmarks/complexity.py --tower --json wrote, for the share of wall time")
-    p.add_argument("--quick", action="store_true", help="four steps and 100 scenes each, to see that it runs")
+    p.add_argument("--clip", help="workdir or checkpoint of a 64-pixel CLIP, for a head on its first blocks")
+    p.add_argument("--only", nargs="+", choices=list(ROUTERS), help="only these ConvNeXts")
+    p.add_argument("--speed", type=Path, help="output of benchmarks/complexity.py --tower --json, for wall time")
+    p.add_argument("--quick", action="store_true", help="four steps and 100 scenes each, as a smoke test")
     p.add_argument("--json", type=Path)
     p.add_argument("--figure")
     args = p.parse_args()
@@ -190,11 +192,11 @@ def main() -> None:
     rows = []
     try:
         for stages in routers:
-            for row in measure(stages, folder, args.quick):
+            for row in train_and_evaluate(stages, folder, args.quick):
                 share = shares.get(row["router"])
                 rows.append(row if share is None else row | {"wall_share_of_vit_l14": share})
     except subprocess.CalledProcessError as error:
-        sys.exit(error.returncode)  # train.py or evaluate.py has said why
+        sys.exit(error.returncode)  # train.py or evaluate.py printed the error
     print_table(rows)
     if args.figure:
         draw(rows, args.figure)

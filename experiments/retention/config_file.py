@@ -1,4 +1,4 @@
-"""A configuration that was written as JSON, as a config file: --config=experiments/retention/config_file.py:RUN.json"""
+"""Config file that loads a configuration from JSON: --config=experiments/retention/config_file.py:RUN.json"""
 
 import json
 from pathlib import Path

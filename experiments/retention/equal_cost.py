@@ -1,7 +1,7 @@
-"""What random routing keeps at the very cost of a routed row, whose router is in it: by counted FLOPs, or by measured time.
+"""Recall of random routing at the same total cost as a routed row, router included: by counted FLOPs or measured time.
 
-Dice need no router, so at equal shares of the exits they are cheaper; at equal cost they can send more images to full depth.
-What they keep there lies between the rows of dice, of an exit for all images and of full depth, which are dice with one side.
+Random routing needs no router, so at equal exit shares it is cheaper; at equal cost it can send more images to full depth. Its
+recall there is interpolated between the rows of random routing, single exits and full depth.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Point:
-    """One way to deal images out without a router: its costs as shares of the baseline's, and recall [1 + R] on resamples."""
+class CostPoint:
+    """A run without a router: its costs as fractions of the baseline's, and its recall [1 + R] on resamples."""
 
     counted: float
     measured: float | None
     values: np.ndarray
 
 
-def by_flops(points: Sequence[Point], counted: float) -> np.ndarray:
-    """[1 + R]: recall at a counted cost, linear between the nearest points; beyond the outermost, theirs."""
+def recall_at_flops(points: Sequence[CostPoint], counted: float) -> np.ndarray:
+    """Returns recall [1 + R] at a counted cost: linear between adjacent points, constant beyond the outermost ones."""
     points = sorted(points, key=lambda point: point.counted)
     costs = np.array([point.counted for point in points])
     if counted <= costs[0] or counted >= costs[-1]:
@@ -33,11 +33,11 @@ def by_flops(points: Sequence[Point], counted: float) -> np.ndarray:
     return (1 - part) * points[above - 1].values + part * points[above].values
 
 
-def by_time(points: Sequence[Point], measured: float) -> np.ndarray | None:
-    """[1 + R]: recall at a measured time, of which dice take what a straight line through the points' times and FLOPs says.
+def recall_at_time(points: Sequence[CostPoint], measured: float) -> np.ndarray | None:
+    """Returns recall [1 + R] at a measured time, which a linear fit of the points' times on FLOPs converts to FLOPs.
 
-    Single times are too noisy to go from one to the next. Full depth, the dearest point, is had at its own time in any case: it
-    needs no queues. None where times do not grow with FLOPs, or fewer than two were taken.
+    Single times are too noisy to interpolate. Full depth, the most expensive point, keeps its own time, since it needs no
+    queues. Returns None if times do not increase with FLOPs, or if fewer than two points are timed.
     """
     timed = [point for point in points if point.measured is not None]
     full = max(points, key=lambda point: point.counted)
@@ -46,14 +46,14 @@ def by_time(points: Sequence[Point], measured: float) -> np.ndarray | None:
     if len(timed) < 2:
         return None
     slope, start = np.polyfit([point.counted for point in timed], [point.measured for point in timed], 1)
-    return by_flops(points, (measured - start) / slope) if slope > 0 else None
+    return recall_at_flops(points, (measured - start) / slope) if slope > 0 else None
 
 
-def smoothed(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The rows of one run, times of routed ones from a straight line through times and FLOPs of all that one router routes.
+def smooth_times(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns the rows of one run with the times of routed rows replaced by a linear fit on FLOPs, per router.
 
-    A router's budgets differ in how many images leave early, so time and FLOPs grow together, and single times are noisy:
-    `by_time` draws the same line for dice. Where fewer than three budgets were timed, their own times stay.
+    The budgets of a router differ in how many images leave early, so time grows with FLOPs, but single times are noisy;
+    `recall_at_time` uses the same fit for random routing. With fewer than three timed budgets, times are unchanged.
     """
     found = {name: dict(row) for name, row in rows.items()}
     routed = [row for row in found.values() if row["kind"] == "routed" and row["measured"] is not None]

@@ -1,4 +1,4 @@
-"""The figure of study.py: what every recipe keeps at the goal's budget, and the frontier of the best one."""
+"""Figure of study.py: retention of every recipe within the target budget, and the cost-recall frontier of the best one."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from icar_jax.evaluation.report import figures
 STYLES = {  # colour, marker
     "complexity": ("#D55E00", "D"), "regret": ("#0072B2", "s"), "gallery": ("#CC79A7", "v"), "blocks": ("#009E73", "^"),
 }  # fmt: skip
-OTHER = ("#56B4E9", "P")  # of a router that has no style
+OTHER = ("#56B4E9", "P")  # for routers without a style
 EXIT = "#882255"
 GOAL = 99.0
 Row = Mapping[str, Any]
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
-    """Two panels a dataset that has routed rows; the record is that of retention_report.write."""
+    """Writes a PNG with two panels per dataset that has routed rows. record: from `report.write_report`."""
     parts = {name: part for name, part in record["datasets"].items() if any(r["kind"] == "routed" for r in part["rows"])}
     most = max(len({row["recipe"] for row in part["rows"]}) for part in parts.values())
     figure, first = figures.new_figure((13.0, len(parts) * max(4.6, 2.4 + 0.36 * most)))
@@ -36,8 +36,8 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
 
 
 def _forest(axes: Axes, dataset: str, rows: Sequence[Row]) -> None:
-    """A line a recipe: its own full depth, its exits for all images, and the dearest routing of each router within the goal's
-    time, or where none is within it the cheapest, paler."""
+    """Forest plot with one line per recipe: full depth, single exits, and per router the most expensive routing within the
+    target time, or else the cheapest one, drawn paler."""
     names = list(dict.fromkeys(row["recipe"] for row in rows if row["retention"] is not None and row["recipe"] != "baseline"))
     routers = [name for name in STYLES if any(row.get("router") == name for row in rows)]
     _lines(axes.axvline)
@@ -46,31 +46,31 @@ def _forest(axes: Axes, dataset: str, rows: Sequence[Row]) -> None:
         own = [row for row in rows if row["recipe"] == name]
         for row in own:
             if row["row"] == "full":
-                marks.append((row, y, ("#000000", "o", "full"), "the recipe's own full depth, at any cost"))
+                marks.append((row, y, ("#000000", "o", "full"), "the recipe's full depth, at any cost"))
             elif row["kind"] == "exit":
-                marks.append((row, y, (EXIT, "*", "full"), "an exit for all images"))
+                marks.append((row, y, (EXIT, "*", "full"), "one exit for all images"))
         for i, router in enumerate(routers):
             at = y + 0.55 * ((i + 1) / (len(routers) + 1) - 0.5) if len(routers) > 1 else y + 0.22
             for suffix, fill in (("", "full"), (" affine", "none")):
                 row = within_budget(rows, name, router, bool(suffix))
                 if row is not None:
-                    label = f"routed by {router}" + (", scores calibrated" if suffix else "")
+                    label = f"routed by {router}" + (", calibrated scores" if suffix else "")
                     marks.append((row, at, (*STYLES.get(router, OTHER), fill), label))
-    said: set[str] = set()  # a label stands at the first mark of its kind
+    labelled: set[str] = set()  # only the first mark of a kind gets a legend label
     for row, y, style, label in marks:
         beyond = row["kind"] == "routed" and cost(row) > BUDGET
         label += f", beyond {BUDGET:.0%} of the time" if beyond else ""
-        _bar(axes, row, y, style, 0.4 if beyond else 1.0, None if label in said else label)
-        said.add(label)
+        _bar(axes, row, y, style, 0.4 if beyond else 1.0, None if label in labelled else label)
+        labelled.add(label)
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlabel("mean recall kept, % of the baseline's (95% interval)")
+    axes.set_xlabel("mean recall retained, % of the baseline's (95% interval)")
     axes.set_title(f"{dataset}: every recipe, routed within {BUDGET:.0%} of the baseline's time", fontsize=10.5)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=8)
 
 
 def _bar(axes: Axes, row: Row, y: float, style: tuple[str, str, str], alpha: float, label: str | None) -> None:
-    """A mark (colour, marker, fillstyle) with its interval."""
+    """Draws a mark (colour, marker, fillstyle) with its interval."""
     kept, (colour, marker, fill) = row["retention"], style
     bars = [[max(kept["value"] - kept["low"], 0)], [max(kept["high"] - kept["value"], 0)]]
     drawn = {"color": colour, "marker": marker, "fillstyle": fill, "alpha": alpha}
@@ -78,7 +78,7 @@ def _bar(axes: Axes, row: Row, y: float, style: tuple[str, str, str], alpha: flo
 
 
 def _frontier(axes: Axes, dataset: str, part: Mapping[str, Any]) -> None:
-    """The best recipe at every budget, with its exits, dice and oracle, beside the towers that were trained separately."""
+    """Plots the best recipe at every budget with its exits, random routing and oracle, and the runs without exits."""
     rows = part["rows"]
     best = best_recipe(rows)
     own = [row for row in rows if row["recipe"] == best]
@@ -98,8 +98,8 @@ def _frontier(axes: Axes, dataset: str, part: Mapping[str, Any]) -> None:
         if not RECIPES[row["recipe"]].exits:
             _point(axes, row, row["recipe"], "#000000", "o")
     count = max(len(row["seeds"]) for row in rows)
-    axes.set_xlabel("FLOPs per image, % of the baseline's, router included (thin lines: to its time)")
-    axes.set_ylabel("mean recall kept, %")
+    axes.set_xlabel("FLOPs per image, % of the baseline's, router included (thin lines: measured time)")
+    axes.set_ylabel("mean recall retained, %")
     axes.set_title(
         f"{dataset}: {best}, gallery of {part['gallery']['images']:,} images, {count} seed{'s' if count > 1 else ''}",
         fontsize=10.5,
@@ -108,21 +108,21 @@ def _frontier(axes: Axes, dataset: str, part: Mapping[str, Any]) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False, fontsize=8)
 
 
-_WORDS = {"random": "dice", "oracle": "oracle"}
+_WORDS = {"random": "random routing", "oracle": "oracle"}
 
 
 def best_recipe(rows: Sequence[Row]) -> str:
-    """The recipe of the routed row that keeps most, among those within the budget of time where there are any."""
+    """Returns the recipe of the routed row with the highest retention, among rows within the time budget if there are any."""
     routed = [row for row in rows if row["kind"] == "routed" and row["retention"] is not None]
     within = [row for row in routed if cost(row) <= BUDGET]
     return max(within or routed, key=lambda row: row["retention"]["value"])["recipe"]
 
 
 def within_budget(rows: Sequence[Row], recipe: str, router: str, calibrated: bool) -> Row | None:
-    """Of a recipe's rows of one router the dearest within the goal's time, or the cheapest where none is within it.
+    """Returns a recipe's most expensive row of one router within the target time, or the cheapest row if none is within it.
 
-    Chosen by cost: what keeps most would be chosen on the very images that it is then judged by. Dearest by FLOPs, as times of
-    neighbouring budgets are within noise of each other.
+    Rows are chosen by cost, because choosing by recall would select on the evaluated images. Cost is by FLOPs, because the
+    times of adjacent budgets differ by less than the noise.
     """
     own = [row for row in rows if row["recipe"] == recipe and row["kind"] == "routed" and row["router"] == router]
     own = [row for row in own if row["row"].endswith("affine") == calibrated and row["retention"] is not None]
@@ -131,12 +131,12 @@ def within_budget(rows: Sequence[Row], recipe: str, router: str, calibrated: boo
 
 
 def cost(row: Row) -> float:
-    """Measured time as a share of full depth's, or the counted cost where nothing was measured."""
+    """Returns the measured time as a fraction of full depth's, or the counted cost if not measured."""
     return row["counted"] if row["measured"] is None else row["measured"]
 
 
 def _curve(axes: Axes, rows: Sequence[Row], label: str, **style: Any) -> None:
-    """Against counted FLOPs, which every row has and which do not vary; routed rows also say their time."""
+    """Plots retention against counted FLOPs; routed rows also show their measured time."""
     rows = sorted((row for row in rows if row["retention"] is not None), key=lambda row: row["counted"])
     if not rows:
         return
@@ -158,7 +158,7 @@ def _point(axes: Axes, row: Row, name: str, colour: str, marker: str) -> None:
 
 
 def _time(axes: Axes, row: Row, colour: str) -> None:
-    """A thin line from a row's FLOPs to its measured time."""
+    """Draws a thin line from a row's FLOPs to its measured time."""
     if row["measured"] is not None:
         x, y = (100 * row["counted"], 100 * row["measured"]), (row["retention"]["value"],) * 2
         axes.plot(x, y, color=colour, linewidth=0.6, marker="|", markevery=[1], markersize=5, alpha=0.8)

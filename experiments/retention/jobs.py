@@ -1,4 +1,4 @@
-"""How experiments/retention/study.py works through its trainings: in order, one after the other or several side by side."""
+"""Runs the trainings of experiments/retention/study.py in dependency order, sequentially or in parallel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from icar_jax.config import ExperimentConfig
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """One training: its workdir, its configuration, and how it is called in the progress line."""
+    """One training: its display name, workdir and configuration."""
 
     name: str
     workdir: Path
@@ -30,12 +30,12 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class Job:
-    """A CLIP with the routers that are trained on its tower; or, without `of`, what several others need."""
+    """A CLIP with the routers trained on its tower; or, without `of`, a run that other jobs depend on."""
 
     run: TrainingRun
     heads: tuple[TrainingRun, ...] = ()
     of: tuple[str, str, int] | None = None  # dataset, recipe, seed
-    judged_by: tuple[Path, ...] = ()  # workdirs that its evaluation reads
+    judged_by: tuple[Path, ...] = ()  # workdirs needed for its evaluation
 
     @property
     def runs(self) -> tuple[TrainingRun, ...]:
@@ -43,19 +43,19 @@ class Job:
 
     @property
     def ready(self) -> bool:
-        """Whether everything is finished that it starts from or is judged by."""
+        """Whether all runs that it starts from or is evaluated with are finished."""
         start = self.run.config.train.init
         return all(map(_finished, (*([Path(start)] if start else []), *self.judged_by)))
 
 
-class Children:
-    """The programs that are running, so that they can be stopped together."""
+class ChildProcesses:
+    """The running child processes, which can be stopped together."""
 
     def __init__(self) -> None:
         self._lock, self._alive, self._stopped = threading.Lock(), set(), False
 
     def call(self, command: Sequence[Any], log: Path | None) -> None:
-        """Runs a program to its end, its output in `log`, appended. Raises CalledProcessError where it fails or was stopped."""
+        """Runs a program and appends its output to `log`. Raises CalledProcessError if it fails or was stopped."""
         file = log.open("ab") if log is not None else None
         try:
             with self._lock:
@@ -76,7 +76,7 @@ class Children:
             if file is not None:
                 file.close()
         if status:
-            # A program that is killed, for memory say, says nothing itself; of what goes to a log the terminal sees nothing.
+            # A killed program (out of memory) prints no error, and errors in a log are not visible in the terminal.
             program = command[2] if command[1] == "-m" else Path(command[1]).name
             why = f"{program} was killed by signal {-status}" if status < 0 else "failed"
             if not self._stopped and (status < 0 or log is not None):
@@ -84,7 +84,7 @@ class Children:
             raise subprocess.CalledProcessError(status, command)
 
     def stop(self) -> None:
-        """Ends all of them, and lets none begin."""
+        """Terminates all processes and prevents new ones."""
         with self._lock:
             self._stopped = True
             for child in self._alive:
@@ -92,7 +92,7 @@ class Children:
 
 
 class Progress:
-    """Says run k of n and how long the rest may take, by the share of training steps done so far."""
+    """Prints "run k of n" and the estimated remaining time, from the training pairs processed so far."""
 
     def __init__(self, todo: Sequence[TrainingRun]):
         self._number = {run.workdir: i for i, run in enumerate(todo, 1)}
@@ -111,10 +111,10 @@ class Progress:
             self._left, self._pairs = self._left - _pairs(run), self._pairs + _pairs(run)
 
 
-def work_through(todo: Sequence[Job], do: Callable[[Job], None], side_by_side: int, children: Children) -> None:
-    """Calls `do` for every job, so many at a time: each is the first that is ready, with its share of the cores.
+def run_jobs(todo: Sequence[Job], do: Callable[[Job], None], side_by_side: int, children: ChildProcesses) -> None:
+    """Calls `do` for every job, `side_by_side` at a time; each takes the first ready job and its share of the cores.
 
-    Raises what the first job that failed raised, once the others have been stopped.
+    Re-raises the error of the first failed job after the others have been stopped.
     """
     if side_by_side == 1:
         for job in todo:
@@ -133,7 +133,7 @@ def work_through(todo: Sequence[Job], do: Callable[[Job], None], side_by_side: i
         return None
 
     def work(place: int) -> None:
-        _keep_to_share(place, side_by_side)
+        _pin_to_cores(place, side_by_side)
         while (job := take()) is not None:
             try:
                 do(job)
@@ -149,7 +149,7 @@ def work_through(todo: Sequence[Job], do: Callable[[Job], None], side_by_side: i
     try:
         for thread in threads:
             while thread.is_alive():
-                thread.join(0.5)  # signals reach the main thread in between
+                thread.join(0.5)  # lets the main thread handle signals
     except BaseException as error:
         failed.insert(0, error)
         children.stop()
@@ -161,10 +161,10 @@ def work_through(todo: Sequence[Job], do: Callable[[Job], None], side_by_side: i
         raise failed[0]
 
 
-def _keep_to_share(place: int, of: int) -> None:
-    """This thread, and the programs that it starts, keep to their share of the cores: on shared ones they slow each other."""
+def _pin_to_cores(place: int, of: int) -> None:
+    """Pins this thread and its child processes to their share of the cores; sharing cores would slow both down."""
     if not hasattr(os, "sched_setaffinity"):
-        return  # not Linux: the system deals them out
+        return  # not Linux: the system schedules them
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cores[place::of] or cores)
 

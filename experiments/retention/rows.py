@@ -1,7 +1,7 @@
-"""One trained run in its gallery: every exit, every router at every budget, dice and oracle at the same shares.
+"""Evaluates one trained run: every exit, every router at every budget, and random routing and oracle at the same shares.
 
-Written beside the model: rows.json (what each row is and costs) and rows.npz (hits per image, ranks, scores, cosines), from
-which retention_report.py and why_exits.py make their tables. Thresholds come from calibration images alone.
+Writes rows.json (kind and cost of each row) and rows.npz (hits per image, ranks, scores, cosines) next to the model; report.py
+and why_exits.py make their tables from them. Thresholds are set on calibration images only.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ from icar_jax.models.clip import ClipArch
 from icar_jax.models.flops import vision_flops
 
 ROWS, ARRAYS = "rows.json", "rows.npz"
-TIMED = 1024  # images: the part-filled batches that end a run's queues shall count as little as in a whole collection
-REPEATS = 12  # of every timed run: routing saves few percent, and shared machines vary by more
-AFFINE = " affine"  # ends the name of a row whose scores are calibrated exit by exit
+TIMED = 1024  # timed images; many, so that partial batches at the end of queues matter as little as in a full collection
+REPEATS = 12  # repetitions per timed run: routing saves a few percent, and shared machines vary by more
+AFFINE = " affine"  # suffix of the names of rows with per-exit calibrated scores
 
 
 @dataclass(frozen=True)
 class Images:
-    """The three sets of an evaluation: asked for, filling the galleries up, choosing thresholds."""
+    """The three image sets of an evaluation: queries, distractors (`far`), and calibration images for thresholds."""
 
     queries: Source
     far: Source | None
     calibration: Source
 
 
-def images_of(config: ExperimentConfig, calibration: int, distractors: int) -> Images:
-    """The held-out images of a run.
+def select_images(config: ExperimentConfig, calibration: int, distractors: int) -> Images:
+    """Returns the held-out images of a run.
 
-    Distractors are held out of training along with the calibration images; where nothing but these was, as of scenes, they come
-    from `test`, as the queries do from `val`.
+    Queries come from `val`. Distractors are held out of training together with the calibration images; if only calibration
+    images are held out, as for scenes, distractors come from `test`.
     """
     queries, held = configured.eval_source(config.data, config.eval), configured.calibration_source(config.data)
     if config.data.source == "scenes":
@@ -72,7 +72,7 @@ def images_of(config: ExperimentConfig, calibration: int, distractors: int) -> I
 
 
 class Rows:
-    """Collects rows of one model over its embedded queries and distractors (None without)."""
+    """Collects the result rows of one model from its embedded queries and distractors (None without)."""
 
     def __init__(self, model: Model, gallery: Gallery, far: Gallery | None):
         self.model, self.gallery, self.far = model, gallery, far
@@ -83,14 +83,17 @@ class Rows:
         self.hits: dict[str, Hits] = {}
         self.arrays: dict[str, np.ndarray] = {"owner": gallery.caption_image}
         full = model.exits[-1]
-        self.alone = ranks_alone(gallery.by_exit, *self.asked, **self._among([g.by_exit[full] for g in self.galleries]))
+        self.alone = ranks_alone(
+            gallery.by_exit, *self.captions, **self._ranking_options([g.by_exit[full] for g in self.galleries])
+        )
 
     @property
-    def asked(self) -> tuple[np.ndarray, np.ndarray]:
+    def captions(self) -> tuple[np.ndarray, np.ndarray]:
+        """Caption embeddings [M, D] and the image index [M] of each."""
         return self.gallery.texts, self.gallery.caption_image
 
     def add(self, name: str, kind: str, found: Sequence[Ranks], share: Mapping[int, float], extra: float, **more: Any) -> None:
-        """A row from its ranks (several draws are averaged), its share of images per exit and FLOPs beyond the tower's."""
+        """Adds a row from its ranks (averaged over draws), its share of images per exit and the FLOPs beyond the tower's."""
         each = [mean_recall_hits(one) for one in found]
         self.hits[name] = Hits(
             each[0].k, np.mean([h.text_to_image for h in each], axis=0), each[0].captions,
@@ -107,12 +110,14 @@ class Rows:
         }  # fmt: skip
 
     def add_exits(self) -> None:
-        """Every image at one exit, full depth included; and what tells why: ranks and cosines of each exit."""
+        """Adds one row per exit, full depth included, and stores the ranks and cosines of each exit."""
         for exit in reversed(self.model.exits):
             name = "full" if exit == self.model.exits[-1] else f"exit_{exit}"
-            found = ranks(self.gallery.by_exit[exit], *self.asked, **self._among([g.by_exit[exit] for g in self.galleries]))
+            found = ranks(
+                self.gallery.by_exit[exit], *self.captions, **self._ranking_options([g.by_exit[exit] for g in self.galleries])
+            )
             self.add(name, "full" if name == "full" else "exit", [found], {exit: 1.0}, 0.0)
-            match, other = cosines(self.gallery.by_exit[exit], *self.asked)
+            match, other = mean_cosines(self.gallery.by_exit[exit], *self.captions)
             self.arrays |= {
                 f"match_{exit}": match, f"other_{exit}": other,
                 f"pure_t2i_{exit}": found.text_to_image, f"pure_i2t_{exit}": found.image_to_text,
@@ -123,7 +128,10 @@ class Rows:
         self, router: str, flops: float, scores: Sequence[np.ndarray], budget: float, thresholds: Sequence[float], draws: int,
         affine: score_calibration.ScoreCalibration,
     ) -> None:  # fmt: skip
-        """One router at one budget, also with calibrated scores; and dice and the oracle at its shares, which pay no router."""
+        """Adds one router at one budget, with and without calibrated scores, and random routing and the oracle at its shares.
+
+        Random routing and the oracle need no router, so its cost is not included.
+        """
         exits = [assign(s, self.model.exits, thresholds) for s in scores]
         everyone = np.concatenate(exits)
         share = {e: float(np.mean(everyone == e)) for e in self.model.exits}
@@ -132,13 +140,17 @@ class Rows:
         self.add(name, "routed", [self._mixed(exits)], share, flops, thresholds=list(thresholds), **more)
         calibrated = [affine.images(take_exits(g.by_exit, e), e) for g, e in zip(self.galleries, exits)]
         texts = [affine.texts(g.texts) for g in self.galleries]
-        found = ranks(calibrated[0], texts[0], self.gallery.caption_image, **self._among(calibrated, texts))
+        found = ranks(calibrated[0], texts[0], self.gallery.caption_image, **self._ranking_options(calibrated, texts))
         more_affine = {"thresholds": list(thresholds), "affine": affine.as_dict(), **more}
         self.add(f"{name}{AFFINE}", "routed", [found], share, flops, **more_affine)
-        dice = np.stack([random_exits(everyone, seed) for seed in range(draws)])
+        assignments = np.stack([random_exits(everyone, seed) for seed in range(draws)])
         far = self.far.by_exit if self.far is not None else None
         drawn = ranks_mixed(
-            self.gallery.by_exit, *self.asked, dice, far_by_exit=far, **self._among([g.texts[:0] for g in self.galleries])
+            self.gallery.by_exit,
+            *self.captions,
+            assignments,
+            far_by_exit=far,
+            **self._ranking_options([g.texts[:0] for g in self.galleries]),
         )
         self.add(f"{name} random", "random", drawn, share, 0.0, **more)
         counts = {e: int(np.sum(exits[0] == e)) for e in self.model.exits}
@@ -148,7 +160,7 @@ class Rows:
         self.arrays |= {f"exits_{name}": exits[0], f"scores_{router}": scores[0]}
 
     def write(self, folder: Path, extra: Mapping[str, Any]) -> None:
-        """rows.npz, then rows.json: where the latter is, the evaluation is whole."""
+        """Writes rows.npz, then rows.json, whose presence marks a complete evaluation."""
         temporary = folder / f".{ARRAYS}"
         named = {f"hits_{i}_{part}": getattr(h, part) for i, h in enumerate(self.hits.values())
                  for part in ("text_to_image", "image_to_text")}  # fmt: skip
@@ -159,17 +171,17 @@ class Rows:
 
     def _mixed(self, exits: Sequence[np.ndarray]) -> Ranks:
         rows = [take_exits(g.by_exit, e) for g, e in zip(self.galleries, exits)]
-        return ranks(rows[0], *self.asked, **self._among(rows))
+        return ranks(rows[0], *self.captions, **self._ranking_options(rows))
 
-    def _among(self, embeddings: Sequence[np.ndarray], texts: Sequence[np.ndarray] | None = None) -> dict[str, Any]:
-        given = None
+    def _ranking_options(self, embeddings: Sequence[np.ndarray], texts: Sequence[np.ndarray] | None = None) -> dict[str, Any]:
+        distractors = None
         if self.far is not None:
-            given = Distractors(embeddings[1], self.far.texts if texts is None else texts[1], self.far.caption_image)
-        return {"distractors": given, "mesh": self.mesh}
+            distractors = Distractors(embeddings[1], self.far.texts if texts is None else texts[1], self.far.caption_image)
+        return {"distractors": distractors, "mesh": self.mesh}
 
 
-def cosines(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float64 [N] each: mean cosine of every image with its own captions, and with all other captions; unit-norm inputs."""
+def mean_cosines(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns float64 [N], [N]: mean cosine of each image with its own and with all other captions; inputs are unit-norm."""
     n, m = len(images), len(texts)
     images, texts = images.astype(np.float64), texts.astype(np.float64)
     own = np.bincount(owner, weights=np.einsum("md,md->m", images[owner], texts), minlength=n)
@@ -177,15 +189,15 @@ def cosines(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> tuple[n
     return own / count, (images @ texts.sum(axis=0) - own) / np.maximum(m - count, 1)
 
 
-def request(
+def make_request(
     config: ExperimentConfig, workdir: Path, routers: Mapping[str, Path], *, calibration: int, distractors: int,
     budgets: Sequence[float], draws: int, against: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What `evaluate` is asked for, as plain JSON.
+    """Returns the JSON-ready input of `evaluate_run`.
 
-    routers: name -> workdir of a complexity model, without effect for a CLIP without exits. calibration, distractors: images.
-    against: workdir of the CLIP whose full depth is the unit of all costs; None: this one's own. budgets: shares of that unit,
-    counted. draws: of dice.
+    routers: name -> workdir of a complexity model; ignored for a CLIP without exits. calibration, distractors: numbers of
+    images. against: workdir of the CLIP whose full depth is the unit of all costs; None for the evaluated CLIP. budgets:
+    counted costs as fractions of that unit. draws: number of random-routing draws.
     """
     return {
         "config": dataclasses.asdict(config), "workdir": str(workdir), "calibration": calibration, "distractors": distractors,
@@ -194,52 +206,52 @@ def request(
     }  # fmt: skip
 
 
-def evaluated(asked_for: Mapping[str, Any]) -> bool:
-    """Whether the workdir holds the rows of exactly this request, of the weights that are there now."""
-    file = Path(asked_for["workdir"]) / ROWS
+def is_evaluated(request: Mapping[str, Any]) -> bool:
+    """Returns whether the workdir holds the rows of exactly this request, for the current weights."""
+    file = Path(request["workdir"]) / ROWS
     if not file.is_file():
         return False
     record = json.loads(file.read_text(encoding="utf-8"))
-    return record.get("asked") == json.loads(json.dumps(asked_for)) and record.get("weights") == _weights(asked_for)
+    return record.get("asked") == json.loads(json.dumps(request)) and record.get("weights") == _weights(request)
 
 
-def _weights(asked_for: Mapping[str, Any]) -> dict[str, str]:
-    """SHA-256 of the parameters of every model that a request names: one that was trained anew is evaluated anew."""
-    folders = {"clip": Path(asked_for["workdir"]) / "model"}
-    if asked_for["against"]:
-        folders["against"] = Path(asked_for["against"]) / "model"
-    folders |= {name: checkpoint.find(folder, ("complexity",)) for name, folder in asked_for["routers"].items()}
+def _weights(request: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the SHA-256 of the parameters of every model of a request, so that retrained models are evaluated again."""
+    folders = {"clip": Path(request["workdir"]) / "model"}
+    if request["against"]:
+        folders["against"] = Path(request["against"]) / "model"
+    folders |= {name: checkpoint.find(folder, ("complexity",)) for name, folder in request["routers"].items()}
     return {name: checkpoint.describe(folder)["hashes"][checkpoint.WEIGHTS] for name, folder in folders.items()}
 
 
-def evaluate(asked_for: Mapping[str, Any]) -> None:
-    """Writes rows.json and rows.npz into the workdir of a trained CLIP, for a `request`; an unmet budget becomes a note."""
-    config = from_dict(asked_for["config"])
-    workdir, routers, budgets = Path(asked_for["workdir"]), asked_for["routers"], asked_for["budgets"]
-    calibration, distractors, draws = asked_for["calibration"], asked_for["distractors"], asked_for["draws"]
-    against = Path(asked_for["against"]) if asked_for["against"] else None
+def evaluate_run(request: Mapping[str, Any]) -> None:
+    """Evaluates a `make_request`: writes rows.json and rows.npz into the CLIP's workdir; unmet budgets become notes."""
+    config = from_dict(request["config"])
+    workdir, routers, budgets = Path(request["workdir"]), request["routers"], request["budgets"]
+    calibration, distractors, draws = request["calibration"], request["distractors"], request["draws"]
+    against = Path(request["against"]) if request["against"] else None
     s = {"batch_size": config.eval.batch_size, "dtype": config.eval.dtype}
     model = load(workdir / "model", **s)
-    images, loading = images_of(config, calibration, distractors), configured.loading(config.data)
+    images, loading = select_images(config, calibration, distractors), configured.loading(config.data)
     gallery = embed_source(model, images.queries, loading)
     far = embed_source(model, images.far, loading) if images.far is not None else None
     rows, notes = Rows(model, gallery, far), []
     rows.add_exits()
     unit = _full_flops(against) if against is not None else rows.flops[model.exits[-1]]
-    own = rows.flops[model.exits[-1]] / unit  # below 1 where the tower is smaller, or merges patches
+    own = rows.flops[model.exits[-1]] / unit  # below 1 if the tower is smaller or merges patches
     chosen_on = embed_source(model, images.calibration, loading) if len(model.exits) > 1 else None
     times: list[dict[str, float]] = []
     for name, folder in routers.items() if len(model.exits) > 1 else ():
-        judge = load(folder, **s)
-        cost = model_costs(model.arch, judge.scorer.complexity.arch)
-        chosen = score_source(judge, images.calibration, f"calibrate {name}", loading).scores
-        asked = [each for each in (images.queries, images.far) if each is not None]
-        scores = [score_source(judge, each, f"score by {name}", loading).scores for each in asked]
+        scorer = load(folder, **s)
+        cost = model_costs(model.arch, scorer.scorer.complexity.arch)
+        chosen = score_source(scorer, images.calibration, f"calibrate {name}", loading).scores
+        evaluated = [each for each in (images.queries, images.far) if each is not None]
+        scores = [score_source(scorer, each, f"score by {name}", loading).scores for each in evaluated]
         settings = {}
         for budget in budgets:
             try:
                 if budget >= own:
-                    raise ConfigError(f"the whole tower costs {own:.2f} and needs no routing")
+                    raise ConfigError(f"full depth costs {own:.2f} and needs no routing")
                 if budget < cost.lowest_budget * own:
                     raise ConfigError(f"the first exit and the router alone cost {cost.lowest_budget * own:.2f}")
                 thresholds = thresholds_for_budget(chosen, budget / own, cost)
@@ -252,14 +264,14 @@ def evaluate(asked_for: Mapping[str, Any]) -> None:
             settings[f"{name}@{budget:.2f}"] = thresholds
         if settings:
             unit_of = against if own != 1 else None
-            times.append(measured(workdir, Path(folder), settings, images.queries, scores[0], loading, s, unit_of))
+            times.append(relative_times(workdir, Path(folder), settings, images.queries, scores[0], loading, s, unit_of))
     if not times:
-        times.append({"full": 1.0 if own == 1 else compared(workdir, against, images.queries, loading, s)})
-    # Full depth and the exits are timed beside every router.
+        times.append({"full": 1.0 if own == 1 else relative_full_depth_time(workdir, against, images.queries, loading, s)})
+    # Full depth and the exits are timed once per router; average these times.
     speed = {name: float(np.mean([each[name] for each in times if name in each])) for each in times for name in each}
     for name, row in rows.records.items():
         row["counted"] = row["flops"] / unit
-        # An oracle cannot be run; of dice the times are those of the sample's shares.
+        # The oracle cannot be timed; random routing is timed at the sample's shares.
         row["measured"] = None if row["kind"] == "oracle" else speed.get(name.removesuffix(AFFINE))
     extra = {
         "exits": list(model.exits), "notes": notes, "measured": speed,
@@ -269,16 +281,16 @@ def evaluate(asked_for: Mapping[str, Any]) -> None:
         },
         "source": images.queries.name,
     }  # fmt: skip
-    rows.write(workdir, extra | {"asked": asked_for, "weights": _weights(asked_for)})
+    rows.write(workdir, extra | {"asked": request, "weights": _weights(request)})
 
 
-def measured(
+def relative_times(
     clip: Path, router: Path, settings: Mapping[str, Sequence[float]], source: Source, scores: np.ndarray,
     loading: Mapping[str, Any], batches: Mapping[str, Any], against: Path | None,
 ) -> dict[str, float]:  # fmt: skip
-    """Row -> time per image as a share of the full depth of `against`, or its own, which takes turns with all the others.
+    """Returns row -> time per image as a fraction of full depth of `against` (or of this CLIP), timed interleaved.
 
-    Of routed rows with the router's time in it, of the exits, and of all dice.
+    Covers routed rows (router included), the exits, and random routing at the shares of every routed row.
     """
     first, *others = settings  # the first is timed as the model's own routing
     both = ((clip / "model", "clip"), (router, "complexity"))
@@ -287,19 +299,21 @@ def measured(
     routing = {"routing": {"exits": exits, "thresholds": list(settings[first])}}
     bundle = Model(*parts, routing, batches["batch_size"], batches["dtype"])
     sample = timing.sample_of(bundle, source, TIMED, loading)
-    shares = scores[: len(sample.clip)]  # of the very images that are timed
-    taken = {f"{name} random": assign(shares, bundle.exits, limits) for name, limits in settings.items()}
-    own, dice = taken.pop(f"{first} random"), taken
+    timed_scores = scores[: len(sample.clip)]  # scores of the timed images
+    assignments = {f"{name} random": assign(timed_scores, bundle.exits, limits) for name, limits in settings.items()}
+    own = assignments.pop(f"{first} random")
     other = load(against / "model", **batches) if against is not None else None
     unit = (other, timing.sample_of(other, source, TIMED, loading)) if other is not None else None
-    speed = timing.throughput(bundle, sample, own, {name: settings[name] for name in others}, unit, REPEATS, dice)
+    speed = timing.throughput(bundle, sample, own, {name: settings[name] for name in others}, unit, REPEATS, assignments)
     whole = speed.pop("static") if unit is not None else speed["full"]
     speed |= {first: speed.pop("routed"), f"{first} random": speed.pop("random")}
     return {name: whole / value for name, value in speed.items()}
 
 
-def compared(clip: Path, against: Path, source: Source, loading: Mapping[str, Any], batches: Mapping[str, Any]) -> float:
-    """Time per image of a tower as a share of another's, both at full depth."""
+def relative_full_depth_time(
+    clip: Path, against: Path, source: Source, loading: Mapping[str, Any], batches: Mapping[str, Any]
+) -> float:
+    """Returns a tower's time per image as a fraction of another's, both at full depth."""
     small, large = load(clip / "model", **batches), load(against / "model", **batches)
     samples = [timing.sample_of(each, source, TIMED, loading) for each in (small, large)]
     speed = timing.throughput(large, samples[1], None, None, (small, samples[0]), REPEATS)
@@ -307,13 +321,13 @@ def compared(clip: Path, against: Path, source: Source, loading: Mapping[str, An
 
 
 def _full_flops(against: Path) -> float:
-    """Counted FLOPs of the full depth of a trained CLIP."""
+    """Returns the counted FLOPs of a trained CLIP at full depth."""
     arch = from_dict(checkpoint.describe(against / "model")["arch"], ClipArch, f"{against}: arch")
     return float(vision_flops(arch.vision))
 
 
-def read(workdir: Path) -> tuple[dict[str, Any], dict[str, Hits], dict[str, np.ndarray]] | None:
-    """(rows.json, row -> hits, other arrays) of an evaluated run; None where it is not evaluated."""
+def read_rows(workdir: Path) -> tuple[dict[str, Any], dict[str, Hits], dict[str, np.ndarray]] | None:
+    """Returns (rows.json, row -> hits, other arrays) of an evaluated run; None if it is not evaluated."""
     if not (workdir / ROWS).is_file():
         return None
     record = json.loads((workdir / ROWS).read_text(encoding="utf-8"))
@@ -326,6 +340,6 @@ def read(workdir: Path) -> tuple[dict[str, Any], dict[str, Hits], dict[str, np.n
     return record, hits, arrays
 
 
-if __name__ == "__main__":  # in a process of its own, so that its memory on an accelerator is free for the next training
+if __name__ == "__main__":  # runs in its own process, so that accelerator memory is freed for the next training
     with user_errors():
-        evaluate(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+        evaluate_run(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

@@ -1,16 +1,16 @@
-"""Why an early exit loses: cosines that are offset between exits, ranks that flip, and how well a score knows what is lost.
+"""Analyses why early exits lose recall: cosine offsets between exits, rank changes, and how well scores predict regret.
 
     python -m experiments.retention.why_exits --out workdir/retention [--json FILE.json] [--figure FILE.png]
 
 Reads the evaluated runs of experiments/retention/study.py in OUT; writes OUT/why_exits.json, .md and .png by default.
 
-Cosine bias: mean cosine of an image with its own captions and with all others, at an exit minus at full depth. Exits whose
-cosines are offset cannot be ranked against each other, even where each ranks well alone.
-Rank flips: share of queries whose rank is better, the same or worse where the image alone leaves early and all others run to
-full depth.
-Regret: what leaving early costs an image, the fall of its mean recall at 1, 5 and 10 with that of its captions. Beside its rank
-correlation with each router's score stands the share of the oracle's gain over dice, at equal shares, that the router captures:
-in its dearest row within the goal's time, or the cheapest where none is within it.
+Cosine offset: mean cosine of an image with its own captions and with all others, at an exit minus at full depth. Exits with
+different offsets cannot be ranked against each other, even if each ranks well alone.
+Rank flips: share of queries whose rank is better, equal or worse if only the image leaves early and all others are at full
+depth.
+Regret: the loss in mean recall at 1, 5 and 10 of an image and its captions when the image leaves early. For each router the
+report gives the rank correlation of its score with regret, and the fraction of the oracle's gain over random routing, at equal
+exit shares, that it captures: in its most expensive row within the target time, or else the cheapest row.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from icar_jax.evaluation.report.table import write_metrics
 Arrays = Mapping[str, np.ndarray]
 
 
-def means(per_seed: Sequence[np.ndarray], weights: Sequence[np.ndarray], n: int) -> Interval | None:
-    """Mean over images of values [N] with weights [N], of several seeds; interval over images and seeds."""
+def mean_interval(per_seed: Sequence[np.ndarray], weights: Sequence[np.ndarray], n: int) -> Interval | None:
+    """Returns the weighted mean of values [N] over images, pooled over seeds, with an interval over images and seeds."""
     images = len(per_seed[0])
     values = [[np.sum(v) / np.sum(w)] for v, w in zip(per_seed, weights)]
     for counts in resample_counts(images, n, 0):
@@ -51,21 +51,21 @@ def means(per_seed: Sequence[np.ndarray], weights: Sequence[np.ndarray], n: int)
     return seeds.interval(np.array(values))
 
 
-def bias(arrays: Sequence[Arrays], exits: Sequence[int], n: int) -> dict[str, Any]:
-    """exit -> cosine with own captions and with others, and both minus full depth's."""
+def cosine_offsets(arrays: Sequence[Arrays], exits: Sequence[int], n: int) -> dict[str, Any]:
+    """Returns exit -> mean cosine with own and with other captions, and both minus full depth's."""
     one, full, found = [np.ones(len(a["captions"])) for a in arrays], exits[-1], {}
     for exit in exits:
         part = {}
         for name in ("match", "other"):
             values = [a[f"{name}_{exit}"] for a in arrays]
-            part[name] = means(values, one, n)
-            part[f"{name}_offset"] = means([v - a[f"{name}_{full}"] for v, a in zip(values, arrays)], one, n)
+            part[name] = mean_interval(values, one, n)
+            part[f"{name}_offset"] = mean_interval([v - a[f"{name}_{full}"] for v, a in zip(values, arrays)], one, n)
         found[str(exit)] = {key: each.as_dict() for key, each in part.items()}
     return found
 
 
-def flips(arrays: Sequence[Arrays], exits: Sequence[int], n: int) -> dict[str, Any]:
-    """early exit -> direction -> share of queries in percent whose rank is better, the same, worse than at full depth."""
+def rank_flips(arrays: Sequence[Arrays], exits: Sequence[int], n: int) -> dict[str, Any]:
+    """Returns early exit -> direction -> percent of queries whose rank is better, the same or worse than at full depth."""
     full, found = exits[-1], {}
     for exit in exits[:-1]:
         found[str(exit)] = {}
@@ -79,13 +79,13 @@ def flips(arrays: Sequence[Arrays], exits: Sequence[int], n: int) -> dict[str, A
                     flipped = np.sign(a[f"alone_{name}_{exit}"] - a[f"alone_{name}_{full}"]) == sign
                     values.append(100.0 * np.bincount(owner, weights=flipped, minlength=images))
                     weights.append(np.bincount(owner, minlength=images).astype(np.float64))
-                shares[word] = means(values, weights, n).as_dict()
+                shares[word] = mean_interval(values, weights, n).as_dict()
             found[str(exit)][direction] = shares
     return found
 
 
-def regret(arrays: Arrays, exit: int, full: int) -> np.ndarray:
-    """float64 [N]: mean recall in percent of each image and its captions at full depth, minus that where it alone leaves."""
+def recall_regret(arrays: Arrays, exit: int, full: int) -> np.ndarray:
+    """Returns float64 [N]: mean recall in percent of each image and its captions at full depth minus at the exit alone."""
     worth = []
     for e in (full, exit):
         hits = mean_recall_hits(Ranks(arrays[f"alone_t2i_{e}"], arrays[f"alone_i2t_{e}"], arrays["owner"]))
@@ -93,43 +93,43 @@ def regret(arrays: Arrays, exit: int, full: int) -> np.ndarray:
     return worth[0] - worth[1]
 
 
-def known(arrays: Sequence[Arrays], exits: Sequence[int]) -> dict[str, Any]:
-    """router -> Spearman correlation of its score with the regret at the first exit, by seed; None where one is constant.
+def score_correlations(arrays: Sequence[Arrays], exits: Sequence[int]) -> dict[str, Any]:
+    """Returns router -> Spearman correlation of its score with the regret at the first exit, mean and by seed.
 
-    Of routers that every seed has scores of: a budget that cannot be met leaves none.
+    Covers routers with scores for every seed; a budget that cannot be met leaves no scores. None if an input is constant.
     """
     everywhere = set.intersection(*({name for name in a if name.startswith("scores_")} for a in arrays))
     routers = sorted(name.removeprefix("scores_") for name in everywhere)
     found = {}
     for router in routers:
-        each = [spearmanr(a[f"scores_{router}"], regret(a, exits[0], exits[-1])).statistic for a in arrays]
+        each = [spearmanr(a[f"scores_{router}"], recall_regret(a, exits[0], exits[-1])).statistic for a in arrays]
         finite = [float(value) for value in each if np.isfinite(value)]
         found[router] = {"spearman": float(np.mean(finite)) if finite else None, "by_seed": finite}
     return found
 
 
 def analyse(out: Path, dataset: str, names: Sequence[str], seeds_: Sequence[int], n: int) -> list[dict[str, Any]]:
-    """A record a recipe with exits."""
-    rows = report.rows_of(report.collect(out, dataset, names, seeds_, n))
+    """Returns one record per recipe with exits."""
+    rows = report.summarise_rows(report.collect_rows(out, dataset, names, seeds_, n))
     records = []
     for name in names:
-        read = [retention_rows.read(recipes.folder(out, dataset, name, seed)) for seed in seeds_]
+        read = [retention_rows.read_rows(recipes.folder(out, dataset, name, seed)) for seed in seeds_]
         read = [each for each in read if each is not None]
         if not read or len(read[0][0]["exits"]) < 2:
             continue
         exits, arrays = read[0][0]["exits"], [each[2] for each in read]
-        scores = known(arrays, exits)
+        scores = score_correlations(arrays, exits)
         for router, score in scores.items():
             row = retention_figure.within_budget(rows, name, router, calibrated=False)
             if row is not None:
                 score |= {"captured": row["captured"], "budget": row["budget"]}
-        lost = [regret(a, exits[0], exits[-1]) for a in arrays]
+        lost = [recall_regret(a, exits[0], exits[-1]) for a in arrays]
         one = [np.ones(len(each)) for each in lost]
         records.append({
-            "recipe": name, "exits": exits, "seeds": len(read), "cosines": bias(arrays, exits, n),
-            "flips": flips(arrays, exits, n), "routers": scores, "regret": means(lost, one, n).as_dict(),
-            "images_that_lose": means([100.0 * (each > 0) for each in lost], one, n).as_dict(),
-            "images_that_gain": means([100.0 * (each < 0) for each in lost], one, n).as_dict(),
+            "recipe": name, "exits": exits, "seeds": len(read), "cosines": cosine_offsets(arrays, exits, n),
+            "flips": rank_flips(arrays, exits, n), "routers": scores, "regret": mean_interval(lost, one, n).as_dict(),
+            "images_that_lose": mean_interval([100.0 * (each > 0) for each in lost], one, n).as_dict(),
+            "images_that_gain": mean_interval([100.0 * (each < 0) for each in lost], one, n).as_dict(),
         })  # fmt: skip
     return records
 
@@ -140,8 +140,8 @@ def markdown(record: Mapping[str, Any]) -> str:
         routers = sorted({router for row in rows for router in row["routers"]})
         lines += [
             f"## {dataset}", "",
-            "Of the first exit against full depth: offset of cosines, ranks where an image alone leaves early, and the share "
-            "of the oracle's gain that a router's score captures (in brackets its rank correlation with regret).", "",
+            "First exit compared with full depth: cosine offsets, rank changes if only one image leaves early, and the percent "
+            "of the oracle's gain that a router captures (in brackets: rank correlation of its score with regret).", "",
             "| recipe | seeds | own captions | other captions | text to image: better / same / worse % "
             "| image to text: better / same / worse % | images that lose / gain % | "
             + " | ".join(f"captured by {router} %" for router in routers) + " |",
@@ -162,7 +162,7 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
-    """A row of panels a dataset: offsets of cosines, flips of ranks, what routers capture."""
+    """Writes a PNG with one row of panels per dataset: cosine offsets, rank changes, captured gain."""
     datasets = record["datasets"]
     longest = max(len(rows) for rows in datasets.values())
     figure, first = figures.new_figure((13.5, len(datasets) * max(3.4, 1.9 + 0.34 * longest)))
@@ -199,7 +199,7 @@ def _flips(axes: Any, rows: Sequence[Mapping[str, Any]], y: np.ndarray) -> None:
         axes.barh(y, shares, left=left, color=colour, height=0.6, label=word)
         left = left + shares
     axes.set_xlabel("% of queries, mean of both directions")
-    axes.set_title("rank if an image alone leaves at the first exit", fontsize=10)
+    axes.set_title("rank change if only one image leaves at the first exit", fontsize=10)
 
 
 def _captures(axes: Any, rows: Sequence[Mapping[str, Any]], y: np.ndarray) -> None:
@@ -212,7 +212,7 @@ def _captures(axes: Any, rows: Sequence[Mapping[str, Any]], y: np.ndarray) -> No
         if shown:
             shift = 0.2 * (place - (len(routers) - 1) / 2)
             _bars(axes, [each for _, each in shown], np.array([at for at, _ in shown]) + shift, *style, router)
-    axes.set_xlabel("% of the oracle's gain over dice (95% interval)")
+    axes.set_xlabel("% of the oracle's gain over random routing (95% interval)")
     axes.set_title(f"captured within {BUDGET:.0%} of the baseline's time", fontsize=10)
 
 
@@ -238,14 +238,14 @@ def _captured(found: Mapping[str, Any] | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, required=True, help="that of experiments/retention/study.py")
+    p.add_argument("--out", type=Path, required=True, help="the --out of experiments/retention/study.py")
     p.add_argument("--json", type=Path)
     p.add_argument("--figure", type=Path)
     args = p.parse_args(arguments)
     with user_errors():
         file = args.out / "retention.json"
         if not file.is_file():
-            raise ConfigError(f"{file} not found: run `python -m experiments.retention.study --out {args.out} ...` before")
+            raise ConfigError(f"{file} not found: first run `python -m experiments.retention.study --out {args.out} ...`")
         plan = json.loads(file.read_text(encoding="utf-8"))
         record: dict[str, Any] = {"benchmark": "why_exits", "setting": plan["setting"], "datasets": {}}
         for dataset in DATASETS:
@@ -253,7 +253,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 found = analyse(args.out, dataset, plan["recipes"], plan["seeds"], plan["resamples"])
                 record["datasets"] |= {dataset: found} if found else {}
         if not record["datasets"]:
-            raise ConfigError(f"{args.out} holds no evaluated run with exits; let experiments/retention/study.py finish one")
+            raise ConfigError(
+                f"{args.out} holds no evaluated run with exits; first finish one with experiments/retention/study.py"
+            )
         write_metrics(record, args.json or args.out / "why_exits.json")
         text = markdown(record)
         files.write_text(args.out / "why_exits.md", text)

@@ -1,4 +1,4 @@
-"""`icar <command>`: argument parsing only, one function a command; the commands of a subject share a file."""
+"""The `icar` command line: argument parsing only, one function per command, related commands in one file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["main", "user_errors"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The console script `icar`. Called in another thread than the first, it leaves signals as they are."""
+    """Entry point of the console script `icar`. Signal handlers are only installed in the main thread."""
     words = without_debug(sys.argv[1:] if argv is None else argv)
     if words and words[0] in training.PROGRAMS:
         with user_errors():
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             run(words[0], words[1:])
     parser = argparse.ArgumentParser(
-        prog="icar", description="Image complexity-aware retrieval in JAX.", epilog="--debug shows the traceback of an error."
+        prog="icar", description="Image complexity-aware retrieval in JAX.", epilog="--debug prints the traceback of an error."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for group in (weights, routing, training, score, embed, index, search, serve):
@@ -37,14 +37,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if set(rest) - set(args.overrides) or (rest and "config" not in args):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.set_verbosity(logging.WARNING)
-    with _cleaning_up(), user_errors("stopped; nothing was written"):
+    with _cleaning_up(), user_errors("interrupted; nothing was written"):
         require_local_paths(args, words)
         args.run(args)
 
 
 @contextlib.contextmanager
 def _cleaning_up() -> Iterator[None]:
-    """While a command runs, SIGTERM raises SystemExit, so that half-written folders are removed before the program ends."""
+    """Makes SIGTERM raise SystemExit while a command runs, so that partially written folders are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

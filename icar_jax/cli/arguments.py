@@ -1,4 +1,4 @@
-"""Flags that several commands take, and their values."""
+"""Flags shared by several commands, and parsing of their values."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from collections.abc import Iterator, Sequence
 
 from icar_jax.config import require_local
 
-# A store may lie in a bucket; the others are no places at all.
+# Arguments that are not local paths; a store may be in an object store.
 _NO_PATHS = {"command", "store", "query", "where", "token", "host", "allowed_host", "coordinator", "overrides", "config"}
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parses an integer >= 1. Raises argparse.ArgumentTypeError."""
     try:
         value = int(text)
     except ValueError:
         value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, found {text!r}")
     return value
 
 
 def add_images(p: argparse.ArgumentParser, done: str, batch_size: int, nargs: str = "+") -> None:
-    """Flags of a command that reads images of any number: which, how many at a time, and what the unreadable ones do."""
-    p.add_argument("paths", nargs=nargs, metavar="PATH", help="image, folder (with all below it) or pattern; - reads a list of "
-                   "images and folders from standard input, one a line")  # fmt: skip
-    p.add_argument("--skip-bad", action="store_true", help=f"exit status 0 although images could not be {done}")
-    p.add_argument("--batch-size", type=positive, default=batch_size, metavar="N", help=f"images at a time ({batch_size})")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations (float32)")
-    p.add_argument("--threads", type=positive, default=0, metavar="N", help="threads that decode; one a core by default")
+    """Adds flags of commands that read many images; `done` is the participle for help texts, such as 'scored'."""
+    p.add_argument("paths", nargs=nargs, metavar="PATH", help="image, folder (recursive) or glob pattern; - reads a list of "
+                   "images and folders from standard input, one per line")  # fmt: skip
+    p.add_argument("--skip-bad", action="store_true", help=f"exit with status 0 even if images could not be {done}")
+    p.add_argument("--batch-size", type=positive, default=batch_size, metavar="N", help=f"batch size ({batch_size})")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of activations (float32)")
+    p.add_argument("--threads", type=positive, default=0, metavar="N", help="decoding threads (one per core, up to 8)")
 
 
 def require_local_paths(args: argparse.Namespace, words: Sequence[str]) -> None:
-    """Raises ConfigError where an option that takes a path of this machine is given an address such as s3://bucket/name.
+    """Raises ConfigError if an option for a local path is given an address such as s3://bucket/name.
 
-    Every text is such a path but for those in _NO_PATHS; `words` are the arguments as they were typed.
+    All string arguments are local paths except those in _NO_PATHS; `words` is the command line.
     """
     for name, value in vars(args).items():
         option = "--" + name.replace("_", "-")
@@ -49,19 +49,19 @@ def require_local_paths(args: argparse.Namespace, words: Sequence[str]) -> None:
 
 
 def stdin_paths() -> Iterator[str]:
-    """The lines of standard input, as the file system spells names: a list may hold names that are not valid UTF-8."""
+    """Yields the lines of standard input, decoded like file names, which may not be valid UTF-8."""
     return (os.fsdecode(line) for line in sys.stdin.buffer)
 
 
-_DIRECTIONS = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}  # turn the order of what stands beside them
+_DIRECTIONS = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}  # Unicode bidirectional control characters
 
 
 def printable(text: str) -> str:
-    """The text in one line, with what would steer a terminal spelled out: ESC as \\x1b, a newline as \\n."""
-    return "".join(_escaped(c) if _steers(c) else c for c in text)
+    """The text on one line with control characters escaped: ESC as \\x1b, a newline as \\n."""
+    return "".join(_escaped(c) if _is_control(c) else c for c in text)
 
 
-def _steers(c: str) -> bool:
+def _is_control(c: str) -> bool:
     return unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or ord(c) in _DIRECTIONS
 
 

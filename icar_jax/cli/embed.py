@@ -1,4 +1,4 @@
-"""Command on image collections: embed."""
+"""The command `icar embed`."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ def add(commands) -> None:
         "embed",
         help="embed images into a corpus on disk",
         description="Writes float16 embeddings and a Parquet table of path, sha256, complexity, exit and milliseconds into a "
-        "folder, which icar_jax.inference.files.corpus.open_corpus reads. A bundle routes each image; a CLIP alone runs full "
-        "depth. "
-        "The same command continues a run that was stopped, and adds images that are new. The exit status is 0 only where "
-        "every image was embedded, or with --skip-bad.",
+        "folder for icar_jax.inference.files.corpus.open_corpus. A bundle routes each image; a plain CLIP runs full depth. "
+        "The same command resumes an interrupted run and adds new images. The exit status is 0 only if every image was "
+        "embedded, or with --skip-bad.",
     )
     add_images(p, "embedded", 64)
     p.add_argument("--checkpoint", required=True, help="bundle, CLIP checkpoint or workdir")
-    p.add_argument("--out", required=True, metavar="DIR", help="folder of the corpus, new or begun by this command")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder of the corpus, new or from an earlier run")
     how = p.add_mutually_exclusive_group()
-    how.add_argument("--budget", type=float, metavar="B", help="mean counted cost, router included, as a share of full depth; "
-                     "by default the thresholds of the bundle hold")  # fmt: skip
+    how.add_argument("--budget", type=float, metavar="B", help="mean counted cost, router included, as a fraction of full "
+                     "depth; by default the bundle's thresholds apply")  # fmt: skip
     how.add_argument("--exit", type=int, metavar="BLOCKS", help="run every image to this depth instead of routing")
-    p.add_argument("--shard-rows", type=positive, default=4096, metavar="N", help="images a shard; a kill costs one (4096)")
-    p.add_argument("--sharded", action="store_true", help="cut each batch over all devices of this machine")
+    p.add_argument("--shard-rows", type=positive, default=4096, metavar="N", help="images per shard, written atomically (4096)")
+    p.add_argument("--sharded", action="store_true", help="shard each batch over all devices of this machine")
     p.set_defaults(run=_embed)
 
 
@@ -42,14 +41,14 @@ def _embed(args: argparse.Namespace) -> None:
     paths = ImagePaths(args.paths, stdin_paths())
     mesh = local_mesh(args.batch_size) if args.sharded else None
     model = load(args.checkpoint, batch_size=args.batch_size, dtype=args.dtype, mesh=mesh)
-    with user_errors(f"stopped; the same command continues what {args.out} holds"):
+    with user_errors(f"interrupted; the same command resumes {args.out}"):
         done = embed_files(
             model, paths, args.out, exit=args.exit, budget=args.budget, shard_rows=args.shard_rows, threads=args.threads
         )
     bad = Path(args.out) / BAD
     report_bad(done, bad, "embedded")
     if not done.total:
-        sys.exit(f"error: none of the {done.bad} images could be embedded; reasons are in {bad}")
+        sys.exit(f"error: none of the {done.bad} images could be embedded; see {bad} for the reasons")
     print(done.report())
     print(f"Corpus: {args.out}: {done.total:,} images, float16 [{done.total}, {model.embed_dim}]")
     if done.bad and not args.skip_bad:

@@ -1,4 +1,4 @@
-"""How the programs report errors a user can cause."""
+"""Reporting of user errors by the programs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _tracebacks = False
 
 
 @contextlib.contextmanager
-def user_errors(interrupted: str = "stopped; the same command continues from the last checkpoint") -> Iterator[None]:
-    """Ends the program with one line for errors a user can cause; anything else is a bug and keeps its traceback."""
+def user_errors(interrupted: str = "interrupted; the same command resumes from the last checkpoint") -> Iterator[None]:
+    """Exits with a one-line message for user errors; other exceptions are bugs and keep their traceback."""
     try:
         yield
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # of `icar ... | head`: whoever read has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
-        sys.exit(141)  # as a shell reports SIGPIPE
+    except BrokenPipeError:  # the reader has exited, as in `icar ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard buffered output
+        sys.exit(141)  # like a shell for SIGPIPE
     except (IcarError, OSError) as error:
         _fail(error, str(error))
     except ModuleNotFoundError as error:
@@ -35,7 +35,7 @@ def user_errors(interrupted: str = "stopped; the same command continues from the
 
 
 def without_debug(words: Sequence[str]) -> list[str]:
-    """The arguments of a program without --debug, which makes `user_errors` show tracebacks before its messages."""
+    """The arguments without --debug, which makes `user_errors` print tracebacks before its messages."""
     global _tracebacks
     _tracebacks = DEBUG in words
     return [word for word in words if word != DEBUG]

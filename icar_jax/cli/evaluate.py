@@ -1,10 +1,10 @@
-"""Evaluates a trained model on its held-out split: of CLIP full depth, each exit, routed, and what each costs; of a complexity
-model its agreement with the known complexity, beside classical measures.
+"""Evaluates a trained model on its held-out split. A CLIP is evaluated at full depth, at each exit and routed, with the cost
+of each; a complexity model by its agreement with the ground-truth complexity, next to classical baselines.
 
     icar evaluate --config=configs/demo.py:clip --workdir=workdir/demo [--config.eval.split=test ...]
 
-`python evaluate.py` is the same. Takes the configuration of training; writes metrics.json and figures into the workdir:
-retention.png, complexity.png and the page report/index.html, or scores.png and, on scenes, nuisance.png.
+`python evaluate.py` is equivalent. Takes the training configuration and writes metrics.json and figures into the workdir:
+retention.png, complexity.png and report/index.html for a CLIP; scores.png and, for scenes, nuisance.png for a complexity model.
 """
 
 from absl import app, flags
@@ -12,8 +12,8 @@ from ml_collections import config_flags
 
 from icar_jax.cli.errors import user_errors
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file or a name, with an argument: demo:clip.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of training, with model/ and perhaps bundle/.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration: file or name, with an argument, such as demo:clip.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of training, with model/ and optionally bundle/.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 

@@ -1,4 +1,4 @@
-"""Command on stores: index."""
+"""The command `icar index`."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ def add(commands) -> None:
     p = commands.add_parser(
         "index",
         help="index images for search",
-        description="Embeds images into a store for `icar search` and `icar serve`. Running it again adds new files, updates "
-        "changed ones and touches nothing else; a run that was stopped is continued. The exit status is 0 only where every "
-        "image was embedded, or with --skip-bad.",
+        description="Embeds images into a store for `icar search` and `icar serve`. Running it again adds new files and "
+        "updates changed ones; an interrupted run is resumed. The exit status is 0 only if every image was embedded, or with "
+        "--skip-bad.",
     )
     add_images(p, "embedded", 64, nargs="*")
     p.add_argument("--store", required=True, metavar="DIR", help="folder of the store, or an address such as s3://bucket/name")
-    p.add_argument("--checkpoint", metavar="C", help="bundle, CLIP checkpoint or workdir; by default the one that the store "
-                   "was last indexed with")  # fmt: skip
+    p.add_argument("--checkpoint", metavar="C", help="bundle, CLIP checkpoint or workdir; default: the one last used for "
+                   "this store")  # fmt: skip
     how = p.add_mutually_exclusive_group()
-    how.add_argument("--budget", type=float, metavar="B", help="mean counted cost, router included, as a share of full depth; "
-                     "by default the thresholds of the bundle hold")  # fmt: skip
+    how.add_argument("--budget", type=float, metavar="B", help="mean counted cost, router included, as a fraction of full "
+                     "depth; by default the bundle's thresholds apply")  # fmt: skip
     how.add_argument("--exit", type=int, metavar="BLOCKS", help="run every new image to this depth instead of routing")
-    p.add_argument("--pass", dest="stage", choices=("cheap", "refine"), help="cheap: score every new image, and run it at the "
-                   "first exit; refine: run images of the store deeper where their score asks for it")  # fmt: skip
-    p.add_argument("--order", choices=("oldest", "returned"), default="oldest", help="of --pass refine: what was embedded "
-                   "first, or what searches returned most (oldest)")  # fmt: skip
-    p.add_argument("--captions", metavar="FILE", help="captions to keep with the images: Karpathy's .json, .csv or .jsonl")
-    p.add_argument("--prune", action="store_true", help="remove rows whose files vanished from the folders")
-    p.add_argument("--prune-missing", action="store_true", help="with --prune: also where a whole folder is missing or empty")
-    p.add_argument("--rehash", action="store_true", help="read every file, although its size and time have not changed")
-    p.add_argument("--retry-bad", action="store_true", help="read files that were bad, although they have not changed")
-    p.add_argument("--bad", action="store_true", help="list what could not be embedded, and why, and do nothing else; with "
-                   "PATH what lies there or below")  # fmt: skip
-    p.add_argument("--json", action="store_true", help="of --bad: as JSON")
-    p.add_argument("--commit-rows", type=positive, default=1000, metavar="N", help="images a commit; a kill costs one (1000)")
-    group = p.add_argument_group("several processes, each started with the same command")
-    group.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0")
-    group.add_argument("--processes", type=int, default=0, metavar="N", help="how many there are")
-    group.add_argument("--process", type=int, default=-1, metavar="I", help="which one this is, from 0")
+    p.add_argument("--pass", dest="stage", choices=("cheap", "refine"), help="cheap: score every new image and embed it at the "
+                   "first exit; refine: embed images deeper if their score requires it")  # fmt: skip
+    p.add_argument("--order", choices=("oldest", "returned"), default="oldest", help="order of --pass refine: oldest "
+                   "embeddings, or images most often returned by searches, first (oldest)")  # fmt: skip
+    p.add_argument("--captions", metavar="FILE", help="captions to store with the images: Karpathy .json, .csv or .jsonl")
+    p.add_argument("--prune", action="store_true", help="remove rows whose files no longer exist in the folders")
+    p.add_argument("--prune-missing", action="store_true", help="with --prune: also if a whole folder is missing or empty")
+    p.add_argument("--rehash", action="store_true", help="read every file even if its size and time are unchanged")
+    p.add_argument("--retry-bad", action="store_true", help="retry files that could not be embedded even if unchanged")
+    p.add_argument("--bad", action="store_true", help="only list files that could not be embedded, with the reasons; with "
+                   "PATH, only those at or below it")  # fmt: skip
+    p.add_argument("--json", action="store_true", help="with --bad: print JSON")
+    p.add_argument("--commit-rows", type=positive, default=1000, metavar="N", help="images per atomic commit (1000)")
+    group = p.add_argument_group("multiple processes, each started with the same command")
+    group.add_argument("--coordinator", default="", metavar="HOST:PORT", help="address of process 0")
+    group.add_argument("--processes", type=int, default=0, metavar="N", help="number of processes")
+    group.add_argument("--process", type=int, default=-1, metavar="I", help="index of this process, from 0")
     p.set_defaults(run=_index)
 
 
@@ -54,21 +54,21 @@ def _index(args: argparse.Namespace) -> None:
     if args.bad:
         return _list_bad(args)
     wrong = {
-        "--json": args.json, "PATH missing: name folders or images": not args.paths and args.stage != "refine",
+        "--json needs --bad": args.json, "PATH missing: pass folders or images": not args.paths and args.stage != "refine",
         "--prune-missing without --prune": args.prune_missing and not args.prune,
         "--pass with --exit": args.stage and args.exit is not None,
-        "--pass cheap with --budget: it sends all images to the first exit": args.stage == "cheap" and args.budget is not None,
-        "--pass refine reads files that the store has: leave out --prune, --rehash, --captions and --retry-bad":
+        "--pass cheap runs all images at the first exit; leave out --budget": args.stage == "cheap" and args.budget is not None,
+        "--pass refine only reads files in the store; leave out --prune, --rehash, --captions and --retry-bad":
             args.stage == "refine" and (args.prune or args.rehash or args.captions or args.retry_bad),
         "--order without --pass refine": args.order != "oldest" and args.stage != "refine",
     }  # fmt: skip
     for what, is_wrong in wrong.items():
         if is_wrong:
-            raise IndexingError(what if what != "--json" else "--json is of --bad")
+            raise IndexingError(what)
 
     from icar_jax.parallel import distributed
 
-    with distributed.exit_on_error(), user_errors(f"stopped; the same command continues what {args.store} holds"):
+    with distributed.exit_on_error(), user_errors(f"interrupted; the same command resumes {args.store}"):
         distributed.start(args.coordinator, args.processes, args.process)
         _update_store(args)
 
@@ -97,11 +97,11 @@ def _update_store(args: argparse.Namespace) -> None:
             retry_bad=args.retry_bad, captions=args.captions, commit_rows=args.commit_rows, threads=args.threads,
         )  # fmt: skip
     main = distributed.is_main()
-    distributed.leave()  # a vector index of many images takes one process hours
+    distributed.leave()  # building a large vector index takes one process hours
     if main:
         report_bad(done, f"`icar index --bad --store {args.store}`", "embedded")
         if done.still_bad:
-            again = "were bad before and have not changed; --retry-bad reads them again"
+            again = "could not be embedded in earlier runs and are unchanged; --retry-bad retries them"
             print(f"{done.still_bad} images {again}", file=sys.stderr)
         print(done.report())
         print(f"Store: {args.store}: {done.total:,} images")

@@ -1,4 +1,4 @@
-"""`icar train` and `icar evaluate`: their flags, and configurations with overrides."""
+"""Runs `icar train` and `icar evaluate`: absl flags, and configurations with overrides."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from icar_jax.cli.errors import DEBUG, user_errors, without_debug
 
 
 def run(name: str, argv: Sequence[str] | None = None) -> None:
-    """Runs 'train' or 'evaluate' with these arguments (None: those of the process) and ends the process.
+    """Runs 'train' or 'evaluate' with `argv` (default: sys.argv) and exits the process.
 
-    Overrides of unknown fields are reported by name, and libraries log warnings only.
+    Overrides of unknown fields raise ConfigError with the name of the field. Libraries log only warnings.
     """
     program = importlib.import_module(f"icar_jax.cli.{name}")
     if argv is not None:
         sys.argv = [f"icar {name}", *argv]
-    sys.modules["__main__"].__doc__ = program.__doc__  # what --help prints, with the flags that belong to this name:
+    sys.modules["__main__"].__doc__ = program.__doc__  # --help prints it, with the flags registered for this name
     for flag in flags.FLAGS.get_flags_for_module(program.__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
@@ -46,7 +46,7 @@ def run(name: str, argv: Sequence[str] | None = None) -> None:
 
 
 def _resolved(args: Sequence[str]) -> list[str]:
-    """The arguments with the value of --config, given either way, as `config_file` finds it."""
+    """The arguments with the value of --config (either syntax) resolved by `config_file`."""
     found, after = [], ""
     for arg in args:
         flag, equals, value = arg.partition("=")
@@ -60,15 +60,15 @@ def _resolved(args: Sequence[str]) -> list[str]:
 
 
 def packaged_configs() -> Path:
-    """The folder of the configurations that come with the package: icar_jax/configs, or configs/ of a checkout."""
+    """The folder of the packaged configurations: icar_jax/configs, or configs/ in a checkout."""
     package = Path(icar_jax.__file__).parent
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
 def config_file(value: str) -> str:
-    """--config as a file with its argument: of `value`, a path or the name of a packaged configuration, 'demo:clip'.
+    """Resolves a value of --config, a path or a packaged name such as 'demo:clip', to 'FILE' or 'FILE:argument'.
 
-    Raises ConfigError where it names neither, or an argument that its get_config does not take.
+    Raises ConfigError if there is no such configuration, or if its get_config does not accept the argument.
     """
     path, colon, argument = value.partition(":")
     if not Path(path).is_file():
@@ -76,7 +76,7 @@ def config_file(value: str) -> str:
         if not named.is_file():
             names = ", ".join(sorted(file.stem for file in packaged_configs().glob("*.py") if file.stem != "__init__"))
             raise cfg.ConfigError(
-                f"--config={value}: no such file, and no configuration of that name ({names}); demo:clip is an example"
+                f"--config={value}: no such file or packaged configuration ({names}); an example is demo:clip"
             )
         path = str(named)
     get_config = runpy.run_path(path).get("get_config")
@@ -89,7 +89,7 @@ def config_file(value: str) -> str:
 
 
 def config_of(args: argparse.Namespace) -> cfg.ExperimentConfig:
-    """The configuration of --config with the overrides --config.a.b=value that training takes."""
+    """The configuration of --config with overrides --config.a.b=value, as in training."""
     path = config_file(args.config)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)

@@ -1,4 +1,4 @@
-"""Commands on models: bundle, calibrate, describe."""
+"""The commands `icar bundle`, `icar calibrate` and `icar describe`."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def add(commands) -> None:
 def _add_bundle(commands) -> None:
     p = commands.add_parser(
         "bundle",
-        help="join a CLIP and a complexity model with thresholds",
-        description="Joins a CLIP with early exits and a complexity model into one folder that routes. Thresholds are "
-        "set on calibration images, which the CLIP's workdir names, unless they are given.",
+        help="combine a CLIP, a complexity model and thresholds",
+        description="Combines a CLIP with early exits and a complexity model into one folder that routes images. Unless "
+        "thresholds are given, they are set on the calibration images of the CLIP's workdir.",
     )
     p.add_argument("--clip", required=True, help="workdir or checkpoint of the CLIP model")
     p.add_argument("--complexity", required=True, help="workdir or checkpoint of the complexity model")
-    p.add_argument("--out", required=True, help="folder to write; WORKDIR/bundle is where evaluate.py looks")
-    p.add_argument("--share", type=float, nargs="+", default=[], metavar="S", help="share of the images for each early exit")
-    p.add_argument("--thresholds", type=float, nargs="+", metavar="T", help="use these instead of calibrating")
-    p.add_argument("--root", help="folder of the pictures, where it moved since training")
+    p.add_argument("--out", required=True, help="folder to write; `icar evaluate` reads WORKDIR/bundle")
+    p.add_argument("--share", type=float, nargs="+", default=[], metavar="S", help="fraction of images for each early exit")
+    p.add_argument("--thresholds", type=float, nargs="+", metavar="T", help="use these thresholds instead of calibrating")
+    p.add_argument("--root", help="image folder, if it has moved since training")
     p.set_defaults(run=_bundle)
 
 
@@ -44,7 +44,7 @@ def _bundle(args: argparse.Namespace) -> None:
             data.root = args.root or data.root
             calibration = configured.calibration_source(data)
     elif args.share:
-        raise cfg.ConfigError("--share and --thresholds exclude each other: a share is turned into a threshold")
+        raise cfg.ConfigError("--share and --thresholds exclude each other: shares determine the thresholds")
     out = make_bundle(
         args.clip, args.complexity, args.out, calibration=calibration, shares=args.share, thresholds=args.thresholds
     )
@@ -55,40 +55,39 @@ def _bundle(args: argparse.Namespace) -> None:
 def _add_calibrate(commands) -> None:
     p = commands.add_parser(
         "calibrate",
-        help="find the thresholds of a bundle or of a classifier on calibration images",
-        description="Finds thresholds and writes them, with how they were found, into the description of a bundle (from a "
-        "budget, a recall drop, shares, or with one early exit from labels) or of a classifier (from labels). Images: by "
-        "default the calibration images that the workdir of the checkpoint names.",
+        help="set the thresholds of a bundle or of a classifier on calibration images",
+        description="Sets thresholds and writes them, with the method used, into the description of a bundle (from a budget, "
+        "a recall drop, shares, or labels with one early exit) or of a classifier (from labels). By default the calibration "
+        "images of the checkpoint's workdir are used.",
     )
-    p.add_argument("checkpoint", help="bundle, complexity classifier, or workdir that holds one")
+    p.add_argument("checkpoint", help="bundle, complexity classifier, or a workdir with one")
     how = p.add_mutually_exclusive_group(required=True)
-    how.add_argument("--budget", type=float, help="mean cost, router included, as a share of full depth, such as 0.7")
+    how.add_argument("--budget", type=float, help="mean cost, router included, as a fraction of full depth, such as 0.7")
     how.add_argument(
         "--max-recall-drop",
         type=float,
         metavar="POINTS",
-        help="cheapest thresholds, and with them which exits "
-        "are used, that lose at most so many points of mean R@5 on the images; they need captions",
+        help="choose the cheapest thresholds and exits that lose at most POINTS of mean R@5; the images need captions",
     )
-    how.add_argument("--share", type=float, nargs="+", default=[], metavar="S", help="share of the images for each early exit")
-    how.add_argument("--metric", help="of labelled images: f1, balanced_accuracy, accuracy or youden")
+    how.add_argument("--share", type=float, nargs="+", default=[], metavar="S", help="fraction of images for each early exit")
+    how.add_argument("--metric", help="maximise a metric on labelled images: f1, balanced_accuracy, accuracy or youden")
     p.add_argument(
         "--best-recall",
         action="store_true",
-        help="with --budget: the thresholds, and with them the exits used, of "
-        "the highest mean R@5 on the images, which need captions; else several exits share a budget evenly",
+        help="with --budget: choose the thresholds and exits with the highest mean R@5; the images need captions. Without "
+        "it, exit shares come from the budget alone",
     )
-    p.add_argument("--cost", choices=["counted", "measured"], help="what --budget (default counted), --best-recall or "
-                   "--max-recall-drop (default measured) go by: FLOPs, or time on this machine")  # fmt: skip
-    p.add_argument("--plot", metavar="PNG", help="of --max-recall-drop and --best-recall: where the frontier is drawn; else "
-                   "BUNDLE_frontier.png")  # fmt: skip
+    p.add_argument("--cost", choices=["counted", "measured"], help="cost for --budget (default counted), --best-recall and "
+                   "--max-recall-drop (default measured): FLOPs, or time on this machine")  # fmt: skip
+    p.add_argument("--plot", metavar="PNG", help="with --max-recall-drop or --best-recall: plot of the cost-recall frontier "
+                   "(BUNDLE_frontier.png)")  # fmt: skip
     p.add_argument("--images", nargs="+", metavar="PATH", help="files, folders or globs, for --budget and --share")
     p.add_argument("--labels", metavar="FILE", help="labels or ratings of images below --root: .json .csv .txt .parquet")
-    p.add_argument("--root", help="folder of the images of --labels, or where those of the workdir moved to")
-    p.add_argument("--boundary", type=float, help="where images have ratings, not labels: above it they are complex")
-    p.add_argument("--bad-share", type=float, help="share of the lines of --labels that may be unusable (0.01)")
-    p.add_argument("--config", help="calibration images of configs/x.py:argument, with --config.a.b=value")
-    p.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images scored at a time (64)")
+    p.add_argument("--root", help="image folder of --labels, or the new location of the workdir's images")
+    p.add_argument("--boundary", type=float, help="for ratings: images with a higher rating are labelled complex")
+    p.add_argument("--bad-share", type=float, help="maximum fraction of unusable lines in --labels (0.01)")
+    p.add_argument("--config", help="configuration that gives the calibration images; accepts --config.a.b=value")
+    p.add_argument("--batch-size", type=positive, default=64, metavar="N", help="batch size of scoring (64)")
     p.set_defaults(run=_calibrate)
 
 
@@ -100,9 +99,9 @@ def _calibrate(args: argparse.Namespace) -> None:
 
     folder = checkpoint.find(args.checkpoint, ("bundle", "complexity"))
     if args.best_recall and args.budget is None:
-        raise cfg.ConfigError("--best-recall is looked for within a --budget; give one")
+        raise cfg.ConfigError("--best-recall needs a --budget")
     if args.plot and args.max_recall_drop is None and not args.best_recall:
-        raise cfg.ConfigError("--plot draws what --max-recall-drop or --best-recall tried; leave it out")
+        raise cfg.ConfigError("--plot needs --max-recall-drop or --best-recall")
     source, data, boundary = _calibration_images(args, folder)
     if args.labels and (note := _seen_in_training(args, folder, source)):
         print(note)
@@ -117,32 +116,32 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def _calibration_images(args: argparse.Namespace, folder: Path):
-    """(source, its DataConfig or None, boundary of the class 'complex' or None) of what the arguments name."""
+    """(image source, its DataConfig or None, rating boundary of the class 'complex' or None) from the arguments."""
     from icar_jax.data import configured
     from icar_jax.data.ratings.sources import open_rated
     from icar_jax.data.sources.files import ImageFiles
 
     named = [name for name in ("images", "labels", "config") if getattr(args, name)]
     if len(named) > 1:
-        raise cfg.ConfigError(f"{' and '.join('--' + name for name in named)} each name the images; give one of them")
+        raise cfg.ConfigError(f"{' and '.join('--' + name for name in named)} exclude each other; pass one of them")
     if args.overrides and not args.config:
-        raise cfg.ConfigError(f"{args.overrides[0]} overrides a field of --config, which is not given")
+        raise cfg.ConfigError(f"{args.overrides[0]} overrides a field of --config, which is missing")
     if args.boundary is not None and not args.metric:
-        raise cfg.ConfigError("--boundary makes labels of ratings for --metric; leave it out")
+        raise cfg.ConfigError("--boundary needs --metric, for which it turns ratings into labels")
     if args.bad_share is not None and not (args.labels and 0 <= args.bad_share <= 1):
-        raise cfg.ConfigError(f"--bad-share {args.bad_share:g} belongs to --labels and lies in [0, 1]")
+        raise cfg.ConfigError(f"--bad-share {args.bad_share:g} must lie in [0, 1] and needs --labels")
     if args.images and args.root:
-        raise cfg.ConfigError("--root belongs to --labels or to a workdir; name the folder in --images")
+        raise cfg.ConfigError("--root applies to --labels or to a workdir; pass the folder as --images")
     if args.images:
         if args.max_recall_drop is not None or args.best_recall:
             flag = "--best-recall" if args.best_recall else "--max-recall-drop"
-            raise cfg.ConfigError(f"{flag} needs captions; --images have none: pass --config, or give a workdir")
+            raise cfg.ConfigError(f"{flag} needs captions, which --images do not have: pass --config or a workdir")
         if args.metric:
-            raise cfg.ConfigError("--metric needs labelled images; --images have no labels: pass --labels FILE --root FOLDER")
+            raise cfg.ConfigError("--metric needs labels, which --images do not have: pass --labels FILE --root FOLDER")
         return ImageFiles(args.images), None, None
     if args.labels:
         if not args.root:
-            raise cfg.ConfigError("--labels names images below a folder; pass it as --root")
+            raise cfg.ConfigError("--labels needs the image folder as --root")
         share = 0.01 if args.bad_share is None else args.bad_share
         data = cfg.DataConfig(source="ratings", root=args.root, ratings=args.labels, bad_share=share)
         rated = open_rated(data)
@@ -156,19 +155,19 @@ def _calibration_images(args: argparse.Namespace, folder: Path):
         workdirs = [path for path in (Path(args.checkpoint), folder.parent) if (path / workdir.CONFIG).is_file()]
         if not workdirs:
             raise cfg.ConfigError(
-                f"{folder} lies in no workdir of train.py, which would name its calibration images; pass --images, --labels or "
+                f"{folder} is not in a workdir of train.py, which gives the calibration images; pass --images, --labels or "
                 "--config"
             )
         config = workdir.load_config(workdirs[0])
     config.data.root = args.root or config.data.root
     boundary = args.boundary
     if boundary is None and config.task == "complexity":
-        boundary = config.complexity.threshold  # what the classifier was trained with
+        boundary = config.complexity.threshold  # as in training
     return configured.calibration_source(config.data), config.data, boundary
 
 
 def _seen_in_training(args: argparse.Namespace, folder: Path, source) -> str:
-    """Says how many of the labelled images the complexity model was trained on, where a workdir tells; else ''."""
+    """A note if the complexity model was trained on some of the labelled images, according to its workdir; else ''."""
     from icar_jax.data.records import record_names
 
     for path in {Path(args.checkpoint), folder.parent}:
@@ -178,16 +177,16 @@ def _seen_in_training(args: argparse.Namespace, folder: Path, source) -> str:
         seen = sum(name in names for name in record_names(source))
         if seen:
             same = Path(root).expanduser().resolve() == Path(args.root).expanduser().resolve()
-            are = "are images" if same else "have the names of images"
+            are = "are training images" if same else "have the names of training images"
             return (
-                f"Note: {seen} of {len(source)} images {are} that the model was trained on ({path / workdir.SPLITS}); "
-                f"{'' if same else 'if they are the same, '}a threshold looks better on them than on other images"
+                f"Note: {seen} of {len(source)} images {are} of the model ({path / workdir.SPLITS}); "
+                f"{'' if same else 'if they are the same, '}metrics on them are better than on unseen images"
             )
     return ""
 
 
 def _add_describe(commands) -> None:
-    p = commands.add_parser("describe", help="print what a checkpoint, bundle or workdir holds")
+    p = commands.add_parser("describe", help="print the description of a checkpoint, bundle or workdir")
     p.add_argument("path")
     p.set_defaults(run=_describe)
 
@@ -195,5 +194,5 @@ def _add_describe(commands) -> None:
 def _describe(args: argparse.Namespace) -> None:
     description = checkpoint.describe(checkpoint.find(args.path))
     if "scores" in description.get("routing", {}):
-        description["routing"]["scores"] = "quantiles of the calibration scores, for other budgets"
+        description["routing"]["scores"] = "quantiles of the calibration scores, for budgets"
     print(json.dumps(description, indent=2))

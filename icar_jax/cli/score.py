@@ -1,4 +1,4 @@
-"""Command on images: score."""
+"""The command `icar score`."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ def add(commands) -> None:
         "score",
         help="score the complexity of images",
         description="Writes a table with the columns file, score, exit and milliseconds. With a bundle, exit is the number of "
-        "blocks that its thresholds select. The exit status is 0 only where every image was scored, or with --skip-bad. "
-        "A run that is stopped writes no table.",
+        "blocks selected by its thresholds. The exit status is 0 only if every image was scored, or with --skip-bad. "
+        "An interrupted run writes no table.",
     )
     add_images(p, "scored", 32)
     p.add_argument("--checkpoint", required=True, help="complexity checkpoint, bundle or workdir")
     p.add_argument("--out", required=True, metavar="FILE", help="table to write: .csv, .json, .jsonl or .parquet")
-    p.add_argument("--bad", metavar="FILE", help="CSV of the images that could not be scored; FILE.bad.csv by default")
-    p.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    p.add_argument("--sheet", metavar="PNG", help="contact sheet in the order of the scores, with their histogram")
+    p.add_argument("--bad", metavar="FILE", help="CSV of the images that could not be scored (OUT.bad.csv)")
+    p.add_argument("--overwrite", action="store_true", help="replace existing files")
+    p.add_argument("--sheet", metavar="PNG", help="contact sheet of the images sorted by score, with a score histogram")
     p.add_argument("--thumbnails", type=positive, default=60, metavar="N", help="images on the sheet (60)")
-    p.add_argument("--explain", metavar="DIR", help="folder for pictures of where complexity was seen, most complex first")
-    p.add_argument("--explain-limit", type=positive, default=50, metavar="N", help="images that are explained (50)")
-    p.add_argument("--explain-stage", type=int, choices=(2, 3, 4), help="ConvNeXt stage of the maps: a cell of 8, 16 or 32 "
-                   "pixels of the model's input (8); a head on the blocks of a CLIP has a cell a patch")  # fmt: skip
-    p.add_argument("--explain-npy", action="store_true", help="write the maps as .npy too")
+    p.add_argument("--explain", metavar="DIR", help="folder for complexity maps of the most complex images")
+    p.add_argument("--explain-limit", type=positive, default=50, metavar="N", help="number of images with maps (50)")
+    p.add_argument("--explain-stage", type=int, choices=(2, 3, 4), help="ConvNeXt stage of the maps, with a stride of 8, 16 or "
+                   "32 input pixels (2); a head on a CLIP's blocks has one map cell per patch")  # fmt: skip
+    p.add_argument("--explain-npy", action="store_true", help="also write the maps as .npy")
     p.set_defaults(run=_score)
 
 
@@ -43,7 +43,7 @@ def _score(args: argparse.Namespace) -> None:
     from icar_jax.inference.files.scoring import require_scorer
     from icar_jax.inference.loading import load
 
-    # What is wrong with the command is said before anything is loaded or scored.
+    # Validate the arguments before loading or scoring anything.
     paths = ImagePaths(args.paths, stdin_paths())
     if args.sheet:
         require_writable(args.sheet, "--sheet", args.overwrite, (".png",))
@@ -66,11 +66,11 @@ def _score(args: argparse.Namespace) -> None:
     bad = args.bad or f"{args.out}.bad.csv"
     report_bad(done, bad)
     if not len(done.scores):
-        sys.exit(f"error: none of the {done.bad} images could be scored, so there is no table; reasons are in {bad}")
-    threshold = model.description.get("threshold") if model.thresholds is None else None  # a classifier's own
+        sys.exit(f"error: none of the {done.bad} images could be scored, so no table was written; see {bad} for the reasons")
+    threshold = model.description.get("threshold") if model.thresholds is None else None  # of a classifier
     print(done.report(threshold))
     print(f"Scores: {args.out}")
-    with user_errors(f"stopped; {args.out} is complete"):
+    with user_errors(f"interrupted; {args.out} is complete"):
         if args.sheet:
             thresholds = model.thresholds or (() if threshold is None else (threshold,))
             exits = model.exits if model.thresholds is not None else ()
@@ -82,7 +82,7 @@ def _score(args: argparse.Namespace) -> None:
             written = write_explanations(
                 explainer, done.files, done.scores, args.explain, limit=args.explain_limit, npy=args.explain_npy
             )
-            print(f"Explained: {args.explain}: {written} of {len(done.files)} images, most complex first")
+            print(f"Maps: {args.explain}: {written} of {len(done.files)} images, most complex first")
     if done.bad and not args.skip_bad:
         sys.exit(1)
 
@@ -98,13 +98,13 @@ def _explainer(model, stage: int | None):
 
 
 def report_bad(done, bad: str | Path, what: str = "scored") -> None:
-    """Says on stderr what became of paths that were named in vain; `done` is a ScoreSummary or an Embedded."""
+    """Prints empty patterns, duplicates and unusable files to stderr; `done` is the summary or result of a run."""
     for name in done.empty:
         print(f"warning: {printable(name)}: no image file", file=sys.stderr)
     if done.duplicates:
-        print(f"{done.duplicates} paths were named or found again and {what} once", file=sys.stderr)
+        print(f"{done.duplicates} duplicate paths; each image was {what} once", file=sys.stderr)
     if done.bad:
-        print(f"{done.bad} images could not be {what}; all are listed in {bad}:", file=sys.stderr)
+        print(f"{done.bad} images could not be {what}; {bad} lists all of them:", file=sys.stderr)
         for item in done.first_bad:
             print(f"  {printable(f'{item.file}: {item.reason}')}", file=sys.stderr)
         if done.bad > len(done.first_bad):

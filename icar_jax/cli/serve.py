@@ -1,4 +1,4 @@
-"""Command that serves a store: serve."""
+"""The command `icar serve`."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ def add(commands) -> None:
     p = commands.add_parser(
         "serve",
         help="search a store of images in the browser",
-        description="Serves a page and a JSON API for searching a store made by `icar index`, by words or by an image. It can "
-        "be reached from this machine only, unless --host says otherwise, which needs a token. Only pictures of the store are "
-        "served, and only as they were when they were indexed. /openapi.json describes the API, /healthz, /readyz and /metrics "
-        "are for machines.",
+        description="Serves a web page and a JSON API for searching a store made by `icar index`, by text or by image. By "
+        "default it is reachable only from this machine; other --host addresses need a token. It serves only images of the "
+        "store unchanged since indexing. /openapi.json describes the API; /healthz, /readyz and /metrics are for monitoring.",
     )
     p.add_argument("--store", required=True, metavar="DIR", help="store made by `icar index`")
-    p.add_argument("--checkpoint", help="bundle or CLIP; by default the one that the store was indexed with")
-    p.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
-    p.add_argument("--port", type=int, default=8000, help="port to listen at; 0 takes a free one (8000)")
+    p.add_argument("--checkpoint", help="bundle or CLIP; default: the one the store was indexed with")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    p.add_argument("--port", type=int, default=8000, help="port to listen on; 0 selects a free one (8000)")
     secret = p.add_mutually_exclusive_group()
-    secret.add_argument("--token", help="secret that every request must carry; other users of this machine may see it here")
-    secret.add_argument("--token-file", metavar="FILE", help="the same, read from a file")
-    p.add_argument("--allowed-host", action="append", default=[], metavar="NAME", help="name by which browsers reach this "
-                   "server through a proxy on this machine; may be repeated, and needs a token")  # fmt: skip
-    p.add_argument("--max-upload-mb", type=positive, default=20, metavar="MB", help="largest image file to search by (20)")
+    secret.add_argument("--token", help="secret required in every request; visible in the process list of this machine")
+    secret.add_argument("--token-file", metavar="FILE", help="read the token from a file")
+    p.add_argument("--allowed-host", action="append", default=[], metavar="NAME", help="host name of a proxy on this machine "
+                   "through which browsers reach this server; may be repeated; needs a token")  # fmt: skip
+    p.add_argument("--max-upload-mb", type=positive, default=20, metavar="MB", help="largest image file of a query (20)")
     p.add_argument("--max-pixels", type=positive, default=50_000_000, metavar="N", help="largest image to decode (50000000)")
-    p.add_argument("--queue", type=positive, default=32, metavar="N", help="searches that may wait; beyond, 503 is sent (32)")
-    p.add_argument("--timeout", type=positive, default=30, metavar="S", help="seconds until a search is given up (30)")
-    p.add_argument("--follow-links", action="store_true", help="also serve what links reach outside the indexed folders")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations (float32)")
+    p.add_argument("--queue", type=positive, default=32, metavar="N", help="searches that may wait; others get status 503 (32)")
+    p.add_argument("--timeout", type=positive, default=30, metavar="S", help="timeout of a search in seconds (30)")
+    p.add_argument("--follow-links", action="store_true", help="also serve files that links reach outside the indexed folders")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of activations (float32)")
     p.set_defaults(run=_serve)
 
 
@@ -54,7 +53,7 @@ def _serve(args: argparse.Namespace) -> None:
     with user_errors("stopped"):
         own = open_store(args.store)
         bound = bind(settings)
-        print(f"{own.count():,} images in {own.uri}; loading the model", flush=True)
+        print(f"Store {own.uri}: {own.count():,} images; loading the model", flush=True)
         searcher = open_searcher(args.store, args.checkpoint, batch_size=TEXT_BATCH, dtype=args.dtype, progress=True)
         backend = Backend(searcher, own, settings.queue)
         backend.warm_up()

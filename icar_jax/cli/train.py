@@ -2,9 +2,9 @@
 
     icar train --config=configs/demo.py:clip --workdir=workdir/demo [--config.train.steps=100 ...]
 
-The same command continues a run that was cut off; `python train.py` is the same. Configurations that come with the package go
-by name: --config=demo:clip. TPU pods, srun and mpirun are detected automatically; elsewhere each of N processes gets
---coordinator=HOST:PORT --processes=N --process=I, and a workdir that all of them see.
+The same command resumes an interrupted run; `python train.py` is equivalent. Packaged configurations are selected by name:
+--config=demo:clip. TPU pods, srun and mpirun are detected automatically; otherwise start each of N processes with
+--coordinator=HOST:PORT --processes=N --process=I and a workdir on a shared file system.
 """
 
 from absl import app, flags
@@ -12,12 +12,12 @@ from ml_collections import config_flags
 
 from icar_jax.cli.errors import user_errors
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file or a name, with an argument: demo:clip.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: configuration, metrics, checkpoints, model.")
-COORDINATOR = flags.DEFINE_string("coordinator", "", "Several processes: host:port of process 0.")
-PROCESSES = flags.DEFINE_integer("processes", 0, "Several processes: how many there are.")
-PROCESS = flags.DEFINE_integer("process", -1, "Several processes: which one this is, from 0.")
-START_TIMEOUT = flags.DEFINE_integer("start_timeout_s", 300, "Several processes: seconds to wait for all of them.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration: file or name, with an argument, such as demo:clip.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the configuration, metrics, checkpoints and model of the run.")
+COORDINATOR = flags.DEFINE_string("coordinator", "", "Multi-process runs: host:port of process 0.")
+PROCESSES = flags.DEFINE_integer("processes", 0, "Multi-process runs: number of processes.")
+PROCESS = flags.DEFINE_integer("process", -1, "Multi-process runs: index of this process, from 0.")
+START_TIMEOUT = flags.DEFINE_integer("start_timeout_s", 300, "Multi-process runs: timeout in seconds to connect.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 

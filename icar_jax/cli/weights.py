@@ -1,4 +1,4 @@
-"""Commands on weights: convert, export, reference."""
+"""The commands `icar convert`, `icar export` and `icar reference`."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ def add(commands) -> None:
 def _add_convert(commands) -> None:
     p = commands.add_parser(
         "convert",
-        help="turn PyTorch CLIP, SigLIP, ConvNeXt or ICAR weights into a checkpoint",
+        help="convert PyTorch CLIP, SigLIP, ConvNeXt or ICAR weights to a checkpoint",
         description="Reads OpenAI, OpenCLIP and Hugging Face CLIP, Hugging Face SigLIP, timm ConvNeXt and ICAR weights; the "
-        "layout, sizes, activation and preprocessing are detected. docs/weights.md tells which files to get.",
+        "layout, sizes, activation and preprocessing are detected. docs/weights.md lists the files to download.",
     )
-    p.add_argument("source", help="file or folder of weights; or a checkpoint, to give it another --tokenizer")
+    p.add_argument("source", help="file or folder of weights; or a checkpoint, to replace its tokenizer")
     p.add_argument("dest", help="folder to write")
-    p.add_argument("--activation", default="", help="gelu, gelu_tanh or quick_gelu, where the source does not say")
-    p.add_argument("--preprocess", default="", help="preset or JSON file, where the source does not say; presets: openai, "
+    p.add_argument("--activation", default="", help="gelu, gelu_tanh or quick_gelu, if not specified by the source")
+    p.add_argument("--preprocess", default="", help="preset or JSON file, if not specified by the source; presets: openai, "
                    "half, siglip, icar, icc, imagenet")  # fmt: skip
-    p.add_argument("--exits", type=int, nargs="+", default=[], metavar="BLOCKS", help="add early exits after so many blocks")
-    p.add_argument("--pool", default="", help="token the added exits read: cls (default), mean or first_patch")
-    p.add_argument("--heads", type=int, nargs=2, default=[], metavar=("VISION", "TEXT"), help="attention heads, where unknown")
-    p.add_argument("--image-size", type=int, default=0, metavar="PIXELS", help="resize the position embeddings for this size")
+    p.add_argument("--exits", type=int, nargs="+", default=[], metavar="BLOCKS", help="add early exits after these blocks")
+    p.add_argument("--pool", default="", help="pooling of the added exits: cls (default), mean or first_patch")
+    p.add_argument("--heads", type=int, nargs=2, default=[], metavar=("VISION", "TEXT"), help="attention heads, if unknown")
+    p.add_argument("--image-size", type=int, default=0, metavar="PIXELS", help="resize the position embeddings to this size")
     p.add_argument("--tokenizer", default="", metavar="FILE", help="tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz")
     p.add_argument("--verify", default="", metavar="NPZ", help="compare with this output of `icar reference` before writing")
     p.set_defaults(run=_convert)
@@ -54,17 +54,17 @@ def _convert(args: argparse.Namespace) -> None:
 def _add_export(commands) -> None:
     p = commands.add_parser(
         "export",
-        help="write a checkpoint in the layout of a PyTorch library, or as programs in StableHLO",
+        help="export a checkpoint to the layout of a PyTorch library, or to StableHLO programs",
         description="Writes weights with their configuration and tokenizer files into a new folder, offline and without torch. "
-        "With --to stablehlo each exit, the text tower and the complexity model become programs that JAX runs without this "
-        "package.",
+        "With --to stablehlo, each exit, the text tower and the complexity model become programs that JAX can run without "
+        "this package.",
     )
     p.add_argument("checkpoint", help="checkpoint, bundle or workdir")
-    p.add_argument("dest", nargs="?", help="new folder; CHECKPOINT-LAYOUT by default")
+    p.add_argument("dest", nargs="?", help="new folder (CHECKPOINT-LAYOUT)")
     p.add_argument("--to", required=True, metavar="LAYOUT", help="openai, open_clip, hf, icar, timm or stablehlo")
-    p.add_argument("--platforms", nargs="+", metavar="NAME", help="stablehlo: cpu, cuda, rocm, tpu (default: cpu cuda tpu)")
-    p.add_argument("--batch", type=int, metavar="N", help="stablehlo: fixes the batch size; by default any fits")
-    p.add_argument("--dtype", metavar="NAME", help="stablehlo: of activations, float32 (default) or bfloat16")
+    p.add_argument("--platforms", nargs="+", metavar="NAME", help="with stablehlo: cpu, cuda, rocm, tpu (cpu cuda tpu)")
+    p.add_argument("--batch", type=int, metavar="N", help="with stablehlo: fixed batch size; symbolic by default")
+    p.add_argument("--dtype", metavar="NAME", help="with stablehlo: dtype of activations, float32 (default) or bfloat16")
     p.set_defaults(run=_export)
 
 
@@ -80,7 +80,7 @@ def _export(args: argparse.Namespace) -> None:
 
         written = export_programs(source, dest, **options)
     elif options:
-        raise ConvertError(f"--{', --'.join(options)}: only --to stablehlo takes them")
+        raise ConvertError(f"--{', --'.join(options)} can only be used with --to stablehlo")
     else:
         written = export(source, dest, args.to)
     for note in written.notes:
@@ -92,15 +92,15 @@ def _add_reference(commands) -> None:
     p = commands.add_parser(
         "reference",
         help="run weights in PyTorch and save inputs and embeddings, for `icar convert --verify`",
-        description="Runs the weights with the library they come from (needs torch and that library: the [parity] extra).",
+        description="Runs the weights in the library they come from (needs torch and that library: the [parity] extra).",
     )
     p.add_argument("source", help="file or folder of weights, as given to `icar convert`")
     p.add_argument("out", help=".npz file to write")
-    p.add_argument("--activation", default="", help="for OpenCLIP state dicts without a config: gelu or quick_gelu")
-    p.add_argument("--heads", type=int, nargs=2, default=[], metavar=("VISION", "TEXT"), help="likewise, attention heads")
-    p.add_argument("--exits", type=int, nargs="+", default=[], metavar="BLOCKS", help="the exit of a bare ICAR state dict")
+    p.add_argument("--activation", default="", help="gelu or quick_gelu, for OpenCLIP state dicts without a config")
+    p.add_argument("--heads", type=int, nargs=2, default=[], metavar=("VISION", "TEXT"), help="attention heads of such weights")
+    p.add_argument("--exits", type=int, nargs="+", default=[], metavar="BLOCKS", help="exit of a bare ICAR state dict")
     p.add_argument("--image-size", type=int, default=0, metavar="PIXELS", help="as given to `icar convert`")
-    p.add_argument("--model-name", default="", help="the library's name of the model, where nothing beside the weights says it")
+    p.add_argument("--model-name", default="", help="name of the model in the library, if no file next to the weights gives it")
     p.add_argument("--images", type=int, default=4, help="number of images and captions")
     p.add_argument("--seed", type=int, default=0)
     p.set_defaults(run=_reference)

@@ -1,1 +1,1 @@
-"""Weights of PyTorch CLIP, ConvNeXt and ICAR models: in, checked, and back out."""
+"""Converts weights of PyTorch CLIP, SigLIP, ConvNeXt and ICAR models to checkpoints of this library, and back."""

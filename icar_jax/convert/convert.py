@@ -1,7 +1,7 @@
-"""`icar convert`: weights of another library become a self-describing checkpoint.
+"""`icar convert`: converts weights of another library to a self-describing checkpoint.
 
-The source is opened, its architecture read and its tensors matched before anything is written; values are then read and written
-one parameter at a time, and the destination is replaced only by a complete checkpoint.
+The architecture is read and all tensors are matched before anything is written. Values are then read and written one parameter
+at a time, and the destination is replaced only by a complete checkpoint.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,13 @@ from icar_jax.checkpoint import Checkpoint
 from icar_jax.config import from_dict
 from icar_jax.convert import rules as engine
 from icar_jax.convert import vocabulary
-from icar_jax.convert.fields import ConvertError, Fields
-from icar_jax.convert.layouts import hf, icar, open_clip, siglip, timm
+from icar_jax.convert.fields import ConvertError
+from icar_jax.convert.layouts import registry
+from icar_jax.convert.layouts.base import Details, Layout, Options, Source
 from icar_jax.convert.parity import verify
 from icar_jax.convert.positions import resize_positions
-from icar_jax.convert.rules import Leaf, Rule
-from icar_jax.convert.settings import choose_preprocess
-from icar_jax.convert.source import Source, open_source
+from icar_jax.convert.rules import Leaf
+from icar_jax.convert.source import open_source
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.clip import Clip, ClipArch, exit_sources
@@ -37,59 +36,37 @@ from icar_jax.models.complexity import ComplexityModel
 from icar_jax.models.convnext import ConvNeXt
 from icar_jax.models.vision import POOLS
 
-
-@dataclass(frozen=True)
-class Options:
-    """What the user says about a source; everything may stay empty where the source says it itself."""
-
-    activation: str = ""  # gelu | gelu_tanh | quick_gelu
-    preprocess: str = ""  # preset of settings.PRESETS, or a JSON file
-    exits: tuple[int, ...] = ()  # executed blocks; for a plain CLIP exits are added, started from the final head
-    pool: str = ""  # token of the added exits; empty: cls, or map for SigLIP
-    heads: tuple[int, ...] = ()  # (vision, text) attention heads
-    image_size: int = 0  # pixels; another than the source's resizes the position embeddings
-    tokenizer: str = ""  # tokenizer.json or CLIP's merges file
-
-    def given(self) -> set[str]:
-        """Names of the fields that were set."""
-        return {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
-
-
-# What a user may say of a source besides these makes no difference to it, and is refused rather than ignored.
-_MEANT = {
-    "timm": {"preprocess", "image_size"},
-    "icc": {"preprocess", "image_size"},
-    "icar": {"activation", "preprocess", "exits", "heads", "image_size", "tokenizer"},
-}
+_MODULES: dict[str, type[ComplexityModel] | type[ConvNeXt]] = {"complexity": ComplexityModel, "convnext": ConvNeXt}
 
 
 @dataclass
 class ConversionResult:
-    """A source as this library sees it, not yet written: `params` has lazy leaves."""
+    """A converted model before it is written; leaves of `params` are lazy."""
 
-    kind: str
-    arch: Any
+    kind: str  # of the checkpoint
+    arch: Any  # ClipArch, ComplexityArch or ConvNeXtArch
     params: pytree.Tree
     preprocess: Preprocess
     tokenizer: Tokenizer | None = None
-    origin: dict[str, Any] = field(default_factory=dict)  # what the source says it was made from
+    adds_exits: bool = False  # that the source does not have
+    origin: dict[str, Any] = field(default_factory=dict)  # what the source was made from, as it states
     extra: dict[str, Any] = field(default_factory=dict)  # more fields of icar.json
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # warnings
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was written, for the user to read."""
+    """The result of `convert`: the checkpoint that was written, and what the user should know of it."""
 
     path: Path
-    layout: str
-    description: dict[str, Any]
-    parameters: int
-    differences: list[verify.Difference]
-    notes: list[str]
+    layout: str  # of the source
+    description: dict[str, Any]  # content of icar.json
+    parameters: int  # number of values
+    differences: list[verify.Difference]  # from the reference; empty without one
+    notes: list[str]  # warnings
 
     def summary(self) -> str:
-        """What was read from the source, a line each, so that a person can see whether it is what they meant."""
+        """What was read from the source, one line per part, for the user to check."""
         d, lines = self.description, [f"Source: {self.layout} layout, {self.parameters:,} parameters"]
         lines += [f"  {name}: {_line(part)}" for name, part in d["arch"].items() if isinstance(part, dict)]
         if not any(isinstance(part, dict) for part in d["arch"].values()):
@@ -102,10 +79,11 @@ class Report:
 def convert(
     source: str | os.PathLike, dest: str | os.PathLike, options: Options = Options(), reference: str | os.PathLike = ""
 ) -> Report:
-    """Converts `source` (a file or a folder of another library) into a checkpoint at `dest`.
+    """Converts `source` (a file or a folder of another library) to a checkpoint of float32 parameters at `dest`.
 
-    With `reference`, an .npz of `icar reference`, the converted model is compared with it first. Raises ConvertError for
-    anything that does not fit, and CheckpointError where `dest` holds something else; nothing is written then.
+    `source` may also be a checkpoint of this library, to give it another `options.tokenizer`. With `reference`, an .npz file of
+    `icar reference`, the outputs of the converted model are compared with it before anything is written. Raises ConvertError
+    for anything that does not fit, and CheckpointError where `dest` holds something else; nothing is written then.
     """
     if checkpoint.is_own(source):
         return _retokenize(Path(source), Path(dest), options, reference)
@@ -118,7 +96,7 @@ def convert(
         loaded = verify.read_reference(reference)
         differences = verify.compare(made.kind, made.arch, made.params, loaded, source_sha256=description["source"]["sha256"])
         verify.require_equal(differences)
-        if opened.layout != "icar" and options.exits:
+        if made.adds_exits:
             made.notes.append("the added exits have no counterpart in the source, so the comparison does not cover them")
     leaves = pytree.flatten(made.params)
     with tqdm(total=len(leaves), desc="convert", unit="tensor", leave=False) as bar:
@@ -128,7 +106,7 @@ def convert(
 
 
 def in_memory(source: str | os.PathLike, options: Options = Options()) -> Checkpoint:
-    """The checkpoint that `convert` would write, without writing it; parameters are float32 numpy arrays.
+    """The checkpoint that `convert` would write, in memory; parameters are float32 numpy arrays.
 
     Raises ConvertError for anything that does not fit.
     """
@@ -182,8 +160,12 @@ def _not_finite(made: ConversionResult, paths: Sequence[str]) -> ConvertError:
 
 
 def read(source: Source, options: Options = Options()) -> ConversionResult:
-    """Everything about a source but its values. Raises ConvertError listing what does not fit."""
-    idle = options.given() - _MEANT.get(source.layout, options.given())
+    """The source converted without its values: leaves of `params` are read when used.
+
+    Raises ConvertError for options without effect and for weights that do not fit the architecture, listing all faults.
+    """
+    layout = registry.named(source.layout)
+    idle = options.given() - layout.options
     if idle:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(idle))
         raise ConvertError(f"{source.path} ({source.layout} layout) has no use for {flags}; leave it out")
@@ -191,65 +173,52 @@ def read(source: Source, options: Options = Options()) -> ConversionResult:
         raise ConvertError(f"--pool={options.pool} says what added exits read; pass --exits with it, or leave it out")
     if options.image_size < 0:
         raise ConvertError(f"--image-size={options.image_size} must be a positive number of pixels")
-    if source.layout == "timm":
-        return _read_convnext(source, options)
-    if source.layout == "icc":
-        return _read_classifier(source, options)
-    return _read_clip(source, options)
+    return _read_clip(source, layout, options) if layout.kind == "clip" else _read_convnext(source, layout, options)
 
 
-def _read_clip(source: Source, options: Options) -> ConversionResult:
-    if source.layout == "icar":
-        arch = _architecture(source, options, icar.arch, icar.rules(0, open_clip.text_prefix(source, "clip.")))
-        rules = icar.source_rules(source, arch)
-    elif source.layout == "siglip":
-        arch = _architecture(source, options, siglip.arch, rules := siglip.rules())
-    elif source.layout == "hf_clip":
-        arch = _architecture(source, options, hf.clip_arch, rules := hf.clip_rules())
-    else:
-        activation = "quick_gelu" if source.layout == "openai" else ""
-        rules = open_clip.open_clip_rules(open_clip.text_prefix(source))
-        arch = _architecture(source, options, partial(open_clip.open_clip_arch, activation=activation), rules)
-    preprocess = _clip_preprocess(source, options, arch)
-    leaves = engine.import_weights(source.tensors, rules, Clip.graph(arch).shapes, str(source.path))
+def _read_clip(source: Source, layout: Layout, options: Options) -> ConversionResult:
+    arch = _architecture(source, layout, options)
+    preprocess = layout.preprocess(source, options, arch)
+    leaves = engine.import_weights(source.tensors, layout.rules(source, arch), Clip.graph(arch).shapes, str(source.path))
     arch, leaves = _resize(arch, leaves, options.image_size)
-    arch, leaves = _add_exits(source, arch, leaves, options)
-    tokenizer, origin = vocabulary.find_tokenizer(source, options.tokenizer, arch.text)
-    made = ConversionResult("clip", arch, pytree.unflatten(leaves), preprocess, tokenizer)
-    config = source.weights.extra.get("config") if source.layout == "icar" else None
-    if isinstance(config, dict):
-        made.origin = {key: str(config[key]) for key in ("model_name", "pretrained") if key in config}
+    adds_exits = bool(options.exits) and not arch.vision.exits
+    if adds_exits:
+        arch, leaves = _add_exits(arch, leaves, options)
+    find_tokenizer = layout.tokenizer or vocabulary.find_tokenizer
+    tokenizer, origin = find_tokenizer(source, options.tokenizer, arch.text)
+    made = ConversionResult(layout.kind, arch, pytree.unflatten(leaves), preprocess, tokenizer, adds_exits=adds_exits)
     if tokenizer is None:
         made.notes.append(origin)
     else:
         made.extra["tokenizer"] = origin
+    return _with_details(made, layout.details(source, options))
+
+
+def _read_convnext(source: Source, layout: Layout, options: Options) -> ConversionResult:
+    arch = layout.arch(source, options)
+    shapes = _MODULES[layout.kind].graph(arch).shapes
+    leaves = engine.import_weights(source.tensors, layout.rules(source, arch), shapes, str(source.path))
+    preprocess = layout.preprocess(source, options, arch)
+    made = ConversionResult(layout.kind, arch, pytree.unflatten(leaves), preprocess)
+    return _with_details(made, layout.details(source, options))
+
+
+def _with_details(made: ConversionResult, details: Details) -> ConversionResult:
+    made.origin |= details.origin
+    made.extra |= details.extra
+    made.notes += details.notes
     return made
 
 
-def _architecture(source: Source, options: Options, read_arch: Callable, rules: Sequence[Rule]) -> Any:
-    """The architecture; where it cannot be read, the error also lists the names that no rule knows (a renamed tensor, say)."""
+def _architecture(source: Source, layout: Layout, options: Options) -> ClipArch:
+    """The architecture; where it cannot be read, the error also lists names that no rule matches, such as renamed tensors."""
     try:
-        return read_arch(source, options)
+        return layout.arch(source, options)
     except ConvertError as error:
-        lines = engine.unknown_keys(source.tensors, rules)
+        lines = engine.unknown_keys(source.tensors, layout.rules(source, None))
         if lines:
             raise ConvertError("\n  ".join([str(error), *lines[:10]])) from error
         raise
-
-
-def _clip_preprocess(source: Source, options: Options, arch: ClipArch) -> Preprocess:
-    size, where = options.image_size or arch.vision.image_size, str(source.path)
-    if source.layout == "icar":
-        return choose_preprocess(options.preprocess or "icar", None, size, where)
-    if source.layout in ("hf_clip", "siglip"):
-        pixels = hf.stated_pixels(source)
-        if pixels and not options.image_size:
-            size = pixels  # SigLIP at 384 pixels with patches of 14: the convolution leaves the last 6 out
-        find = hf.found_preprocess
-    else:
-        find = partial(open_clip.found_preprocess, image_size=size)
-    # A preparation that cannot be expressed here must not stand in the way of --preprocess.
-    return choose_preprocess(options.preprocess, None if options.preprocess else find(source), size, where)
 
 
 def _resize(arch: ClipArch, leaves: dict[str, Leaf], image_size: int) -> tuple[ClipArch, dict[str, Leaf]]:
@@ -268,10 +237,8 @@ def _resize(arch: ClipArch, leaves: dict[str, Leaf], image_size: int) -> tuple[C
     return dataclasses.replace(arch, vision=dataclasses.replace(vision, image_size=image_size)), {**leaves, "vision/pos": new}
 
 
-def _add_exits(source: Source, arch: ClipArch, leaves: dict[str, Leaf], options: Options) -> tuple[ClipArch, dict[str, Leaf]]:
-    """Exit heads that start from the head of the full tower, each with a temperature of its own."""
-    if source.layout == "icar" or not options.exits:
-        return arch, leaves
+def _add_exits(arch: ClipArch, leaves: dict[str, Leaf], options: Options) -> tuple[ClipArch, dict[str, Leaf]]:
+    """Exit heads that are initialised from the head of the full tower, each with its own temperature."""
     pool = options.pool or ("map" if arch.vision.head == "map" else "cls")
     if pool not in POOLS:
         raise ConvertError(f"--pool={pool} must be one of {', '.join(POOLS)}")
@@ -284,40 +251,8 @@ def _add_exits(source: Source, arch: ClipArch, leaves: dict[str, Leaf], options:
     return arch, {**leaves, **{path: leaves[full] for path, full in sources.items()}}
 
 
-def _read_convnext(source: Source, options: Options) -> ConversionResult:
-    arch = timm.arch(source)
-    timm.require_supported(source)
-    shapes = ConvNeXt.graph(arch).shapes
-    leaves = engine.import_weights(source.tensors, timm.rules(timm.has_conv_mlp(source)), shapes, str(source.path))
-    found = None if options.preprocess else timm.found_preprocess(source)
-    size = options.image_size or (found.image_size if found else timm.INPUT_SIZE)
-    preprocess = choose_preprocess(options.preprocess, found, size, str(source.path))
-    extra = {"conv_mlp": timm.has_conv_mlp(source)}
-    notes = [] if options.preprocess else timm.notes(source)
-    return ConversionResult("convnext", arch, pytree.unflatten(leaves), preprocess, extra=extra, notes=notes)
-
-
-def _read_classifier(source: Source, options: Options) -> ConversionResult:
-    arch = timm.classifier_arch(source, options)
-    conv_mlp = timm.has_conv_mlp(source, "backbone.")
-    leaves = engine.import_weights(
-        source.tensors, timm.classifier_rules(conv_mlp), ComplexityModel.graph(arch).shapes, str(source.path)
-    )
-    made = ConversionResult("complexity", arch, pytree.unflatten(leaves), timm.classifier_preprocess(source, options))
-    made.extra["conv_mlp"] = conv_mlp
-    hparams = Fields(str(source.path), source.weights.extra).section("hparams")
-    threshold = hparams.get("threshold", float)
-    if threshold is None:
-        made.notes.append("the classifier brings no threshold; name one with `icar bundle --thresholds`")
-    elif not 0 <= threshold <= 1:
-        raise ConvertError(f"{hparams.where}: threshold must lie in [0, 1], found {threshold}")
-    else:
-        made.extra["threshold"] = threshold
-    return made
-
-
 def _retokenize(source: Path, dest: Path, options: Options, reference: str | os.PathLike) -> Report:
-    """A checkpoint of this library with another tokenizer; everything else stays."""
+    """Writes a checkpoint of this library with another tokenizer and nothing else changed."""
     if options.given() != {"tokenizer"} or reference:
         raise ConvertError(f"{source} is an icar_jax checkpoint already; only --tokenizer can be given to it")
     folder = checkpoint.find(source)

@@ -1,17 +1,19 @@
-"""Reading configuration files of other libraries: every value is held to its type where it is read."""
+"""Typed access to other libraries' JSON configuration files: every value is checked where it is read."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from icar_jax.errors import IcarError
 
 
 class ConvertError(IcarError, ValueError):
-    """A source cannot be converted as asked; the message says where, what was expected, what was found, and the fix."""
+    """Weights cannot be converted or exported as requested; the message gives place, expectation, finding and fix."""
 
 
 _KINDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false", list: "a list"}
@@ -19,7 +21,7 @@ _KINDS = {int: "an integer", float: "a number", str: "a text", bool: "true or fa
 
 @dataclass(frozen=True)
 class Fields:
-    """A JSON object and where it stands. A value of null counts as absent."""
+    """A JSON object and its place for messages (`where`). A value of null counts as absent."""
 
     where: str
     content: Mapping[str, Any] = field(default_factory=dict)
@@ -28,7 +30,7 @@ class Fields:
         return bool(self.content)
 
     def section(self, name: str) -> Fields:
-        """The object below `name`, empty where there is none. Raises ConvertError for anything but an object."""
+        """The object under `name`, empty where there is none. Raises ConvertError for anything but an object."""
         value = self.content.get(name)
         if value is None:
             return Fields(f"{self.where}: {name}")
@@ -37,7 +39,7 @@ class Fields:
         return Fields(f"{self.where}: {name}", value)
 
     def get(self, name: str, kind: type, default: Any = None) -> Any:
-        """The value of `name`, or `default`. Raises ConvertError where it is of another type, or not finite."""
+        """The value of `name`, or `default`. Raises ConvertError for a value of another type and for NaN and infinity."""
         value = self.content.get(name)
         if value is None:
             return default
@@ -49,8 +51,19 @@ class Fields:
         return value
 
     def positive(self, name: str, kind: type, default: Any = None) -> Any:
-        """`get` for a size or an epsilon: above zero."""
+        """As `get`, for a size or an epsilon. Raises ConvertError for zero and below too."""
         value = self.get(name, kind, default)
         if value is not None and not value > 0:
             raise ConvertError(f"{self.where}: {name} must be positive, found {value!r}")
         return value
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`. Raises ConvertError, naming the file, where it cannot be read or is no object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConvertError(f"cannot read {file}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConvertError(f"{file}: expected a JSON object, found {type(content).__name__}")
+    return content

@@ -1,4 +1,4 @@
-"""Position embeddings for another resolution."""
+"""Resizes position embeddings to another image resolution."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from icar_jax.convert.fields import ConvertError
 
 
 def resize_positions(pos: np.ndarray, grid: int, class_token: bool) -> np.ndarray:
-    """pos [N (+ 1), W] of a square grid -> [grid * grid (+ 1), W], bicubic with antialias; the class token's row is kept.
+    """Position embeddings [grid * grid (+ 1), W] from `pos` [N (+ 1), W] of a square grid, in its dtype.
 
-    Equal to PyTorch's `interpolate(mode="bicubic", antialias=True, align_corners=False)`, which OpenCLIP uses.
+    Interpolated bicubically with antialiasing, as PyTorch's `interpolate(mode="bicubic", antialias=True, align_corners=False)`,
+    which OpenCLIP uses. The row of the class token, the first with `class_token`, is kept. Raises ConvertError for other grids.
     """
     head, patches = (pos[:1], pos[1:]) if class_token else (pos[:0], pos)
     old = round(len(patches) ** 0.5)
     if old * old != len(patches):
-        raise ConvertError(f"{len(patches)} patch positions are no square grid")
+        raise ConvertError(f"{len(patches)} patch positions are not a square grid")
     weights = _weights(old, grid)
     planes = patches.astype(np.float64).reshape(old, old, -1)
     resized = np.einsum("ir,js,rsw->ijw", weights, weights, planes, optimize=True)

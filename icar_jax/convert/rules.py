@@ -1,7 +1,7 @@
-"""Rule tables: how the tensors of a source become parameters, and back.
+"""Rule tables: the mapping between tensors of a source and our parameters, applied in both directions.
 
-A table is a list of `Rule`s. Importing holds both sides to it: every source key matches exactly one rule, every target is
-filled exactly once and has its shape; all faults are reported together. Values are read when asked for, one target at a time.
+A table is a list of `Rule`s. An import checks both sides: every source key matches exactly one rule, every target is filled
+exactly once and has its shape. All faults are reported together. Values are read lazily, one target at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SHOWN = 25  # faults printed at most
 
 @dataclass(frozen=True)
 class Transform:
-    """How source arrays become one target and the target becomes source arrays again."""
+    """A mapping of source arrays to one target array (`forward`) and its inverse (`backward`)."""
 
     forward: Callable[[list[np.ndarray]], np.ndarray]
     backward: Callable[[np.ndarray], list[np.ndarray]]
@@ -40,16 +40,16 @@ POINTWISE = _one(lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None])  # 
 ROW = _one(lambda a: a.reshape(a.shape[-1]), lambda a: a[None, None])  # [1, 1, W] <-> [W]
 SCALAR = _one(lambda a: a.reshape(()), lambda a: a)  # [] or [1] -> []
 VECTOR = _one(lambda a: a.reshape(()), lambda a: a[None])  # [1] <-> []
-# q, k and v apart <-> one matrix in that order
+# three matrices q, k, v <-> one matrix in that order
 QKV_WEIGHT = Transform(lambda arrays: np.concatenate(arrays).T, lambda a: np.split(a.T, 3))
 QKV_BIAS = Transform(np.concatenate, lambda a: np.split(a, 3))
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`sources` become `target`; '{}' stands for a number and is the same number on both sides, in order.
+    """Maps the source keys `sources` to the parameter path `target`; '{}' matches a number, equal on both sides, in order.
 
-    A rule without target names a tensor that carries no weights (`why` says what it is) and is dropped.
+    A rule without target drops a tensor that holds no weights; `why` says what it is.
     """
 
     sources: tuple[str, ...]
@@ -59,26 +59,28 @@ class Rule:
 
 
 def rule(source: str | Sequence[str], target: str, transform: Transform = SAME) -> Rule:
+    """The rule for one source key, or for several that are joined."""
     return Rule((source,) if isinstance(source, str) else tuple(source), target, transform)
 
 
 def dropped(source: str, why: str) -> Rule:
+    """The rule for a source key that holds no weights."""
     return Rule((source,), why=why)
 
 
 def linear(source: str, target: str, bias: bool = True) -> list[Rule]:
-    """A torch Linear."""
+    """Rules for the weight and bias of a torch Linear."""
     rules = [rule(f"{source}.weight", f"{target}/kernel", TRANSPOSE)]
     return rules + ([rule(f"{source}.bias", f"{target}/bias")] if bias else [])
 
 
 def norm(source: str, target: str) -> list[Rule]:
-    """A torch LayerNorm."""
+    """Rules for the weight and bias of a torch LayerNorm."""
     return [rule(f"{source}.weight", f"{target}/scale"), rule(f"{source}.bias", f"{target}/bias")]
 
 
 def prefixed(rules: Iterable[Rule], source: str = "", target: str = "") -> list[Rule]:
-    """The same rules below other names."""
+    """The same rules with a prefix before every source key and every target."""
     return [
         Rule(tuple(source + s for s in r.sources), target + r.target if r.target else "", r.transform, r.why) for r in rules
     ]
@@ -86,7 +88,7 @@ def prefixed(rules: Iterable[Rule], source: str = "", target: str = "") -> list[
 
 @dataclass(frozen=True)
 class Leaf:
-    """A parameter that is computed when asked for; float32. `sources` names the tensors it comes from."""
+    """A float32 parameter whose values are computed on demand; `sources` names the tensors that it is made from."""
 
     shape: tuple[int, ...]
     sources: tuple[str, ...]
@@ -104,10 +106,10 @@ class Leaf:
 def import_weights(
     tensors: Mapping[str, Tensor], rules: Sequence[Rule], shapes: Mapping[str, Any], where: str
 ) -> dict[str, Leaf]:
-    """{target path: Leaf}, complete and with the shapes of `shapes` (a parameter tree).
+    """{target path: Leaf} for every parameter of the tree `shapes`, with its shape.
 
-    Raises ConvertError listing every fault at once: keys no rule knows, keys two rules claim, unfilled targets with the key
-    that was expected, wrong shapes, and dtypes that hold no weights.
+    Raises ConvertError listing all faults: keys without a rule, keys with two rules, targets without a source and the key that
+    was expected, wrong shapes, and dtypes other than floats.
     """
     wanted = {path: tuple(leaf.shape) for path, leaf in pytree.flatten(shapes).items()}
     claims, faults = _claims(tensors, rules)
@@ -137,7 +139,7 @@ def import_weights(
 
 
 def unknown_keys(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> list[str]:
-    """One line for each source key that no rule knows."""
+    """One line for each source key that no rule matches."""
     patterns = [_pattern(source) for r in rules for source in r.sources]
     return [
         f"unknown in the source: {key} {t.shape}" for key, t in tensors.items() if not any(p.fullmatch(key) for p in patterns)
@@ -145,7 +147,7 @@ def unknown_keys(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> list[s
 
 
 def export_weights(params: Mapping[str, Any], rules: Sequence[Rule], where: str) -> dict[str, Leaf]:
-    """{source key: Leaf} from parameters: the rules read backwards. Raises ConvertError for parameters no rule knows."""
+    """{source key: Leaf} of parameters, by the rules in reverse. Raises ConvertError for a parameter without a rule."""
     flat = pytree.flatten(params)
     out: dict[str, Leaf] = {}
     for path, array in flat.items():
@@ -161,7 +163,7 @@ def export_weights(params: Mapping[str, Any], rules: Sequence[Rule], where: str)
 
 
 def count(names: Iterable[str], pattern: str) -> int:
-    """How many numbers '{}' takes in `pattern` among `names`: the depth of a tower."""
+    """The number of values that '{}' takes in `pattern` among `names`, such as the depth of a tower."""
     regex = _pattern(pattern, prefix=True)
     return len({match.group(1) for name in names if (match := regex.match(name))})
 
@@ -176,7 +178,7 @@ def _fill(text: str, numbers: Sequence[str]) -> str:
 
 
 def _claims(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> tuple[dict[str, tuple[Rule, list[str]]], list[str]]:
-    """{target: (rule, its source keys)} for every target some key points to, and the faults of the keys."""
+    """{target: (rule, its source keys)} for every target that a key maps to, and the faults of the keys."""
     patterns = [(r, _pattern(source)) for r in rules for source in r.sources]
     claims: dict[str, tuple[Rule, list[str]]] = {}
     faults = []

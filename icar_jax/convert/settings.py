@@ -1,7 +1,7 @@
-"""What weights alone do not tell: activation, preprocessing and the number of heads.
+"""Settings that weights do not contain: activation, preprocessing and the number of heads.
 
-They come from the source's configuration files or from the user; where both are silent the conversion is refused with the
-choices, because a wrong one spoils every embedding without an error.
+They come from the source's configuration files or from the user. Where neither specifies one, the conversion is refused and the
+choices are listed, because a wrong setting spoils every embedding without an error.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from icar_jax.convert.fields import ConvertError, Fields
-from icar_jax.convert.source import read_json
+from icar_jax.convert.fields import ConvertError, Fields, read_json
 from icar_jax.data.images import HALF_MEAN, HALF_STD, IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD, Preprocess
 
 # name: (resize mode, interpolation, mean, std, who uses it)
@@ -28,13 +27,8 @@ ACTIVATIONS = {
     "gelu": "most other OpenCLIP and LAION weights",
     "gelu_tanh": "SigLIP",
 }
-_HF_ACTIVATIONS = {
-    "quick_gelu": "quick_gelu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-}
-_RESAMPLING = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}
+# Numbers are PIL's, as Hugging Face's configs have them.
+RESAMPLING = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}
 # Heads of the published CLIP towers, by (width, blocks); a tower of another size may have any number.
 _HEADS = {
     "vision": {(384, 12): 6, (512, 12): 8, (768, 12): 12, (896, 12): 14, (1024, 24): 16, (1280, 32): 16, (1408, 40): 16,
@@ -45,7 +39,10 @@ _HEADS = {
 
 
 def choose_activation(asked: str, found: str, where: str) -> str:
-    """The activation: what the source says (`found`), else the user. Raises ConvertError for neither, or a clash."""
+    """The activation that the source states (`found`), else the user's (`asked`).
+
+    Raises ConvertError where neither is given, where they differ, and for an unknown name.
+    """
     if asked and asked not in ACTIVATIONS:
         raise ConvertError(f"--activation={asked} must be one of {', '.join(ACTIVATIONS)}")
     if asked and found and asked != found:
@@ -56,18 +53,11 @@ def choose_activation(asked: str, found: str, where: str) -> str:
     return asked or found
 
 
-def hf_activation(name: str | None, where: str) -> str:
-    """Hugging Face's `hidden_act` in our terms. Raises ConvertError for one that no tower here has."""
-    if name not in _HF_ACTIVATIONS:
-        raise ConvertError(f"{where}: hidden_act {name!r} is not supported; expected one of {', '.join(_HF_ACTIVATIONS)}")
-    return _HF_ACTIVATIONS[name]
-
-
 def choose_preprocess(asked: str, found: Preprocess | None, image_size: int, where: str) -> Preprocess:
-    """How images are prepared, at `image_size`: what the user asks for, else what the source says.
+    """The preprocessing at `image_size` pixels: the user's (`asked`), else the one that the source states (`found`).
 
     `asked` is a preset or a JSON file (the fields of Preprocess, or a Hugging Face preprocessor_config.json).
-    Raises ConvertError listing the presets where neither says anything.
+    Raises ConvertError listing the presets where neither is given.
     """
     if asked in PRESETS:
         mode, interpolation, mean, std, _ = PRESETS[asked]
@@ -81,7 +71,7 @@ def choose_preprocess(asked: str, found: Preprocess | None, image_size: int, whe
             return resized(hf_preprocess(Fields(asked, content)), image_size)
         if "resize_mode" not in content:
             raise ConvertError(
-                f"--preprocess={asked} is no description of preprocessing; expected a preprocessor_config.json, or the fields "
+                f"--preprocess={asked} does not describe preprocessing; expected a preprocessor_config.json, or the fields "
                 "resize_mode, interpolation, mean and std"
             )
         try:
@@ -101,12 +91,15 @@ def choose_preprocess(asked: str, found: Preprocess | None, image_size: int, whe
 
 
 def resized(preprocess: Preprocess, image_size: int) -> Preprocess:
-    """The same preparation at another size."""
+    """The same preprocessing at `image_size` pixels."""
     return Preprocess(image_size, preprocess.resize_mode, preprocess.interpolation, preprocess.mean, preprocess.std)
 
 
 def hf_preprocess(config: Fields) -> Preprocess:
-    """A Hugging Face image processor's configuration. Raises ConvertError for steps that are not supported."""
+    """The preprocessing that a Hugging Face image processor's configuration describes.
+
+    Raises ConvertError for steps that are not supported.
+    """
     c = config.section("image_processor") or config
     crop = c.get("do_center_crop", bool, False)
     size = c.content.get("size", 224)
@@ -118,7 +111,7 @@ def hf_preprocess(config: Fields) -> Preprocess:
         "do_normalize": not c.get("do_normalize", bool, True),
         "do_rescale": not c.get("do_rescale", bool, True),
         "rescale_factor": abs(c.get("rescale_factor", float, 1 / 255) * 255 - 1) > 1e-3,
-        "resample": not isinstance(resample, int | str) or resample not in _RESAMPLING,
+        "resample": not isinstance(resample, int | str) or resample not in RESAMPLING,
         "crop_size": target not in (None, side),
         "do_center_crop": not crop and not squash,
     }
@@ -126,11 +119,11 @@ def hf_preprocess(config: Fields) -> Preprocess:
         bad = ", ".join(f"{k}={c.content.get(k)!r}" for k, is_wrong in wrong.items() if is_wrong)
         raise ConvertError(f"{c.where}: cannot prepare images that way: {bad}; pass --preprocess to say what to do instead")
     mean, std = c.get("image_mean", list, OPENAI_MEAN), c.get("image_std", list, OPENAI_STD)
-    return _preprocess(side, "squash" if squash else "crop", _RESAMPLING[resample], mean, std, c.where)
+    return checked_preprocess(side, "squash" if squash else "crop", RESAMPLING[resample], mean, std, c.where)
 
 
 def _side(config: Fields, name: str, default: int | None) -> int | None:
-    """The pixels of a square that is written as a number or as an object."""
+    """The side, in pixels, of a square that the config gives as a number or as an object."""
     value = config.content.get(name)
     if not isinstance(value, Mapping):
         return config.positive(name, int, default)
@@ -141,20 +134,8 @@ def _side(config: Fields, name: str, default: int | None) -> int | None:
     return side
 
 
-def open_clip_preprocess(config: Fields, image_size: int) -> Preprocess:
-    """The `preprocess_cfg` of open_clip_config.json. Raises ConvertError for steps that are not supported."""
-    resize, interpolation = config.get("resize_mode", str, "shortest"), config.get("interpolation", str, "bicubic")
-    mode = {"shortest": "crop", "squash": "squash"}.get(resize)
-    if mode is None or interpolation not in _RESAMPLING:
-        raise ConvertError(
-            f"{config.where}: cannot prepare images that way: resize_mode={resize!r}, interpolation={interpolation!r}; "
-            "pass --preprocess to say what to do instead"
-        )
-    mean, std = config.get("mean", list, OPENAI_MEAN), config.get("std", list, OPENAI_STD)
-    return _preprocess(image_size, mode, _RESAMPLING[interpolation], mean, std, config.where)
-
-
-def _preprocess(size: int, mode: str, interpolation: str, mean: Any, std: Any, where: str) -> Preprocess:
+def checked_preprocess(size: int, mode: str, interpolation: str, mean: Any, std: Any, where: str) -> Preprocess:
+    """A Preprocess from values of a configuration file. Raises ConvertError, naming `where`, for impossible ones."""
     try:
         return Preprocess(size, mode, interpolation, mean, std)
     except ValueError as error:
@@ -162,9 +143,10 @@ def _preprocess(size: int, mode: str, interpolation: str, mean: Any, std: Any, w
 
 
 def choose_heads(asked: int, said: int | None, width: int, depth: int, tower: str, where: str) -> int:
-    """Attention heads: from the config, else from the user, else those of the published tower of this width and depth.
+    """The number of attention heads: the config's (`said`), else the user's (`asked`), else that of the published tower of this
+    width and depth.
 
-    Raises ConvertError where the number does not divide the width, or nothing tells it.
+    Raises ConvertError where the number does not divide the width, and where none of the three is known.
     """
     if asked and said and asked != said:
         raise ConvertError(f"--heads says {asked} for the {tower} tower, but {where} says {said}; leave the flag out")

@@ -1,4 +1,4 @@
-"""`icar export --to stablehlo`: every part of a model as a program that JAX runs without this package, weights beside.
+"""`icar export --to stablehlo`: writes every part of a model as a program that JAX runs without this package.
 
     DEST/
       icar.json              the programs with their inputs and outputs, preprocessing, exits and thresholds
@@ -6,7 +6,7 @@
       text.stablehlo, complexity.stablehlo   where the checkpoint has these parts
       clip.safetensors, complexity.safetensors, tokenizer.json
 
-A program is called with the weights of its file as a flat dict and one batch. Weights are no part of it, so that five exits of
+A program is called with the weights of its file as a flat dict and one batch. Weights are not part of it, so that five exits of
 a ViT-L/14 do not take five times its 1.2 GB.
 """
 
@@ -43,7 +43,7 @@ SUFFIX = ".stablehlo"
 
 @dataclass(frozen=True)
 class _Program:
-    """`fn(params, batch)` and what is told about it; `shape` is of one row of the batch."""
+    """A function `fn(params, batch)` and its entry in icar.json; `shape` is that of one row of the batch."""
 
     name: str
     fn: Callable[[pytree.Tree, jax.Array], jax.Array]
@@ -64,8 +64,9 @@ def export_programs(
 ) -> ExportResult:
     """Writes the programs of a CLIP, a complexity model or a bundle into the new folder `dest`.
 
-    Images go in as prepared uint8 pixels and tokens as int32; embeddings and scores come out as float32, computed in `dtype`.
-    Any batch size fits, unless `batch` fixes it. Raises ConvertError for unknown platforms and dtypes, and where `dest` exists.
+    Inputs are prepared uint8 pixels [B, S, S, 3] or int32 tokens [B, L]; outputs are float32 embeddings [B, D] or scores [B],
+    computed in `dtype`. The batch size B is free, unless `batch` fixes it. Raises ConvertError for unknown platforms and
+    dtypes, and where `dest` exists.
     """
     unknown = [name for name in platforms if name not in PLATFORMS]
     if unknown or not platforms:

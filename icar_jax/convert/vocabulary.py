@@ -1,25 +1,25 @@
-"""The tokenizer that goes with converted weights."""
+"""Finds and checks the tokenizer of converted weights."""
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
 
-from icar_jax.convert.fields import ConvertError
+from icar_jax.convert.fields import ConvertError, read_json
+from icar_jax.convert.layouts.base import Source
 from icar_jax.convert.layouts.open_clip import model_config
-from icar_jax.convert.source import Source, read_json
 from icar_jax.data.tokenizer import CLIP_VOCAB_SIZE, Tokenizer
 from icar_jax.models.text import TextArch
 
-MERGES = "bpe_simple_vocab_16e6.txt.gz"  # CLIP's merges, as OpenAI's and OpenCLIP's packages carry them
+MERGES = "bpe_simple_vocab_16e6.txt.gz"  # CLIP's merges in OpenAI's and OpenCLIP's packages
 _BESIDE = ("tokenizer.json", "merges.txt", MERGES, MERGES.removesuffix(".gz"))
 
 
 def find_tokenizer(source: Source, asked: str, text: TextArch) -> tuple[Tokenizer | None, str]:
-    """The tokenizer and where it came from; (None, a warning) where there is none.
+    """(the tokenizer, its origin), or (None, a warning) where there is none.
 
-    The user's (`asked`) comes first, then one beside the weights, then the merges of an installed open_clip_torch.
-    Raises ConvertError where the one that was asked for, or that lies beside the weights, does not fit the text tower.
+    The user's file (`asked`) has priority, then a file beside the weights, then the merges of an installed open_clip_torch.
+    Raises ConvertError where the user's file or the one beside the weights does not fit the text tower.
     """
     if asked:
         return open_tokenizer(Path(asked), text), asked
@@ -37,7 +37,7 @@ def find_tokenizer(source: Source, asked: str, text: TextArch) -> tuple[Tokenize
 
 
 def open_tokenizer(file: Path, text: TextArch) -> Tokenizer:
-    """Reads a tokenizer and holds it against the text tower. Raises ConvertError where they do not fit."""
+    """The tokenizer in `file`. Raises ConvertError where it cannot be read or does not fit the text tower."""
     try:
         tokenizer = Tokenizer.from_file(file, _pad_token(file))
     except (OSError, ValueError) as error:
@@ -57,7 +57,7 @@ def open_tokenizer(file: Path, text: TextArch) -> Tokenizer:
 
 
 def _pad_token(file: Path) -> str:
-    """What the tokenizer_config.json beside a tokenizer says; a SigLIP tokenizer.json may not say it itself."""
+    """The pad token in the tokenizer_config.json beside a tokenizer, or ''; the tokenizer.json of a SigLIP may lack it."""
     config = file.with_name("tokenizer_config.json")
     token = read_json(config).get("pad_token") if config.is_file() else None
     token = token.get("content") if isinstance(token, dict) else token

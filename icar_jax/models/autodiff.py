@@ -1,8 +1,8 @@
-"""Derivatives written by hand that serve both modes of automatic differentiation.
+"""Hand-written derivatives that work in both modes of automatic differentiation.
 
-`jax.custom_vjp` gives a hand-written backward pass and takes forward mode away: `jax.jvp`, `jax.hessian`, Hessian-vector
-products. `with_derivatives` keeps it: forward mode applies the tangent map, reverse mode its hand-written transpose. The map is
-a primitive of its own, because `jax.custom_derivatives.linear_call` can be neither batched nor differentiated twice.
+`jax.custom_vjp` allows a hand-written backward pass but disables forward mode: `jax.jvp`, `jax.hessian`, Hessian-vector
+products. `with_derivatives` supports both: forward mode applies the tangent map, reverse mode its hand-written transpose. The
+map is a separate primitive, because `jax.custom_derivatives.linear_call` can be neither batched nor differentiated twice.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Derivatives:
 
     Attributes:
         forward: (*arrays, *static) -> (out, residuals); residuals are a tuple of arrays.
-        tangent: (residuals, tangents, *static) -> tangent of `out`, linear in `tangents`, which are None for arrays that do not
-            vary.
-        backward: (residuals, cotangent, *static) -> a cotangent for each of the arrays.
+        tangent: (residuals, tangents, *static) -> tangent of `out`, linear in `tangents`; a tangent is None if its array is
+            constant.
+        backward: (residuals, cotangent, *static) -> tuple with a cotangent for each array.
     """
 
     forward: Callable[..., tuple[Array, tuple[Array, ...]]]
@@ -39,7 +39,7 @@ class Derivatives:
 
 
 def with_derivatives(derivatives: Derivatives, arrays: int) -> Callable[..., Array]:
-    """The function of `derivatives`, whose first `arrays` arguments are arrays and whose others are static and hashable."""
+    """Returns the differentiable function; its first `arrays` arguments are arrays, the others are static and hashable."""
 
     @functools.lru_cache(maxsize=None)
     def of_static(static: tuple) -> Callable[..., Array]:
@@ -68,19 +68,19 @@ def with_derivatives(derivatives: Derivatives, arrays: int) -> Callable[..., Arr
 
 @dataclass(frozen=True)
 class _Linear:
-    """Static description of one application of a tangent map; its operands are the residuals, then the tangents that vary."""
+    """Static description of one application of a tangent map; its operands are the residuals, then the non-zero tangents."""
 
     derivatives: Derivatives
     static: tuple
     residuals: int
     varies: tuple[bool, ...]
-    batched: int = 0  # leading axes that `jax.vmap` has added to all operands
+    batched: int = 0  # number of leading axes that `jax.vmap` has added to all operands
 
     def apply(self, *operands: Array) -> Array:
         return self._vmapped(self._apply)(*operands)
 
     def transpose(self, *operands: Array) -> tuple[Array, ...]:
-        """(residuals, cotangent) -> cotangents of the tangents that vary."""
+        """(residuals, cotangent) -> cotangents of the non-zero tangents."""
         return self._vmapped(self._transpose)(*operands)
 
     def _apply(self, *operands: Array) -> Array:
@@ -96,7 +96,7 @@ class _Linear:
         return function if not self.batched else _Linear._vmapped(self.outer(), jax.vmap(function))
 
     def outer(self) -> _Linear:
-        """The same with one batch axis fewer."""
+        """Returns a copy with one batch axis fewer."""
         return _Linear(self.derivatives, self.static, self.residuals, self.varies, self.batched - 1)
 
 
@@ -120,7 +120,7 @@ def _transpose_rule(cotangents: Any, *operands: Any, linear: _Linear, aval: Any)
     if type(cotangent) is ad.Zero:
         return [ad.Zero(x.aval) if moves else None for x, moves in zip(operands, unknown)]
     found = linear.transpose(*operands[: linear.residuals], cotangent)
-    # The tangents that are known here are constants of the linear map; nothing asks for their cotangents.
+    # Tangents that are known here are constants of the linear map and need no cotangent.
     wanted = [c if moves else None for c, moves in zip(found, unknown[linear.residuals :], strict=True)]
     return [None] * linear.residuals + wanted
 
@@ -137,7 +137,7 @@ def _batching_rule(operands: Any, axes: Any, *, linear: _Linear, aval: Any) -> A
 
 
 _linear_p.def_impl(jax.jit(_apply_rule, static_argnames=("linear", "aval")))
-_linear_p.def_abstract_eval(lambda *_, linear, aval: [aval])  # the function's own: varying axes and sharding included
+_linear_p.def_abstract_eval(lambda *_, linear, aval: [aval])  # includes varying axes and sharding
 ad.primitive_jvps[_linear_p] = _jvp_rule
 ad.primitive_transposes[_linear_p] = _transpose_rule
 batching.primitive_batchers[_linear_p] = _batching_rule
@@ -145,5 +145,5 @@ mlir.register_lowering(_linear_p, mlir.lower_fun(_apply_rule, multiple_results=T
 
 
 def present_sum(*terms: Array | None) -> Array:
-    """The sum of the terms that are not None."""
+    """Returns the sum of the terms that are not None. Raises TypeError if all are."""
     return reduce(operator.add, (term for term in terms if term is not None))

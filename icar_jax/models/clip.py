@@ -1,4 +1,4 @@
-"""CLIP: a vision tower with early exits and a text tower that embed into one space."""
+"""CLIP with early exits: a vision tower and a text tower with a shared embedding space."""
 
 from __future__ import annotations
 
@@ -29,40 +29,42 @@ SIGMOID_SCALE_START, LOGIT_BIAS_START = float(np.log(10)), -10.0  # SigLIP's
 
 @dataclass(frozen=True)
 class ClipArch:
-    """Both towers and the temperatures: each exit its own, or one shared by all."""
+    """Architecture of both towers, and whether each exit has its own temperature or all share one."""
 
     vision: VisionArch
     text: TextArch
-    temperature: str = "own"  # own | shared
-    logit_bias: bool = False  # SigLIP's; beside each logit scale
+    temperature: str = "own"  # own (one per exit) | shared
+    logit_bias: bool = False  # whether each logit scale has a bias, as in SigLIP
 
     def __post_init__(self) -> None:
         if self.vision.embed_dim != self.text.embed_dim:
             raise ModelError(
-                f"both towers must embed into one space: vision {self.vision.embed_dim}, text {self.text.embed_dim}"
+                f"embed_dim of both towers must be equal, got vision {self.vision.embed_dim} and text {self.text.embed_dim}"
             )
 
 
 class ClipOutput(NamedTuple):
-    """What `Clip.__call__` gives; keys are executed blocks, full depth included."""
+    """Output of `Clip.__call__`; keys are executed blocks, full depth included. Logits are scale x cosine + bias."""
 
     image: dict[int, Array]  # float32 [B, D], unit norm, of each exit
-    text: Array  # float32 [B, D], unit norm
-    logit_scale: dict[int, Array]  # what cosines are multiplied by; scalar
-    logit_bias: dict[int, Array]  # added after that; scalar, empty where the model has none
+    text: Array  # float32 [N, D], unit norm
+    logit_scale: dict[int, Array]  # float32 scalars
+    logit_bias: dict[int, Array]  # float32 scalars; empty if the model has no biases
 
 
 class Clip(Module):
-    """Both towers; embeddings are float32 with unit norm.
+    """CLIP (Radford et al. 2021) with early exits in the vision tower; embeddings are float32 with unit norm.
 
     Args:
-        arch: shape of the towers.
-        execution: how the blocks run; parameters and values do not depend on it.
-        attention: what mixes tokens in both towers, as of `transformer.Attention`; None is `ops.attention`.
-        dtype: of activations; parameters are cast inside.
-        param_dtype: of parameters.
-        exit_start: 'final' starts exit heads as copies of ln_post and proj, 'random' draws them.
-        rngs: for the random start.
+        arch: architecture of both towers.
+        execution: how the blocks run (remat, scan, sharding); does not change parameters or values.
+        attention: attention function of both towers, see `transformer.Attention`; None is `ops.attention`.
+        dtype: dtype of activations; parameters are cast to it in each layer.
+        param_dtype: dtype of parameters.
+        exit_start: 'final' initialises exit heads as copies of ln_post and proj, 'random' draws them.
+        rngs: random keys for initialisation.
+
+    Raises TypeError if `arch` is not a ClipArch.
     """
 
     def __init__(
@@ -91,55 +93,65 @@ class Clip(Module):
 
     @classmethod
     def init(cls, key: Array, arch: ClipArch, exit_start: str = "final", **kwargs: Any) -> Params:
-        """Random parameters as a nested dict; arguments as of the class."""
+        """Returns random parameters as a nested dict; arguments are those of the class."""
         params = super().init(key, arch, exit_start="random", **kwargs)
         return start_exits_from_final(params) if exit_start == "final" else params
 
     def __call__(self, images: Array, tokens: Array) -> ClipOutput:
-        """images float [B, S, S, 3], normalised; tokens int [N, L] -> embeddings of every exit and of the texts, scales."""
+        """images float [B, S, S, 3], normalised; tokens int [N, L] -> embeddings of all exits and texts, scales, biases."""
         biases = self.logit_biases() if self.arch.logit_bias else {}
         return ClipOutput(self.encode_image_exits(images), self.encode_text(tokens), self.logit_scales(), biases)
 
     def encode_image(self, images: Array, exit: int | None = None) -> Array:
-        """images float [B, S, S, 3], normalised -> [B, D], unit norm. `exit` counts executed blocks; None is all."""
+        """images float [B, S, S, 3], normalised -> float32 [B, D], unit norm.
+
+        `exit` counts executed blocks; None is full depth. Raises ModelError if there is no such exit.
+        """
         blocks_run = self.arch.vision.check_exit(exit)
         return self.encode_image_exits(images, (blocks_run,))[blocks_run]
 
     def encode_image_exits(
         self, images: Array, exits: Sequence[int] | None = None, scales: Array | None = None
     ) -> dict[int, Array]:
-        """One pass, every exit: images [B, S, S, 3] -> {executed blocks: [B, D], unit norm}; None means all exits.
+        """images float [B, S, S, 3], normalised -> {executed blocks: float32 [B, D], unit norm}, in one forward pass.
 
-        `scales` float32 [B, depth]: of each image's residuals in each block, for layer dropout while training; None for none.
+        `exits` counts executed blocks; None is every exit. `scales` float32 [B, depth] multiplies the residuals of each image
+        in each block (layer dropout in training); None is 1. Raises ModelError if there is no such exit.
         """
         given = () if exits is None and scales is None else (exits, scales)
         return {blocks_run: unit_norm(z) for blocks_run, z in self.vision(images, *given).items()}
 
     def encode_tokens(self, tokens: Tokens, start: int, exit: int | None = None) -> Array:
-        """The rest of `encode_image`: Tokens of [B, L, W] in the vision tower after `start` blocks -> [B, D], unit norm."""
+        """Resumes `encode_image` from Tokens of [B, L, W] after `start` blocks -> float32 [B, D], unit norm.
+
+        Raises ModelError if there is no such exit, ValueError if it lies before `start`.
+        """
         blocks_run = self.arch.vision.check_exit(exit)
         return self.encode_tokens_exits(tokens, start, (blocks_run,))[blocks_run]
 
     def encode_tokens_exits(self, tokens: Tokens, start: int, exits: Sequence[int]) -> dict[int, Array]:
-        """The rest of `encode_image_exits`: Tokens of [B, L, W] after `start` blocks -> {executed blocks: [B, D], unit}."""
+        """Resumes `encode_image_exits` from Tokens of [B, L, W] after `start` blocks -> {executed blocks: float32 [B, D]}.
+
+        Raises ModelError if there is no such exit, ValueError if one lies before `start`.
+        """
         for blocks_run in exits:
             first = self.arch.vision.heads_of(self.arch.vision.check_exit(blocks_run))[0]
             if start > first:
-                raise ValueError(f"tokens after {start} blocks are past the head after {first} of the exit after {blocks_run}")
+                raise ValueError(f"tokens after {start} blocks come too late for exit {blocks_run}, which reads block {first}")
         return {blocks_run: unit_norm(z) for blocks_run, z in self.vision.resume(tokens, start, exits).items()}
 
     def encode_text(self, tokens: Array) -> Array:
-        """tokens int [B, L] -> [B, D], unit norm."""
+        """tokens int [B, L] -> float32 [B, D], unit norm."""
         return unit_norm(self.text(tokens))
 
     def logit_scales(self) -> dict[int, Array]:
-        """{executed blocks: scale}, full depth included; each at most 100 as in CLIP, or unbounded as in SigLIP."""
+        """Returns {executed blocks: scalar scale}, full depth included; clipped at 100 as in CLIP, unbounded as in SigLIP."""
         limit = jnp.inf if self.arch.logit_bias else LOGIT_SCALE_MAX
         scales = self._own_or_shared(self.logit_scale, self.exit_logit_scale)
         return {e: jnp.minimum(jnp.exp(s), limit) for e, s in scales.items()}
 
     def logit_biases(self) -> dict[int, Array]:
-        """{executed blocks: bias} of a model with logit biases (SigLIP), full depth included."""
+        """Returns {executed blocks: scalar bias}, full depth included. Only for models with logit biases (SigLIP)."""
         return self._own_or_shared(self.logit_bias, self.exit_logit_bias)
 
     def _own_or_shared(self, shared: nnx.Param, own: nnx.Dict) -> dict[int, Array]:
@@ -149,14 +161,14 @@ class Clip(Module):
 
 
 def unit_norm(z: Array) -> Array:
-    """z [B, D] divided by its length; a zero vector stays zero."""
+    """z [B, D] -> z / |z|, [B, D]; a zero vector stays zero."""
     return z * jax.lax.rsqrt(jnp.maximum(jnp.sum(z * z, axis=-1, keepdims=True), 1e-24))
 
 
 def start_exits_from_final(params: pytree.Tree) -> pytree.Tree:
-    """Exit heads as copies of the full tower's head, so that an exit begins in the space the full tower uses.
+    """Returns `params` with exit heads, temperatures and biases copied from full depth.
 
-    Temperatures and biases of the exits start from the full tower's too.
+    Exits then start in the embedding space of the full tower.
     """
     flat, sources = pytree.flatten(params), exit_sources(params)
     # jnp.array copies: donated buffers must not be shared between two leaves.
@@ -164,9 +176,9 @@ def start_exits_from_final(params: pytree.Tree) -> pytree.Tree:
 
 
 def exit_sources(params: Mapping[str, Any]) -> dict[str, str]:
-    """{path of an exit's leaf: path of the full tower's leaf it starts from}, for parameters or their shapes.
+    """Returns {path of an exit's leaf: path of the full-depth leaf it is initialised from}, for parameters or their shapes.
 
-    The residual of an exit head has no counterpart: its last kernel is zero at the start, whatever the others are.
+    The residual of an exit head has no counterpart; its last kernel is initialised to zero.
     """
     sources = {}
     for path in pytree.flatten(params):

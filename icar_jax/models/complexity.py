@@ -1,7 +1,7 @@
-"""ConvNeXt-IC: how complex an image is, as a score in [0, 1].
+"""ConvNeXt-IC: predicts the complexity of an image as a score in [0, 1].
 
-Two heads: a classifier whose score is the probability of the class 'complex' (ICAR's router), and a regression of
-human ratings (IC9600). Both begin with a norm of their own after the backbone's.
+Two heads: a classifier whose score is the probability of the class 'complex' (ICAR's router), and a regression of human
+ratings (IC9600). Both start with a LayerNorm in addition to that of the backbone.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from icar_jax.models.layers import DType, LayerNorm, Linear
 Array = jax.Array
 Drop = Callable[[Array, int], Array]  # (x, layer) -> x with some of its values zeroed
 HEADS = ("classification", "regression")
-MAP_STAGES = (2, 3, 4)  # strides 8, 16, 32; stage 1 sees edges, not objects
-MAP_STAGE = 2  # finds the objects of scenes best, see benchmarks/explain.py
+MAP_STAGES = (2, 3, 4)  # strides 8, 16, 32; stage 1 responds to edges, not objects
+MAP_STAGE = 2  # localises the objects of scenes best, see benchmarks/explain.py
 
 
 @dataclass(frozen=True)
 class ComplexityArch:
-    """A ConvNeXt backbone without classes, one of two heads, and the image size in pixels (squashed)."""
+    """A ConvNeXt backbone without classifier, the head ('classification' | 'regression'), and the image size in pixels."""
 
     backbone: ConvNeXtArch
     head: str
@@ -38,18 +38,18 @@ class ComplexityArch:
         if self.head not in HEADS:
             raise ModelError(f"complexity head {self.head!r} must be one of {HEADS}")
         if self.backbone.num_classes:
-            raise ModelError("the backbone of a complexity model has no classes of its own (num_classes=0)")
+            raise ModelError(f"the backbone of a complexity model needs num_classes=0, got {self.backbone.num_classes}")
         if self.image_size < 32:
             raise ModelError(f"image size {self.image_size} is below 32 pixels, the backbone's total stride")
 
 
 class ClassificationHead(nnx.Module):
-    """LN, then two logits (simple, complex); [B, C] -> [B, 2], float32."""
+    """LayerNorm and a linear layer; features [B, C] -> logits (simple, complex) [B, 2], float32."""
 
     def __init__(
         self, width: int, *, dropout: float = 0.0, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs
     ):
-        """`dropout` is that of the other head; this one has none."""
+        """`dropout` is ignored; it exists for the same signature as `RegressionHead`."""
         self.norm = LayerNorm(width, 1e-5, param_dtype=param_dtype)
         self.fc = Linear(width, 2, std=INIT_STD, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
@@ -58,7 +58,10 @@ class ClassificationHead(nnx.Module):
 
 
 class RegressionHead(nnx.Module):
-    """LN -> 512 -> ReLU -> 256 -> ReLU -> 1, dropout after each ReLU where a key is given; [B, C] -> logit [B, 1], float32."""
+    """LayerNorm -> 512 -> ReLU -> 256 -> ReLU -> 1; features [B, C] -> logit [B, 1], float32.
+
+    Dropout after each ReLU if a `dropout_key` is given.
+    """
 
     def __init__(
         self, width: int, *, dropout: float = 0.0, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs
@@ -81,7 +84,7 @@ HEAD_MODULES = {"classification": ClassificationHead, "regression": RegressionHe
 
 
 def dropout(rate: float, key: Array | None) -> Drop:
-    """drop(x, layer): x with a share `rate` of its values zeroed and the rest scaled up; without a key x itself."""
+    """Returns drop(x, layer), inverted dropout with probability `rate`; the identity if `key` is None."""
 
     def drop(x: Array, layer: int) -> Array:
         if key is None or rate == 0:
@@ -93,20 +96,20 @@ def dropout(rate: float, key: Array | None) -> Drop:
 
 
 def log_odds(logits: Array, head: str) -> Array:
-    """[B, 2] (classification) or [B, 1] (regression) -> log odds of 'complex' [B], of which the score is the sigmoid."""
+    """logits [B, 2] (classification) or [B, 1] (regression) -> log odds of 'complex' [B]; the score is their sigmoid."""
     return logits[:, 1] - logits[:, 0] if head == "classification" else logits[:, 0]
 
 
 def activation_map(function: Callable[[Array], Array], features: Array) -> tuple[Array, Array]:
-    """features [B, h, w, C] -> function(features) [B], and its class-activation map [B, h, w] float32.
+    """features [B, h, w, C] -> (function(features) [B], class-activation map [B, h, w] float32).
 
-    The features contracted with the gradient of the output by the pooled features, channel by channel (Grad-CAM, Selvaraju et
-    al. 2017, without its ReLU). Where `function` is linear in the average pool this is the map of Zhou et al. 2016: its mean
-    over the positions is the output without the bias.
+    The map is the sum over channels of the features times the gradient of the output with respect to the pooled features
+    (Grad-CAM, Selvaraju et al. 2017, without its ReLU). If `function` is linear in the average pool, it is the map of Zhou et
+    al. 2016, and its mean over positions is the output without the bias.
     """
     values, pull_back = jax.vjp(function, features)
     (gradient,) = pull_back(jnp.ones_like(values))
-    # A pool divides by the number of positions: the sum over them is the gradient by the pooled features.
+    # Average pooling divides by the number of positions, so their sum is the gradient with respect to the pooled features.
     weights = gradient.astype(jnp.float32).sum(axis=(1, 2))
     return values, jnp.einsum("bhwc,bc->bhw", features.astype(jnp.float32), weights)
 
@@ -115,9 +118,10 @@ class ComplexityModel(Module):
     """A ConvNeXt and a head; images float [B, S, S, 3], normalised -> complexity [B] in [0, 1], float32.
 
     Args:
-        arch: its shape.
-        dtype: of activations; parameters are cast inside.
-        param_dtype: of parameters.
+        arch: architecture.
+        dtype: dtype of activations; parameters are cast to it in each layer.
+        param_dtype: dtype of parameters.
+        rngs: random keys for initialisation.
     """
 
     def __init__(self, arch: ComplexityArch, *, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
@@ -130,7 +134,10 @@ class ComplexityModel(Module):
         return self.score(images)
 
     def logits(self, images: Array, dropout_key: Array | None = None) -> Array:
-        """images float [B, S, S, 3], normalised -> [B, 2] (classification) or [B, 1] (regression), float32."""
+        """images float [B, S, S, 3], normalised -> logits [B, 2] (classification) or [B, 1] (regression), float32.
+
+        `dropout_key` enables dropout in the regression head; None disables it.
+        """
         return self.head(self.backbone(images), dropout_key)
 
     def score(self, images: Array) -> Array:
@@ -138,16 +145,16 @@ class ComplexityModel(Module):
         return jax.nn.sigmoid(log_odds(self.logits(images), self.arch.head))
 
     def score_and_map(self, images: Array, stage: int = MAP_STAGE) -> tuple[Array, Array]:
-        """The score, and where in the image it comes from: the class-activation map of the log odds of 'complex'.
+        """Returns the score and the class-activation map of the log odds of 'complex'.
 
-        images float [B, S, S, 3], normalised -> complexity [B], as `score`; map [B, h, w], float32, with h = w = S // stride
-        and stride 8, 16, 32 after stage 2, 3, 4. Positive values raise the score, negative ones lower it; the mean of a map is
-        its share of the log odds to first order. The two norms before the head ignore a common scale of all channels, so
-        after stage 4 the mean is close to 0 and the map says what is more complex than the rest of the same image.
-        Raises ModelError for a stage that is none of MAP_STAGES.
+        images float [B, S, S, 3], normalised -> (complexity [B], as `score`; map [B, h, w], float32), with h = w = S // stride
+        and stride 8, 16, 32 after stage 2, 3, 4. Positive values raise the score, negative values lower it; the mean of a map
+        is its contribution to the log odds to first order. The two LayerNorms before the head are invariant to a common scale
+        of all channels, so after stage 4 the mean is close to 0 and the map is relative to the rest of the same image.
+        Raises ModelError if `stage` is not in MAP_STAGES.
         """
         if stage not in MAP_STAGES:
-            raise ModelError(f"a map can be taken after stage {', '.join(map(str, MAP_STAGES))}, not {stage}")
+            raise ModelError(f"stage={stage} must be one of {', '.join(map(str, MAP_STAGES))}")
         features = self.backbone.feature_map(images, stage)
 
         def logit(features: Array) -> Array:

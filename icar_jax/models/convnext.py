@@ -22,7 +22,7 @@ INIT_STD = 0.02
 
 @dataclass(frozen=True)
 class ConvNeXtArch:
-    """Blocks and channels of each of the four stages; version 2 has GRN, version 1 a layer scale."""
+    """Blocks (`depths`) and channels (`dims`) of the four stages; version 2 uses GRN, version 1 a layer scale."""
 
     depths: tuple[int, int, int, int]
     dims: tuple[int, int, int, int]
@@ -31,11 +31,11 @@ class ConvNeXtArch:
 
     def __post_init__(self) -> None:
         if self.version not in (1, 2) or len(self.depths) != 4 or len(self.dims) != 4:
-            raise ModelError(f"ConvNeXt needs version 1 or 2 and four stages, found {self}")
+            raise ModelError(f"ConvNeXt needs version 1 or 2 and four stages, got {self}")
 
 
 class Grn(nnx.Module):
-    """Global response normalisation; x [B, H, W, C] -> [B, H, W, C], statistics in float32 per image."""
+    """Global response normalisation (Woo et al. 2023); x [B, H, W, C] -> [B, H, W, C], computed per image in float32."""
 
     def __init__(self, width: int, *, param_dtype: DType = jnp.float32):
         self.gamma = nnx.Param(jnp.zeros((width,), param_dtype))
@@ -44,7 +44,7 @@ class Grn(nnx.Module):
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
         energy = jnp.sum(jnp.square(y), axis=(1, 2), keepdims=True)
-        # The gradient of sqrt at 0 is infinite; a channel that is zero everywhere must not poison the step.
+        # The gradient of sqrt at 0 is infinite; a channel of zeros must not produce NaN gradients.
         g = jnp.where(energy > 0, jnp.sqrt(jnp.where(energy > 0, energy, 1.0)), 0.0)
         n = g / (g.mean(axis=-1, keepdims=True) + 1e-6)
         gamma, beta = (each[...][None, None, None] for each in (self.gamma, self.beta))
@@ -52,7 +52,7 @@ class Grn(nnx.Module):
 
 
 class ConvMlp(nnx.Module):
-    """Two linear maps with a GELU and, in version 2, GRN between; x [B, H, W, C] keeps its shape."""
+    """Linear, GELU, GRN (version 2 only), linear, with 4 C hidden channels; x [B, H, W, C] -> [B, H, W, C]."""
 
     def __init__(self, width: int, version: int, *, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -62,13 +62,13 @@ class ConvMlp(nnx.Module):
         self.fc2 = Linear(4 * width, width, std=INIT_STD, **types)
 
     def __call__(self, x: Array) -> Array:
-        # XLA on CPU would keep half of the GELU, then finish it once for the norm of GRN and once more for its product.
+        # Without `stored`, XLA on CPU computes part of the GELU twice: for the norm of GRN and for its product.
         x = ops.stored(self.activation(ops.stored(self.fc1(x))))
         return self.fc2(x if self.grn is None else ops.stored(self.grn(x)))
 
 
 class ConvNeXtBlock(nnx.Module):
-    """Depthwise 7x7, norm, MLP, (layer scale,) residual; x [B, H, W, C] keeps its shape."""
+    """Depthwise 7x7 convolution, norm, MLP, layer scale (version 1 only), residual; x [B, H, W, C] -> [B, H, W, C]."""
 
     def __init__(self, width: int, version: int, *, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -83,7 +83,10 @@ class ConvNeXtBlock(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Norm, then 2x2 convolution with stride 2; an odd last row or column is dropped."""
+    """Norm, then 2x2 convolution with stride 2; x [B, H, W, n_in] -> [B, H // 2, W // 2, n_out].
+
+    An odd last row or column is dropped.
+    """
 
     def __init__(self, n_in: int, n_out: int, *, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
         self.norm = LayerNorm(n_in, EPS, param_dtype=param_dtype)
@@ -94,7 +97,10 @@ class Downsample(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Blocks of one resolution, after a `Downsample` in all stages but the first."""
+    """A `Downsample`, except in the first stage, and `depth` blocks.
+
+    x [B, H, W, n_in] -> [B, H // 2, W // 2, n_out]; the first stage keeps [B, H, W, n_out] and needs n_in = n_out.
+    """
 
     def __init__(self, n_in: int, n_out: int, depth: int, version: int, first: bool, **types: Any):
         self.downsample = None if first else Downsample(n_in, n_out, **types)
@@ -109,7 +115,7 @@ class Stage(nnx.Module):
 
 
 class Stem(nnx.Module):
-    """4x4 convolution with stride 4, then norm."""
+    """4x4 convolution with stride 4, then norm; x [B, H, W, 3] -> [B, H // 4, W // 4, C] with C = `width`."""
 
     def __init__(self, width: int, *, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
         self.conv = PatchConv(4, 3, width, std=INIT_STD, bias=True, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -120,7 +126,7 @@ class Stem(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Average pool, norm, optional classifier; x [B, H, W, C] -> [B, C] or [B, classes], float32."""
+    """Average pool, norm, optional classifier; x [B, H, W, C] -> features [B, C] or logits [B, classes], float32."""
 
     def __init__(self, width: int, num_classes: int, *, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
         types = {"dtype": dtype, "param_dtype": param_dtype}
@@ -136,9 +142,10 @@ class ConvNeXt(Module):
     """images float [B, H, W, 3], normalised -> pooled features [B, C] or logits [B, classes], float32.
 
     Args:
-        arch: its shape.
-        dtype: of activations; parameters are cast inside.
-        param_dtype: of parameters.
+        arch: architecture.
+        dtype: dtype of activations; parameters are cast to it in each layer.
+        param_dtype: dtype of parameters.
+        rngs: random keys for initialisation.
     """
 
     def __init__(self, arch: ConvNeXtArch, *, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
@@ -154,9 +161,10 @@ class ConvNeXt(Module):
         return self.head(self._features(images, len(self.stages)))
 
     def feature_map(self, images: Array, stage: int) -> Array:
-        """images [B, H, W, 3], normalised -> what stage 1 to 4 hands on, [B, H / s, W / s, C] with s = 2 ** (stage + 1).
+        """images float [B, H, W, 3], normalised -> output of a stage, [B, H // s, W // s, C] with s = 2 ** (stage + 1).
 
-        Raises ValueError for other shapes or sizes below 32 pixels, and TypeError for integers.
+        `stage` is 1 to 4; C = arch.dims[stage - 1]; the dtype is the compute dtype. Raises ValueError for other shapes or sizes
+        below 32 pixels, and TypeError for integers.
         """
         return self._features(images, stage)
 
@@ -172,7 +180,10 @@ class ConvNeXt(Module):
         return x
 
     def from_feature_map(self, x: Array, stage: int) -> Array:
-        """The rest of the network on the feature map of a stage; the two together are `__call__`."""
+        """x [B, h, w, C], output of `feature_map(images, stage)` -> features [B, arch.dims[3]] or logits [B, classes], float32.
+
+        Runs the stages after `stage` and the head: from_feature_map(feature_map(images, stage), stage) equals __call__(images).
+        """
         for part in self.stages[stage:]:
             x = part(x)
         return self.head(x)

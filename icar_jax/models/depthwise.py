@@ -1,4 +1,4 @@
-"""Depthwise convolution, and its gradients by the form that the host's compiler runs fastest."""
+"""Depthwise convolution; value and gradients use the form that is fastest on the platform."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax import lax
 from icar_jax.models.autodiff import Derivatives, present_sum, with_derivatives
 from icar_jax.models.ops import Array, Arrays, DType, Saved, along
 
-_UNROLL = 64  # positions of the cotangent a loop step of the CPU kernel gradient takes
+_UNROLL = 64  # positions of the cotangent per loop step of the CPU kernel gradient
 
 
 def _conv(x: Array, kernel: Array) -> Array:
@@ -32,7 +32,7 @@ def _pad_same(x: Array, kernel_shape: tuple[int, ...], extra_h: int = 0, extra_w
 
 
 def _shifted_sum(x: Array, kernel: Array) -> Array:
-    """The convolution as one multiply-add a kernel tap: XLA's CPU backend has no fast depthwise convolution."""
+    """The convolution as one multiply-add per kernel tap, because XLA's CPU backend has no fast depthwise convolution."""
     height, width = x.shape[1:3]
     padded = _pad_same(x, kernel.shape).astype(jnp.float32)
     taps = [(i, j) for i in range(kernel.shape[0]) for j in range(kernel.shape[1])]
@@ -45,9 +45,9 @@ def _kernel_gradient_conv(x: Array, kernel: Array, g: Array) -> Array:
 
 
 def _kernel_gradient_tiles(x: Array, kernel: Array, g: Array) -> Array:
-    """The kernel gradient on CPU: a loop over small tiles of g that holds all accumulators, [rows, C] a kernel column.
+    """The kernel gradient on CPU: a loop over small tiles of g, with one accumulator [rows, C] per kernel column.
 
-    One reduction a tap would read x and g from memory once a tap.
+    One reduction per tap would instead read x and g from memory once per tap.
     """
     rows, cols, _, channels = kernel.shape
     batch, height, width = g.shape[:3]
@@ -94,8 +94,7 @@ _depthwise = with_derivatives(Derivatives(_depthwise_forward, _depthwise_tangent
 def depthwise_conv(x: Array, kernel: Array, bias: Array | None = None, *, dtype: DType) -> Array:
     """Depthwise convolution, stride 1, "same" zero padding: x [B, H, W, C], kernel [h, w, 1, C] -> [B, H, W, C] in `dtype`.
 
-    Raises:
-      ValueError: the kernel is not [h, w, 1, C] with odd h and w and the channels of x.
+    `bias` is [C] or None. Raises ValueError if the kernel is not [h, w, 1, C] with odd h and w and the channels of x.
     """
     if kernel.ndim != 4 or kernel.shape[2:] != (1, x.shape[-1]) or not (kernel.shape[0] % 2 and kernel.shape[1] % 2):
         raise ValueError(

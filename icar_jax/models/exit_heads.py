@@ -1,8 +1,7 @@
-"""What an exit head may add to its pooled token before LayerNorm and projection.
+"""Optional residual modules of exit heads, added to the pooled token before LayerNorm and projection.
 
-A shallow block has not yet gathered into one token what full depth projects. Both modules give a residual whose last kernel
-starts at zero, so that a head with one is at its start the plain linear head (as adapters are: Houlsby et al. 2019,
-arXiv:1902.00751).
+At shallow depth one token does not yet summarise the image. The last kernel of both modules is initialised to zero, so a head
+initially equals the plain linear head (as with adapters: Houlsby et al. 2019, arXiv:1902.00751).
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from icar_jax.models.transformer import Attention, AttentionFn, Mlp
 
 Array = jax.Array
 EXIT_HEADS = ("linear", "adapter", "attention")
-_EPS = 1e-5  # as of the heads' own norm
+_EPS = 1e-5  # same as the LayerNorm of the head
 
 
 def adapter_width(width: int) -> int:
-    """Channels of the adapter's bottleneck: a quarter of the tower's."""
+    """Returns the number of bottleneck channels of the adapter: a quarter of the tower's width, at least 1."""
     return max(1, width // 4)
 
 
 class Adapter(Module):
-    """LayerNorm and a bottleneck MLP on the pooled token: pooled [B, W] -> residual [B, W], zero at the start."""
+    """LayerNorm and a bottleneck MLP; pooled token [B, W] -> residual [B, W], initially zero. `x` [B, L, W] is ignored."""
 
     def __init__(
         self, width: int, *, activation: str = "gelu", dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs
@@ -41,7 +40,7 @@ class Adapter(Module):
 
 
 class TokenAttention(Module):
-    """One learned query attends to all tokens: x [B, L, W] -> residual [B, W], zero at the start."""
+    """One learned query attends to all tokens; x [B, L, W] -> residual [B, W], initially zero. `pooled` [B, W] is ignored."""
 
     def __init__(
         self, width: int, heads: int, *, attention: AttentionFn | None = None, dtype: DType = None,

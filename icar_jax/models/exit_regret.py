@@ -1,15 +1,15 @@
-"""Regret: what retrieval loses when an image leaves the tower early while all others run to full depth.
+"""Regret: the increase of the retrieval loss when one image exits early while all others run to full depth.
 
-With s(i, c) the cosine of image i and caption c and T the temperature of full depth, the term of a pair is
+With T the logit scale of full depth, the symmetric InfoNCE loss of pair i is
 
     l_i(z) = 1/2 log(1 + sum_{c not i} exp T (z c - z t_i)) + 1/2 log(1 + sum_{k not i} exp T (z_k t_i - z t_i))
 
-for the image embedded as z, its caption t_i, the captions c of other images, and the other images z_k at full depth: InfoNCE of
-both directions. The regret is l_i(z_exit) - l_i(z_full). A router that sorts images by regret gives the early exit to those
-that lose least, which is what a complexity score can only hope for.
+where z is the embedding of image i, t_i its caption, c are the captions of other images, and z_k the other images at full depth.
+The regret is l_i(z_exit) - l_i(z_full). A router that sorts images by regret sends those to the early exit that lose least.
 
-A caption that fits many images is not found at either depth, however much is lost: each direction may count by the probability
-p of the pair at full depth. With q the one at the exit it is p log(p / q), the pair's term of the divergence KL(full || exit).
+A caption that matches many images is not retrieved at either depth, however large the regret. Optionally each direction is
+therefore weighted by the probability p of the pair at full depth. With q the probability at the exit, the weighted regret is
+p log(p / q), the pair's term of KL(full || exit).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ KINDS = ("loss", "kl", "cosine")
 
 
 class ExtraNegatives(NamedTuple):
-    """Further pairs that B pairs are compared with: image and text [M, D], unit norm, at full depth.
+    """Extra negative pairs (memory bank): image and text float32 [M, D], unit norm, at full depth.
 
-    `left_out` bool [M]: which are of an image that is among the B already.
+    `left_out` bool [M]: True for images that are also in the batch, which are masked.
     """
 
     image: Array
@@ -37,38 +37,38 @@ class ExtraNegatives(NamedTuple):
 def loss_regret(
     exit: Array, full: Array, text: Array, scale: Array, more: ExtraNegatives | None = None, weighed: bool = False
 ) -> Array:
-    """Regrets [B] float32 of B pairs among each other, and among `more`; negative where the exit is the better one.
+    """Returns the regrets float32 [B] of B pairs, with the batch and `more` as negatives; negative if the exit is better.
 
-    exit, full, text: [B, D], unit norm, row i of each belongs to pair i; scale: scalar, of full depth. `weighed`: each
-    direction counts by the probability of the pair at full depth.
+    exit, full, text: [B, D], unit norm, row i of each is pair i; scale: scalar logit scale of full depth. `weighed` weights
+    each direction by the probability of the pair at full depth.
     """
     images, texts, own = full, text, jnp.eye(len(full), dtype=bool)
     if more is not None:
         images, texts = jnp.concatenate([full, more.image]), jnp.concatenate([text, more.text])
         own = jnp.concatenate([own, jnp.broadcast_to(more.left_out, (len(full), len(more.image)))], axis=1)
 
-    def rivalry(rows: Array, columns: Array) -> Array:
+    def negatives(rows: Array, columns: Array) -> Array:
         logits = scale * jnp.einsum("id,jd->ij", rows, columns, precision=jax.lax.Precision.HIGHEST)
-        return jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), axis=1)  # all but its own
+        return jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), axis=1)  # without the positive pair
 
-    others = rivalry(text, images)
+    others = negatives(text, images)
     at_exit = scale * jnp.sum(exit * text, axis=1)
     at_full = scale * jnp.sum(full * text, axis=1)
-    early = jax.nn.softplus(jnp.stack([rivalry(exit, texts), others]) - at_exit)
-    late = jax.nn.softplus(jnp.stack([rivalry(full, texts), others]) - at_full)
+    early = jax.nn.softplus(jnp.stack([negatives(exit, texts), others]) - at_exit)
+    late = jax.nn.softplus(jnp.stack([negatives(full, texts), others]) - at_full)
     return jnp.mean((early - late) * (jnp.exp(-late) if weighed else 1.0), axis=0)
 
 
 def cosine_regret(exit: Array, full: Array) -> Array:
-    """1 - cos(z_exit, z_full), [B] float32 in [0, 2], of unit vectors [B, D]."""
+    """exit, full [B, D], unit norm -> 1 - cos(z_exit, z_full), float32 [B] in [0, 2]."""
     return 1 - jnp.sum(exit * full, axis=1)
 
 
 def unit_ranks(values: Array) -> Array:
-    """[B] -> the rank of each value from 0 (least) to 1 (greatest), float32; equal values share their mean rank.
+    """values [B] -> ranks float32 [B] from 0 (smallest) to 1 (largest); ties get their mean rank.
 
-    What a score in [0, 1] can be trained to: regrets themselves are long-tailed and shrink as the model learns.
+    Used as targets in [0, 1], because regrets are long-tailed.
     """
     below = jnp.sum(values[None, :] < values[:, None], axis=1)
-    equal = jnp.sum(values[None, :] == values[:, None], axis=1)  # with itself
+    equal = jnp.sum(values[None, :] == values[:, None], axis=1)  # includes itself
     return (below + (equal - 1) / 2).astype(jnp.float32) / max(len(values) - 1, 1)

@@ -1,6 +1,6 @@
-"""Floating-point operations per image or caption, counted from the architecture (2 x multiply-accumulates).
+"""FLOPs per image or caption, counted from the architecture (2 x multiply-accumulates).
 
-Counted are the matrix products and convolutions, as the field does; norms, activations and softmax are left out.
+Matrix products and convolutions are counted, as is usual; norms, activations and softmax are not.
 """
 
 from __future__ import annotations
@@ -20,23 +20,26 @@ def _block_macs(tokens: int, width: int, mlp_width: int) -> int:
 
 
 def _merging_macs(arch: VisionArch, blocks_run: int) -> int:
-    """Similarities of all pairs, and the sums of what stays and merges."""
+    """Multiply-accumulates of the pairwise similarities and of the weighted sums of one merging step."""
     patches = arch.tokens_after(blocks_run) - arch.class_token
     seekers, others = patches - patches // 2, patches // 2
     return seekers * (others + patches - arch.merge[blocks_run - 1]) * arch.width
 
 
 def vision_flops(arch: VisionArch, blocks_run: int | None = None) -> int:
-    """FLOPs of one image through `blocks_run` blocks (None: all), patch embedding and the exit's head or heads included."""
+    """Returns the FLOPs of one image through patch embedding, `blocks_run` blocks (None: all) and the head or heads there.
+
+    Raises ModelError if there is no exit after `blocks_run` blocks.
+    """
     blocks = arch.check_exit(blocks_run)
     return trunk_flops(arch, blocks) + sum(head_flops(arch, e) for e in arch.heads_of(blocks))
 
 
 def head_flops(arch: VisionArch, blocks_run: int | None = None) -> int:
-    """FLOPs of one image in the head after `blocks_run` blocks (None: full depth)."""
+    """Returns the FLOPs of one image in the head after `blocks_run` blocks (None: full depth). Raises ModelError."""
     blocks = arch.check_exit(blocks_run)
     early, tokens = blocks != arch.depth, arch.tokens_after(blocks)
-    probe = 2 * (tokens + 1) * arch.width**2 + 2 * tokens * arch.width  # k, v of all, q, output, and its attention
+    probe = 2 * (tokens + 1) * arch.width**2 + 2 * tokens * arch.width  # k and v of all tokens, q and output of one, mixing
     if arch.head == "map":
         return 2 * (probe + 2 * arch.width * arch.mlp_width)
     added = {"linear": 0, "adapter": 2 * arch.width * adapter_width(arch.width), "attention": probe}[arch.exit_head]
@@ -44,7 +47,7 @@ def head_flops(arch: VisionArch, blocks_run: int | None = None) -> int:
 
 
 def trunk_flops(arch: VisionArch, blocks: int) -> int:
-    """FLOPs of one image through the patch embedding and the first `blocks` blocks, without a head."""
+    """Returns the FLOPs of one image through the patch embedding and the first `blocks` blocks, without a head."""
     patches = arch.tokens - arch.class_token
     macs = patches * 3 * arch.patch_size**2 * arch.width
     macs += sum(_block_macs(arch.tokens_after(n), arch.width, arch.mlp_width) for n in range(1, blocks + 1))
@@ -53,13 +56,13 @@ def trunk_flops(arch: VisionArch, blocks: int) -> int:
 
 
 def text_flops(arch: TextArch) -> int:
-    """FLOPs of one caption padded to the context length."""
+    """Returns the FLOPs of one caption, padded to the context length."""
     macs = arch.depth * _block_macs(arch.context_length, arch.width, arch.mlp_width)
     return 2 * (macs + arch.width * arch.embed_dim)
 
 
 def convnext_flops(arch: ConvNeXtArch, image_size: int) -> int:
-    """FLOPs of one square image of `image_size` pixels."""
+    """Returns the FLOPs of one square image of `image_size` pixels."""
     side = image_size // 4
     macs = side * side * 4 * 4 * 3 * arch.dims[0]
     for i, (depth, width) in enumerate(zip(arch.depths, arch.dims)):
@@ -71,14 +74,14 @@ def convnext_flops(arch: ConvNeXtArch, image_size: int) -> int:
 
 
 def complexity_flops(arch: ComplexityArch | BlocksArch) -> int:
-    """FLOPs of one score on its own: all that lies below the head, and the head."""
+    """Returns the FLOPs of one score computed alone: backbone or tower blocks, and head."""
     if isinstance(arch, BlocksArch):
         return trunk_flops(arch.vision, arch.blocks) + router_flops(arch)
     return convnext_flops(arch.backbone, arch.image_size) + _head_flops(arch.head, arch.backbone.dims[3])
 
 
 def router_flops(arch: ComplexityArch | BlocksArch) -> int:
-    """FLOPs of one score beyond those of the tower it routes: a head on the tower's own blocks shares them."""
+    """Returns the additional FLOPs of one score when routing: a head on the CLIP's blocks shares them and costs only itself."""
     return _head_flops(arch.head, arch.features) if isinstance(arch, BlocksArch) else complexity_flops(arch)
 
 

@@ -1,11 +1,11 @@
-"""The functional form of a module: its structure, and its parameters as a plain nested dict.
+"""The functional form of a module: its structure (`Graph`), and its parameters as a plain nested dict.
 
     graph, params = clip.split()
     embed = jax.jit(graph.encode_image)
     embed(params, images)
 
-Hot loops hold such a pair: a jitted call takes a dict of hundreds of parameters far faster than a module, and both faster than
-`nnx.jit`. Keys are strings, as in checkpoints: params["vision"]["blocks"]["3"]["attn"]["qkv"]["kernel"].
+Use it in hot loops: dispatching a jitted call is much faster with a dict of hundreds of parameters than with a module, and both
+are faster than `nnx.jit`. Keys are strings, as in checkpoints: params["vision"]["blocks"]["3"]["attn"]["qkv"]["kernel"].
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ Params = dict[str, Any]
 
 
 class Graph(Generic[M]):
-    """The structure of a module without its arrays; hashable, equal for equal structures.
+    """The structure of a module without its arrays; hashable, and equal for equal structures.
 
-    Every method of the module is here a pure function that takes the parameters first: `graph.encode_text(params, tokens)` is
-    `module.encode_text(tokens)`, `graph(params, ...)` is `module(...)`. A part of the module is a graph of its own:
-    `graph.vision(params["vision"], images)`. Other attributes are the module's: `graph.arch`.
+    Every method of the module becomes a pure function that takes the parameters first: `graph.encode_text(params, tokens)` is
+    `module.encode_text(tokens)`, `graph(params, ...)` is `module(...)`. A submodule is a graph too:
+    `graph.vision(params["vision"], images)`. Other attributes are those of the module: `graph.arch`.
 
     Attributes:
-        shapes: the parameters as jax.ShapeDtypeStruct, a nested dict with string keys.
+        shapes: parameters as jax.ShapeDtypeStruct, a nested dict with string keys.
     """
 
     def __init__(self, graphdef: nnx.GraphDef, state: Mapping):
-        """`state`: the parameters as a pure dict with the module's own keys; of the leaves only shape and dtype are kept."""
+        """`state`: parameters as a pure dict with the module's keys; only shapes and dtypes of the leaves are kept."""
         self._graphdef = graphdef
         self._state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(state))
         self._functions: dict[str, Any] = {}
         self.shapes: Params = pytree.map_with_path(lambda _, leaf: leaf, self._state)
 
     def merge(self, params: Mapping[str, Any]) -> M:
-        """The module over `params`, whose leaves may be traced: inside a jitted function it costs nothing at run time.
+        """Returns the module with `params`. Leaves may be traced: inside a jitted function this costs nothing at run time.
 
-        Raises KeyError, naming the path, where a parameter is missing.
+        Raises KeyError naming the path of a missing parameter.
         """
         return nnx.merge(self._graphdef, _with_module_keys(params, self._state, ""))
 
@@ -76,7 +76,7 @@ class Graph(Generic[M]):
         pure.__name__, pure.__doc__ = name, found.__doc__
         shown = signature.replace(parameters=[first, *signature.parameters.values()])
         pure.__signature__ = shown  # type: ignore[attr-defined]  # jax.jit reads it
-        return self._functions.setdefault(name, pure)  # one object a name: jax.jit knows it again
+        return self._functions.setdefault(name, pure)  # one function object per name, so that jax.jit caches hit
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Graph) and self._graphdef == other._graphdef
@@ -92,32 +92,32 @@ class Graph(Generic[M]):
 
 
 class Module(nnx.Module):
-    """Base of the models that people hold: `split`, and the same pair without building arrays."""
+    """Base class of all models, with `split`, `graph` and `init` for the functional form."""
 
     def split(self) -> tuple[Graph[Self], Params]:
-        """(graph, params): the structure and the parameters, so that `graph.merge(params)` is this module again.
+        """Returns (graph, params), structure and parameters; `graph.merge(params)` is this module again.
 
-        Raises ValueError for a module that keeps other state, such as the counters of dropout: `nnx.split` carries that.
+        Raises ValueError for a module with other state, such as dropout counters; use `nnx.split` for that.
         """
         graphdef, params, rest = nnx.split(self, nnx.Param, ...)  # type: ignore[misc]
         if len(jax.tree.leaves(rest)):
             raise ValueError(
-                f"split() keeps parameters only, and this {type(self).__name__} has other state: {_kinds(rest)}; "
-                "use nnx.split and nnx.merge, which carry it, or drop what `sow` kept: nnx.pop(module, nnx.Intermediate)"
+                f"split() supports parameters only, but this {type(self).__name__} has other state: {_kinds(rest)}; "
+                "use nnx.split and nnx.merge, which keep it, or remove values stored by `sow`: nnx.pop(module, nnx.Intermediate)"
             )
         state = nnx.to_pure_dict(params)
         return Graph(graphdef, state), pytree.map_with_path(lambda _, leaf: leaf, state)
 
     @classmethod
     def graph(cls, *args: Any, **kwargs: Any) -> Graph[Self]:
-        """The structure of cls(*args, rngs=..., **kwargs), without allocating anything."""
+        """Returns the graph of cls(*args, rngs=..., **kwargs) without allocating arrays."""
         abstract = nnx.eval_shape(lambda: cls(*args, rngs=nnx.Rngs(0), **kwargs))  # type: ignore[call-arg]
         graphdef, state = nnx.split(abstract)
         return Graph(graphdef, nnx.to_pure_dict(state))
 
     @classmethod
     def init(cls, key: jax.Array, *args: Any, **kwargs: Any) -> Params:
-        """Random parameters of cls(*args, **kwargs) as a nested dict; one program, which a jit around it may create sharded."""
+        """Returns random parameters of cls(*args, **kwargs) as a nested dict; jitted, so an outer jit can shard the outputs."""
 
         def make(key: jax.Array) -> Params:
             made = nnx.to_pure_dict(nnx.state(cls(*args, rngs=nnx.Rngs(key), **kwargs)))  # type: ignore[call-arg]
@@ -127,18 +127,18 @@ class Module(nnx.Module):
 
 
 def _with_module_keys(params: Mapping[str, Any], template: Mapping, where: str) -> dict:
-    """String keys back to the module's own: list entries are integers there, and '10' would sort before '2'."""
+    """Converts string keys back to the module's keys, where list entries are integers ('10' would sort before '2')."""
     found = {}
     for key, sub in template.items():
         if str(key) not in params:
-            raise KeyError(f"the parameters lack {where}{key}")
+            raise KeyError(f"missing parameter {where}{key}")
         leaf = params[str(key)]
         found[key] = _with_module_keys(leaf, sub, f"{where}{key}/") if isinstance(sub, Mapping) else leaf
     return found
 
 
 def state_besides_parameters(module: nnx.Module) -> str:
-    """What `module` keeps besides parameters, as 'RngCount at drop/rngs/count, ...'; '' where there is nothing."""
+    """Returns a description of the non-parameter state of `module`, as 'RngCount at drop/rngs/count, ...'; '' if none."""
     rest = nnx.state(module, nnx.Not(nnx.Param))
     return _kinds(rest) if jax.tree.leaves(rest) else ""
 

@@ -1,8 +1,8 @@
-"""Layers of all towers: Flax's own classes, initialised and computed our way.
+"""Layers of all towers: subclasses of Flax layers with the initialisation of CLIP and the arithmetic of `ops`.
 
-They are subclasses of `nnx.Linear`, `nnx.LayerNorm` and `nnx.Conv`, so that LoRA, quantisers and filters find them; the
-arithmetic is that of `ops`. A layer with other settings (`dot_general`, `precision`, `strides`, ...) computes as Flax does.
-`dtype` is that of the result, None the input's; parameters have `param_dtype` and are cast inside.
+They subclass `nnx.Linear`, `nnx.LayerNorm` and `nnx.Conv`, so LoRA, quantisation and filters work on them. If a setting was
+changed (`dot_general`, `precision`, `strides`, ...), the layer falls back to Flax's computation. `dtype` is the dtype of the
+result, None that of the input; parameters have `param_dtype` and are cast inside.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DType = Any
 
 
 def draw(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: DType = jnp.float32) -> nnx.Param:
-    """A parameter drawn from N(0, std^2)."""
+    """Returns a parameter of the given shape and dtype drawn from N(0, std^2)."""
     return nnx.Param(_normal(std)(rngs.params(), shape, dtype))
 
 
@@ -32,7 +32,7 @@ def _normal(std: float) -> Callable:
 
 
 class _OneKey:
-    """A stream of one key, for layers of which only the kernel is random: Flax draws a key for the bias too."""
+    """A stream that returns the same key each time, because Flax draws one for the bias too and only the kernel is random."""
 
     def __init__(self, rngs: nnx.Rngs | None):
         self._key = None if rngs is None else rngs.params()
@@ -42,12 +42,12 @@ class _OneKey:
 
 
 def _one_key(rngs: nnx.Rngs | None) -> nnx.Rngs:
-    """`_OneKey` where Flax asks for Rngs."""
+    """`_OneKey` typed as nnx.Rngs."""
     return cast(nnx.Rngs, _OneKey(rngs))
 
 
 def _plain(layer: Any) -> bool:
-    """Whether a layer computes as it was built to, and not by what a Flax user has put in."""
+    """Whether the settings common to all layers are the defaults."""
     usual = layer.promote_dtype is promote_dtype and getattr(layer, "precision", None) is None
     return usual and getattr(layer, "preferred_element_type", None) is None
 
@@ -88,7 +88,7 @@ class Linear(nnx.Linear):
 
 
 def columns(layer: nnx.Module, x: Array, start: int, stop: int | None) -> Array:
-    """Columns start:stop of layer(x), at the cost of these alone where the layer is a plain `Linear`."""
+    """x [..., n_in] -> layer(x)[..., start:stop]; a plain `Linear` computes only these columns."""
     if type(layer) is not Linear or not _usual_linear(layer):
         return layer(x)[..., start:stop]
     bias = None if layer.bias is None else layer.bias[start:stop]

@@ -1,17 +1,19 @@
-"""What queries are compared with, so that a score means the same for every query and "nothing here matches" can be said.
+"""Background texts: make scores comparable between queries, and detect queries that match nothing in the store.
 
-The cosine of a text and an image is comparable within one query only: some texts lie close to every image, some images close
-to every text, and shallow exits lie lower. So each hit is asked how much better the query fits it than a fixed set of other
-texts does, by the softmax that the model was trained with. For image x, query q, K background texts b and temperature t:
+The cosine of a text and an image is comparable only within one query: some texts are close to every image, some images are
+close to every text, and shallow exits give lower cosines. Each hit is therefore scored by how much better the query fits it
+than a fixed set of background texts, with the softmax of CLIP training. For image x, query q, K background texts b and
+temperature t:
 
     lift(q, x) = t cos(q, x) - log mean_b exp(t cos(b, x))        score = e^lift / (e^lift + REFERENCE)
 
-so the score is the model's probability that x goes with q rather than with one of REFERENCE background texts. Everything an
-image (or its exit) does to all texts cancels. The background is a sample of the store's own captions and a list of plain ones.
-A query's statistic is the best lift + t cos among its first hits: the lift alone tells other subjects best, the cosine alone
-details (docs/search.md measures both). Below a threshold nothing matches. The threshold comes from the store: where captions
-are known, all but MISS_RATE of them find their match, their own image among the candidates; where none are, it is the median of
-the plain captions, of which most collections show few.
+The score is the model's probability that x matches q rather than one of REFERENCE background texts. Effects of an image (or
+its exit) on all texts cancel. The background is a sample of the store's captions plus a list of plain captions.
+
+The statistic of a query is the maximum of lift + t cos over its first hits: the lift separates subjects best, the cosine
+details (docs/search.md measures both). A query below the threshold matches nothing. With captions in the store, the threshold
+is the MISS_RATE quantile of their statistics, their own images included; otherwise it is the median statistic of the plain
+captions, few of which match a typical collection.
 """
 
 from __future__ import annotations
@@ -93,7 +95,9 @@ def threshold_of(own: np.ndarray, plain: np.ndarray) -> float:
 def calibrate(background: Background, nearest: Nearest, progress: bool = True) -> Background:
     """The background with its threshold set; `nearest(vector)` returns embeddings [n, D] and paths of the TOP images."""
     own, plain = [], []
-    for i, vector in enumerate(tqdm(background.vectors, "Comparing captions", unit="query", disable=not progress, leave=False)):
+    for i, vector in enumerate(
+        tqdm(background.vectors, "Calibrating the threshold", unit="query", disable=not progress, leave=False)
+    ):
         embeddings, paths = nearest(vector)
         cosines = np.asarray(embeddings, np.float32) @ np.asarray(vector, np.float32)
         if len(paths):

@@ -64,7 +64,7 @@ def index_files(
 
     Args:
         checkpoint: path passed to `load`; None uses the checkpoint recorded in the store.
-        load: returns the model of a checkpoint; called only if a file must be embedded or the store is new.
+        load: returns the model of a checkpoint; called only if a file must be read or the store is new.
         exit, budget, cheap: as for StreamEncoder, for images embedded in this run.
         prune: remove rows at or below the given folders whose files no longer exist.
         prune_missing: with `prune`, also if a whole given folder is missing or empty.

@@ -1,4 +1,4 @@
-"""Plain captions of everyday things, which queries are compared with; see icar_jax.search.background."""
+"""Plain captions of everyday scenes, used as background texts; see icar_jax.search.background."""
 
 from __future__ import annotations
 

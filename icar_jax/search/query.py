@@ -1,4 +1,4 @@
-"""Searching a store by words or by an image: ranked hits with comparable scores, and whether anything matches at all."""
+"""Searches a store by text or by image: ranked hits, scores comparable between queries, and a no-match verdict."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from icar_jax.search.store import Store
 from icar_jax.search.tables import vectors
 
 COLUMNS = ("path", "caption", "exit", "complexity", "sha256")
-# What SQL takes literally: texts in ' and names in " or `; a quote within is doubled.
+# Quoted SQL: strings in ' and names in " or `; a quote inside is doubled.
 _QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|`[^`]*`""")
-IMAGES_COMPARED = 256  # of the store, which the hits of an image query are compared with
+IMAGES_COMPARED = 256  # images sampled from the store as the background of image queries
 
 
 class QueryError(IcarError, ValueError):
-    """A query or a filter that means nothing; the message says why."""
+    """An invalid query or filter; the message says why."""
 
 
 @dataclass(frozen=True)
 class Hit:
-    """An image that was found.
+    """A search hit.
 
     Attributes:
-        path: absolute. caption, complexity: None where unknown. exit: executed blocks of its embedding. sha256: of the file.
-        cosine: of query and image; hits are ranked by it, and it can be compared within one query only.
-        score: in (0, 1), comparable between queries, exits and stores of one CLIP: the model's probability that the image goes
-            with the query rather than with one of 256 other texts; for an image as the query, other images of the store.
+        path: absolute path. caption, complexity: None if unknown. exit: executed blocks of its embedding. sha256: of the file.
+        cosine: similarity to the query, by which hits are ranked; comparable only within one query.
+        score: in (0, 1), comparable between queries, exits and stores of one CLIP: the model's probability that the image
+            matches the query rather than one of 256 background texts (for an image query: images of the store).
     """
 
     path: str
@@ -56,13 +56,13 @@ class Hit:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether nothing in the store matches.
+    """Whether nothing in the store matches the query.
 
     Attributes:
-        verdict: True where nothing does.
-        statistic: how well the query fits the best of its first hits (see icar_jax.search.background); None without hits, and
-            for an image as the query: images have a nearest neighbour, and no caption to be true or false.
-        threshold: of the statistic, below which the verdict is True; None where it was not asked.
+        verdict: True if nothing matches.
+        statistic: how well the query fits the best of its first hits (see icar_jax.search.background); None without hits and
+            for image queries, whose verdict is True only without hits.
+        threshold: the verdict is True below it; None like `statistic`.
     """
 
     verdict: bool
@@ -75,11 +75,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Result:
-    """What a search gives.
+    """The result of a search.
 
     Attributes:
-        hits: best first. truncated: whether the query was longer than the model reads, and was cut.
-        latency_s: seconds of 'encode' (the query) and 'search' (the store, and the scores).
+        hits: best first.
+        truncated: whether the query exceeded the model's context length and was truncated.
+        nothing_here: whether nothing in the store matches.
+        latency_s: seconds of 'encode' (the query) and of 'search' (the store and the scores).
     """
 
     hits: list[Hit]
@@ -89,33 +91,33 @@ class Result:
 
 
 class Searcher:
-    """Searches a store. Not for several threads at once: give each its own.
+    """Searches a store; not thread-safe, so use one per thread.
 
-    Raises StoreError where the model is not the store's.
+    Raises StoreError if the store was made with another model.
     """
 
     def __init__(self, store: Store, model: Model, progress: bool = False):
         store.require_model(model.identity, getattr(model, "path", "this model"))
         self.store, self.model, self._progress = store, model, progress
-        self._background: tuple[int, Background] | None = None  # by the number of images then
+        self._background: tuple[int, Background] | None = None  # with the number of images at that time
         self._images: tuple[int, Background] | None = None
         self._renewals = store.renewals
 
     def search_text(
         self, text: str, k: int = 20, where: str | None = None, exact: bool = False, embedding: np.ndarray | None = None
     ) -> Result:
-        """The k images closest to a text; fewer where the store, or what `where` leaves of it, is smaller.
+        """The k images closest to a text, or fewer if the store or the filtered part of it is smaller.
 
         Args:
-            where: SQL over the columns of the store, such as "complexity < 0.4 AND exit = 6"; only rows that satisfy it count.
-            exact: compares every row even where there is a vector index.
-            embedding: of the text, where it was encoded before, together with others.
+            where: SQL filter over the columns of the store, such as "complexity < 0.4 AND exit = 6".
+            exact: compare every row even if there is a vector index.
+            embedding: precomputed embedding of the text [D].
 
         Raises:
-            QueryError: an empty text, or a filter that cannot be used. StoreError: the store cannot be read.
+            QueryError: empty text, or invalid filter or k. StoreError: the store cannot be read.
         """
         if not text.strip():
-            raise QueryError("the query is empty; say in a few words what the image shows")
+            raise QueryError("the query is empty; describe the image in a few words")
         start = time.perf_counter()
         if embedding is None:
             embedding = self.model.encode_text([text])[0]
@@ -133,9 +135,10 @@ class Searcher:
         return _result(rows, cosines, background.score(lifts), k, verdict, truncated, start, encoded)
 
     def search_image(self, image: ImageLike, k: int = 20, where: str | None = None, exact: bool = False) -> Result:
-        """The k images closest to an image (a path, bytes, an array or a PIL image), which is embedded at full depth.
+        """The k images closest to an image (path, bytes, array or PIL image), which is embedded at full depth.
 
-        `where`, `exact` and errors as for `search_text`, and what icar_jax.data.images.decode raises. There is no verdict.
+        `where` and `exact` as for `search_text`. The verdict is True only without hits. Raises as `search_text` and
+        icar_jax.data.images.decode.
         """
         start = time.perf_counter()
         embedding = self.model.encode_image([image], exit=self.model.exits[-1])[0]
@@ -148,7 +151,7 @@ class Searcher:
         return _result(rows, cosines, background.score(lifts), k, Verdict(False), False, start, encoded)
 
     def warm_up(self, images: bool = True) -> None:
-        """Compiles what one query runs, and opens the background, so that the first search is as fast as the others."""
+        """Compiles what a query runs and opens the background, so that the first search is as fast as later ones."""
         self.model.encode_text(["warm up"])
         if images:
             side = self.model.preprocess.image_size
@@ -160,7 +163,7 @@ class Searcher:
         if k < 1:
             raise QueryError(f"k must be at least 1, found {k}")
         if where is not None and ";" in _QUOTED.sub("", where):
-            raise self._no_filter(where, "what follows a ';' would be ignored; write one condition")
+            raise self._no_filter(where, "anything after a ';' would be ignored; write a single condition")
 
         def found(where: str | None) -> pa.Table:
             with self.store.reading() as images:
@@ -174,12 +177,12 @@ class Searcher:
         except StoreError as error:
             if where is None:
                 raise
-            found(None)  # raises where the store is what fails, and not the filter
+            found(None)  # raises if the store fails rather than the filter
             raise self._no_filter(where, _plain(error.__cause__ or error)) from error
 
     def _no_filter(self, where: str, why: str) -> QueryError:
         known = ", ".join(name for name in self.store.images.schema.names if name != "vector")
-        return QueryError(f"the filter {where!r} cannot be used: {why}; the columns are {known}")
+        return QueryError(f"invalid filter {where!r}: {why}; the columns are {known}")
 
     def _text_background(self) -> Background:
         count = self._count()
@@ -191,7 +194,7 @@ class Searcher:
         return self._background[1]
 
     def _count(self) -> int:
-        """Images in the store; forgets what is known of a store that was replaced by another."""
+        """Number of images in the store; drops the cached backgrounds if the store was recreated."""
         count = self.store.count()
         if self.store.renewals != self._renewals:
             self._background = self._images = None
@@ -215,14 +218,14 @@ def open_searcher(
     uri: str | os.PathLike, checkpoint: str | os.PathLike | None = None, *, batch_size: int = 64, dtype: str = "float32",
     progress: bool = False,
 ) -> Searcher:  # fmt: skip
-    """Opens a store with the CLIP it was indexed with; of a bundle the complexity model stays unread, queries need none.
+    """Opens a store with the CLIP it was indexed with; the complexity model of a bundle is not loaded.
 
     Args:
-        checkpoint: where the model lies now, if not where it was when the store was made. batch_size, dtype: as of `load`.
-        progress: shows bars for what takes long: the captions that a new store is compared with are encoded once.
+        checkpoint: path of the model, if it has moved since indexing. batch_size, dtype: as for `load`.
+        progress: show progress bars; a new store encodes its background captions once.
 
     Raises:
-        StoreError: there is no store, or its model is not there or another one. CheckpointError: `checkpoint` is none.
+        StoreError: no store, or its model is missing or differs. CheckpointError: `checkpoint` is not a checkpoint.
     """
     store = open_store(uri)
     path = store.meta["checkpoint"] if checkpoint is None else checkpoint
@@ -235,15 +238,15 @@ def open_searcher(
         if checkpoint is not None:
             raise
         raise StoreError(
-            f"the store {store.uri} was indexed with {path}, which cannot be opened: {error}; say with --checkpoint where the "
-            "model lies now"
+            f"store {store.uri} was indexed with {path}, which cannot be opened: {error}; pass the current path of the model "
+            "as --checkpoint"
         ) from error
     store.require_model(model.identity, str(path))
     return Searcher(store, model, progress)
 
 
 def _by_cosine(rows: pa.Table, embedding: np.ndarray) -> pa.Table:
-    """Rows with their `cosine`, best first. LanceDB rounds the query to float16, as the vectors are, which is off by 1e-4."""
+    """Rows with exact `cosine`, best first; LanceDB's own distances have errors of 1e-4, as it rounds queries to float16."""
     if not len(rows):
         return rows.append_column("cosine", pa.array([], pa.float64()))
     found = vectors(rows["vector"]).astype(np.float64)
@@ -261,5 +264,5 @@ def _result(rows, cosines, scores, k, verdict, truncated, start, encoded) -> Res
 
 
 def _plain(error: Exception) -> str:
-    """The first line of what LanceDB says, without the places in its source."""
+    """The first line of a LanceDB error, without locations in its source code."""
     return re.sub(r",? ?\S+\.rs:\d+(:\d+)?.*", "", str(error).strip().splitlines()[0] if str(error).strip() else repr(error))

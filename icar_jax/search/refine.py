@@ -1,7 +1,7 @@
-"""The second pass over a store: images whose score asks for more depth than they were run at are embedded again, deeper.
+"""Refinement of a store: images whose score requires a deeper exit than they were embedded at are embedded again.
 
-A row's exit is all the state there is: what was upgraded needs nothing any more, so a run may be stopped and started anywhere,
-and searches see each upgrade with its commit.
+The exit of each row is the only state: a refined row needs no more work. A run can therefore be interrupted and resumed at
+any time, and searches see refined rows after each commit.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ from icar_jax.search.writing import ReadFile, image_rows
 
 @dataclass
 class RefineResult(StreamResult):
-    """What a run of `refine` did; counts are summed over its processes.
+    """Counts and timings of a run of `refine`; counts are summed over processes.
 
     Attributes:
-        images: run deeper, of `wanted` whose score asked for it; exits, warm_up_s, seconds, stats: as of Embedding.
-        deep: rows that are deep enough. unscored: rows that were embedded without a score; no threshold tells what they need.
-        gone: rows whose file vanished. changed: files that are not what was embedded, and what became of them.
-        kept: rows that another run had written meanwhile. bad, still_bad, first_bad, duplicates, empty: as of Indexed.
+        images: embedded again, out of `wanted` rows whose score requires it; exits, warm_up_s, seconds, stats: as in
+            StreamResult.
+        deep: rows that were deep enough. unscored: rows without a score, which cannot be refined.
+        gone: rows whose file is missing. changed: files whose content changed; `changes` is the result of indexing them.
+        kept: rows written by another run in the meantime. bad, still_bad, first_bad, duplicates, empty: as in IndexResult.
         total: images in the store.
     """
 
@@ -61,12 +62,12 @@ class RefineResult(StreamResult):
     empty: list[str] = field(default_factory=list)
 
     def report(self) -> str:
-        """Text for the end of a run."""
+        """Summary text of the run."""
         rare = {
-            "without a score, left as they are": self.unscored, "vanished": self.gone, "changed and indexed anew": self.changed,
+            "unscored, not refined": self.unscored, "missing": self.gone, "changed and indexed again": self.changed,
             "written by another run": self.kept, "bad": self.bad,
         }  # fmt: skip
-        counts = [f"deep enough before {self.deep:,}", *(f"{what} {count:,}" for what, count in rare.items() if count)]
+        counts = [f"already deep enough {self.deep:,}", *(f"{what} {count:,}" for what, count in rare.items() if count)]
         return "\n".join(
             [f"Refined {self.images:,} of {self.wanted:,} images in {self.pace()}", *self.details(),
              f"  {', '.join(counts)}"]
@@ -88,12 +89,16 @@ def refine(
     threads: int = 0,
     bad_shown: int = 20,
 ) -> RefineResult:
-    """Runs images of a store deeper where their stored score asks for it; none is scored again, and none is made shallower.
+    """Embeds images of a store again if their stored score requires a deeper exit; scores are reused, exits only increase.
 
-    The thresholds are those of the bundle, or those that meet `budget`. `named` are folders or files to keep to; none means
-    the whole store. `order`: 'oldest' vectors first, or those of images that searches 'returned' most. Files that changed are
-    indexed as changed files are. Nothing is loaded or compiled where no row wants more depth. `checkpoint`, `load`, processes:
-    as for `index_files`. Raises StoreError, and CheckpointError for a checkpoint that is no bundle.
+    Args:
+        named: restrict to these files and folders; empty means the whole store.
+        order: 'oldest' embeddings first, or images most often 'returned' by searches first.
+        budget: use the thresholds of this budget instead of the bundle's.
+        checkpoint, load: as for `index_files`; the model is loaded only if a row needs it.
+
+    Files whose content changed are indexed again. Processes share the work as in `index_files`.
+    Raises StoreError, and CheckpointError if the checkpoint is not a bundle.
     """
     store, model = open_or_create(uri, checkpoint, load, _no_store)
     where = os.fspath(checkpoint if checkpoint is not None else store.meta["checkpoint"])
@@ -126,14 +131,14 @@ def refine(
 
 
 def _no_store() -> None:
-    raise IndexingError("there is no store yet, and so nothing to refine; index a folder first")
+    raise IndexingError("there is no store to refine; index a folder first")
 
 
 def _read_routing(checkpoint: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
     folder = ckpt.find(checkpoint)
     description = ckpt.describe(folder)
     if description["kind"] != "bundle":
-        raise CheckpointError(f"{folder} is of kind {description['kind']!r}; refining needs the thresholds of a bundle")
+        raise CheckpointError(f"{folder} is of kind {description['kind']!r}, but --pass refine needs a bundle")
     return tuple(description["routing"]["exits"]), tuple(description["routing"]["thresholds"])
 
 
@@ -141,7 +146,7 @@ def _rows_to_refine(
     store: Store, roots: Sequence[str], mine: Callable[[str], bool], exits: Sequence[int], thresholds: Sequence[float],
     order: str, done: RefineResult,
 ) -> pa.Table:  # fmt: skip
-    """The rows whose score asks for a deeper exit, in the order they are to be run."""
+    """The rows whose score requires a deeper exit, in processing order."""
     state = store.state("embedded_at")
     if roots:
         state = state.filter(pa.array([is_below(path, roots) for path in state["path"].to_pylist()], pa.bool_()))
@@ -186,7 +191,7 @@ def _refine_rows(
         paths = [image.path for image in images]
         stored = {row["path"]: row for row in store.rows("path", paths, ["path", "sha256", "caption"]).to_pylist()}
         captions = [stored[path]["caption"] if path in stored else None for path in paths]
-        # A row that another run removed meanwhile stays removed, and one that it gave other content is that run's.
+        # Skip rows that another run has removed or given other content in the meantime.
         still = [image.path in stored and stored[image.path]["sha256"] == image.sha256 for image in images]
         written = store.upsert(image_rows(files, routed, captions).filter(pa.array(still, pa.bool_())))
         done.kept += len(images) - int(written.sum())
@@ -207,9 +212,9 @@ def _read_row(row: Mapping, preprocesses: Mapping[str, Preprocess]) -> tuple[Rea
         stat = os.stat(path)
     except OSError as error:
         if vanished(path):
-            return ReadFile(FoundFile(path, None, None, None), at, BadFile(path, "vanished", True)), row
+            return ReadFile(FoundFile(path, None, None, None), at, BadFile(path, "missing", True)), row
         return ReadFile(FoundFile(path, -1, -1, None), at, BadFile(path, error.strerror or str(error), True)), row
-    known = lambda sha256: sha256 != row["sha256"]  # what changed is not decoded here
+    known = lambda sha256: sha256 != row["sha256"]  # changed content is not decoded here
     result = read_or_bad(path, lambda path: read_image(path, preprocesses, known))
     return ReadFile(FoundFile(path, stat.st_size, stat.st_mtime_ns, None), at, result), row
 
@@ -218,7 +223,7 @@ def _index_changed(
     uri: str | os.PathLike, changed: Sequence[str], checkpoint: str, model: Callable[[], Model], budget: float | None,
     commit_rows: int, threads: int, bad_shown: int,
 ) -> IndexResult:  # fmt: skip
-    """Indexes the files that changed, routed as the others; every process takes part, also one that found none."""
+    """Indexes changed files with the same routing; a collective call, also for processes without changed files."""
     return index_files(
         uri, ImagePaths([STDIN], changed), checkpoint, lambda _: model(), budget=budget, rehash=True, retry_bad=True,
         may_be_empty=True, commit_rows=commit_rows, threads=threads, bad_shown=bad_shown,

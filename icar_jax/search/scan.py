@@ -1,4 +1,4 @@
-"""What changed on disk since a store was written: named files compared with its rows by size, modified time and content."""
+"""Change detection: compares files with the rows of a store by size, modification time and content."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from icar_jax.data.sources.files import vanished
 
 
 class Lookup:
-    """Row numbers of texts: 16 bytes a row beside the column itself, where a dict would take some 200.
+    """Row indices of strings in a column; takes 16 bytes per row, where a dict takes about 200.
 
-    Texts that occur several times are found at one of their rows.
+    A string that occurs several times gives one of its rows.
     """
 
     def __init__(self, column: pa.ChunkedArray):
@@ -29,7 +29,7 @@ class Lookup:
         return self.find(text) is not None
 
     def find(self, text: str) -> int | None:
-        """The row of a text; None where there is none."""
+        """The row index of a string; None if it is absent."""
         position = int(np.searchsorted(self._hashes, hash(text)))
         while position < len(self._hashes) and self._hashes[position] == hash(text):
             row = int(self._order[position])
@@ -41,10 +41,10 @@ class Lookup:
 
 @dataclass(frozen=True)
 class FoundFile:
-    """A file that has to be read: `row` of the store's state, None for a path that the store does not hold.
+    """A file to read; `row` is its row in the store's state, None for a new path.
 
-    `size` in bytes and `mtime_ns` are as of the walk, before the file is read: what is written to it afterwards is noticed by
-    the next run. They are None where the file cannot be asked for them.
+    `size` in bytes and `mtime_ns` are taken before the file is read, so the next run detects later writes. They are None if
+    the file cannot be accessed.
     """
 
     path: str
@@ -54,18 +54,19 @@ class FoundFile:
 
 
 class Scan:
-    """Files compared with a store, as it was when its state was read.
+    """Compares files with a snapshot of a store.
 
     Args:
         state: `Store.state`.
         bad: `Store.bad_rows`.
-        rehash: reads every file, and does not trust size and modified time.
-        retry_bad: reads files that were bad, though they have not changed.
-        mine: whether a path is this process's share; others are passed over.
+        rehash: read every file instead of trusting size and modification time.
+        retry_bad: read unusable files again even if unchanged.
+        mine: whether this process handles a path; other paths are skipped.
 
     Attributes:
-        unchanged: row numbers met whose file has the size and modified time of the row.
-        still_bad: paths met that were bad and have not changed since.
+        unchanged: row indices of files with the size and modification time of their row.
+        still_bad: paths of unusable files that are unchanged.
+        bad: {path: (size, mtime_ns)} of the unusable files.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Scan:
         self.still_bad: list[str] = []
 
     def to_read(self, paths: Iterable[str], passed: Callable[[], None] = lambda: None) -> Iterator[FoundFile]:
-        """The files that are new or look changed; `passed()` is called for each of the others, also of other processes."""
+        """Yields files that are new or may have changed; `passed()` is called for all others, also of other processes."""
         for path in paths:
             path = os.path.abspath(path)
             if not self._mine(path):
@@ -114,7 +115,7 @@ class Scan:
             self.still_bad.append(name)
             return None
         if row is not None and size is None and vanished(path):
-            self._met[row] = False  # gone: named, but not there
+            self._met[row] = False  # a given path that does not exist counts as gone
             return None
         same = row is not None and name not in self.bad and (self._sizes[row], self._times[row]) == (size, mtime_ns)
         if same and not self._rehash:
@@ -127,7 +128,7 @@ class Scan:
             return False
         if self.bad[name] != (None, None):
             return True
-        try:  # it could not be read at all, which is cheap to try again: permissions change no modified time
+        try:  # it could not be read; try again, since a change of permissions does not change the modification time
             with open(path, "rb") as file:
                 file.read(1)
         except (OSError, ValueError):
@@ -135,36 +136,36 @@ class Scan:
         return False
 
     def row_of_content(self, sha256: str) -> int | None:
-        """A row whose file has this content; None where there is none."""
+        """Index of a row with this content; None if there is none."""
         return self._contents.find(sha256)
 
     def value(self, row: int, column: str) -> object:
-        """A cell of the state."""
+        """The value of a cell of the state."""
         return self.state[column][row].as_py()
 
     def gone(self, roots: Sequence[str]) -> list[str]:
-        """Paths of the store at or below `roots` that the whole walk did not meet."""
+        """Paths of the store at or below `roots` that were not found; call it after all of `to_read`."""
         rows = np.flatnonzero(~self._met)
         paths = self.state["path"].take(pa.array(rows)).to_pylist()
         return [path for path in paths if self._mine(path) and is_below(path, roots)]
 
     def bad_gone(self, roots: Sequence[str]) -> list[str]:
-        """Likewise of the bad files."""
+        """Paths of unusable files at or below `roots` that were not found; call it after all of `to_read`."""
         return [name for name in self.bad if name not in self._met_bad and self._mine(name) and is_below(name, roots)]
 
 
 def is_below(path: str, roots: Sequence[str]) -> bool:
-    """Whether an absolute path is one of `roots`, absolute too, or lies below one."""
+    """Whether an absolute path equals or is below one of `roots`, which are absolute."""
     return any(path == root or path.startswith(root.rstrip("/") + "/") for root in roots)
 
 
 def table_name(path: str) -> str:
-    """A path as a table can hold it: a name that is not valid UTF-8 is spelled with backslashes."""
+    """A path as stored in tables: bytes that are not valid UTF-8 become backslash escapes."""
     return path.encode("utf-8", "backslashreplace").decode()
 
 
 def process_share(process: int, processes: int) -> Callable[[str], bool]:
-    """Whether a path belongs to `process` of `processes`: by its hash, so that a file keeps its process from run to run."""
+    """A predicate: whether a path belongs to `process` of `processes`, by its hash, so it is stable between runs."""
     if processes == 1:
         return lambda path: True
 

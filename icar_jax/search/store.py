@@ -1,14 +1,14 @@
-"""The store of a searchable collection: a LanceDB database with a row an image, on a disk or in an object store.
+"""The store of a searchable collection: a LanceDB database with one row per image, on disk or in an object store.
 
     STORE/
-      images.lance      a row an image by its absolute path: what the file was, how it was embedded, and its vector
-      bad.lance         files that could not be embedded, and why
-      returned.lance    how often searches returned an image
-      meta.lance        format, identity of the models, exits; written last, so a store without it is none
-      .lock             held while a local store is written to; absent in object stores
+      images.lance      one row per absolute path: file attributes, exit, complexity, caption and embedding
+      bad.lance         files that could not be embedded, with reasons
+      returned.lance    how often searches returned each image
+      meta.lance        format, identity of the models, exits; written last, so a folder without it is not a store
+      .lock             locked while a local store is written; absent in object stores
 
-Embeddings of all exits lie in one space, so rows of different exits and budgets stand side by side. Those of another CLIP do
-not, nor can scores of another complexity model be compared, so both are refused.
+Embeddings of all exits share one space, so a store can mix exits and budgets. Embeddings of another CLIP and scores of another
+complexity model are not comparable, so both are rejected.
 """
 
 from __future__ import annotations
@@ -42,21 +42,20 @@ from icar_jax.search.tables import (
     vectors,
 )
 
-# Versions of a table that are replaced stay readable for so long, for searches that opened them; of many versions, less long.
+# Replaced versions of a table stay readable this long for searches that opened them; shorter if there are many versions.
 KEEP_VERSIONS = timedelta(hours=1)
 KEEP_OF_MANY = timedelta(minutes=5)
-_ATTEMPTS = 8  # of a commit to an object store, where writers meet without a lock
+_ATTEMPTS = 8  # of a commit to an object store, where writers may conflict
 
 
 class Store:
-    """A store as `create` or `open_store` of icar_jax.search.opening give it.
+    """An open store; create it with `create_store` or `open_store` of icar_jax.search.opening.
 
     Attributes:
-        uri: absolute folder, or the address in an object store.
+        uri: absolute path of the folder, or address in an object store.
         meta: format, model (as Model.identity), embed_dim, exits, checkpoint, created_at; roots, vector_index and routing
-            once there are any.
-        renewals: how often the store was found to have been deleted and made anew at its address since it was opened here;
-            what was kept of its rows is of another store then.
+            once they are set.
+        renewals: how often this object found that the store was deleted and recreated; each time, cached rows are invalid.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class Store:
         self._tables = dict(tables)
         self._stamp = creation_stamp(uri)
         self.renewals = 0
-        self._known_version = -1  # of images, as this process last read or wrote it
+        self._known_version = -1  # version of images that this process last read or wrote
 
     @property
     def is_local(self) -> bool:
@@ -76,58 +75,58 @@ class Store:
 
     @property
     def images(self) -> Any:
-        """The LanceDB table of images; `refresh` brings it to the newest version."""
+        """The LanceDB table of images; `refresh` updates it to the newest version."""
         return self._tables["images"]
 
     @property
     def database(self) -> Any:
-        """The LanceDB connection, for tables that are derived from the images and may be made anew at any time."""
+        """The LanceDB connection, for derived tables that can be recomputed from the images."""
         return self._database
 
     def refresh(self) -> None:
-        """Lets every table show what others have written since."""
+        """Updates every table to its newest version."""
         for name in TABLES:
             self._checkout_latest(name)
 
     def version(self) -> int:
-        """Newest version of `images`: another number after every change."""
+        """Newest version number of `images`, which increases with every change."""
         with self.reading() as images:
             return images.version
 
     def versions(self) -> dict[str, int]:
-        """Newest version of every table."""
+        """Newest version number of every table by name."""
         self.refresh()
         return {name: self._tables[name].version for name in TABLES}
 
     def count(self) -> int:
-        """Number of images, now."""
+        """Current number of images."""
         with self.reading() as images:
             return images.count_rows()
 
     def count_below(self, folder: str) -> int:
-        """Number of images in and below an absolute folder."""
+        """Number of images in or below a folder given as an absolute path."""
         with self.reading() as images:
             return images.count_rows(_below(folder))
 
     def folders_below(self, root: str) -> set[str]:
-        """Folders at and below `root`, an absolute path, that images of the store are in."""
+        """Folders at or below the absolute path `root` that directly contain images of the store."""
         with self.reading() as images:
             paths = images.search().where(_below(root)).select(["path"]).to_arrow()["path"]
         return {os.path.dirname(path) for chunk in paths.chunks for path in chunk.to_pylist()}
 
     def state(self, *more: str) -> pa.Table:
-        """The columns of STATE, and `more`, of every image; one scan, without the vectors."""
+        """The columns STATE and `more` of every image, without vectors."""
         with self.reading() as images:
             self._known_version = images.version
             return images.search().select([*STATE, *more]).to_arrow()
 
     def rows(self, column: str, values: Iterable[Any], columns: Sequence[str] | None = None) -> pa.Table:
-        """The images whose `column` is one of `values`, in no order; all columns, or some."""
+        """The images whose `column` is one of `values`, in any order; all columns by default."""
         with self.reading() as images:
             return rows_where_in(images, column, values, columns)
 
     def sample(self, n: int, seed: int, columns: Sequence[str]) -> pa.Table:
-        """Columns of up to n images at random, in the order of the table; the same ones while the table stays as it is."""
+        """Columns of up to n random images, in table order; deterministic for a seed while the table does not change."""
         with self.reading() as images:
             count = images.count_rows()
             if not count:
@@ -135,24 +134,23 @@ class Store:
             offsets = np.random.default_rng(seed).choice(count, min(n, count), replace=False)
             return images.take_offsets(sorted(map(int, offsets))).select(list(columns)).to_arrow()
 
-    # Writing. Every change below is one commit: whole, or not there after a kill.
+    # Writing. Every change below is one atomic commit.
 
     @contextmanager
     def commit_lock(self) -> Iterator[None]:
-        """Held around a commit: local writers go one after the other. Object stores have no locks, only commits that fail."""
+        """Context around a commit that serialises local writers. Object stores have no lock; conflicting commits fail there."""
         with locked(self.uri):
             yield
 
     def upsert(self, rows: pa.Table) -> np.ndarray:
-        """Writes n images, columns of `image_schema`, each path once: new ones are added, others replaced.
+        """Inserts or replaces n images by path; `rows` has the columns of `image_schema`. Returns bool [n]: which were written.
 
-        A row that another run has stored meanwhile is kept where that run read the file later, or embedded the same content
-        deeper. Returns bool [n]: which were written. Raises ModelError for vectors that are not finite, ValueError for a path
-        that is named twice.
+        A row written by another run in the meantime is kept if that run read the file later or embedded the same content at a
+        deeper exit. Raises ModelError for non-finite vectors and ValueError for a duplicate path.
         """
         rows = rows.select(image_schema(self.embed_dim).names).cast(image_schema(self.embed_dim))
         if len(set(rows["path"].to_pylist())) != len(rows):
-            raise ValueError("an upsert names a path twice")
+            raise ValueError("upsert got a path twice")
         finite = np.isfinite(vectors(rows["vector"])).all(axis=1)
         if not finite.all():
             raise ModelError(f"the embedding of {rows['path'][int(np.argmin(finite))]} is not finite; the model is broken")
@@ -160,7 +158,7 @@ class Store:
             return np.zeros(0, bool)
         with self.commit_lock():
             self._checkout_latest("images")
-            # Once others wrote, every later batch has to be compared as well: it may hold what they wrote.
+            # Once others have written, every later batch is compared too, as it may contain the same paths.
             others = not self.is_local or self.images.version != self._known_version
             newer = self._newer_than_stored(rows) if others else np.ones(len(rows), bool)
             if newer.any():
@@ -182,7 +180,7 @@ class Store:
         return np.array([newer(row) for row in rows.select(columns).to_pylist()], bool)
 
     def delete(self, paths: Sequence[str], unless: Any = None) -> int:
-        """Removes images; returns how many there were. `unless(path)` is asked under the lock, and True keeps the row."""
+        """Deletes images by path and returns their number; keeps rows for which `unless(path)`, called under the lock."""
         removed = 0
         for some in chunked(paths):
             with self.commit_lock():
@@ -191,31 +189,31 @@ class Store:
                 if some:
                     others = self.images.version != self._known_version
                     removed += self._retry(lambda: self.images.delete(filter_in("path", some)).num_deleted_rows)
-                    # What others wrote before stays unread: `upsert` must still look.
+                    # `upsert` must still compare with what others wrote before.
                     self._known_version = -1 if others else self.images.version
         return removed
 
     def bad_rows(self) -> pa.Table:
-        """Files that could not be embedded: path, size and mtime_ns (null where they could not be read), reason, found_at."""
+        """Files that could not be embedded: path, size and mtime_ns (null if unreadable), reason, found_at."""
         with self.reading("bad") as bad:
             return bad.search().select(BAD.names).to_arrow().cast(BAD)
 
     def set_bad(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Notes files by path, with size, mtime_ns and reason; a reason noted before is replaced."""
+        """Inserts or replaces unusable files by path, with size, mtime_ns and reason."""
         latest = {row["path"]: {"found_at": now(), **row} for row in rows}
         if latest:
             with self.commit_lock():
                 self._merge("bad", pa.Table.from_pylist(list(latest.values()), BAD))
 
     def clear_bad(self, paths: Sequence[str]) -> None:
-        """Forgets that these files were bad."""
+        """Removes files from the table of unusable files."""
         for some in chunked(paths):
             with self.commit_lock():
                 self._checkout_latest("bad")
                 self._retry(lambda some=some: self._tables["bad"].delete(filter_in("path", some)))
 
     def note_returned(self, paths: Iterable[str]) -> None:
-        """Counts images that searches returned, once for each time a path is named; call it in batches: each is a commit."""
+        """Adds 1 to the count of returned images for each occurrence of a path; batch the calls, as each is a commit."""
         times: dict[str, int] = {}
         for path in paths:
             times[path] = times.get(path, 0) + 1
@@ -226,17 +224,17 @@ class Store:
                 for row in before:
                     times[row["path"]] += row["times"]
                 self._merge("returned", pa.table({"path": list(times), "times": list(times.values())}, RETURNED))
-                # Whoever reads this table of a local store holds the lock, so that no version of it has to stay.
+                # Readers of this table hold the lock of a local store, so old versions need not be kept.
                 self._compact_table("returned", KEEP_VERSIONS, timedelta() if self.is_local else KEEP_OF_MANY)
 
     def returned(self) -> dict[str, int]:
-        """Path -> times that a search returned it."""
+        """Number of times that searches returned each path."""
         with self.commit_lock(), self.reading("returned") as returned:
             table = returned.search().select(RETURNED.names).to_arrow()
         return dict(zip(table["path"].to_pylist(), table["times"].to_pylist(), strict=True))
 
     def set_meta(self, **entries: Any) -> None:
-        """Changes entries of `meta`; nothing is written where they are so already."""
+        """Sets entries of `meta`; writes nothing if they are unchanged."""
         changed = {key: value for key, value in entries.items() if self.meta.get(key) != value or key not in self.meta}
         if changed:
             with self.commit_lock():
@@ -244,29 +242,23 @@ class Store:
             self.meta |= json.loads(json.dumps(changed))
 
     def roots(self) -> list[str] | None:
-        """Absolute paths of what was indexed, over all runs until now: folders, and links that were named themselves.
-
-        None for a store that no run of this version has indexed yet.
-        """
+        """Absolute paths of all folders and links that were indexed so far; None if no run recorded them."""
         with self.reading("meta") as meta:
             rows = meta.search().where("key = 'roots'").to_arrow().to_pylist()
             return json.loads(rows[0]["value"]) if rows else None
 
     def add_roots(self, roots: Iterable[str]) -> None:
-        """Adds to `roots`; nothing is written where all are known."""
+        """Adds to `roots`; writes nothing if all are known."""
         new = set(roots)
         if new <= set(self.roots() or ()):
             return
         with self.commit_lock():
-            merged = sorted(new | set(self.roots() or ()))  # another run may have added its own
+            merged = sorted(new | set(self.roots() or ()))  # read again under the lock: another run may have added some
             self._merge("meta", meta_table({"roots": merged}), on="key")
         self.meta["roots"] = merged
 
     def compact(self, keep: timedelta = KEEP_VERSIONS) -> None:
-        """Joins what many commits left in pieces, brings indices up to date and frees versions older than `keep`.
-
-        Nothing is written where no version is as old, and pieces are few.
-        """
+        """Merges small fragments, updates indices and deletes versions older than `keep`; writes nothing if not needed."""
         with self.commit_lock():
             others = self.version() != self._known_version
             for name in TABLES:
@@ -280,24 +272,24 @@ class Store:
             self._retry(lambda: table.optimize(cleanup_older_than=older))
 
     def require_model(self, identity: Mapping[str, str], where: str) -> None:
-        """Raises StoreError where rows of a model with this Model.identity, opened at `where`, do not belong here.
+        """Raises StoreError unless a model with this Model.identity, loaded from `where`, may be used with this store.
 
-        The CLIP has to be the store's. A complexity model has to be, where both have one.
+        Its CLIP must be the store's, and so must its complexity model if both have one.
         """
         for part, name in (("clip", "CLIP"), ("complexity", "complexity model")):
             mine, other = self.meta["model"].get(part), identity.get(part)
             if part == "clip" and other is None:
-                raise StoreError(f"{where} holds no CLIP model, which the store {self.uri} needs; pass a bundle or a CLIP")
+                raise StoreError(f"{where} contains no CLIP, which store {self.uri} needs; pass a bundle or a CLIP")
             if mine is not None and other is not None and mine != other:
                 raise StoreError(
-                    f"the store {self.uri} is of another {name}, and what the two give cannot be compared: the store is of "
-                    f"{mine} (from {self.meta['checkpoint']}), {where} is {other}; pass the checkpoint of the store, or index "
-                    "into another one"
+                    f"store {self.uri} was made with a different {name}, whose outputs are not comparable: the store has "
+                    f"{mine} (from {self.meta['checkpoint']}), {where} has {other}; pass the checkpoint of the store, or use "
+                    "a new store"
                 )
 
     def _merge(self, name: str, rows: pa.Table, on: str = "path") -> None:
         self._retry(
-            # Two writers of one new path conflict only where the primary key is compared, which a merge through an index skips.
+            # Writers of the same new path conflict only if the primary key is compared, which a merge through an index skips.
             lambda: (
                 self._tables[name]
                 .merge_insert(on)
@@ -309,7 +301,7 @@ class Store:
         )
 
     def _retry(self, commit: Any) -> Any:
-        """commit(); again after a while where, in an object store, another writer came in between."""
+        """Runs commit(); in an object store, retries with backoff after a conflict with another writer."""
         for attempt in range(_ATTEMPTS):
             try:
                 with self._store_errors("writing to it"):
@@ -322,7 +314,7 @@ class Store:
 
     @contextmanager
     def reading(self, name: str = "images") -> Iterator[Any]:
-        """A table at its newest version. What fails meanwhile is raised as a StoreError."""
+        """Context with a table at its newest version; LanceDB errors inside are raised as StoreError."""
         with self._store_errors("reading it"):
             if creation_stamp(self.uri) != self._stamp:
                 self._reopen_recreated()
@@ -334,10 +326,10 @@ class Store:
             pass
 
     def _reopen_recreated(self) -> None:
-        """Opens what was made anew at the address: the tables that were open here would mix old rows with new ones."""
+        """Reopens a store that was deleted and recreated, since the open tables would mix old and new rows."""
         new = self._reopen(self.uri)
         if (new.meta["model"].get("clip"), new.exits) != (self.meta["model"].get("clip"), self.exits):
-            raise StoreError(f"the store {self.uri} was made anew with another model since it was opened; open it again")
+            raise StoreError(f"store {self.uri} was recreated with a different model since it was opened; open it again")
         self._database, self._tables, self.meta, self._stamp = new._database, new._tables, new.meta, new._stamp
         self._known_version, self.renewals = -1, self.renewals + 1
 
@@ -348,6 +340,6 @@ class Store:
 
 
 def _below(folder: str) -> str:
-    """SQL that holds for paths below an absolute folder."""
+    """SQL condition: the path is below an absolute folder."""
     prefix = folder.rstrip("/")  # '0' comes after '/'
     return f"path >= {quoted(prefix + '/')} AND path < {quoted(prefix + '0')}"

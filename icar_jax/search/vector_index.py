@@ -1,8 +1,8 @@
-"""The vector index of a large store: built, kept up to date, and measured against exact search.
+"""Vector index (IVF) of a large store: built, updated, and measured against exact search.
 
-An index sorts the vectors into partitions and keeps a short code of each. A query looks into the nearest partitions, and
-reads the true vectors of the best REFINE times as many rows as are wanted, so distances are exact and only the candidates are
-approximate. Rows written since are compared exactly, until they are many.
+An index partitions the vectors and stores a short code of each. A query searches the nearest PROBES partitions by code and
+reranks the best REFINE x k rows by their full vectors, so distances are exact and only the candidates are approximate. Rows
+written after the index are searched exactly until there are many of them.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from icar_jax.search.access import StoreError
 from icar_jax.search.store import Store
 from icar_jax.search.tables import vectors
 
-MIN_ROWS = 100_000  # exact search is fast below
+MIN_ROWS = 100_000  # below this, exact search is fast
 NAME = "vector_idx"
 REFINE = 10
 PROBES = 32
-_STALE = 0.1  # share of rows outside the index from which they are taken in
-_GROWN = 4  # an index over so many times fewer rows has too few partitions
-_SAMPLE, _ITERATIONS = 64, 20  # rows a partition, and steps, of the k-means that finds the partitions
+_STALE = 0.1  # the index is extended if a larger fraction of the rows is outside it
+_GROWN = 4  # the index is rebuilt if the store has grown by this factor, as it has too few partitions
+_SAMPLE, _ITERATIONS = 64, 20  # k-means of the partitions: rows per partition, and iterations
 _QUERIES, _K, _SEED = 50, 10, 0
 
 
 @dataclass(frozen=True)
 class VectorIndexResult:
-    """What `maintain` did and measured.
+    """The action and measurements of `maintain`.
 
     Attributes:
-        action: 'built' or 'extended'. rows: in the table. seconds: of the work. partitions: of the index.
-        recall: share of the _K nearest rows by exact search that the index finds, mean over `queries` rows of the store.
-        exact_ms, approximate_ms: median wall time of one such query.
+        action: 'built' or 'extended'. rows: in the table. seconds: wall time of the action. partitions: of the index.
+        recall: fraction of the _K exact nearest neighbours that the index finds, averaged over `queries` queries.
+        exact_ms, approximate_ms: median wall time per query.
     """
 
     action: str
@@ -49,6 +49,7 @@ class VectorIndexResult:
     approximate_ms: float
 
     def report(self) -> str:
+        """Summary text of the action."""
         return (
             f"Vector index {self.action} in {self.seconds:.1f} s over {self.rows:,} images, {self.partitions} partitions: "
             f"recall@{_K} {self.recall:.1%} of exact search ({self.queries} queries), {self.approximate_ms:.1f} ms against "
@@ -57,28 +58,27 @@ class VectorIndexResult:
 
 
 def prepare_query(query: Any, exact: bool = False, filtered: bool = False) -> Any:
-    """A vector query of LanceDB with the metric and how hard it looks; `exact` leaves an index aside.
+    """A LanceDB vector query with the cosine metric and search parameters; `exact` bypasses the index.
 
-    With a filter (`filtered`) further partitions are read until there are as many rows as wanted: those that satisfy a rare
-    one may lie in any.
+    With a filter (`filtered`), more partitions are searched until enough rows are found, since matching rows may be rare.
     """
     query = query.distance_type("cosine")
     if exact:
         return query.bypass_vector_index()
     query = query.nprobes(PROBES).refine_factor(REFINE)
-    return query.maximum_nprobes(0) if filtered else query  # 0: no maximum; PROBES stays the minimum
+    return query.maximum_nprobes(0) if filtered else query  # 0: no maximum; PROBES remains the minimum
 
 
 def partitions_for(rows: int) -> int:
-    """Partitions of an index: the square root of the rows, so that finding partitions and reading them cost alike."""
+    """Number of partitions: the square root of the rows, which balances finding partitions and searching them."""
     return max(1, round(math.sqrt(rows)))
 
 
 def index_config(rows: int, embed_dim: int) -> Any:
-    """The index that is built: RabitQ, a bit a dimension; scalar quantisation, a byte, where 8 does not divide the width.
+    """The index type: RaBitQ (1 bit per dimension), or scalar quantisation (1 byte) if 8 does not divide the width.
 
-    Of those that keep a bit a dimension it is built several times faster than product quantisation, which trains a codebook for
-    every 8 dimensions, and finds as much once the true vectors of the candidates are read (docs/search.md).
+    At the same code size, RaBitQ (Gao and Long 2024) is built several times faster than product quantisation with a codebook
+    per 8 dimensions, and has the same recall after reranking (docs/search.md).
     """
     kinds = extra("lancedb.index")
     kind = kinds.IvfRq if embed_dim % 8 == 0 else kinds.IvfSq
@@ -86,10 +86,9 @@ def index_config(rows: int, embed_dim: int) -> Any:
 
 
 def maintain(store: Store, min_rows: int = MIN_ROWS, progress: bool = True) -> VectorIndexResult | None:
-    """Builds the index of a store from `min_rows` images on, extends it where many are new; None where nothing was to do.
+    """Builds the index of a store with at least `min_rows` images, or extends it by many new rows; None if neither was needed.
 
-    The work is done beside other readers and writers; only its commit can meet theirs, and is then tried again.
-    Raises StoreError where LanceDB cannot.
+    Other processes can read and write meanwhile; a conflicting commit is retried. Raises StoreError if LanceDB fails.
     """
     rows = store.count()
     if rows < min_rows:
@@ -116,9 +115,9 @@ def maintain(store: Store, min_rows: int = MIN_ROWS, progress: bool = True) -> V
 
 
 def measure_recall(store: Store, queries: int = _QUERIES, k: int = _K) -> tuple[float, int, float, float]:
-    """Recall of approximate against exact search, the number of queries, and median ms of exact and of approximate ones.
+    """(recall@k of the index against exact search, number of queries, median ms of exact queries, and of approximate ones).
 
-    The queries are rows of the store with noise, so that they lie near the images without being one.
+    Queries are vectors of the store with added noise, so that they are close to images without being equal to one.
     """
     rng = np.random.default_rng(_SEED)
     rows = vectors(store.sample(queries, _SEED, ["vector"])["vector"])
@@ -147,4 +146,4 @@ def _commit_with_retries(store: Store, commit: Any, attempts: int = 3) -> None:
             return
         except (ValueError, RuntimeError, OSError) as error:
             if "conflict" not in str(error).lower() or attempt == attempts - 1:
-                raise StoreError(f"the store {store.uri}: its vector index could not be built: {error}") from error
+                raise StoreError(f"store {store.uri}: building its vector index failed: {error}") from error

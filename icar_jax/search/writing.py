@@ -1,4 +1,4 @@
-"""Commits of an indexing run: embedded images, copies of content that is known, files that cannot be used, new captions."""
+"""Commits of an indexing run: embedded images, copies of known content, unusable files and new captions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReadFile:
-    """A file of a scan, when it was read, and what came of it."""
+    """A scanned file, the time `at` which it was read, and its image or the reason it is unusable."""
 
     found: FoundFile
     at: datetime
@@ -33,13 +33,13 @@ class ReadFile:
 
 
 def read_found(found: FoundFile, preprocesses: Mapping[str, Preprocess], is_known: Callable[[str], bool]) -> ReadFile:
-    """Reads a file on a thread; content that `is_known` is hashed only."""
+    """Reads a file; called on threads. Content with `is_known(sha256)` is hashed but not decoded."""
     at = now()
     return ReadFile(found, at, read_or_bad(found.path, lambda path: read_image(path, preprocesses, is_known)))
 
 
 def image_rows(files: Sequence[ReadFile], routed: RoutingResult, captions: Sequence[str | None]) -> pa.Table:
-    """Rows of `images` for files and their embeddings, in the same order."""
+    """Rows of the table `images` for files, embeddings and captions in the same order."""
     read = [file.result for file in files]
     return pa.table(
         {
@@ -58,10 +58,10 @@ def image_rows(files: Sequence[ReadFile], routed: RoutingResult, captions: Seque
 
 
 class StoreWriter:
-    """Takes the files of a scan as they are read, and commits them; counts go into `done`.
+    """Commits the files of a scan as they are read and counts them in `done`.
 
-    What a file becomes is decided by its content: unknown content is embedded; content of some row is copied from there, with
-    its vector, exit and score; the content of its own row means that only its time changed.
+    New content is embedded. Content of an existing row is copied with its vector, exit and score. If a file has the content
+    of its own row, only its modification time is updated.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class StoreWriter:
     ):
         self.store, self.scan, self.done = store, scan, done
         self._captions, self._commit_rows, self._bad_shown = captions, commit_rows, bad_shown
-        self._in_flight: dict[str, ReadFile] = {}  # in the model, by path
+        self._in_flight: dict[str, ReadFile] = {}  # being embedded, by path
         self._in_flight_content: set[str] = set()
         self._contents: set[str] = set()  # embedded by this run
         self._copies: list[ReadFile] = []
@@ -78,11 +78,11 @@ class StoreWriter:
         self._trusts_scan = True
 
     def is_known(self, sha256: str) -> bool:
-        """Whether content has a row, or will have one before this run ends; asked on several threads."""
+        """Whether the content has a row or will get one in this run; called on several threads."""
         return sha256 in self._contents or (self._trusts_scan and self.scan.row_of_content(sha256) is not None)
 
     def to_embed(self, files: Iterable[ReadFile]) -> Iterator[ReadImage]:
-        """The images whose content is not known yet; everything else is kept for a commit."""
+        """Yields the images with new content; keeps all other files for a later commit."""
         for file in files:
             image, row = file.result, file.found.row
             if isinstance(image, BadFile):
@@ -92,7 +92,7 @@ class StoreWriter:
             elif not image.pixels or image.sha256 in self._contents:
                 self._copies.append(file)
             else:
-                # Its pixels go to the model, and are not kept here.
+                # Keep the file without its pixels, which only the model needs.
                 self._in_flight[image.path] = ReadFile(
                     file.found, file.at, ReadImage(image.path, image.sha256, {}, image.seconds)
                 )
@@ -111,7 +111,7 @@ class StoreWriter:
         return same and table_name(found.path) not in self.scan.bad
 
     def write(self, images: Sequence[ReadImage], routed: RoutingResult) -> None:
-        """Commits images that the model is done with, and then what waits for a commit."""
+        """Commits embedded images and then all pending files."""
         files = [self._in_flight.pop(image.path) for image in images]
         changed = [file.found.path for file in files if file.found.row is not None]
         old = self.store.rows("path", changed, ["path", "caption"]).to_pylist()
@@ -122,19 +122,19 @@ class StoreWriter:
         self.finish()
 
     def finish(self) -> None:
-        """Commits what waits; content that the model is still at work on goes on waiting."""
+        """Commits all pending files, except copies of content that is still being embedded."""
         self._copy()
         self._write_bad()
 
     def take_retries(self) -> list[FoundFile]:
-        """Files that were to be copied from rows which are gone: they are embedded after all, whatever the scan says."""
+        """Returns files whose row to copy from has been removed; they must be embedded, and the scan is no longer trusted."""
         retries, self._retries = self._retries, []
         if retries:
             self._trusts_scan, self._contents = False, set()
         return retries
 
     def recaption(self) -> None:
-        """Gives unchanged rows their caption, where a file of captions has another one for them."""
+        """Updates the captions of unchanged rows from the caption file."""
         if self._captions is None:
             return
         for start in range(0, len(self.scan.unchanged), self._commit_rows):
@@ -185,12 +185,12 @@ class StoreWriter:
             self._commit(files, self._copied(files, sources.take(pa.array(rows))), copied=True)
 
     def _copied(self, files: Sequence[ReadFile], sources: pa.Table) -> pa.Table:
-        """The rows `sources`, one for each file, as rows of these files."""
+        """The rows `sources`, one per file, with path, size, times and caption of these files."""
         paths = [file.found.path for file in files]
         own = {row["path"]: row["caption"] for row in self.store.rows("path", paths, ["path", "caption"]).to_pylist()}
         source_captions, source_paths = sources["caption"].to_pylist(), sources["path"].to_pylist()
         times = [
-            then if path == source else file.at  # a row of its own keeps the time at which its vector was made
+            then if path == source else file.at  # a file's own row keeps the time of its embedding
             for file, path, source, then in zip(files, paths, source_paths, sources["embedded_at"].to_pylist(), strict=True)
         ]
         captions = [self._caption(path, own.get(path) or caption) for path, caption in zip(paths, source_captions, strict=True)]
@@ -214,7 +214,7 @@ class StoreWriter:
             for file in self._bad
         ]  # fmt: skip
         self.store.set_bad(rows)
-        # What could be read and is no picture any more is not what its row says; what could not be read may well be.
+        # A readable file that is no longer an image invalidates its row; an unreadable file may be unchanged.
         self.done.removed += self.store.delete(
             [file.found.path for file in self._bad if file.found.row is not None and not file.result.unread]
         )
@@ -225,7 +225,7 @@ class StoreWriter:
 
 
 def _sources(rows: pa.Table) -> dict[tuple[str, str | None], int]:
-    """(content, path) -> row, and (content, None) -> the row of that content that was embedded deepest."""
+    """Row index by (sha256, path), and by (sha256, None) for the deepest row of that content."""
     best: dict[tuple[str, str | None], int] = {}
     exits = rows["exit"].to_pylist()
     for i, (sha256, path) in enumerate(zip(rows["sha256"].to_pylist(), rows["path"].to_pylist(), strict=True)):

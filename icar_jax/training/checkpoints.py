@@ -1,6 +1,7 @@
-"""Training state on disk: asynchronous Orbax checkpoints in WORKDIR/checkpoints, restored onto the present mesh.
+"""Saves and restores the training state (asynchronous Orbax checkpoints in WORKDIR/checkpoints); writes the finished model.
 
-And the finished model: gathered and written leaf by leaf, so that no machine holds more than one whole leaf beside its share.
+A state is restored onto the current mesh. The model is gathered and written leaf by leaf, so a host holds at most one full
+leaf in addition to its own shards.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from icar_jax.workdir import CHECKPOINTS
 
 
 class SaveError(IcarError, RuntimeError):
-    """A training state could not be written; the checkpoints that were complete before it stay as they are."""
+    """A training state could not be written or restored; earlier complete checkpoints are not affected."""
 
 
 class StateStore:
@@ -34,7 +35,7 @@ class StateStore:
         self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
             (workdir / CHECKPOINTS).absolute(),
-            # Folders of saves that were cut off are never read, but they would fill the disk.
+            # Orbax never reads the folders of interrupted saves, but they would fill the disk.
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
             ),
@@ -48,23 +49,23 @@ class StateStore:
         try:
             self.wait()
         except SaveError:
-            if kind is None:  # else the fault that ended the run is the one to report
+            if kind is None:  # otherwise the exception that ended the run is the one to report
                 raise
         finally:
             self._manager.close()
 
     @property
     def latest_step(self) -> int | None:
-        """The newest completed checkpoint; one cut off while it was written does not count."""
+        """Step of the newest complete checkpoint, None if there is none; interrupted saves do not count."""
         return self._complete
 
     @property
     def newest(self) -> int | None:
-        """The newest checkpoint, be it on disk or on its way there."""
+        """Step of the newest checkpoint, complete or still being written; None if there is none."""
         return self._saving or self._complete
 
     def save(self, step: int, state: State) -> None:
-        """Starts writing; returns once the arrays may be changed again. Raises SaveError, for the save before too."""
+        """Starts an asynchronous save; returns once the arrays may be donated. Raises SaveError, also for the previous save."""
         self.wait()
         self._saving = step
         try:
@@ -75,14 +76,14 @@ class StateStore:
             raise SaveError(f"the state of step {step} was not written into {self._workdir / CHECKPOINTS}")
 
     def check(self) -> None:
-        """Raises SaveError where the save in the background has failed; does not wait for it."""
+        """Raises SaveError if the background save has failed; does not wait for it."""
         try:
             self._manager.check_for_errors()
         except Exception as error:
             raise self._failed(error) from error
 
     def wait(self) -> None:
-        """Returns when everything is on disk; raises SaveError."""
+        """Blocks until the pending save is on disk. Raises SaveError if it failed."""
         if self._saving is None:
             return
         try:
@@ -92,25 +93,28 @@ class StateStore:
         self._complete, self._saving = self._saving, None
 
     def restore(self, step: int, abstract: State) -> State:
-        """The state of `step`, laid out as `abstract` says. Raises SaveError where the structures differ."""
+        """Returns the state saved at `step` with the shapes, dtypes and shardings of `abstract`.
+
+        Raises SaveError if the structures differ.
+        """
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except ValueError as error:
             raise SaveError(
-                f"the checkpoint of step {step} in {self._workdir / CHECKPOINTS} does not hold what this run needs: "
-                f"{_first_line(error)}. It may be of another version of icar_jax, which kept the state of "
-                "config.optim.clip_norm=0 otherwise; continue it with that version, or start from its weights in a new "
+                f"the checkpoint of step {step} in {self._workdir / CHECKPOINTS} does not match the state of this run: "
+                f"{_first_line(error)}. It may come from another version of icar_jax, which stored the optimizer state for "
+                "config.optim.clip_norm=0 differently; resume with that version, or start from its weights in a new "
                 "--workdir"
             ) from error
 
     def _failed(self, error: Exception) -> SaveError:
         step, self._saving = self._saving, None
-        intact = f"the one of step {self._complete} is intact" if self._complete else "there is none yet"
+        intact = f"the checkpoint of step {self._complete} is intact" if self._complete else "there is no earlier checkpoint"
         free = shutil.disk_usage(self._workdir).free
         return SaveError(
             f"the checkpoint of step {step} could not be written into {self._workdir / CHECKPOINTS}: "
-            f"{_first_line(error)}. Of earlier checkpoints {intact}; {gib(free)} are free on that disk. "
-            "Make room, or raise the limit, and run the same command again"
+            f"{_first_line(error)}; {intact}. {gib(free)} are free on that disk. "
+            "Free disk space, or raise the quota, and run the same command again"
         )
 
 
@@ -119,15 +123,15 @@ def _first_line(error: Exception) -> str:
 
 
 def gib(size: float) -> str:
-    """Bytes as text in GiB or MiB."""
+    """Formats a size in bytes as GiB (from 0.1 GiB) or MiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def require_space(workdir: Path, abstract: State, keep: int, models: int) -> None:
-    """Raises ConfigError where the disk cannot hold what the run will write.
+    """Raises ConfigError if the disk has too little free space for the run.
 
-    That is keep + 1 states, as the oldest goes only when the newest is complete, and `models` models with one being
-    replaced; what the workdir already holds counts as room.
+    The run needs keep + 1 states, because the oldest is deleted only after the newest is complete, and `models` + 1 models,
+    because one is being replaced. Files that the workdir already holds count as free space.
     """
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     model = sum(4 * leaf.size for leaf in jax.tree.leaves(abstract["params"]))
@@ -139,12 +143,12 @@ def require_space(workdir: Path, abstract: State, keep: int, models: int) -> Non
     if need > free + there:
         raise ConfigError(
             f"--workdir={workdir}: the run needs {gib(need)} ({keep} + 1 checkpoints of {gib(state)}, and models of "
-            f"{gib(model)}), but {gib(free)} are free there; make room, lower config.train.keep={keep}, or choose another disk"
+            f"{gib(model)}), but {gib(free)} are free there; free some, lower config.train.keep={keep}, or use another disk"
         )
 
 
 class _Whole:
-    """A leaf that becomes a numpy array when it is asked for, once; asking is a collective."""
+    """A sharded leaf that is gathered to a numpy array on first read; the gather is a collective."""
 
     def __init__(self, leaf: jax.Array):
         self.shape = leaf.shape
@@ -163,13 +167,16 @@ class _Whole:
 def write_model(
     path: Path, kind: str, description: Mapping[str, Any], params: Mapping[str, Any], tokenizer: str | None
 ) -> Path:
-    """Writes sharded parameters as a self-describing checkpoint; called by every process, written by the first."""
+    """Writes sharded parameters as a self-describing checkpoint; returns `path`.
+
+    Every process must call it; process 0 writes. Raises OSError, NotFinite, or PeerError where another process failed.
+    """
     leaves = {name: _Whole(leaf) for name, leaf in pytree.flatten(params).items()}
     with distributed.together(f"writing {path}"):
         try:
             if distributed.is_main():
                 checkpoint.write(path, kind, description, pytree.unflatten(leaves), tokenizer)
         finally:
-            for leaf in leaves.values():  # the same order everywhere, also where writing failed on the way
+            for leaf in leaves.values():  # the same order on every process, also if writing failed halfway
                 leaf.take()
     return path

@@ -1,4 +1,4 @@
-"""Evaluation while training. What is measured comes from above, as functions; here is when, and what is kept of it."""
+"""Schedules evaluations during training and keeps the best checkpoint; the evaluators are passed in."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ BEST = "best"
 
 @dataclass(frozen=True)
 class Criterion:
-    """What makes one evaluation better than another: the mean of the values whose names end in `ending`.
+    """Scores an evaluation by the mean of the values whose names end in `ending`.
 
-    `name` is what that is called in the description of WORKDIR/best.
+    `name` is the key of the score in the description of WORKDIR/best.
     """
 
     name: str
     ending: str
-    higher: bool  # whether more is better
+    higher: bool  # whether a higher score is better
 
     def score(self, values: Mapping[str, float]) -> float:
-        """The mean. Raises ValueError where no name ends so."""
+        """Returns the mean score. Raises ValueError if no name ends in `ending`."""
         found = self._found(values)
         if not found:
             raise ValueError(
@@ -46,11 +46,11 @@ class Criterion:
         return fmean(found)
 
     def knows(self, values: Mapping[str, Any]) -> bool:
-        """Whether these are the values of an evaluation."""
+        """Returns whether `values` contain the values this criterion scores."""
         return bool(self._found(values))
 
     def better(self, score: float, best: float | None) -> bool:
-        """Whether a score beats the best so far; None is beaten by all."""
+        """Returns whether `score` is better than `best`; any score is better than None."""
         return best is None or (score > best if self.higher else score < best)
 
     def _found(self, values: Mapping[str, Any]) -> list[float]:
@@ -63,15 +63,15 @@ LOSS = Criterion("loss", "eval/loss", higher=False)
 
 
 def criterion(config: ExperimentConfig) -> Criterion:
-    """The metric that chooses the best checkpoint: mean recall at 5, PCC (regression) or validation loss (classification)."""
+    """Returns the criterion for the best checkpoint: mean recall at 5, PCC (regression) or validation loss (classification)."""
     return {"recall": RECALL, "pcc": CORRELATION, "loss": LOSS}[kind_of(config).best_by]
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What an evaluator is told about a run before it starts.
+    """Description of the run, passed to an evaluator when it is built.
 
-    `part` = (index, count): of `count` equal parts of a batch sharded by `batch_sharding`, this process provides `index`.
+    `part` = (index, count): this process provides part `index` of `count` equal parts of a batch sharded by `batch_sharding`.
     """
 
     config: ExperimentConfig
@@ -84,11 +84,11 @@ class TrainedModel:
 
 
 Evaluate = Callable[[Mapping[str, Any]], dict[str, float]]  # sharded parameters -> values, the same on every process
-MakeEvaluator = Callable[[TrainedModel], Evaluate]  # called in one process after the other, so it must not wait for the others
+MakeEvaluator = Callable[[TrainedModel], Evaluate]  # called on process 0 first, then on the others: no collectives inside
 
 
 class Evaluation:
-    """Runs the evaluators of a run, keeps WORKDIR/best as the run's `criterion` says, and knows when patience is at its end."""
+    """Runs the evaluators, saves WORKDIR/best by the run's `criterion`, and tracks early stopping (config.train.patience)."""
 
     def __init__(self, trained: TrainedModel, workdir: Path, start: int, evaluators: list[Evaluate]):
         self._trained, self._workdir, self._evaluators = trained, workdir, evaluators
@@ -97,13 +97,13 @@ class Evaluation:
         on = _measured_on(trained.config)
         self._best = _remembered(workdir / BEST, start, self._criterion, on) if self._keep_best else None
         self._top: float | None = None
-        self._stale = 0  # evaluations since the last better one
+        self._stale = 0  # evaluations since the last improvement
         for score in _history(workdir / METRICS, start, self._criterion) if self._patience else ():
             self._count(score)
 
     @property
     def exhausted(self) -> bool:
-        """Whether config.train.patience evaluations have passed without a better one."""
+        """Whether the last config.train.patience evaluations brought no improvement."""
         return 0 < self._patience <= self._stale
 
     def _count(self, score: float) -> None:
@@ -111,12 +111,15 @@ class Evaluation:
         self._top, self._stale = (score, 0) if better else (self._top, self._stale + 1)
 
     def due(self, step: int) -> bool:
-        """Whether the run is evaluated after `step`: as configured, and when it is complete."""
+        """Returns whether to evaluate after `step`: every config.train.eval_every steps and after the last step."""
         t = self._trained.config.train
         return t.eval_every > 0 and (step % t.eval_every == 0 or step == t.steps)
 
     def __call__(self, step: int, params: Mapping[str, Any]) -> dict[str, float]:
-        """Evaluates; writes WORKDIR/best where the score is better than any before. Called by every process."""
+        """Evaluates sharded `params` and returns {name: value}; writes WORKDIR/best if the score is a new best.
+
+        Every process must call it.
+        """
         values: dict[str, float] = {}
         for evaluate in self._evaluators:
             values |= evaluate(params)
@@ -138,7 +141,7 @@ class Evaluation:
 def make_evaluation(
     trained: TrainedModel, workdir: Path, start: int, evaluators: tuple[MakeEvaluator, ...]
 ) -> Evaluation | None:
-    """The evaluation that `config.train.eval_every` asks for. Raises ConfigError where no evaluator was given."""
+    """Returns the evaluation, or None if `config.train.eval_every` is 0. Raises ConfigError if no evaluator was given."""
     if not trained.config.train.eval_every:
         return None
     if not evaluators:
@@ -146,13 +149,13 @@ def make_evaluation(
             "config.train.eval_every needs an evaluator: train(..., evaluators=(during_training.evaluator(config),)) as in "
             "train.py, or set it to 0"
         )
-    # Process 0 first: what it indexes of the evaluation split the others read.
+    # Process 0 first: it indexes the evaluation split, and the others read its index.
     made = [distributed.main_first("preparing the evaluation", lambda make=make: make(trained)) for make in evaluators]
     return Evaluation(trained, workdir, start, made)
 
 
 def _history(file: Path, start: int, chosen_by: Criterion) -> list[float]:
-    """The scores of the evaluations up to step `start`, in order, as the metrics of the run tell them."""
+    """Scores of the evaluations up to step `start`, in order, read from the run's metrics.jsonl."""
     if start == 0 or not file.is_file():
         return []
     scores = []
@@ -160,21 +163,21 @@ def _history(file: Path, start: int, chosen_by: Criterion) -> list[float]:
         try:
             line = json.loads(text)
         except ValueError:
-            continue  # cut off when the run was killed
+            continue  # the run was killed while it wrote this line
         if line["step"] <= start and chosen_by.knows(line):
             scores.append(chosen_by.score(line))
     return scores
 
 
 def _measured_on(config: ExperimentConfig) -> list[Any]:
-    """What the scores of two evaluations must share to be compared."""
+    """[split, size] of the evaluation; only scores measured on equal values are comparable."""
     return [config.train.eval_split or config.eval.split, config.eval.size]
 
 
 def _remembered(folder: Path, start: int, chosen_by: Criterion, measured_on: list[Any]) -> float | None:
-    """The score to beat. A run that starts anew forgets the best model of one that ended before its first checkpoint.
+    """The best score so far. A run that starts at step 0 deletes the best model of an attempt that saved no checkpoint.
 
-    A continued run may find a best model from beyond its start: those steps come again, with the same score.
+    A resumed run may find a best model from a later step than `start`: it repeats those steps and reaches the same score.
     """
     if start == 0:
         with distributed.together(f"removing {folder} of an earlier start"):
@@ -186,10 +189,11 @@ def _remembered(folder: Path, start: int, chosen_by: Criterion, measured_on: lis
     found = checkpoint.describe(folder).get("evaluation", {})
     if (chosen_on := found.get("split", measured_on)) != measured_on:
         raise ConfigError(
-            f"{folder} was chosen on split and size {chosen_on}, and the configuration now names {measured_on}: their "
-            "scores do not compare; use the config.eval.split and size the run began with, or move the folder away"
+            f"{folder} was selected on split and size {chosen_on}, but the configuration now has {measured_on}; their "
+            "scores are not comparable. Use the config.eval.split and config.eval.size the run started with, or move the "
+            "folder away"
         )
     try:
         return float(found[chosen_by.name])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder} holds no score of an earlier evaluation ({error}); move it away") from error
+        raise CheckpointError(f"{folder} has no score from an earlier evaluation ({error}); move it away") from error

@@ -1,4 +1,4 @@
-"""How a checkpoint and a run differ, and the flags that mend it: what `initial` says where weights do not fit."""
+"""Error messages for incompatible initial weights: how checkpoint and run differ, and the flags that fix it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from icar_jax.models.complexity import ComplexityArch
 from icar_jax.models.convnext import ConvNeXtArch
 from icar_jax.models.token_router import ScorerArch
 
-# What a variant of the registry fixes, and what a checkpoint says beside it: shapes do not tell these, and no field sets them.
+# _SIZES are set by the variant. MANNERS are read from the checkpoint: parameter shapes do not show them and no config field
+# sets them.
 _SIZES = ("width", "depth", "mlp_width", "embed_dim", "patch_size")
 MANNERS = ("activation", "heads", "norm_eps", "head", "class_token", "patch_bias", "pre_norm", "causal", "proj_bias")
 RESIDUAL = re.compile(r"vision/exits/\d+/residual/")
 
 
 def refusal(path: str | os.PathLike, lines: Iterable[str], hints: Iterable[str]) -> ConfigError:
-    """The error that names every difference, and below them the flags that mend them."""
+    """Returns the error that lists every difference in `lines` and below them the flags in `hints` that fix them."""
     listed = "\n  ".join(lines)
     fixes = "\n  ".join(dict.fromkeys(hint for hint in hints if hint))
     return ConfigError(
@@ -38,12 +39,12 @@ def _differing(tower: str, run: Any, saved: Any, names: Iterable[str]) -> list[s
 
 
 def size_differences(arch: ClipArch, saved: ClipArch) -> list[str]:
-    """A line for each size in which the towers differ."""
+    """Returns one line for each size in which the towers differ."""
     return _differing("vision", arch.vision, saved.vision, _SIZES) + _differing("text", arch.text, saved.text, _SIZES)
 
 
 def manner_differences(arch: ClipArch, saved: ClipArch) -> list[str]:
-    """What shapes do not show: with another activation or pooled token the same weights are another model."""
+    """Returns one line for each setting that shapes do not show, such as another activation or pooled token."""
     vision, text = (*MANNERS,), (*MANNERS, "pool")
     if set(arch.vision.exits) & set(saved.vision.exits):
         vision += ("pool",)
@@ -53,12 +54,12 @@ def manner_differences(arch: ClipArch, saved: ClipArch) -> list[str]:
 
 
 def clip_hints(arch: ClipArch, saved: ClipArch, leaves: Mapping[str, Any], shapes: pytree.Tree) -> list[str]:
-    """The flags with which a run takes a CLIP whose parameters `leaves` do not fit `shapes`."""
+    """Returns the flags that make a run compatible with a CLIP whose parameters `leaves` do not match `shapes`."""
     hints = [clip_variant(saved)] if size_differences(arch, saved) else []
     if arch.text.vocabulary != saved.text.vocabulary or arch.text.end_id != saved.text.end_id:
         hints.append(
             f"the tokenizer has {arch.text.vocabulary} tokens, the checkpoint's had {saved.text.vocabulary}: leave "
-            "config.data.tokenizer empty, which takes the checkpoint's, or name the file it was trained with"
+            "config.data.tokenizer empty to use the checkpoint's tokenizer, or pass the file it was trained with"
         )
     if arch.text.context_length > saved.text.context_length:
         hints.append(f"--config.clip.context_length={saved.text.context_length} or less")
@@ -78,7 +79,7 @@ def clip_hints(arch: ClipArch, saved: ClipArch, leaves: Mapping[str, Any], shape
 
 
 def clip_variant(saved: ClipArch) -> str:
-    """The variant with these sizes, as flags."""
+    """Returns the flags of the variant with these sizes."""
     same = [n for n, a in variants.CLIP.items() if not [x for x in size_differences(a, saved) if " patch_size" not in x]]
     if not same:
         return "no variant of models/variants.py has its sizes; add one"
@@ -88,15 +89,15 @@ def clip_variant(saved: ClipArch) -> str:
 
 
 def backbone_variant(saved: ConvNeXtArch) -> str:
-    """The variant with this backbone, as a flag."""
+    """Returns the flag of the variant with this backbone."""
     plain = dataclasses.replace(saved, num_classes=0)
     name = next((name for name, arch in variants.CONVNEXT.items() if arch == plain), None)
     return f"--config.complexity.variant={name}" if name else "no variant of models/variants.py has its sizes; add one"
 
 
 def complexity_hints(arch: ScorerArch, saved: ScorerArch) -> list[str]:
-    """The flags with which a run takes a complexity model."""
+    """Returns the flags that make a run compatible with the complexity model `saved`."""
     if not isinstance(saved, ComplexityArch):
-        return ["it is a head on the blocks of a CLIP; start from a ConvNeXt"]
+        return ["the checkpoint is a head on the blocks of a CLIP; start from a ConvNeXt"]
     hints = [backbone_variant(saved.backbone)] if arch.backbone != saved.backbone else []
     return hints + ([f"--config.complexity.head={saved.head}"] if arch.head != saved.head else [])

@@ -1,8 +1,8 @@
-"""The weights a run starts from: a checkpoint of this library, fitted to the run's architecture.
+"""Loads the initial weights of a run (config.train.init) from an icar_jax checkpoint and adapts them to the run's architecture.
 
-What may differ: exits that the checkpoint lacks start from the head of its full tower, exits that the run lacks are left out,
-residuals of exit heads that it lacks start at zero, position embeddings are resized to another image grid or cut to a shorter
-context, and a backbone of ImageNet gets a fresh head of complexity. Anything else is refused.
+Adapted are: exits missing in the checkpoint, which are copied from its full-depth head; exits missing in the run, which are
+dropped; missing residuals of exit heads, which start at zero; position embeddings, which are interpolated to another image grid
+or truncated to a shorter context; and an ImageNet backbone, which gets a new complexity head. Any other difference is an error.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from icar_jax.training import init_errors
 _OF_AN_EXIT = ("vision/exits", "exit_logit_scale", "exit_logit_bias")
 KINDS = {"clip": ("clip",), "complexity": ("complexity", "convnext")}
 _SUMMED = {False: "one head each", True: "summed heads (exit_sum)"}
-_SHOWN = 20  # lines of differing parameters
+_SHOWN = 20  # maximum number of differing parameters in an error message
 
 
 def adopt(arch: Any, path: str | os.PathLike) -> Any:
-    """The run's architecture, with what no field of the configuration sets taken from the checkpoint at `path`.
+    """Returns the run's architecture with the settings that no config field sets taken from the checkpoint at `path`.
 
-    That is the activation, the number of heads and the like, which OpenAI's and SigLIP's weights have otherwise than the
-    variants of the registry. Reads icar.json alone. Raises ConfigError where the sizes of the towers differ.
+    These are the activation, the number of heads and so on, in which OpenAI's and SigLIP's weights differ from the variants
+    in models/variants.py. Reads only icar.json. Raises ConfigError if the sizes of the towers differ.
     """
     if not isinstance(arch, ClipArch):
         return arch
@@ -52,18 +52,18 @@ def adopt(arch: Any, path: str | os.PathLike) -> Any:
         raise init_errors.refusal(path, lines, [init_errors.clip_variant(saved)])
     if arch.vision.exit_sum != saved.vision.exit_sum:
         raise ConfigError(
-            f"config.train.init={os.fspath(path)}: its embeddings are those of {_SUMMED[saved.vision.exit_sum]}, and with "
-            f"config.clip.exit_sum={arch.vision.exit_sum} full depth would begin somewhere else; set it to "
-            f"{saved.vision.exit_sum}, or begin without config.train.init"
+            f"config.train.init={os.fspath(path)}: the checkpoint was trained with {_SUMMED[saved.vision.exit_sum]}; "
+            f"config.clip.exit_sum={arch.vision.exit_sum} would change its full-depth embeddings. Set it to "
+            f"{saved.vision.exit_sum}, or train without config.train.init"
         )
     vision = {name: getattr(saved.vision, name) for name in init_errors.MANNERS if hasattr(saved.vision, name)}
     if saved.vision.head == "map":
-        vision["pool"] = "map"  # the only way its exits can start from its head
+        vision["pool"] = "map"  # required to copy its head to the exits
     text = {name: getattr(saved.text, name) for name in (*init_errors.MANNERS, "pool") if hasattr(saved.text, name)}
     if saved.text.pool != "end":
-        text["end_id"] = saved.text.end_id  # not used
+        text["end_id"] = saved.text.end_id  # unused by these pools
     if saved.text.pool == "last" and arch.text.vocabulary < saved.text.vocabulary:
-        text["vocabulary"] = saved.text.vocabulary  # SigLIP's table has rows that its tokenizer does not use
+        text["vocabulary"] = saved.text.vocabulary  # SigLIP's embedding table has rows that its tokenizer does not use
     try:
         return dataclasses.replace(
             arch, vision=dataclasses.replace(arch.vision, **vision), text=dataclasses.replace(arch.text, **text)
@@ -73,22 +73,25 @@ def adopt(arch: Any, path: str | os.PathLike) -> Any:
 
 
 def load_tokenizer(path: str | os.PathLike) -> str | None:
-    """tokenizer.json of the CLIP checkpoint at `path`; None where it holds none. Raises ConfigError."""
+    """Returns the text of tokenizer.json of the CLIP checkpoint at `path`, None if it has none. Raises ConfigError."""
     file = find(path, "clip") / checkpoint.TOKENIZER
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def note_preprocessing(path: str | os.PathLike, kind: str, preprocess: Preprocess, note: Callable[[str], None]) -> None:
-    """Notes how pictures are prepared otherwise than for the checkpoint at `path`, its image size aside. Raises ConfigError."""
+    """Calls `note` if the preprocessing differs from that of the checkpoint at `path`, except in image size.
+
+    Raises ConfigError if the checkpoint cannot be read.
+    """
     try:
         theirs = checkpoint.describe(find(path, kind)).get("preprocess", {})
     except CheckpointError as error:
         raise _error(path, error) from error
     ours = preprocess.to_dict()
     shared = [name for name in theirs if name in ours and name != "image_size" and theirs[name] != ours[name]]
-    differing = [f"{name} {theirs[name]!r} there, {ours[name]!r} here" for name in shared]
+    differing = [f"{name} {theirs[name]!r} in the checkpoint, {ours[name]!r} in the run" for name in shared]
     if differing:
-        note(f"{os.fspath(path)}: its pictures were prepared otherwise: {'; '.join(differing)} (config.data)")
+        note(f"{os.fspath(path)}: image preprocessing differs: {'; '.join(differing)} (config.data)")
 
 
 def load_params(
@@ -100,13 +103,19 @@ def load_params(
     note: Callable[[str], None] = logging.info,
     exit_start: str = "final",
 ) -> pytree.Tree:
-    """Parameters like `shapes` from the checkpoint, bundle or workdir at `path`; leaves are float32 and read when asked for.
+    """Returns parameters with the paths and shapes of `shapes`, read from the checkpoint, bundle or workdir at `path`.
 
-    `kind` is 'clip' or 'complexity' and `arch` the run's ClipArch or ComplexityArch. `fresh()` gives initialised parameters and
-    is called only for a head that the checkpoint lacks: of complexity over an ImageNet backbone, the residual of an exit head,
-    or with `exit_start` 'random' all of an exit head, which otherwise starts from that of full depth; without it these are
-    refused. `note` gets a line for each thing that was adapted. Raises ConfigError naming config.train.init and every
-    difference that was not.
+    Leaves are float32 and are read lazily.
+
+    Args:
+        kind: 'clip' or 'complexity'.
+        arch: the run's ClipArch or ComplexityArch.
+        fresh: returns randomly initialised parameters. Called only for parts the checkpoint lacks: a complexity head over an
+            ImageNet backbone, the residual of an exit head, or with `exit_start` 'random' a whole exit head, which is
+            otherwise copied from full depth. None makes such missing parts an error.
+        note: receives one line for each adaptation.
+
+    Raises ConfigError naming config.train.init and every difference that cannot be adapted.
     """
     folder = find(path, kind)
     description = _checked(path, folder)
@@ -136,10 +145,10 @@ def load_params(
 
 
 def place(params: Mapping[str, Any], shardings: Mapping[str, Any]) -> pytree.Tree:
-    """Arrays or `Leaf`s -> device arrays laid out as `shardings` say; integers stay what they are, all others become float32.
+    """Returns `params` (arrays or `Leaf`s) as device arrays with `shardings`; integers keep their dtype, others become float32.
 
-    One leaf at a time is held whole in host memory, and each device receives its part alone; in a run of several processes each
-    calls this with the same parameters.
+    Only one full leaf at a time is in host memory, and each device receives only its shard. With several processes each one
+    must call this with the same parameters.
     """
     layout = pytree.flatten(shardings)
 
@@ -147,7 +156,7 @@ def place(params: Mapping[str, Any], shardings: Mapping[str, Any]) -> pytree.Tre
         host = np.asarray(leaf)
         host = host if host.dtype.kind in "iu" else host.astype(np.float32, copy=False)
         parts = layout[path].addressable_devices_indices_map(host.shape)
-        # A copy for each device: on CPU a device array can be the numpy array itself, and the step writes over its state.
+        # One copy per device: on CPU a device array may alias the numpy array, and the step donates its state.
         pieces = [jax.device_put(np.array(host[index]), device) for device, index in parts.items()]
         return jax.make_array_from_single_device_arrays(host.shape, layout[path], pieces).block_until_ready()
 
@@ -162,7 +171,10 @@ def _error(path: str | os.PathLike, error: Exception) -> ConfigError:
 
 
 def find(path: str | os.PathLike, task: str) -> Path:
-    """The folder of a checkpoint such a task can start from: `path` itself, the model of a workdir, or a part of a bundle."""
+    """Returns the checkpoint folder to initialise `task` from: `path` itself, a workdir's model, or a part of a bundle.
+
+    Raises ConfigError if there is none.
+    """
     kinds = KINDS[task]
     try:
         try:
@@ -176,21 +188,21 @@ def find(path: str | os.PathLike, task: str) -> Path:
 
 
 def _checked(path: str | os.PathLike, folder: Path) -> dict[str, Any]:
-    """The description, once the files agree with their hashes."""
+    """The description of the checkpoint, after its files have been checked against their hashes."""
     try:
         description = checkpoint.describe(folder)
     except CheckpointError as error:
         raise _error(path, error) from error
     for name, expected in description.get("hashes", {}).items():
         if not (folder / name).is_file():
-            raise _error(path, CheckpointError(f"{folder} lacks {name}; copy the whole folder again"))
+            raise _error(path, CheckpointError(f"{folder} has no {name}; copy the whole folder again"))
         if checkpoint.sha256(folder / name) != expected:
             raise _error(path, CheckpointError(f"{folder / name} is damaged (its SHA-256 differs); copy it again"))
     return description
 
 
 def saved_clip(path: str | os.PathLike) -> ClipArch:
-    """The architecture of the CLIP at `path`, a checkpoint or a workdir. Raises ConfigError naming config.train.init."""
+    """Returns the architecture of the CLIP at `path`, a checkpoint or workdir. Raises ConfigError naming config.train.init."""
     return _saved_arch(path, find(path, "clip"), ClipArch)
 
 
@@ -202,7 +214,7 @@ def _saved_arch(path: str | os.PathLike, folder: Path, arch: type) -> Any:
         raise _error(path, error) from error
 
 
-# --- fitting -----------------------------------------------------------------------------------------------------------------
+# --- adapting ----------------------------------------------------------------------------------------------------------------
 
 
 def _fit_clip(
@@ -215,14 +227,14 @@ def _fit_clip(
     note: Callable,
     exit_start: str,
 ) -> dict[str, Any]:
-    """`leaves` with positions of the run's sizes, the run's exits alone, and biases that it has and the checkpoint has not."""
+    """`leaves` with position embeddings of the run's sizes, exactly the run's exits, and any logit biases the run needs."""
     wanted, old, new = pytree.flatten(shapes), saved.vision, arch.vision
     where = f"{os.fspath(path)}: "
-    left = () if old.exit_sum else sorted({*old.exits} - {*new.exits})  # of a sum, full depth needs every head
+    left = () if old.exit_sum else sorted({*old.exits} - {*new.exits})  # with exit_sum full depth needs every head
     theirs = tuple(f"{part}/{exit}/" for exit in left for part in _OF_AN_EXIT)
     leaves = {name: leaf for name, leaf in leaves.items() if not f"{name}/".startswith(theirs)}
     if left:
-        note(f"{where}exits {', '.join(map(str, left))} are left out, the run has {new.exits or 'none'} (config.clip.exits)")
+        note(f"{where}exits {', '.join(map(str, left))} are dropped, the run has {new.exits or 'none'} (config.clip.exits)")
     grid, positions = new.image_size // new.patch_size, leaves.get("vision/pos")
     if positions is not None and grid != old.image_size // old.patch_size and old.class_token == new.class_token:
         resize = lambda: resize_positions(np.asarray(positions), grid, new.class_token)
@@ -231,14 +243,14 @@ def _fit_clip(
     context, places = arch.text.context_length, leaves.get("text/pos")
     if places is not None and context < places.shape[0]:
         leaves["text/pos"] = Leaf((context, places.shape[1]), places.sources, lambda: np.asarray(places)[:context])
-        note(f"{where}text positions cut from {places.shape[0]} to {context}")
+        note(f"{where}text position embeddings truncated from {places.shape[0]} to {context}")
     if "logit_bias" in wanted and "logit_bias" not in leaves:
-        # A scale learnt with a softmax, up to 100, would call every pair a match beside the bias that SigLIP starts from.
+        # A logit scale learnt with softmax, up to 100, outweighs SigLIP's initial bias: every pair would count as a match.
         leaves = {name: leaf for name, leaf in leaves.items() if not name.startswith("exit_logit_scale/")}
         leaves["logit_scale"] = Leaf((), (), lambda: SIGMOID_SCALE_START)
         leaves["logit_bias"] = Leaf((), (), lambda: LOGIT_BIAS_START)
-        note(f"{where}it has no logit bias; the logit scales start from {math.exp(SIGMOID_SCALE_START):g} and the biases from "
-             f"{LOGIT_BIAS_START:g}, as SigLIP's")  # fmt: skip
+        note(f"{where}no logit bias; logit scales start at {math.exp(SIGMOID_SCALE_START):g} and biases at "
+             f"{LOGIT_BIAS_START:g}, as in SigLIP")  # fmt: skip
     exits_of = lambda names: ", ".join(map(str, sorted({int(name.split("/")[2]) for name in names})))
     new_heads = [target for target in wanted if target not in leaves and target.startswith("vision/exits/")]
     residuals = [target for target in new_heads if init_errors.RESIDUAL.match(target)]
@@ -246,23 +258,23 @@ def _fit_clip(
     copied = {t: s for t, s in exit_sources(shapes).items() if t not in leaves and s in leaves and t not in random}
     leaves |= {target: leaves[source] for target, source in copied.items()}
     if started := [target for target in copied if target in new_heads]:
-        note(f"{where}exits {exits_of(started)} start from the head of the full tower")
+        note(f"{where}exits {exits_of(started)} are initialised from the full-depth head")
     if fresh is not None:
         values = functools.cache(lambda: pytree.flatten(fresh()))
         leaves |= {t: Leaf(wanted[t].shape, (), functools.partial(lambda t: values()[t], t)) for t in (*random, *residuals)}
         if random:
-            note(f"{where}exits {exits_of(random)} start at random (config.clip.exit_start)")
+            note(f"{where}exits {exits_of(random)} are initialised randomly (config.clip.exit_start)")
         if residuals:
             note(f"{where}exits {exits_of(residuals)} get a residual ({new.exit_head}), which starts at zero")
     if new.merge != old.merge:
-        note(f"{where}it merges patches by {old.merge or 'no schedule'}, the run by {new.merge or 'none'} (config.clip.merge)")
+        note(f"{where}token merging {old.merge or 'none'} in the checkpoint, {new.merge or 'none'} here (config.clip.merge)")
     return leaves
 
 
 def _fit_backbone(leaves: dict[str, Leaf], fresh: Callable[[], Mapping[str, Any]] | None, note: Callable) -> dict[str, Any]:
-    """A ConvNeXt without its classes as the backbone, under a fresh head of complexity."""
+    """A ConvNeXt backbone without its classifier, with a new complexity head."""
     if fresh is None:
-        raise ValueError("a backbone of ImageNet needs `fresh` parameters for the head of complexity")
+        raise ValueError("an ImageNet backbone needs `fresh` parameters for the complexity head")
     head = pytree.flatten(fresh()["head"], "head")
-    note("the backbone's weights are taken, its classes left out; the head of complexity starts at random")
+    note("the backbone is loaded without its classifier; the complexity head is initialised randomly")
     return {f"backbone/{name}": leaf for name, leaf in leaves.items() if not name.startswith("head/fc/")} | head

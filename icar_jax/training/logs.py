@@ -1,4 +1,4 @@
-"""What a run leaves behind for people: metrics as JSON lines, a progress bar, optional TensorBoard events."""
+"""Training logs: metrics as JSON lines, a progress bar, and optional TensorBoard events."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ from icar_jax.config import ConfigError
 from icar_jax.parallel import distributed
 
 METRICS = "metrics.jsonl"
-UNITS = ("pairs", "images")  # that speed is counted in
+UNITS = ("pairs", "images")  # units of throughput: {unit}_per_s
 
 
 def open_log(workdir: Path, steps: int, start: int, tensorboard: bool, title: str) -> RunLog | SilentLog:
-    """The log of a run that continues after `start` steps; of several processes only the first one writes."""
+    """Returns the log of a run that resumes after `start` steps; only process 0 writes.
+
+    Raises ConfigError if `tensorboard` is set and tensorboardX is not installed.
+    """
     return RunLog(workdir, steps, start, tensorboard, title) if distributed.is_main() else SilentLog()
 
 
 def note_event(workdir: Path, step: int, name: str, **values: Any) -> None:
-    """Appends to the metrics what happened after `step`: {"step", "event": name, **values}. Raises OSError."""
+    """Appends the event {"step", "event": name, **values} to WORKDIR/metrics.jsonl. Raises OSError."""
     with (workdir / METRICS).open("a", encoding="utf-8") as lines:
         lines.write(json.dumps({"step": step, "event": name, **values}) + "\n")
 
 
 class SilentLog:
-    """Takes what a log takes and keeps nothing."""
+    """A log that writes nothing, for all processes but the first."""
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         pass
@@ -51,14 +54,17 @@ class RunLog:
         self._events = _event_writer(workdir, start) if tensorboard else None
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Appends one line and shows the losses beside the bar; values are plain floats. Raises OSError naming the file."""
+        """Appends one line to metrics.jsonl and shows the losses on the progress bar; values are Python floats.
+
+        Raises OSError naming the file.
+        """
         try:
             self._lines.write(json.dumps({"step": step, **values}) + "\n")
             self._lines.flush()
         except OSError as error:
             raise OSError(
-                f"{self._path} cannot be written at step {step}: {error}; make room and run the command again, "
-                "it continues from the last checkpoint"
+                f"{self._path} cannot be written at step {step}: {error}; free disk space and run the command again, "
+                "it resumes from the last checkpoint"
             ) from error
         shown = {k: f"{v:.3f}" for k, v in values.items() if k.startswith("loss")}
         for unit in UNITS:
@@ -78,7 +84,7 @@ class RunLog:
         try:
             self._lines.close()
         except OSError:
-            pass  # what could not be written was reported when it was written
+            pass  # the failed write has been reported already
         if self._events is not None:
             self._events.close()
 
@@ -88,13 +94,13 @@ def _event_writer(workdir: Path, start: int):
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ConfigError(
-            "config.train.tensorboard=True needs tensorboardX: pip install -e '.[tensorboard]', or switch it off"
+            "config.train.tensorboard=True needs tensorboardX: pip install -e '.[tensorboard]', or set it to False"
         ) from error
     return SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
 
 def _drop_after(path: Path, start: int) -> None:
-    """Drops lines beyond the step a run continues from, so that no step appears twice."""
+    """Deletes the lines after step `start`, so that no step appears twice in a resumed run."""
     if not path.is_file():
         return
     text = path.read_text(encoding="utf-8")
@@ -108,4 +114,4 @@ def _step(line: str) -> int | None:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return None  # a line that was cut off when the run was killed
+        return None  # the run was killed while it wrote this line

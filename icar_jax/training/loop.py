@@ -1,4 +1,4 @@
-"""The training run: one ordered loop for every task, on any number of processes, resumed by the same command."""
+"""The training loop: the same for every task, on one or several processes, resumed by running the same command again."""
 
 from __future__ import annotations
 
@@ -38,15 +38,19 @@ def train(
     stop_after: int | None = None,
     evaluators: tuple[MakeEvaluator, ...] = (),
 ) -> Path:
-    """Trains to `config.train.steps`, or continues a run that was cut off; returns the finished checkpoint's folder.
+    """Trains to `config.train.steps`, or resumes an interrupted run; returns the folder of the finished checkpoint.
 
-    Writes into `workdir`: config.json, tokenizer.json, splits.json (complexity), metrics.jsonl, checkpoints/, best/ and, at the
-    end, model/. Called by every process of a run, with a workdir that all of them see; the first one writes.
-    A run that config.train.patience ends is finished: model/ holds its last weights, best/ the best ones.
-    SIGTERM saves the state and returns `workdir`; SIGINT saves and raises KeyboardInterrupt. `stop_after` ends this call early
-    after that many steps in all. `evaluators` are what `config.train.eval_every` asks for.
-    Raises ConfigError before anything is written; NonFiniteLoss naming the step and the batch's files; SaveError or OSError
-    where the disk fails, PeerError where another process does: the checkpoints saved before are intact.
+    Writes config.json, tokenizer.json, splits.json (complexity), metrics.jsonl, checkpoints/, best/ and, at the end, model/
+    into `workdir`. Every process of a run must call it with the same shared workdir; process 0 writes.
+    Early stopping (config.train.patience) also finishes the run: model/ holds the last weights, best/ the best ones.
+    SIGTERM saves the state and returns `workdir`; SIGINT saves and raises KeyboardInterrupt.
+
+    Args:
+        stop_after: ends this call once the run has done this many steps in total; None trains to the end.
+        evaluators: functions that build the evaluators; required if `config.train.eval_every` is set.
+
+    Raises ConfigError before anything is written; NonFiniteLoss naming the step and the files of the batch; SaveError or
+    OSError if the disk fails; PeerError if another process fails. Checkpoints saved before an error stay intact.
     """
     cfg.require_local("--workdir", workdir)
     with StopRequest() as request, contextlib.ExitStack() as held:
@@ -60,22 +64,22 @@ def _train(run: RunContext, request: StopRequest, stop_after: int, evaluators: t
     step_fn = make_step(task, optimizer, run.mesh, config)
     sharding = batch_sharding(run.mesh)
     part = distributed.batch_part(sharding, t.batch_size)
-    tokenizer = run.tokenizer if kind.trains_clip else None  # a regret run reads captions with that of its CLIP
+    tokenizer = run.tokenizer if kind.trains_clip else None  # a regret run uses its CLIP's tokenizer and does not save it
     trained = TrainedModel(config, task.kind, task.description, tokenizer, sharding, batch_shards(run.mesh), part)
     read = kind.frozen_params(task)
     frozen = {name: place(tree, shardings(task.frozen[name], run.mesh)) for name, tree in read.items()}
     with StateStore(workdir, t.keep) as store:
-        start = distributed.from_main(store.latest_step or 0)  # a network file system may show the newest one late elsewhere
+        start = distributed.from_main(store.latest_step or 0)  # other hosts may see the newest one late on a network disk
         if start < min(t.steps, stop_after):
             with distributed.together("embedding the extra negatives"):
                 found = kind.embedded_params(task, run.source, run.tokenizer, read, request)
-            for name, tree in (found or {}).items():  # None: a signal has come, and no step is done
+            for name, tree in (found or {}).items():  # None: a stop signal arrived, so no step will run
                 distributed.require_same("set of extra negatives (images that can be read)", tree["index"].tobytes().hex())
                 frozen[name] = place(tree, shardings(task.frozen[name], run.mesh))
         evaluation = make_evaluation(trained, workdir, start, evaluators)
         if start:
             state = store.restore(start, abstract_state(task, optimizer, run.mesh, config))
-            say(f"Continuing {workdir} after step {start} of {t.steps}.")
+            say(f"Resuming {workdir} after step {start} of {t.steps}.")
         else:
             weights = kind.initial_params(task, say) if kind.starts_from_weights else None
             params = place(weights, shardings(task.shapes, run.mesh)) if weights is not None else None
@@ -87,10 +91,10 @@ def _train(run: RunContext, request: StopRequest, stop_after: int, evaluators: t
             with _naming_lost_peers(workdir):
                 state, done, stopped = _run(kind, advance, state, batches, steps, store, log, evaluation, request)
     if done < t.steps and evaluation is not None and evaluation.exhausted:
-        say(f"The last {t.patience} evaluations were no better (config.train.patience): ended after step {done} of {t.steps}.")
+        say(f"Early stopping: no improvement in {t.patience} evaluations (config.train.patience); step {done} of {t.steps}.")
     elif done < t.steps:
         if stopped:
-            say(f"Stopped by {stopped} after step {done} of {t.steps}; the same command continues.")
+            say(f"Stopped by {stopped} after step {done} of {t.steps}; run the same command to resume.")
         if stopped == "SIGINT":
             distributed.end_together()
             raise KeyboardInterrupt
@@ -111,11 +115,10 @@ def _run(
     evaluation: Evaluation | None,
     request: StopRequest,
 ) -> tuple[State, int, str | None]:
-    """Runs `steps`, or until a signal or the end of patience; saves as configured and at the end.
+    """Runs `steps` until a stop signal or early stopping; saves every config.train.checkpoint_every steps and at the end.
 
-    Returns (state, last step done, signal).
-
-    Unreadable files and cut captions are reported at the end.
+    Returns (state, last completed step, name of the signal or None). Reports unreadable files and truncated captions at the
+    end.
     """
     config, bad, cut = kind.config, BadFiles(), CutCaptions(kind.config.clip.context_length)
     monitor = Monitor(kind, log, lambda: store.newest)
@@ -130,13 +133,13 @@ def _run(
             try:
                 batch = next(batches)
             except Exception:
-                # A signal to the whole group has ended the data workers as well.
+                # A signal sent to the whole process group has also stopped the data workers.
                 if request.name and jax.process_count() == 1:
                     stopped = request.name
                     break
                 raise
             bad.add(batch)
-            if kind.trains_clip:  # a frozen CLIP keeps its context length
+            if kind.trains_clip:  # the context length of a frozen CLIP cannot be changed
                 cut.add(batch)
             state, metrics = advance(state, batch)
             done = step
@@ -149,7 +152,7 @@ def _run(
                 log.metrics(step, evaluation(step, model_params(state)))
                 monitor.exclude(time.perf_counter() - begun)
             if step % config.train.checkpoint_every == 0:
-                monitor.flush()  # never save a state whose loss has not been seen
+                monitor.flush()  # check that the loss is finite before saving
                 store.save(step, state)
                 saved = step
         monitor.flush()
@@ -164,7 +167,7 @@ def _run(
 
 
 def _batches(run: RunContext, start: int, part: tuple[int, int]) -> BatchIterator:
-    """This process's part of the batches after `start` steps."""
+    """This process's part of each batch, starting after `start` steps."""
     data, t = run.config.data, run.config.train
     return train_batches(
         run.source,
@@ -185,7 +188,7 @@ def _batches(run: RunContext, start: int, part: tuple[int, int]) -> BatchIterato
 
 @contextlib.contextmanager
 def _naming_lost_peers(workdir: Path):
-    """Says what the runtime's errors mean when the connection to another process breaks."""
+    """Raises PeerError in place of the runtime's error when the connection to another process breaks."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
@@ -194,6 +197,6 @@ def _naming_lost_peers(workdir: Path):
         if jax.process_count() == 1 or not any(sign in text for sign in signs):
             raise
         raise distributed.PeerError(
-            f"another process of this run ended or cannot be reached ({text.splitlines()[0]}); its own output says why. "
-            f"The checkpoints in {workdir} are intact: start all processes again, with the same command"
+            f"another process of this run ended or cannot be reached ({text.splitlines()[0]}); see its output for the cause. "
+            f"The checkpoints in {workdir} are intact: start all processes again with the same command"
         ) from error

@@ -1,4 +1,4 @@
-"""What is watched while a run goes on: losses that stay finite, speed, captions that are cut."""
+"""Training monitor: checks that losses are finite, measures throughput, counts truncated captions."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from icar_jax.training.logs import RunLog
 from icar_jax.training.optimizer import schedule
 from icar_jax.training.tasks.kind import RunKind
 
-_NAMED = 64  # files of a batch that a message lists
+_NAMED = 64  # maximum number of files that an error message lists
 
 
 class NonFiniteLoss(IcarError, RuntimeError):
-    """The loss of a step is not finite; the last checkpoint on disk is from before it."""
+    """A metric of a step is NaN or infinite; the last checkpoint on disk is from an earlier step."""
 
 
 class Monitor:
-    """Reads metrics one step late, so that the host prepares the next batch while the device works."""
+    """Reads metrics one step late, so that the host prepares the next batch while the device computes."""
 
     def __init__(self, kind: RunKind, log: RunLog, saved: Callable[[], int | None]):
-        """`saved()` is the step of the newest checkpoint, None before there is one."""
+        """`saved()` returns the step of the newest checkpoint, None before the first one."""
         config = kind.config
         self._config, self._log, self._saved = config, log, saved
         self._pending: deque = deque()
         self._share = schedule(config.optim, config.train.steps)
         self._speed = f"{kind.unit}_per_s"
-        self._since: tuple[int, float] | None = None  # the first step includes compilation and is not timed
+        self._since: tuple[int, float] | None = None  # None until the first step, which includes compilation, is done
 
     def push(self, step: int, metrics: dict[str, jax.Array], names: Any) -> None:
-        """Takes the metrics of a step and the files of its batch; raises NonFiniteLoss for the step before."""
+        """Queues the metrics of a step and the file names of its batch. Raises NonFiniteLoss for the previous step."""
         self._pending.append((step, metrics, names))
         if len(self._pending) > 1:
             self._take()
 
     def flush(self) -> None:
-        """Reads what is left; raises NonFiniteLoss."""
+        """Reads all queued metrics. Raises NonFiniteLoss."""
         while self._pending:
             self._take()
 
     def exclude(self, seconds: float) -> None:
-        """Leaves time that was spent on something else (an evaluation) out of the speed."""
+        """Excludes `seconds` spent on something else, such as an evaluation, from the throughput."""
         if self._since is not None:
             self._since = (self._since[0], self._since[1] + seconds)
 
@@ -69,7 +69,7 @@ class Monitor:
             if step > before:
                 values[self._speed] = (step - before) * self._config.train.batch_size / max(now - then, 1e-9)
                 self._since = (step, now)
-            with jax.transfer_guard("allow"):  # of the step's number
+            with jax.transfer_guard("allow"):  # transfers the step number
                 values["lr"] = self._config.optim.lr * float(self._share(step - 1))
             self._log.metrics(step, values)
 
@@ -77,11 +77,11 @@ class Monitor:
         saved, optim = self._saved(), self._config.optim
         fields = "config.optim.lr, exit_lr, temperature_lr, warmup_steps, final_lr, weight_decay and clip_norm"
         if saved is None:
-            return f"No checkpoint was saved before it: run the command with lower rates ({fields}) or without files at fault"
+            return f"No checkpoint was saved before it: run again with lower learning rates ({fields}) or without broken files"
         return (
-            f"The checkpoint of step {saved} is intact, and from there the same command meets the same batches again: continue "
-            f"with other settings, such as --config.optim.lr={optim.lr / 2:g} (now {optim.lr:g}); {fields} may change. A file "
-            "at fault may be replaced under its name; with fewer files it is another run, in a new --workdir"
+            f"The checkpoint of step {saved} is intact, but the same command repeats the same batches: resume with other "
+            f"settings, such as --config.optim.lr={optim.lr / 2:g} (now {optim.lr:g}); {fields} may change. A broken file may "
+            "be replaced under the same name; to train without it, start a new run in a new --workdir"
         )
 
 
@@ -92,7 +92,7 @@ def _listed(names: Any) -> str:
 
 
 class CutCaptions:
-    """Counts captions that are longer than the context."""
+    """Counts captions that were truncated to the context length."""
 
     def __init__(self, context_length: int):
         self._context_length, self._cut, self._seen = context_length, 0, 0
@@ -103,10 +103,10 @@ class CutCaptions:
         self._seen += len(truncated)
 
     def report(self) -> None:
-        """Warns if there were any; of several processes the first one speaks, of the captions it read."""
+        """Logs a warning if captions were truncated; only process 0 does, for the captions it read."""
         if self._cut and distributed.is_main():
             logging.warning(
-                "%d of %d captions (%.1f%%) were longer than the context of %s tokens and were cut; "
-                "config.clip.context_length sets it.",
+                "%d of %d captions (%.1f%%) were longer than the context of %s tokens and were truncated; "
+                "set config.clip.context_length to change it.",
                 self._cut, self._seen, 100 * self._cut / self._seen, self._context_length or "the variant's",
             )  # fmt: skip

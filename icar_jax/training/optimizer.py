@@ -1,13 +1,13 @@
-"""AdamW or Muon with parameter groups: towers, exit heads and temperatures have rates of their own; groups may be frozen.
+"""AdamW or Muon with parameter groups, and the exponential moving average of the weights.
 
-Also the moving average of the weights.
+Towers, exit heads and temperatures have separate learning rates; groups can be frozen.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,12 +27,12 @@ GROUPS: tuple[tuple[str, str], ...] = (
 
 MUON_BETA = 0.95
 
-# Frozen is what a model is made of, rates are what is learnt alike: the image tower and the text tower share a rate.
+# Groups for freezing follow the towers. Groups for learning rates do not: the image and text towers share one.
 FREEZE_GROUPS: tuple[tuple[str, str], ...] = (
     (GROUPS[0][0], "temperature"),
     (GROUPS[1][0], "exits"),
     (r"^text/", "text"),
-    (r"^tower/", "tower"),  # of a complexity model: part of the CLIP that it routes
+    (r"^tower/", "tower"),  # of a complexity model with variant 'blocks': the copied blocks of the CLIP
     (r"", "image"),
 )
 
@@ -41,7 +41,7 @@ _GROUP_NAMES = frozenset(name for _, name in FREEZE_GROUPS)
 
 
 def group(path: str) -> str:
-    """The parameter group of a path: temperature, exit or backbone."""
+    """Returns the learning-rate group of a parameter path: 'temperature', 'exit' or 'backbone'."""
     return _first(GROUPS, path)
 
 
@@ -50,16 +50,17 @@ def _first(groups: Sequence[tuple[str, str]], path: str) -> str:
 
 
 def trainable(path: str, freeze: tuple[str, ...]) -> bool:
-    """Whether a parameter learns while `freeze` does not: groups (image, text, exits, temperature) and regexes of paths.
+    """Returns whether the parameter at `path` is trained.
 
-    'image' is the vision tower with its own head (ln_post, proj), 'exits' are the heads of its early exits.
+    `freeze` lists groups (image, text, exits, temperature) and regular expressions of paths. 'image' is the vision tower with
+    its full-depth head (ln_post, proj), 'exits' are the heads of its early exits.
     """
-    held = any(re.search(entry, path) for entry in freeze if entry not in _GROUP_NAMES)
-    return not held and _first(FREEZE_GROUPS, path) not in freeze
+    frozen = any(re.search(entry, path) for entry in freeze if entry not in _GROUP_NAMES)
+    return not frozen and _first(FREEZE_GROUPS, path) not in freeze
 
 
 def rate_share(path: str, rates: Sequence[str]) -> float:
-    """What config.optim.rates multiplies the rate of a parameter by."""
+    """Returns the factor that `rates` (config.optim.rates) puts on the learning rate of a parameter; 1 if none matches."""
     for pattern, share in map(parse_rate, rates):
         if re.search(pattern, path):
             return share
@@ -67,36 +68,46 @@ def rate_share(path: str, rates: Sequence[str]) -> float:
 
 
 def require_matches(freeze: tuple[str, ...], rates: Sequence[str], shapes: pytree.Tree) -> None:
-    """Raises ConfigError for a regular expression that is found in no path, and where nothing is left to learn."""
+    """Raises ConfigError if a group or regular expression matches no parameter, or if every parameter is frozen."""
     paths = list(pytree.flatten(shapes))
     groups = {_first(FREEZE_GROUPS, path) for path in paths}
     if idle := [entry for entry in freeze if entry in _GROUP_NAMES - groups]:
-        raise ConfigError(f"config.train.freeze holds {idle[0]!r}, and this model has no such parameters; take it out")
+        raise ConfigError(f"config.train.freeze contains {idle[0]!r}, but this model has no such parameters; remove it")
     patterns = [("config.train.freeze", entry) for entry in freeze if entry not in _GROUP_NAMES]
     patterns += [("config.optim.rates", parse_rate(entry)[0]) for entry in rates]
     for field, pattern in patterns:
         if not any(re.search(pattern, path) for path in paths):
             near = difflib.get_close_matches(pattern, [*_GROUP_NAMES, *paths], 3, 0.3)
             raise ConfigError(
-                f"{field} holds {pattern!r}, which is found in no path of the {len(paths)} parameters; near it: "
-                f"{', '.join(near) or 'nothing'}"
+                f"{field} contains {pattern!r}, which matches none of the {len(paths)} parameters; closest: "
+                f"{', '.join(near) or 'none'}"
             )
     if not any(trainable(path, freeze) for path in paths):
-        raise ConfigError(f"config.train.freeze={freeze} leaves nothing to train; take one of its entries out")
+        raise ConfigError(f"config.train.freeze={freeze} freezes every parameter; remove an entry")
 
 
 def decays(path: str, ndim: int) -> bool:
-    """Weight decay applies to matrices, convolutions and the token embedding; not to norms, biases, positions, temperatures."""
+    """Returns whether weight decay applies: to matrices, convolutions and the token embedding.
+
+    Norms, biases, position embeddings and temperatures are not decayed.
+    """
     return ndim >= 2 and not path.endswith("/pos")
 
 
 def orthogonalised(path: str, ndim: int) -> bool:
-    """Whether Muon treats a parameter: matrices that multiply; not embeddings, positions, norms, biases or convolutions."""
+    """Returns whether Muon updates a parameter: kernels of linear layers only.
+
+    Embeddings, position embeddings, norms, biases and convolutions are updated by Adam.
+    """
     return ndim == 2 and path.endswith("/kernel")
 
 
-def schedule(config: OptimConfig, steps: int):
-    """Share of the peak rate at a step: linear warm-up from 0, then a cosine down to `final_lr` at the last step."""
+def schedule(config: OptimConfig, steps: int) -> Callable[[Any], jax.Array]:
+    """Returns a function from the step (starting at 0) to the fraction of the peak learning rate, float32.
+
+    Linear warm-up to 1, then cosine decay to `final_lr` at the last step. Differs from optax's schedule, whose warm-up starts
+    with a step at rate 0; runs that resume need the same values as before.
+    """
     warmup = min(config.warmup_steps, steps)
 
     def share(step):
@@ -109,17 +120,17 @@ def schedule(config: OptimConfig, steps: int):
 
 
 def make_optimizer(config: OptimConfig, steps: int, freeze: tuple[str, ...] = ()) -> optax.GradientTransformation:
-    """Clip by global norm, Adam or Muon, decoupled decay, then the group's rate along the schedule.
+    """Returns the optimizer: clipping by global norm, Adam or Muon, decoupled weight decay, scheduled rate of each group.
 
-    Frozen leaves (see `trainable`) are not changed, have no moments, and do not count in the norm that is clipped. The state
-    has the same structure whatever the rates, decay and clipping, so that a run may be continued with others.
+    Frozen parameters (see `trainable`) are not changed, have no moments and do not count in the clipped norm. The structure of
+    the state does not depend on rates, decay or clipping, so a run can be resumed with other values.
     """
     parts = [
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         _muon(config) if config.kind == "muon" else _adam(config),
         optax.add_decayed_weights(
             config.weight_decay,
-            # A leaf that is masked out because it is frozen has no dimensions.
+            # Frozen leaves are masked out and have no ndim.
             mask=lambda params: pytree.map_with_path(lambda path, leaf: decays(path, getattr(leaf, "ndim", 0)), params),
         ),
         _scale_by_group(config, steps),
@@ -139,15 +150,15 @@ def _adam(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def _muon(config: OptimConfig) -> optax.GradientTransformation:
-    """Momentum made orthogonal by Newton-Schulz steps for matrices, Adam for everything else.
+    """Muon (momentum orthogonalised by Newton-Schulz steps) for matrices, Adam for all other parameters.
 
-    Updates are scaled by 0.2 sqrt(max(rows, columns)), which gives them the root mean square that Adam's have (Liu et al.,
-    arXiv 2502.16982), so that rates and decay mean the same as for AdamW.
+    Updates are scaled by 0.2 sqrt(max(rows, columns)) to match the RMS of Adam's updates (Liu et al., arXiv:2502.16982), so
+    learning rate and weight decay can be used as for AdamW.
     """
     one_matrix = lambda tree: jax.tree.map(lambda _: contrib.MuonDimensionNumbers(), tree)
     like_adam = optax.stateless(lambda updates, _: jax.tree.map(lambda u: 0.2 * max(u.shape) ** 0.5 * u, updates))
     matrices = contrib.scale_by_muon(
-        # Rescaled so that four steps do what five do of matrices scaled by their norm alone (Boissin et al., arXiv 2512.04632).
+        # With AOL preconditioning four steps do as well as five with scaling by the norm (Boissin et al., arXiv:2512.04632).
         ns_steps=4,
         preconditioning="aol",
         beta=MUON_BETA,
@@ -164,7 +175,7 @@ def _muon(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def _stay() -> optax.GradientTransformation:
-    """Updates that change no bit: x + -0.0 is x for every x, where 0.0 would turn -0.0 into 0.0."""
+    """Updates of -0.0, which leave every bit unchanged; an update of 0.0 would turn -0.0 into 0.0."""
     still = lambda updates, state, params=None: (jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates), state)
     return optax.GradientTransformation(lambda params: optax.EmptyState(), still)
 
@@ -183,10 +194,10 @@ def _scale_by_group(config: OptimConfig, steps: int) -> optax.GradientTransforma
 
 
 def state_like(optimizer: optax.GradientTransformation, shapes: pytree.Tree, of_params: pytree.Tree, other: Any) -> Any:
-    """The optimizer's state with each moment replaced by its parameter's entry of `of_params`, anything else by `other`.
+    """Returns the optimizer's state with each moment replaced by its parameter's entry of `of_params`, other leaves by `other`.
 
-    `shapes` are those of the parameters. A moment is what lies at the path of a parameter and has its shape; frozen parameters
-    have none.
+    `shapes` are the shapes of the parameters. A leaf is a moment if its path ends in the path of a parameter of the same shape;
+    frozen parameters have no moments.
     """
     entries, parameters = pytree.flatten(of_params), pytree.flatten(shapes)
 
@@ -199,15 +210,15 @@ def state_like(optimizer: optax.GradientTransformation, shapes: pytree.Tree, of_
 
 
 def ema_init(params: pytree.Tree) -> pytree.Tree:
-    """The moving average before the first step: a float32 copy of the parameters, in buffers of its own."""
+    """Returns the moving average before the first step: a float32 copy of the parameters in new buffers."""
     return jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
 
 
 def ema_update(ema: pytree.Tree, params: pytree.Tree, decay: float, step: jax.Array | int) -> pytree.Tree:
-    """The moving average after an update, e + (1 - d) (p - e), in float32.
+    """Returns the moving average after an update, e + (1 - d) (p - e), in float32.
 
-    d = min(decay, (1 + step) / (10 + step)), where `step` counts the updates before this one: a fixed decay would hold on to
-    the first weights for some 1 / (1 - decay) steps.
+    d = min(decay, (1 + step) / (10 + step)), where `step` counts the updates before this one. A fixed decay would keep the
+    initial weights in the average for about 1 / (1 - decay) steps.
     """
     step = jnp.asarray(step, jnp.float32)
     keep = jnp.minimum(decay, (1 + step) / (10 + step))

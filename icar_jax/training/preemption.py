@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM (preemption, a scheduler's time limit) and SIGINT let the run save first."""
+"""Preemption handling: on SIGTERM (preemption, a scheduler's time limit) or SIGINT the run saves its state before it stops."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from icar_jax.parallel import distributed
 
 SIGNALS = {signal.SIGINT: 1, signal.SIGTERM: 2}
 _NAMES = {number: s.name for s, number in SIGNALS.items()}
-# Launchers forward a signal that the terminal or the scheduler has already sent to the whole group.
+# A launcher may forward a signal that the terminal or scheduler has already sent to the whole process group: signals within
+# this many seconds count as one.
 _SAME_REQUEST_S = 1.0
 
 
 class StopRequest:
-    """While entered, the first signal is noted in `name`, and a second one ends the program at once.
+    """Context manager that stores the first stop signal in `name`; a second signal ends the program at once.
 
-    Signals reach Python in the main thread alone; entered from another thread this does nothing.
+    Python handles signals in the main thread only; in another thread this does nothing.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class StopRequest:
         name = signal.Signals(number).name
         if self.name is None:
             self.name, self._since = name, time.monotonic()
-            # os.write: a handler may interrupt a print, which does not allow a second one.
+            # os.write, because the handler may interrupt a print, and print is not reentrant.
             os.write(2, f"\n{name}: stopping after this step; {name} again ends at once, without saving\n".encode())
         elif time.monotonic() - self._since > _SAME_REQUEST_S:
             signal.signal(number, signal.SIG_DFL)
@@ -49,9 +50,9 @@ class StopRequest:
 
 
 class Agreement:
-    """The request that all processes act upon, at the same step; asked once before each step.
+    """Makes all processes stop at the same step; called once before each step.
 
-    In a run of several processes a flag travels with each step and is read one step later, so that nobody waits for it.
+    With several processes each step starts an all-reduce of the stop flag, which is read one step later, so no process waits.
     """
 
     def __init__(self, request: StopRequest):
@@ -59,7 +60,7 @@ class Agreement:
         self._travelling: jax.Array | None = None
 
     def __call__(self, after: jax.Array) -> str | None:
-        """Name of the signal to stop for, or None. `after` is an output of the last step."""
+        """Returns the name of the signal to stop for, or None. `after` is an output of the previous step."""
         name = self._request.name
         if jax.process_count() == 1:
             return name

@@ -47,7 +47,10 @@ class RunContext:
 
 
 def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> RunContext:
-    """Validates the run, then claims the workdir, which stays locked until `held` is closed."""
+    """Validates the run, then creates and locks the workdir; the lock is released when `held` is closed.
+
+    Raises ConfigError for anything in the configuration, data or workdir that prevents the run.
+    """
     with distributed.together("preparing the run"):
         mesh = make_mesh(config.mesh)
         distributed.avoid_cached_collectives()
@@ -55,7 +58,7 @@ def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> RunCon
         kind_of(config).check_architecture()
     distributed.require_same("configuration", _shared_part(config))
     open_data = lambda: configured.train_source(config.data)
-    # What process 0 has indexed the others read; sources without an index are opened by all at the same time.
+    # Process 0 builds the index and the others read it; sources without an index are opened by all processes at once.
     source = distributed.main_first("indexing the shards", open_data) if configured.keeps_index(config.data) else None
     with distributed.together("opening the data"):
         source = open_data() if source is None else source
@@ -71,7 +74,7 @@ def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> RunCon
             steered = files.steered(workdir, config)
             if (done := files.last_checkpoint(workdir)) > config.train.steps:
                 raise cfg.ConfigError(
-                    f"config.train.steps={config.train.steps}, but the run in {workdir} is at step {done}; ask for more steps"
+                    f"config.train.steps={config.train.steps}, but the run in {workdir} is at step {done}; set more steps"
                 )
         rated = kind.survey(source)
         counts = rated.class_counts if rated else (1, 1)
@@ -83,26 +86,26 @@ def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> RunCon
     with distributed.together("claiming the workdir"):
         if distributed.is_main():
             tokenizer = kind.tokenizer(source, workdir if resumed else None)
-            # What does not fit is found before anything is written.
+            # Everything is validated before anything is written.
             task = kind_of(kind.recalled(workdir)).task(tokenizer, mesh, counts)
             require_matches(config.train.freeze, config.optim.rates, task.shapes)
             if kind.starts_from_weights and not resumed:
-                kind.initial_params(task, _quiet)  # names misfits now; the values are read later
-            kind.frozen_params(task)  # names damaged files now
+                kind.initial_params(task, _quiet)  # raises for incompatible weights now; values are read later
+            kind.frozen_params(task)  # raises for damaged files now
             kind.require_images(len(source))
             if config.train.eval_every:
-                configured.validation_source(config)  # names a missing split now
+                configured.validation_source(config)  # raises for a missing split now
             abstract = abstract_state(task, optimizer_of(kind), mesh, config)
             require_space(workdir, abstract, config.train.keep, 1 + config.train.keep_best)
             try:
                 held.enter_context(files.locked(workdir))
-                if files.has_checkpoint(workdir) != resumed:  # seen before it was locked, perhaps minutes ago
+                if files.has_checkpoint(workdir) != resumed:  # `resumed` was read before the lock, perhaps minutes ago
                     raise cfg.ConfigError(
-                        f"--workdir={workdir}: another training wrote to it while this one began; start again"
+                        f"--workdir={workdir}: another run wrote to it while this one was starting; run the command again"
                     )
                 if resumed:
                     files.require_same_config(workdir, config, free)
-                if steered:  # before config.json says so: a run that is killed in between notes it again
+                if steered:  # logged before config.json is written: a run killed in between logs it again
                     note_event(workdir, files.last_checkpoint(workdir), "config_changed", changed=steered)
                 _claim_workdir(kind, workdir, trained_on, tokenizer, rated, token)
             except OSError as error:
@@ -122,7 +125,7 @@ def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> RunCon
 
 
 def with_length(config: ExperimentConfig, images: int) -> ExperimentConfig:
-    """The config with steps, and steps between evaluations, where these are given in epochs."""
+    """Returns the config with train.steps and train.eval_every in steps where they are given in epochs of `images`."""
     t, epoch = config.train, images / config.train.batch_size
     steps = math.ceil(t.epochs * epoch) if t.epochs else t.steps
     every = max(1, round(epoch)) if t.eval_every < 0 else t.eval_every
@@ -130,7 +133,7 @@ def with_length(config: ExperimentConfig, images: int) -> ExperimentConfig:
 
 
 def optimizer_of(kind: RunKind) -> optax.GradientTransformation:
-    """The optimizer of a run, with its frozen groups."""
+    """Returns the optimizer of a run, with its frozen groups."""
     return make_optimizer(kind.config.optim, kind.config.train.steps, kind.frozen_groups)
 
 
@@ -152,7 +155,7 @@ def _claim_workdir(
     rated: RatingsSummary | None,
     token: int,
 ) -> None:
-    """Writes the description of the run, after everything that can be validated has been."""
+    """Writes the files that describe the run; called after all validation."""
     files.save_config(workdir, kind.config)
     files.save_data(workdir, trained_on)
     kind.remember(workdir)
@@ -166,9 +169,9 @@ def _claim_workdir(
 
 
 def _shared_part(config: ExperimentConfig) -> str:
-    """What all processes must agree on; where the data lies and who prepares it may differ between machines.
+    """JSON of the config fields that must be equal on all processes.
 
-    What lies there is compared by its content.
+    Data paths and numbers of workers may differ between machines; the data itself is compared by content.
     """
     values = dataclasses.asdict(config)
     for name in ("root", "ratings", "workers", "threads", "scenes_kept"):

@@ -20,13 +20,13 @@ from icar_jax.training.tasks.base import Frozen, Metrics, Task
 from icar_jax.training.tasks.kinds import kind_of
 
 # {'params': nested dict float32, 'opt_state': optax state, 'step': int32 [], and with config.optim.ema 'ema' like params}.
-# The position in the data is step x batch, and randomness is folded from (seed, step), so nothing else has to be stored to
-# continue a run exactly.
+# The position in the data is step x batch size and random keys are folded from (seed, step), so nothing else has to be stored
+# to resume a run exactly.
 State = dict[str, Any]
 
 
 def state_shardings(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, config: ExperimentConfig) -> State:
-    """A sharding for each leaf of the state; moments and averages follow their parameters."""
+    """Returns a sharding for each leaf of the state; moments and averages are sharded like their parameters."""
     params = shardings(task.shapes, mesh)
     opt_state = state_like(optimizer, task.shapes, params, replicated(mesh))
     average = {"ema": params} if config.optim.ema else {}
@@ -40,9 +40,9 @@ def init_state(
     config: ExperimentConfig,
     params: pytree.Tree | None = None,
 ) -> State:
-    """Creates parameters and moments already sharded; no device holds the whole model.
+    """Returns the initial state, created sharded: no device ever holds the whole model.
 
-    `params`, sharded arrays, replace the random parameters (they are donated).
+    `params`, sharded arrays, are used (and donated) in place of random parameters.
     """
     wanted = state_shardings(task, optimizer, mesh, config)
 
@@ -52,12 +52,12 @@ def init_state(
 
     if params is not None:
         return jax.jit(rest, out_shardings=wanted, donate_argnums=0)(params)
-    with jax.transfer_guard("allow"):  # of the seed
+    with jax.transfer_guard("allow"):  # transfers the seed
         return jax.jit(lambda key: rest(task.init(key)), out_shardings=wanted)(jax.random.key(config.train.seed))
 
 
 def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, config: ExperimentConfig) -> State:
-    """The state as ShapeDtypeStructs with shardings, which is what a checkpoint is restored into."""
+    """Returns the state as ShapeDtypeStructs with shardings, the target for restoring a checkpoint."""
     shapes = {
         "params": task.shapes,
         "opt_state": jax.eval_shape(optimizer.init, task.shapes),
@@ -74,29 +74,30 @@ def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh: Me
 def make_step(
     task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, config: ExperimentConfig
 ) -> Callable[[State, dict[str, jax.Array], Frozen], tuple[State, Metrics]]:
-    """The jitted step: (state, batch, frozen) -> (state, metrics); the old state's memory is reused.
+    """Returns the jitted step (state, batch, frozen) -> (state, metrics); the old state is donated.
 
-    The batch has the entries `task.fields`; `frozen` holds the arrays of `task.frozen`, which do not learn.
+    The batch has the entries `task.fields`; `frozen` holds the arrays of `task.frozen`, which are not trained.
 
-    Metrics hold `loss`, what the task adds, and `grad_norm` of what learns before clipping, all float32 scalars.
+    Metrics are float32 scalars: `loss`, the metrics of the task, and `grad_norm`, the global norm over the trained parameters
+    before clipping.
     """
     groups = kind_of(config).frozen_groups
 
     def gradient(params: pytree.Tree, batch: dict[str, jax.Array], key: jax.Array, frozen: Frozen):
-        # Behind stop_gradient the backward pass of a frozen tower is never built.
-        hold = lambda tree: pytree.map_with_path(
+        # With stop_gradient on frozen parameters, XLA never builds the backward pass of a frozen tower.
+        freeze = lambda tree: pytree.map_with_path(
             lambda path, leaf: leaf if trainable(path, groups) else jax.lax.stop_gradient(leaf), tree
         )
         if config.train.accumulate > 1:
             return grad_cache.value_and_grad(
-                lambda p, part: task.embed(hold(p), part),
-                lambda p, embeddings: task.contrast(hold(p), embeddings, key),
+                lambda p, part: task.embed(freeze(p), part),
+                lambda p, embeddings: task.contrast(freeze(p), embeddings, key),
                 params,
-                task.draw(batch, key, frozen),  # once, so that both passes over a part see the same
+                task.draw(batch, key, frozen),  # drawn once, so that both passes over a part see the same values
                 parts=config.train.accumulate,
                 mesh=mesh,
             )
-        return jax.value_and_grad(lambda p: task.loss(hold(p), batch, key, frozen), has_aux=True)(params)
+        return jax.value_and_grad(lambda p: task.loss(freeze(p), batch, key, frozen), has_aux=True)(params)
 
     def step(state: State, batch: dict[str, jax.Array], frozen: Frozen):
         key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
@@ -121,15 +122,16 @@ def make_step(
 
 
 def model_params(state: State) -> pytree.Tree:
-    """What the run has learned: the averaged weights where they are kept, else the weights."""
+    """Returns the parameters to evaluate and export: the moving average if there is one, else the weights."""
     return state.get("ema", state["params"])
 
 
 def put_batch(batch: dict[str, Any], fields: tuple[str, ...], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's slice of the global batch as sharded device arrays."""
+    """Returns this process's slice of the global batch as device arrays sharded over the batch axes of `mesh`."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in fields}
 
 
 def parameter_count(task: Task) -> int:
+    """Returns the number of parameters of the task's model."""
     return pytree.count(task.shapes)

@@ -172,7 +172,7 @@ def test_batch_that_does_not_divide_over_the_mesh_as_a_flag(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "config, message",
     [
-        ("configs/nothing.py", "no such file, and no configuration of that name (complexity, demo,"),
+        ("configs/nothing.py", "no such file or packaged configuration (complexity, demo,"),
         ("nothing:clip", "--config=nothing:clip: no such file"),
         ("configs/vit_b16_siglip.py:large", "takes no argument"),
         ("configs/photos.py:large", "use configs/photos.py:clip, :cheaper, :router"),

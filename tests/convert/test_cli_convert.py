@@ -53,7 +53,7 @@ def test_refusals_end_with_status_2_and_one_message(tmp_path, capsys):
     code, text = refused(capsys, "convert", tmp_path / "none", tmp_path / "out")
     assert code == 2 and "does not exist" in text
     code, text = refused(capsys, "export", source, "--to", "hf")
-    assert code == 2 and "holds no icar.json" in text
+    assert code == 2 and "no icar.json" in text
     assert not (tmp_path / "out").exists()
 
 

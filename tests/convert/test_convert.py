@@ -248,7 +248,7 @@ def test_positions_keep_the_class_token_and_a_constant_stays_constant():
     np.testing.assert_allclose(resized[0], 7)
     np.testing.assert_allclose(resized[1:], 2, rtol=1e-6)
     np.testing.assert_allclose(resize_positions(pos, 4, True), pos, rtol=1e-6)
-    with pytest.raises(ValueError, match="no square grid"):
+    with pytest.raises(ValueError, match="not a square grid"):
         resize_positions(pos, 7, False)
 
 

@@ -107,7 +107,7 @@ def test_a_classifiers_threshold_must_be_one(threshold, message, tmp_path):
         convert(source, tmp_path / "out")
     bare = dataclasses.replace(case, extra={**case.extra, "hparams": {}})
     report = convert(parity_cases.write_source(bare, tmp_path), tmp_path / "out")
-    assert "brings no threshold" in report.notes[0] and "threshold" not in report.description
+    assert "the classifier has no threshold" in report.notes[0] and "threshold" not in report.description
 
 
 def test_flags_without_meaning_are_refused(tmp_path):

@@ -149,12 +149,13 @@ def test_the_installed_merges_encode_as_open_clip_does():
 def test_exported_tokenizer_files_encode_alike_in_transformers(tmp_path):
     from transformers import AutoTokenizer
 
-    from icar_jax.convert.layouts import export_configs
+    from icar_jax.convert.layouts.clip_export import tokenizer_json
+    from icar_jax.convert.layouts.hf_export import tokenizer_config
     from icar_jax.models.variants import CLIP
 
     for tokenizer in (Tokenizer.from_file(clip_merges()), Tokenizer.train(CAPTIONS, 300)):
-        (tmp_path / "tokenizer.json").write_text(export_configs.hf_tokenizer_json(tokenizer))
-        config = export_configs.hf_tokenizer_config(tokenizer, CLIP["vit_b32"])
+        (tmp_path / "tokenizer.json").write_text(tokenizer_json(tokenizer))
+        config = tokenizer_config(tokenizer, CLIP["vit_b32"])
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         theirs = AutoTokenizer.from_pretrained(tmp_path)
         rows = theirs(CAPTIONS, padding="max_length", truncation=True, max_length=77)["input_ids"]

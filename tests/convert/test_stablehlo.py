@@ -99,5 +99,5 @@ def test_mistakes_leave_nothing(bundle, tmp_path, capsys):
         export_programs(bundle, tmp_path / "taken")
     with pytest.raises(SystemExit):
         cli.main(["export", str(bundle), str(tmp_path / "out"), "--to", "hf", "--batch", "3"])
-    assert "only --to stablehlo" in capsys.readouterr().err
+    assert "can only be used with --to stablehlo" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]

@@ -209,6 +209,14 @@ def test_safetensors_headers_are_checked(tmp_path, header, expected):
     assert expected in refusal(write_safetensors(tmp_path / "x.safetensors", header, bytes(8)))
 
 
+@pytest.mark.parametrize("length", [31_520, 23_328])
+def test_headers_whose_length_reads_like_json(tmp_path, length):
+    """The files begin with ' {' and ' ['."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}).ljust(length).encode()
+    file = write_safetensors(tmp_path / "x.safetensors", header, np.ones(3, np.float32).tobytes())
+    assert file.read_bytes().lstrip()[:1] in b"{[" and load_all(file)["a"].tolist() == [1, 1, 1]
+
+
 def test_empty_safetensors(tmp_path):
     assert "holds no tensors" in refusal(write_safetensors(tmp_path / "x.safetensors", {"__metadata__": {"format": "pt"}}))
 

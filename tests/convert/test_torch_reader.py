@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from icar_jax.convert.files import torch_reader
 from icar_jax.convert.files.tensors import read_weights
 from tests.support.weightfiles import (
     EXPECTED,
@@ -64,6 +65,12 @@ def test_any_other_name_is_refused(tmp_path, function, name):
         b"\x80\x02]" + b"q\x00(h\x00h\x00e" * 3 + b".",  # a list within itself
         b"\x80\x02)" + b"q\x00h\x00\x86" * 200 + b"}q\x01h\x00K\x01s.",  # hashing would never end
         b"\x80\x02}X\x01\x00\x00\x00aX\x07\x00\x00\x00storageQs.",
+        b"\x80\x02Nr\xff\xff\xff\x7f.",  # a memo entry of that number, which pickle.Unpickler makes room for
+        b"\x80\x05\x96\x00\x00\x00\x80\x01\x00\x00\x00abc.",  # bytes longer than the file
+        b"\x80\x04)" + b"q\x00h\x00\x86" * 200 + b"(h\x00\x91.",  # the same as an element of a set
+        b"\x80\x02\x8b\x00\x00\x10\x00" + b"\x7f" * 0x100000 + b".",  # an integer of a million bytes
+        b"\x80\x02}\x8a\x08" + b"\x7f" * 8 + b"Ns.",  # keys that can be chosen to collide
+        b"\x80\x02}(" + b"N" * 65 + b"tNs.",  # a key that takes long to hash
     ],
 )
 def test_hostile_pickles_are_refused(tmp_path, body):
@@ -81,6 +88,41 @@ def test_shared_values_beside_the_state_dict_cannot_explode(tmp_path, monkeypatc
     body = b"\x80\x02}(X\x01\x00\x00\x00w" + pickled_tensor(0, (6,), (1,)) + rest + b"u."
     with_pickle(tmp_path / "x.pt", body)
     assert "too many values" in refusal(tmp_path / "x.pt")
+
+
+COPIES = {
+    "set": b"cbuiltins\nset\nh\x01\x85R",
+    "size": b"ctorch\nSize\nh\x01\x85R",
+    "dict": b"ccollections\nOrderedDict\nh\x02\x85R",
+    "encode": b"c_codecs\nencode\nh\x03X\x06\x00\x00\x00latin1\x86R",
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_calls_cannot_copy_shared_values_again_and_again(tmp_path, kind):
+    """A megabyte of pickle that would take 16 GB."""
+    entries = b"".join(b"M" + number.to_bytes(2, "little") + b"N" for number in range(50_000))
+    shared = b"](" + b"N" * 500_000 + b"eq\x010}(" + entries + b"uq\x020X\x20\xa1\x07\x00" + b"a" * 500_000 + b"q\x030"
+    state = b"}(X\x01\x00\x00\x00w" + pickled_tensor(0, (6,), (1,)) + b"u."
+    with_pickle(tmp_path / "x.pt", b"\x80\x02" + shared + b"(" + COPIES[kind] + b"t0" + state)
+    assert list(load_all(tmp_path / "x.pt")) == ["w"]
+    with_pickle(tmp_path / "x.pt", b"\x80\x02" + shared + b"(" + COPIES[kind] * 4000 + b"t0" + state)
+    assert "copy the same values again and again" in refusal(tmp_path / "x.pt")
+
+
+def test_pickles_have_a_length(tmp_path, monkeypatch):
+    monkeypatch.setattr("icar_jax.convert.files.torch_pickle._MOST_OPCODES", 1000)
+    with_pickle(tmp_path / "x.pt", b"\x80\x02(" + b"]" * 1000 + b"l.")
+    assert "more than 1000 instructions" in refusal(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("member", ["byteorder", "data.pkl"])
+@pytest.mark.parametrize("reader", ["own", "auto"])
+def test_structure_that_unpacks_to_more_than_a_bound_is_not_unpacked(tmp_path, monkeypatch, member, reader):
+    monkeypatch.setitem(torch_reader._LARGEST_STRUCTURE, member, 4000)
+    zeros = lambda name, data: bytes(4001) if name.endswith(member) else data
+    rewrite_zip(FILES / "zip.pt", tmp_path / "x.pt", zeros, zipfile.ZIP_DEFLATED)
+    assert f"{member} has 4001 bytes; expected at most 4000" in refusal(tmp_path / "x.pt", reader)
 
 
 def test_frozen_torchscript_has_no_names():

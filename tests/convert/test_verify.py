@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from safetensors.numpy import save_file
 
 from icar_jax import pytree
 from icar_jax.convert.fields import ConvertError
+from icar_jax.convert.parity import verify
 from icar_jax.convert.parity.verify import (
     Difference,
     compare,
@@ -268,7 +271,7 @@ def test_arrays_of_the_wrong_kind(clip, tmp_path, change, message):
         read_reference(write(tmp_path / "r.npz", "icar", **{**clip[1], **change}))
 
 
-def test_files_that_are_no_reference(clip, tmp_path):
+def test_files_that_are_no_reference(clip, tmp_path, monkeypatch):
     with pytest.raises(ConvertError, match="does not exist"):
         read_reference(tmp_path / "none.npz")
     whole = write(tmp_path / "whole.npz", "icar", **clip[1]).read_bytes()
@@ -281,6 +284,15 @@ def test_files_that_are_no_reference(clip, tmp_path):
     for name in ("one.npy", "object.npz"):
         with pytest.raises(ConvertError, match="expected an .npz of plain arrays"):
             read_reference(tmp_path / name)
+    claim = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }\n"
+    with zipfile.ZipFile(tmp_path / "claim.npz", "w") as archive:
+        archive.writestr("images.npy", b"\x93NUMPY\1\0" + struct.pack("<H", len(claim)) + claim)
+    monkeypatch.setattr(verify, "_LARGEST", 1000)
+    np.savez_compressed(tmp_path / "large.npz", images=np.zeros(1000))
+    for name in ("claim.npz", "large.npz"):
+        with pytest.raises(ConvertError, match="expected an .npz of plain arrays"):
+            read_reference(tmp_path / name)
+    monkeypatch.undo()
     np.savez(tmp_path / "bare.npz", **clip[1])
     np.savez(tmp_path / "meta.npz", **clip[1], meta=np.array("[1]"))
     for name in ("bare.npz", "meta.npz"):

@@ -106,7 +106,7 @@ def test_reads_tried_again_are_counted_and_reported(tmp_path, pauses, monkeypatc
     assert bad and not bad.reasons and sum(bad.retried.values()) == 3
     assert "All images were readable.\n" in bad.summary()
     assert re.search(
-        r"[12] shards were read again after faults \(3 times\):\n  .*\.tar: \d times, last Input/output", bad.summary()
+        r"[12] shards had failed reads that were retried \(3 times\):\n  .*\.tar: \d times, last Input/output", bad.summary()
     )
 
 

@@ -100,9 +100,9 @@ def test_the_best_recall_within_a_budget(bundle, tmp_path, capsys):
     with pytest.raises(ConfigError, match="cannot be met.*at least"):
         calibrate(bundle, Scenes("calibration", 40), budget=0.01, best_recall=True, cost="counted", batch_size=8)
     for flags, message in (
-        (["--share", "0.5", "0.2", "--best-recall"], "within a --budget"),
+        (["--share", "0.5", "0.2", "--best-recall"], "needs a --budget"),
         (["--budget", "0.9", "--best-recall", "--images", "."], "--best-recall needs captions"),
-        (["--budget", "0.9", "--plot", "x.png"], "--max-recall-drop or --best-recall tried"),
+        (["--budget", "0.9", "--plot", "x.png"], "--plot needs --max-recall-drop or --best-recall"),
     ):
         with pytest.raises(SystemExit):
             cli.main(["calibrate", str(bundle), *flags])

@@ -196,12 +196,12 @@ def test_mistakes_of_routing(bundle, complexity_folder, clip_folder, pictures, t
     assert f"at least {np.ceil(lowest * 1e4) / 1e4:g}" in fails(capsys, bundle, "--budget", lowest - 0.01, *images)
     assert "must lie in (0, 1]" in fails(capsys, bundle, "--budget", 1.2, *images)
     assert "pass 2 numbers" in fails(capsys, bundle, "--share", 0.5, *images)
-    assert "lies in no workdir" in fails(capsys, bundle, "--budget", 0.9)
+    assert "is not in a workdir" in fails(capsys, bundle, "--budget", 0.9)
     assert "no image file" in fails(capsys, bundle, "--budget", 0.9, "--images", tmp_path / "none*.png")
     config = ["--config", ROOT / "configs/demo.py:clip"]
     assert "use --budget or --share" in fails(capsys, bundle, "--metric", "f1", *config)
     assert "cannot choose a threshold" in fails(capsys, bundle, "--metric", "auc", *config)
-    assert "give one of them" in fails(capsys, bundle, "--share", 0.5, *images, *config)
+    assert "pass one of them" in fails(capsys, bundle, "--share", 0.5, *images, *config)
     assert "overrides a field of --config" in fails(capsys, bundle, "--budget", 0.9, "--config.data.threads=1")
     assert "is a complexity model without a CLIP" in fails(capsys, complexity_folder, "--budget", 0.9, *images)
     assert "no checkpoint of kind bundle or complexity" in fails(capsys, clip_folder, "--budget", 0.9, *images)
@@ -215,19 +215,22 @@ def test_images_that_were_trained_on_are_counted(classifier, pictures, tmp_path,
     (tmp_path / "labels.csv").write_text("\n".join(["file,score", *(f"{name},{i % 2}" for i, name in enumerate(names))]))
     labels = "--metric", "f1", "--labels", tmp_path / "labels.csv", "--root", pictures
     run(classifier, *labels)
-    assert "trained on" not in capsys.readouterr().out
+    assert "training images" not in capsys.readouterr().out
     config = tiny_config("complexity")
     splits = {name: ("train", "train", "val")[i % 3] for i, name in enumerate(names)} | {"other.png": "train"}
     workdir.write_text(tmp_path / workdir.SPLITS, json.dumps({"splits": splits}))
-    for root, words in ((pictures, "27 of 40 images are images"), (tmp_path, "27 of 40 images have the names of images")):
+    for root, words in (
+        (pictures, "27 of 40 images are training images"),
+        (tmp_path, "27 of 40 images have the names of training images"),
+    ):
         config.data.root = str(root)
         workdir.save_config(tmp_path, config)
         run(classifier, *labels)
         out = capsys.readouterr().out
-        assert f"Note: {words} that the model was trained on" in out
+        assert f"Note: {words} of the model" in out
     workdir.write_text(tmp_path / workdir.SPLITS, json.dumps({"how": "scenes", "counts": {}}))
     run(classifier, *labels)
-    assert "trained on" not in capsys.readouterr().out
+    assert "training images" not in capsys.readouterr().out
 
 
 def test_mistakes_of_labels(classifier, complexity_folder, pictures, tmp_path, capsys):
@@ -243,7 +246,7 @@ def test_mistakes_of_labels(classifier, complexity_folder, pictures, tmp_path, c
     assert "pass --boundary" in fails(capsys, classifier, *labels([0.2, 0.7] * 20))
     assert "no such image" in fails(capsys, classifier, *labels([0, 1] * 20)[:-1], tmp_path.parent)
     assert "--root" in fails(capsys, classifier, *labels([0, 1] * 20)[:-2])
-    assert "have no labels" in fails(capsys, classifier, "--metric", "f1", "--images", pictures)
+    assert "do not have" in fails(capsys, classifier, "--metric", "f1", "--images", pictures)
     assert "threshold" not in checkpoint.describe(classifier)
     run(classifier, *labels([0.2, 0.7] * 20), "--boundary", 0.5)
     assert checkpoint.describe(classifier)["threshold_found"]["boundary"] == 0.5
@@ -266,10 +269,10 @@ def test_amending_keeps_the_rest(bundle):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--share", 0.5, "--images", ".", "--root", "."), "--root belongs to --labels"),
-        (("--share", 0.5, "--images", ".", "--boundary", 0.5), "--boundary makes labels of ratings for --metric"),
-        (("--budget", 0.7, "--images", ".", "--bad-share", 0.1), "--bad-share 0.1 belongs to --labels"),
-        (("--metric", "f1", "--labels", "x.json", "--root", ".", "--bad-share", 2), "--bad-share 2 belongs"),
+        (("--share", 0.5, "--images", ".", "--root", "."), "--root applies to --labels"),
+        (("--share", 0.5, "--images", ".", "--boundary", 0.5), "--boundary needs --metric"),
+        (("--budget", 0.7, "--images", ".", "--bad-share", 0.1), "--bad-share 0.1 must lie in .0, 1. and needs --labels"),
+        (("--metric", "f1", "--labels", "x.json", "--root", ".", "--bad-share", 2), "--bad-share 2 must lie in"),
         (("--share", 0.5, "--images", ".", "--batch-size", 0), "at least 1, found '0'"),
     ],
 )

@@ -96,12 +96,12 @@ def test_the_static_tower_is_the_deepest_within_the_budget(setting, tmp_path):
 
 def test_a_name_that_is_no_field_is_refused():
     with pytest.raises(ConfigError, match="exit_hed"):
-        recipes.changed(tiny_config(), {"clip.exit_hed": "adapter"})
+        recipes.with_changes(tiny_config(), {"clip.exit_hed": "adapter"})
 
 
 def test_the_towers_that_others_are_compared_with_come_first(tmp_path):
     _, plan = study.parse(["--out", str(tmp_path), "--setting", "tiny", "--seeds", "1", "2", "--recipes", "shared"])
-    todo = study.jobs(plan)
+    todo = study.make_jobs(plan)
     order = [job.of[1] if job.of else job.run.name for job in todo]
     begin = ["ConvNeXt-IC", "scenes/pretrained", "scenes/pretrained_static"]
     assert order == [*begin, "baseline", "static", "baseline", "static", "shared", "shared"]
@@ -111,11 +111,11 @@ def test_the_towers_that_others_are_compared_with_come_first(tmp_path):
 def test_shaded_scenes_go_on_from_the_towers_of_scenes(tmp_path):
     arguments = ["--out", str(tmp_path), "--setting", "tiny", "--seeds", "1", "--recipes", "shared", "summed"]
     _, plan = study.parse([*arguments, "--dataset", "shaded", "--photos", str(tmp_path)])
-    names = [job.run.name for job in study.jobs(plan)]
+    names = [job.run.name for job in study.make_jobs(plan)]
     begin = [f"{dataset}/{name}" for dataset in ("scenes", "shaded") for name in ("pretrained", "pretrained_static")]
     assert names == ["ConvNeXt-IC", *begin, *(f"shaded/{name}/seed 1" for name in ("baseline", "static", "shared"))]
-    (sentence,) = study.left_out(plan)
-    assert "shaded/summed is left out: it starts from scratch" in sentence
+    (sentence,) = study.skipped_recipes(plan)
+    assert "shaded/summed is skipped: it starts from scratch" in sentence
 
 
 @pytest.mark.parametrize("setting", recipes.SETTINGS)
@@ -170,15 +170,15 @@ def out(tmp_path_factory, tower, complexity_folder):
     out = tmp_path_factory.mktemp("retention")
     first = out / "scenes" / "baseline" / "0"
     config = tiny_config()
-    asked_for = retention_rows.request(
+    asked_for = retention_rows.make_request(
         config, first, {"complexity": complexity_folder}, calibration=40, distractors=16, budgets=(0.05, *BUDGETS), draws=4
     )
     first.mkdir(parents=True)
     (first / "model").symlink_to(tower)
-    assert not retention_rows.evaluated(asked_for)
-    retention_rows.evaluate(asked_for)
-    assert retention_rows.evaluated(asked_for)
-    assert not retention_rows.evaluated(asked_for | {"draws": 5})
+    assert not retention_rows.is_evaluated(asked_for)
+    retention_rows.evaluate_run(asked_for)
+    assert retention_rows.is_evaluated(asked_for)
+    assert not retention_rows.is_evaluated(asked_for | {"draws": 5})
     for recipe, seed in (("baseline", 1), ("shared", 0), ("shared", 1), ("static", 0)):
         (out / "scenes" / recipe).mkdir(exist_ok=True)
         (out / "scenes" / recipe / str(seed)).symlink_to(first)
@@ -187,17 +187,17 @@ def out(tmp_path_factory, tower, complexity_folder):
 
 def test_what_was_trained_anew_is_evaluated_anew(out, monkeypatch):
     asked_for = json.loads((out / "scenes" / "baseline" / "0" / retention_rows.ROWS).read_text())["asked"]
-    assert retention_rows.evaluated(asked_for)
+    assert retention_rows.is_evaluated(asked_for)
     describe = retention_rows.checkpoint.describe
     changed = lambda folder: describe(folder) | {"hashes": {"params.safetensors": "0" * 64}}
     monkeypatch.setattr(retention_rows.checkpoint, "describe", changed)
-    assert not retention_rows.evaluated(asked_for)
+    assert not retention_rows.is_evaluated(asked_for)
 
 
 def test_rows_are_those_of_the_galleries(out, tower):
-    record, hits, arrays = retention_rows.read(out / "scenes" / "baseline" / "0")
+    record, hits, arrays = retention_rows.read_rows(out / "scenes" / "baseline" / "0")
     rows = record["rows"]
-    images = retention_rows.images_of(tiny_config(), 40, 16)
+    images = retention_rows.select_images(tiny_config(), 40, 16)
     model = load(tower, batch_size=8)
     embedded = [
         (model.encode_image([source[i].image() for i in range(len(source))], exit=2),
@@ -209,7 +209,7 @@ def test_rows_are_those_of_the_galleries(out, tower):
     for k in (1, 5, 10):
         for direction, value in recall(found, k).items():
             assert rows["exit_2"]["recall"][f"{direction}_r{k}"] == pytest.approx(value, abs=100 / 30)  # ties in the last bit
-    match, other = retention_rows.cosines(*embedded[0])
+    match, other = retention_rows.mean_cosines(*embedded[0])
     scores = embedded[0][0] @ embedded[0][1].T
     own = embedded[0][2] == np.arange(30)[:, None]
     np.testing.assert_allclose(match, [s[o].mean() for s, o in zip(scores, own)], atol=1e-5)
@@ -220,7 +220,7 @@ def test_rows_are_those_of_the_galleries(out, tower):
 
 
 def test_routed_rows_have_dice_and_an_oracle_at_the_same_shares(out, complexity_folder):
-    record, hits, _ = retention_rows.read(out / "scenes" / "baseline" / "0")
+    record, hits, _ = retention_rows.read_rows(out / "scenes" / "baseline" / "0")
     rows = record["rows"]
     assert any("the first exit and the router alone cost" in note for note in record["notes"]) and "complexity@0.05" not in rows
     model, router = load(out / "scenes" / "baseline" / "0" / "model"), load(complexity_folder)
@@ -239,8 +239,8 @@ def test_routed_rows_have_dice_and_an_oracle_at_the_same_shares(out, complexity_
 
 def test_the_report_compares_seed_by_seed(out, tmp_path):
     about = {"setting": "tiny", "seeds": [0, 1], "datasets": ["scenes", "photos"], "recipes": ["baseline", "static", "shared"]}
-    report.write(tmp_path / "unused", about | {"datasets": []}, [], [], 10)
-    record = report.write(out, about, about["recipes"], (0, 1), 50)
+    report.write_report(tmp_path / "unused", about | {"datasets": []}, [], [], 10)
+    record = report.write_report(out, about, about["recipes"], (0, 1), 50)
     rows = {(row["recipe"], row["row"]): row for row in record["datasets"]["scenes"]["rows"]}
     same = rows["shared", "full"]
     assert same["retention"] == {"value": 100, "low": 100, "high": 100} and same["seeds"] == [0, 1]
@@ -258,7 +258,7 @@ def test_the_report_compares_seed_by_seed(out, tmp_path):
     assert routed["minus_random_flops"]["value"] == pytest.approx(routed["mean_recall"]["value"] - at)
     assert len(routed["measured_by_seed"]) == 2 and np.median(routed["measured_by_seed"]) == routed["measured"]
     assert "fewer than 3 seeds" in routed["lacks"]
-    assert "does not surely pay" in report.depth_sentence("scenes", record["datasets"]["scenes"])
+    assert "does not significantly pay" in report.depth_sentence("scenes", record["datasets"]["scenes"])
     text = (out / "retention.md").read_text()
     # One budget: the dearest within the goal's time, which is measured, or the cheapest; beside a load that may be another one.
     listed = [budget for budget in BUDGETS if f"| shared | complexity@{budget:.2f} |" in text]
@@ -272,7 +272,7 @@ def test_the_report_compares_seed_by_seed(out, tmp_path):
 
 def test_why_exits_of_the_same_runs(out):
     about = {"setting": "tiny", "seeds": [0, 1], "datasets": ["scenes"], "recipes": ["baseline", "shared"]}
-    report.write(out, about, about["recipes"], (0, 1), 50)
+    report.write_report(out, about, about["recipes"], (0, 1), 50)
     why_exits.main(["--out", str(out)])
     (first, second) = json.loads((out / "why_exits.json").read_text())["datasets"]["scenes"]
     assert first["flips"] == second["flips"]
@@ -280,8 +280,8 @@ def test_why_exits_of_the_same_runs(out):
         for shares in by_direction.values():
             assert sum(each["value"] for each in shares.values()) == pytest.approx(100)
     assert first["cosines"]["3"]["match_offset"] == {"value": 0, "low": 0, "high": 0}
-    _, _, arrays = retention_rows.read(out / "scenes" / "baseline" / "0")
-    lost = why_exits.regret(arrays, 1, 3)
+    _, _, arrays = retention_rows.read_rows(out / "scenes" / "baseline" / "0")
+    lost = why_exits.recall_regret(arrays, 1, 3)
     assert first["images_that_lose"]["value"] == pytest.approx(100 * np.mean(lost > 0))
     assert set(first["routers"]) == {"complexity"} and "captured" in first["routers"]["complexity"]
     assert first["routers"]["complexity"]["budget"] in BUDGETS
@@ -296,7 +296,7 @@ def test_why_exits_says_what_is_missing(tmp_path, capsys):
 
 @pytest.mark.check
 def test_end_to_end_and_resumed(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks" / "retention.py", "--setting", "tiny", "--seeds", "1"]
+    command = [sys.executable, "-m", "experiments.retention.study", "--setting", "tiny", "--seeds", "1"]
     command += ["--recipes", "combined", "--routers", "regret", "--jobs", "2", "--out", tmp_path]
     quick = "--xla_backend_optimization_level=0"  # compiling takes longer than these steps
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick}

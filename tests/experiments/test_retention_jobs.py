@@ -42,7 +42,7 @@ def test_a_job_begins_when_what_it_needs_is_finished(tmp_path, side_by_side):
         with lock:
             at_once -= 1
 
-    jobs.work_through(todo, do, side_by_side, jobs.Children())
+    jobs.run_jobs(todo, do, side_by_side, jobs.ChildProcesses())
     assert sorted(begun) == ["a", "b", "c", "d"] and begun[-1] == "d" and most == min(side_by_side, 2)
     assert begun.index("a") < begun.index("b")
     if side_by_side > 1:
@@ -50,7 +50,7 @@ def test_a_job_begins_when_what_it_needs_is_finished(tmp_path, side_by_side):
 
 
 def test_a_job_that_fails_stops_the_others(tmp_path):
-    todo, children, asked = [job(tmp_path, name) for name in "abc"], jobs.Children(), []
+    todo, children, asked = [job(tmp_path, name) for name in "abc"], jobs.ChildProcesses(), []
 
     def do(each):
         asked.append(each.run.name)
@@ -61,12 +61,12 @@ def test_a_job_that_fails_stops_the_others(tmp_path):
 
     begin = time.perf_counter()
     with pytest.raises(ValueError, match="a has failed"):
-        jobs.work_through(todo, do, 2, children)
+        jobs.run_jobs(todo, do, 2, children)
     assert time.perf_counter() - begin < 30 and sorted(asked) == ["a", "b"]
 
 
 def test_a_program_that_fails_says_so_and_its_output_is_kept(tmp_path, capfd):
-    children, log = jobs.Children(), tmp_path / "x.log"
+    children, log = jobs.ChildProcesses(), tmp_path / "x.log"
     children.call([sys.executable, "-c", "print('one')"], log)
     with pytest.raises(subprocess.CalledProcessError) as failed:
         children.call([sys.executable, "-c", "print('two'); raise SystemExit(3)"], log)

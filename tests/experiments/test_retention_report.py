@@ -16,16 +16,16 @@ from experiments.retention import (
 def test_dice_of_the_same_cost():
     """Recall grows with FLOPs from the exit to full depth; queues take dice 0.05 of the time beyond their FLOPs."""
     recall = lambda counted: np.array([100 * counted, 50 * counted])
-    points = [equal_cost.Point(c, c + (0.05 if 0.5 < c < 1 else 0.0), recall(c)) for c in (0.7, 1.0, 0.5, 0.6, 0.8, 0.9)]
+    points = [equal_cost.CostPoint(c, c + (0.05 if 0.5 < c < 1 else 0.0), recall(c)) for c in (0.7, 1.0, 0.5, 0.6, 0.8, 0.9)]
     untimed = [dataclasses.replace(point, measured=None) for point in points]
-    np.testing.assert_allclose(equal_cost.by_flops(points, 0.64), recall(0.64))
-    np.testing.assert_allclose(equal_cost.by_flops(points, 0.4), recall(0.5))  # no dice are cheaper than the exit
+    np.testing.assert_allclose(equal_cost.recall_at_flops(points, 0.64), recall(0.64))
+    np.testing.assert_allclose(equal_cost.recall_at_flops(points, 0.4), recall(0.5))  # no dice are cheaper than the exit
     dice = [point for point in points if 0.5 < point.counted < 1]
-    np.testing.assert_allclose(equal_cost.by_time([*dice, *untimed], 0.79), recall(0.74))
-    np.testing.assert_allclose(equal_cost.by_time(points, 1.02), recall(1.0))  # full depth has no queues
-    assert equal_cost.by_time(untimed, 0.7) is None and equal_cost.by_time([points[1], *untimed], 0.7) is None
+    np.testing.assert_allclose(equal_cost.recall_at_time([*dice, *untimed], 0.79), recall(0.74))
+    np.testing.assert_allclose(equal_cost.recall_at_time(points, 1.02), recall(1.0))  # full depth has no queues
+    assert equal_cost.recall_at_time(untimed, 0.7) is None and equal_cost.recall_at_time([points[1], *untimed], 0.7) is None
     shrinking = [dataclasses.replace(point, measured=1.5 - point.counted) for point in points]
-    assert equal_cost.by_time(shrinking, 0.45) is None
+    assert equal_cost.recall_at_time(shrinking, 0.45) is None
 
 
 def test_times_of_one_router_lie_on_a_line_through_them():
@@ -39,7 +39,7 @@ def test_times_of_one_router_lie_on_a_line_through_them():
         "b@0.6": row("routed", "b", 0.6, 0.9), "b@0.7": row("routed", "b", 0.7, 0.8),
     }  # fmt: skip
     before = {name: dict(each) for name, each in rows.items()}
-    found = equal_cost.smoothed(rows)
+    found = equal_cost.smooth_times(rows)
     assert rows == before
     for counted in (0.6, 0.7, 0.8):
         assert found[f"a@{counted}"]["measured"] == pytest.approx(0.1 + counted)
@@ -56,8 +56,8 @@ def test_what_a_row_lacks_of_the_goal():
     for change, word in (
         ({"retention": {"value": 98.9, "low": 97.5, "high": 101}}, "99%"),
         ({"retention": {"value": 99.2, "low": 96.9, "high": 101}}, "97%"), ({"retention": None}, "97%"),
-        ({"measured": 0.71}, "time"), ({"measured": None}, "time"), ({"minus_random_time": None}, "dice"),
-        ({"minus_static": {"value": 2.0, "low": 0.0, "high": 3.0}}, "static"), ({"seeds": [0, 1]}, "seeds"),
+        ({"measured": 0.71}, "time"), ({"measured": None}, "time"), ({"minus_random_time": None}, "random"),
+        ({"minus_static": {"value": 2.0, "low": 0.0, "high": 3.0}}, "shallower"), ({"seeds": [0, 1]}, "seeds"),
     ):  # fmt: skip
         assert any(word in each for each in report.lacks(row | change)), change
 
@@ -88,7 +88,7 @@ def test_a_routing_that_takes_too_long_is_drawn_paler_not_left_out():
     figure._forest(axes, "scenes", rows)
     marks = {each.get_label(): each.lines[0] for each in axes.containers}
     assert {label: mark.get_xdata()[0] for label, mark in marks.items()} == {
-        "the recipe's own full depth, at any cost": 95, "an exit for all images": 57,
+        "the recipe's full depth, at any cost": 95, "one exit for all images": 57,
         "routed by complexity, beyond 70% of the time": 66, "routed by complexity": 90,
     }  # fmt: skip
     assert marks["routed by complexity, beyond 70% of the time"].get_alpha() < marks["routed by complexity"].get_alpha()

@@ -29,7 +29,7 @@ def photos(tmp_path):
 
 def test_scenes_are_shaded_by_photographs_of_one_split_each(photos, tmp_path):
     folder = tmp_path / "shaded"
-    shaded_scenes.write(photos, folder, 64, queries=6, distractors=7)
+    shaded_scenes.write_scenes(photos, folder, 64, queries=6, distractors=7)
     parts = {split: open_folder(str(folder), split) for split in shaded_scenes.TIMES}
     # The photograph of `val` and one of `train` are asked for, two more make the distractors, three are learnt from.
     assert {split: len(part) for split, part in parts.items()} == {"train": 30, "test": 7, "val": 6}
@@ -38,35 +38,35 @@ def test_scenes_are_shaded_by_photographs_of_one_split_each(photos, tmp_path):
     assert first.captions == scene.captions and first.image().size == (64, 64)
     assert first.image().tobytes() != scene.image().tobytes()
     before = (folder / shaded_scenes.FILE).stat().st_mtime_ns
-    shaded_scenes.write(photos, folder, 64, queries=6, distractors=7)
+    shaded_scenes.write_scenes(photos, folder, 64, queries=6, distractors=7)
     assert (folder / shaded_scenes.FILE).stat().st_mtime_ns == before
 
 
 def test_the_light_of_a_photograph():
     shades = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))
-    light = shaded_scenes.light_of(Image.fromarray(shades).convert("RGB"), 64)
+    light = shaded_scenes.brightness_map(Image.fromarray(shades).convert("RGB"), 64)
     assert light.shape == (64, 64) and light.dtype == np.float32 and (np.diff(light, axis=1) >= 0).all()
     np.testing.assert_allclose([light.min(), light.max()], [shaded_scenes.DARKEST, shaded_scenes.BRIGHTEST], rtol=1e-6)
 
 
 def test_scenes_shaded_by_other_photographs_are_refused(photos, tmp_path):
-    shaded_scenes.write(photos, tmp_path / "shaded", 64, queries=6, distractors=7)
+    shaded_scenes.write_scenes(photos, tmp_path / "shaded", 64, queries=6, distractors=7)
     put_images(tmp_path / "others" / "images", ["a.png", "b.png", "c.png", "d.png"])
     put_karpathy(tmp_path / "others", [(f"{n}.png", "val" if n == "d" else "train", ["Dogs."], {}) for n in "abcd"])
     with pytest.raises(ConfigError, match="use another --out"):
-        shaded_scenes.write(tmp_path / "others", tmp_path / "shaded", 64, queries=6, distractors=7)
+        shaded_scenes.write_scenes(tmp_path / "others", tmp_path / "shaded", 64, queries=6, distractors=7)
     with pytest.raises(ConfigError, match="3 photographs in `train` and 1 in `val` are too few"):
-        shaded_scenes.write(tmp_path / "others", tmp_path / "more", 64, queries=6, distractors=7)
+        shaded_scenes.write_scenes(tmp_path / "others", tmp_path / "more", 64, queries=6, distractors=7)
     assert not (tmp_path / "more").exists()
 
 
 def test_distractors_are_those_of_test_where_only_thresholds_are_cut_out(photos, tmp_path):
-    shaded_scenes.write(photos, tmp_path / "shaded", 64, queries=6, distractors=7)
+    shaded_scenes.write_scenes(photos, tmp_path / "shaded", 64, queries=6, distractors=7)
     of_folder = {"data.source": "folder", "data.root": str(tmp_path / "shaded"), "data.calibration_size": 5}
-    config = recipes.changed(tiny_config(), of_folder)
-    images = rows.images_of(config, 5, 3)
+    config = recipes.with_changes(tiny_config(), of_folder)
+    images = rows.select_images(config, 5, 3)
     assert [len(part) for part in (images.queries, images.far, images.calibration)] == [6, 3, 5]
     assert set(record_names(images.far)) <= set(open_folder(str(tmp_path / "shaded"), "test").names)
-    cut = rows.images_of(config, 3, 2)  # two more than thresholds need
+    cut = rows.select_images(config, 3, 2)  # two more than thresholds need
     assert [len(part) for part in (cut.far, cut.calibration)] == [2, 3]
     assert not set(record_names(cut.far)) & set(record_names(cut.calibration))

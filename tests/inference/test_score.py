@@ -188,7 +188,7 @@ def test_the_exit_status(complexity_folder, bad_pictures, tmp_path, capsys):
     out = tmp_path / "s.csv"
     good = bad_pictures / "00.png"
     assert run(good, good, "--checkpoint", complexity_folder, "--out", out) == 0
-    assert "1 paths were named or found again and scored once" in capsys.readouterr().err
+    assert "1 duplicate paths; each image was scored once" in capsys.readouterr().err
     assert run(bad_pictures, "--checkpoint", complexity_folder, "--out", out, "--overwrite") == 1
     said = capsys.readouterr()
     assert "3 images could not be scored" in said.err and "broken.jpg: not an image" in said.err

@@ -64,7 +64,7 @@ def test_both_sides_score_the_same():
 @pytest.mark.parity
 def test_the_benchmark_reports_every_row(capsys):
     pytest.importorskip("torch")
-    rows = inference.measure(SMALL, 1, True)
+    rows = inference.benchmark_tower(SMALL, 1, True)
     assert [row["row"] for row in rows] == [*(f"torch {mode}" for mode in inference.TORCH_MODES), "jax f32", "jax bf16"]
     for row in rows:
         assert set(row["images_per_s"]) == {"1", "3", "scores", "routed"} and min(row["images_per_s"].values()) > 0

@@ -36,7 +36,7 @@ ALLOWED = {
 # Which folders of its own package a folder imports; files that lie beside folders may lie above or below them.
 SUBLAYERS = {
     "convert/files": set(),
-    "convert/layouts": set(),
+    "convert/layouts": {"files"},
     "convert/parity": {"files"},
     "data/loader": {"sources"},
     "data/ratings": {"sources"},

@@ -71,7 +71,7 @@ def test_a_damaged_background_is_made_again(model, tmp_path, caplog):
     for file in (tmp_path / "store" / "background.lance" / "data").iterdir():
         file.unlink()
     assert search.Searcher(open_store(store.uri), model).search_text("a dog runs").nothing_here == before
-    assert any("it is made again" in each.getMessage() for each in caplog.records)
+    assert any("recomputing the background" in each.getMessage() for each in caplog.records)
     caplog.clear()
     again = search.Searcher(open_store(store.uri), model)
     again.search_text("a dog runs")
@@ -91,7 +91,7 @@ def test_a_store_made_anew_at_the_address_takes_the_place_of_the_old_one(tmp_pat
         assert store.state()["path"].to_pylist() == ["new"] and store.roots() == [f"/{number}"]
     shutil.rmtree(tmp_path / "store")
     make(tmp_path / "store", model_identity={**IDENTITY, "clip": "c" * 64})
-    with pytest.raises(StoreError, match="made anew with another model"):
+    with pytest.raises(StoreError, match="recreated with a different model"):
         store.count()
 
 

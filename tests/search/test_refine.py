@@ -148,8 +148,8 @@ def test_only_named_folders_and_captions_stay(model, tmp_path, pictures, store):
 def test_rows_without_a_score_and_checkpoints_that_are_no_bundle(model, clip_folder, pictures, tmp_path):
     index(model, pictures, tmp_path / "fixed", exit=1)
     done = run(model, tmp_path / "fixed")
-    assert (done.unscored, done.images) == (23, 0) and "without a score, left as they are 23" in done.report()
-    with pytest.raises(CheckpointError, match="needs the thresholds of a bundle"):
+    assert (done.unscored, done.images) == (23, 0) and "unscored, not refined 23" in done.report()
+    with pytest.raises(CheckpointError, match="needs a bundle"):
         refine(tmp_path / "fixed", (), clip_folder, never)
     with pytest.raises(IndexingError, match="pass --checkpoint"):
         refine(tmp_path / "none", (), None, never)

@@ -276,7 +276,7 @@ def test_the_command_prints_json(store_folder, capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "words or --image"), (["a dog", "--image", "x.png"], "words or --image"), ([" "], "empty"),
+        ([], "text query or --image"), (["a dog", "--image", "x.png"], "text query or --image"), ([" "], "empty"),
         (["--image", "absent.png"], "absent.png"), (["a dog", "--where", "nope = 1"], "the columns are path"),
         (["a dog", "--checkpoint", "nowhere"], "nowhere"),
     ],

@@ -42,7 +42,7 @@ def test_the_first_ones_description_holds(tmp_path, blind, looks):
     uri = str(tmp_path / "store")
     made(uri, "/first")
     blind(looks)  # the second one found no meta, or nothing at all
-    with pytest.raises(StoreExists, match="is a store already"):
+    with pytest.raises(StoreExists, match="is already a store"):
         opening._create_tables(lancedb.connect(uri), uri, D, {"format": tables.FORMAT, "checkpoint": "/second"})
     assert open_store(uri).meta["checkpoint"] == "/first"
 
@@ -70,7 +70,7 @@ def test_tables_of_a_killed_writer_are_taken_over_and_those_of_another_store_are
     assert made(uri).meta["checkpoint"] == "/first"
     strange = str(tmp_path / "strange")
     lancedb.connect(strange).create_table("bad", pa.table({"path": ["x"]}))
-    with pytest.raises(StoreError, match="holds a table bad of another store without its meta"):
+    with pytest.raises(StoreError, match="has a table bad but no table meta"):
         made(strange)
 
 

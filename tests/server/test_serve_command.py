@@ -16,11 +16,11 @@ from tests.support.programs import environment
 
 
 @pytest.mark.parametrize("flags, match", [
-    (["--host", "0.0.0.0"], "--host 0.0.0.0 can be reached from other machines"),
+    (["--host", "0.0.0.0"], "--host 0.0.0.0 is reachable from other machines"),
     (["--token", "short"], "at least 16 printable"),
     (["--token-file", "/no/such/file"], "No such file"),
     (["--allowed-host", "a.example"], "--allowed-host"),
-    (["--port", "70000"], "0 to 65535"),
+    (["--port", "70000"], "0 and 65535"),
     ([], "there is no store at"),
 ])  # fmt: skip
 def test_what_is_refused_before_anything_is_opened(flags, match, tmp_path, capsys):

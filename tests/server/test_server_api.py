@@ -141,9 +141,9 @@ def test_no_path_leads_out(client, path):
 
 def test_uploads_are_bounded(client):
     big = serverkit.sent(Image.new("RGB", (1001, 1000)))
-    assert "more than 1,000,000 pixels" in refused(upload(client, big), 422)
-    assert "larger than" in refused(upload(client, bytes(400_000)), 413)
-    assert "larger than" in refused(upload(client, bytes(201_000)), 413)
+    assert "exceeds the limit of 1,000,000 pixels" in refused(upload(client, big), 422)
+    assert "exceeds the limit" in refused(upload(client, bytes(400_000)), 413)
+    assert "exceeds the limit" in refused(upload(client, bytes(201_000)), 413)
 
     def endless():
         yield b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
@@ -151,7 +151,7 @@ def test_uploads_are_bounded(client):
             yield bytes(100_000)
 
     chunked = client.post("/api/search/image", content=endless(), headers={"content-type": "multipart/form-data; boundary=x"})
-    assert "larger than" in refused(chunked, 413)
+    assert "exceeds the limit" in refused(chunked, 413)
     refused(client.post("/api/search", content=b"[" * 150_000, headers={"content-type": "application/json"}), 413)
     refused(client.post("/api/search", content=b"[" * 90_000, headers={"content-type": "application/json"}), 400)
     assert "multipart/form-data" in refused(client.post("/api/search/image", content=b"abc"), 422)
@@ -248,7 +248,7 @@ def test_beyond_the_queue_is_503_and_the_rest_is_answered(made):
                 time.sleep(0.005)
             time.sleep(0.05)
         busy = c.get("/api/search", params={"q": "one too many"})
-        assert "2 searches are waiting" in refused(busy, 503) and busy.headers["retry-after"] == "1"
+        assert "2 searches are already waiting" in refused(busy, 503) and busy.headers["retry-after"] == "1"
         assert 'icar_refused_total{reason="queue"} 1.0' in c.get("/metrics").text
         found(c.get("/healthz"))
         gate.set()

@@ -173,7 +173,7 @@ def test_an_address_that_names_no_image_asks_for_none(made, browser, like):
     page.wait("!document.getElementById('start').hidden")
     before = len(page.requested())
     page.go(f"{made[1]}/?like={like}")
-    page.wait("document.getElementById('notice').innerText.includes('No image is named')")
+    page.wait("document.getElementById('notice').innerText.includes('Invalid image')")
     asked = [address.partition("?")[0] for address in page.requested()[before:]]
     assert asked and not any("/api/images" in address or "metrics" in address for address in asked)
 
@@ -185,7 +185,7 @@ def test_an_image_that_cannot_be_read_is_said(made, browser, tmp_path):
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(9999))))
     page = browser.page(made[1])
     page.wait("!document.getElementById('start').hidden")
-    for name, says in (("broken.png", "no image that can be read"), ("bomb.png", "more than 10,000,000 pixels")):
+    for name, says in (("broken.png", "not a readable image"), ("bomb.png", "exceeds the limit of 10,000,000 pixels")):
         page.choose("#file", tmp_path / name)
         page.wait(f"document.getElementById('notice').innerText.includes('{says}')")
         assert page.eval("!!document.querySelector('#notice button')"), "it can be tried again"

@@ -37,16 +37,16 @@ def test_a_bomb_is_refused_before_it_goes_off():
 
     header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1_000_000))) + chunk(b"IEND", b"")
-    with pytest.raises(RequestError, match="more than 50,000,000 pixels") as refused:
+    with pytest.raises(RequestError, match="exceeds the limit of 50,000,000 pixels") as refused:
         open_picture(bomb, "image", 50_000_000)
     assert refused.value.status == 422
-    with pytest.raises(RequestError, match=r"\(64 x 48\): more than 3,071"):
+    with pytest.raises(RequestError, match=r"\(64 x 48\): exceeds the limit of 3,071"):
         open_picture(sent(Image.new("RGB", (64, 48))), "image", 3071)
 
 
 def test_formats_that_run_programs_are_not_opened():
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
-    with pytest.raises(RequestError, match="no image that can be read"):
+    with pytest.raises(RequestError, match="not a readable image"):
         open_picture(script, "image", 10_000)
 
 
@@ -148,7 +148,7 @@ def test_a_link_to_a_folder_leads_out_of_what_was_indexed_too(one, tmp_path):
     (folder / "d.png").symlink_to(outside / "b.png")
     roots = [str(folder)]
     for name in ("link/b.png", "d.png"):
-        with pytest.raises(RequestError, match="out of the folders that were indexed") as refused:
+        with pytest.raises(RequestError, match="out of the indexed folders") as refused:
             read_indexed(str(folder / name), sha256, roots=roots)
         assert (refused.value.status, refused.value.kind) == (404, "image-link")
         assert read_indexed(str(folder / name), sha256, follow_links=True, roots=roots)

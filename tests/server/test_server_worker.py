@@ -62,7 +62,7 @@ def test_beyond_the_queue_is_refused(worker):
     hold(worker)
     for i in range(4):
         worker.submit("text", i)
-    with pytest.raises(RequestError, match="4 searches are waiting") as refused:
+    with pytest.raises(RequestError, match="4 searches are already waiting") as refused:
         worker.submit("text", 9)
     assert refused.value.status == 503 and refused.value.headers["Retry-After"] == "1"
 

@@ -203,8 +203,8 @@ def loss_memory() -> dict:
     sys.path.insert(0, "benchmarks")
     import loss_memory
 
-    rows = loss_memory.measure(batches=(4096,), chunks=(128,))
-    compiled = loss_memory.compiled(loss_memory.mesh(), 4096, "softmax", 512)
+    rows = loss_memory.measure_memory(batches=(4096,), chunks=(128,))
+    compiled = loss_memory.compile_loss(loss_memory.mesh(), 4096, "softmax", 512)
     return {
         "temporary": {f"{row['kind']} {row['chunk']}": row["temp_bytes"] for row in rows}
         | {"softmax 512": compiled.memory_analysis().temp_size_in_bytes},

@@ -1,7 +1,7 @@
-"""Reads safetensors files one tensor at a time, dtypes that numpy lacks included.
+"""Reads safetensors files one tensor at a time, including dtypes that numpy lacks.
 
-The library's numpy interface refuses bfloat16 and maps the file, whose pages then count as memory; the format is a JSON
-header in front of the bytes, checked here as strictly as the library does.
+The library's numpy interface refuses bfloat16 and maps the file, whose pages then count as memory. The format is a JSON header
+in front of the values; it is checked as strictly as by the library.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def matches(head: bytes) -> bool:
 
 
 def read(path: str | os.PathLike) -> dict[str, tuple[tuple[int, ...], str, Callable[[], np.ndarray]]]:
-    """Shape, dtype name and a function that reads it, for each tensor by name.
+    """{name: (shape, dtype name, a function that reads the tensor)}.
 
     Raises ConvertError, naming the tensor, where the header is damaged or does not cover the file exactly.
     """

@@ -1,8 +1,8 @@
 """Opens weight files: named tensors that are read one at a time, from safetensors, PyTorch and TorchScript files.
 
-What a file is is told from its content. PyTorch files are read by torch itself where it is installed (weights_only, so that
-no code runs) and by icar_jax.convert.files.torch_reader otherwise; TorchScript always by the latter, as opening it with torch
-would run the code inside.
+The format is detected from the content. PyTorch files are read by torch itself where it is installed (weights_only, so that no
+code runs) and by icar_jax.convert.files.torch_reader otherwise; TorchScript always by the latter, because torch would run the
+code inside.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Weights:
-    """`tensors` of one file or of the shards of an index, and in `extra` the plain values saved beside the state dict."""
+    """The tensors of one file, or of the shards of an index; `extra` holds the plain values stored beside the state dict."""
 
     path: Path
     kind: str
@@ -60,17 +60,19 @@ class Weights:
 
 
 def read_weights(path: str | os.PathLike, reader: str = "auto") -> Weights:
-    """Opens a weight file or a Hugging Face index of shards; no weights are read until a tensor's `load` is called.
+    """The tensors of a weight file or of a Hugging Face index of shards; values are read when a tensor's `load` is called.
 
-    `kind` is 'safetensors', 'torch' or 'torchscript'. 'module.' is dropped where every name begins with it. `reader` of
-    PyTorch files: 'torch' (weights_only), 'own' (needs no torch) or 'auto' (torch where it is installed).
-    Raises ConvertError for a file that is missing, damaged, not weights, or that asks for more than tensors.
+    `kind` of the result is 'safetensors', 'torch' or 'torchscript'. The prefix 'module.' is removed where every name has it.
+    `reader` of PyTorch files: 'torch' (weights_only), 'own' (needs no torch) or 'auto' (torch where it is installed).
+    Raises ConvertError for a file that is missing, damaged, not weights, or that holds more than tensors and plain values.
     """
     if reader not in READERS:
         raise ConvertError(f"unknown reader {reader!r}; expected one of {', '.join(READERS)}")
     path = Path(path)
     head = _head(path)
-    kind, tensors, extra = _read_index(path, reader) if _is_json(head) else _read_file(path, head, reader)
+    # The header of a safetensors file can begin like JSON: a length of 31,520 bytes reads ' {'.
+    index = _is_json(head) and not safetensors_reader.matches(head)
+    kind, tensors, extra = _read_index(path, reader) if index else _read_file(path, head, reader)
     if not tensors:
         raise ConvertError(f"{path} holds no tensors; expected the weights of a model")
     if all(name.startswith("module.") and name != "module." for name in tensors):
@@ -239,13 +241,13 @@ def _torch_fault(path: Path, text: str) -> str:
             f"{path} was refused by torch's weights_only reader: its pickle names {refused[1]}, where only tensors and plain "
             "values are allowed, and loading it in full could run code; save the state dict alone or as .safetensors"
         )
-    # torch's own message opens with advice to switch its protection off; what went wrong comes after.
+    # torch's own message begins with advice to switch its protection off; the fault comes after.
     text = " ".join(text.split()).rpartition("WeightsUnpickler error: ")[2].partition(" Check the documentation")[0]
     return f"{path} cannot be read by torch's weights_only reader: {text[:300]}; get the file again"
 
 
 def _locate(tree: Any, is_tensor: Callable[[Any], bool], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tensors of the state dict, which is the whole tree or lies under a usual key, and the plain values of the rest."""
+    """The tensors of the state dict (the whole tree, or one of STATE_KEYS in it), and the plain values of the rest."""
     if not isinstance(tree, dict):
         raise ConvertError(f"{path} holds a {type(tree).__name__}; expected a state dict, or one under {_names(STATE_KEYS)}")
 
@@ -276,7 +278,7 @@ _DROPPED = object()
 
 
 def _plain(value: Any, path: Path) -> Any:
-    """The strings, numbers, None, dicts and lists of a checkpoint's other entries; tensors and anything else are left out."""
+    """The strings, numbers, None, dicts and lists among a checkpoint's other entries, without tensors and other objects."""
     budget = [_MOST_VALUES]
 
     def convert(node: Any, depth: int) -> Any:

@@ -1,4 +1,7 @@
-"""An interpreter for the pickles inside PyTorch files that knows tensors and plain values, and cannot call anything."""
+"""An interpreter for the pickles inside PyTorch files that knows tensors and plain values, and cannot call anything.
+
+Not pickle.Unpickler with find_class: a dict key of shared tuples keeps it hashing forever, a memo index of 3e8 takes 5 GB.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +38,14 @@ _PUSHED = {
 }
 _VALUES = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _PLAIN = (str, int, float, bytes, type(None))
+# Bounds on time and memory. Calls may copy as many elements as the pickle has pushed, and as many shared ones besides.
+_MOST_OPCODES, _SPARE_ELEMENTS = 1 << 24, 1 << 20
+_LONGEST_KEY, _INTEGER_BITS, _KEY_BITS = 64, 1024, 60
 
 
 @dataclass(frozen=True)
 class Name:
-    """A global that a pickle mentions, as text: it stands for nothing in this process."""
+    """The name of a global in a pickle, as text; nothing of that name is looked up in this process."""
 
     name: str
 
@@ -56,7 +62,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor not yet read; offset and strides are in elements and unchecked."""
+    """A tensor before it is read; offset and strides are in elements and not yet checked."""
 
     storage: Storage
     offset: int
@@ -78,14 +84,16 @@ class _Malformed(ValueError):
 
 
 def unpickle(stream: BinaryIO, path: Path, script: bool = False, storages: dict[str, Storage] | None = None) -> Any:
-    """Reads one pickle from `stream`, leaving it right behind. OrderedDicts become dicts, tensors StoredTensor.
+    """The object in the next pickle of `stream`, which stops right behind it. OrderedDicts become dicts, tensors StoredTensor.
 
-    `storages`, if given, receives each storage that is mentioned, by key. With `script`, classes of TorchScript code become
-    Script objects. Raises ConvertError naming whatever is not on the list; ValueError and the like where it is malformed.
+    `storages`, if given, receives every storage that the pickle refers to, by key. With `script`, classes of TorchScript code
+    become Script objects. Time and memory are bounded by the length of the pickle. Raises ConvertError for a name that is not
+    allowed; ValueError, IndexError, KeyError or TypeError for a malformed pickle.
     """
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
+    room = _SPARE_ELEMENTS  # elements and characters that calls may still copy
 
     def to_mark() -> list[Any]:
         start = marks.pop()
@@ -93,9 +101,15 @@ def unpickle(stream: BinaryIO, path: Path, script: bool = False, storages: dict[
         del stack[start:]
         return items
 
-    for opcode, argument, _ in pickletools.genops(stream):
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+        if count == _MOST_OPCODES:
+            raise _Malformed(f"more than {_MOST_OPCODES} instructions")
         name = opcode.name
+        room += 1
         if name in _PUSHED:
+            if isinstance(argument, int) and argument.bit_length() > _INTEGER_BITS:
+                raise _Malformed(f"an integer of more than {_INTEGER_BITS} bits")
+            room += len(argument) if isinstance(argument, str | bytes | bytearray) else 0
             stack.append(argument)
         elif name in _VALUES:
             stack.append(_VALUES[name])
@@ -139,8 +153,12 @@ def unpickle(stream: BinaryIO, path: Path, script: bool = False, storages: dict[
             _require_allowed(text, path, script)
             stack.append(Name(text))
         elif name == "REDUCE":
-            arguments = _expect(stack.pop(), tuple)
-            stack.append(_rebuild(_expect(stack.pop(), Name).name, arguments))
+            arguments, called = _expect(stack.pop(), tuple), _expect(stack.pop(), Name).name
+            if called not in _SCRIPT_LISTS:  # these return their argument itself
+                room -= sum(len(part) for part in arguments if isinstance(part, str | tuple | list | dict))
+                if room < 0:
+                    raise _Malformed("calls that copy the same values again and again")
+            stack.append(_rebuild(called, arguments))
         elif name == "NEWOBJ":
             _expect(stack.pop(), tuple)
             stack.append(_new(_expect(stack.pop(), Name).name))
@@ -177,9 +195,12 @@ def _expect(value: Any, *kinds: type) -> Any:
 def _fill(target: Any, items: list[Any]) -> dict:
     _expect(target, dict)
     for key, value in zip(items[::2], items[1::2], strict=True):
-        # Hashing a deeply shared tuple would never end.
-        if not isinstance(key, _PLAIN) and not (isinstance(key, tuple) and all(isinstance(part, _PLAIN) for part in key)):
+        # Hashing a tuple of shared tuples would never end; large integers can be chosen to have equal hashes.
+        parts = key if isinstance(key, tuple) else (key,)
+        if len(parts) > _LONGEST_KEY or not all(isinstance(part, _PLAIN) for part in parts):
             raise _Malformed(f"expected a plain dict key, found {type(key).__name__}")
+        if any(isinstance(part, int) and part.bit_length() > _KEY_BITS for part in parts):
+            raise _Malformed(f"a dict key of more than {_KEY_BITS} bits")
         target[key] = value
     return target
 
@@ -204,7 +225,7 @@ def _new(name: str) -> Script:
 
 
 def _rebuild(name: str, arguments: tuple) -> Any:
-    """What calling `name` would have made, out of plain values."""
+    """The plain value that stands for a call of `name`."""
     if name in (_TENSOR, _TENSOR_V2, _TENSOR_V3):
         storage, offset, shape, stride, *rest = arguments
         dtype = _expect(storage, Storage).dtype
@@ -216,7 +237,7 @@ def _rebuild(name: str, arguments: tuple) -> Any:
         shape, stride = _integers(shape), _integers(stride)
         if len(shape) != len(stride):
             raise _Malformed("a tensor with more strides than dimensions, or fewer")
-        return StoredTensor(storage, *_integers((offset,)), shape, stride, dtype)
+        return StoredTensor(storage, _integers((offset,))[0], shape, stride, dtype)
     if name in _PARAMETERS:
         return _expect(arguments[0], StoredTensor)
     if name in _DICTS:
@@ -230,7 +251,7 @@ def _rebuild(name: str, arguments: tuple) -> Any:
     if name == "torch.device":
         return Name(name)
     if name == "_codecs.encode":
-        # How protocol 2 writes bytes.
+        # Protocol 2 writes bytes like this.
         return _expect(arguments[0], str).encode("latin1")
     if name in _SCRIPT_LISTS:
         return arguments[0]
@@ -254,7 +275,7 @@ def _storage(saved: tuple) -> Storage:
     dtype = _STORAGES.get(_expect(storage_type, Name).name)
     if kind not in ("storage", b"storage") or dtype is None:
         raise _Malformed("a reference to something other than a storage")
-    # Very old files refer to a part of a storage as (its key, offset, length).
+    # Files of torch before 0.4 refer to a part of a storage as (its key, offset, length).
     base = view[0][1] if view and view[0] is not None else 0
     numel, base = _integers((numel, base))
     if min(numel, base) < 0:

@@ -1,9 +1,8 @@
-"""Reads the tensors of a PyTorch file without PyTorch, and nothing but the tensors.
+"""Reads tensors and plain values of a PyTorch file without PyTorch, and nothing else.
 
-Three containers are understood: the zip archive of torch >= 1.6, the older stream of pickles, and TorchScript archives.
-Their pickles are interpreted here, opcode by opcode, instead of being handed to Python's unpickler: no name in a file is
-ever imported and nothing in a file is ever called, so there is nothing for a hostile file to reach. Names outside a short
-list are refused, by name. Weights stay in the file until a tensor is asked for.
+Three containers are supported: the zip archive of torch >= 1.6, the older stream of pickles, and TorchScript archives. Their
+pickles are interpreted opcode by opcode in torch_pickle.py: no name in a file is imported and nothing in a file is called.
+Names outside a short list are refused. Values stay in the file until a tensor is read.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ DTYPES = {
     )
 }
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-_LARGEST_PICKLE = 1 << 28
+_LARGEST_STRUCTURE = {"data.pkl": 1 << 28, "byteorder": 64}  # bytes, unpacked
 _SMALL_TENSOR = 1 << 26
 _LARGEST_DEPTH, _MOST_OBJECTS = 64, 1_000_000
 
 
 @dataclass(frozen=True)
 class Region:
-    """Where bytes lie: `nbytes` at `offset` of `path`, or, where `member` is set, a compressed member of that archive."""
+    """The place of bytes: `nbytes` at `offset` of `path`, or, where `member` is set, a compressed member of that archive."""
 
     path: Path
     offset: int
@@ -47,7 +46,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Archive:
-    """The members of a torch zip, without the folder that all of them are in; `script` marks TorchScript."""
+    """The members of a torch zip by name, without the folder that holds them all; `script` marks TorchScript."""
 
     path: Path
     members: dict[str, Region]
@@ -56,7 +55,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class TorchFile:
-    """`tree` is what was saved, with a StoredTensor for every tensor; of TorchScript, its tensors by dotted path."""
+    """`tree` is the saved object, with a StoredTensor for every tensor; for TorchScript its tensors by dotted path."""
 
     path: Path
     tree: Any
@@ -64,13 +63,13 @@ class TorchFile:
 
 
 def open_archive(path: str | os.PathLike) -> Archive:
-    """Lists a torch zip. Raises ConvertError where it is truncated, damaged or no torch file."""
+    """The members of a torch zip. Raises ConvertError where it is truncated, damaged or not a torch file."""
     path = Path(path)
     return _guarded(path, lambda: _list_members(path))
 
 
 def read_archive(archive: Archive) -> TorchFile:
-    """The structure of a zip or TorchScript file. Raises ConvertError for whatever is not tensors and plain values."""
+    """The structure of a zip or TorchScript file. Raises ConvertError for content other than tensors and plain values."""
     path, members = archive.path, archive.members
 
     def read() -> TorchFile:
@@ -91,7 +90,7 @@ def read_legacy(path: str | os.PathLike) -> TorchFile:
 
 
 def loader(file: TorchFile, name: str, tensor: StoredTensor) -> Callable[[], np.ndarray]:
-    """Checks that the tensor `name` lies whole within its storage; the result reads it, C-contiguous. Raises ConvertError."""
+    """A function that reads the tensor, C-contiguous. Raises ConvertError unless it lies within its storage."""
     where = f"{file.path}: tensor {name!r}"
     storage, shape = tensor.storage, tensor.shape
     dtype, region = DTYPES[tensor.dtype], file.storages.get(storage.key)
@@ -125,18 +124,18 @@ def loader(file: TorchFile, name: str, tensor: StoredTensor) -> Callable[[], np.
 
 
 def size_of(shape: tuple[int, ...], where: str, dtype: np.dtype, stored: int) -> int:
-    """The number of elements of a shape that a file gives for `stored` bytes. Raises ConvertError for an impossible one."""
+    """The number of elements of a shape that a file states for `stored` bytes. Raises ConvertError for an impossible one."""
     room = 1
     for length in shape:
         room *= max(length, 1)
-    # An expanded tensor may be larger than its storage, but a tiny file must not ask for all of the memory.
+    # An expanded tensor may be larger than its storage, but a tiny file must not take all of the memory.
     if len(shape) > 64 or min(shape, default=0) < 0 or room * dtype.itemsize > max(stored, _SMALL_TENSOR):
         raise ConvertError(f"{where} has the impossible shape {shape} over {stored} bytes; the file is damaged")
     return 0 if 0 in shape else room
 
 
 def read_bytes(path: Path, offset: int, nbytes: int, where: str) -> np.ndarray:
-    """`nbytes` of a file as a fresh uint8 array; ConvertError where the file has become shorter."""
+    """`nbytes` of a file from `offset` as a new uint8 array. Raises ConvertError where the file is shorter."""
     out, done = np.empty(nbytes, np.uint8), 0
     # Read instead of mapped: pages of a mapped file stay counted as this process's memory until it is closed.
     try:
@@ -152,7 +151,7 @@ def read_bytes(path: Path, offset: int, nbytes: int, where: str) -> np.ndarray:
 
 
 def typed(raw: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Bytes as a flat array of `dtype`; any byte but 0 is True."""
+    """The bytes as a flat array of `dtype`; for bool any byte but 0 is True."""
     return raw != 0 if dtype == np.bool_ else raw.view(dtype)
 
 
@@ -165,7 +164,7 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _guarded(path: Path, read: Callable[[], Any]) -> Any:
-    """Turns whatever a damaged file makes the readers below run into, down to memory and recursion, into ConvertError."""
+    """The result of `read`. Raises ConvertError for every error that a damaged file can cause, MemoryError included."""
     try:
         return read()
     except ConvertError:
@@ -176,7 +175,7 @@ def _guarded(path: Path, read: Callable[[], Any]) -> Any:
         raise ConvertError(f"{path} ends too early; get the file again") from error
     except FileNotFoundError as error:
         raise ConvertError(f"{path} does not exist") from error
-    # A wide net on purpose: zipfile and the decoders of the standard library do not promise what they raise.
+    # Broad on purpose: zipfile and the decoders of the standard library do not document what they raise.
     except Exception as error:
         text = f"{type(error).__name__}: {str(error)[:200]}"
         raise ConvertError(f"{path} is damaged or not a torch file ({text}); get the file again") from error
@@ -189,7 +188,7 @@ def _list_members(path: Path) -> Archive:
     roots = [root for root in roots if root.count("/") == 1]
     if len(roots) != 1:
         found = ", ".join(info.filename for info in infos[:5])
-        raise ConvertError(f"{path} is a zip but no torch file: expected one NAME/data.pkl, found {found or 'nothing'}")
+        raise ConvertError(f"{path} is a zip but not a torch file: expected one NAME/data.pkl, found {found or 'nothing'}")
     members, size = {}, path.stat().st_size
     with open(path, "rb") as stream:
         for info in infos:
@@ -205,14 +204,15 @@ def _list_members(path: Path) -> Archive:
                 raise ConvertError(f"{path}: {info.filename} has two sizes; get the file again")
             stored = info.compress_type == zipfile.ZIP_STORED
             members[name] = Region(path, start, info.file_size, "" if stored else info.filename)
+    for name, most in _LARGEST_STRUCTURE.items():
+        if name in members and members[name].nbytes > most:
+            raise ConvertError(f"{path}: {name} has {members[name].nbytes} bytes; expected at most {most}")
     return Archive(path, members, script="constants.pkl" in members)
 
 
 def _whole(region: Region) -> bytes:
-    """All bytes of a small or compressed member. Checksums are not compared: torch can be told to leave them out."""
+    """All bytes of a member. Checksums of stored members are not compared: torch can leave them out."""
     if not region.member:
-        if region.nbytes > _LARGEST_PICKLE:
-            raise ConvertError(f"{region.path}: {region.nbytes} bytes of structure; expected less than {_LARGEST_PICKLE}")
         return read_bytes(region.path, region.offset, region.nbytes, str(region.path)).tobytes()
 
     def read() -> bytes:
@@ -240,7 +240,7 @@ def _read_legacy(path: Path) -> TorchFile:
                 break
             count, start = int.from_bytes(head, "little", signed=True), stream.tell()
             storage = seen.get(str(key))
-            # A storage cut short keeps the length that is there, so that the error can name the tensor that needs it.
+            # A truncated storage keeps the length that exists, so that the error can name the tensor that needs more.
             nbytes = min(count * DTYPES[storage.dtype].itemsize, size - start) if storage else -1
             if nbytes < 0:
                 raise ConvertError(f"{path}: storage {str(key)[:40]!r} is damaged; get the file again")
@@ -250,7 +250,7 @@ def _read_legacy(path: Path) -> TorchFile:
 
 
 def _script_tensors(root: Any, path: Path) -> dict[str, StoredTensor]:
-    """Parameters and buffers of a TorchScript module by attribute path, as its state_dict names them."""
+    """Parameters and buffers of a TorchScript module, by the names of its state_dict."""
     found: dict[str, StoredTensor] = {}
     budget = [_MOST_OBJECTS]
 

@@ -1,4 +1,4 @@
-"""Writes PyTorch's zip format without PyTorch: what torch.load(weights_only=True, mmap=True) reads."""
+"""Writes files in PyTorch's zip format without PyTorch, for torch.load(weights_only=True, mmap=True)."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _STORAGES = {
 }
 _ROOT = "archive"
 _ALIGNMENT = 64
-# From this size on a member's header is written with 64-bit sizes.
+# Members of at least this size have headers with 64-bit sizes.
 _ZIP64_FROM = 1 << 30
 
 
 @dataclass
 class _Pickle:
-    """The pickle under way, and the tensors it refers to by the number of their storage."""
+    """A pickle while it is written, and the tensors that it refers to by the number of their storage."""
 
     parts: list[bytes] = field(default_factory=lambda: [b"\x80\x02"])
     tensors: list[Any] = field(default_factory=list)
@@ -34,10 +34,10 @@ class _Pickle:
 
 
 def write_torch(path: str | os.PathLike, obj: Any) -> None:
-    """Writes `obj` to exactly `path`, replacing a file there: dicts, lists and tuples of plain values and tensors.
+    """Writes `obj` (dicts, lists and tuples of plain values and tensors) to `path`, replacing a file there.
 
     A tensor is anything with shape, dtype (or its name) and __array__: numpy and JAX arrays, numpy scalars, Tensor of
-    icar_jax.convert.files.tensors. Tensors are made one at a time while writing; one that occurs twice is stored once.
+    icar_jax.convert.files.tensors. Their values are computed one at a time; one that occurs twice is stored once.
     Raises ConvertError, naming the place, for any other value.
     """
     pickle = _Pickle()
@@ -52,7 +52,7 @@ def write_torch(path: str | os.PathLike, obj: Any) -> None:
 
 
 def _add(archive: zipfile.ZipFile, stream: Any, name: str, content: bytes | memoryview) -> None:
-    """Adds a member whose bytes begin at a multiple of 64, where a mapped file can be used as it is."""
+    """Adds a member whose bytes begin at a multiple of 64, as mapped files need."""
     info = zipfile.ZipInfo(f"{_ROOT}/{name}")
     large = len(content) >= _ZIP64_FROM
     header = 30 + len(info.filename) + (20 if large else 0) + 4

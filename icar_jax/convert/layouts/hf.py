@@ -1,4 +1,4 @@
-"""Hugging Face folders: names of a CLIPModel, and how both towers of a CLIP or SigLIP are read from config.json and shapes."""
+"""Hugging Face's CLIPModel; the reading of config.json and the names that SiglipModel shares with it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,28 @@ from typing import Any
 
 from icar_jax.convert import rules
 from icar_jax.convert.fields import ConvertError, Fields
+from icar_jax.convert.layouts.base import (
+    Export,
+    ExportFiles,
+    ExportSource,
+    Layout,
+    Options,
+    Source,
+    require_agreement,
+    shape_of,
+    square_side,
+)
+from icar_jax.convert.layouts.clip_export import beyond_clip, refuse
+from icar_jax.convert.layouts.hf_export import export_files, text_config, tower_config
 from icar_jax.convert.rules import CONV, QKV_BIAS, QKV_WEIGHT, SCALAR, Rule, dropped, linear, norm, prefixed, rule
-from icar_jax.convert.settings import choose_activation, choose_heads, hf_activation, hf_preprocess
-from icar_jax.convert.source import Source, require_agreement, shape_of, square_side
+from icar_jax.convert.settings import choose_activation, choose_heads, choose_preprocess, hf_preprocess
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import CLIP_END_ID
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.text import TextArch
 from icar_jax.models.vision import VisionArch
 
-CONFIG = "config.json"
+CONFIG, PREPROCESSORS = "config.json", ("preprocessor_config.json", "processor_config.json")
 BLOCK: list[Rule] = [
     *norm("layer_norm1", "ln1"),
     rule([f"self_attn.{part}_proj.weight" for part in "qkv"], "attn/qkv/kernel", QKV_WEIGHT),
@@ -27,13 +39,24 @@ BLOCK: list[Rule] = [
     *linear("mlp.fc1", "mlp/fc1"),
     *linear("mlp.fc2", "mlp/fc2"),
 ]
-# What the library takes for fields that a config leaves out.
+_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+# The library's defaults for fields that a config lacks.
 _CLIP_TEXT = {"num_attention_heads": 8, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 _CLIP_VISION = {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 
 
+def is_siglip(source: Source) -> bool:
+    """Whether a source with these names has SigLIP's heads."""
+    return "vision_model.head.probe" in source.tensors or "text_model.head.weight" in source.tensors
+
+
+def has_towers(source: Source) -> bool:
+    """Whether the names are those of a CLIPModel or a SiglipModel."""
+    return source.has("text_model.", "vision_model.")
+
+
 def tower_rules() -> list[Rule]:
-    """The names that CLIP and SigLIP share."""
+    """Rules for the names that CLIPModel and SiglipModel share."""
     return [
         rule("vision_model.embeddings.patch_embedding.weight", "vision/patch/kernel", CONV),
         rule("vision_model.embeddings.position_embedding.weight", "vision/pos"),
@@ -49,7 +72,7 @@ def tower_rules() -> list[Rule]:
 
 
 def clip_rules() -> list[Rule]:
-    """Hugging Face's names of a CLIPModel."""
+    """Rules for the names of a CLIPModel."""
     return [
         *tower_rules(),
         rule("vision_model.embeddings.class_embedding", "vision/cls"),
@@ -62,23 +85,23 @@ def clip_rules() -> list[Rule]:
 
 @dataclass(frozen=True)
 class Towers:
-    """What both towers have in common between CLIP and SigLIP, ready for the architectures' constructors."""
+    """Settings that CLIP and SigLIP share."""
 
-    vision: dict[str, Any]
-    text: dict[str, Any]
+    vision: dict[str, Any]  # arguments of VisionArch
+    text: dict[str, Any]  # arguments of TextArch
     vision_fields: Fields
     text_fields: Fields
     pixels: int | None  # image size that the config states
 
 
 def config_fields(source: Source, model_type: str) -> Fields:
-    """config.json. Raises ConvertError where it is missing or is another kind of model's."""
+    """The content of config.json. Raises ConvertError where it is missing or describes another kind of model."""
     if CONFIG not in source.configs:
         raise ConvertError(
             f"{source.path}: there is no config.json beside {source.weights.path.name}, so heads and activation are unknown; "
             "copy the whole folder"
         )
-    config = Fields(CONFIG, source.configs[CONFIG])
+    config = source.config(CONFIG)
     found = config.get("model_type", str, model_type)
     if found != model_type:
         raise ConvertError(
@@ -91,22 +114,23 @@ def config_fields(source: Source, model_type: str) -> Fields:
 
 def read_towers(
     source: Source,
-    options: Any,
+    options: Options,
     model_type: str,
     *,
     class_token: bool,
     embed: str,
     defaults: tuple[Mapping[str, Any], Mapping[str, Any]],
 ) -> Towers:
-    """Sizes from shapes, heads, activations and epsilons from config.json; `embed` names the matrix that ends in the embedding.
+    """Sizes from shapes; heads, activations and epsilons from config.json.
 
+    `embed` names the matrix whose rows are the embedding's dimensions; `defaults` are the library's (vision, text).
     Raises ConvertError where something is missing, of a wrong type, contradictory or unsupported.
     """
     config = config_fields(source, model_type)
     vision, text = (_section(config, name, d) for name, d in zip(("vision_config", "text_config"), defaults))
     acts = []
     for section in (vision, text):
-        acts.append(hf_activation(section.get("hidden_act", str), section.where))
+        acts.append(_activation(section))
         choose_activation(options.activation, acts[-1], section.where)
     width, _, patch, _ = shape_of(source, "vision_model.embeddings.patch_embedding.weight", 4)
     positions = shape_of(source, "vision_model.embeddings.position_embedding.weight", 2)[0]
@@ -150,21 +174,29 @@ def read_towers(
     )
 
 
+def _activation(section: Fields) -> str:
+    """`hidden_act` by our name. Raises ConvertError for one that no tower here has."""
+    name = section.get("hidden_act", str)
+    if name not in _ACTIVATIONS:
+        raise ConvertError(f"{section.where}: hidden_act {name!r} is not supported; expected one of {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
 def _section(config: Fields, name: str, defaults: Mapping[str, Any]) -> Fields:
-    """One tower's configuration: defaults, then `name`, then the older `name_dict`, which replaces it, defaults included."""
+    """One tower's configuration: `defaults`, overridden by `name`, overridden by the older `name_dict` with its defaults."""
     old, new = config.section(f"{name}_dict"), config.section(name)
     known = lambda fields: {key: value for key, value in fields.content.items() if value is not None}
     merged = {**defaults, **known(new), **({**defaults, **known(old)} if old else {})}
     return Fields(f"{CONFIG}: {name}", merged)
 
 
-def clip_arch(source: Source, options: Any) -> ClipArch:
-    """The architecture of a CLIPModel."""
+def clip_arch(source: Source, options: Options) -> ClipArch:
+    """The architecture of a CLIPModel. Raises ConvertError where something is missing, contradictory or unsupported."""
     towers = read_towers(
         source, options, "clip", class_token=True, embed="visual_projection.weight", defaults=(_CLIP_VISION, _CLIP_TEXT)
     )
     end = _end_token(towers.text_fields)
-    # Configs older than the field's meaning say 2; the library then takes the highest id.
+    # The first configs have 2 here, before the field was used; the library then pools the highest id.
     legacy = end == 2
     vocabulary = towers.text["vocabulary"]
     if not legacy and not 0 <= end < vocabulary:
@@ -180,15 +212,54 @@ def _end_token(text: Fields) -> int:
     return text.get("eos_token_id", int, CLIP_END_ID)
 
 
-def found_preprocess(source: Source) -> Preprocess | None:
-    """What preprocessor_config.json (or processor_config.json) says of the images, or None without one."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if name in source.configs:
-            return hf_preprocess(Fields(name, source.configs[name]))
-    return None
+def preprocess(source: Source, options: Options, arch: ClipArch) -> Preprocess:
+    """The preprocessing: the user's, else that of preprocessor_config.json (or processor_config.json).
+
+    Raises ConvertError where neither is given, and for steps that are not supported.
+    """
+    size = options.image_size or arch.vision.image_size
+    pixels = _section(source.config(CONFIG), "vision_config", {}).positive("image_size", int)
+    if pixels and not options.image_size:
+        size = pixels  # SigLIP at 384 pixels with patches of 14: the convolution leaves the last 6 out
+    # A preprocessing that is not supported must not prevent --preprocess.
+    stated = next((name for name in PREPROCESSORS if name in source.configs), None) if not options.preprocess else None
+    found = hf_preprocess(source.config(stated)) if stated else None
+    return choose_preprocess(options.preprocess, found, size, str(source.path))
 
 
-def stated_pixels(source: Source) -> int | None:
-    """The image size that config.json states, which may be no multiple of the patch."""
-    config = Fields(CONFIG, source.configs.get(CONFIG, {}))
-    return _section(config, "vision_config", {}).positive("image_size", int)
+# --- export ----------------------------------------------------------------------------------------------------------------
+
+
+def _export(source: ExportSource) -> ExportFiles:
+    return export_files(source, _config(source.arch), clip_rules())
+
+
+def _config(arch: ClipArch) -> dict[str, Any]:
+    """config.json of a CLIPModel. Raises ConvertError for a model that is none."""
+    v, t = arch.vision, arch.text
+    refuse("hf", {**beyond_clip(arch), "it has a logit bias": arch.logit_bias, "its text tower is not causal": not t.causal,
+                  "it pools the last place": t.pool == "last"})  # fmt: skip
+    return {
+        "model_type": "clip",
+        "architectures": ["CLIPModel"],
+        "projection_dim": v.embed_dim,
+        "logit_scale_init_value": 2.6592,
+        # 2 means the highest id, as in the configs of the first releases.
+        "text_config": {**tower_config("clip_text_model", t), **text_config(t), "projection_dim": t.embed_dim,
+                        "eos_token_id": t.end_id if t.pool == "end" else 2},
+        "vision_config": {**tower_config("clip_vision_model", v), "projection_dim": v.embed_dim, "image_size": v.image_size,
+                          "patch_size": v.patch_size},
+    }  # fmt: skip
+
+
+LAYOUT = Layout(
+    name="hf_clip",
+    kind="clip",
+    detect=lambda source: has_towers(source) and not is_siglip(source),
+    arch=clip_arch,
+    rules=lambda source, arch: clip_rules(),
+    preprocess=preprocess,
+    export=Export("hf", _export, holds=lambda arch: arch.vision.head != "map"),
+    config_files=(CONFIG, *PREPROCESSORS),
+    precedence=3,
+)

@@ -8,15 +8,21 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+
+from icar_jax.convert import rules as engine
 from icar_jax.convert.fields import ConvertError, Fields
-from icar_jax.convert.layouts.open_clip import open_clip_arch, open_clip_rules, text_prefix
+from icar_jax.convert.layouts.base import Details, Export, ExportFiles, ExportSource, Layout, Options, Source
+from icar_jax.convert.layouts.clip_export import beyond_clip, refuse, tokenizer_files
+from icar_jax.convert.layouts.open_clip import open_clip_arch, open_clip_rules, published_name, text_prefix
 from icar_jax.convert.rules import SCALAR, Rule, dropped, linear, norm, prefixed, rule
-from icar_jax.convert.source import Source
+from icar_jax.convert.settings import choose_preprocess
+from icar_jax.data.images import Preprocess
 from icar_jax.models.clip import ClipArch
 
 
 def rules(exit: int, text: str = "") -> list[Rule]:
-    """Names of an ICAR checkpoint whose exit runs `exit` blocks; `text` is the prefix of the text tower within 'clip.'."""
+    """Rules for an ICAR checkpoint whose exit runs `exit` blocks; `text` is the prefix of the text tower within 'clip.'."""
     return [
         *prefixed(open_clip_rules(text), "clip."),
         *norm("early_ln", f"vision/exits/{exit}/ln"),
@@ -26,17 +32,12 @@ def rules(exit: int, text: str = "") -> list[Rule]:
     ]
 
 
-def source_rules(source: Source, arch: ClipArch) -> list[Rule]:
-    """The rules of this source."""
-    return rules(arch.vision.exits[0], text_prefix(source, "clip."))
-
-
-def arch(source: Source, options: Any) -> ClipArch:
+def arch(source: Source, options: Options) -> ClipArch:
     """CLIP's architecture with the exit that the checkpoint's config names, or --exits for a bare state dict.
 
     Raises ConvertError where neither names it, both do and differ, or the exit lies outside the tower.
     """
-    config = Fields(f"{source.path}: config", source.weights.extra).section("config")
+    config = _config(source)
     layer = config.content.get("early_exit_layer")
     if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
         raise ConvertError(f"{config.where}: early_exit_layer must be a block number, counted from 0, found {layer!r}")
@@ -58,9 +59,79 @@ def arch(source: Source, options: Any) -> ClipArch:
     return dataclasses.replace(base, vision=vision, temperature="own")
 
 
+def _config(source: Source) -> Fields:
+    """The training configuration that is stored beside the state dict."""
+    return Fields(f"{source.path}: config", source.weights.extra).section("config")
+
+
 def _activation(config: Fields) -> str:
-    """OpenCLIP's rule for a model name: QuickGELU for OpenAI's weights and names that say so."""
+    """OpenCLIP's rule for a model name: QuickGELU for OpenAI's weights and for names that contain it."""
     name, pretrained = config.get("model_name", str, ""), config.get("pretrained", str, "")
     if not name:
         return ""
     return "quick_gelu" if "quickgelu" in name.lower() or pretrained == "openai" else "gelu"
+
+
+def _rules(source: Source, arch: ClipArch | None) -> list[Rule]:
+    return rules(arch.vision.exits[0] if arch else 0, text_prefix(source, "clip."))
+
+
+def _preprocess(source: Source, options: Options, arch: ClipArch) -> Preprocess:
+    size = options.image_size or arch.vision.image_size
+    return choose_preprocess(options.preprocess or "icar", None, size, str(source.path))
+
+
+def _details(source: Source, options: Options) -> Details:
+    config = source.weights.extra.get("config")
+    names = [key for key in ("model_name", "pretrained") if key in config] if isinstance(config, dict) else []
+    return Details(origin={key: str(config[key]) for key in names})
+
+
+# --- export ----------------------------------------------------------------------------------------------------------------
+
+
+def _export(source: ExportSource) -> ExportFiles:
+    arch = source.arch
+    _require_icar(arch)
+    (exit,) = arch.vision.exits
+    state: dict[str, Any] = dict(engine.export_weights(source.params, rules(exit), source.where))
+    state["temp_clamp"] = np.array(100.0, np.float32)
+    origin = source.description.get("source", {})
+    config = {
+        "model_name": origin.get("model_name") or published_name(arch),
+        "pretrained": origin.get("pretrained", ""),
+        "early_exit_layer": exit - 1,
+    }
+    content = {"epoch": 0, "global_step": 0, "model_state_dict": state, "metrics": {}, "config": config}
+    words, notes = tokenizer_files(source.tokenizer)
+    return ExportFiles({"ICAR.pt": content, **words}, notes)
+
+
+def _require_icar(arch: ClipArch) -> None:
+    """Raises ConvertError unless the model has the parts of a released ICAR checkpoint: one exit that reads the first patch."""
+    v = arch.vision
+    refuse(
+        "icar",
+        {
+            **beyond_clip(arch),
+            f"it has {len(v.exits)} early exits, the layout holds exactly one": len(v.exits) != 1,
+            f"its exits pool {v.pool!r}, the layout's read the first patch": v.pool != "first_patch",
+            f"its exit head has a residual ({v.exit_head})": v.exit_head != "linear",
+            "its exit shares the temperature of full depth": arch.temperature != "own",
+            "it has a logit bias": arch.logit_bias,
+        },
+    )
+
+
+LAYOUT = Layout(
+    name="icar",
+    kind="clip",
+    detect=lambda source: source.has("early_proj.", "early_ln.", "clip.visual."),
+    arch=arch,
+    rules=_rules,
+    preprocess=_preprocess,
+    details=_details,
+    export=Export("icar", _export),
+    options=frozenset({"activation", "preprocess", "exits", "heads", "image_size", "tokenizer"}),
+    precedence=2,
+)

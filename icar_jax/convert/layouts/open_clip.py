@@ -1,16 +1,35 @@
-"""The layout of OpenAI's and OpenCLIP's CLIP: one set of names."""
+"""OpenCLIP's layout, whose tensor names OpenAI's CLIP and ICAR share."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from icar_jax.convert import rules
 from icar_jax.convert.fields import ConvertError, Fields
+from icar_jax.convert.layouts.base import (
+    Export,
+    ExportFiles,
+    ExportSource,
+    Layout,
+    Options,
+    Source,
+    require_agreement,
+    shape_of,
+    square_side,
+)
+from icar_jax.convert.layouts.clip_export import (
+    beyond_clip,
+    pools_other_than_highest,
+    refuse,
+    tokenizer_files,
+    weights_without_exits,
+)
 from icar_jax.convert.rules import CONV, SCALAR, TRANSPOSE, Rule, dropped, linear, norm, prefixed, rule
-from icar_jax.convert.settings import choose_activation, choose_heads, choose_preprocess, open_clip_preprocess
-from icar_jax.convert.source import Source, require_agreement, shape_of, square_side
-from icar_jax.data.images import Preprocess
+from icar_jax.convert.settings import RESAMPLING, checked_preprocess, choose_activation, choose_heads, choose_preprocess
+from icar_jax.data.images import OPENAI_MEAN, OPENAI_STD, Preprocess
 from icar_jax.data.tokenizer import CLIP_VOCAB_SIZE
+from icar_jax.models import variants
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.text import TextArch
 from icar_jax.models.vision import VisionArch
@@ -28,7 +47,7 @@ _BLOCK: list[Rule] = [
 
 
 def open_clip_rules(text_prefix: str = "") -> list[Rule]:
-    """OpenAI's and OpenCLIP's names; CustomTextCLIP has `text_prefix` 'text.'."""
+    """Rules for OpenAI's and OpenCLIP's names; `text_prefix` is 'text.' for CustomTextCLIP."""
     vision = [
         rule("conv1.weight", "patch/kernel", CONV),
         rule("class_embedding", "cls"),
@@ -56,11 +75,26 @@ def open_clip_rules(text_prefix: str = "") -> list[Rule]:
 
 
 def text_prefix(source: Source, prefix: str = "") -> str:
-    """'text.' for OpenCLIP's CustomTextCLIP, else ''."""
-    return "text." if any(name.startswith(f"{prefix}text.") for name in source.tensors) else ""
+    """'text.' for OpenCLIP's CustomTextCLIP, else ''; `prefix` stands before all names of the CLIP."""
+    return "text." if source.has(f"{prefix}text.") else ""
 
 
-# What an OpenCLIP config may say beyond sizes, and what it must say for these towers to compute the same.
+def is_vit(source: Source) -> bool:
+    """Whether the names are OpenAI's or OpenCLIP's. Raises ConvertError for a vision tower of timm."""
+    if source.has("visual.trunk."):
+        raise ConvertError(
+            f"{source.path}: the vision tower is a timm model (visual.trunk.*), which is not supported; a SigLIP is read from "
+            "its Hugging Face folder"
+        )
+    return source.has("visual.")
+
+
+def is_openai(source: Source) -> bool:
+    """Whether a file with these names is OpenAI's own: TorchScript, or with the sizes that OpenAI stores as tensors."""
+    return source.weights.kind == "torchscript" or "input_resolution" in source.tensors
+
+
+# Fields of an OpenCLIP config beyond sizes, with the values under which its towers compute what ours do.
 _BOTH = {name: (None, False) for name in ("final_ln_after_pool", "qk_norm", "scaled_cosine_attn", "scale_heads",
                                           "scale_attn_inner", "scale_attn", "scale_fc")}  # fmt: skip
 _BOTH |= {"ls_init_value": (None,), "block_type": (None,)}
@@ -83,13 +117,14 @@ def _require_supported(section: Fields, allowed: dict[str, tuple]) -> None:
 
 def model_config(source: Source) -> Fields:
     """The `model_cfg` of open_clip_config.json; empty where there is none."""
-    return Fields(CONFIG, source.configs.get(CONFIG, {})).section("model_cfg")
+    return source.config(CONFIG).section("model_cfg")
 
 
-def open_clip_arch(source: Source, options: Any, prefix: str = "", activation: str = "") -> ClipArch:
-    """The architecture of OpenAI's and OpenCLIP's layout, from shapes and, where there is one, open_clip_config.json.
+def open_clip_arch(source: Source, options: Options, prefix: str = "", activation: str = "", head_width: int = 0) -> ClipArch:
+    """The architecture, from shapes and, where it exists, open_clip_config.json.
 
-    `activation` is what the caller knows of it. Raises ConvertError where something is missing, contradictory or unsupported.
+    `prefix` stands before all names. A layout that implies the activation or, for sources without a config, the width of an
+    attention head passes them. Raises ConvertError where something is missing, contradictory or unsupported.
     """
     config = model_config(source)
     where = CONFIG if config else str(source.path)
@@ -137,8 +172,8 @@ def open_clip_arch(source: Source, options: Any, prefix: str = "", activation: s
     said: tuple[int | None, int | None] = (None, None)
     if config:
         said = (width // vision.positive("head_width", int, 64), text.positive("heads", int, 8))
-    elif source.layout == "openai":  # OpenAI's own code takes 64 for every tower
-        said = (width // 64, text_width // 64)
+    elif head_width:
+        said = (width // head_width, text_width // head_width)
     asked = options.heads or (0, 0)
     heads = choose_heads(asked[0], said[0], width, depth, "vision", where)
     text_heads = choose_heads(asked[1], said[1], text_width, text_depth, "text", where)
@@ -166,11 +201,129 @@ def _eps(section: Fields) -> float:
     return section.section("norm_kwargs").positive("eps", float, 1e-5)
 
 
-def found_preprocess(source: Source, image_size: int) -> Preprocess | None:
-    """What open_clip_config.json says of the images; OpenAI's own for OpenAI's files; else None."""
-    content = Fields(CONFIG, source.configs.get(CONFIG, {})).section("preprocess_cfg")
-    if content:
-        return open_clip_preprocess(content, image_size)
-    if source.layout == "openai":
-        return choose_preprocess("openai", None, image_size, str(source.path))
-    return None
+def preprocess(source: Source, options: Options, arch: ClipArch, preset: str = "") -> Preprocess:
+    """The preprocessing: the user's, else that of open_clip_config.json, else the `preset` that the layout implies.
+
+    Raises ConvertError where none of them is given, and for steps that are not supported.
+    """
+    size, asked, found = options.image_size or arch.vision.image_size, options.preprocess, None
+    if not asked:  # a preprocessing that is not supported must not prevent --preprocess
+        content = source.config(CONFIG).section("preprocess_cfg")
+        found = _stated_preprocess(content, size) if content else None
+        asked = "" if found else preset
+    return choose_preprocess(asked, found, size, str(source.path))
+
+
+def _stated_preprocess(config: Fields, image_size: int) -> Preprocess:
+    resize, interpolation = config.get("resize_mode", str, "shortest"), config.get("interpolation", str, "bicubic")
+    mode = {"shortest": "crop", "squash": "squash"}.get(resize)
+    if mode is None or interpolation not in RESAMPLING:
+        raise ConvertError(
+            f"{config.where}: cannot prepare images that way: resize_mode={resize!r}, interpolation={interpolation!r}; "
+            "pass --preprocess to say what to do instead"
+        )
+    mean, std = config.get("mean", list, OPENAI_MEAN), config.get("std", list, OPENAI_STD)
+    return checked_preprocess(image_size, mode, RESAMPLING[interpolation], mean, std, config.where)
+
+
+# --- export ----------------------------------------------------------------------------------------------------------------
+
+_NAMES = {
+    "vit_b32": "ViT-B-32", "vit_b16": "ViT-B-16", "vit_l14": "ViT-L-14", "vit_l14_336": "ViT-L-14-336", "vit_h14": "ViT-H-14",
+    "vit_g14": "ViT-g-14", "vit_bigg14": "ViT-bigG-14",
+}  # fmt: skip
+
+
+def published_name(arch: ClipArch) -> str:
+    """OpenCLIP's name of a published architecture, or '' for one of another size."""
+    v, t = arch.vision, arch.text
+    for name, known in variants.CLIP.items():
+        a, b = known.vision, known.text
+        same = all(getattr(a, size) == getattr(v, size) for size in ("image_size", "patch_size", "width", "depth", "heads"))
+        if name in _NAMES and same and (b.width, b.depth, b.vocabulary) == (t.width, t.depth, t.vocabulary):
+            return _NAMES[name] + ("-quickgelu" if v.activation == "quick_gelu" else "")
+    return ""
+
+
+def _export(source: ExportSource) -> ExportFiles:
+    config = _config(source.arch, source.preprocess, source.params)
+    leaves, notes = weights_without_exits(source, open_clip_rules())
+    words, more_notes = tokenizer_files(source.tokenizer)
+    return ExportFiles({"open_clip_model.safetensors": leaves, CONFIG: config, **words}, notes + more_notes)
+
+
+def _config(arch: ClipArch, preprocess: Preprocess, params: Mapping[str, Any]) -> dict[str, Any]:
+    """open_clip_config.json. Raises ConvertError for a model that OpenCLIP's own towers cannot express."""
+    v, t = arch.vision, arch.text
+    quick = {"quick_gelu" == a for a in (v.activation, t.activation)}
+    refuse("open_clip", {**beyond_clip(arch), "only one of its towers has quick_gelu": len(quick) > 1})
+    model: dict[str, Any] = {
+        "embed_dim": v.embed_dim,
+        "quick_gelu": v.activation == "quick_gelu",
+        "vision_cfg": {
+            "image_size": v.image_size,
+            "layers": v.depth,
+            "width": v.width,
+            "head_width": v.width // v.heads,
+            "patch_size": v.patch_size,
+            "mlp_ratio": _ratio(v.mlp_width, v.width),
+            **_config_extras(v),
+        },
+        "text_cfg": {
+            "context_length": t.context_length,
+            "vocab_size": t.vocabulary,
+            "width": t.width,
+            "heads": t.heads,
+            "layers": t.depth,
+            "mlp_ratio": _ratio(t.mlp_width, t.width),
+            **_config_extras(t),
+        },
+    }
+    text = model["text_cfg"]
+    if not t.causal:
+        text["no_causal_mask"] = True
+    if t.pool == "last":
+        text["pool_type"] = "last"
+    elif pools_other_than_highest(t):
+        text |= {"pool_type": "eos", "eos_id": t.end_id}
+    if arch.logit_bias:
+        model["init_logit_bias"] = float(params["logit_bias"])
+    images = {
+        "mean": list(preprocess.mean),
+        "std": list(preprocess.std),
+        "interpolation": preprocess.interpolation,
+        "resize_mode": {"crop": "shortest", "squash": "squash"}[preprocess.resize_mode],
+    }
+    return {"model_cfg": model, "preprocess_cfg": images}
+
+
+def _config_extras(tower: VisionArch | TextArch) -> dict[str, Any]:
+    extras: dict[str, Any] = {}
+    if tower.norm_eps != 1e-5:
+        extras["norm_kwargs"] = {"eps": tower.norm_eps}
+    if tower.activation == "gelu_tanh":
+        extras["act_kwargs"] = {"approximate": "tanh"}
+    return extras
+
+
+def _ratio(mlp: int, width: int) -> float:
+    """The ratio whose product with `width`, cut to an integer, is `mlp`."""
+    return mlp / width if mlp % width == 0 else round((mlp + 0.5) / width, 6)
+
+
+LAYOUT = Layout(
+    name="open_clip",
+    kind="clip",
+    detect=lambda source: is_vit(source) and not is_openai(source),
+    arch=open_clip_arch,
+    rules=lambda source, arch: open_clip_rules(text_prefix(source)),
+    preprocess=preprocess,
+    export=Export("open_clip", _export),
+    weight_files=(
+        "open_clip_model.safetensors",
+        "open_clip_pytorch_model.safetensors",
+        "open_clip_pytorch_model.bin",
+    ),
+    config_files=(CONFIG,),
+    precedence=1,
+)

@@ -6,18 +6,20 @@ from typing import Any
 
 from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.layouts import hf
+from icar_jax.convert.layouts.base import Export, ExportFiles, ExportSource, Layout, Options, Source
+from icar_jax.convert.layouts.clip_export import refuse
+from icar_jax.convert.layouts.hf_export import export_files, text_config, tower_config
 from icar_jax.convert.rules import ROW, TRANSPOSE, VECTOR, Rule, linear, norm, rule
-from icar_jax.convert.source import Source
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.text import TextArch
 from icar_jax.models.vision import VisionArch
 
-_END_ID = 1  # </s> of the first vocabulary, <eos> of the second; the tower itself reads the last place
+_END_ID = 1  # </s> of the first vocabulary, <eos> of the second; the tower pools the last place
 _DEFAULTS = {"num_attention_heads": 12, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 
 
 def rules() -> list[Rule]:
-    """Hugging Face's names of a SiglipModel."""
+    """Rules for the names of a SiglipModel."""
     return [
         *hf.tower_rules(),
         rule("vision_model.embeddings.patch_embedding.bias", "vision/patch/bias"),
@@ -34,7 +36,7 @@ def rules() -> list[Rule]:
     ]
 
 
-def arch(source: Source, options: Any) -> ClipArch:
+def arch(source: Source, options: Options) -> ClipArch:
     """The architecture of a SiglipModel. Raises ConvertError where something is missing, contradictory or unsupported."""
     towers = hf.read_towers(
         source, options, "siglip", class_token=False, embed="text_model.head.weight", defaults=(_DEFAULTS, _DEFAULTS)
@@ -47,3 +49,39 @@ def arch(source: Source, options: Any) -> ClipArch:
         TextArch(**towers.text, end_id=_END_ID, pool="last", causal=False, proj_bias=True),
         logit_bias=True,
     )
+
+
+def _export(source: ExportSource) -> ExportFiles:
+    return export_files(source, _config(source.arch, source.preprocess.image_size), rules(), "SiglipImageProcessor")
+
+
+def _config(arch: ClipArch, image_size: int) -> dict[str, Any]:
+    """config.json of a SiglipModel. Raises ConvertError for a model that is none."""
+    v, t = arch.vision, arch.text
+    refuse("hf", {"its text tower is causal": t.causal, "it does not pool the last place": t.pool != "last",
+                  "it has no logit bias": not arch.logit_bias, "its text projection has no bias": not t.proj_bias,
+                  "it has a class token": v.class_token, "it has a norm before the blocks": v.pre_norm,
+                  "its patch embedding has no bias": not v.patch_bias})  # fmt: skip
+    return {
+        "model_type": "siglip",
+        "architectures": ["SiglipModel"],
+        "text_config": {**tower_config("siglip_text_model", t), **text_config(t), "projection_size": t.embed_dim},
+        "vision_config": {
+            **tower_config("siglip_vision_model", v),
+            "image_size": image_size,
+            "patch_size": v.patch_size,
+        },
+    }
+
+
+LAYOUT = Layout(
+    name="siglip",
+    kind="clip",
+    detect=lambda source: hf.has_towers(source) and hf.is_siglip(source),
+    arch=arch,
+    rules=lambda source, arch: rules(),
+    preprocess=hf.preprocess,
+    export=Export("hf", _export, holds=lambda arch: arch.vision.head == "map"),
+    config_files=(hf.CONFIG, *hf.PREPROCESSORS),
+    precedence=3,
+)

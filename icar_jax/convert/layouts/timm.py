@@ -1,23 +1,24 @@
-"""ConvNeXt V1 and V2 as timm names them, and the ICC complexity classifier built on one."""
+"""ConvNeXt V1 and V2 in timm's layout."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from icar_jax.convert import rules as engine
-from icar_jax.convert.fields import ConvertError, Fields
+from icar_jax.convert.fields import ConvertError
+from icar_jax.convert.layouts.base import Details, Export, ExportFiles, ExportSource, Layout, Options, Source, shape_of
 from icar_jax.convert.rules import CONV, POINTWISE, SAME, TRANSPOSE, Rule, linear, norm, prefixed, rule
 from icar_jax.convert.settings import choose_preprocess
-from icar_jax.convert.source import Source, shape_of
 from icar_jax.data.images import Preprocess
-from icar_jax.models.complexity import ComplexityArch
+from icar_jax.models import variants
 from icar_jax.models.convnext import EPS, ConvNeXtArch
 
-INPUT_SIZE = 224  # pixels; what the released classifiers and most of timm's were trained at
+INPUT_SIZE = 224  # pixels; the training resolution of the released classifiers and of most models of timm
+_CONFIG = "config.json"
 
 
 def rules(conv_mlp: bool) -> list[Rule]:
-    """timm's names. The smaller models hold the MLP's matrices as 1x1 convolutions (`conv_mlp`)."""
+    """Rules for timm's names. Smaller models store the matrices of an MLP as 1x1 convolutions (`conv_mlp`)."""
     matrix = POINTWISE if conv_mlp else TRANSPOSE
     block = [
         # [C, 1, 7, 7] -> [7, 7, 1, C]
@@ -45,16 +46,8 @@ def rules(conv_mlp: bool) -> list[Rule]:
     ]
 
 
-def classifier_rules(conv_mlp: bool) -> list[Rule]:
-    """The ICC classifier: a backbone without classes, then a norm of its own and two logits."""
-    return [
-        *prefixed(rules(conv_mlp), "backbone.", "backbone/"),
-        *norm("classifier.0", "head/norm"),
-        *linear("classifier.1", "head/fc"),
-    ]
-
-
 def has_conv_mlp(source: Source, prefix: str = "") -> bool:
+    """Whether the source stores the matrices of its MLPs as 1x1 convolutions; `prefix` stands before all names."""
     tensor = source.tensors.get(f"{prefix}stages.0.blocks.0.mlp.fc1.weight")
     return tensor is not None and len(tensor.shape) == 4
 
@@ -64,7 +57,7 @@ def uses_conv_mlp(arch: ConvNeXtArch) -> bool:
     return arch.dims[0] < 96
 
 
-def arch(source: Source, prefix: str = "") -> ConvNeXtArch:
+def convnext_arch(source: Source, prefix: str = "") -> ConvNeXtArch:
     """Depths, widths, version and classes, all from shapes. Raises ConvertError where they cannot be read."""
     names = source.tensors
     stages = engine.count(names, f"{prefix}stages.{{}}")
@@ -77,17 +70,30 @@ def arch(source: Source, prefix: str = "") -> ConvNeXtArch:
     return ConvNeXtArch(depths, dims, version, classes)
 
 
-def classifier_arch(source: Source, options: Any) -> ComplexityArch:
-    """The ICC classifier over its backbone. Raises ConvertError where it has other than two classes."""
-    classes = shape_of(source, "classifier.1.weight", 2)[0]
-    if classes != 2:
-        raise ConvertError(f"{source.path}: the classifier has {classes} classes, expected 2 (simple, complex)")
-    return ComplexityArch(arch(source, "backbone."), "classification", options.image_size or INPUT_SIZE)
+def _detect(source: Source) -> bool:
+    if source.has("downsample_layers.") and not source.has("stages."):
+        raise ConvertError(f"{source.path}: this is the original ConvNeXt layout; load it with timm and save its state dict")
+    return source.has("stages.")
 
 
-def found_preprocess(source: Source) -> Preprocess | None:
-    """What timm's config.json (`pretrained_cfg`) says of the images, or None without one."""
-    config = _config(source).section("pretrained_cfg")
+def _arch(source: Source, options: Options) -> ConvNeXtArch:
+    arch = convnext_arch(source)
+    args = source.config(_CONFIG).section("model_args")
+    eps = args.get("norm_eps", float, EPS)
+    if eps != EPS:
+        raise ConvertError(f"{args.where}: norm_eps {eps} is not supported; ConvNeXt here has {EPS}")
+    return arch
+
+
+def _preprocess(source: Source, options: Options, arch: ConvNeXtArch) -> Preprocess:
+    found = None if options.preprocess else _stated_preprocess(source)
+    size = options.image_size or (found.image_size if found else INPUT_SIZE)
+    return choose_preprocess(options.preprocess, found, size, str(source.path))
+
+
+def _stated_preprocess(source: Source) -> Preprocess | None:
+    """The preprocessing in timm's config.json (`pretrained_cfg`), or None without one."""
+    config = source.config(_CONFIG).section("pretrained_cfg")
     if not config:
         return None
     size = config.get("input_size", list, [3, INPUT_SIZE, INPUT_SIZE])[-1:]
@@ -96,34 +102,64 @@ def found_preprocess(source: Source) -> Preprocess | None:
         config.get(name, kind) for name, kind in (("interpolation", str), ("mean", list), ("std", list))
     )
     try:
-        return Preprocess(*size, mode, interpolation or "bicubic", mean, std)
+        return Preprocess(*(*size, mode, interpolation or "bicubic", mean, std))
     except (TypeError, ValueError) as error:
         raise ConvertError(f"{config.where}: {error}; pass --preprocess to say how images are prepared") from error
 
 
-def require_supported(source: Source) -> None:
-    """Raises ConvertError where config.json says that the model computes otherwise than timm's ConvNeXt does by default."""
-    args = _config(source).section("model_args")
-    eps = args.get("norm_eps", float, EPS)
-    if eps != EPS:
-        raise ConvertError(f"{args.where}: norm_eps {eps} is not supported; ConvNeXt here has {EPS}")
+def _details(source: Source, options: Options) -> Details:
+    crop = 1.0 if options.preprocess else source.config(_CONFIG).section("pretrained_cfg").get("crop_pct", float, 1.0)
+    note = f"config.json crops the centre {crop:g} of the picture (crop_pct) when it classifies; this checkpoint takes it whole"
+    return Details(extra={"conv_mlp": has_conv_mlp(source)}, notes=[] if crop == 1 else [note])
 
 
-def notes(source: Source) -> list[str]:
-    """What config.json says and a checkpoint cannot hold."""
-    crop = _config(source).section("pretrained_cfg").get("crop_pct", float, 1.0)
-    if crop == 1:
-        return []
-    return [
-        f"config.json crops the centre {crop:g} of the picture (crop_pct) when it classifies; this checkpoint takes it whole"
-    ]
+# --- export ----------------------------------------------------------------------------------------------------------------
 
 
-def _config(source: Source) -> Fields:
-    return Fields("config.json", source.configs.get("config.json", {}))
+def published_name(arch: ConvNeXtArch) -> str:
+    """timm's name of a published ConvNeXt, or a made-up one for another size."""
+    for name, known in variants.CONVNEXT.items():
+        if (known.depths, known.dims, known.version) == (arch.depths, arch.dims, arch.version) and "demo" not in name:
+            return name
+    return "convnextv2_custom" if arch.version == 2 else "convnext_custom"
 
 
-def classifier_preprocess(source: Source, options: Any) -> Preprocess:
-    """The classifier's own preparation, unless the user says otherwise."""
-    size = options.image_size or INPUT_SIZE
-    return choose_preprocess(options.preprocess or "icc", None, size, str(source.path))
+def _export(source: ExportSource) -> ExportFiles:
+    conv_mlp = source.description.get("conv_mlp", uses_conv_mlp(source.arch))
+    leaves = engine.export_weights(source.params, rules(conv_mlp), source.where)
+    return ExportFiles({"model.safetensors": leaves, _CONFIG: _config(source.arch, source.preprocess)})
+
+
+def _config(arch: ConvNeXtArch, preprocess: Preprocess) -> dict[str, Any]:
+    """config.json as timm's models have it."""
+    return {
+        "architecture": published_name(arch),
+        "num_classes": arch.num_classes,
+        "num_features": arch.dims[3],
+        "model_args": {"depths": list(arch.depths), "dims": list(arch.dims)},
+        "pretrained_cfg": {
+            "input_size": [3, preprocess.image_size, preprocess.image_size],
+            "interpolation": preprocess.interpolation,
+            "crop_pct": 1.0,
+            "crop_mode": "squash" if preprocess.resize_mode == "squash" else "center",
+            "mean": list(preprocess.mean),
+            "std": list(preprocess.std),
+            "num_classes": arch.num_classes,
+            "first_conv": "stem.0",
+            "classifier": "head.fc",
+        },
+    }
+
+
+LAYOUT = Layout(
+    name="timm",
+    kind="convnext",
+    detect=_detect,
+    arch=_arch,
+    rules=lambda source, arch: rules(has_conv_mlp(source)),
+    preprocess=_preprocess,
+    details=_details,
+    export=Export("timm", _export),
+    options=frozenset({"preprocess", "image_size"}),
+    config_files=(_CONFIG,),
+)

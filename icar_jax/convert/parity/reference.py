@@ -1,6 +1,6 @@
-"""Reference outputs: the original weights run in PyTorch by the library they come from, saved for `verify`.
+"""Writes reference outputs: the original weights are run in PyTorch by their own library, for `verify`.
 
-Nothing here or in `reference_models` uses the converter's reading of an architecture: sizes come from the library's own
+Nothing here or in `reference_models` uses the converter's code for architectures: sizes come from the library's own
 configuration or, where a source has none, from the shapes of its tensors, and the library itself reads the file. A mistake in
 the conversion therefore cannot hide in the reference. Needs torch and, by layout, transformers, open_clip or timm.
 """
@@ -49,7 +49,7 @@ def write_reference(
 ) -> Path:
     """Runs the weights at `source_path` on `images` seeded random images and captions, in float32 on the CPU, and writes `out`.
 
-    The file is what `verify.read_reference` reads. Sources without configuration beside them may need:
+    `verify.read_reference` reads the file. Sources without a configuration file may need:
         model_name: a model of open_clip or timm, such as 'ViT-L-14' or 'convnextv2_tiny'.
         activation: gelu, gelu_tanh or quick_gelu.
         heads: attention heads of the vision and of the text tower.
@@ -58,7 +58,7 @@ def write_reference(
             open_clip does; for ConvNeXt it is the size of the inputs.
         library: checked only: the library that runs this layout.
 
-    Raises ConvertError where the library is missing, the source leaves the model open, or the weights do not fit it.
+    Raises ConvertError where the library is missing, the source does not specify the model, or the weights do not fit it.
     """
     out = Path(out)
     if out.suffix != ".npz":
@@ -69,6 +69,8 @@ def write_reference(
             f"{', '.join(ACTIVATIONS)}; found {images}, {tuple(heads)} and {activation!r}"
         )
     source = open_source(source_path)
+    if source.layout not in LIBRARIES:
+        raise ConvertError(f"{source.path} has the layout {source.layout!r}; references exist for {', '.join(LIBRARIES)}")
     needed = LIBRARIES[source.layout]
     if library and library != needed:
         raise ConvertError(f"{source.path} has the layout {source.layout!r}, which {needed} runs, not {library!r}")
@@ -110,8 +112,8 @@ def _import(name: str, source: Source) -> ModuleType:
 def declare_torchvision_operators(torch: ModuleType) -> None:
     """Lets open_clip and timm import a torchvision whose compiled operators were built for another torch.
 
-    It attaches shape functions to two operators while it is imported, and fails where they do not exist. No model here calls
-    them, so their signatures are enough.
+    torchvision attaches shape functions to two operators during its import, and fails where they do not exist. No model here
+    calls them, so declaring their signatures is enough.
     """
     spec = importlib.util.find_spec("torchvision")
     if "torchvision" in sys.modules or spec is None or spec.origin is None:

@@ -1,4 +1,4 @@
-"""What a reference is asked for, and its random inputs: images and captions that depend on the seed alone."""
+"""The request for a reference, and its random inputs: images and captions that depend on the seed alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 
 @dataclass(frozen=True)
 class ReferenceRequest:
-    """What the user said about a source that leaves it open, and the size of the comparison."""
+    """What the user specifies where a source does not, and the number of inputs; fields as of `reference.write_reference`."""
 
     model_name: str
     activation: str
@@ -25,10 +25,10 @@ class ReferenceRequest:
 
 
 def noise(asked: ReferenceRequest, size: int) -> np.ndarray:
-    """float32 [N, S, S, 3]: smooth noise of 256 levels, scaled to -1..1."""
+    """Images float32 [N, S, S, 3] of smooth noise with 256 levels, scaled to -1..1."""
     rng = np.random.default_rng((asked.seed, 0))
     values = rng.standard_normal((asked.images, size, size, 3))
-    for axis in (1, 2):  # neighbours alike, as in photographs
+    for axis in (1, 2):  # neighbouring pixels are similar, as in photographs
         values = values + np.roll(values, 1, axis) + np.roll(values, 2, axis)
     levels = np.clip(128 + 64 * values / values.std(), 0, 255).astype(np.uint8)
     return (levels.astype(np.float32) / 255 - 0.5) / 0.5
@@ -37,7 +37,7 @@ def noise(asked: ReferenceRequest, size: int) -> np.ndarray:
 def captions(
     asked: ReferenceRequest, context: int, vocabulary: int, *, start: int | None, end: int, pad: int, highest: bool
 ) -> np.ndarray:
-    """int32 [N, L]: captions of varied length, the first one full. With `highest`, `end` is above every other id."""
+    """Tokens int32 [N, L] of captions of varied length, the first one full; with `highest` all ids lie below `end`."""
     rng = np.random.default_rng((asked.seed, 1))
     words = np.setdiff1d(np.arange(end if highest else vocabulary), [end, pad] + ([] if start is None else [start]))
     first = [] if start is None else [start]
@@ -51,5 +51,5 @@ def captions(
 
 
 def nchw(torch: ModuleType, images: np.ndarray) -> Any:
-    """[N, S, S, 3] -> torch tensor [N, 3, S, S]."""
+    """A torch tensor [N, 3, S, S] from images [N, S, S, 3]."""
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))

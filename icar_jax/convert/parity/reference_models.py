@@ -1,7 +1,7 @@
-"""The original models in PyTorch, as their own libraries build them, and what they make of random inputs.
+"""Runs the original models in PyTorch, as their own libraries build them, on random inputs.
 
-Each `run_...` function takes torch, the library, the source and what the user asked, and returns (arrays of the reference by
-name, how the model was built). Nothing is imported here that is not there without torch.
+Each `run_...` function takes torch, the library, the source and the user's request, and returns (arrays of the reference by
+name, a description of the built model). This file imports nothing that needs torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from icar_jax.convert.parity.reference_inputs import ACTIVATIONS, ReferenceReque
 from icar_jax.convert.source import Source
 
 Run = tuple[dict[str, Any], dict[str, Any]]
-_OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI's archives keep as tensors
+_OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI's archives store as tensors
 _EXIT_KEYS = ("early_temp", "temp_clamp", "early_ln.weight", "early_ln.bias", "early_proj.weight")
 
 
@@ -36,7 +36,7 @@ def run_transformers(torch: ModuleType, transformers: ModuleType, source: Source
         model, info = cls.from_pretrained(folder, local_files_only=True, use_safetensors=safe, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ConvertError(f"{folder}: transformers cannot load it as {cls.__name__}: {error}") from error
-    # Tensors that the file lacks start at random, with no more than a warning.
+    # transformers initialises tensors that the file lacks at random, with only a warning.
     kinds = ("missing_keys", "mismatched_keys", "unexpected_keys")
     faults = {kind: sorted(map(str, info[kind])) for kind in kinds if info.get(kind)}
     if faults:
@@ -50,7 +50,7 @@ def run_transformers(torch: ModuleType, transformers: ModuleType, source: Source
         known = [i for i in (text.eos_token_id, text.pad_token_id) if i is not None and 0 <= i < vocabulary] or [1]
         special = {"start": None, "end": known[0], "pad": known[-1], "highest": False}
     else:
-        # transformers reads an end token of 2 as "the highest id"; other ids may lie above any other end token.
+        # For an end token of 2 transformers pools the highest id; any other end token may have higher ids above it.
         highest = text.eos_token_id == 2
         end = vocabulary - 1 if highest else text.eos_token_id
         if not isinstance(end, int) or not 0 <= end < vocabulary:
@@ -80,7 +80,7 @@ def run_open_clip(torch: ModuleType, open_clip: ModuleType, source: Source, aske
     model = cls(**{key: config[key] for key in known if key in config})
     if asked.image_size:
         open_clip.model.resize_pos_embed(state, model)
-    # Some checkpoints keep the temperature as a vector of one.
+    # Some checkpoints store the temperature as a vector of one.
     state |= {name: state[name].reshape(getattr(model, name).shape) for name in ("logit_scale", "logit_bias") if name in state}
     model = _load(model, state, source, "open_clip")
     text = model.text if custom else None
@@ -121,7 +121,7 @@ def _icar_exit(
     norm, proj = torch.nn.LayerNorm(width), torch.nn.Linear(width, embed_dim, bias=False)
     for part, name in ((norm, "early_ln."), (proj, "early_proj.")):
         _load(part, {k.removeprefix(name): v for k, v in state.items() if k.startswith(name)}, source, f"the exit head {name}")
-    # The first patch: without its extra tokens this list holds no class token.
+    # Row 0 is the first patch: this output has no class token.
     taps = model.visual.forward_intermediates(pixels, [blocks - 1], stop_early=True, intermediates_only=True, output_fmt="NLC")
     embeds = torch.nn.functional.normalize(proj(norm(taps["image_intermediates"][0][:, 0])), dim=-1)
     scale = {f"exit_{blocks}_logit_scale": state["early_temp"].float().reshape(())} if "early_temp" in state else {}
@@ -131,7 +131,7 @@ def _icar_exit(
 def _clip_config(
     open_clip: ModuleType, source: Source, state: Mapping[str, Any], asked: ReferenceRequest, extra: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """open_clip's model configuration, and where it is from: a file beside the weights, a name, or the shapes."""
+    """open_clip's model configuration, and its origin: a file beside the weights, a name, or the shapes."""
     names, settings = open_clip.list_models(), _settings(extra)
     name, shapes = settings.get("model_name"), _clip_shapes(source, state)
     if "open_clip_config.json" in source.configs:
@@ -139,7 +139,7 @@ def _clip_config(
         config, built = source.configs["open_clip_config.json"].get("model_cfg", {}), "open_clip_config.json"
         if missing := [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]:
             raise ConvertError(f"{source.path}: open_clip_config.json lacks model_cfg.{', model_cfg.'.join(missing)}")
-        # An activation of its own (act_kwargs) has no name here.
+        # act_kwargs set an activation that has no name here.
         plain = not (config["vision_cfg"].get("act_kwargs") or config["text_cfg"].get("act_kwargs"))
         stated = "quick_gelu" if config.get("quick_gelu") else "gelu" if plain else asked.activation
         _require_stated(source, asked, built, stated, _heads(config))
@@ -157,7 +157,7 @@ def _clip_config(
         if config[side].get(library):
             raise ConvertError(f"{source.path}: {side}.{library} names a tower of another library, which is not supported")
     if built != "open_clip_config.json":
-        # open_clip runs OpenAI's weights with QuickGELU, whatever the name of the model.
+        # open_clip runs OpenAI's weights with QuickGELU under any name of the model.
         openai = source.layout == "openai" or settings.get("pretrained") == "openai"
         base = config if built != "shapes" else (open_clip.get_model_config(name) if name in names else None)
         stated = "" if base is None else "quick_gelu" if base.get("quick_gelu") else "gelu"
@@ -175,7 +175,7 @@ def _clip_config(
 
 
 def _clip_shapes(source: Source, state: Mapping[str, Any]) -> dict[str, Any]:
-    """open_clip's configuration as far as shapes tell it: all but heads and activation."""
+    """open_clip's configuration from shapes: everything but heads and activation."""
     text = "text." if any(name.startswith("text.") for name in state) else ""
     try:
         conv, positions = state["visual.conv1.weight"].shape, state["visual.positional_embedding"].shape
@@ -204,7 +204,7 @@ def _sizes(config: Mapping[str, Any]) -> tuple:
 
 
 def _heads(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Attention heads (vision, text), with open_clip's defaults where the configuration is silent."""
+    """Attention heads (vision, text), with open_clip's defaults where the configuration has none."""
     vision = config["vision_cfg"]
     return vision.get("width", 768) // vision.get("head_width", 64), config["text_cfg"].get("heads", 8)
 
@@ -214,7 +214,7 @@ def _set_heads(open_clip: ModuleType, config: dict[str, Any], source: Source, as
     heads = {asked.heads} if asked.heads else set()
     if not heads and source.layout == "openai":
         heads = {(vision["width"] // 64, text["width"] // 64)}
-    if not heads:  # what open_clip's own models of these sizes have
+    if not heads:  # those of open_clip's own models of these sizes
         known = map(open_clip.get_model_config, open_clip.list_models())
         heads = {_heads(other) for other in known if _sizes(other) == _sizes(config)}
     if len(heads) != 1 or any(h < 1 or w % h for h, w in zip(*heads, (vision["width"], text["width"]), strict=True)):
@@ -253,7 +253,7 @@ def run_icc(torch: ModuleType, timm: ModuleType, source: Source, asked: Referenc
 
 
 def _convnext(timm: ModuleType, source: Source, state: Mapping[str, Any], asked: ReferenceRequest, hparams: Mapping[str, Any]):
-    """(timm's model, how it was named): by config.json, by name, or rebuilt from shapes where timm has no such model."""
+    """(timm's model, its description): by config.json, by name, or from shapes where timm has no such model."""
     classes = len(state["head.fc.weight"]) if "head.fc.weight" in state else 0
     config = source.configs.get("config.json", {})
     named = asked.model_name or config.get("architecture") or hparams.get("model_name", "")
@@ -278,7 +278,7 @@ def _convnext(timm: ModuleType, source: Source, state: Mapping[str, Any], asked:
 
 
 def _convnet_size(asked: ReferenceRequest, source: Source) -> int:
-    """Pixels: as asked, as timm's config.json says, or 224; the weights fit every size."""
+    """Image size in pixels: the user's, that of timm's config.json, or 224; the weights fit every size."""
     pretrained = source.configs.get("config.json", {}).get("pretrained_cfg", {})
     return asked.image_size or pretrained.get("input_size", (3, 224, 224))[-1]
 
@@ -287,7 +287,7 @@ def _convnet_size(asked: ReferenceRequest, source: Source) -> int:
 
 
 def _state_dict(torch: ModuleType, source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tensors as float32 by name, and what else the file holds, read by torch's or safetensors' own reader."""
+    """The tensors as float32 by name, and the rest of the file, read by torch's or safetensors' own reader."""
     path, kind = source.weights.path, source.weights.kind
     try:
         if kind == "safetensors":
@@ -307,7 +307,7 @@ def _state_dict(torch: ModuleType, source: Source) -> tuple[dict[str, Any], dict
 
 
 def _strip(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Names without `prefix`, where every name has it."""
+    """The tensors with `prefix` removed from their names, where every name has it."""
     return {k.removeprefix(prefix): v for k, v in state.items()} if all(k.startswith(prefix) for k in state) else dict(state)
 
 
@@ -325,7 +325,7 @@ def _load(model: Any, state: Mapping[str, Any], source: Source, what: str) -> An
 
 
 def _refuse(source: Source, asked: ReferenceRequest, why: str, *names: str) -> None:
-    """Raises ConvertError for an option that this source does not leave open."""
+    """Raises ConvertError for an option that has no effect on this source."""
     given = [name for name in names if getattr(asked, name)]
     if given:
         raise ConvertError(f"{source.path}: {', '.join(given)} cannot be given for this source: {why}")

@@ -1,7 +1,7 @@
-"""Proof that a conversion changed nothing: our outputs against those of the source's own library.
+"""Compares the outputs of a converted model with those of the source's own library.
 
-A reference is an .npz file that `icar_jax.convert.parity.reference` writes with PyTorch. It holds the inputs and what the
-original weights make of them:
+A reference is an .npz file that `icar_jax.convert.parity.reference` writes with PyTorch. It holds inputs and the original
+weights' outputs:
 
     images                 float32 [N, S, S, 3], normalised
     tokens                 int32 [M, L]                                  clip only
@@ -12,7 +12,7 @@ original weights make of them:
     logits | features      float32 [N, classes] | [N, C]                 classifiers | backbones without classes
     meta                   JSON text: layout, libraries, seed, file, sha256, model
 
-Comparing needs no torch.
+The comparison needs no torch.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from icar_jax.models.complexity import ComplexityArch, ComplexityModel
 
 TOLERANCE = 1e-4
 META = "meta"
+_LARGEST = 1 << 32  # bytes, unpacked
 _EXIT = re.compile(r"exit_(\d+)")
 _EXIT_SCALE = re.compile(r"exit_(\d+)_logit_scale")
 _DIMS = {
@@ -65,13 +66,13 @@ class Reference:
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """Executed blocks of every exit the file holds, ascending."""
+        """Executed blocks of every exit in the file, ascending."""
         return tuple(sorted(int(match[1]) for name in self.arrays if (match := _EXIT.fullmatch(name))))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One output compared: absolute differences over all its values, and the lowest cosine between two rows.
+    """The comparison of one output: absolute differences over all values, and the lowest cosine between two rows.
 
     `part` is 'image', 'text', 'exit <blocks>', 'logits', 'features', or the name of a scalar parameter.
     """
@@ -84,12 +85,12 @@ class Difference:
 
     @property
     def ok(self) -> bool:
-        """False for NaN too: no comparison with NaN holds."""
+        """Whether the largest difference is within the tolerance; False for NaN."""
         return self.largest <= self.tolerance
 
 
 def read_reference(path: str | os.PathLike) -> Reference:
-    """Reads a reference and checks what can be checked without the model.
+    """The reference in the file at `path`, checked as far as possible without the model.
 
     Raises ConvertError for a file that is missing, damaged or of another kind, and for arrays that are missing, of the wrong
     kind or dimensions, or not finite.
@@ -99,8 +100,11 @@ def read_reference(path: str | os.PathLike) -> Reference:
         raise ConvertError(f"reference {path} does not exist; write one with `icar reference` where torch is installed")
     try:
         with np.load(path, allow_pickle=False) as file:
+            if sum(member.file_size for member in file.zip.infolist()) > _LARGEST:
+                raise ValueError(f"more than {_LARGEST} bytes")
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    # A header may claim more than the file holds, and more than there is memory.
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise ConvertError(f"reference {path}: expected an .npz of plain arrays ({error}); {_REMEDY}") from error
     meta = _parse_meta(path, arrays.pop(META, None))
     faults = [line for name, array in arrays.items() for line in _array_faults(name, array)]
@@ -114,7 +118,7 @@ def read_reference(path: str | os.PathLike) -> Reference:
 
 
 def weights_sha256(path: str | os.PathLike) -> str:
-    """Hex SHA-256 of a weights file; of an index (.json) it covers the index and every shard it names."""
+    """Hex SHA-256 of a file of weights; for an index (.json) it covers the index and all its shards."""
     path = Path(path)
     if path.suffix != ".json":
         return sha256(path)
@@ -124,10 +128,10 @@ def weights_sha256(path: str | os.PathLike) -> str:
 
 
 def compare(kind: str, arch: Any, params: Mapping[str, Any], reference: Reference, source_sha256: str = "") -> list[Difference]:
-    """Runs our model in float32 on the reference's inputs and measures every output the reference holds.
+    """The differences of our outputs from the reference's: one for each output in the reference, computed in float32.
 
-    `kind` is 'clip', 'complexity' or 'convnext', with the architecture of that kind; `params` are float32 arrays, NumPy's or
-    JAX's. Exits that the conversion added have no counterpart and are not compared.
+    `kind` is 'clip', 'complexity' or 'convnext', with the architecture of that kind; `params` are float32 arrays of NumPy or
+    JAX. Exits that the conversion added have no counterpart and are not compared.
 
     Raises ConvertError where the reference was made from other weights (its SHA-256 is not `source_sha256`), or does not fit
     the architecture: an output is missing, or image size, context length, vocabulary, exits or widths differ.
@@ -146,7 +150,7 @@ def compare(kind: str, arch: Any, params: Mapping[str, Any], reference: Referenc
 
 
 def format_table(differences: Sequence[Difference]) -> str:
-    """One line for each output compared, under a header; no trailing newline."""
+    """A table with one line for each output, under a header; no trailing newline."""
     rows = [("output", "largest", "mean", "lowest cosine", "")]
     for d in differences:
         rows.append((d.part, f"{d.largest:.2e}", f"{d.mean:.2e}", f"{d.cosine_min:.7f}", "ok" if d.ok else "DIFFERS"))
@@ -158,7 +162,7 @@ def format_table(differences: Sequence[Difference]) -> str:
 
 
 def require_equal(differences: Sequence[Difference], where: str = "verification") -> None:
-    """Raises ConvertError where any output differs by more than its tolerance, or is NaN, or nothing was compared."""
+    """Raises ConvertError where an output differs by more than its tolerance or is NaN, and where nothing was compared."""
     if not differences:
         raise ConvertError(f"{where}: nothing was compared; {_REMEDY}")
     wrong = [d for d in differences if not d.ok]
@@ -251,7 +255,7 @@ def _clip_outputs(arch: ClipArch, params: Mapping[str, Any], reference: Referenc
 
 def _require_clip_inputs(arch: ClipArch, reference: Reference) -> None:
     text, tokens, exits = arch.text, reference.arrays["tokens"], arch.vision.all_exits
-    # Pictures may be larger than whole patches by a rest that the patch embedding drops.
+    # An image may have rows beyond the last whole patch, which the patch embedding drops.
     _require_size(reference, arch.vision.image_size, arch.vision.patch_size)
     if tokens.shape[1] != text.context_length:
         raise _unfit(reference, "context length", text.context_length, tokens.shape[1])

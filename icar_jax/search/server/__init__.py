@@ -1,1 +1,1 @@
-"""`icar serve`: a page and a JSON API over a store. Importing this needs nothing of the [search] extra; its modules do."""
+"""`icar serve`: a web page and a JSON API over a store. This package imports without the [search] extra; its modules do not."""

@@ -1,4 +1,4 @@
-"""The HTTP application: the page, the JSON API, health and metrics."""
+"""The HTTP application: web page, JSON API, health checks and metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from icar_jax.search.server.pictures import ID, SIDES, Pictures, open_picture
 from icar_jax.search.server.settings import ServerSettings
 from icar_jax.search.server.uploads import OPENAPI, read_upload
 
-_FORGOT_S = 86_400  # a browser keeps a picture for a day: its address names its content, which never changes
+_CACHE_S = 86_400  # browsers cache images for a day; the URL contains the hash of the content
 _WAITING_PER_THREAD = 32
 
 ImageId = Annotated[str, Path(pattern=f"^{ID}$", description="SHA-256 of the image's file.")]
@@ -46,10 +46,7 @@ def _problems(*statuses: int) -> dict:
 
 
 def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | None = None) -> Guard:
-    """The application over a store, ready for an ASGI server; its lifespan starts and stops the backend.
-
-    `guard.api` is the FastAPI application inside.
-    """
+    """The ASGI application over a store; its lifespan starts and stops the backend. `guard.api` is the inner FastAPI app."""
     metrics = metrics or backend.metrics
     pictures = Pictures(
         backend.paths_of, settings.max_pixels, settings.preview_cache_bytes, settings.follow_links, backend.roots
@@ -65,14 +62,14 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
         finally:
             await anyio.to_thread.run_sync(backend.stop)
 
-    # Their own pages of documentation would load scripts from another host.
+    # FastAPI's documentation pages are off, since they load scripts from another host.
     api = FastAPI(
-        title="icar search", version="1", description="Search a store of images by words or by an image.",
+        title="icar search", version="1", description="Search a store of images by text or by image.",
         lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json",
     )  # fmt: skip
     add_handlers(api, lambda kind: metrics.refused.labels(kind).inc())
     _add_pages(api, settings)
-    metrics.gauge("icar_previews_cached_share", "Previews answered from memory, of all asked for", lambda: _share(pictures))
+    metrics.gauge("icar_previews_cached_share", "Fraction of previews served from the cache", lambda: _share(pictures))
 
     async def answer(kind: str, query: TextQuery | ImageQuery, start: float, decode_s: float = 0.0) -> schemas.Answer:
         found, queue_s = await backend.worker.run(kind, query, settings.timeout_s)
@@ -85,15 +82,15 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
 
     @api.get("/api/search", responses=failures, tags=["search"])
     async def search(
-        q: Annotated[schemas.Query, Query(description="What to look for, in words.")],
+        q: Annotated[schemas.Query, Query(description="Text to search for.")],
         filters: Filters,
     ) -> schemas.Answer:
-        """Searches by words."""
+        """Searches by text."""
         return await answer("text", TextQuery(q, filters.k, filters.where(), filters.exact), time.perf_counter())
 
     @api.post("/api/search", responses=failures, tags=["search"])
     async def search_by_json(body: schemas.TextSearch) -> schemas.Answer:
-        """Searches by words; for queries that do not belong into an address, which is logged and remembered."""
+        """Searches by text; keeps the query out of the URL, which proxies and browsers log."""
         return await answer("text", TextQuery(body.query, body.k, body.where(), body.exact), time.perf_counter())
 
     @api.post("/api/search/image", responses=_problems(400, 408, 413, 422, 503, 504), openapi_extra=OPENAPI, tags=["search"])
@@ -101,13 +98,13 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
         request: Request,
         filters: Filters,
     ) -> schemas.Answer:
-        """Searches by an image; the upload is not kept."""
+        """Searches by image; the upload is not stored."""
         start = time.perf_counter()
         data = await read_upload(request, settings.max_upload_bytes, settings.timeout_s)
         decoding = time.perf_counter()
         if uploads.statistics().tasks_waiting >= settings.queue:
             raise _busy("images are being decoded")
-        # One at a time: an image at the limit of pixels takes hundreds of megabytes.
+        # One at a time, since an image at the pixel limit takes hundreds of megabytes.
         picture = await anyio.to_thread.run_sync(
             partial(open_picture, data, "image", settings.max_pixels, backend.image_side), limiter=uploads
         )
@@ -116,7 +113,7 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
 
     async def picture(work) -> tuple:
         if threads.statistics().tasks_waiting >= _WAITING_PER_THREAD * settings.preview_threads:
-            raise _busy("pictures are being read")
+            raise _busy("images are being read")
         return await anyio.to_thread.run_sync(work, limiter=threads)
 
     @api.get(
@@ -128,7 +125,7 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
         id: ImageId,
         size: Annotated[int, Query(description=f"Longest side in pixels: one of {SIDES}.")] = SIDES[0],
     ) -> Response:
-        """A JPEG of the image, upright and without metadata."""
+        """A JPEG preview of the image, with orientation applied and without metadata."""
         if size not in SIDES:
             raise RequestError(422, "invalid", f"size: one of {', '.join(map(str, SIDES))} pixels, found {size}")
         headers = _cached(f"{id}-{size}")
@@ -144,7 +141,7 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
         responses=_problems(404, 422, 503) | {200: {"content": {"image/*": {}}}, 304: {"description": "As it was."}},
     )  # fmt: skip
     async def image(request: Request, id: ImageId) -> Response:
-        """The file, byte for byte as it was indexed."""
+        """The original file, byte for byte as indexed."""
         headers = _cached(id) | {"Content-Security-Policy": "default-src 'none'; sandbox"}
         if request.headers.get("if-none-match") == headers["ETag"]:
             return Response(status_code=304, headers=headers)
@@ -153,20 +150,20 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
 
     @api.get("/api/store", responses=_problems(503), tags=["store"])
     async def store() -> schemas.StoreInfo:
-        """What is searched, and the limits of this server."""
+        """Information about the store, and the limits of this server."""
         limits = schemas.Limits(k=schemas.MAX_K, upload_bytes=settings.max_upload_bytes, pixels=settings.max_pixels)
         return await anyio.to_thread.run_sync(backend.info, limits)
 
     @api.head("/healthz", include_in_schema=False)
     @api.get("/healthz", tags=["health"])
     async def healthz() -> schemas.Status:
-        """The process answers."""
+        """Liveness: the process responds."""
         return schemas.Status(status="ok")
 
     @api.head("/readyz", include_in_schema=False)
     @api.get("/readyz", responses={503: {"model": schemas.Problem}}, tags=["health"])
     async def readyz() -> schemas.Status:
-        """The model is loaded and the store can be read."""
+        """Readiness: the model is loaded and the store can be read."""
         await anyio.to_thread.run_sync(backend.require_ready)
         return schemas.Status(status="ready")
 
@@ -176,7 +173,7 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
 
     @api.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"detail": "the server failed; its log says why"}, 500)
+        return JSONResponse({"detail": "internal server error; see the server's log"}, 500)
 
     guard = Guard(
         api, settings, lambda kind: metrics.refused.labels(kind).inc(), lambda *labels: metrics.requests.labels(*labels).inc()
@@ -186,11 +183,11 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
 
 
 def _busy(what: str) -> RequestError:
-    return RequestError(503, "busy", f"too many {what} already; try again in a moment", {"Retry-After": "1"})
+    return RequestError(503, "busy", f"too many {what}; try again in a moment", {"Retry-After": "1"})
 
 
 def _cached(tag: str) -> dict[str, str]:
-    return {"ETag": f'"{tag}"', "Cache-Control": f"private, max-age={_FORGOT_S}, immutable"}
+    return {"ETag": f'"{tag}"', "Cache-Control": f"private, max-age={_CACHE_S}, immutable"}
 
 
 def _share(pictures: Pictures) -> float:
@@ -198,7 +195,7 @@ def _share(pictures: Pictures) -> float:
 
 
 def _add_pages(api: FastAPI, settings: ServerSettings) -> None:
-    """The page and its files: a fixed list held in memory, so that no address can name another file."""
+    """Adds routes for the page and its files; they are a fixed list in memory, so no URL can reach other files."""
     for name, page in pages.load_pages().items():
         headers = {"ETag": f'"{page.sha256}"', "Cache-Control": "no-cache"}
 

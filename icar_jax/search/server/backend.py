@@ -1,4 +1,4 @@
-"""Between requests and search: the worker that calls the model, what the store says of itself, and which hits to note."""
+"""The search backend of the server: the worker that calls the model, store information, and counts of returned images."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from icar_jax.search.server.metrics import Metrics
 from icar_jax.search.server.worker import Worker
 from icar_jax.search.store import Store
 
-TEXT_BATCH = 8  # queries encoded together: the largest batch that `icar serve` loads the model for
+TEXT_BATCH = 8  # most queries encoded together; the batch size with which `icar serve` loads the model
 NOTE_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
 class TextQuery:
-    """Words to search by; `where` filters the store's columns."""
+    """A text query for k hits; `where` is an SQL filter over the store's columns."""
 
     text: str
     k: int
@@ -39,7 +39,7 @@ class TextQuery:
 
 @dataclass(frozen=True)
 class ImageQuery:
-    """A decoded RGB picture to search by."""
+    """An image query with a decoded RGB image; other fields as in TextQuery."""
 
     image: Image.Image
     k: int
@@ -48,12 +48,13 @@ class ImageQuery:
 
 
 class Backend:
-    """The search behind a server.
+    """Runs searches for the server.
 
     Args:
-        searcher: is called from the worker's thread alone, once this is started.
-        store: opened for this object alone: other threads look files and counts up in it while a search runs.
-        queue: searches that may wait.
+        searcher: used only by the worker thread once this is started.
+        store: a separate handle for this object; other threads look up files and counts in it during searches.
+        queue: most searches that may wait.
+        note_every_s: interval in seconds at which returned images are counted in the store.
     """
 
     def __init__(self, searcher: Searcher, store: Store, queue: int, note_every_s: float = NOTE_EVERY_S):
@@ -63,50 +64,50 @@ class Backend:
             self._handle, queue, {"text": TEXT_BATCH}, lambda kind, n: self.metrics.batch.labels(kind).observe(n)
         )
         self.image_side: int = searcher.model.preprocess.image_size
-        self._lock = threading.Lock()  # of the store
-        self._info: tuple[tuple[int, int], dict[str, Any]] | None = None  # by version, and which store it is of
+        self._lock = threading.Lock()  # guards the store
+        self._info: tuple[tuple[int, int], dict[str, Any]] | None = None  # (version, renewals) and counts
         self._returned: list[str] = []
         self._returned_lock = threading.Lock()
         self._stopping = threading.Event()
         self._noting = threading.Thread(target=self._note_returned, name="icar-notes", daemon=True)
-        self.metrics.gauge("icar_queue_depth", "Searches that wait", lambda: self.worker.waiting)
+        self.metrics.gauge("icar_queue_depth", "Searches waiting in the queue", lambda: self.worker.waiting)
         self.metrics.gauge("icar_store_rows", "Images in the store", self._count)
 
     def warm_up(self) -> None:
-        """Compiles all that searches will run, before `start`."""
+        """Compiles everything that searches run; call it before `start`."""
         self._searcher.warm_up(images=True)
         self._searcher.model.encode_text(["warm up"] * TEXT_BATCH)
         if self._store.count():
             self._searcher.search_image(np.zeros((self.image_side, self.image_side, 3), np.uint8), k=1)
 
     def start(self) -> None:
-        """Starts the threads."""
+        """Starts the worker and the counting thread."""
         self.worker.start()
         self._noting.start()
 
     def stop(self) -> None:
-        """Ends them: the search that runs is finished, those that wait are refused, and hits are noted."""
+        """Stops the threads: finishes the running search, rejects waiting ones, and stores the counts."""
         self.worker.stop()
         self._stopping.set()
         self._noting.join(10.0)
 
     def require_ready(self) -> None:
-        """Raises StoreError where the store cannot be read."""
+        """Raises StoreError if the store cannot be read."""
         with self._lock:
             self._store.count()
 
     def paths_of(self, sha256: str) -> list[str]:
-        """Where files with this hash lay when they were indexed."""
+        """Paths of the indexed files with this SHA-256."""
         with self._lock:
             return sorted(self._store.rows("sha256", [sha256], ["path"])["path"].to_pylist())
 
     def roots(self) -> list[str] | None:
-        """Below which files may be served; None where the store does not know."""
+        """Folders below which files may be served; None if the store has not recorded them."""
         with self._lock:
             return self._store.roots()
 
     def info(self, limits: schemas.Limits) -> schemas.StoreInfo:
-        """What the store holds now; counted anew only where it has changed."""
+        """Current contents of the store; counts are cached until it changes."""
         with self._lock:
             version = self._store.version()
             state = (version, self._store.renewals)
@@ -132,11 +133,11 @@ class Backend:
         try:
             with self._lock:
                 return self._store.count()
-        except StoreError:  # the other numbers are wanted then more than ever
+        except StoreError:  # keep serving the other metrics
             return math.nan
 
     def answer(self, found: Result, parts_s: Mapping[str, float]) -> schemas.Answer:
-        """A Result of the searcher as the API gives it."""
+        """Converts a Result to the API schema; `parts_s` are latencies in seconds by part."""
         hits = [
             schemas.Hit(
                 id=hit.sha256, name=os.path.basename(hit.path), path=hit.path, caption=hit.caption, score=hit.score,
@@ -178,11 +179,11 @@ class Backend:
             return RequestError(422, "query", str(error))
         except StoreError as error:
             return store_unreadable(error)
-        except Exception as error:  # fails this query, not those that were encoded with it
+        except Exception as error:  # fail only this query, not those encoded with it
             return error
 
     def _note_returned(self) -> None:
-        """Tells the store what was returned: each note is a commit, so they are gathered."""
+        """Counts returned images in the store at intervals, since each update is a commit."""
         while True:
             last = self._stopping.wait(self._note_every_s)
             with self._returned_lock:
@@ -192,6 +193,6 @@ class Backend:
                     with self._lock:
                         self._store.note_returned(paths)
                 except StoreError as error:
-                    logging.warning("hits are not noted, so that refining cannot begin with them: %s", error)
+                    logging.warning("returned images cannot be counted for `--pass refine --order returned`: %s", error)
             if last:
                 return

@@ -1,4 +1,4 @@
-"""Failures of a request: a status, and a reason that a person can act upon."""
+"""Errors of a request: an HTTP status and a message for the user."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from icar_jax.search.access import StoreError
 
 
 class ServerError(IcarError, ValueError):
-    """A server that must not or cannot be started as asked."""
+    """The server cannot be started with these settings."""
 
 
 class RequestError(Exception):
-    """A request that is answered with `status` and {"detail": reason}; `kind` counts it in the metrics."""
+    """A request rejected with `status` and {"detail": reason}; `kind` is its label in the metrics."""
 
     def __init__(self, status: int, kind: str, reason: str, headers: Mapping[str, str] | None = None):
         super().__init__(reason)
         self.status, self.kind, self.reason, self.headers = status, kind, reason, dict(headers or {})
 
     def response(self) -> JSONResponse:
-        """The answer."""
+        """The HTTP response."""
         return JSONResponse({"detail": self.reason}, self.status, self.headers)
 
 
 def store_unreadable(error: StoreError) -> RequestError:
-    """503; where the store lies, and what is wrong with it, is for the log alone."""
+    """A 503 error; the path of the store and the reason go only to the log."""
     logging.error("%s", error)
-    return RequestError(503, "store", "the store cannot be read; the server's log says why", {"Retry-After": "5"})
+    return RequestError(503, "store", "the store cannot be read; see the server's log", {"Retry-After": "5"})
 
 
 def add_handlers(app: FastAPI, count_refusal) -> None:
-    """Every failure of `app` becomes {"detail": "one line"}; `count_refusal(kind)` is told of each that was refused."""
+    """Turns every error of `app` into {"detail": "one line"}; calls `count_refusal(kind)` for each rejected request."""
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> JSONResponse:
@@ -60,6 +60,6 @@ def add_handlers(app: FastAPI, count_refusal) -> None:
 
 
 def _line(error: Mapping) -> str:
-    # The first part of the place is 'query', 'path' or 'body'.
+    # The first part of the location is 'query', 'path' or 'body'.
     place = ".".join(str(part) for part in error["loc"][1:]) or str(error["loc"][0])
     return f"{place}: {error['msg']}"

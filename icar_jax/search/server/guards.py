@@ -1,4 +1,4 @@
-"""What stands in front of every request: host names, origins, the token, body sizes; and the headers of every answer."""
+"""Request checks (host names, origins, token, body sizes), response headers, and the login form."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from icar_jax.search.server.settings import ServerSettings
 
 COOKIE = "icar_session"
 LOGIN = "/login"
-OPEN_PATHS = frozenset({"/healthz", "/readyz", LOGIN, "/static/app.css", "/static/icon.svg"})  # nothing of the store
+OPEN_PATHS = frozenset({"/healthz", "/readyz", LOGIN, "/static/app.css", "/static/icon.svg"})  # served without the token
 PAGES = frozenset({"/", LOGIN})
-FORM_BYTES = 100_000  # of a body that is no upload, and what the wrapping of an upload may add to it
-_DRAIN_S = 2.0  # a client that still sends would otherwise meet a closed connection before it reads why
+FORM_BYTES = 100_000  # limit of a body without an upload, and of the multipart overhead of an upload
+_DRAIN_S = 2.0  # read on before closing, so that a client that is still sending gets the error response
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_FAILURE_S = 0.5  # between two wrong tokens
+_FAILURE_S = 0.5  # delay after a wrong token
 
 _SECURITY = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
@@ -40,7 +40,7 @@ _SECURITY = {
 class Guard:
     """ASGI middleware around the whole server.
 
-    `refused(kind)` is told of each request that it turns away, `answered(route, method, status)` of every one.
+    Calls `refused(kind)` for each rejected request and `answered(route, method, status)` for every response.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Guard:
                 for name, value in _SECURITY.items():
                     headers.setdefault(name, value)
                 headers.setdefault("Cache-Control", "no-store")
-                # By route, not by path: addresses that do not exist must not fill the metrics.
+                # By route, not by path, so that requests for unknown paths do not create metrics.
                 route = getattr(scope.get("route"), "path", "other")
                 method = scope["method"] if scope["method"] in _METHODS else "other"
                 self._answered(route, method, str(message["status"]))
@@ -85,23 +85,23 @@ class Guard:
         await self._limited(scope, body, with_headers)
 
     def _check(self, scope: Scope) -> Response | None:
-        """None for a request that may go on, or where it is sent instead. Raises RequestError."""
+        """None for an allowed request, or a redirect to the login. Raises RequestError."""
         headers, path = Headers(scope=scope), scope["path"]
         host = headers.get("host", "")
         if self._hosts is not None and _name(host) not in self._hosts:
             raise RequestError(421, "host", f"this server answers to {', '.join(sorted(self._hosts))}, not to {host[:100]!r}")
-        # Browsers say where a request comes from; a page of another site may link to this one, and do nothing else.
+        # Browsers send the origin of a request; other sites may link to the pages, but nothing else.
         if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             followed = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
             if not (followed and scope["method"] == "GET" and path in PAGES):
-                raise RequestError(403, "cross-site", "pages of other sites may not use this server")
+                raise RequestError(403, "cross-site", "requests from other sites are not allowed")
         if self._settings.token is None or path in OPEN_PATHS or authorised(headers, self._settings.token):
             return None
         if path == "/" and scope["method"] in ("GET", "HEAD"):
             query = scope["query_string"].decode("latin-1")
             return RedirectResponse(LOGIN + (f"?{quote(query, safe='=&%+')}" if query else ""), 303)
         raise RequestError(
-            401, "token", "this server needs its token: send `Authorization: Bearer TOKEN`, or open the page and sign in",
+            401, "token", "this server requires a token: send `Authorization: Bearer TOKEN`, or open the page and sign in",
             {"WWW-Authenticate": "Bearer"},
         )  # fmt: skip
 
@@ -109,7 +109,7 @@ class Guard:
         return FORM_BYTES + (self._settings.max_upload_bytes if scope["path"] == "/api/search/image" else 0)
 
     async def _limited(self, scope: Scope, body: _Body, send: Send) -> None:
-        """The app's answer, or 413 where it read more than it may: it takes the cut for a damaged body."""
+        """Sends the app's response, or 413 if the body exceeded the limit, which the app itself sees as a damaged body."""
         replaced = False
 
         async def unless_cut(message: Message) -> None:
@@ -126,7 +126,7 @@ class Guard:
 
 
 class _Body:
-    """The body of a request, which ends early once it is longer than `limit` bytes."""
+    """A request body that is cut off after `limit` bytes."""
 
     def __init__(self, receive: Receive, limit: int):
         self.receive_all, self.limit = receive, limit
@@ -150,13 +150,11 @@ class _Body:
 
 
 def _too_large(limit: int) -> RequestError:
-    return RequestError(
-        413, "upload-bytes", f"the body is larger than {limit:,} bytes, the most that is read; send a smaller file"
-    )
+    return RequestError(413, "upload-bytes", f"the body exceeds the limit of {limit:,} bytes; send a smaller file")
 
 
 async def _drain(receive: Receive) -> None:
-    """Reads what a client still sends, for a moment."""
+    """Reads and discards the rest of a request for up to _DRAIN_S seconds."""
     try:
         async with asyncio.timeout(_DRAIN_S):
             while True:
@@ -168,14 +166,14 @@ async def _drain(receive: Receive) -> None:
 
 
 def _name(host: str) -> str:
-    """The name of a Host header, without the port."""
+    """The host name of a Host header, without the port."""
     host = host.strip().lower()
     name, colon, port = host.rpartition(":")
     return name if colon and port.isdigit() and (not host.startswith("[") or name.endswith("]")) else host
 
 
 def session(token: str) -> str:
-    """The cookie's value: proof of the token from which the token cannot be found."""
+    """The session cookie's value: an HMAC-SHA256 of the token, which does not reveal it."""
     return hmac.new(token.encode(), b"icar serve session", hashlib.sha256).hexdigest()
 
 
@@ -184,7 +182,7 @@ def _same(given: str, expected: str) -> bool:
 
 
 def authorised(headers: Headers, token: str) -> bool:
-    """Whether a request carries the token, as a bearer or as the cookie of the login; compared in constant time."""
+    """Whether a request has the token as a bearer token or as the session cookie; compared in constant time."""
     scheme, _, given = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and _same(given.strip(), token):
         return True
@@ -196,7 +194,7 @@ def authorised(headers: Headers, token: str) -> bool:
 
 
 class Login:
-    """The form that trades the token for a cookie. `page` is its HTML, with a mark where a message goes."""
+    """The login form, which sets a cookie in exchange for the token; `page` is its HTML with MARK for a message."""
 
     MARK = "<!--message-->"
 
@@ -205,12 +203,12 @@ class Login:
         self._failures = asyncio.Lock()
 
     def form(self, message: str = "", status: int = 200) -> HTMLResponse:
-        """The page; `message` is text of this program, never of a request."""
+        """The login page; `message` is inserted as HTML and must not come from a request."""
         said = f'<p class="wrong" role="alert">{message}</p>' if message else ""
         return HTMLResponse(self._page.replace(self.MARK, said), status)
 
     async def submit(self, body: bytes, query: str, secure: bool) -> Response:
-        """Signs in and leads to the search that was asked for, which is always on the page itself."""
+        """Checks the token, sets the cookie and redirects to the page with the original query string."""
         if self._token is None:
             return RedirectResponse("/", 303)
         try:
@@ -218,9 +216,9 @@ class Login:
         except ValueError:  # more fields than the form has
             given = ""
         if not _same(given, self._token):
-            async with self._failures:  # one after the other, whoever guesses
+            async with self._failures:  # failed attempts of all clients are serialised
                 await asyncio.sleep(_FAILURE_S)
-            return self.form("That is not the token that <code>icar serve</code> was given with --token or --token-file.", 401)
+            return self.form("Wrong token. Enter the one given to <code>icar serve</code> by --token or --token-file.", 401)
         answer = RedirectResponse("/" + (f"?{quote(query, safe='=&%+')}" if query else ""), 303)
         answer.set_cookie(COOKIE, session(self._token), httponly=True, samesite="strict", secure=secure, path="/")
         return answer

@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus."""
+"""Prometheus metrics of the server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 
 
 
 class Metrics:
-    """Counters of one server, in a registry of their own."""
+    """Metrics of one server in a separate registry."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
@@ -27,17 +27,17 @@ class Metrics:
         self.batch = Histogram(
             "icar_batch_queries", "Queries encoded together", ("kind",), registry=registry, buckets=(1, 2, 4, 8, 16, 32)
         )
-        self.compilations = Counter("icar_compilations", "Programs compiled after warm-up; 0 is right", registry=registry)
+        self.compilations = Counter("icar_compilations", "Programs compiled after warm-up; expected to be 0", registry=registry)
 
     def gauge(self, name: str, says: str, value: Callable[[], float]) -> None:
-        """A number that is read when it is asked for."""
+        """Adds a gauge whose value is computed on each scrape; `says` is its description."""
         Gauge(name, says, registry=self._registry).set_function(value)
 
     def observe_search(self, kind: str, seconds: dict[str, float]) -> None:
-        """Notes the parts of a search."""
+        """Records the latency in seconds of each part of a search."""
         for part, value in seconds.items():
             self.latency.labels(kind, part).observe(value)
 
     def text(self) -> bytes:
-        """All of it in Prometheus's text format."""
+        """All metrics in the Prometheus text format."""
         return generate_latest(self._registry)

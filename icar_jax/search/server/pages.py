@@ -1,4 +1,4 @@
-"""The page's own files, which lie beside this module."""
+"""Static files of the web page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FILES = ("index.html", "app.css", "app.js", "view.js", "icon.svg")
 
 @dataclass(frozen=True)
 class Page:
-    """A file as it is sent."""
+    """A static file and its media type."""
 
     content: bytes
     media_type: str
@@ -24,11 +24,11 @@ class Page:
 
 
 def read_page(name: str) -> Page:
-    """A file of the page, by name."""
+    """Reads a static file by name."""
     content = resources.files(__package__).joinpath("static", name).read_bytes()
     return Page(content, _TYPES[name.rpartition(".")[2]])
 
 
 def load_pages() -> dict[str, Page]:
-    """Every file that browsers may ask for."""
+    """All static files that browsers may request, by name."""
     return {name: read_page(name) for name in _FILES}

@@ -1,9 +1,9 @@
-"""Pictures that a browser may have: opened within limits, shrunk to previews, and only ever those of the store.
+"""Images served to browsers: decoded within limits, resized to previews, and restricted to images of the store.
 
-A client names a picture by the SHA-256 of its file, never by a path. The store tells where that file lay when it was indexed,
-and what is read there is sent only if it is a regular file whose bytes still have that hash. So whatever became of the path
-since (another file, a link to elsewhere), nothing is sent that was not indexed. What a link reaches outside the folders that
-were indexed is refused even so: who may see their pictures need not be meant to see what lies elsewhere.
+A client requests an image by the SHA-256 of its file, never by a path. The store gives the path where it was indexed, and the
+file is sent only if it is a regular file with the same hash. If the path now holds another file or link, only indexed content
+can be sent. Links that lead outside the indexed folders are rejected even then, since users of the server may not be allowed
+to see files there.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from icar_jax.data.images import ImageError, decode
 from icar_jax.search.scan import is_below
 from icar_jax.search.server.errors import RequestError
 
-# Formats that are opened, by Pillow's names. Some others run programs of their own (EPS) or have no picture until drawn.
+# Accepted formats by Pillow's names. Some others run external programs (EPS) or are not raster images.
 Image.init()
 FORMATS = tuple(name for name in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "AVIF", "TIFF") if name in Image.OPEN)
-SIDES = (320, 1280)  # of previews, in pixels: in the grid and enlarged
+SIDES = (320, 1280)  # longest side of previews in pixels: grid and enlarged view
 _QUALITY = 85
 _PATHS_KEPT = 50_000
 _MAX_FILE_BYTES = 1 << 29
@@ -34,10 +34,10 @@ ID = r"[0-9a-f]{64}"
 
 
 def open_picture(data: bytes, name: str, max_pixels: int, side: int | None = None) -> Image.Image:
-    """The bytes of an image file -> RGB picture, upright.
+    """Decodes an image file to RGB with EXIF orientation applied; `name` is for error messages.
 
-    With `side` a JPEG may be decoded at a fraction of its size, down to twice `side`.
-    Raises RequestError (422) for anything but a whole image of FORMATS with at most `max_pixels`; the size is read before them.
+    With `side`, a JPEG may be decoded at a reduced size of at least twice `side`.
+    Raises RequestError (422) unless it is a complete image in FORMATS with at most `max_pixels`, checked before decoding.
     """
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -46,9 +46,7 @@ def open_picture(data: bytes, name: str, max_pixels: int, side: int | None = Non
             picture.draft("RGB", (2 * side, 2 * side))
         return decode(picture, name)
     except Image.UnidentifiedImageError:
-        raise RequestError(
-            422, "image", f"{name}: no image that can be read; send a whole file of {', '.join(FORMATS)}"
-        ) from None
+        raise RequestError(422, "image", f"{name}: not a readable image; send a complete file ({', '.join(FORMATS)})") from None
     except (Image.DecompressionBombError, MemoryError):
         raise _too_many(name, max_pixels) from None
     except ImageError as error:
@@ -65,20 +63,18 @@ def _require_pixels(picture: Image.Image, name: str, max_pixels: int) -> None:
 
 
 def _too_many(name: str, max_pixels: int) -> RequestError:
-    return RequestError(
-        422, "pixels", f"{name}: more than {max_pixels:,} pixels, which is all that is decoded; shrink the image"
-    )
+    return RequestError(422, "pixels", f"{name}: exceeds the limit of {max_pixels:,} pixels; resize the image")
 
 
 class Pictures:
-    """Files of the store by their hash, and previews of them.
+    """Original files of the store by SHA-256, and cached previews of them.
 
     Args:
-        find: hash -> paths of the images that have it, from the store.
-        max_pixels: of pictures that previews are made of.
-        cache_bytes: of finished previews kept in memory, the least recently used of which go first.
+        find: SHA-256 -> paths of the indexed images with that hash.
+        max_pixels: limit of images decoded for previews.
+        cache_bytes: memory of the LRU cache of previews.
         follow_links: see ServerSettings.
-        roots: gives what was indexed, as `Store.roots`.
+        roots: returns the indexed folders, as `Store.roots`.
     """
 
     def __init__(
@@ -93,7 +89,7 @@ class Pictures:
         self.hits = self.misses = 0
 
     def remember(self, found: Iterable[tuple[str, str]]) -> None:
-        """(hash, path) of search hits: their previews are asked for next, without a look into the store each."""
+        """Caches the paths of search hits (sha256, path), so that their previews need no lookup in the store."""
         with self._lock:
             for sha256, path in found:
                 self._paths[sha256] = (path,)
@@ -102,23 +98,23 @@ class Pictures:
                 self._paths.popitem(last=False)
 
     def original(self, sha256: str) -> tuple[bytes, str]:
-        """(bytes of the file, media type). Raises RequestError (404) saying why there is none."""
+        """(bytes of the file, media type). Raises RequestError (404) with the reason if it cannot be served."""
         with self._lock:
             paths = self._paths.get(sha256, ())
         try:
             data = self._first(paths, sha256)
         except RequestError:
             data = None
-        if data is None:  # not met yet, or moved since
+        if data is None:  # path not cached, or file moved since
             paths = self._find(sha256)
             if not paths:
-                raise RequestError(404, "image-unknown", "the store holds no image with this id")
+                raise RequestError(404, "image-unknown", "the store has no image with this id")
             data = self._first(paths, sha256)
             self.remember((sha256, path) for path in paths[:1])
         return data, _media_type(data)
 
     def preview(self, sha256: str, side: int) -> bytes:
-        """JPEG of the picture within `side` x `side` pixels, upright and without metadata. Raises RequestError as `original`."""
+        """JPEG of the image within `side` x `side` pixels, without metadata. Raises RequestError as `original`."""
         key = (sha256, side)
         with self._lock:
             if key in self._cache:
@@ -143,7 +139,7 @@ class Pictures:
                 self._cached -= len(self._cache.popitem(last=False)[1])
 
     def _first(self, paths: Sequence[str], sha256: str) -> bytes | None:
-        """Bytes of the first of `paths` that still holds them; None without paths."""
+        """Bytes from the first of `paths` that still has this hash; None without paths."""
         if not paths:
             return None
         reasons = []
@@ -157,16 +153,16 @@ class Pictures:
 
 
 def read_indexed(path: str, sha256: str, follow_links: bool = False, roots: Sequence[str] | None = None) -> bytes:
-    """Bytes of a file, which have this hash. Raises RequestError (404) where the path no longer leads to them.
+    """Bytes of the file at `path`, verified against `sha256`. Raises RequestError (404) if they do not match.
 
-    Without `follow_links` a path below one of `roots` has to lead to a place below one of them, whatever links it goes
-    through; any other path may not be a link out of its own folder.
+    Without `follow_links`, a path below one of `roots` must resolve to a path below one of them; any other path must not be a
+    link out of its folder.
     """
     name = os.path.basename(path)
     if not follow_links and (out := _leads_out(path, roots or ())):
-        raise RequestError(404, "image-link", f"{name} is {out}, which is not followed (--follow-links does)")
+        raise RequestError(404, "image-link", f"{name} is {out}, which is not followed without --follow-links")
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not be waited for
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # do not block on a pipe
     except OSError as error:
         reason = "no longer exists" if isinstance(error, (FileNotFoundError, NotADirectoryError)) else "cannot be read"
         raise RequestError(404, "image-gone", f"{name} {reason}; {_UPDATE}") from None
@@ -176,7 +172,7 @@ def read_indexed(path: str, sha256: str, follow_links: bool = False, roots: Sequ
         raise RequestError(404, "image-changed", f"{name} is no longer a file")
     with open(descriptor, "rb") as file:
         if status.st_size > _MAX_FILE_BYTES:
-            raise RequestError(404, "image-large", f"{name} is larger than {_MAX_FILE_BYTES:,} bytes, and not served")
+            raise RequestError(404, "image-large", f"{name} is larger than {_MAX_FILE_BYTES:,} bytes and is not served")
         try:
             data = file.read(_MAX_FILE_BYTES)
         except OSError as error:
@@ -190,16 +186,16 @@ def _leads_out(path: str, roots: Sequence[str]) -> str | None:
     real = os.path.realpath(path)
     if is_below(path, roots):
         inside = is_below(real, [os.path.realpath(root) for root in roots])
-        return None if inside else "reached by a link out of the folders that were indexed"
+        return None if inside else "reached through a link out of the indexed folders"
     if os.path.islink(path) and not is_below(real, [os.path.realpath(os.path.dirname(path))]):
         return "a link out of its folder"
     return None
 
 
 def _media_type(data: bytes) -> str:
-    """By content: what a file's name claims is not believed."""
+    """The media type by content, not by file name."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             return Image.MIME.get("JPEG" if picture.format == "MPO" else picture.format, "application/octet-stream")
-    except Exception:  # an indexed file of another format: sent, but never shown
+    except Exception:  # an indexed file of another format: sent, but not displayed by browsers
         return "application/octet-stream"

@@ -1,4 +1,4 @@
-"""Listening and ending: uvicorn over the application, until SIGINT or SIGTERM."""
+"""Runs the application under uvicorn until SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from icar_jax.search.server.backend import Backend
 from icar_jax.search.server.errors import ServerError
 from icar_jax.search.server.settings import ServerSettings, address
 
-_GRACE_S = 10  # for answers that are under way when the server is told to stop
+_GRACE_S = 10  # for running requests at shutdown
 _CONNECTIONS = 512
 
 
 def bind(settings: ServerSettings) -> socket.socket:
-    """The socket, bound but not yet listening: a taken port is found before a model is loaded. Raises ServerError."""
+    """Binds the socket without listening, to detect a used port before loading the model. Raises ServerError."""
     host, port = settings.host, settings.port
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -26,21 +26,21 @@ def bind(settings: ServerSettings) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(where)
     except OSError as error:
-        raise ServerError(f"cannot listen at {host} port {port}: {error.strerror}; choose another --host or --port") from None
+        raise ServerError(f"cannot listen on {host} port {port}: {error.strerror}; choose another --host or --port") from None
     return bound
 
 
 def serve(backend: Backend, settings: ServerSettings, bound: socket.socket, say: Callable[[str], None] = print) -> None:
-    """Answers requests at a socket of `bind` until the process is told to stop; then it finishes those under way.
+    """Serves requests on a socket from `bind` until SIGINT or SIGTERM, then finishes running requests.
 
-    A second SIGINT ends it at once. `say` is told the page's address once it can be opened.
+    A second SIGINT exits immediately. Calls `say` with the URL of the page once the server is listening.
     """
     config = uvicorn.Config(
         create_app(backend, settings), log_level="warning", access_log=False, server_header=False, proxy_headers=False,
         timeout_graceful_shutdown=_GRACE_S, timeout_keep_alive=10, limit_concurrency=_CONNECTIONS, ws="none", lifespan="on",
     )  # fmt: skip
     server = _Server(config, lambda: say(f"Serving {address(settings.host, bound.getsockname()[1])}  (Ctrl+C stops)"))
-    # uvicorn raises the signals it was ended by again once it is done; this command has ended as it should.
+    # uvicorn re-raises the signals after shutdown; ignore them, as this is a normal exit.
     kept = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         server.run([bound])

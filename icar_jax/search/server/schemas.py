@@ -1,4 +1,4 @@
-"""What the JSON API takes and gives; FastAPI makes the OpenAPI description of it."""
+"""Request and response schemas of the JSON API, from which FastAPI generates the OpenAPI description."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from pydantic import BaseModel, Field, StringConstraints
 
 MAX_K = 500
 Query = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2000)]
-Count = Annotated[int, Field(ge=1, le=MAX_K, description="Results at most.")]
+Count = Annotated[int, Field(ge=1, le=MAX_K, description="Maximum number of results.")]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Exit = Annotated[int, Field(ge=1, le=1000)]
 
 
 class Filters(BaseModel):
-    """Which images a search looks at, and how."""
+    """Search filters and options."""
 
     k: Count = 24
-    min_complexity: Share | None = Field(None, description="Only images at least so complex; unscored ones are left out.")
-    max_complexity: Share | None = Field(None, description="Only images at most so complex; unscored ones are left out.")
+    min_complexity: Share | None = Field(None, description="Only images with at least this complexity; excludes unscored ones.")
+    max_complexity: Share | None = Field(None, description="Only images with at most this complexity; excludes unscored ones.")
     exits: list[Exit] = Field([], max_length=64, description="Only images embedded at one of these exits, in executed blocks.")
-    exact: bool = Field(False, description="Compare with every image, although the store has a vector index.")
+    exact: bool = Field(False, description="Exact search, even if the store has a vector index.")
 
     def where(self) -> str | None:
-        """The filter on the store's columns. Clients cannot write one themselves: it is a language, and this is a network."""
+        """SQL filter on the store's columns; None without filters. Built here, since clients must not send SQL."""
         parts = []
         if self.min_complexity is not None:
             parts.append(f"complexity >= {self.min_complexity!r}")
@@ -35,34 +35,34 @@ class Filters(BaseModel):
 
 
 class TextSearch(Filters):
-    """A search by words."""
+    """A search by text."""
 
     query: Query
 
 
 class Hit(BaseModel):
-    """An image that was found."""
+    """A search hit."""
 
-    id: str = Field(description="SHA-256 of the file; its picture is at `/api/images/{id}`.")
-    name: str = Field(description="Name of the file.")
+    id: str = Field(description="SHA-256 of the file; `/api/images/{id}` serves it.")
+    name: str = Field(description="File name.")
     path: str
     caption: str | None
-    score: float = Field(description="In (0, 1), comparable between queries: how much better the query fits than others do.")
-    cosine: float = Field(description="Of query and image; comparable within one query only.")
-    complexity: float | None = Field(description="In [0, 1]; null where it was not scored.")
-    exit: int = Field(description="Blocks that were executed to embed the image.")
+    score: float = Field(description="In (0, 1), comparable between queries: how much better this query fits than other texts.")
+    cosine: float = Field(description="Similarity of query and image; comparable only within one query.")
+    complexity: float | None = Field(description="In [0, 1]; null if not scored.")
+    exit: int = Field(description="Number of blocks executed to embed the image.")
 
 
 class Verdict(BaseModel):
-    """Whether the store seems to hold nothing that the query describes."""
+    """Whether nothing in the store seems to match the query."""
 
     nothing_here: bool
-    statistic: float | None = Field(description="What was measured; below the threshold nothing matches.")
+    statistic: float | None = Field(description="How well the query fits its best hits; below the threshold nothing matches.")
     threshold: float | None
 
 
 class Latency(BaseModel):
-    """Milliseconds by part. Queries that wait together are encoded together, and each counts all of it."""
+    """Milliseconds by part. Queries encoded as one batch each count the time of the whole batch."""
 
     queue: float
     decode: float
@@ -72,16 +72,16 @@ class Latency(BaseModel):
 
 
 class Answer(BaseModel):
-    """The images found, best first."""
+    """Search results, best first."""
 
     hits: list[Hit]
     verdict: Verdict
-    truncated: bool = Field(description="The words were more than the model reads; the rest was left out.")
+    truncated: bool = Field(description="The query exceeded the model's context length and was truncated.")
     latency_ms: Latency
 
 
 class ExitShare(BaseModel):
-    """Images embedded at one exit."""
+    """Number and fraction of the images embedded at one exit."""
 
     exit: int
     images: int
@@ -89,7 +89,7 @@ class ExitShare(BaseModel):
 
 
 class Limits(BaseModel):
-    """What a request may ask for."""
+    """Limits of a request."""
 
     k: int
     upload_bytes: int
@@ -97,26 +97,26 @@ class Limits(BaseModel):
 
 
 class StoreInfo(BaseModel):
-    """What is searched."""
+    """Information about the store."""
 
     images: int
-    scored: int = Field(description="Images with a complexity.")
+    scored: int = Field(description="Images with a complexity score.")
     exits: list[ExitShare] = Field(description="Ascending; the last is full depth.")
     embed_dim: int
-    model: dict[str, str] = Field(description="SHA-256 of the parts of the model.")
+    model: dict[str, str] = Field(description="SHA-256 of each part of the model.")
     checkpoint: str
     created_at: str
-    version: int = Field(description="Another number after every change.")
+    version: int = Field(description="Increases with every change.")
     limits: Limits
 
 
 class Status(BaseModel):
-    """Whether the server works."""
+    """Server status."""
 
     status: str
 
 
 class Problem(BaseModel):
-    """Why a request failed."""
+    """Reason for a failed request."""
 
     detail: str

@@ -1,4 +1,4 @@
-"""What a server is started with, checked before anything is opened."""
+"""Server settings, validated before anything is opened."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\]")
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Limits and access of `icar serve`.
+    """Limits and access control of `icar serve`.
 
     Attributes:
-        host, port: address that is listened at; port 0 takes a free one.
-        token: secret that every request must carry; None on the machine's own address only.
-        allowed_hosts: further names by which browsers may address a server on the machine's own address, behind a proxy.
-        max_upload_bytes: of an uploaded image file.
-        max_pixels: of an uploaded image, and of an indexed one that a preview is made of.
-        queue: searches that may wait while one runs; further ones are answered 503.
-        timeout_s: longest wait for an upload to arrive, and for a search to be answered.
-        follow_links: whether files are served that a link reaches outside the folders that were indexed.
-        preview_cache_bytes: memory for finished previews.
-        preview_threads: previews made at a time; eight times as many may wait.
+        host, port: address to listen on; port 0 selects a free one.
+        token: secret required in every request; may be None only on a loopback address.
+        allowed_hosts: additional host names for a server on a loopback address behind a proxy.
+        max_upload_bytes: limit of an uploaded image file.
+        max_pixels: limit of uploaded images, and of indexed images decoded for previews.
+        queue: searches that may wait while one runs; further ones get status 503.
+        timeout_s: limit for receiving an upload and for a search.
+        follow_links: whether to serve files that links reach outside the indexed folders.
+        preview_cache_bytes: memory of the preview cache.
+        preview_threads: previews computed in parallel; 32 times as many may wait.
 
     Raises:
-        ServerError: for values that exclude each other or would leave the pictures open to others.
+        ServerError: for invalid or contradictory values, or if the images would be accessible without a token.
     """
 
     host: str = "127.0.0.1"
@@ -50,26 +50,26 @@ class ServerSettings:
             if getattr(self, name) <= 0:
                 raise ServerError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.port <= 65535:
-            raise ServerError(f"--port must lie in 0 to 65535, got {self.port}")
+            raise ServerError(f"--port must be between 0 and 65535, got {self.port}")
         if self.token is not None:
             check_token(self.token, "--token")
         elif not is_loopback(self.host):
             raise ServerError(
-                f"--host {self.host} can be reached from other machines, and nothing would keep them from the pictures: add "
-                "--token-file FILE, or serve this machine only with --host 127.0.0.1"
+                f"--host {self.host} is reachable from other machines, which could access the images without a token: add "
+                "--token-file FILE, or use --host 127.0.0.1 to serve only this machine"
             )
         elif self.allowed_hosts:
-            raise ServerError("--allowed-host makes the pictures reachable by other names: add --token-file FILE")
+            raise ServerError("--allowed-host makes the images accessible under other host names: add --token-file FILE")
         for name in self.allowed_hosts:
             if not _HOST.fullmatch(name):
-                raise ServerError(f"--allowed-host takes a host name in lower case, without scheme and port, got {name!r}")
+                raise ServerError(f"--allowed-host expects a lower-case host name without scheme and port, got {name!r}")
 
     @property
     def hosts(self) -> frozenset[str] | None:
-        """Names that the Host header may carry; None where any may.
+        """Allowed names in the Host header; None if any is allowed.
 
-        On the machine's own address a page of another site could otherwise have its name resolve to this server, and read it
-        (DNS rebinding). Elsewhere the token keeps such a page out: the browser holds no cookie for its name.
+        On a loopback address, the check prevents DNS rebinding, in which another site's name resolves to this server. On other
+        addresses the token prevents it, since browsers have no cookie for that name.
         """
         if not is_loopback(self.host):
             return None
@@ -77,7 +77,7 @@ class ServerSettings:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine only."""
+    """Whether a host is a loopback address, reachable only from this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -89,12 +89,12 @@ def _in_header(host: str) -> str:
 
 
 def address(host: str, port: int) -> str:
-    """The page's address."""
+    """The URL of the page."""
     return f"http://{_in_header(host)}:{port}/"
 
 
 def read_token(path: str) -> str:
-    """The token that a file holds on its only line. Raises ServerError for anything else, OSError where it cannot be read."""
+    """Reads the token, the only line of a file. Raises ServerError if it is invalid, and OSError if the file is unreadable."""
     try:
         token = Path(path).read_text(encoding="utf-8").strip()
     except UnicodeDecodeError:
@@ -103,10 +103,10 @@ def read_token(path: str) -> str:
 
 
 def check_token(token: str, where: str) -> str:
-    """The token. Raises ServerError where it could be guessed or cannot be sent in a header."""
+    """Returns the token. Raises ServerError if it is too short or cannot be sent in a header; `where` names its source."""
     if len(token) < MIN_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
         raise ServerError(
             f"{where}: expected a token of at least {MIN_TOKEN} printable ASCII characters without spaces, found "
-            f"{len(token)} characters; make one with: python -c 'import secrets; print(secrets.token_urlsafe(24))'"
+            f"{len(token)} characters; generate one with: python -c 'import secrets; print(secrets.token_urlsafe(24))'"
         )
     return token

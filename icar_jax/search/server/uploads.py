@@ -1,4 +1,4 @@
-"""The one file of a multipart upload."""
+"""Reads the image file of a multipart upload."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from icar_jax.search.server.errors import RequestError
 
 FIELD = "image"
-# The body of the upload in the API's description: the endpoint reads it itself, to bound how many parts there are.
+# OpenAPI description of the upload; the endpoint parses the body itself to limit the number of parts.
 OPENAPI = {
     "requestBody": {
         "required": True,
@@ -32,8 +32,8 @@ OPENAPI = {
 async def read_upload(request: Request, max_bytes: int, timeout_s: float) -> bytes:
     """Bytes of the file in the field `image`.
 
-    Raises RequestError: 408 where it does not arrive in time, 413 beyond `max_bytes` (a body beyond them is cut off before it comes
-    here), 422 for a body without such a file.
+    Raises RequestError: 408 after `timeout_s`, 413 beyond `max_bytes` (much larger bodies are cut off earlier, see guards),
+    and 422 for a body without such a file.
     """
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise RequestError(422, "upload", f"expected multipart/form-data with a file in the field {FIELD!r}")
@@ -49,13 +49,13 @@ async def read_upload(request: Request, max_bytes: int, timeout_s: float) -> byt
     except TimeoutError:
         raise RequestError(408, "upload-slow", f"the upload did not arrive within {timeout_s:g} s") from None
     except HTTPException as error:
-        raise RequestError(422, "upload", f"the body is no multipart/form-data that can be read: {error.detail}") from None
+        raise RequestError(422, "upload", f"the body is not valid multipart/form-data: {error.detail}") from None
     except ClientDisconnect:
-        raise RequestError(422, "upload", "the upload ended early") from None
+        raise RequestError(422, "upload", "the client disconnected during the upload") from None
     except (ValueError, KeyError) as error:
-        raise RequestError(422, "upload", f"the body is no multipart/form-data that can be read: {error}") from None
+        raise RequestError(422, "upload", f"the body is not valid multipart/form-data: {error}") from None
     if len(data) > max_bytes:
-        raise RequestError(413, "upload-bytes", f"the file is larger than {max_bytes:,} bytes, which is all that is read")
+        raise RequestError(413, "upload-bytes", f"the file exceeds the limit of {max_bytes:,} bytes")
     if not data:
         raise RequestError(422, "upload", f"the file in the field {FIELD!r} is empty")
     return data

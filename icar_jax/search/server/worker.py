@@ -1,4 +1,4 @@
-"""One thread that calls the model, behind a bounded queue; jobs of a kind that wait together are handed over together."""
+"""A worker thread that calls the model, with a bounded queue; waiting jobs of the same kind run as one batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STOP = object()
 
 @dataclass
 class Job:
-    """A call that waits: `kind` says which handler takes it, `queued_s` how long it waited."""
+    """A queued call: `kind` groups jobs into batches, `queued_s` is its waiting time in seconds."""
 
     kind: str
     payload: Any
@@ -31,11 +31,11 @@ class Worker:
     """Runs jobs one batch at a time.
 
     Args:
-        handle: (kind, payloads) -> results in their order; a result that is an exception fails its own job alone. It is only
-            ever called from the worker's thread.
-        limit: jobs that may wait.
-        batch: {kind: most jobs of it that are handed over together}; 1 for other kinds.
-        started: is told the kind and the number of jobs whenever a batch starts.
+        handle: (kind, payloads) -> results in the same order, called only on the worker thread. A result that is an exception
+            fails only its own job.
+        limit: most jobs that may wait.
+        batch: {kind: maximum jobs in a batch}; 1 for other kinds.
+        started: called with the kind and the number of jobs when a batch starts.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class Worker:
     ):
         self._handle, self._batch, self._started = handle, batch, started
         self._queue: queue.Queue = queue.Queue(limit)
-        self._held: Any = None  # taken from the queue, but not of the kind that was being gathered
+        self._held: Any = None  # taken from the queue, but of another kind than the current batch
         self._thread = threading.Thread(target=self._loop, name="icar-model", daemon=True)
         self._stopping = False
 
     @property
     def waiting(self) -> int:
-        """Jobs that wait."""
+        """Number of waiting jobs."""
         return self._queue.qsize() + (self._held is not None)
 
     def start(self) -> None:
@@ -61,7 +61,7 @@ class Worker:
         self._thread.start()
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """Ends the thread after the batch that runs; jobs that wait are refused."""
+        """Stops the thread after the running batch; waiting jobs are rejected."""
         self._stopping = True
         while True:
             try:
@@ -72,7 +72,7 @@ class Worker:
         self._thread.join(timeout_s)
 
     def submit(self, kind: str, payload: Any) -> Job:
-        """Queues a job. Raises RequestError (503) where the queue is full or the server is stopping."""
+        """Queues a job. Raises RequestError (503) if the queue is full or the server is stopping."""
         if self._stopping:
             raise _stopping()
         job = Job(kind, payload)
@@ -80,14 +80,14 @@ class Worker:
             self._queue.put_nowait(job)
         except queue.Full:
             raise RequestError(
-                503, "queue", f"{self._queue.maxsize} searches are waiting already; try again in a moment", {"Retry-After": "1"}
+                503, "queue", f"{self._queue.maxsize} searches are already waiting; try again in a moment", {"Retry-After": "1"}
             ) from None
         return job
 
     async def run(self, kind: str, payload: Any, timeout_s: float) -> tuple[Any, float]:
-        """(result, seconds it waited). Raises RequestError: 503 as `submit`, 504 after `timeout_s`; and what the handler raised.
+        """(result, seconds in the queue). A job that is still waiting after `timeout_s` never runs.
 
-        A job that still waits when its time is over never runs.
+        Raises RequestError (503 as `submit`, 504 after `timeout_s`), and exceptions of the handler.
         """
         job = self.submit(kind, payload)
         try:

@@ -1,6 +1,6 @@
-"""The contrastive losses, used alike at every exit and at full depth, and the losses of the complexity model.
+"""Contrastive losses (InfoNCE and sigmoid), applied at every exit and at full depth, and the losses of the complexity model.
 
-Here every device forms its rows of all logits; `ring` has the same losses with a chunk of the logits at a time.
+Here every device computes the logits of its rows against all columns; `ring` computes the same losses chunk by chunk.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ Array = jax.Array
 
 
 def contrastive(image: Array, text: Array, scale: Array, direction: str = "symmetric") -> Array:
-    """InfoNCE (CLIP, Radford et al. 2021) over the global batch.
+    """Returns the scalar InfoNCE loss (CLIP, Radford et al. 2021) over the global batch.
 
-    image, text: [B, D], unit norm, row i of one belongs to row i of the other; scale: scalar. Returns a scalar.
-    `direction`: 'symmetric' averages both directions, 'image_to_text' lets each image choose among the texts only.
+    image, text: [B, D], unit norm; row i of one is paired with row i of the other. scale: scalar.
+    `direction`: 'symmetric' averages both directions, 'image_to_text' uses only the softmax over texts.
     """
     logits = scale * cosines(image, text)
     diagonal = jnp.diagonal(logits)
@@ -28,10 +28,10 @@ def contrastive(image: Array, text: Array, scale: Array, direction: str = "symme
 
 
 def sigmoid(image: Array, text: Array, scale: Array, bias: Array) -> Array:
-    """Every image-text pair a decision of its own (SigLIP, Zhai et al. 2023, equation 1).
+    """Returns the scalar sigmoid loss, a binary classification of every image-text pair (SigLIP, Zhai et al. 2023, eq. 1).
 
-    image, text: [B, D], unit norm, row i of one belongs to row i of the other; scale, bias: scalars. Returns the scalar
-    -1/B sum_ij log sigmoid(z_ij (scale cos_ij + bias)) with z_ij = 1 for the pairs that belong together and -1 for all others.
+    image, text: [B, D], unit norm; row i of one is paired with row i of the other. scale, bias: scalars. The loss is
+    -1/B sum_ij log sigmoid(z_ij (scale cos_ij + bias)) with z_ij = 1 for matching pairs and -1 for all others.
     """
     logits = scale * cosines(image, text) + bias
     signed = jnp.where(jnp.eye(len(logits), dtype=bool), logits, -logits)
@@ -47,9 +47,10 @@ def per_exit(
     kind: str,
     direction: str,
 ) -> dict[int, Array]:
-    """{executed blocks: scalar loss}: images [B, D] of each exit against the same text [B, D].
+    """Returns {executed blocks: scalar loss} of the images [B, D] of each exit against the same text [B, D].
 
-    `kind`: 'softmax' (CLIP) or 'sigmoid' (SigLIP), which alone reads `biases` and has no `direction`.
+    `kind`: 'softmax' (CLIP) or 'sigmoid' (SigLIP). Only softmax uses `direction`, only sigmoid uses `biases`. Raises
+    ConfigError for another kind.
     """
     if kind == "softmax":
         return {e: contrastive(image, text, scales[e], direction) for e, image in images.items()}
@@ -60,22 +61,22 @@ def per_exit(
 
 
 def cosines(image: Array, text: Array) -> Array:
-    """[B, D], [C, D] -> [B, C]; a device that rounds float32 factors would spoil logits of size 100."""
+    """[B, D], [C, D] -> dot products [B, C] at highest precision, because logits reach 100."""
     return jnp.einsum("id,td->it", image, text, precision=jax.lax.Precision.HIGHEST)
 
 
 def exit_weights(weights: tuple[float, ...], exits: tuple[int, ...]) -> dict[int, float]:
-    """{executed blocks: weight}, normalised to sum 1; an empty tuple weighs all alike."""
+    """Returns {executed blocks: weight}, normalised to sum 1; an empty tuple gives equal weights."""
     weights = weights or (1.0,) * len(exits)
     total = sum(weights)
     return {blocks: w / total for blocks, w in zip(exits, weights, strict=True)}
 
 
 def class_weights(kind: str, counts: tuple[int, int]) -> tuple[float, float]:
-    """Weights of the classes (simple, complex) for `complexity_loss`, from the counts of their training images.
+    """Returns the weights of the classes (simple, complex) for `complexity_loss`, from their numbers of training images.
 
-    'none': 1 and 1. 'balanced': n / (2 n_class), so that both classes weigh alike in sum and an image weighs 1 on average
-    (King and Zeng 2001; scikit-learn's 'balanced').
+    'none': 1 and 1. 'balanced': n / (2 n_class), so that both classes have equal total weight and the mean weight of an image
+    is 1 (King and Zeng 2001; scikit-learn's 'balanced').
     """
     if kind == "none":
         return (1.0, 1.0)
@@ -85,10 +86,10 @@ def class_weights(kind: str, counts: tuple[int, int]) -> tuple[float, float]:
 def complexity_loss(
     logits: Array, complexity: Array, head: str, threshold: float, weights: tuple[float, float] = (1.0, 1.0)
 ) -> Array:
-    """logits [B, 1] or [B, 2], complexity [B] in [0, 1] -> scalar.
+    """logits [B, 1] (regression) or [B, 2] (classification), complexity [B] in [0, 1] -> scalar loss.
 
-    Regression: mean squared error of the sigmoid. Classification: cross-entropy with the class complexity > threshold, each
-    image weighed by its class; the mean is over the images, so that a batch of few rare ones counts as much as any.
+    Regression: mean squared error of the sigmoid. Classification: cross-entropy for the class complexity > threshold, each
+    image weighted by its class. The mean is over images and not over their weights.
     """
     if head == "regression":
         return jnp.mean(jnp.square(jax.nn.sigmoid(logits[:, 0]) - complexity))

@@ -1,7 +1,7 @@
-"""What holds early exits to full depth: distillation from the full path, and one gallery of images from different exits.
+"""Losses across depths: distillation of early exits from full depth, and a batch that mixes images of different exits.
 
-Each exit's own contrastive loss ranks images of one depth. A routed gallery ranks images of different depths against each
-other, so these losses compare across depths.
+Each exit's contrastive loss compares images of one depth. A routed gallery contains images of different depths, so these losses
+compare across depths.
 """
 
 from __future__ import annotations
@@ -12,34 +12,34 @@ import jax.numpy as jnp
 from icar_jax.training.losses.contrastive import cosines
 
 Array = jax.Array
-MIXED = 0  # beside the exits of `losses.per_exit`, which count executed blocks from 1
+MIXED = 0  # key of the mixed batch in `per_exit`; keys of exits count executed blocks from 1
 
 
 def distill_cosine(images: dict[int, Array], full: int) -> Array:
-    """Mean over the early exits and images of 1 - cos(z_exit, z_full), z_full behind stop_gradient.
+    """Returns the scalar mean over early exits and images of 1 - cos(z_exit, z_full), with stop-gradient on z_full.
 
-    images: {executed blocks: [B, D], unit norm}; `full` is full depth. Returns a scalar. With unit norm its gradient is that of
-    half the squared distance to the full embedding.
+    images: {executed blocks: [B, D], unit norm}; `full` is full depth. For unit vectors this is half the squared distance.
     """
     teacher = jax.lax.stop_gradient(images[full])
     return _mean(1 - jnp.mean(jnp.sum(image * teacher, axis=1)) for exit, image in images.items() if exit != full)
 
 
-def distill_init(images: dict[int, Array], held: Array, weights: dict[int, float]) -> Array:
-    """Sum over the exits of weight x mean of 1 - cos(z_exit, held), `held` [B, D] being what the first weights said.
+def distill_init(images: dict[int, Array], teacher: Array, weights: dict[int, float]) -> Array:
+    """Returns the scalar sum over exits of weight x mean of 1 - cos(z_exit, z_teacher).
 
-    images: {executed blocks: [B, D]}, all unit norm; weights: {executed blocks: its loss's}. Returns a scalar.
+    images: {executed blocks: [B, D]}; teacher: [B, D], embeddings by the initial weights; all unit norm. weights: {executed
+    blocks: weight of the exit's contrastive loss}.
     """
-    return sum(weights[e] * (1 - jnp.mean(jnp.sum(image * held, axis=1))) for e, image in images.items())
+    return sum(weights[e] * (1 - jnp.mean(jnp.sum(image * teacher, axis=1))) for e, image in images.items())
 
 
 def distill_kl(images: dict[int, Array], text: Array, scales: dict[int, Array], full: int) -> Array:
-    """Mean over the early exits of KL(softmax of full depth's logits || softmax of the exit's), both directions averaged.
+    """Returns the scalar mean over early exits of KL(softmax of full-depth logits || softmax of the exit's logits).
 
     images: {executed blocks: [B, D]}, text: [B, D], all unit norm; scales: {executed blocks: scalar}. Logits are scale x
-    cosine, the softmax is over the texts of an image and over the images of a text, the mean over rows. Returns a scalar. Full
-    depth's images and scale, and the texts, which its logits share with the exit's, are behind stop_gradient: the exit is to
-    follow, and nothing is to come towards it. (2DMSE, Li et al. 2024, arXiv:2402.14776, aligns layers with the last by KL.)
+    cosine. The KL is averaged over rows and over both directions (softmax over texts, softmax over images). Full depth's images
+    and scale and the texts have stop-gradient, so only the exit is trained. Following 2DMSE (Li et al. 2024, arXiv:2402.14776),
+    which aligns layers with the last one by KL.
     """
     text = jax.lax.stop_gradient(text)
     teacher = jax.lax.stop_gradient(scales[full]) * cosines(jax.lax.stop_gradient(images[full]), text)
@@ -47,7 +47,7 @@ def distill_kl(images: dict[int, Array], text: Array, scales: dict[int, Array], 
 
 
 def _kl(teacher: Array, student: Array) -> Array:
-    """Logits [B, B] twice -> scalar."""
+    """Logits [B, B] of teacher and student -> scalar KL, averaged over rows and both directions."""
     both = []
     for axis in (1, 0):
         p, q = jax.nn.log_softmax(teacher, axis=axis), jax.nn.log_softmax(student, axis=axis)
@@ -56,10 +56,10 @@ def _kl(teacher: Array, student: Array) -> Array:
 
 
 def mixed_images(images: dict[int, Array], key: Array) -> Array:
-    """[B, D] of each exit -> [B, D] in which each image comes from an exit drawn for it, every exit as likely as another."""
+    """{executed blocks: [B, D]} -> [B, D] in which each image comes from an exit drawn uniformly at random."""
     draws = jax.random.randint(key, (len(next(iter(images.values()))),), 0, len(images))
     first, *others = images.values()
-    for i, image in enumerate(others, 1):  # selected row by row, which moves nothing between devices
+    for i, image in enumerate(others, 1):  # row-wise select, without communication between devices
         first = jnp.where((draws == i)[:, None], image, first)
     return first
 

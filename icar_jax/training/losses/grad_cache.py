@@ -1,9 +1,9 @@
-"""Gradient of a contrastive batch that is encoded in parts (gradient caching, Gao et al. 2021, arXiv:2101.06983).
+"""GradCache: the gradient of a contrastive loss over a batch that is encoded in parts (Gao et al. 2021, arXiv:2101.06983).
 
-A contrastive loss does not split over the batch, its encoders do. First all rows are embedded, part by part and without keeping
-anything for a backward pass; the loss is then formed over all embeddings at once, with its gradient for each of them; last
-every part is embedded again, now with a backward pass from those gradients. The result is the gradient of the whole batch, at
-the memory of one part and the price of a second forward pass.
+A contrastive loss does not split over the batch, but its encoders do. First, all rows are embedded part by part without storing
+activations. Second, the loss and its gradient for each embedding are computed over the whole batch. Third, each part is
+embedded again, with a backward pass from those gradients. The result is the gradient of the whole batch with the activation
+memory of one part, at the cost of a second forward pass.
 """
 
 from __future__ import annotations
@@ -33,22 +33,28 @@ def value_and_grad(
     parts: int,
     mesh: Mesh,
 ) -> tuple[tuple[Array, dict[str, Array]], dict]:
-    """((loss, metrics), gradient for params), equal to `jax.value_and_grad` of contrast(params, embed(params, batch)).
+    """Returns ((loss, metrics), gradient), equal to `jax.value_and_grad` of contrast(params, embed(params, batch)).
 
-    embed(params, rows of the batch) -> embeddings, any pytree whose leaves have the rows as leading axis; it must treat each
-    row by itself and alike each time it is called. contrast(params, all embeddings) -> (loss, metrics); parameters that it
-    reads itself, such as temperatures, get their gradient too. Part k holds the k-th piece of the rows of every device, so
-    that no row moves. `parts` = 1 is the ordinary gradient; otherwise gradients are float32, in the layout of `parallel.rules`.
-    Raises ConfigError where the parts do not divide the rows of a device.
+    Args:
+        embed: (params, rows of the batch) -> embeddings, a pytree whose leaves have the rows as leading axis. It must process
+            rows independently and deterministically.
+        contrast: (params, all embeddings) -> (loss, metrics). Parameters that it reads directly, such as temperatures, get
+            their gradient too.
+        params: parameters, sharded by `parallel.rules`.
+        batch: {entry: [B, ...]}, sharded over the batch axes of `mesh`.
+        parts: number of parts; 1 is the ordinary gradient. Otherwise gradients are float32, sharded by `parallel.rules`. Part k
+            holds the k-th piece of the rows of every device, so no row moves between devices.
+
+    Raises ConfigError if the parts do not divide the rows of a device.
     """
     if parts == 1:
         return jax.value_and_grad(lambda p: contrast(p, embed(p, batch)), has_aux=True)(params)
     rows, shards = len(next(iter(batch.values()))), batch_shards(mesh)
     if rows % (shards * parts):
         raise ConfigError(
-            f"config.train.accumulate={parts} does not divide the {rows / shards:g} rows that each of {shards} devices "
-            f"(config.mesh.data x config.mesh.fsdp) holds of config.train.batch_size={rows}; choose a batch size that is "
-            f"a multiple of {shards * parts}"
+            f"config.train.accumulate={parts} does not divide the {rows / shards:g} rows per device of config.train.batch_size="
+            f"{rows} on {shards} devices (config.mesh.data x config.mesh.fsdp); choose a batch size that is a multiple of "
+            f"{shards * parts}"
         )
     piece = rows // (shards * parts)
 
@@ -56,7 +62,7 @@ def value_and_grad(
         return lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
 
     def part(tree: Any, k: Array) -> Any:
-        """Rows k of [B, ...] leaves: the same piece of each device's own."""
+        """Part k of [B, ...] leaves: the k-th piece of the rows of each device."""
 
         def take(x):
             own = place(x.reshape(shards, parts, piece, *x.shape[1:]), BATCH_AXES)
@@ -74,13 +80,13 @@ def value_and_grad(
     loss, pull, metrics = jax.vjp(contrast, params, embeddings, has_aux=True)
     direct, slopes = pull(jnp.ones_like(loss))
 
-    # Sums held like the parameters: each part's gradient is then reduced straight into the slice that a device keeps.
+    # Gradient sums are sharded like the parameters, so each part's gradient is reduce-scattered.
     layout = shardings(params, mesh)
-    held = lambda grads: lax.with_sharding_constraint(jax.tree.map(lambda g: g.astype(jnp.float32), grads), layout)
+    sharded = lambda grads: lax.with_sharding_constraint(jax.tree.map(lambda g: g.astype(jnp.float32), grads), layout)
 
     def add(total, k):
         _, pull = jax.vjp(lambda p: embed(p, part(batch, k)), params)
-        return held(jax.tree.map(jnp.add, total, held(pull(part(slopes, k))[0]))), None
+        return sharded(jax.tree.map(jnp.add, total, sharded(pull(part(slopes, k))[0]))), None
 
-    total, _ = lax.scan(add, held(direct), indices)
+    total, _ = lax.scan(add, sharded(direct), indices)
     return (loss, metrics), total

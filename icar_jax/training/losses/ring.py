@@ -1,11 +1,11 @@
-"""The contrastive losses without the full matrix of logits on any device.
+"""Contrastive losses in a ring over devices: no device ever holds the full matrix of logits.
 
-Images stay where they are. The text shards are passed round the ring of all devices that share the batch, and each device
-scores its images against a chunk of the visiting texts at a time. Log-sum-exps of the rows (images) are updated in place; those
-of the columns (texts) travel with their shard and are complete when it is home again. The backward pass is a round of its own:
-it forms each chunk of logits anew and needs only the finished log-sum-exps, while the gradient of each text shard travels with
-it. With S devices and E exits the memory of one is O(E B/S (chunk + D)), forward and backward; autodiff through the rounds
-would keep the logits of all of them.
+Images stay on their device. Text shards are passed around the ring of all devices that share the batch (collective permutes),
+and each device computes logits of its images against one chunk of the current texts at a time. Log-sum-exps of the rows
+(images) are accumulated locally. Those of the columns (texts) move with their text shard and are complete once it has passed
+every device. The backward pass goes around the ring again: it recomputes each chunk of logits from the final log-sum-exps, and
+the gradient of each text shard moves with it. With S devices and E exits, memory per device is O(E B/S (chunk + D)), forward
+and backward; autodiff through the loop would store the logits of every step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EXIT_ROWS = P(None, BATCH_AXES)  # [E, B]
 
 @dataclass(frozen=True)
 class _Form:
-    """What is fixed while tracing."""
+    """Static settings of the loss."""
 
     kind: str  # softmax | sigmoid
     direction: str  # of softmax: symmetric | image_to_text
@@ -41,12 +41,12 @@ class _Form:
 
     @property
     def rows(self) -> int:
-        """Images, and texts, that one device holds."""
+        """Images per device, equal to texts per device."""
         return self.batch // batch_shards(self.mesh)
 
     @property
     def columns(self) -> bool:
-        """Whether texts choose among images too."""
+        """Whether the loss includes the text-to-image direction."""
         return self.kind == "softmax" and self.direction == "symmetric"
 
 
@@ -61,17 +61,24 @@ def per_exit(
     mesh: Mesh,
     chunk: int,
 ) -> dict[int, Array]:
-    """{executed blocks: scalar loss}, equal to `losses.per_exit` in value and gradient; one round serves all exits.
+    """Returns {executed blocks: scalar loss}, equal to `contrastive.per_exit` in value and gradient; one pass for all exits.
 
-    images: [B, D] float32 each, text: [B, D] float32, all unit norm; B is cut over the mesh axes data and fsdp, the tensor axis
-    repeats the work. `chunk`: texts that a device scores at once, B/devices or more for whole shards; it need not divide
-    anything. Has a gradient (reverse mode, once). Raises ConfigError for a chunk below 1 and for a batch that the devices
-    do not divide.
+    Differentiable once, in reverse mode.
+
+    Args:
+        images: {executed blocks: [B, D] float32}, unit norm. B is sharded over the mesh axes data and fsdp; the tensor axis
+            repeats the work.
+        text: [B, D] float32, unit norm, sharded likewise.
+        scales, biases: {executed blocks: scalar}; biases only for kind 'sigmoid'.
+        kind, direction: as in `contrastive.per_exit`.
+        chunk: texts per chunk of logits; B/devices or more means whole shards. It need not divide the shard.
+
+    Raises ConfigError for a chunk below 1, an unknown kind, or a batch that the devices do not divide.
     """
     if kind not in ("softmax", "sigmoid"):
         raise unknown("config.loss.kind", kind, ("softmax", "sigmoid"))
     if chunk < 1:
-        raise ConfigError(f"config.loss.chunk={chunk}: a ring of text chunks needs 1 or more, for example 1024")
+        raise ConfigError(f"config.loss.chunk={chunk} must be at least 1, for example 1024")
     shards = batch_shards(mesh)
     if len(text) % shards:
         raise ConfigError(
@@ -103,29 +110,29 @@ def _losses_bwd(form: _Form, residuals: tuple, weights: Array):
 _losses.defvjp(_losses_fwd, _losses_bwd)
 
 
-# --- the round. On one device the b = B/S images of all E exits, R = E b rows, meet c texts at a time. ---
+# --- the ring. Each device compares its b = B/S images of all E exits (R = E b rows) with c texts at a time. ---
 
 
 @dataclass(frozen=True)
 class _Visit:
-    """What a device sees of one chunk of texts, the last of which may be filled up."""
+    """One chunk of texts and its logits on a device; the last chunk may be padded."""
 
     texts: Array  # [c, D]
     logits: Array  # [R, c]
-    real: Array | None  # [c] bool: a text, no filling; None where all are
-    own: Array  # [R]: which text of the chunk belongs to the image; c where none does
+    real: Array | None  # [c] bool: False for padding; None if there is no padding
+    own: Array  # [R]: index of the image's matching text in the chunk; c if it is not in the chunk
 
     @property
     def pair(self) -> Array:
-        """[R, c] bool: image and text belong together."""
+        """[R, c] bool: True for matching pairs."""
         return self.own[:, None] == jnp.arange(len(self.texts))
 
 
 def _round(form: _Form, body: Callable, kept: Any, carried: Any, images: Array, biases: Array, text: Array) -> tuple[Any, Any]:
-    """Takes each text shard, and what is `carried` with it, past every device once; both are home at the end.
+    """Passes each text shard, and the `carried` state that moves with it, around the ring of devices once.
 
-    images [R, D], times their scales; biases [R]; text [n, c, D]; carried: leaves [n, ...].
-    `body(kept, one chunk of carried, _Visit) -> (kept, carried)`; returns the last of both.
+    images [R, D], multiplied by their scales; biases [R]; text [n, c, D]; carried: leaves [n, ...].
+    `body(kept, one chunk of carried, _Visit) -> (kept, carried)`. Returns the final (kept, carried), back on their device.
     """
     shards, (count, size, _) = batch_shards(form.mesh), text.shape
     place = jnp.tile(jnp.arange(form.rows), len(images) // form.rows)
@@ -145,7 +152,7 @@ def _round(form: _Form, body: Callable, kept: Any, carried: Any, images: Array, 
 
     def step(state, turn):
         kept, text, carried = state
-        following = pass_on(text)  # asked for before the arithmetic, which can hide it
+        following = pass_on(text)  # issued before the matrix products, which can hide the communication
         kept, carried = lax.scan(partial(score, turn), kept, (jnp.arange(count), text, carried))
         return (kept, following, jax.tree.map(pass_on, carried)), None
 
@@ -158,19 +165,19 @@ def _dot(spec: str, a: Array, b: Array) -> Array:
 
 
 def _chunks(x: Array, chunk: int) -> Array:
-    """[b, ...] -> [n, c, ...] with c <= chunk, as even as can be; the last chunk is filled up with zeros."""
+    """[b, ...] -> [n, c, ...] with c <= chunk, as even as possible; the last chunk is padded with zeros."""
     n = -(-len(x) // chunk)
     size = -(-len(x) // n)
     return jnp.pad(x, [(0, n * size - len(x))] + [(0, 0)] * (x.ndim - 1)).reshape(n, size, *x.shape[1:])
 
 
 def _full(shape: tuple[int, ...], value: float = 0.0) -> Array:
-    """A constant that counts as different on each device, as what is added to it is."""
+    """A constant marked as varying over devices, as shard_map requires of an accumulator of varying values."""
     return lax.pcast(jnp.full(shape, value, jnp.float32), BATCH_AXES, to="varying")
 
 
 def _scaled(images: tuple[Array, ...], scales: Array) -> Array:
-    """E of [b, D] -> [R, D]: with the scale in them, products with texts are logits and no second matrix is formed for it."""
+    """E of [b, D] -> [R, D], multiplied by their scales so that products with texts are logits without another matrix."""
     return jnp.concatenate([scale * image for scale, image in zip(scales, images, strict=True)])
 
 
@@ -183,10 +190,10 @@ def _on_shards(form: _Form, local: Callable, in_specs: tuple, out_specs: tuple) 
 
 @dataclass(frozen=True)
 class _LogSumExp:
-    """Running log-sum-exp as maximum and sum of exp(logits - maximum).
+    """Running log-sum-exp, stored as the maximum and the sum of exp(logits - maximum).
 
-    In two numbers, for added up they round at the size of a logit (1e-5 at 100) and 1 - p of a well-matched pair loses its
-    digits.
+    Their combination would be rounded at the size of a logit (1e-5 at 100), which loses the digits of 1 - p for a well-matched
+    pair.
     """
 
     maximum: Array
@@ -202,11 +209,11 @@ class _LogSumExp:
         return _LogSumExp(maximum, self.total * jnp.exp(self.maximum - maximum) + new)
 
     def less(self, own: Array) -> Array:
-        """log-sum-exp - own: the cross-entropy where `own` is the logit of the right choice."""
+        """log-sum-exp - own: the cross-entropy if `own` is the logit of the correct class."""
         return jnp.log(self.total) + (self.maximum - own)
 
     def softmax(self, logits: Array) -> Array:
-        """Each of the logits' share in the sum; broadcasts."""
+        """exp(logits - log-sum-exp), broadcast."""
         return jnp.exp(logits - self.maximum) / self.total
 
 
@@ -214,7 +221,7 @@ jax.tree_util.register_dataclass(_LogSumExp)
 
 
 def _forward(form: _Form, images, text, scales, biases) -> tuple[Array, _LogSumExp | None, _LogSumExp | None]:
-    """-> losses [E]; for softmax the sums over the logits of each image [E, B], and of each text where texts choose too."""
+    """-> losses [E]; for softmax also the log-sum-exps of each image [E, B] and, if `form.columns`, of each text [E, B]."""
 
     def softmax(kept, columns, visit):
         rows, own = kept
@@ -248,7 +255,7 @@ def _forward(form: _Form, images, text, scales, biases) -> tuple[Array, _LogSumE
 
 
 def _backward(form: _Form, images, text, scales, biases, rows, columns, weights) -> tuple[tuple, Array, Array, Array]:
-    """Gradients of sum_e weights_e loss_e for images, text, scales and biases, from the sums of the forward pass."""
+    """Gradients of sum_e weights_e loss_e for images, text, scales and biases, from the forward pass's log-sum-exps."""
 
     def local(images, text, scales, biases, rows, columns, weights):
         exits, count, width = len(images), form.rows, text.shape[1]

@@ -1,4 +1,4 @@
-"""A task: the model that a run trains, its loss on a batch, and how the finished checkpoint describes itself."""
+"""A task: the model that a run trains, its loss on a batch, and the description of the finished checkpoint."""
 
 from __future__ import annotations
 
@@ -25,23 +25,25 @@ NOTHING: Frozen = {}
 
 @dataclass(frozen=True)
 class Task:
-    """A model to train. The loop is the same for every task.
+    """A model to train and its loss; the training loop is the same for every task.
 
-    A loss is a pure function (params, batch, key, frozen) -> (loss, metrics). `frozen` holds arrays that do not learn, such as
-    the parameters of a teacher: an argument of the step, placed on the mesh once, with the entries and shapes of `Task.frozen`.
+    A loss is a pure function (params, batch, key, frozen) -> (loss, metrics). `frozen` holds arrays that are not trained, such
+    as the parameters of a teacher. It is an argument of the step, placed on the mesh once, with the entries and shapes of
+    `Task.frozen`.
 
     Attributes:
         arch: ClipArch, ComplexityArch or BlocksArch.
         kind: 'clip' or 'complexity', the kind of the finished checkpoint.
-        shapes: of the parameters.
+        shapes: parameters as ShapeDtypeStructs.
         init: key -> random parameters.
         embed, contrast, draw: the same loss in parts, for gradient accumulation. draw(batch, key, frozen) -> the batch with
-            everything that is drawn or computed once for each of its rows; embed(params, batch) -> embeddings with one row a
-            pair; contrast(params, embeddings, key) -> (loss, metrics). None where a loss does not compare pairs.
-        preprocess: how images are prepared; others: how they are prepared a second time, {entry of the batch: Preprocess}.
-        context_length: tokens of a caption; 0 where captions are not read.
-        fields: entries of the batch that travel to the device.
-        description: of the finished checkpoint.
+            all per-row random draws and teacher embeddings added; embed(params, batch) -> embeddings with one row per pair;
+            contrast(params, embeddings, key) -> (loss, metrics). None if the loss does not compare pairs.
+        preprocess: image preprocessing. others: further preprocessing of the same images, {entry of the batch: Preprocess}.
+        context_length: tokens per caption; 0 if captions are not read.
+        fields: entries of the batch that are transferred to the device.
+        description: description of the finished checkpoint.
+        frozen: shapes of the arrays that are not trained.
     """
 
     arch: Any
@@ -61,6 +63,6 @@ class Task:
 
 
 def preprocess_of(config: ExperimentConfig, image_size: int) -> Preprocess:
-    """The preprocessing that `config.data` describes, to `image_size` pixels."""
+    """Returns the preprocessing described by `config.data`, to `image_size` pixels."""
     mean, std = NORMALISE[config.data.normalise]
     return Preprocess(image_size, config.data.resize, config.data.interpolation, mean, std)

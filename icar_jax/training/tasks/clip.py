@@ -1,4 +1,4 @@
-"""Training CLIP with early exits: the contrastive loss at every exit and at full depth, and what keeps exits compatible."""
+"""Training CLIP with early exits: contrastive losses at every exit and at full depth, and distillation across depths."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from icar_jax.training.tasks import init_teacher
 from icar_jax.training.tasks.base import NOTHING, Task, preprocess_of
 from icar_jax.training.tasks.kind import RunKind, described
 
-CAPTIONS_FOR_TOKENIZER = 20_000  # images whose captions a tokenizer is trained on
-_LAYERS, _MIXED_EXITS = 0, 1  # the key of a step is folded with these for each thing that is drawn
+CAPTIONS_FOR_TOKENIZER = 20_000  # maximum number of images whose captions a tokenizer is trained on
+_LAYERS, _MIXED_EXITS = 0, 1  # folded into the key of a step for each random draw
 
 
 class ClipRun(RunKind):
@@ -45,7 +45,7 @@ class ClipRun(RunKind):
         architectures.clip_arch(self.config.clip)
 
     def arch(self, tokenizer: Tokenizer | None) -> ClipArch:
-        """The variant with the tokenizer's vocabulary, and a logit bias for the sigmoid loss."""
+        """Returns the variant with the tokenizer's vocabulary, and a logit bias for the sigmoid loss."""
         config = self.config
         sizes = (tokenizer.vocab_size, tokenizer.end_id) if tokenizer is not None else ()
         arch = architectures.clip_arch(config.clip, *sizes)
@@ -73,7 +73,10 @@ class ClipRun(RunKind):
 
 
 def tokenizer_of(config: ExperimentConfig, source: Source, resumed: Path | None) -> Tokenizer:
-    """The tokenizer that a resumed run began with, the configured file, or one trained on the captions."""
+    """Returns the tokenizer of a resumed run, the configured one, that of config.train.init, or one trained on the captions.
+
+    Raises ConfigError if the configured tokenizer does not match config.train.init, or if none would match.
+    """
     if resumed is not None:
         return Tokenizer.from_file(resumed / checkpoint.TOKENIZER)
     init, file = config.train.init, config.data.tokenizer
@@ -83,15 +86,15 @@ def tokenizer_of(config: ExperimentConfig, source: Source, resumed: Path | None)
         given = Tokenizer.from_file(file)
         if theirs is not None and not given.same_ids(theirs):
             raise ConfigError(
-                f"config.data.tokenizer={file} gives other ids than the tokenizer in config.train.init={init}, which its text "
-                "tower was trained with; leave config.data.tokenizer empty, which takes that one"
+                f"config.data.tokenizer={file} gives other ids than the tokenizer that the text tower of "
+                f"config.train.init={init} was trained with; leave config.data.tokenizer empty to use that one"
             )
         return given
     if theirs is not None:
         return theirs
     if init:
         raise ConfigError(
-            f"config.train.init={init} holds no tokenizer, and one trained on the captions would not fit its text tower; pass "
+            f"config.train.init={init} has no tokenizer, and one trained on the captions would not match its text tower; pass "
             "the one it was trained with: --config.data.tokenizer=PATH"
         )
     count = min(len(source), CAPTIONS_FOR_TOKENIZER)
@@ -100,7 +103,7 @@ def tokenizer_of(config: ExperimentConfig, source: Source, resumed: Path | None)
 
 
 def _task(config: ExperimentConfig, arch: ClipArch, mesh: Mesh | None) -> Task:
-    # Without it the compiler shards the width of the activations over fsdp inside a scan.
+    # Sharding constraint on the residual stream: without it XLA shards its width over fsdp inside a scan.
     sharding = batch_sharding(mesh) if mesh is not None else None
     dtype = jnp.dtype(config.train.dtype)
     clip = Clip.graph(arch, execution=Execution(config.train.remat, config.train.scan_blocks, sharding), dtype=dtype)
@@ -111,7 +114,7 @@ def _task(config: ExperimentConfig, arch: ClipArch, mesh: Mesh | None) -> Task:
     form = {"kind": config.loss.kind, "direction": config.loss.direction}
     compare = partial(contrastive.per_exit, **form)
     if config.loss.chunk:
-        assert mesh is not None, "config.loss.chunk passes texts round a mesh"
+        assert mesh is not None, "config.loss.chunk needs a mesh"
         compare = partial(ring.per_exit, **form, mesh=mesh, chunk=config.loss.chunk)
 
     dropout = config.train.layer_dropout
@@ -129,7 +132,7 @@ def _task(config: ExperimentConfig, arch: ClipArch, mesh: Mesh | None) -> Task:
     def embed(params, batch):
         pixels = normalise(batch["image"], preprocess.mean, preprocess.std)
         image = clip.encode_image_exits(params, pixels, scales=batch.get("block_scales"))
-        # Text keys: JAX orders the keys of a dict, and integers and strings cannot be ordered together.
+        # String keys: JAX sorts the keys of a dict and cannot sort integers with strings.
         found = {"image": {str(e): z for e, z in image.items()}, "text": clip.encode_text(params, batch["tokens"])}
         return found if teacher is None else {**found, init_teacher.IMAGE: batch[init_teacher.IMAGE]}
 
@@ -137,7 +140,7 @@ def _task(config: ExperimentConfig, arch: ClipArch, mesh: Mesh | None) -> Task:
         image, text, full = {e: embeddings["image"][str(e)] for e in exits}, embeddings["text"], arch.vision.depth
         scales = clip.logit_scales(params)
         biases = clip.logit_biases(params) if arch.logit_bias else None
-        if config.loss.mixed:  # one more gallery, at full depth's temperature and bias
+        if config.loss.mixed:  # one more set of images, with full depth's temperature and bias
             compared = image | {MIXED: exit_losses.mixed_images(image, jax.random.fold_in(key, _MIXED_EXITS))}
             per_exit = compare(compared, text, *({**own, MIXED: own[full]} if own else None for own in (scales, biases)))
         else:

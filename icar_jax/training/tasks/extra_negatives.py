@@ -1,7 +1,7 @@
 """Extra negatives of a regret run: a memory bank of thousands of training pairs, embedded once by the frozen CLIP.
 
-In a batch of 64 nearly every image finds its caption, early or late. What an image loses in a gallery of thousands shows only
-among thousands.
+In a batch of 64 nearly every image retrieves its caption at either depth. The regret of an early exit in a gallery of thousands
+only shows with thousands of negatives.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from icar_jax.models.xla_options import jit_for_host
 from icar_jax.parallel import distributed
 from icar_jax.training.preemption import StopRequest
 
-# Entry of the frozen arrays: {'image', 'text': float32 [M, D], unit norm; 'index': int32 [M], numbers in the training set}.
+# Entry of the frozen arrays: {'image', 'text': float32 [M, D], unit norm; 'index': int32 [M], indices into the training set}.
 NEGATIVES = "negatives"
 _BATCH = 64
 
 
 def require_enough(config: ExperimentConfig, images: int) -> None:
-    """Raises ConfigError where a training set of so many images has fewer than config.complexity.rivals."""
+    """Raises ConfigError if a training set of `images` images is smaller than config.complexity.rivals."""
     if images < config.complexity.rivals:
         raise _error(config, f"the training set has {images} images")
 
@@ -49,10 +49,10 @@ def embed(
     params: Mapping[str, Any],
     request: StopRequest,
 ) -> pytree.Tree | None:
-    """NEGATIVES: config.complexity.rivals training pairs through `clip` with `params`; None where a signal stopped it.
+    """Returns NEGATIVES: config.complexity.rivals training pairs embedded by `clip`; None if a stop signal arrived.
 
-    config.train.seed draws them; the first caption of an image counts. Every process of a run computes the same, with the whole
-    CLIP on one of its devices. Raises ConfigError where too few pairs can be read.
+    Pairs are drawn with config.train.seed and use the first caption of each image. Every process computes the same embeddings
+    with the whole CLIP on one of its devices. Raises ConfigError if too few pairs can be read.
     """
     count, p = config.complexity.rivals, preprocess
     params = jax.device_put(params)
@@ -62,8 +62,8 @@ def embed(
         image = clip.encode_image(params, normalise(pixels, p.mean, p.std))
         return image, clip.encode_text(params, tokens)
 
-    tried = min(len(source), 2 * count + _BATCH)  # some cannot be read or have no caption
-    _, order = examples_at(np.arange(tried), len(source), config.train.seed + 1)  # not those that training begins with
+    tried = min(len(source), 2 * count + _BATCH)  # more than needed: some are unreadable or have no caption
+    _, order = examples_at(np.arange(tried), len(source), config.train.seed + 1)  # another order than that of training
     images, texts, found, bad = [], [], [], BadFiles()
     reading = {"batch_size": _BATCH, **configured.loading(config.data)}
     with (
@@ -87,16 +87,17 @@ def embed(
     if bad:
         logging.warning("%s", bad.summary())
     if len(found) < count:
-        raise _error(config, f"of {tried} images of the training set {len(found)} can be read and have a caption")
+        raise _error(config, f"only {len(found)} of {tried} training images can be read and have a caption")
     return {"image": np.concatenate(images), "text": np.concatenate(texts), "index": np.array(found, np.int32)}
 
 
 def _filled(rows: np.ndarray) -> np.ndarray:
-    """The rows, and zeros up to a full batch: one program serves all."""
+    """The rows, padded with zeros to a full batch so that one compiled program serves all batches."""
     return np.concatenate([rows, np.zeros((_BATCH - len(rows), *rows.shape[1:]), rows.dtype)])
 
 
 def _error(config: ExperimentConfig, found: str) -> ConfigError:
     return ConfigError(
-        f"config.complexity.rivals={config.complexity.rivals}, but {found}; take fewer, or 0 for the pairs of the batch alone"
+        f"config.complexity.rivals={config.complexity.rivals} extra negatives, but {found}; set fewer, or 0 to use only the "
+        "pairs of the batch"
     )

@@ -1,4 +1,4 @@
-"""The CLIP tower under a complexity model of variant 'blocks': its weights, its preprocessing, and where it came from."""
+"""The frozen CLIP blocks below a complexity model of variant 'blocks': weights, preprocessing and origin."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from icar_jax.models.token_router import shared_paths
 
 
 def preprocess(config: ExperimentConfig) -> Preprocess:
-    """The CLIP's own: the tower sees the same pixels when it embeds."""
+    """Returns the preprocessing of the CLIP, so that routing and embedding share the same pixels. Raises ConfigError."""
     return Preprocess.from_dict(_describe(config)["preprocess"])
 
 
 def origin(config: ExperimentConfig) -> dict[str, Any]:
-    """What the finished checkpoint says of the CLIP: where it was, and the SHA-256 of its weights."""
+    """Returns the record of the CLIP for the finished checkpoint: its path and the SHA-256 of its weights."""
     return {"clip": config.complexity.clip, "sha256": _describe(config).get("hashes", {}).get(checkpoint.WEIGHTS)}
 
 
 def params(config: ExperimentConfig, shapes: pytree.Tree, fresh: Callable[[], Mapping[str, Any]]) -> pytree.Tree:
-    """Parameters like `shapes`: the tower's are the CLIP's, the head's those of `fresh()`.
+    """Returns parameters with the paths and shapes of `shapes`: the tower's from the CLIP, the head's from `fresh()`.
 
-    Raises ConfigError naming config.complexity.clip where the checkpoint is damaged or of other shapes.
+    Raises ConfigError naming config.complexity.clip if the checkpoint is damaged or has other shapes.
     """
     try:
         clip = pytree.flatten(checkpoint.read(folder(config), "clip").params)
@@ -36,16 +36,16 @@ def params(config: ExperimentConfig, shapes: pytree.Tree, fresh: Callable[[], Ma
     shared = shared_paths(shapes)
     absent = [path for path in shared.values() if path not in clip]
     if absent:
-        raise _error(config, f"its weights lack {', '.join(absent[:3])} ({len(absent)} parameters)")
+        raise _error(config, f"its weights have no {', '.join(absent[:3])} ({len(absent)} parameters missing)")
     found = pytree.map_with_path(lambda path, leaf: clip[shared[path]] if path in shared else leaf, fresh())
     differing = pytree.differences(shapes, found)
     if differing:
-        raise _error(config, f"its weights do not fit its description: {differing[0]} ({len(differing)} differences)")
+        raise _error(config, f"its weights do not match its description: {differing[0]} ({len(differing)} differences)")
     return found
 
 
 def folder(config: ExperimentConfig) -> Path:
-    """The folder of the CLIP checkpoint. Raises ConfigError."""
+    """Returns the folder of the CLIP checkpoint. Raises ConfigError if there is none."""
     return routed_clip(config.complexity)
 
 

@@ -1,7 +1,7 @@
-"""Distillation from the initial weights: the frozen vision tower of config.train.init is the teacher of the run's own tower.
+"""Distillation from the initial weights: the frozen vision tower of config.train.init is the teacher of the trained tower.
 
-A tower that was made cheaper, by merging tokens or by exits, learns from every image the embedding that the tower it came from
-gives, and not only which captions fit. It recovers in few steps.
+A tower made cheaper by token merging or early exits learns the original tower's embedding of every image, in addition to the
+contrastive loss, and recovers in few steps.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ IMAGE = "init_image"  # entry of a batch: the teacher's embeddings [B, D]
 
 @dataclass(frozen=True)
 class InitTeacher:
-    """The tower with its initial weights; holds no arrays."""
+    """The vision tower with its initial weights, as a graph; holds no arrays."""
 
     tower: Graph[VisionTower]
     preprocess: Preprocess
 
     @property
     def shapes(self) -> pytree.Tree:
-        """Of PARAMS."""
+        """Shapes of the frozen entry PARAMS."""
         return {"vision": self.tower.shapes}
 
     def embed(self, frozen: Mapping[str, Any], images: jax.Array) -> jax.Array:
-        """Embeddings [B, D], float32, unit norm, of images [B, S, S, 3] through the parameters frozen[PARAMS]. No gradient.
+        """images uint8 [B, S, S, 3] -> [B, D] float32, unit norm, with the parameters frozen[PARAMS]; stop-gradient.
 
-        All images at once, also where gradients are accumulated: without a backward pass nothing is kept of them.
+        Embeds the whole batch at once even with gradient accumulation, because no activations are kept for a backward pass.
         """
         params = jax.lax.stop_gradient(frozen[PARAMS])["vision"]
         pixels, full = normalise(images, self.preprocess.mean, self.preprocess.std), self.tower.arch.depth
@@ -52,15 +52,15 @@ class InitTeacher:
 
 
 def teacher(config: ExperimentConfig, preprocess: Preprocess, execution: Execution, dtype: DType) -> InitTeacher:
-    """The tower of config.train.init, for a run with this preprocessing. Raises ConfigError where it takes another size."""
+    """Returns the teacher of a run with this preprocessing. Raises ConfigError if the teacher needs another image size."""
     try:
         found = Preprocess.from_dict(_describe(config)["preprocess"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"config.train.init={config.train.init} does not say how pictures are prepared: {error}") from error
+        raise ConfigError(f"config.train.init={config.train.init} has no valid image preprocessing: {error}") from error
     if found.image_size != preprocess.image_size:
         raise ConfigError(
-            f"config.loss.distill_init={config.loss.distill_init} shows config.train.init={config.train.init} the run's "
-            f"pictures: it takes {found.image_size} pixels, this run {preprocess.image_size}; set "
+            f"config.loss.distill_init={config.loss.distill_init} needs the image size of config.train.init="
+            f"{config.train.init}, {found.image_size} pixels, but this run has {preprocess.image_size}; set "
             f"config.clip.image_size={found.image_size}, or config.loss.distill_init=0"
         )
     arch = init_weights.saved_clip(config.train.init).vision
@@ -68,27 +68,27 @@ def teacher(config: ExperimentConfig, preprocess: Preprocess, execution: Executi
 
 
 def params(config: ExperimentConfig) -> pytree.Tree:
-    """The tower's parameters, read when asked for. Raises ConfigError where they are damaged or not as described."""
+    """Returns the teacher's parameters, read lazily. Raises ConfigError if they are damaged or do not match the description."""
     saved = init_weights.saved_clip(config.train.init)
     return {"vision": init_weights.load_params(config.train.init, config.task, saved, Clip.graph(saved).shapes)["vision"]}
 
 
 def require_same(config: ExperimentConfig, kept: Path, workdir: Path) -> None:
-    """Raises ConfigError where a continued run would learn from other weights than before, or these are gone.
+    """Raises ConfigError if a resumed run would distil from other weights than before, or if these no longer exist.
 
-    kept: the description of the checkpoint that the run was initialised from.
+    kept: file with the description of the checkpoint that the run was initialised from.
     """
     if not config.loss.distill_init or not kept.is_file():
         return
-    why = "at whose embeddings config.loss.distill_init aims, also when a run is continued"
+    why = "the teacher of config.loss.distill_init, which a resumed run still needs"
     try:
         now, began = _describe(config), json.loads(kept.read_text(encoding="utf-8"))
     except ValueError as error:  # ConfigError and damaged JSON
-        raise ConfigError(f"{workdir} began with config.train.init={config.train.init}, {why}: {error}") from error
+        raise ConfigError(f"{workdir} was initialised from config.train.init={config.train.init}, {why}: {error}") from error
     if checkpoint.identity(now) != checkpoint.identity(began):
         raise ConfigError(
-            f"config.train.init={config.train.init} is another model than the one {workdir} began with, {why}; put the first "
-            "one back, or start in another --workdir"
+            f"config.train.init={config.train.init} differs from the model that {workdir} was initialised from, {why}; restore "
+            "the original one, or use another --workdir"
         )
 
 

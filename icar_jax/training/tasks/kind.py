@@ -1,4 +1,4 @@
-"""What differs between the kinds of run. The rest of training asks a `RunKind`, never the configuration."""
+"""Base class of the kinds of run. Everything that depends on the kind goes through a `RunKind`."""
 
 from __future__ import annotations
 
@@ -19,57 +19,59 @@ from icar_jax.training import init_weights
 from icar_jax.training.preemption import StopRequest
 from icar_jax.training.tasks.base import Frozen, Task
 
-START = "start"  # of a workdir: the description of the checkpoint that the run is initialised from
+START = "start"  # folder in a workdir: the description of the checkpoint that the run is initialised from
 
 
 @dataclasses.dataclass(frozen=True)
 class RunKind:
-    """One kind of run: `ClipRun`, `RatingsRun` or `RegretRun`, as `kinds.kind_of(config)` picks it."""
+    """One kind of run: `ClipRun`, `RatingsRun` or `RegretRun`, selected by `kinds.kind_of(config)`."""
 
     config: ExperimentConfig
 
-    unit: ClassVar[str] = "images"  # that speed is counted in
+    unit: ClassVar[str] = "images"  # unit of throughput
     trains_clip: ClassVar[bool] = False
 
     @property
     def frozen_groups(self) -> tuple[str, ...]:
-        """Groups of parameters, and regular expressions, that do not learn (training/optimizer.py)."""
+        """Frozen parameter groups and regular expressions of paths (training/optimizer.py)."""
         return self.config.train.freeze
 
     @property
     def best_by(self) -> str:
-        """The validation metric that chooses the best checkpoint: 'recall', 'pcc' or 'loss'."""
+        """The validation metric that selects the best checkpoint: 'recall', 'pcc' or 'loss'."""
         raise NotImplementedError
 
     def check_architecture(self) -> None:
-        """Raises ConfigError for an unknown variant, a misplaced exit or a bad size, before any data is opened."""
+        """Raises ConfigError for an unknown variant, an invalid exit or size; called before any data is opened."""
         raise NotImplementedError
 
     def task(
         self, tokenizer: Tokenizer | None = None, mesh: Mesh | None = None, class_counts: tuple[int, int] = (1, 1)
     ) -> Task:
-        """The task. Raises ConfigError for what does not fit the architecture.
+        """Returns the task. Raises ConfigError for settings that are incompatible with the architecture.
 
-        tokenizer: None gives the text tower CLIP's vocabulary. mesh: needed where config.loss.chunk passes texts round it.
-        class_counts: simple and complex training images, which config.complexity.class_weights weighs by.
+        Args:
+            tokenizer: None gives the text tower CLIP's vocabulary.
+            mesh: required by config.loss.chunk.
+            class_counts: numbers of simple and complex training images, for config.complexity.class_weights.
         """
         raise NotImplementedError
 
     def tokenizer(self, source: Source, resumed: Path | None) -> Tokenizer | None:
-        """The tokenizer of the captions that the run reads; None where it reads none."""
+        """Returns the tokenizer of the captions; None if the run reads no captions."""
         return None
 
     def survey(self, source: Source) -> Any | None:
-        """The ratings of the training images (`ratings.RatingsSummary`); None where the run learns no ratings."""
+        """Returns a summary of the training ratings (`ratings.RatingsSummary`); None if the run has no ratings."""
         return None
 
     def require_images(self, count: int) -> None:
-        """Raises ConfigError where `count` training images are too few."""
+        """Raises ConfigError if `count` training images are too few."""
 
-    # --- weights it is initialised from ---
+    # --- initial weights ---
 
     def initialised_from(self) -> Path | None:
-        """The checkpoint that the run is initialised from; None for random weights. Raises ConfigError."""
+        """Returns the checkpoint that the run is initialised from; None for random weights. Raises ConfigError."""
         init = self.config.train.init
         return init_weights.find(init, self.config.task) if init else None
 
@@ -78,9 +80,9 @@ class RunKind:
         return bool(self.config.train.init)
 
     def initial_params(self, task: Task, note: Callable[[str], None]) -> Mapping[str, Any]:
-        """The parameters that a run starts from where `starts_from_weights`; leaves are read when asked for.
+        """Returns the initial parameters of a run with `starts_from_weights`; leaves are read lazily.
 
-        Raises ConfigError where they do not fit the task's model.
+        Raises ConfigError if they are incompatible with the task's model.
         """
         c = self.config
         init_weights.note_preprocessing(c.train.init, task.kind, task.preprocess, note)
@@ -89,18 +91,18 @@ class RunKind:
         )
 
     def random_params(self, task: Task) -> Callable[[], pytree.Tree]:
-        """A function that draws the random parameters of a run without weights."""
+        """Returns a function that draws random parameters from config.train.seed, as host arrays."""
         return lambda: jax.device_get(task.init(jax.random.key(self.config.train.seed)))
 
     @property
     def still_needs_init(self) -> bool:
-        """Whether a continued run reads the weights of config.train.init."""
+        """Whether a resumed run still reads the weights of config.train.init."""
         return False
 
     def recalled(self, workdir: Path) -> ExperimentConfig:
-        """The configuration, with WORKDIR/start for a checkpoint that has gone and that a continued run does not read.
+        """Returns the configuration, with WORKDIR/start in place of a deleted checkpoint whose weights are no longer needed.
 
-        Only the architecture is read from there.
+        Only the architecture is read from WORKDIR/start.
         """
         if not (files.has_checkpoint(workdir) and described(workdir).is_file()):
             return self.config
@@ -110,9 +112,9 @@ class RunKind:
         return dataclasses.replace(self.config, train=train)
 
     def remember(self, workdir: Path) -> None:
-        """Writes the descriptions of the checkpoints that the run needs, unless it is continued. Raises OSError, ConfigError.
+        """Copies the description of the initial checkpoint to WORKDIR/start/icar.json, unless the run is resumed.
 
-        WORKDIR/start/icar.json is that of the checkpoint it is initialised from.
+        Raises OSError, ConfigError.
         """
         copy = described(workdir)
         if files.has_checkpoint(workdir) and copy.is_file():
@@ -121,21 +123,21 @@ class RunKind:
             files.write_text(copy, (origin / checkpoint.DESCRIPTION).read_text(encoding="utf-8"))
 
     def require_same(self, workdir: Path) -> None:
-        """Raises ConfigError where a continued run would learn from another frozen model than before."""
+        """Raises ConfigError if a resumed run would learn from another frozen model than before."""
 
-    # --- frozen models beside the one that learns ---
+    # --- frozen models ---
 
     def frozen_params(self, task: Task) -> dict[str, pytree.Tree]:
-        """The entries of `task.frozen` that checkpoints hold, float32 numpy. Raises ConfigError where they are damaged."""
+        """Returns the entries of `task.frozen` read from checkpoints, float32 numpy. Raises ConfigError if damaged."""
         return {}
 
     def embedded_params(
         self, task: Task, source: Source, tokenizer: Tokenizer | None, frozen: Frozen, request: StopRequest
     ) -> dict[str, pytree.Tree] | None:
-        """The entries of `task.frozen` that the training images give through `frozen`; None where a signal stopped it."""
+        """Returns the entries of `task.frozen` that are embeddings of training images; None if a stop signal arrived."""
         return {}
 
 
 def described(workdir: Path) -> Path:
-    """The file that describes the checkpoint which the run in `workdir` was initialised from."""
+    """Returns the file with the description of the checkpoint that the run in `workdir` was initialised from."""
     return workdir / START / checkpoint.DESCRIPTION

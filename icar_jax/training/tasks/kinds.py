@@ -1,4 +1,4 @@
-"""Picks the kind of run that a configuration asks for."""
+"""Selects the kind of run for a configuration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KINDS: dict[tuple[str, str], type[RunKind]] = {
 
 
 def kind_of(config: ExperimentConfig) -> RunKind:
-    """The kind of run. Raises ConfigError for an unknown task or target."""
+    """Returns the kind of run for config.task and config.complexity.target. Raises ConfigError for an unknown one."""
     kind = KINDS.get((config.task, config.complexity.target))
     if kind is None:
         raise unknown("config.task", config.task, sorted({task for task, _ in KINDS}))

@@ -1,4 +1,4 @@
-"""Training a complexity model on ratings, and a survey of the ratings before the run starts."""
+"""Training a complexity model on ratings, and a summary of the ratings before the run starts."""
 
 from __future__ import annotations
 
@@ -29,14 +29,18 @@ from icar_jax.training.tasks import frozen_trunk
 from icar_jax.training.tasks.base import NOTHING, Task, preprocess_of
 from icar_jax.training.tasks.kind import START, RunKind, described
 
-LOOKED_AT = 2000  # scenes whose complexity is counted: to draw up all of them would take minutes
+LOOKED_AT = 2000  # maximum number of scenes to survey: generating all of them would take minutes
 
 
 @dataclass(frozen=True)
 class RatingsSummary:
-    """`lines` are for people, `splits` is WORKDIR/splits.json, `class_counts` are (simple, complex) training images.
+    """Summary of the ratings of a run.
 
-    `content` tells the images of all splits and their ratings apart, wherever they lie.
+    Attributes:
+        lines: text to print.
+        splits: content of WORKDIR/splits.json.
+        class_counts: numbers of simple and complex training images.
+        content: fingerprint of the images and ratings of all splits, independent of their paths.
     """
 
     lines: tuple[str, ...]
@@ -50,11 +54,11 @@ class RatingsSummary:
 
 
 class ScorerRun(RunKind):
-    """A run that trains a complexity model: a ConvNeXt, or with variant 'blocks' a head on the frozen blocks of a CLIP."""
+    """Base of the runs that train a complexity model: a ConvNeXt, or with variant 'blocks' a head on frozen CLIP blocks."""
 
     @property
     def on_trunk(self) -> bool:
-        """Whether the model is a head on the first blocks of a CLIP, which stay frozen."""
+        """Whether the model is a head on the frozen first blocks of a CLIP."""
         return self.config.complexity.variant == BLOCKS
 
     @property
@@ -86,11 +90,11 @@ class ScorerRun(RunKind):
 
     @property
     def still_needs_clip(self) -> bool:
-        """Whether a continued run reads the weights of config.complexity.clip."""
+        """Whether a resumed run still reads the weights of config.complexity.clip."""
         return False
 
     def model(self) -> tuple[Graph[ComplexityModel] | Graph[TokenRouter], Preprocess, dict[str, Any]]:
-        """(the model, its preprocessing, the start of the description of its checkpoint). Raises ConfigError."""
+        """Returns (model, preprocessing, first entries of the checkpoint description). Raises ConfigError."""
         arch = architectures.complexity_arch(self.config.complexity)
         description: dict[str, Any] = {"arch": dataclasses.asdict(arch)}
         if self.on_trunk:
@@ -109,7 +113,7 @@ def scorer_task(
     description: Mapping[str, Any],
     **more: Any,
 ) -> Task:
-    """The task of a complexity model; `more` are further fields of Task."""
+    """Returns the task of a complexity model; `more` are further fields of Task."""
     init = lambda key: scorer_class(model.arch).init(key, model.arch)
     described = {**description, "preprocess": preprocess.to_dict()}
     return Task(model.arch, "complexity", model.shapes, init, loss, preprocess, fields, described, **more)
@@ -141,13 +145,13 @@ class RatingsRun(ScorerRun):
 
 
 def survey(config: ExperimentConfig, source: Source) -> RatingsSummary:
-    """Counts the ratings of the training images. Raises ConfigError where a classifier has images of one class only."""
+    """Returns a summary of the training ratings. Raises ConfigError if a classifier has images of only one class."""
     c = config.complexity
     found = balance(configured.scores(source, LOOKED_AT), c.head, c.threshold, len(source))
     if c.head == "classification" and 0 in found.classes:
         raise ConfigError(
-            f"config.complexity.head='classification', but of {sum(found.counts)} training images {found.classes[0]} are "
-            f"simple and {found.classes[1]} complex: both classes are needed; see config.complexity.threshold={c.threshold}"
+            f"config.complexity.head='classification' needs images of both classes, but of {sum(found.counts)} training images "
+            f"{found.classes[0]} are simple and {found.classes[1]} complex; see config.complexity.threshold={c.threshold}"
         )
     rated = configured.rated(config.data)
     if rated is None:

@@ -1,4 +1,4 @@
-"""Training a complexity model on regret: how much an image loses in a gallery when it leaves a frozen CLIP at an early exit."""
+"""Training a complexity model on regret: the increase of an image's retrieval loss when a frozen CLIP exits early."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ from icar_jax.training.tasks.extra_negatives import NEGATIVES
 from icar_jax.training.tasks.ratings import ScorerRun, scorer_task
 
 CLIP = "clip"  # entry of the frozen arrays: the parameters of the CLIP
-INDEX = "index"  # entry of a batch where there are extra negatives: the number of each image in the training set
-IMAGE = "clip_image"  # entry of a batch: images as the CLIP is given them, where the complexity model's preprocessing differs
-KEPT = "start/clip.json"  # of a workdir: description of the CLIP whose regret is learnt
+INDEX = "index"  # entry of a batch with extra negatives: index of each image in the training set
+IMAGE = "clip_image"  # entry of a batch: images preprocessed for the CLIP, if the complexity model's preprocessing differs
+KEPT = "start/clip.json"  # file in a workdir: description of the CLIP whose regret is learnt
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The frozen CLIP whose regret is learnt; holds no arrays."""
+    """The frozen CLIP whose regret is the training target; holds no arrays."""
 
     clip: Graph[Clip]
     exit: int  # executed blocks
     kind: str  # one of models.regret.KINDS
     preprocess: Preprocess
-    description: dict[str, Any]  # of the finished checkpoint: kind, exit, rivals, and which CLIP
-    negatives: int = 0  # pairs beside those of the batch
+    description: dict[str, Any]  # of the finished checkpoint: kind, exit, rivals, path and hash of the CLIP
+    negatives: int = 0  # extra negative pairs in addition to those of the batch
 
     @property
     def reads_captions(self) -> bool:
@@ -55,7 +55,7 @@ class Teacher:
 
     @property
     def shapes(self) -> dict[str, pytree.Tree]:
-        """Of the frozen arrays: CLIP and, with extra negatives, NEGATIVES."""
+        """Shapes of the frozen arrays: CLIP and, with extra negatives, NEGATIVES."""
         embeddings = jax.ShapeDtypeStruct((self.negatives, self.clip.arch.vision.embed_dim), jnp.float32)
         index = jax.ShapeDtypeStruct((self.negatives,), jnp.int32)
         bank = {"image": embeddings, "text": embeddings, "index": index}
@@ -64,10 +64,13 @@ class Teacher:
     def regret(
         self, batch: Mapping[str, Any], frozen: Frozen, pixels: jax.Array | None, tokens: Tokens | None, start: int
     ) -> jax.Array:
-        """Regrets [B] of a batch with the entries 'tokens' int32 [B, L], where captions are read, and INDEX, with negatives.
+        """Returns the regrets [B] of a batch; stop-gradient.
 
-        Images come as `pixels` float [B, S, S, 3], normalised, or as Tokens of [B, L, W] in the tower after `start` blocks.
-        No gradient flows through.
+        Args:
+            batch: 'tokens' int32 [B, L] if captions are read, and INDEX int32 [B] with extra negatives.
+            frozen: parameters CLIP and, with extra negatives, NEGATIVES.
+            pixels: images float [B, S, S, 3], normalised; ignored if `tokens` are given.
+            tokens: Tokens of [B, L, W] in the tower after `start` blocks, or None.
         """
         params = jax.lax.stop_gradient(frozen[CLIP])
         exits = (self.exit, self.clip.arch.vision.depth)
@@ -86,7 +89,7 @@ class Teacher:
         return loss_regret(early, full, text, self.clip.logit_scales(params)[exits[-1]], more, self.kind == "kl")
 
     def target(self, batch: Mapping[str, Any], frozen: Frozen, tokens: Tokens | None, start: int) -> tuple[jax.Array, Metrics]:
-        """(targets [B] in [0, 1], metrics): ranks of the regrets in the batch."""
+        """Returns (targets, metrics): targets float32 [B] in [0, 1] are the ranks of the regrets within the batch."""
         pixels = None
         if tokens is None:
             picture = batch[IMAGE] if IMAGE in batch else batch["image"]
@@ -96,7 +99,7 @@ class Teacher:
 
 
 def teacher(config: ExperimentConfig) -> Teacher:
-    """The CLIP that config.complexity.clip names. Raises ConfigError where it cannot be read or lacks the exit."""
+    """Returns the CLIP at config.complexity.clip. Raises ConfigError if it cannot be read or does not have the exit."""
     folder = frozen_trunk.folder(config)
     description = checkpoint.describe(folder)
     try:
@@ -106,13 +109,13 @@ def teacher(config: ExperimentConfig) -> Teacher:
     c = config.complexity
     if not arch.vision.exits:
         raise ConfigError(
-            f"config.complexity.clip={c.clip} has no early exit, so no image can leave it early; train it with "
+            f"config.complexity.clip={c.clip} has no early exit, so there is no regret to learn; train it with "
             "--config.clip.exits, or set config.complexity.target=rating"
         )
     if c.exit and c.exit not in arch.vision.exits:
         raise ConfigError(
-            f"config.complexity.exit={c.exit} is no early exit of {c.clip}, which has them after {arch.vision.exits} blocks; "
-            "take one of these, or 0 for the first"
+            f"config.complexity.exit={c.exit} is not an early exit of {c.clip}, which has exits after {arch.vision.exits} "
+            "blocks; use one of these, or 0 for the first"
         )
     exit = c.exit or arch.vision.exits[0]
     told = {"kind": c.regret, "exit": exit, "rivals": c.rivals, **frozen_trunk.origin(config)}
@@ -121,36 +124,37 @@ def teacher(config: ExperimentConfig) -> Teacher:
 
 
 def params(config: ExperimentConfig, shapes: pytree.Tree) -> pytree.Tree:
-    """The CLIP's parameters, float32 numpy. Raises ConfigError where they are damaged or do not fit `shapes`."""
+    """Returns the CLIP's parameters, float32 numpy. Raises ConfigError if they are damaged or do not match `shapes`."""
     try:
         found = checkpoint.read(frozen_trunk.folder(config), "clip").params
     except CheckpointError as error:
         raise ConfigError(f"config.complexity.clip={config.complexity.clip}: {error}") from error
     if differing := pytree.differences(shapes, found):
         raise ConfigError(
-            f"config.complexity.clip={config.complexity.clip}: its weights do not fit its description: {differing[0]} "
+            f"config.complexity.clip={config.complexity.clip}: its weights do not match its description: {differing[0]} "
             f"({len(differing)} differences)"
         )
     return found
 
 
 def clip_tokenizer(config: ExperimentConfig) -> Tokenizer | None:
-    """The CLIP's own; None where the regret reads no captions. Raises ConfigError where the checkpoint has none."""
+    """Returns the CLIP's tokenizer; None if the regret reads no captions. Raises ConfigError if the checkpoint has none."""
     if config.complexity.regret == "cosine":
         return None
     file = frozen_trunk.folder(config) / checkpoint.TOKENIZER
     if not file.is_file():
         raise ConfigError(
-            f"config.complexity.clip={config.complexity.clip} holds no tokenizer, and regret {config.complexity.regret!r} "
-            "reads captions: convert it with one, or set config.complexity.regret=cosine"
+            f"config.complexity.clip={config.complexity.clip} has no tokenizer, but regret {config.complexity.regret!r} "
+            "reads captions; convert it with a tokenizer, or set config.complexity.regret=cosine"
         )
     return Tokenizer.from_file(file)
 
 
 def others(found: Teacher, preprocess: Preprocess, shared: bool) -> dict[str, Preprocess]:
-    """{entry of the batch: preprocess} of pictures that the CLIP needs beside those of the complexity model.
+    """Returns {entry of the batch: preprocess} of the images that the CLIP needs in addition to the complexity model's.
 
-    `shared`: it reads the complexity model's tokens. Mean and deviation are applied on the device and need no second picture.
+    `shared`: the CLIP continues from the complexity model's tokens and needs no images. Mean and standard deviation are applied
+    on the device, so a difference in these needs no second image.
     """
     alike = lambda p: dataclasses.replace(p, mean=found.preprocess.mean, std=found.preprocess.std)
     return {} if shared or alike(preprocess) == found.preprocess else {IMAGE: found.preprocess}
@@ -177,7 +181,7 @@ class RegretRun(ScorerRun):
 
         def loss(params, batch, key, frozen):
             pixels, tokens = normalise(batch["image"], preprocess.mean, preprocess.std), None
-            if blocks:  # the CLIP goes on from the same tokens
+            if blocks:  # the CLIP continues from the same tokens
                 tokens = model.tokens(params, pixels)
                 logits = model.logits_of_tokens(params, tokens, key)
             else:
@@ -223,5 +227,5 @@ class RegretRun(ScorerRun):
             clip = self.config.complexity.clip
             raise ConfigError(
                 f"config.complexity.clip={clip} differs from the CLIP that {workdir} started with, so the regret targets would "
-                "change; put the first one back, or start in another --workdir"
+                "change; restore the original one, or use another --workdir"
             )

@@ -1,4 +1,4 @@
-// What the page does: the search is in the address, so that it can be shared and gone back to.
+// Page behaviour. The search is stored in the URL, so that it can be shared and the back button works.
 
 import * as view from '/static/view.js';
 
@@ -8,12 +8,12 @@ const FILTER_DELAY_MS = 200;
 let exits = [];
 let limits = null;
 let answer = { hits: [] };
-const uploads = []; // {blob, name, url} of chosen images: no address holds them, the history knows their number
-let running = null; // AbortController of the search that is under way
+const uploads = []; // {blob, name, url} of chosen images; history.state stores their index, as the URL cannot hold them
+let running = null; // AbortController of the current search
 let shown = -1; // index of the enlarged hit
 
 const wanted = () => new URLSearchParams(location.search);
-// The image of the store that the address asks for others like; what is no image's id goes into no request.
+// Id of the query image of the store, from the URL; invalid ids are ignored.
 const likeOf = (params) => (view.isImageId(params.get('like')) ? params.get('like') : null);
 const chosenImage = () => uploads[history.state?.upload] || null;
 
@@ -47,7 +47,7 @@ function apiParams(params) {
   return asked;
 }
 
-// Leads to another search; the one before is a step back.
+// Starts a new search and adds it to the history.
 function go(params, image = null) {
   const address = params.toString() ? `?${params}` : location.pathname;
   history.pushState(image ? { upload: uploads.indexOf(image) } : null, '', address);
@@ -86,7 +86,7 @@ async function run() {
     view.clear();
     answer = { hits: [] };
     $('start').hidden = false;
-    if (params.has('like')) view.notice('No image is named', 'The address asks for images like another, but names none.');
+    if (params.has('like')) view.notice('Invalid image', 'The link asks for similar images, but its image id is invalid.');
     return;
   }
   view.notice();
@@ -101,7 +101,7 @@ async function run() {
       response = await searchImage(asked, like, upload, mine.signal);
     }
     if (response.status === 401) {
-      location.reload(); // leads to the login
+      location.reload(); // redirects to the login
       return;
     }
     if (!response.ok) throw new Error(await view.reason(response));
@@ -114,8 +114,8 @@ async function run() {
     clearTimeout(patience);
     view.clear();
     $('status').textContent = 'The search failed.';
-    const gone = error instanceof TypeError; // what fetch throws where nobody answers
-    view.notice('The search failed', gone ? 'The server does not answer. Is it still running?' : error.message, run);
+    const gone = error instanceof TypeError; // fetch throws it if there is no response
+    view.notice('The search failed', gone ? 'The server does not respond. Is it still running?' : error.message, run);
   } finally {
     clearTimeout(patience);
   }
@@ -137,24 +137,24 @@ function explain() {
   if (!answer.hits.length) {
     view.notice(
       filtering ? 'No image passes the filters' : 'The store is empty',
-      filtering ? 'Widen the range of complexity, or choose other exits.' : 'Add images with `icar index`; they show up here at once.',
+      filtering ? 'Widen the complexity range, or choose other exits.' : 'Add images with `icar index`; they can be searched at once.',
     );
   } else if (answer.verdict.nothing_here) {
-    view.notice('Nothing here seems to match', 'None of the images is clearly closer to this query than chance would have it. The nearest are shown all the same.');
+    view.notice('Nothing here seems to match', 'No image is clearly closer to this query than expected by chance. The nearest ones are shown anyway.');
   } else if (answer.truncated) {
-    view.notice('The query was cut', 'It is longer than the model can read; only its beginning was searched for.');
+    view.notice('The query was truncated', 'It exceeds the context length of the model; only the beginning was used.');
   }
 }
 
 function take(file) {
   if (!file) return;
   if (!file.type.startsWith('image/')) {
-    view.notice('That is no image', `${file.name || 'What was given'} cannot be searched by: choose an image file.`);
+    view.notice('Not an image', `${file.name || 'This file'} is not an image; choose an image file.`);
     return;
   }
   if (limits && file.size > limits.upload_bytes) {
     const limit = Math.round(limits.upload_bytes / 1e6);
-    view.notice('The image is too large', `${file.name} has ${Math.round(file.size / 1e6)} MB; this server reads up to ${limit} MB.`);
+    view.notice('The image is too large', `${file.name} has ${Math.round(file.size / 1e6)} MB; the limit of this server is ${limit} MB.`);
     return;
   }
   uploads.push({ blob: file, name: file.name || 'pasted image', url: URL.createObjectURL(file) });
@@ -162,7 +162,7 @@ function take(file) {
   go(readControls(new URLSearchParams()), uploads.at(-1));
 }
 
-// The grid by keyboard: one stop for Tab, arrows within.
+// Keyboard navigation of the grid: Tab enters it, arrow keys move within.
 const cards = () => [...$('results').querySelectorAll('.card')];
 
 function columns(all) {
@@ -278,7 +278,7 @@ addEventListener('paste', (event) => {
   take(file);
 });
 
-let depth = 0; // of dragenter: every element under the pointer sends its own
+let depth = 0; // number of open dragenter events; every element under the pointer sends one
 const dragged = (event) => event.dataTransfer?.types.includes('Files');
 addEventListener('dragenter', (event) => {
   if (dragged(event)) $('drop').hidden = ++depth < 1;

@@ -1,4 +1,4 @@
-// What the page shows. Every text from outside is set as text, never as HTML.
+// Rendering of the page. External text is always inserted as text, never as HTML.
 
 export const $ = (id) => document.getElementById(id);
 
@@ -42,7 +42,7 @@ function pips(exit, exits) {
 
 const complexityText = (hit) => (hit.complexity === null ? 'not scored' : hit.complexity.toFixed(2));
 
-// A picture that does not come says why; a busy server is asked once more.
+// Shows the reason if an image fails to load; retries once if the server was busy.
 function fill(frame, source, alt, size = {}) {
   const image = Object.assign(element('img'), { alt, loading: 'lazy', decoding: 'async', ...size });
   image.addEventListener('error', async () => {
@@ -58,13 +58,13 @@ function fill(frame, source, alt, size = {}) {
   frame.prepend(image);
 }
 
-// One line that says why an answer is none.
+// One line with the reason for a failed response.
 export async function reason(answer) {
-  if (!answer) return 'The server does not answer. Is it still running?';
+  if (!answer) return 'The server does not respond. Is it still running?';
   try {
-    return (await answer.json()).detail || `The server answered ${answer.status}.`;
+    return (await answer.json()).detail || `The server returned status ${answer.status}.`;
   } catch {
-    return `The server answered ${answer.status}.`;
+    return `The server returned status ${answer.status}.`;
   }
 }
 
@@ -89,7 +89,7 @@ function card(hit, i, exits) {
   exit.append(pips(hit.exit, exits));
   const score = element('span', '', 'score ');
   score.append(element('b', '', score3(hit.score)));
-  score.title = `cosine ${hit.cosine.toFixed(3)}, which the results are ordered by; the score compares with other queries`;
+  score.title = `cosine ${hit.cosine.toFixed(3)}, by which results are ranked; the score is comparable between queries`;
   depth.append(exit, score);
   facts.append(name, complexity, depth);
   button.append(frame, facts);
@@ -141,7 +141,7 @@ export function clear() {
   notice();
 }
 
-// A message over the results: `title` in bold, `again` what its button does.
+// Shows a message above the results: `title` in bold, `again` is called by its button.
 export function notice(title = '', text = '', again = null) {
   const box = $('notice');
   box.hidden = !title;
@@ -157,7 +157,7 @@ export function notice(title = '', text = '', again = null) {
 }
 
 export function store(info) {
-  const scored = info.scored ? `, ${share(info.scored / info.images)} with a complexity` : '';
+  const scored = info.scored ? `, ${share(info.scored / info.images)} with a complexity score` : '';
   $('about').textContent = `${plural(info.images, 'image')}${info.scored < info.images ? scored : ''}`;
   $('complexity').disabled = !info.scored;
   if (!info.scored) $('range-text').textContent = 'not scored';
@@ -192,7 +192,7 @@ export function range(low, high) {
 
 export function chip(name, source) {
   $('chip').hidden = !name;
-  $('query').placeholder = name ? 'or describe a picture instead' : 'Describe a picture';
+  $('query').placeholder = name ? 'or describe an image instead' : 'Describe an image';
   if (name) {
     $('chip-name').textContent = name;
     $('chip-picture').src = source;
