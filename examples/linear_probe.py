@@ -40,9 +40,7 @@ def main(path: str, folder: str) -> float:
     held = np.arange(len(y)) % 4 == 0  # every fourth image is held out
     weights = fit(x[~held], y[~held], len(names))
     accuracy = float(np.mean(np.argmax(x[held] @ weights, axis=1) == y[held]))
-    print(
-        f"{len(names)} classes, {np.sum(~held)} training images: accuracy {100 * accuracy:.1f}% on {np.sum(held)} held-out images"
-    )
+    print(f"{len(names)} classes, {np.sum(~held)} training images: {100 * accuracy:.1f}% accuracy on {np.sum(held)} held out")
     return accuracy
 
 

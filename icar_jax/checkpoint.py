@@ -213,9 +213,7 @@ def find(path: str | os.PathLike, kinds: tuple[str, ...] = KINDS) -> Path:
     if seen:
         raise CheckpointError(f"no checkpoint of kind {' or '.join(kinds)} in {path}; found {', '.join(seen)}")
     if (path / "checkpoints").is_dir():
-        raise CheckpointError(
-            f"the training run in {path} is not finished; run the same train.py command again to complete it"
-        )
+        raise CheckpointError(f"the training run in {path} is not finished; run the same train.py command again to complete it")
     raise CheckpointError(f"{path} has no {DESCRIPTION}; expected a bundle, a checkpoint or a workdir of train.py")
 
 

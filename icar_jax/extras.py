@@ -15,10 +15,9 @@ EXTRAS = {
 
 def missing(error: ModuleNotFoundError) -> str | None:
     """What to do about a library that is not installed; None where no extra has it."""
-    extra = EXTRAS.get((error.name or "").partition(".")[0])
-    if extra is None:
-        return None
-    return advice("this", error.name, extra)
+    library = error.name or ""
+    extra = EXTRAS.get(library.partition(".")[0])
+    return None if extra is None else advice("this", library, extra)
 
 
 def advice(what: str, library: str, extra: str) -> str:

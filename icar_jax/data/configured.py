@@ -88,7 +88,7 @@ class FileSplits:
     open: (where, split) -> the source; `where` has the fields root, image_column, caption_column and, of tfds, dataset.
     """
 
-    open: Callable[[Any, str], Source]
+    open: Callable[[Any, Any], Source]
     keeps_index: bool = False
     calibration_name: str = "calibration"
 
@@ -167,7 +167,9 @@ def open_split(data: DataConfig, split: str) -> Source:
 def open_files(kind: str, where: Any, split: str | None, retries: int) -> Source:
     """A split of the files that `where` names, as `FileSplits.open` of this kind of source."""
     with retrying(retries):
-        return SOURCES[kind].open(where, split)
+        files = SOURCES[kind]
+        assert isinstance(files, FileSplits), f"{kind} is no source of files"
+        return files.open(where, split)
 
 
 def keeps_index(data: DataConfig) -> bool:

@@ -154,7 +154,7 @@ class ComplexityModel(Module):
         Raises ModelError if `stage` is not in MAP_STAGES.
         """
         if stage not in MAP_STAGES:
-            raise ModelError(f"stage={stage} must be one of {', '.join(map(str, MAP_STAGES))}")
+            raise ModelError(f"a map can be taken after stage {', '.join(map(str, MAP_STAGES))}, not {stage}")
         features = self.backbone.feature_map(images, stage)
 
         def logit(features: Array) -> Array:

@@ -4,7 +4,7 @@ With T the logit scale of full depth, the symmetric InfoNCE loss of pair i is
 
     l_i(z) = 1/2 log(1 + sum_{c not i} exp T (z c - z t_i)) + 1/2 log(1 + sum_{k not i} exp T (z_k t_i - z t_i))
 
-where z is the embedding of image i, t_i its caption, c are the captions of other images, and z_k the other images at full depth.
+where z is the embedding of image i, t_i its caption, c are the captions of other images, and z_k other images at full depth.
 The regret is l_i(z_exit) - l_i(z_full). A router that sorts images by regret sends those to the early exit that lose least.
 
 A caption that matches many images is not retrieved at either depth, however large the regret. Optionally each direction is

@@ -103,7 +103,7 @@ class Module(nnx.Module):
         if len(jax.tree.leaves(rest)):
             raise ValueError(
                 f"split() supports parameters only, but this {type(self).__name__} has other state: {_kinds(rest)}; "
-                "use nnx.split and nnx.merge, which keep it, or remove values stored by `sow`: nnx.pop(module, nnx.Intermediate)"
+                "use nnx.split and nnx.merge, which keep it, or remove values kept by `sow`: nnx.pop(module, nnx.Intermediate)"
             )
         state = nnx.to_pure_dict(params)
         return Graph(graphdef, state), pytree.map_with_path(lambda _, leaf: leaf, state)

@@ -96,7 +96,7 @@ def columns(layer: nnx.Module, x: Array, start: int, stop: int | None) -> Array:
 
 
 class LayerNorm(nnx.LayerNorm):
-    """LayerNorm over the last axis, statistics in float32; keeps the input's dtype unless given one."""
+    """LayerNorm over the last axis, x [..., D] -> [..., D]; statistics in float32, result in `dtype` (None: the input's)."""
 
     def __init__(self, width: int, eps: float, *, dtype: DType = None, param_dtype: DType = jnp.float32):
         super().__init__(width, epsilon=eps, dtype=dtype, param_dtype=param_dtype, rngs=_one_key(None))
@@ -109,7 +109,7 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class PatchConv(nnx.Conv):
-    """Convolution whose stride equals its kernel, as one matrix product; kernel [P, P, C_in, C_out].
+    """Convolution with stride equal to kernel size, computed as one matrix product; kernel [P, P, C_in, C_out].
 
     x [B, H, W, C_in] -> [B, H // P, W // P, C_out]; rows and columns beyond a multiple of P are dropped.
     """
@@ -135,7 +135,7 @@ class PatchConv(nnx.Conv):
 
 
 class DepthwiseConv(nnx.Conv):
-    """7x7 depthwise convolution; kernel [7, 7, 1, C], x [B, H, W, C] keeps its shape."""
+    """7x7 depthwise convolution, "same" zero padding; kernel [7, 7, 1, C], x [B, H, W, C] -> [B, H, W, C]."""
 
     def __init__(self, width: int, *, std: float, dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
         super().__init__(

@@ -1,8 +1,8 @@
-"""The arithmetic of the towers: matrix products, attention, normalisation, activations.
+"""Operations of the towers as pure functions: matrix products, attention, normalisation, activations.
 
-Pure functions of arrays, no modules. Every matrix product of a tower is a `dot` or `dot_t`: operands in the compute dtype,
-accumulation in float32, in the forward and in the backward pass. Backward passes are written by hand; all functions
-differentiate in both modes and any number of times.
+Every matrix product of a tower is a `dot` or `dot_t`: operands in the compute dtype, accumulation in float32, in forward and
+backward pass. Backward passes are written by hand; all functions are differentiable in forward and reverse mode, any number of
+times.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from icar_jax.models.autodiff import Derivatives, present_sum, with_derivatives
 Array = jax.Array
 DType = Any
 Arrays = tuple[Any, ...]
-Saved = tuple[Array, Arrays]  # the result, and what the backward pass needs
+Saved = tuple[Array, Arrays]  # (result, residuals)
 
 
 # --- matrix products -------------------------------------------------------------------------------------------------------
@@ -32,11 +32,11 @@ def _row_major(x: Array) -> Array:
 
 
 def _cpu_dot(lhs: Array, rhs: Array, dims: Any) -> Array:
-    """A bf16 x bf16 -> f32 dot in the one form that XLA's CPU backend runs on the matrix units.
+    """A bf16 x bf16 -> f32 dot in the only form that XLA's CPU backend runs on the matrix units.
 
-    Two rewrites of XLA would undo it. An operand that comes out of a transpose carries the transposed layout, and XLA then
-    converts both operands to float32, several times slower: a reshape resets the layout. Later, XLA folds a transpose of an
-    operand or of the result into the dot, a form that has no bf16 kernel and fails at run time: the barriers prevent that.
+    Two XLA rewrites must be prevented. An operand produced by a transpose has the transposed layout, and XLA then converts both
+    operands to float32, which is several times slower; a reshape resets the layout. Later, XLA folds a transpose of an operand
+    or of the result into the dot; that form has no bf16 kernel and fails at run time, so barriers prevent it.
     """
     out = lax.dot_general(_row_major(lhs), _row_major(rhs), dims, preferred_element_type=jnp.float32)
     return lax.optimization_barrier(out)
@@ -55,16 +55,16 @@ def _transpose(x: Array) -> Array:
 
 
 def dot(lhs: Array, rhs: Array, dtype: DType) -> Array:
-    """[..., M, K] x [..., K, N] -> [..., M, N] float32; equal leading dimensions; operands are cast to `dtype`.
+    """lhs [..., M, K], rhs [..., K, N] -> [..., M, N] float32; leading dimensions must be equal; operands are cast to `dtype`.
 
-    The cotangent is cast to `dtype` before the backward dots, which accumulate in float32 too; plain autodiff would run them
-    on float32 operands. Cotangents come back in the operands' own dtypes (float32 for float32 weights).
+    In the backward pass the cotangent is cast to `dtype` and products accumulate in float32; plain autodiff would use float32
+    operands. Gradients have the dtypes of the operands (float32 for float32 weights).
     """
     return _dot(lhs, rhs, jnp.dtype(dtype))
 
 
 def dot_t(lhs: Array, rhs: Array, dtype: DType) -> Array:
-    """[..., M, K] x [..., N, K] -> [..., M, N] float32: `dot` with a transposed right operand, without transposing it."""
+    """lhs [..., M, K], rhs [..., N, K] -> [..., M, N] float32: `dot(lhs, rhs^T)` without the transpose."""
     return _dot_t(lhs, rhs, jnp.dtype(dtype))
 
 
@@ -111,7 +111,7 @@ _dot_t = with_derivatives(Derivatives(_dot_t_forward, _product_rule(dot_t), _dot
 
 
 def linear(x: Array, kernel: Array, bias: Array | None = None, *, dtype: DType) -> Array:
-    """x [..., in] @ kernel [in, out] (+ bias [out]) -> [..., out] in `dtype`; float32 master weights are cast inside."""
+    """x [..., in], kernel [in, out], bias [out] or None -> x @ kernel + bias [..., out] in `dtype`; weights are cast inside."""
     dtype = jnp.dtype(dtype)
     y = dot(x.astype(dtype).reshape(-1, x.shape[-1]), kernel, dtype)
     if bias is not None:
@@ -125,7 +125,7 @@ def linear(x: Array, kernel: Array, bias: Array | None = None, *, dtype: DType) 
 def _attend(q: Array, k: Array, v: Array, causal: bool, dtype: DType) -> tuple[Array, Array, Array]:
     """q, k, v [B, H, L, K] -> output [B, H, L, K] and unnormalised weights [B, H, L, L] in `dtype`, their sums in float32.
 
-    Dividing by the sum after the second product touches [L, K] values in place of [L, L], and keeps XLA on CPU from folding
+    Dividing by the sum after the second product touches [L, K] values instead of [L, L], and prevents XLA on CPU from fusing
     both products and the softmax into one slow kernel.
     """
     scores = dot_t(q, k, dtype)
@@ -158,7 +158,7 @@ def _attention_backward(residuals: Arrays, g: Array, causal: bool, dtype: DType)
 
 
 def _attention_tangent(residuals: Arrays, tangents: Arrays, causal: bool, dtype: DType) -> Array:
-    # With p = weights / total and the scores' tangent ds: dp = p (ds - rowsum(p ds)); what is masked has p = 0.
+    # With p = weights / total and the scores' tangent ds: dp = p (ds - rowsum(p ds)); masked positions have p = 0.
     q, k, v, weights, total, _ = residuals
     dq, dk, dv = tangents
     p, out = weights.astype(jnp.float32) / total, None
@@ -180,10 +180,9 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool = False, dtype: DTyp
 
 
 def stored(x: Array) -> Array:
-    """x itself, which XLA on CPU then computes once and keeps.
+    """Returns x unchanged; an optimization barrier on CPU, so that XLA computes x once and stores it.
 
-    Between cheap operations it would rather compute x again in each use, or keep a part of it and x's own inputs. Other
-    platforms fuse x into its neighbours, and gain by it.
+    Without the barrier XLA on CPU recomputes cheap operations in each use. Other platforms gain from fusing them.
     """
     return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
@@ -192,7 +191,7 @@ def stored(x: Array) -> Array:
 
 
 def along(vector: Array, x: Array) -> Array:
-    """vector [D] with the rank of x [..., D]: `jax.numpy_rank_promotion` may forbid to do this silently."""
+    """vector [D] -> [1, ..., 1, D] with the rank of x [..., D], explicit because of `jax.numpy_rank_promotion`."""
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
@@ -204,7 +203,7 @@ def _layer_norm_forward(x: Array, scale: Array, bias: Array, eps: float, dtype: 
     y = x.astype(jnp.float32)
     mean = y.mean(-1, keepdims=True)
     inverse = lax.rsqrt(jnp.square(y - mean).mean(-1, keepdims=True) + eps)
-    # The barrier has the normalised values computed where they are used; XLA would otherwise store them.
+    # The barrier makes the backward pass recompute the normalised values; XLA would otherwise store them.
     mean, inverse = lax.optimization_barrier((mean, inverse))
     out = _normalise(x, mean, inverse) * along(scale, x) + along(bias, x)
     return out.astype(dtype), (x, scale, bias, mean, inverse)
@@ -239,19 +238,19 @@ _layer_norm = with_derivatives(Derivatives(_layer_norm_forward, _layer_norm_tang
 
 
 def layer_norm(x: Array, scale: Array, bias: Array, *, eps: float, dtype: DType = None) -> Array:
-    """LayerNorm over the last axis: x [..., D], scale and bias [D]; statistics in float32; returns `dtype` or x.dtype."""
+    """LayerNorm over the last axis: x [..., D], scale and bias [D] -> [..., D] in `dtype` (None: x's); float32 statistics."""
     return _layer_norm(x, scale, bias, eps, jnp.dtype(dtype or x.dtype))
 
 
 def _recomputed(function: Callable[[Array], Array]) -> Callable[..., Array]:
-    """An elementwise function evaluated in float32 and returned in x.dtype, of which the backward pass stores x alone."""
+    """Wraps an elementwise function: evaluated in float32, returned in x.dtype; only x is stored for the backward pass."""
 
     def forward(x: Array) -> Saved:
         return function(x.astype(jnp.float32)).astype(x.dtype), (x,)
 
     def backward(residuals: Arrays, g: Array) -> Arrays:
         (x,) = residuals
-        x32 = lax.optimization_barrier(x).astype(jnp.float32)  # or XLA would store intermediates of the forward pass
+        x32 = lax.optimization_barrier(x).astype(jnp.float32)  # else XLA stores intermediates of the forward pass
         return (jax.vjp(function, x32)[1](g.astype(jnp.float32))[0].astype(x.dtype),)
 
     def tangent(residuals: Arrays, tangents: Arrays) -> Array:
@@ -267,17 +266,17 @@ _quick_gelu = _recomputed(lambda x: x * jax.nn.sigmoid(1.702 * x))
 
 
 def gelu_erf(x: Array) -> Array:
-    """Exact GELU, x * Phi(x)."""
+    """Returns the exact GELU, x * Phi(x), elementwise; computed in float32, shape and dtype of x."""
     return _gelu_erf(x)
 
 
 def gelu_tanh(x: Array) -> Array:
-    """GELU's tanh approximation."""
+    """Returns the tanh approximation of GELU, elementwise; computed in float32, shape and dtype of x."""
     return _gelu_tanh(x)
 
 
 def quick_gelu(x: Array) -> Array:
-    """x * sigmoid(1.702 x), the activation of the original CLIP weights."""
+    """Returns x * sigmoid(1.702 x), the activation of OpenAI's CLIP; computed in float32, shape and dtype of x."""
     return _quick_gelu(x)
 
 
@@ -288,7 +287,7 @@ def normalise(images: Array, mean: tuple[float, float, float], std: tuple[float,
 
 
 def require_floats(images: Array) -> None:
-    """Raises TypeError for integers: what a tower takes is normalised."""
+    """Raises TypeError if `images` are not floats: towers take normalised images."""
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise TypeError(
             f"images must be normalised floats, got {images.dtype}; icar_jax.models.ops.normalise(images, mean, std) takes "

@@ -1,4 +1,4 @@
-"""Text transformer: causal and pooled at the end token (CLIP), or bidirectional and pooled at the last place (SigLIP)."""
+"""Text transformer: causal and pooled at the end token (CLIP), or bidirectional and pooled at the last position (SigLIP)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ POOLS = ("end", "argmax", "last")
 
 @dataclass(frozen=True)
 class TextArch:
-    """Shape of a text tower, and which token it pools.
+    """Architecture of a text tower.
 
-    `pool`: 'end' takes the first `end_id`; 'argmax' the highest id, which is the same where the end token has it; 'last' the
-    last place, whatever stands there.
+    `pool`: 'end' pools the first `end_id`; 'argmax' the highest id, which is the same if the end token has the highest id;
+    'last' the last position.
     """
 
     context_length: int
@@ -48,7 +48,7 @@ class TextArch:
 
 
 class TextTower(Module):
-    """Text transformer; arguments as of `vision.VisionTower`."""
+    """Text transformer; token ids int [B, L] -> [B, D]. Arguments are those of `vision.VisionTower`."""
 
     def __init__(
         self, arch: TextArch, *, execution: Execution = Execution(), attention: AttentionFn | None = None,
@@ -78,7 +78,7 @@ class TextTower(Module):
         context = self.arch.context_length
         if not hasattr(tokens, "ndim"):
             raise TypeError(
-                f"tokens must be an integer array [batch, length], got {type(tokens).__name__}; a Tokenizer makes them of texts"
+                f"tokens must be an integer array [batch, length], got {type(tokens).__name__}; encode texts with a Tokenizer"
             )
         require_blocks(self.blocks, self.arch.depth)
         if tokens.ndim != 2 or tokens.shape[1] > context:
@@ -96,6 +96,6 @@ class TextTower(Module):
     def _pool(self, x: Array, tokens: Array) -> Array:
         if self.arch.pool == "last":
             return x[:, -1]
-        # argmax returns the first match, so padding with the end token does no harm.
+        # argmax returns the first match, so padding with the end token is harmless.
         place = jnp.argmax(tokens == self.arch.end_id if self.arch.pool == "end" else tokens, axis=1)
         return jnp.take_along_axis(x, place[:, None, None], axis=1)[:, 0]

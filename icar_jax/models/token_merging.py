@@ -1,4 +1,4 @@
-"""Token merging: patches that say the same become one on the way up the vision tower; later blocks have fewer to read."""
+"""Token merging (ToMe): similar patch tokens are averaged between blocks, so later blocks process fewer."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ Array = jax.Array
 
 
 class Tokens(NamedTuple):
-    """Images on their way up a vision tower: tokens `values` [B, L, W]; `sizes` [B, L], the patches each stands for."""
+    """Tokens of a vision tower: `values` [B, L, W], and `sizes` float32 [B, L], the number of patches merged into each."""
 
     values: Array
-    sizes: Array  # float32; 1 for the class token and where nothing has been merged
+    sizes: Array  # 1 for the class token and for unmerged patches
 
 
 def merge_similar(tokens: Tokens, count: int, class_token: bool) -> Tokens:
-    """Tokens [B, L, W] -> the same images with `count` tokens fewer, [B, L - count, W].
+    """Tokens of [B, L, W] -> Tokens of [B, L - count, W]: merges `count` patches into similar ones.
 
-    Bipartite matching of ToMe (Bolya et al. 2023, arXiv:2210.09461): every second patch looks for the most similar one among
-    the others, and the `count` closest pairs become their mean, weighted by size. The class token stays, in its place; the
-    patches that found no one come next, then the others. Similar is the cosine of the centred tokens, which needs no keys.
-    Later attention does not weigh a token by its size, as ToMe's does for towers that are not trained to go without.
+    Bipartite matching of ToMe (Bolya et al. 2023, arXiv:2210.09461): every second patch is matched with the most similar of
+    the other patches, and the `count` most similar pairs are averaged, weighted by size. Order of the result: class token,
+    unmerged patches of the first set, patches of the second set. Two differences from ToMe: similarity is the cosine of the
+    centred tokens and not of the keys, and later attention is not proportional to token size, because the tower is trained
+    without that.
     """
     (x, sizes), first = tokens, int(class_token)
-    # In full precision: accelerators would round away what tells pairs apart, and the tokens themselves in the sums below.
+    # Highest precision: reduced precision could reorder pairs, and would round the tokens in the sums below.
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     seeker, other = (x[:, first + start :: 2].astype(jnp.float32) for start in (0, 1))
     seeker_size, other_size = (sizes[:, first + start :: 2] for start in (0, 1))
@@ -35,7 +36,7 @@ def merge_similar(tokens: Tokens, count: int, class_token: bool) -> Tokens:
     similar = product("bnw,bmw->bnm", seeker, other) * norm[:, :, None] * other_norm[:, None]
     similar = jax.lax.stop_gradient(similar - mean[:, :, None] * other_mean[:, None])
     best, order = similar.max(-1), jnp.arange(seeker.shape[1])[None]
-    # Ranks by comparing all pairs, and moves as a matrix: sorting and gathering are slow on all kinds of devices.
+    # Ranks from pairwise comparison and merging as a matrix product, because sort and gather are slow on all devices.
     before = (best[:, :, None] < best[:, None]) | ((best[:, :, None] == best[:, None]) & (order[:, :, None] > order[:, None]))
     gone, alone = before.sum(-1) < count, order.shape[1] - count
     to = jnp.where(gone, alone + similar.argmax(-1), jnp.cumsum(~gone, axis=1) - 1)
@@ -48,20 +49,21 @@ def merge_similar(tokens: Tokens, count: int, class_token: bool) -> Tokens:
 
 
 def _scaled_mean(x: Array) -> tuple[Array, Array]:
-    """x [B, N, W] -> 1 / norm of the centred tokens, and mean sqrt(W) / norm, [B, N] each.
+    """x [B, N, W] -> (1 / norm of the centred tokens, mean sqrt(W) / norm), [B, N] each.
 
-    The cosine of two centred tokens is their product over both norms, minus the product of both means: no centred copy.
+    The cosine of two centred tokens is their dot product divided by both norms, minus the product of both scaled means. This
+    needs no centred copy.
     """
     width, mean, square = x.shape[-1], x.mean(-1), jnp.square(x).sum(-1)
-    # The difference is lost in rounding where a token is nearly constant: held above that, its cosines come out near 0.
+    # For nearly constant tokens the difference is dominated by rounding; the lower bound makes their cosines close to 0.
     norm = jax.lax.rsqrt(jnp.maximum(square - width * jnp.square(mean), 1e-6 * square + 1e-12))
     return norm, mean * norm * width**0.5
 
 
 def merging_error(merge: tuple[int, ...], depth: int, patches: int) -> str | None:
-    """Why so many patches cannot be merged after each block, in a tower of `depth` blocks; None where they can."""
+    """Returns why `merge` is invalid for a tower of `depth` blocks and so many `patches`; None if it is valid."""
     if len(merge) >= depth:
-        return f"merge={merge} has {len(merge)} entries; after the last of {depth} blocks merging is of no use, give fewer"
+        return f"merge={merge} has {len(merge)} entries, but a tower of {depth} blocks can merge after at most {depth - 1}"
     for block, count in enumerate(merge, 1):
         if not 0 <= count <= patches // 2:
             return f"merge={merge} after {block} blocks: {count} must lie in 0 to {patches // 2}, half of the patches left"

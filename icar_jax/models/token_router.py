@@ -1,7 +1,7 @@
-"""Complexity from the tokens after the first blocks of a CLIP vision tower, so that routing shares the tower's own work.
+"""Complexity model on the tokens after the first blocks of a CLIP vision tower, so that routing reuses the tower's compute.
 
-The tower's part is a copy of the CLIP's weights and does not learn; a head on pooled tokens does. The copy makes the model
-complete without the CLIP; beside it the tokens are computed once, and the tower goes on from them.
+The blocks are a frozen copy of the CLIP's weights; only a head on pooled tokens is trained. The copy makes the model usable
+without the CLIP. When both are used, the tokens are computed once and the tower continues from them.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from icar_jax.models.token_merging import Tokens
 from icar_jax.models.vision import Trunk, VisionArch, run_trunk
 
 Array = jax.Array
-TOWER = "tower"  # parameters of the copied part; the others are the head's
+TOWER = "tower"  # parameters of the copied blocks; the others belong to the head
 
 
 @dataclass(frozen=True)
 class BlocksArch:
-    """The whole vision tower's shape, the blocks that run before the head, and the head."""
+    """Architecture of the whole vision tower, the number of blocks below the head, and the head."""
 
     vision: VisionArch
     blocks: int
     head: str
     dropout: float = 0.2  # regression head only, while training
-    norm_parts: bool = False  # class token, mean and deviation are brought to one scale before the head's own norm
+    norm_parts: bool = False  # normalise class token, mean and deviation separately before the head's LayerNorm
     type: str = "blocks"
 
     def __post_init__(self) -> None:
@@ -49,12 +49,12 @@ class BlocksArch:
 
     @property
     def image_size(self) -> int:
-        """Pixels, prepared as the CLIP's own."""
+        """Image size in pixels, the same as the CLIP's."""
         return self.vision.image_size
 
     @property
     def features(self) -> int:
-        """Width of the pooled tokens: mean and deviation of the patches and, where there is one, the class token."""
+        """Width of the pooled features: mean and standard deviation of the patches, and the class token if there is one."""
         return (2 + self.vision.class_token) * self.vision.width
 
 
@@ -64,9 +64,10 @@ class TokenRouter(Module):
     images float [B, S, S, 3], normalised -> complexity [B] in [0, 1], float32.
 
     Args:
-        arch: its shape.
-        dtype: of activations; parameters are cast inside.
-        param_dtype: of parameters.
+        arch: architecture.
+        dtype: dtype of activations; parameters are cast to it in each layer.
+        param_dtype: dtype of parameters.
+        rngs: random keys for initialisation.
     """
 
     def __init__(self, arch: BlocksArch, *, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
@@ -86,7 +87,7 @@ class TokenRouter(Module):
         return run_trunk(self.tower, self.tower.embed(images), (blocks,))[blocks]
 
     def logits_of_tokens(self, tokens: Tokens, dropout_key: Array | None = None) -> Array:
-        """Tokens of [B, L, W] -> [B, 2] (classification) or [B, 1] (regression), float32."""
+        """Tokens of [B, L, W], as of `tokens` -> logits [B, 2] (classification) or [B, 1] (regression), float32."""
         pooled = pool_tokens(tokens, self.arch.vision.class_token)
         if self.arch.norm_parts:
             parts = pooled.reshape(len(pooled), -1, self.arch.vision.width)
@@ -96,11 +97,11 @@ class TokenRouter(Module):
         return self.head(pooled, dropout_key)
 
     def logits(self, images: Array, dropout_key: Array | None = None) -> Array:
-        """images float [B, S, S, 3], normalised -> [B, 2] (classification) or [B, 1] (regression), float32."""
+        """images float [B, S, S, 3], normalised -> logits [B, 2] (classification) or [B, 1] (regression), float32."""
         return self.logits_of_tokens(self.tokens(images), dropout_key)
 
     def score_of_tokens(self, tokens: Tokens) -> Array:
-        """Tokens of [B, L, W] -> complexity [B] in [0, 1], float32; higher is more complex."""
+        """Tokens of [B, L, W], as of `tokens` -> complexity [B] in [0, 1], float32; higher is more complex."""
         return jax.nn.sigmoid(log_odds(self.logits_of_tokens(tokens), self.arch.head))
 
     def score(self, images: Array) -> Array:
@@ -108,17 +109,17 @@ class TokenRouter(Module):
         return self.score_of_tokens(self.tokens(images))
 
     def score_and_map(self, images: Array) -> tuple[Array, Array]:
-        """The score, and where in the image it comes from: what each patch's token adds to the log odds of 'complex'.
+        """Returns the score and a map of the contribution of each patch token to the log odds of 'complex'.
 
-        images float [B, S, S, 3], normalised -> complexity [B], as `score`; map [B, h, w], float32, one cell a patch. A cell is
-        its token times the gradient by it, times h w: a patch counts through the mean and through the deviation, whose
-        gradients by the pooled tokens, as of `models.complexity.activation_map`, would leave the deviation out. The mean of a
-        map is the patches' share of the log odds to first order (both pools are homogeneous, Euler's theorem); the rest comes
-        from the class token. Positive values raise the score, negative ones lower it. With `norm_parts` the size of a part is
-        taken out, and that mean is 0: a map says what speaks for 'complex' more than the rest of the image.
+        images float [B, S, S, 3], normalised -> (complexity [B], as `score`; map [B, h, w], float32, one cell per patch). A
+        cell is the dot product of the token and its gradient, times h w. Unlike `models.complexity.activation_map` this
+        includes the standard deviation of the patches as well as their mean. The mean of a map is the contribution of the
+        patches to the log odds to first order (both pools are homogeneous, Euler's theorem); the rest comes from the class
+        token. Positive values raise the score, negative values lower it. With `norm_parts` the head is invariant to the scale
+        of each part, so the mean is 0 and the map is relative to the rest of the same image.
 
-        Where patches are merged before the head reads them, tokens and gradients are those before the first merging, where
-        each patch still has its own; what blocks after it add is then in the map, but its mean is no share of the log odds.
+        If patches are merged before the head, tokens and gradients are taken before the first merging, where each patch still
+        has its own token. The map then includes the effect of later blocks, and its mean is not a contribution to the log odds.
         """
         vision, blocks = self.arch.vision, self.arch.blocks
         start = min(blocks, vision.first_merging)
@@ -135,26 +136,26 @@ class TokenRouter(Module):
 
 
 def pool_tokens(tokens: Tokens, class_token: bool) -> Array:
-    """Tokens of [B, L, W] -> float32 [B, 3 W or 2 W]: the class token, and mean and standard deviation over the patches.
+    """Tokens of [B, L, W] -> float32 [B, 3 W] or, without class token, [B, 2 W].
 
-    A token that stands for several patches counts as often.
+    Concatenates the class token, and mean and standard deviation over the patches, weighted by the sizes of merged tokens.
     """
     x, part = tokens.values.astype(jnp.float32), jnp.asarray(tokens.sizes)
     if class_token:
         part = part.at[:, 0].set(0)
     part = part / part.sum(axis=1, keepdims=True)
 
-    def mean_of(values: Array) -> Array:  # as products: twice as fast on a CPU as sums of what is weighed
+    def mean_of(values: Array) -> Array:  # as a matrix product: twice as fast on CPU as a weighted sum
         return jnp.einsum("bl,blw->bw", part, values, precision="highest")
 
     mean = mean_of(x)
     variance = mean_of(jnp.square(x - mean[:, None]))
-    # The gradient of sqrt at 0 is infinite; the patches of a flat image are told apart by their positions alone.
+    # The gradient of sqrt at 0 is infinite; patches of a uniform image differ only in their position embeddings.
     return jnp.concatenate([*([x[:, 0]] if class_token else []), mean, jnp.sqrt(variance + 1e-12)], axis=-1)
 
 
 def shared_paths(shapes: Mapping[str, Any]) -> dict[str, str]:
-    """{path of a parameter of the copied part: its path in the CLIP's parameters}, from parameters or their shapes."""
+    """Returns {path of a copied parameter: its path in the CLIP's parameters}, from parameters or their shapes."""
     return {path: re.sub(f"^{TOWER}/", "vision/", path) for path in pytree.flatten(shapes) if path.startswith(f"{TOWER}/")}
 
 
@@ -162,7 +163,7 @@ ScorerArch = ComplexityArch | BlocksArch
 
 
 def scorer_arch(values: Mapping[str, Any], where: str) -> ScorerArch:
-    """The architecture under "arch" of a complexity checkpoint; one without "type" is a ConvNeXt.
+    """Returns the architecture for the entry "arch" of a complexity checkpoint; without "type" it is a ConvNeXt.
 
     Raises ConfigError for an unknown type or field, naming `where`.
     """
@@ -173,5 +174,5 @@ def scorer_arch(values: Mapping[str, Any], where: str) -> ScorerArch:
 
 
 def scorer_class(arch: ScorerArch) -> type[ComplexityModel | TokenRouter]:
-    """The module that an architecture describes."""
+    """Returns the module class for an architecture."""
     return TokenRouter if isinstance(arch, BlocksArch) else ComplexityModel

@@ -1,4 +1,4 @@
-"""The pre-norm transformer block of both towers, how a row of them runs, and the attention pool of SigLIP."""
+"""The pre-norm transformer block of both towers, running a stack of blocks (remat, scan), and SigLIP's attention pool."""
 
 from __future__ import annotations
 
@@ -20,19 +20,23 @@ Array = jax.Array
 Activation = Callable[[Array], Array]
 AttentionFn = Callable[..., Array]  # (q, k, v, *, causal), [B, L, H, K] each -> [B, L, H, K]
 REMAT = ("none", "dots", "full")
-# Outputs of a block's matrix products with weights, as they are named for remat. The last product is not among them: the
+# Checkpoint names of the outputs of linear layers, for remat 'dots'. The last linear layer is not included, because the
 # backward pass of a block does not need its output.
 _PRODUCTS = ("qkv", "attn_out", "mlp_hidden")
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How and where the blocks of a tower run, which changes no value.
+    """How the blocks of a tower are executed; does not change values.
 
-    `remat` is what the backward pass computes again: 'none', 'full' (whole blocks: each stores its input alone), or 'dots' (all
-    but the matrix products with weights; the attention weights are computed again). `scan` stacks the parameters of equal
-    blocks, matrices in the compute dtype, and runs one compiled block in a loop. `sharding` lays out x [B, L, W] between
-    blocks: where a mesh axis cuts the parameters and the batch, the compiler would else cut the width of x with it in a loop.
+    Attributes:
+        remat: what the backward pass recomputes. 'none': nothing. 'full': whole blocks, so each stores only its input.
+            'dots': everything but the outputs of linear layers; attention weights are recomputed.
+        scan: stacks the parameters of equal blocks, matrices in the compute dtype, and runs one compiled block with lax.scan.
+        sharding: sharding constraint on the residual stream x [B, L, W]; without it XLA shards its width inside the scan under
+            FSDP.
+
+    Raises ModelError for an unknown `remat`.
     """
 
     remat: str = "none"  # none | dots | full
@@ -45,24 +49,28 @@ class Execution:
 
     @property
     def how(self) -> str:
-        """What differs from running blocks one by one, as a sentence names it."""
+        """The setting that differs from running blocks one by one, for error messages."""
         return f"scan={self.scan}" if self.remat == "none" else f"remat={self.remat!r}"
 
 
 class Attention(Module):
-    """Multi-head self-attention; x [B, L, W] -> [B, L, W]. One projection holds q, k, v in that order.
+    """Multi-head self-attention; x [B, L, W] -> [B, L, W]. One linear layer computes q, k, v, concatenated in that order.
 
-    `attention(q, k, v, *, causal)` is the function that mixes tokens: q, k, v [B, L, H, K], compute dtype -> [B, L, H, K].
-    It may be given, or replaced later: `block.attn.attention = mine`.
+    `attention(q, k, v, *, causal)` computes the attention: q, k, v [B, L, H, K] in the compute dtype -> [B, L, H, K].
+    Pass it, or replace it later: a function with `block.attn.attention = function`, a module with
+    `block.attn.attention = nnx.data(module)`.
     """
 
     def __init__(
         self, width: int, heads: int, *, depth: int = 1, causal: bool = False, attention: AttentionFn | None = None,
         dtype: DType = None, param_dtype: DType = jnp.float32, rngs: nnx.Rngs,
     ):  # fmt: skip
-        """`depth`: blocks of the tower; the output projection starts smaller in deeper ones, as CLIP's does."""
+        """`depth`: blocks of the tower; the initial output projection is scaled by (2 depth)^-0.5, as in CLIP.
+
+        Raises ModelError if `heads` does not divide `width`.
+        """
         if width % heads:
-            raise ModelError(f"width {width} does not divide into {heads} heads")
+            raise ModelError(f"width {width} is not a multiple of heads {heads}")
         self.width, self.heads, self.causal = width, heads, causal
         self.attention = ops.attention if attention is None else attention
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -71,7 +79,7 @@ class Attention(Module):
 
     def __call__(self, x: Array) -> Array:
         qkv = checkpoint_name(self.qkv(x), "qkv")
-        # split, not slices: its gradient is one concatenation, where slices give padded arrays to be added.
+        # split, not slices: the gradient of split is one concatenation, that of slices a sum of padded arrays.
         q, k, v = map(self._by_head, jnp.split(qkv, 3, axis=-1))
         y = self.attention(q, k, v, causal=self.causal)
         return checkpoint_name(self.out(y.reshape(x.shape)), "attn_out")
@@ -87,7 +95,11 @@ class Attention(Module):
 
 
 class Mlp(Module):
-    """Two linear maps with an activation, a function, between; x [B, L, W] -> [B, L, W]."""
+    """Linear, activation, linear; x [B, L, W] -> [B, L, W].
+
+    `activation` is a name of `layers.ACTIVATIONS` or an elementwise function [B, L, hidden] -> [B, L, hidden]. Replace it later
+    with `mlp.activation = function`, or by a module with `mlp.activation = nnx.data(module)`.
+    """
 
     def __init__(
         self, width: int, hidden: int, *, depth: int = 1, activation: str | Activation = "gelu", dtype: DType = None,
@@ -105,7 +117,7 @@ class Mlp(Module):
 
 
 class Block(Module):
-    """x + attn(ln1(x)), then x + mlp(ln2(x)); x [B, L, W] in the compute dtype."""
+    """Pre-norm block: x + attn(ln1(x)), then x + mlp(ln2(x)); x [B, L, W] -> [B, L, W], in the compute dtype."""
 
     def __init__(
         self, width: int, heads: int, hidden: int, *, depth: int = 1, activation: str | Activation = "gelu", eps: float = 1e-5,
@@ -119,7 +131,7 @@ class Block(Module):
         self.mlp = Mlp(width, hidden, depth=depth, activation=activation, **types, rngs=rngs)
 
     def __call__(self, x: Array, scale: Array | None = None) -> Array:
-        """`scale` float32 [B] multiplies both residuals of each image; at 0 the image passes the block unchanged."""
+        """`scale` float32 [B] multiplies both residuals of each image (0 skips the block); None is 1."""
         x = x + _scaled(self.attn(self.ln1(x)), scale)
         return x + _scaled(self.mlp(self.ln2(x)), scale)
 
@@ -129,11 +141,11 @@ def _scaled(residual: Array, scale: Array | None) -> Array:
 
 
 def block_scales(key: Array, batch: int, depth: int, dropout: float) -> Array:
-    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382), one draw an image and block -> float32 [batch, depth].
+    """Returns residual scales float32 [batch, depth] of stochastic depth (Huang et al. 2016, arXiv:1603.09382).
 
-    Block i of n skips an image with the chance p = dropout i / (n - 1), which grows with depth as LayerSkip's does (Elhoushi et
-    al. 2024, arXiv:2404.16710): 0 for the first block, `dropout` for the last. What is kept is scaled by 1 / (1 - p), so that
-    the mean of a residual over the draws is the residual of a tower that drops nothing, and inference needs no change.
+    Block i of n is skipped for an image with probability p = dropout i / (n - 1), increasing with depth as in LayerSkip
+    (Elhoushi et al. 2024, arXiv:2404.16710): 0 for the first block, `dropout` for the last. Kept residuals are scaled by
+    1 / (1 - p), so that the expected residual is that without dropout.
     """
     chance = dropout * jnp.arange(depth) / max(depth - 1, 1)
     return jnp.where(jax.random.uniform(key, (batch, depth)) < chance, 0.0, 1 / (1 - chance))
@@ -148,13 +160,17 @@ def run_blocks(
     start: int = 0,
     scales: Array | None = None,
 ) -> dict[int, Array]:
-    """x [B, L, W] through the first max(wanted) blocks -> {executed blocks: [B, L, W] after them} for each of `wanted`.
+    """Runs the blocks up to max(wanted): x [B, L, W] -> {executed blocks: [B, L, W]} for each of `wanted`.
 
-    `start` blocks have been executed already, and none of `wanted` lies before. `scales` float32 [B, blocks] multiplies the
-    residuals of each image in each block; None leaves them as they are. A block is any module that maps x to x, and x and
-    scale [B] to x where scales are given.
+    Args:
+        blocks: modules that map x -> x or, with `scales`, (x, scale [B]) -> x.
+        wanted: numbers of executed blocks, none below `start`.
+        execution: remat, scan and sharding.
+        start: blocks executed already.
+        scales: float32 [B, blocks], multiplies the residuals of each image in each block; None is 1.
 
-    Raises ValueError where `execution` stacks blocks that differ, or recomputes blocks that keep other state than parameters.
+    Raises ValueError if `execution` scans over blocks that differ, or uses scan or remat with blocks that have non-parameter
+    state.
     """
     taps = {}
     for stop in sorted(set(wanted)):
@@ -165,7 +181,7 @@ def run_blocks(
 
 
 def _run(blocks: Sequence[nnx.Module], x: Array, scales: Array | None, execution: Execution, first: int) -> Array:
-    """x through all of these blocks, the first of which is block number `first`; scales [blocks, B]."""
+    """Runs all of `blocks` on x; `first` is the index of the first one in the tower; scales [blocks, B]."""
     place = lambda x: x if execution.sharding is None else jax.lax.with_sharding_constraint(x, execution.sharding)
     run = lambda block, x, scale: place(block(place(x)) if scale is None else block(place(x), scale))
     scan = execution.scan and len(blocks) > 1
@@ -182,7 +198,7 @@ def _run(blocks: Sequence[nnx.Module], x: Array, scales: Array | None, execution
         def pure(x: Array, p: Any, scale: Array | None) -> Array:
             block = nnx.merge(split[i][0], p)
             y = run(block, x, scale)
-            _require_parameters_only(block, first + i, execution)  # nor has it begun to: `sow` does
+            _require_parameters_only(block, first + i, execution)  # `sow` adds state during the call
             return y
 
         return _rematerialised(pure, execution.remat, scan)
@@ -192,7 +208,7 @@ def _run(blocks: Sequence[nnx.Module], x: Array, scales: Array | None, execution
             x = one_of(i)(x, p, None if scales is None else scales[i])
         return x
     _require_equal([graph for graph, _ in split], params, first)
-    # Matrices are cast before they are stacked where the layer casts them in any case: the stack is a copy.
+    # Matrices that the layer casts anyway are cast before stacking, because the stack is a copy.
     cast = {
         (*path, "kernel") for path, layer in nnx.iter_modules(blocks[0]) if type(layer) is Linear and layer.dtype == x.dtype
     }
@@ -207,11 +223,11 @@ def _run(blocks: Sequence[nnx.Module], x: Array, scales: Array | None, execution
 
 
 def require_blocks(blocks: Sequence, depth: int) -> None:
-    """Raises ValueError where blocks were added or taken out: the depths of exits count them."""
+    """Raises ValueError if blocks were added or removed, because exits are numbered by blocks."""
     if len(blocks) != depth:
         raise ValueError(
-            f"this tower was built with {depth} blocks and has {len(blocks)}; replace single ones, or build it with "
-            "dataclasses.replace(arch, depth=...)"
+            f"this tower was built with {depth} blocks and now has {len(blocks)}; blocks may be replaced but not added or "
+            "removed; to change the depth, build it with dataclasses.replace(arch, depth=...)"
         )
 
 
@@ -220,30 +236,30 @@ def _require_equal(graphs: Sequence, params: Sequence, first: int) -> None:
     apart = [first + i for i in range(1, len(graphs)) if graphs[i] != graphs[0] or shapes[i] != shapes[0]]
     if apart:
         raise ValueError(
-            f"a scan runs one compiled block for all, and blocks {', '.join(map(str, apart))} differ from block {first}; "
-            "run blocks that differ one by one: Execution(scan=False), config.train.scan_blocks=False"
+            f"scan needs equal blocks, but blocks {', '.join(map(str, apart))} differ from block {first}; "
+            "run them one by one: Execution(scan=False), config.train.scan_blocks=False"
         )
 
 
 def _require_parameters_only(block: nnx.Module, number: int, execution: Execution) -> None:
     if found := state_besides_parameters(block):
         raise ValueError(
-            f"block {number} keeps other state than parameters ({found}), which {execution.how} would lose; run blocks one by "
-            "one and as they are: Execution('none', scan=False)"
+            f"block {number} has non-parameter state ({found}), which {execution.how} would lose; run blocks one by one "
+            "without remat: Execution('none', scan=False)"
         )
 
 
 def _rematerialised(block: Callable, remat: str, in_loop: bool) -> Callable:
     if remat == "none":
         return block
-    # By name, because policies that look for matrix products would keep those of attention too; and what is named is stored in
-    # the compute dtype, where the product itself is float32.
+    # A policy by name, because policies for all dots would also store those of attention, and because named values are stored
+    # in the compute dtype, while the products themselves are float32.
     policy = jax.checkpoint_policies.save_only_these_names(*_PRODUCTS) if remat == "dots" else None
     return jax.checkpoint(block, policy=policy, prevent_cse=not in_loop)
 
 
 class AttentionPool(Module):
-    """One learned query (the probe) attends to all tokens, then a residual MLP; x [B, L, W] -> [B, W]."""
+    """SigLIP's attention pool: a learned query (probe) attends to all tokens, then a residual MLP; [B, L, W] -> [B, W]."""
 
     def __init__(
         self, width: int, heads: int, hidden: int, *, activation: str | Activation = "gelu", eps: float = 1e-5,

@@ -1,6 +1,6 @@
-"""Named architectures.
+"""Registry of named architectures: CLIP and CONVNEXT.
 
-Sizes: OpenAI and OpenCLIP for the vision transformers, timm for ConvNeXt. The `tiny` and `demo` entries are this project's own.
+Sizes follow OpenAI and OpenCLIP for CLIP and timm for ConvNeXt; vit_tiny and the `demo` entries are specific to this project.
 """
 
 from __future__ import annotations
@@ -53,4 +53,4 @@ CONVNEXT: dict[str, ConvNeXtArch] = {
     for size, (depths, width) in _CONVNEXT.items()
 }
 
-BLOCKS = "blocks"  # beside the ConvNeXts: a head on the first blocks of a CLIP's vision tower
+BLOCKS = "blocks"  # variant of a complexity model that is a head on the first blocks of a CLIP's vision tower

@@ -1,7 +1,7 @@
 """Vision transformer with early exits.
 
-`exits` counts executed blocks: exit 6 reads the residual stream after six blocks, pools one token and projects it into
-the space that the full tower and the text tower share. Full depth is always an exit and uses `ln_post` and `proj`.
+Exits are numbered by executed blocks: exit 6 reads the residual stream after six blocks, pools one token and projects it into
+the embedding space of the full tower and the text tower. Full depth is always an exit and uses `ln_post` and `proj`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HEADS = ("cls", "map")
 
 @dataclass(frozen=True)
 class VisionArch:
-    """Shape of a vision tower; sizes in pixels, widths in channels."""
+    """Architecture of a vision tower; sizes in pixels, widths in channels. Raises ModelError for invalid combinations."""
 
     image_size: int
     patch_size: int
@@ -42,15 +42,15 @@ class VisionArch:
     embed_dim: int
     activation: str = "gelu"  # gelu | gelu_tanh | quick_gelu
     exits: tuple[int, ...] = ()  # executed blocks, ascending, below depth
-    pool: str = "cls"  # read at the exits: cls | mean (of the patches) | first_patch | map (attention pool)
-    head: str = "cls"  # read at full depth: cls, then proj (CLIP) | map, without projection (SigLIP)
+    pool: str = "cls"  # pooling at the exits: cls | mean (of the patches) | first_patch | map (attention pool)
+    head: str = "cls"  # pooling at full depth: cls, then proj (CLIP) | map, without projection (SigLIP)
     class_token: bool = True
     patch_bias: bool = False
     pre_norm: bool = True
-    norm_eps: float = 1e-5  # of the tower; exit heads of a CLIP keep 1e-5
-    exit_head: str = "linear"  # at the exits, before the projection: linear (nothing) | adapter | attention (exit_heads.py)
-    exit_sum: bool = False  # an embedding is the sum of what the heads up to its depth give, not of its own head alone
-    merge: tuple[int, ...] = ()  # entry i: patches merged into similar ones after i + 1 blocks; shorter than the depth
+    norm_eps: float = 1e-5  # epsilon of the tower's LayerNorms; exit heads without attention pool always use 1e-5
+    exit_head: str = "linear"  # residual module of exit heads: linear (none) | adapter | attention (exit_heads.py)
+    exit_sum: bool = False  # whether an embedding is the sum of all heads up to its depth instead of its own head alone
+    merge: tuple[int, ...] = ()  # entry i: number of patches merged after i + 1 blocks; shorter than the depth
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -60,46 +60,46 @@ class VisionArch:
         if wrong := merging_error(self.merge, self.depth, self.grid**2):
             raise ModelError(wrong)
         if self.pool in ("mean", "first_patch") and (late := self.exits_after_merging):
-            raise ModelError(f"exits {late} pool {self.pool!r}, which merge={self.merge} has merged before; use 'cls'")
+            raise ModelError(f"pool {self.pool!r} does not work at exits {late} after token merging {self.merge}; use 'cls'")
         if self.pool not in POOLS or self.head not in HEADS:
             raise ModelError(f"pool {self.pool!r} must be one of {POOLS} and head {self.head!r} one of {HEADS}")
         if self.exit_head not in EXIT_HEADS:
             raise ModelError(f"exit head {self.exit_head!r} must be one of {EXIT_HEADS}")
         if not self.class_token and "cls" in (self.head, *((self.pool,) if self.exits else ())):
-            raise ModelError("a tower without class token cannot pool 'cls'")
+            raise ModelError("a tower without a class token cannot pool 'cls'")
         if self.head == "map" and (self.embed_dim != self.width or (self.exits and self.pool != "map")):
             raise ModelError(
                 f"an attention-pool head has no projection: embed_dim {self.embed_dim} must be the width {self.width}, "
                 f"and exits pool 'map', not {self.pool!r}"
             )
         if self.exit_sum and self.head == "map":
-            raise ModelError("exit_sum sums projections, which a tower with an attention-pool head has none of")
+            raise ModelError("exit_sum sums projections, but a tower with an attention-pool head has no projection")
         if self.pool == "map" and self.exits and self.exit_head != "linear":
-            raise ModelError(f"exits that pool 'map' see all tokens already; exit head {self.exit_head!r} must be 'linear'")
+            raise ModelError(f"exits that pool 'map' need exit head 'linear', got {self.exit_head!r}")
         if self.head != "map" and self.pool == "map":
-            raise ModelError("pool 'map' needs head 'map': exit heads start from the head of the full tower")
+            raise ModelError("pool 'map' needs head 'map': exit heads are initialised from the full-depth head")
 
     @property
     def grid(self) -> int:
-        """Patches along a side."""
+        """Number of patches per side."""
         return self.image_size // self.patch_size
 
     @property
     def tokens(self) -> int:
-        """Sequence length before any merging: patches and, where there is one, the class token."""
+        """Sequence length before merging: patches, and the class token if there is one."""
         return self.grid**2 + self.class_token
 
     def tokens_after(self, blocks_run: int) -> int:
-        """Sequence length that a head after `blocks_run` blocks reads: merging follows the head of its depth."""
+        """Returns the sequence length at a head after `blocks_run` blocks; heads read tokens before the merging there."""
         return self.tokens - sum(self.merge[: max(blocks_run - 1, 0)])
 
     @property
     def first_merging(self) -> int:
-        """The blocks after which patches are merged first; the depth where none are."""
+        """Number of blocks before the first merging; the depth if there is none."""
         return next((i for i, count in enumerate(self.merge, 1) if count), self.depth)
 
     def merge_before(self, blocks_run: int) -> tuple[int, ...]:
-        """The part of `merge` that what is read after `blocks_run` blocks depends on; () where that is not merged yet."""
+        """Returns the part of `merge` that affects tokens read after `blocks_run` blocks, without trailing zeros."""
         before = self.merge[: blocks_run - 1]
         return before[: max((i for i, count in enumerate(before, 1) if count), default=0)]
 
@@ -110,15 +110,15 @@ class VisionArch:
 
     @property
     def all_exits(self) -> tuple[int, ...]:
-        """Every depth an embedding can be taken at, full depth last."""
+        """All depths with a head, ascending; full depth is last."""
         return (*self.exits, self.depth)
 
     def heads_of(self, blocks_run: int) -> tuple[int, ...]:
-        """The depths whose heads make the embedding after `blocks_run` blocks, ascending; the last is `blocks_run`."""
+        """Returns the depths of the heads that the embedding after `blocks_run` blocks uses, ascending; see `exit_sum`."""
         return tuple(e for e in self.all_exits if e <= blocks_run) if self.exit_sum else (blocks_run,)
 
     def check_exit(self, exit: int | None) -> int:
-        """The executed blocks of `exit`, None meaning full depth. Raises ModelError for a depth without a head."""
+        """Returns `exit`, or the depth if it is None. Raises ModelError if there is no head after `exit` blocks."""
         if exit is None:
             return self.depth
         if exit not in self.all_exits:
@@ -127,9 +127,9 @@ class VisionArch:
 
 
 class ExitHead(Module):
-    """Residual stream [B, L, W] -> [B, D]: pooled token, LayerNorm and projection; or LayerNorm and attention pool.
+    """Exit head: residual stream [B, L, W] -> [B, D], by pooling, LayerNorm and projection, or LayerNorm and attention pool.
 
-    `arch.exit_head` may add to the pooled token what a small network finds in it ('adapter') or in all tokens ('attention').
+    With `arch.exit_head` 'adapter' or 'attention' a residual module is added to the pooled token (exit_heads.py).
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class ExitHead(Module):
             "adapter": lambda: Adapter(arch.width, activation=arch.activation, **types, rngs=rngs),
             "attention": lambda: TokenAttention(arch.width, arch.heads, attention=attention, **types, rngs=rngs),
         }
-        self.residual = nnx.data(make[arch.exit_head]())  # data, so that another one can be put in its place
+        self.residual = nnx.data(make[arch.exit_head]())  # data, so that another module can replace it
 
     def __call__(self, x: Array) -> Array:
         if self.pool == "map":
@@ -162,7 +162,7 @@ class ExitHead(Module):
 
 
 class Trunk(Module):
-    """What lies below the heads: patches, class token, positions, norm, and the first `blocks` blocks (None: all)."""
+    """The tower below the heads: patch and position embedding, class token, norm, the first `blocks` blocks (None: all)."""
 
     def __init__(
         self, arch: VisionArch, blocks: int | None = None, *, execution: Execution = Execution(),
@@ -202,9 +202,10 @@ class Trunk(Module):
         return Tokens(x if self.ln_pre is None else self.ln_pre(x), jnp.ones(x.shape[:2], jnp.float32))
 
     def run(self, tokens: Tokens, wanted: Iterable[int], start: int = 0, scales: Array | None = None) -> dict[int, Tokens]:
-        """Tokens of [B, L, W] after `start` blocks -> {executed blocks: tokens after them} for each of `wanted`.
+        """Tokens of [B, L, W] after `start` blocks -> {executed blocks: Tokens} for each of `wanted`.
 
-        What is wanted, or given, after the blocks at which patches are merged is not merged yet.
+        At a depth where patches are merged, both the given and the returned tokens are those before merging. `scales` float32
+        [B, depth] multiplies the residuals of each image in each block; None is 1.
         """
         return run_trunk(self, tokens, wanted, start, scales)
 
@@ -212,7 +213,7 @@ class Trunk(Module):
 def run_trunk(
     trunk: Trunk, tokens: Tokens, wanted: Iterable[int], start: int = 0, scales: Array | None = None
 ) -> dict[int, Tokens]:
-    """`Trunk.run`, for use inside modules: nnx.tabulate traces every argument of a method, and these are not all arrays."""
+    """Same as `Trunk.run`; modules call this, because nnx.tabulate traces all arguments of methods and some are no arrays."""
     require_blocks(trunk.blocks, trunk.depth)
 
     def part(tokens: Tokens, wanted: set[int], start: int) -> dict[int, Tokens]:
@@ -232,11 +233,12 @@ class VisionTower(Trunk):
     """Vision transformer with a head at each exit.
 
     Args:
-        arch: its shape.
-        execution: how the blocks run, which changes no value.
-        attention: what mixes tokens, as of `transformer.Attention`; None is `ops.attention`.
-        dtype: of activations; parameters are cast inside.
-        param_dtype: of parameters.
+        arch: architecture.
+        execution: how the blocks run (remat, scan, sharding); does not change values.
+        attention: attention function, see `transformer.Attention`; None is `ops.attention`.
+        dtype: dtype of activations; parameters are cast to it in each layer.
+        param_dtype: dtype of parameters.
+        rngs: random keys for initialisation.
     """
 
     def __init__(
@@ -270,15 +272,20 @@ class VisionTower(Trunk):
     def __call__(
         self, images: Array, exits: Sequence[int] | None = None, scales: Array | None = None, *, intermediates: bool = False
     ) -> dict[int, Array] | tuple[dict[int, Array], dict[str, Array]]:
-        """images float [B, S, S, 3], normalised -> {executed blocks: [B, D] before normalisation, float32}; None: every exit.
+        """images float [B, S, S, 3], normalised -> {executed blocks: float32 [B, D], not normalised}.
 
-        Runs max(exits) blocks and no more, so later blocks are absent from the compiled program. `scales` float32 [B, depth]
-        multiplies the residuals of each image in each block, 0 skips it; None is 1 for all. With `intermediates` returns
-        also the tokens [B, L, W] by name: 'embed' before the first block, 'blocks/0' after it, up to the last block that runs.
+        Args:
+            exits: executed blocks; None is every exit. Only max(exits) blocks run, so later blocks are absent from the compiled
+                program.
+            scales: float32 [B, depth], multiplies the residuals of each image in each block (0 skips it); None is 1.
+            intermediates: also returns the tokens {name: [B, L, W]}: 'embed' before the first block, 'blocks/0' after it, and
+                so on up to the last block that runs.
+
+        Raises ModelError if there is no such exit, ValueError for wrong shapes or empty `exits`, TypeError for integer images.
         """
         exits = tuple(self.arch.check_exit(e) for e in (self.arch.all_exits if exits is None else exits))
         if not exits:
-            raise ValueError(f"exits=() asks for nothing; this model has exits after {self.arch.all_exits} blocks")
+            raise ValueError(f"exits must not be empty; this model has exits after {self.arch.all_exits} blocks")
         tokens = self.embed(images)
         if not intermediates:
             return self._resume(tokens, 0, exits, scales)
@@ -287,7 +294,7 @@ class VisionTower(Trunk):
         return self._heads(taps, exits), named
 
     def resume(self, tokens: Tokens, start: int, exits: Sequence[int], scales: Array | None = None) -> dict[int, Array]:
-        """The rest of the tower: Tokens of [B, L, W] after `start` blocks -> what `__call__` gives, for exits from there on."""
+        """Resumes `__call__` from Tokens of [B, L, W] after `start` blocks; `exits` must not lie before `start`."""
         return self._resume(tokens, start, exits, scales)
 
     def _resume(self, tokens: Tokens, start: int, exits: Sequence[int], scales: Array | None) -> dict[int, Array]:
@@ -298,7 +305,7 @@ class VisionTower(Trunk):
         parts = {exit: self.arch.heads_of(exit) for exit in exits}
         heads = sorted({e for each in parts.values() for e in each})
         each = {e: self._embed(taps[e].values, e).astype(jnp.float32) for e in heads}
-        # In ascending order, as the pass gives them.
+        # Ascending by depth.
         return {exit: reduce(operator.add, (each[e] for e in parts[exit])) for exit in sorted(parts)}
 
     def _embed(self, x: Array, blocks_run: int) -> Array:

@@ -16,7 +16,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -273,7 +273,7 @@ def to_main(leaf: jax.Array) -> np.ndarray | None:
     """Gathers a sharded array: the full numpy array on process 0, None on the others."""
     if leaf.is_fully_addressable or leaf.is_fully_replicated:
         return np.asarray(leaf) if is_main() else None
-    whole = _gather(NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
+    whole = _gather(NamedSharding(cast(NamedSharding, leaf.sharding).mesh, PartitionSpec()))(leaf)
     jax.block_until_ready(whole)  # one leaf at a time, so that this one can be freed before the next is gathered
     return np.asarray(whole.addressable_data(0)) if is_main() else None
 
@@ -292,7 +292,7 @@ def batch_part(sharding: Sharding, rows: int) -> tuple[int, int]:
     parts: dict[int, set[tuple[int, int]]] = {}
     for device, (index, *_) in sharding.devices_indices_map((rows,)).items():
         start, stop, _ = index.indices(rows)
-        parts.setdefault(device.process_index, set()).add((start, stop))
+        parts.setdefault(cast(Any, device).process_index, set()).add((start, stop))
     distinct = sorted({tuple(sorted(part)) for part in parts.values()})
     sizes = {sum(stop - start for start, stop in part) for part in distinct}
     if len(sizes) > 1 or sizes.pop() * len(distinct) != rows:

@@ -1,4 +1,4 @@
-"""What one step of a compiled program costs: collectives between chips, memory traffic, the compiler's cycle estimates."""
+"""Cost of one step of a compiled program: collectives between chips, memory traffic, the compiler's cycle estimates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 @dataclass(frozen=True)
 class Collective:
-    """All collectives of one kind in a step: how many run, and the bytes that each chip sends for them."""
+    """All collectives of one kind in a step: number of executions, and total bytes sent per chip."""
 
     kind: str
     count: int
@@ -27,11 +27,11 @@ class Collective:
 
 
 def collectives(module: Module) -> tuple[Collective, ...]:
-    """Collectives by kind, most bytes first.
+    """Returns the collectives of a step by kind, most bytes first.
 
-    Bytes sent by a chip in a group of n, as ring algorithms do: all-gather, reduce-scatter and all-to-all (n-1)/n of the whole
-    array, all-reduce twice that, collective-permute the array. A collective that the TPU compiler made asynchronous appears in
-    several fusions (its start, what it overlaps, its end) under one channel and counts once.
+    Bytes sent per chip in a group of n are those of ring algorithms: (n-1)/n of the whole array for all-gather, reduce-scatter
+    and all-to-all, twice that for all-reduce, the array for collective-permute. An asynchronous collective of the TPU compiler
+    appears in several fusions (start, overlapped computation, end) with one channel id and counts once. Raises PlanError.
     """
     found: dict[tuple, tuple[int, int]] = {}
     for run in module.runs():
@@ -45,12 +45,12 @@ def collectives(module: Module) -> tuple[Collective, ...]:
         sent = _sent(kind, sum(run.computation.bytes_of(name) for name in instruction.operands), group)
         key: tuple = (kind, run.computation.name, instruction.name)
         if run.fused and run.computation.name.startswith("all-reduce-scatter"):
-            kind, sent = "reduce-scatter", sent // 2  # written as a fusion of an all-reduce and a slice
+            kind, sent = "reduce-scatter", sent // 2  # represented as a fusion of an all-reduce and a slice
             key = (kind, *key[1:])
         elif run.fused:
             key = (kind, *re.findall(r'(?:channel_id=|chain_id=")(\d+)', instruction.attributes), sent)
         times = run.times
-        if key in found:  # shared by fusions of which one may stand before the loop, or in a computation called twice
+        if key in found:  # several fusions of one collective, one perhaps before the loop; or a computation called twice
             times = max(times, found[key][0]) if run.fused else times + found[key][0]
         found[key] = times, sent
     totals: dict[str, list[int]] = {}
@@ -64,7 +64,7 @@ def collectives(module: Module) -> tuple[Collective, ...]:
 
 def _sent(kind: str, operand_bytes: int, group: int) -> int:
     match kind:
-        case "all-gather":  # the operand is this chip's part
+        case "all-gather":  # the operand is this chip's shard
             return operand_bytes * (group - 1)
         case "collective-permute":
             return operand_bytes
@@ -74,7 +74,7 @@ def _sent(kind: str, operand_bytes: int, group: int) -> int:
 
 
 def _group_size(instruction: Instruction, partitions: int) -> int:
-    """Chips that take part together. Three notations are in use: lists of ids, an iota over a grid, axes of a mesh."""
+    """Number of chips in a group. XLA uses three notations: lists of ids, an iota over a grid, axes of a mesh."""
     text = instruction.attributes
     if "source_target_pairs=" in text:
         pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", text)
@@ -90,22 +90,22 @@ def _group_size(instruction: Instruction, partitions: int) -> int:
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
     if "replica_groups={}" in text:
         return partitions
-    raise PlanError(f"the groups of a collective cannot be read: {instruction.name}{text[:200]}")
+    raise PlanError(f"cannot parse the replica groups of a collective: {instruction.name}{text[:200]}")
 
 
 def memory_traffic(module: Module) -> int:
-    """Bytes that a step reads from and writes to a chip's main memory.
+    """Returns the bytes that a step reads from and writes to a chip's main memory (HBM).
 
-    Counted are operands and results of every instruction outside fusions, without what lies in on-chip memory. A slice reads
-    what it takes and an update in place writes what it puts, also inside fusions: scans read and write their stacks this way.
+    Counts operands and results of every instruction outside fusions, except those in on-chip memory. A slice counts only the
+    slice and an in-place update only the update, also inside fusions: scans read and write their stacked arrays this way.
     """
     return sum(run.times * _moved(run, module) for run in module.runs() if not run.fused)
 
 
 def cycles(module: Module) -> int:
-    """The sum of the cycles that the TPU compiler expects of each instruction; 0 where a compiler writes no such estimates.
+    """Returns the sum of the TPU compiler's cycle estimates over all instructions; 0 for compilers without estimates.
 
-    Waiting for collectives is not among them, nor is the overlap of what runs asynchronously.
+    Does not include waiting for collectives, and does not account for the overlap of asynchronous instructions.
     """
     total = 0
     for run in module.runs():
@@ -124,7 +124,7 @@ def _moved(run: InstructionRun, module: Module) -> int:
             read += _read(instruction, position, computation, module)
     written = _written(instruction, computation, module)
     places = range(len(written))
-    if instruction.opcode.endswith("-start"):  # (operand, result, flags), of a copy (result, operand, flags)
+    if instruction.opcode.endswith("-start"):  # the result is (operand, result, flags); for a copy (result, operand, flags)
         places = range(1) if instruction.opcode == "copy-start" else range(1, 2)
     return read + sum(written[i] for i in places if instruction.shapes[i].main)
 
@@ -134,7 +134,7 @@ def _in_main(shapes: tuple[Shape, ...]) -> bool:
 
 
 def _read(instruction: Instruction, position: int, computation: Computation, module: Module) -> int:
-    """Bytes that `instruction` reads of its operand at `position`."""
+    """Bytes that `instruction` reads from its operand at `position`."""
     whole = computation.bytes_of(instruction.operands[position])
     taken = sum(shape.bytes for shape in instruction.shapes)
     if instruction.opcode in _SLICES:
@@ -149,7 +149,7 @@ def _read(instruction: Instruction, position: int, computation: Computation, mod
 
 
 def _read_inside(callee: Computation, position: int, module: Module) -> int:
-    """Bytes that a fused computation reads of its parameter, following it through bitcasts and inner fusions."""
+    """Bytes that a fused computation reads from its parameter, followed through bitcasts and inner fusions."""
     if position not in callee.parameters:
         return 0
     parameter = callee.parameters[position]
@@ -166,7 +166,7 @@ def _read_inside(callee: Computation, position: int, module: Module) -> int:
 
 
 def _written(instruction: Instruction, computation: Computation, module: Module) -> list[int]:
-    """Bytes written to each leaf of the result."""
+    """Bytes written to each leaf of the result of `instruction`."""
     whole = [shape.bytes for shape in instruction.shapes]
     match instruction.opcode:
         case "dynamic-update-slice":

@@ -1,4 +1,4 @@
-"""Floating-point operations of one training step, counted from the configuration and not from the compiled program."""
+"""FLOPs of one training step, counted from the configuration and not from the compiled program."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from icar_jax.training.tasks.kinds import kind_of
 
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of a step over all chips. `model` is what the gradient takes, `recomputed` what the options run once more."""
+    """FLOPs of a step summed over all chips: `model` for the gradient, `recomputed` for remat and other recomputation."""
 
     model: float
     recomputed: float
@@ -28,21 +28,21 @@ class StepFlops:
 
 
 def step_flops(config: ExperimentConfig, arch: ClipArch | ScorerArch) -> StepFlops:
-    """Forward and backward of both towers with all exits, and of the logits; a backward pass costs twice its forward pass.
+    """Returns the FLOPs of forward and backward pass of both towers with all exits, and of the logits.
 
-    A tower that is frozen has no backward pass. Computed once more: under remat 'full' the blocks but for their last product,
-    under 'dots' their products of activations with each other; where gradients are accumulated the forward pass of what learns;
-    the logits where the loss goes in chunks.
+    A backward pass costs twice its forward pass; a frozen tower has none. Recomputed are: with remat 'full' the blocks except
+    their last product; with 'dots' the attention products; with gradient accumulation the forward pass of trained towers; with
+    config.loss.chunk the logits.
     """
     batch, train = config.train.batch_size, config.train
     if not isinstance(arch, ClipArch):
-        learns = flops.router_flops(arch)  # all of a ConvNeXt; of a head on a frozen tower the head alone
+        learns = flops.router_flops(arch)  # trained part: the whole ConvNeXt, or only the head on a frozen tower
         teacher = batch * teacher_flops(config) if isinstance(kind_of(config), regret.RegretRun) else 0
         return StepFlops(batch * (flops.complexity_flops(arch) + 2.0 * learns) + teacher, 0.0)
     matrix = logit_flops(arch, batch) // len(arch.vision.all_exits)
     logits = logit_flops(arch, batch) + (matrix if config.loss.mixed else 0)
     model, again = 3 * logits, logits if config.loss.chunk else 0
-    if config.loss.distill_kl:  # the logits are there already; the gradient goes to the images of the early exits alone
+    if config.loss.distill_kl:  # the logits exist already; only images of early exits get a gradient
         model += matrix * len(arch.vision.exits)
     if config.loss.distill_init:
         model += batch * flops.vision_flops(init_weights.saved_clip(config.train.init).vision)
@@ -57,23 +57,23 @@ def step_flops(config: ExperimentConfig, arch: ClipArch | ScorerArch) -> StepFlo
 
 
 def teacher_flops(config: ExperimentConfig) -> int:
-    """Forward FLOPs that a pair costs in the CLIP whose regret is learnt, but for blocks that run for the model anyway."""
+    """Returns the forward FLOPs per pair of the CLIP teacher of a regret run, without blocks shared with the router."""
     teacher = regret.teacher(config)
     vision = teacher.clip.arch.vision
     shared = flops.trunk_flops(vision, config.complexity.blocks) if config.complexity.blocks else 0
     heads = sum(flops.head_flops(vision, blocks) for blocks in (teacher.exit, vision.depth))
     captions = flops.text_flops(teacher.clip.arch.text) if teacher.reads_captions else 0
-    compared = 6 * teacher.negatives * vision.embed_dim  # the image at both depths with their texts, the text with their images
+    compared = 6 * teacher.negatives * vision.embed_dim  # logits: image at both depths x texts, and text x images
     return flops.trunk_flops(vision, vision.depth) - shared + heads + captions + compared
 
 
 def image_flops(arch: VisionArch) -> int:
-    """Forward FLOPs of one image, with the heads of all exits."""
+    """Returns the forward FLOPs of one image, with the heads of all exits."""
     return flops.trunk_flops(arch, arch.depth) + sum(flops.head_flops(arch, blocks) for blocks in arch.all_exits)
 
 
 def recomputed_flops(tower: VisionArch | TextArch, remat: str) -> int:
-    """FLOPs that the backward pass of one image or caption repeats in the blocks of its tower."""
+    """Returns the FLOPs per image or caption that the backward pass recomputes in the blocks of its tower."""
     if remat == "none":
         return 0
     macs = 0
@@ -81,10 +81,10 @@ def recomputed_flops(tower: VisionArch | TextArch, remat: str) -> int:
         tokens = tower.tokens_after(block) if isinstance(tower, VisionArch) else tower.context_length
         macs += 2 * tokens * tokens * tower.width  # q k^T and p v
         if remat == "full":
-            macs += 4 * tokens * tower.width**2 + tokens * tower.width * tower.mlp_width  # q, k, v, out, the first of the MLP
+            macs += 4 * tokens * tower.width**2 + tokens * tower.width * tower.mlp_width  # q, k, v, out, first MLP layer
     return 2 * macs
 
 
 def logit_flops(arch: ClipArch, batch: int) -> int:
-    """Forward FLOPs of the logits [B, B] of all exits."""
+    """Returns the forward FLOPs of the logits [B, B] of all exits, B = `batch`."""
     return 2 * batch * batch * arch.vision.embed_dim * len(arch.vision.all_exits)

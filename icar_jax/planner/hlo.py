@@ -1,7 +1,7 @@
-"""Reads a compiled program's text: instructions, computations, loops, and how often each instruction runs.
+"""Parses the HLO text of a compiled program: computations, instructions, loops, and how often each instruction runs.
 
-The compilers' own cost analysis counts a loop body once. Here every instruction carries the product of the trip counts of the
-loops around it, so a program that scans over blocks is counted like one that writes them out.
+XLA's cost analysis counts a loop body once. Here every instruction is multiplied by the trip counts of the loops around it, so
+a program that scans over blocks is counted like an unrolled one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cached_property
 
 from icar_jax.planner.chips import PlanError
 
-_BITS = {"pred": 8, "token": 0, "opaque": 0}  # other types end in their bits: bf16, s4, f8e4m3fn, c64
+_BITS = {"pred": 8, "token": 0, "opaque": 0}  # names of other types contain their bits: bf16, s4, f8e4m3fn, c64
 _SHAPE = re.compile(r"([a-z][a-z0-9]*)\[([\d,<= ]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s.*\{\s*$")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -22,7 +22,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 @dataclass(frozen=True)
 class Shape:
-    """One array: its bytes without padding, and whether it lies in the chip's main memory (not in its on-chip memory)."""
+    """One array: its size in bytes without padding, and whether it is in main memory (HBM) and not in on-chip memory."""
 
     bytes: int
     main: bool = True
@@ -30,7 +30,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of a computation. `argument` is the text between its parentheses, `attributes` what follows."""
+    """One line of a computation. `argument` is the text between its parentheses, `attributes` the text after them."""
 
     name: str
     opcode: str
@@ -44,7 +44,7 @@ class Instruction:
         return tuple(_NAME.findall(self.argument))
 
     def called(self, *roles: str) -> tuple[str, ...]:
-        """Names of computations given under one of `roles`, such as calls=%x or branch_computations={%a, %b}."""
+        """Returns the names of called computations in attributes `roles`, as in calls=%x or branch_computations={%a, %b}."""
         names: list[str] = []
         for role in roles:
             for braces, single in re.findall(rf"\b{role}=(?:\{{([^}}]*)\}}|%([\w.\-]+))", self.attributes):
@@ -54,7 +54,7 @@ class Instruction:
 
 @dataclass
 class Computation:
-    """Instructions in the order of the text, by name."""
+    """One computation: instructions by name, in the order of the text."""
 
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class Computation:
 
 @dataclass(frozen=True)
 class InstructionRun:
-    """An instruction that is executed, how often in one step, and whether inside a fusion."""
+    """An executed instruction: how often it runs in one step (`times`), and whether it is inside a fusion."""
 
     instruction: Instruction
     computation: Computation
@@ -92,7 +92,7 @@ class InstructionRun:
 
 @dataclass
 class Module:
-    """A compiled program. `unknown_loops` names loops whose trip count the text does not tell; they count once."""
+    """A compiled program. `unknown_loops` lists loops whose trip count is not in the text; they are counted once."""
 
     computations: dict[str, Computation]
     entry: str
@@ -100,7 +100,7 @@ class Module:
     unknown_loops: list[str] = field(default_factory=list)
 
     def runs(self) -> Iterator[InstructionRun]:
-        """Every executed instruction, those inside fusions too; scalar functions of reductions and sorts are left out."""
+        """Yields every executed instruction, also those in fusions, but not the scalar functions of reductions and sorts."""
         self.unknown_loops.clear()
         yield from self._runs(self.entry, 1, False)
 
@@ -129,7 +129,7 @@ class Module:
         if known:
             return int(known[1])
         constants = {n for name in loop.called("condition") for n in self._integers(name)}
-        if len(constants) == 1 and min(constants) > 0:  # counters of scans start at 0 and rise by 1
+        if len(constants) == 1 and min(constants) > 0:  # counters of scans start at 0 and increase by 1
             return constants.pop()
         self.unknown_loops.append(loop.name)
         return 1
@@ -143,7 +143,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """The text of `compiled.as_text()`. Raises PlanError where it has no entry computation."""
+    """Parses the text of `compiled.as_text()`. Raises PlanError if it has no entry computation or cannot be parsed."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     partitions = re.search(r"num_partitions=(\d+)", text[: text.find("\n")])
@@ -158,7 +158,7 @@ def parse(text: str) -> Module:
             instruction = _instruction(line)
             current.instructions[instruction.name] = instruction
     if not entry:
-        raise PlanError(f"the compiled program has no entry computation; its text begins: {text[:200]!r}")
+        raise PlanError(f"the compiled program has no entry computation; its text starts with {text[:200]!r}")
     return Module(computations, entry, int(partitions[1]) if partitions else 1)
 
 
@@ -185,11 +185,14 @@ def _closing(text: str, opening: int) -> int:
         depth += 1 if match[0] == "(" else -1
         if depth == 0:
             return match.start()
-    raise PlanError(f"the compiled program's text cannot be read: unbalanced parentheses in {text[opening : opening + 200]!r}")
+    raise PlanError(f"cannot parse the compiled program: unbalanced parentheses in {text[opening : opening + 200]!r}")
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """'bf16[8,128]{1,0:T(8,128)S(1)}' or a tuple of such -> one Shape a leaf. S(n) with n > 0 is memory on the chip."""
+    """Parses 'bf16[8,128]{1,0:T(8,128)S(1)}' or a tuple of these into one Shape per leaf; S(n) with n > 0 is on-chip memory.
+
+    Raises PlanError for an unknown type.
+    """
     return tuple(
         Shape(math.prod(int(d.strip("<= ")) for d in dims.split(",") if d) * _bits(kind) // 8, _main(layout))
         for kind, dims, layout in _SHAPE.findall(text)
@@ -200,7 +203,7 @@ def _bits(kind: str) -> int:
     if kind not in _BITS:
         digits = re.match(r"[a-z]+(\d+)", kind)
         if not digits:
-            raise PlanError(f"the compiled program holds the unknown type {kind!r}")
+            raise PlanError(f"the compiled program contains the unknown type {kind!r}")
         _BITS[kind] = int(digits[1])
     return _BITS[kind]
 

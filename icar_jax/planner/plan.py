@@ -1,7 +1,7 @@
-"""What a training step needs on a machine that is not there: memory, traffic and a bound on its speed.
+"""Plans a training step for hardware that is not available: memory, traffic, and a bound on speed.
 
-The real step is compiled for abstract inputs. The TPU compiler does that for any slice without a TPU; where it is not
-installed, CPU devices stand in for the chips, and the memory figures are then those of the CPU compiler.
+The real training step is compiled ahead of time for abstract inputs. The TPU compiler does this for any slice without a TPU.
+Without it, CPU devices represent the chips, and memory figures are those of the CPU compiler.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one chip. The first four follow from shapes and shardings, the others from the compiler (0 if it gave up)."""
+    """Bytes per chip. The first four follow from shapes and shardings, the others from the compiler (0 if it failed)."""
 
     params: int
     optimizer: int
     ema: int
     batch: int
-    temporaries: int = 0  # activations, gradients, and whatever else lives within the step
-    other: int = 0  # the program itself, padding of the inputs to the chip's tiles, results that reuse no input
-    needed: int = 0  # where it does not fit: what the compiler says it takes
+    temporaries: int = 0  # activations, gradients and all other buffers that live within the step
+    other: int = 0  # program code, padding of inputs to the chip's tiles, results that do not reuse an input buffer
+    needed: int = 0  # if the step does not fit: the total in the compiler's error message
 
     @property
     def state(self) -> int:
@@ -57,7 +57,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """One compiled step. FLOPs, bytes and seconds are per chip and step; seconds are bounds, not measurements."""
+    """Result of planning one step. FLOPs, bytes and seconds are per chip and step; seconds are bounds, not measurements."""
 
     chip: Chip
     mesh: dict[str, int]
@@ -67,15 +67,15 @@ class Plan:
     compiler: str  # TPU | CPU
     lower_s: float
     compile_s: float  # wall clock
-    compile_cpu_s: float  # processor time of all threads, which a busy machine does not stretch
+    compile_cpu_s: float  # processor time of all threads, which does not depend on the machine's load
     memory: Memory
     model_flops: float
-    step_flops: float  # with what is computed twice
+    step_flops: float  # including recomputation
     collectives: tuple[Collective, ...] = ()
     traffic_bytes: int = 0  # read from and written to the chip's memory
-    cycles: int = 0  # expected by the TPU compiler for all instructions one after the other; 0 from other compilers
-    unknown_loops: int = 0  # loops counted once, because the program does not tell how often they run
-    error: str = ""  # the compiler's, where the step does not fit
+    cycles: int = 0  # the TPU compiler's estimate for all instructions in sequence; 0 for other compilers
+    unknown_loops: int = 0  # number of loops with unknown trip count, which are counted once
+    error: str = ""  # error message of the compiler if the step does not fit
 
     @property
     def devices(self) -> int:
@@ -99,17 +99,17 @@ class Plan:
 
     @property
     def roofline_s(self) -> float:
-        """The slowest of the three, as if they overlapped fully and each ran at its peak."""
+        """Roofline: the maximum of compute, memory and link time, as if they overlapped fully and each ran at its peak."""
         return max(self.compute_s, self.memory_s, self.links_s)
 
     @property
     def schedule_s(self) -> float:
-        """What the TPU compiler's cycle estimates add up to, without waiting for other chips; 0 where there are none."""
+        """Sum of the TPU compiler's cycle estimates in seconds, without waiting for other chips; 0 if there are none."""
         return self.cycles / self.chip.clock_hz if self.cycles else 0.0
 
     @property
     def step_s(self) -> float:
-        """The estimate plans are compared by: the roofline, or the compiler's schedule where that is slower."""
+        """Estimated seconds per step, by which plans are ranked: the maximum of roofline and compiler schedule."""
         return max(self.roofline_s, self.schedule_s)
 
     @property
@@ -133,9 +133,9 @@ class Plan:
 
 
 def plan(config: ExperimentConfig, devices: list, chip: Chip, compiler: str = "TPU") -> Plan:
-    """Compiles the training step of `config` for `devices` (real, of a topology, or CPU devices in their place).
+    """Compiles the training step of `config` for `devices` (of a TPU topology, or CPU devices in their place).
 
-    A step that does not fit gives a plan with `fits` False. Raises ConfigError for a configuration that cannot be trained.
+    Returns a plan; if the step does not fit, its `fits` is False. Raises ConfigError for an invalid configuration.
     """
     config = checked(config)
     mesh = make_mesh(config.mesh, devices)
@@ -192,13 +192,13 @@ def _compile(made: Plan, step: Any, arguments: tuple[Any, ...]) -> Plan:
 
 
 def checked(config: ExperimentConfig) -> ExperimentConfig:
-    """A validated copy. Planning reads no data, so a configuration whose data.root comes with the run is complete."""
+    """Returns a validated copy of `config`; data.root may be empty, because planning reads no data. Raises ConfigError."""
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=config.data.root or "not read"))
     return cfg.validate(config)
 
 
 def abstract_batch(config: ExperimentConfig, task: Task, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The global batch as shapes with shardings."""
+    """Returns the global batch as ShapeDtypeStructs with shardings."""
     n, size = config.train.batch_size, task.preprocess.image_size
     entries = {
         "image": ((n, size, size, 3), jnp.uint8),
@@ -212,19 +212,19 @@ def abstract_batch(config: ExperimentConfig, task: Task, mesh: jax.sharding.Mesh
 
 
 def abstract_frozen(task: Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """The arrays of `task.frozen` as shapes with shardings."""
+    """Returns the arrays of `task.frozen` as ShapeDtypeStructs with shardings."""
     placed = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
     return {name: jax.tree.map(placed, tree, shardings(tree, mesh)) for name, tree in task.frozen.items()}
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes that one device holds of a tree of ShapeDtypeStructs with shardings, without padding."""
+    """Returns the bytes per device of a tree of ShapeDtypeStructs with shardings, without padding."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def needed_bytes(message: str) -> int:
-    """The memory that a RESOURCE_EXHAUSTED message of the compiler asks for; 0 where it names none."""
+    """Returns the bytes needed according to the compiler's RESOURCE_EXHAUSTED message; 0 if it has no such number."""
     for pattern in (r"\(([\d.]+)([KMGT]?)B?\) exceeds", r"Used ([\d.]+)([KMGT]?)B? of"):
         if match := re.search(pattern, message):
             return int(float(match[1]) * _UNITS[match[2]])

@@ -1,4 +1,4 @@
-"""`icar plan`: compiles one step, or a sweep of them, and prints what each chip would hold and do."""
+"""`icar plan`: compiles one step or a sweep of steps and prints memory, work and estimated time per chip."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ REMAT = ("none", "dots", "full")  # from the fastest to the smallest
 
 
 def run(config: ExperimentConfig, topology: str, devices: int, sweep: bool, out: TextIO) -> int:
-    """Prints the plan of `config` for a slice ('v5e:16x16'), or for `devices` CPU devices; returns the exit status.
+    """Prints the plan of `config` for a slice ('v5e:16x16') or for `devices` CPU devices; returns the exit status.
 
-    0: it fits (of a sweep: something does), 1: it does not. Raises ConfigError and PlanError; docs of `plan_chips.target` say
-    how `topology` and `devices` go together.
+    The status is 0 if the step (in a sweep: any step) fits, else 1. See `chips.target` for `topology` and `devices`. Raises
+    ConfigError and PlanError.
     """
     config = checked(config)
     chip, found, compiler = target(topology, devices)
     if sweep:
         plans = []
-        print(f"sweep for {len(found)} x {chip.name}; every line is one compilation", file=out, flush=True)
+        print(f"sweep for {len(found)} x {chip.name}; each line is one compilation", file=out, flush=True)
         for made in sweep_plans(config, found, chip, compiler):
             plans.append(made)
             print(f"  {_choice(made)}: {_outcome(made)}", file=out, flush=True)
@@ -41,7 +41,7 @@ def run(config: ExperimentConfig, topology: str, devices: int, sweep: bool, out:
 
 
 def format_plan(made: Plan, config: ExperimentConfig, topology: str = "") -> str:
-    """The report of one plan: memory, work and time of a chip."""
+    """Returns the report of one plan as text: memory, work and time per chip."""
     lines = [*_heading(made, config, topology), "", *_memory_lines(made)]
     if not made.error:
         lines += ["", *_work_lines(made), "", *_time_lines(made)]
@@ -63,10 +63,12 @@ def _heading(made: Plan, config: ExperimentConfig, topology: str) -> list[str]:
         options.append(f"accumulated over {c.train.accumulate} parts")
     where = f"{made.devices} x {made.chip.name}"
     if made.compiler == "CPU":
-        where += f", each played by a CPU device{'' if topology else f' (--topology names another chip than {made.chip.name})'}"
+        where += (
+            f", each simulated by a CPU device{'' if topology else f' (use --topology for other chips than {made.chip.name})'}"
+        )
     return [
         what,
-        f"{where}: mesh {_mesh(made)}; {made.batch_size} pairs a step, {per_chip:g} a chip; {', '.join(options)}",
+        f"{where}: mesh {_mesh(made)}; {made.batch_size} pairs per step, {per_chip:g} per chip; {', '.join(options)}",
         f"{made.compiler} compiler: {made.compile_s:.0f} s ({made.compile_cpu_s:.0f} s of processor time), "
         f"after {made.lower_s:.0f} s of tracing",
     ]
@@ -80,20 +82,20 @@ def _memory_lines(made: Plan) -> list[str]:
     rows += [("batch", m.batch)]
     if not made.error:
         rows += [("activations and temporaries", m.temporaries), ("program, padding", m.other)]
-    lines = [f"memory of a chip in GiB{source}", *(f"  {name:<28}{size / GIB:8.2f}" for name, size in rows)]
+    lines = [f"memory per chip in GiB{source}", *(f"  {name:<28}{size / GIB:8.2f}" for name, size in rows)]
     verdict = "fits" if made.fits else "DOES NOT FIT"
     if made.error:
-        asked = f"  {'all, by the compiler' if m.needed else 'parameters to batch':<28}{m.total / GIB:8.2f}"
-        return [*lines, f"{asked} of {usable:g} usable: {verdict}", "", *made.error.strip().splitlines()]
-    return [*lines, f"  {'all':<28}{m.total / GIB:8.2f} of {usable:g} usable: {verdict}"]
+        needed = f"  {'total (compiler)' if m.needed else 'total without activations':<28}{m.total / GIB:8.2f}"
+        return [*lines, f"{needed} of {usable:g} usable: {verdict}", "", *made.error.strip().splitlines()]
+    return [*lines, f"  {'total':<28}{m.total / GIB:8.2f} of {usable:g} usable: {verdict}"]
 
 
 def _work_lines(made: Plan) -> list[str]:
     again = made.step_flops - made.model_flops
     lines = [
-        "work of a chip in a step",
-        f"  {'model':<20}{made.model_flops / 1e12:12.2f} TFLOP, counted: forward and backward",
-        f"  {'computed again':<20}{again / 1e12:12.2f} TFLOP",
+        "work per chip and step",
+        f"  {'model':<20}{made.model_flops / 1e12:12.2f} TFLOP, forward and backward",
+        f"  {'recomputation':<20}{again / 1e12:12.2f} TFLOP",
         f"  {'memory traffic':<20}{made.traffic_bytes / GIB:12.2f} GiB",
     ]
     for c in made.collectives:
@@ -101,26 +103,24 @@ def _work_lines(made: Plan) -> list[str]:
     if not made.collectives:
         lines.append("  no collectives")
     if made.unknown_loops:
-        lines.append(f"  {made.unknown_loops} loops of unknown length are counted as one turn")
+        lines.append(f"  {made.unknown_loops} loops with unknown trip count are counted once")
     return lines
 
 
 def _time_lines(made: Plan) -> list[str]:
     chip = made.chip
     lines = [
-        "roofline, seconds a step",
+        "roofline, seconds per step",
         f"  {'compute':<20}{made.compute_s:12.4f} at {chip.bf16_flops / 1e12:g} TFLOP/s (bf16)",
         f"  {'memory':<20}{made.memory_s:12.4f} at {chip.hbm_bytes_s / 1e9:g} GB/s",
         f"  {'links':<20}{made.links_s:12.4f} at {chip.link_bytes_s / 1e9:g} GB/s",
         f"  {'bound':<20}{made.roofline_s:12.4f}: at most {made.batch_size / made.roofline_s:,.0f} pairs/s",
     ]
     if made.schedule_s:
-        lines.append(
-            f"  {'compiler':<20}{made.schedule_s:12.4f}: its cycle estimates, added up, at {chip.clock_hz / 1e9:g} GHz"
-        )
+        lines.append(f"  {'compiler':<20}{made.schedule_s:12.4f}: sum of its cycle estimates at {chip.clock_hz / 1e9:g} GHz")
     return [
         *lines,
-        f"ESTIMATE, not a measurement: {made.step_s:.3f} s a step, {made.pairs_per_s:,.0f} pairs/s on {made.devices} chips, "
+        f"ESTIMATE, not a measurement: {made.step_s:.3f} s per step, {made.pairs_per_s:,.0f} pairs/s on {made.devices} chips, "
         f"{made.peak_share:.0%} of the bf16 peak",
     ]
 
@@ -133,13 +133,15 @@ def _mesh(made: Plan) -> str:
 
 
 def sweep_plans(config: ExperimentConfig, devices: list, chip: Chip, compiler: str) -> Iterator[Plan]:
-    """Plans over mesh shapes, remat and scanning, in the order they are compiled.
+    """Yields plans over mesh shapes, remat and scanned blocks, in the order of compilation.
 
-    For each tensor size and each way to run the blocks, meshes go from the most to the least sharded parameters. On each, remat
-    starts at what the mesh before needed and goes up until the step fits: temporaries hardly depend on how data and fsdp
-    share the devices, so a level that was too large stays too large, and a stronger level than is needed is only slower.
+    For each size of the tensor axis, scanned and unrolled, fsdp goes from large to small. For each mesh, remat starts at the
+    level the previous mesh needed and increases until the step fits. Temporaries hardly depend on how data and fsdp share the
+    devices, so a level that did not fit before would not fit now, and a stronger level than needed is only slower.
+
+    Raises ConfigError if the batch size fits none of the meshes.
     """
-    has_options = kind_of(config).trains_clip  # the complexity model cannot be scanned or recomputed
+    has_options = kind_of(config).trains_clip  # complexity models support neither scan nor remat
     ways, levels = ([True, False], REMAT) if has_options else ([False], REMAT[:1])
     tried = False
     for tensor in (t for t in TENSOR if len(devices) % t == 0):
@@ -157,13 +159,13 @@ def sweep_plans(config: ExperimentConfig, devices: list, chip: Chip, compiler: s
                         break
     if not tried:
         raise ConfigError(
-            f"config.train.batch_size={config.train.batch_size} divides over none of the meshes of {len(devices)} devices; "
+            f"config.train.batch_size={config.train.batch_size} is not divisible for any mesh of {len(devices)} devices; "
             f"use a multiple of {len(devices) * config.train.accumulate}"
         )
 
 
 def fsdp_sizes(devices: int) -> list[int]:
-    """Sizes of the fsdp axis that a sweep tries: 1, all, and between them the divisor nearest to the square root."""
+    """Returns the sizes of the fsdp axis that a sweep tries: 1, the divisor closest to the square root, and all devices."""
     divisors = [d for d in range(1, devices + 1) if devices % d == 0]
     if len(divisors) <= 3:
         return divisors
@@ -177,12 +179,12 @@ def _with(config: ExperimentConfig, mesh: MeshConfig, remat: str, scan: bool) ->
 
 
 def format_sweep(plans: list[Plan]) -> str:
-    """What fits, fastest estimate first; equal estimates by memory."""
+    """Returns a table of the plans that fit, sorted by estimated time, then by memory."""
     fit = sorted((p for p in plans if p.fits), key=lambda p: (p.step_s, p.memory.total))
     if not fit:
         return (
-            f"Nothing fits: {len(plans)} combinations were compiled. Take a smaller batch a chip, a higher "
-            "config.train.accumulate, a config.loss.chunk, or more chips."
+            f"Nothing fits: {len(plans)} combinations were compiled. Use a smaller batch per chip, a larger "
+            "config.train.accumulate, config.loss.chunk, or more chips."
         )
     source = "" if fit[0].compiler == "TPU" else "; memory by the CPU compiler"
     heads = ("data", "fsdp", "tensor", "remat", "blocks", "GiB", "s/step", "pairs/s", "of peak", "compile s")
@@ -205,4 +207,4 @@ def _choice(made: Plan) -> str:
 
 def _outcome(made: Plan) -> str:
     size = f"{made.memory.total / GIB:.2f} of {made.chip.usable_gib:g} GiB"
-    return f"{size}, {made.step_s:.4f} s a step" if made.fits else f"does not fit: {size}"
+    return f"{size}, {made.step_s:.4f} s per step" if made.fits else f"does not fit: {size}"

@@ -1,5 +1,7 @@
 """The result of an indexing run and its summary text."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field, fields
 
 from icar_jax.inference.files.stream import StreamResult

@@ -46,6 +46,7 @@ def create_store(
                 if isinstance(error, StoreExists) or attempt == _ATTEMPTS - 1 or not met:
                     raise
             time.sleep(_PAUSE_S * 2**attempt)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _create_tables(database: Any, uri: str, embed_dim: int, meta: Mapping[str, Any]) -> dict[str, Any]:

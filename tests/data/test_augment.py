@@ -1,4 +1,4 @@
-"""Each augmentation does what its field says, is a function of the generator, and changes nothing when it is off."""
+"""Each augmentation matches its field, is a function of the generator, and does nothing when disabled."""
 
 import numpy as np
 import pytest
@@ -46,8 +46,8 @@ def test_off_is_the_evaluation_resize_and_draws_nothing():
     assert from_config(DataConfig(), True) == Augment(scale=(1.0, 1.0))
 
 
-def test_turning_by_a_known_angle(monkeypatch):
-    """A dot right of the centre goes below it after a quarter turn clockwise, and nothing else is left."""
+def test_rotation_by_a_known_angle(monkeypatch):
+    """A dot right of the centre moves below it after a quarter turn clockwise."""
     pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
     pixels[15:17, 26:28] = 255
 
@@ -59,7 +59,7 @@ def test_turning_by_a_known_angle(monkeypatch):
     assert (turned == np.rot90(pixels, -1)).all()
 
 
-def test_a_turn_stays_within_its_degrees():
+def test_rotation_stays_within_its_degrees():
     pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
     pixels[14:18, 26:30] = 255  # 12 pixels right of the centre
     angles = []
@@ -102,15 +102,15 @@ def test_jitter_stays_within_its_range(name):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(20, 80), st.integers(20, 80), st.integers(0, 1000), st.floats(0.3, 1.0))
-def test_a_squashed_crop_is_a_crop_of_the_squashed_picture(width, height, seed, low):
-    """Of a smooth picture, one resampling and two agree but for rounding; the rectangle is drawn in the squashed picture."""
+def test_a_squashed_crop_is_a_crop_of_the_squashed_image(width, height, seed, low):
+    """On a smooth image, one and two resamplings agree up to rounding; the rectangle is drawn in the squashed image."""
     y, x = np.mgrid[:height, :width]
     smooth = np.stack([x * 255 / width, y * 255 / height, 0 * x], -1).astype(np.uint8)
     once = draw(Augment("squashed_crop", scale=(low, 1.0)), seed, Image.fromarray(smooth))
     squashed = Image.fromarray(PREPROCESS.resize(Image.fromarray(smooth)))
     twice = draw(Augment("crop", scale=(low, 1.0)), seed, squashed)
     inner = slice(2, -2)
-    assert np.abs(once[inner, inner].astype(int) - twice[inner, inner]).max() <= 26  # a pixel of the smallest picture is 13
+    assert np.abs(once[inner, inner].astype(int) - twice[inner, inner]).max() <= 26  # one pixel of the smallest image is 13
 
 
 def test_the_field_of_each_in_the_configuration():

@@ -1,4 +1,4 @@
-"""Storage that fails, stalls or vanishes and workers that die: bounded retries, then a stop that names what it was."""
+"""Failing, stalled or missing storage and dying workers: bounded retries, then an error that names the cause."""
 
 import os
 import re
@@ -43,7 +43,7 @@ class Fails:
 
 @pytest.fixture
 def pauses(monkeypatch):
-    """Lengths of the pauses between tries, which take no time here."""
+    """Records the pauses between retries without waiting."""
     slept = []
     monkeypatch.setattr(shards.time, "sleep", slept.append)
     return slept
@@ -67,7 +67,7 @@ def test_retries_are_bounded(pauses, retries):
     assert read.left == 100 - retries - 1 and len(pauses) == retries
 
 
-def test_other_errors_are_not_tried_again(pauses):
+def test_other_errors_are_not_retried(pauses):
     def fault():
         raise KeyError("fault")
 
@@ -76,7 +76,7 @@ def test_other_errors_are_not_tried_again(pauses):
     assert not pauses
 
 
-def test_retries_belong_to_a_thread_and_nest():
+def test_retries_are_per_thread_and_nest():
     with retrying(7):
         with retrying(1):
             assert shards.retries_now() == 1
@@ -88,7 +88,7 @@ def test_retries_belong_to_a_thread_and_nest():
     assert other == [shards.RETRIES] == [shards.retries_now()]
 
 
-def test_reads_tried_again_are_counted_and_reported(tmp_path, pauses, monkeypatch):
+def test_retried_reads_are_counted_and_reported(tmp_path, pauses, monkeypatch):
     source = WebDataset(str(write_shards(tmp_path, 2, 8)))
     pread, faults = os.pread, iter([True, False, True, True] + [False] * 1000)
 
@@ -111,7 +111,7 @@ def test_reads_tried_again_are_counted_and_reported(tmp_path, pauses, monkeypatc
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.check)])
-def test_a_shard_that_vanished_stops_the_run(tmp_path, workers):
+def test_a_missing_shard_stops_the_run(tmp_path, workers):
     source = WebDataset(str(write_shards(tmp_path, 2, 8)))
     (tmp_path / "00001.tar").unlink()
     started = time.monotonic()
@@ -127,7 +127,7 @@ def test_a_shard_that_vanished_stops_the_run(tmp_path, workers):
             list(batches)
 
 
-def test_a_shard_that_was_cut_after_indexing_stops_the_run(tmp_path, pauses):
+def test_a_shard_truncated_after_indexing_stops_the_run(tmp_path, pauses):
     source = WebDataset(str(write_shards(tmp_path, 1, 8)))
     os.truncate(tmp_path / "00000.tar", 5000)
     with train_batches(source, PREPROCESS, None, **BATCHES) as batches:
@@ -161,7 +161,7 @@ def test_more_shards_than_open_files(tmp_path, monkeypatch):
 
 
 class Stalls(Source):
-    """Blocks for ever in picture 5, as storage that does not answer does; or does what `how` says."""
+    """Blocks forever in image 5, like unresponsive storage, or fails as given by `how`."""
 
     name = "stalls"
 
@@ -205,8 +205,8 @@ def test_a_stalled_training_source_names_positions(tmp_path):
 
 
 @pytest.mark.check
-def test_a_folder_on_storage_that_does_not_answer(tmp_path):
-    """A pipe that nobody writes into: opening it blocks in the system, as a hung mount does; the program still ends."""
+def test_a_folder_on_unresponsive_storage(tmp_path):
+    """Opening a pipe without a writer blocks in the system, like a hung mount; the program still exits."""
     script = textwrap.dedent(f"""
         import os
         from PIL import Image
@@ -228,13 +228,13 @@ def test_a_folder_on_storage_that_does_not_answer(tmp_path):
     assert time.monotonic() - started < 30
 
 
-def test_slow_batches_are_no_stall():
+def test_slow_batches_are_not_a_stall():
     with eval_batches(Stalls("slow", 0), {"a": PREPROCESS}, batch_size=2, num_threads=0, stall_timeout_s=30) as batches:
         assert len(next(batches)["index"]) == 2
 
 
 def test_waiting_can_be_interrupted_and_resumed():
-    """A signal handler may raise while the next batch is awaited (Ctrl-C); nothing is lost."""
+    """A signal handler may raise while waiting for the next batch (Ctrl-C); no batch is lost."""
 
     class Interrupt(Exception):
         pass
@@ -264,8 +264,8 @@ def worker_pids(batches):
     return {index: process.pid for index, process in batches._workers.found.items()}
 
 
-def test_messages_of_workers_fit_in_a_pipe_whole():
-    """What is not in shared memory goes through a pipe, and must be short enough to be written whole or not at all."""
+def test_worker_messages_fit_in_a_pipe_buffer():
+    """Data not in shared memory goes through a pipe and must be short enough for an atomic write."""
     import pickle
 
     many = np.array([f"shard/{'x' * 80}{i}" for i in range(4096)], object)
@@ -278,7 +278,7 @@ def test_messages_of_workers_fit_in_a_pipe_whole():
 @pytest.mark.check
 @pytest.mark.parametrize("which, delay", [(0, 0.0), (1, 0.0), (1, 0.3), (0, 1.0)])
 def test_a_killed_worker_is_named_with_its_signal(tmp_path, which, delay):
-    source = WebDataset(str(write_shards(tmp_path, 4, 300)))  # large batches: their names alone fill a pipe
+    source = WebDataset(str(write_shards(tmp_path, 4, 300)))  # large batches, whose names alone fill a pipe
     with train_batches(source, PREPROCESS, None, batch_size=1024, seed=0, num_workers=2, num_threads=1) as batches:
         next(batches)
         next(batches)
@@ -294,12 +294,12 @@ def test_a_killed_worker_is_named_with_its_signal(tmp_path, which, delay):
                 next(batches)
         assert time.monotonic() - started < 60
     assert time.monotonic() - started < 60
-    for pid in pids.values():  # the other one is gone as well
+    for pid in pids.values():  # the other worker has exited too
         assert not os.path.exists(f"/proc/{pid}") or "zombie" in open(f"/proc/{pid}/status").read()
 
 
 @pytest.mark.check
-def test_a_worker_that_ends_by_itself_is_named():
+def test_a_worker_that_exits_is_named():
     with pytest.raises(
         WorkerDied, match=r"data worker [01](, [01])? of 2 \(process \d+.* ended with exit code 3 before images"
     ):
@@ -308,7 +308,7 @@ def test_a_worker_that_ends_by_itself_is_named():
 
 
 @pytest.mark.check
-def test_a_stalled_worker_says_what_it_reads():
+def test_a_stalled_worker_reports_what_it_reads():
     with pytest.raises(
         StalledData, match=r"images 4 to 5 .*data worker 0 of 2 \(process \d+\) is reading shard /data/00012.tar"
     ):
@@ -317,7 +317,7 @@ def test_a_stalled_worker_says_what_it_reads():
 
 
 @pytest.mark.check
-def test_a_worker_that_hangs_altogether(tmp_path, monkeypatch):
+def test_a_worker_that_hangs_completely(tmp_path, monkeypatch):
     monkeypatch.setattr(iterator, "_GRACE_S", 3.0)
     source = WebDataset(str(write_shards(tmp_path, 2, 30)))
     started = time.monotonic()
@@ -331,6 +331,6 @@ def test_a_worker_that_hangs_altogether(tmp_path, monkeypatch):
 
 
 @pytest.mark.check
-def test_evaluation_with_more_workers_than_batches_ends_well():
+def test_evaluation_with_more_workers_than_batches():
     with eval_batches(Stalls("slow"), {"a": PREPROCESS}, batch_size=10, num_workers=4) as batches:
         assert [len(batch["index"]) for batch in batches] == [10, 10, 4]

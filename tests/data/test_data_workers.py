@@ -1,4 +1,4 @@
-"""Data workers end with the process that started them, however it ends, and for no other reason."""
+"""Data workers exit with their parent process, however it ends, and ignore signals to the group."""
 
 import os
 import signal
@@ -29,9 +29,9 @@ if __name__ == "__main__":
     if sys.argv[1] == "signals":
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
-            os.killpg(0, number)  # as a scheduler or a terminal does
+            os.killpg(0, number)  # like a scheduler or a terminal
         time.sleep(1)
-        found = [int(next(batches)["step"]) for _ in range(50)]  # more than were made ahead
+        found = [int(next(batches)["step"]) for _ in range(50)]  # more than were prefetched
         assert found == list(range(1, 51)), found
         batches.close()
     print("ended", flush=True)  # "forgotten": without closing
@@ -44,7 +44,7 @@ def gone(pid):
 
 @pytest.mark.check
 @pytest.mark.parametrize("way, code", [("kill", -signal.SIGKILL), ("signals", 0), ("forgotten", 0)])
-def test_workers_end_with_their_parent_and_outlive_signals_to_the_group(way, code, tmp_path):
+def test_workers_exit_with_their_parent_and_ignore_signals_to_the_group(way, code, tmp_path):
     file = tmp_path / "script.py"
     file.write_text(SCRIPT)
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}

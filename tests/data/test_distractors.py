@@ -1,4 +1,4 @@
-"""Labels join by URL or name and never by number; a distractor that is also asked for is refused."""
+"""Labels are joined by URL or name, never by number; distractors that are also queries are refused."""
 
 import json
 
@@ -23,7 +23,7 @@ def test_labels_join_by_url_name_and_last_part(tmp_path):
     labels, note = merge_labels(names, urls, table, "labels.json")
     assert labels == [("cat",), ("dog", "7"), ("sky",), ()]
     assert note == "labels.json: 3 of 4 images have labels; 1 entries match no image"
-    # A failed download shifts nothing: the rest keep their own.
+    # A failed download does not shift the labels of other images.
     assert merge_labels(names[1:], urls[1:], table, "")[0] == labels[1:]
     assert merge_labels(names[1:], None, table, "")[0] == labels[1:]
 
@@ -52,7 +52,7 @@ def test_labels_that_cannot_be_joined_are_named(names, table, message):
         (None, "cannot be read: No such file"),
     ],
 )
-def test_bad_files_of_labels_are_named(tmp_path, text, message):
+def test_bad_label_files_are_named(tmp_path, text, message):
     path = tmp_path / "labels.json"
     if text is not None:
         write(path, text)
@@ -61,7 +61,7 @@ def test_bad_files_of_labels_are_named(tmp_path, text, message):
 
 
 class Named(Source):
-    """A source with names, and URLs where given."""
+    """A source with names and optional URLs."""
 
     def __init__(self, name, names, urls=None):
         self.name, self.names = name, names
@@ -93,7 +93,7 @@ def apart(base, far):
     return require_apart(base, far, source_urls(base), source_urls(far))
 
 
-def test_shared_pictures_are_refused():
+def test_shared_images_are_refused():
     base = Named("coco/test", ["a.jpg", "b.jpg"], ["http://x/a.jpg", None])
     with pytest.raises(ConfigError, match=r"1 names of web are also in the evaluated coco/test.*b.jpg"):
         apart(base, Named("web", ["b.jpg", "c.jpg"]))
@@ -103,12 +103,14 @@ def test_shared_pictures_are_refused():
     with pytest.raises(ConfigError, match=r"1 shard files of laion .*/s/1.tar"):
         apart(shards, Subset(Sharded("laion", ["/s/1.tar"]), [0], "laion"))
     assert apart(base, Named("web", ["c.jpg"])) == ["no distractor is also in coco/test (compared: names)"]
-    # Only what is kept of a source counts.
-    assert apart(base, Subset(Named("web", ["c.jpg", "b.jpg"]), [0], "web")) == ["no distractor is also in coco/test (compared: names)"]
+    # Only the records of a subset count.
+    assert apart(base, Subset(Named("web", ["c.jpg", "b.jpg"]), [0], "web")) == [
+        "no distractor is also in coco/test (compared: names)"
+    ]
     assert source_urls(Subset(Sharded("laion", [], ["http://1", "http://2"]), [1], "laion")) == ["http://2"]
 
 
-def test_what_cannot_be_proved_is_said():
+def test_what_cannot_be_checked_is_reported():
     base = Named("coco/test", ["val/a.jpg", "b.jpg"])
     (note,) = apart(base, Sharded("laion", ["/s/0.tar"], ["http://x/a.jpg?w=3", "http://y/z.jpg"]))
     assert note.startswith("1 distractors have URLs that end in the name of an image of coco/test (http://x/a.jpg?w=3)")

@@ -1,4 +1,4 @@
-"""Scenes that are drawn once: the same pictures, whoever drew them, and never damaged or outdated ones."""
+"""Cached scenes: the same images in all processes, and never damaged or outdated ones."""
 
 import errno
 import pickle
@@ -26,7 +26,7 @@ def _pixels(source):
 
 @pytest.fixture
 def drawings(monkeypatch):
-    """How often a scene was drawn."""
+    """Counts how often scenes are drawn."""
     counted, draw = [], dataset.draw_scene
     monkeypatch.setattr(dataset, "draw_scene", lambda scene, size: counted.append(scene) or draw(scene, size))
     return counted
@@ -44,14 +44,14 @@ def test_records_are_those_of_the_scenes(tmp_path):
         kept[SIZE]
 
 
-def test_a_later_run_draws_nothing_but_what_names_the_files(tmp_path, drawings):
+def test_a_later_run_draws_only_the_scenes_that_name_the_files(tmp_path, drawings):
     _pixels(DrawnScenes(_scenes(), tmp_path))
     drawings.clear()
     _pixels(DrawnScenes(_scenes(), tmp_path))
-    assert len(drawings) == SIZE  # fewer scenes than witnesses
+    assert len(drawings) == SIZE  # fewer scenes than are hashed into the file names
 
 
-def test_damaged_and_half_written_pictures_are_drawn_again(tmp_path):
+def test_damaged_and_partial_images_are_drawn_again(tmp_path):
     kept = DrawnScenes(_scenes(), tmp_path)
     right = _pixels(kept)
     (file,) = tmp_path.glob("*.u8")
@@ -63,7 +63,7 @@ def test_damaged_and_half_written_pictures_are_drawn_again(tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["pread", "pwrite"])
-def test_on_a_full_or_broken_disk_training_goes_on_with_the_same_pictures(tmp_path, monkeypatch, caplog, broken):
+def test_on_a_full_or_broken_disk_training_continues_with_the_same_images(tmp_path, monkeypatch, caplog, broken):
     kept = DrawnScenes(_scenes(), tmp_path)
 
     def fail(*_):
@@ -81,14 +81,14 @@ def test_on_a_full_or_broken_disk_training_goes_on_with_the_same_pictures(tmp_pa
     assert caplog.text.count(said) == 1
 
 
-def test_a_short_write_is_a_full_disk(tmp_path, monkeypatch, caplog):
+def test_a_short_write_is_treated_as_a_full_disk(tmp_path, monkeypatch, caplog):
     kept = DrawnScenes(_scenes(), tmp_path)
     monkeypatch.setattr(drawn.os, "pwrite", lambda *_: 5)
     np.testing.assert_array_equal(_pixels(kept), _pixels(_scenes()))
     assert "No space left" in caplog.text
 
 
-def test_another_way_of_drawing_gets_files_of_its_own(tmp_path, monkeypatch):
+def test_another_renderer_gets_its_own_files(tmp_path, monkeypatch):
     _pixels(DrawnScenes(_scenes(), tmp_path))
     draw = dataset.draw_scene
     monkeypatch.setattr(dataset, "draw_scene", lambda scene, size: 255 - draw(scene, size))
@@ -96,7 +96,7 @@ def test_another_way_of_drawing_gets_files_of_its_own(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_sources_of_other_sizes_do_not_meet(tmp_path):
+def test_sources_of_other_sizes_use_other_files(tmp_path):
     _pixels(DrawnScenes(_scenes(), tmp_path))
     np.testing.assert_array_equal(_pixels(DrawnScenes(_scenes(SIZE + 3), tmp_path)), _pixels(_scenes(SIZE + 3)))
 
@@ -111,7 +111,7 @@ def test_copies_for_worker_processes_and_threads_share_the_files(tmp_path):
             np.testing.assert_array_equal(found, right)
 
 
-def test_training_reads_kept_scenes_and_its_split_is_unchanged(tmp_path):
+def test_training_reads_cached_scenes_and_its_split_is_unchanged(tmp_path):
     data = DataConfig(source="scenes", scenes_size=SIZE, scenes_pixels=SIDE)
     kept = configured.train_source(DataConfig(source="scenes", scenes_size=SIZE, scenes_pixels=SIDE, scenes_kept=str(tmp_path)))
     assert isinstance(kept, DrawnScenes)
@@ -119,6 +119,6 @@ def test_training_reads_kept_scenes_and_its_split_is_unchanged(tmp_path):
     np.testing.assert_array_equal(_pixels(kept), _pixels(configured.train_source(data)))
 
 
-def test_only_scenes_are_kept():
+def test_only_scenes_are_cached():
     with pytest.raises(ConfigError, match="scenes_kept='x' but config.data.source='folder'"):
         validate(ExperimentConfig(data=DataConfig(source="folder", root="photos", scenes_kept="x")))

@@ -1,4 +1,4 @@
-"""Folder sources: what is read, what is warned about and what is refused; and splits by name."""
+"""Folder sources: reading, warnings and errors, and splits by name."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_karpathy(karpathy):
         KarpathyFolder(karpathy, "test")
 
 
-def test_images_beside_the_json_and_coco_subfolders(tmp_path):
+def test_images_next_to_the_json_and_coco_subfolders(tmp_path):
     put_images(tmp_path, ["val2014/x.jpg", "y.jpg"])
     put_karpathy(tmp_path, [("x.jpg", "val", ["x"], {"filepath": "val2014"}), ("y.jpg", "val", ["y"], {"filepath": "val2014"})])
     assert record_names(KarpathyFolder(tmp_path, "val")) == ["val2014/x.jpg", "y.jpg"]
@@ -119,7 +119,7 @@ def test_jsonl(plain):
     (plain / "captions.jsonl").write_text("\n\n".join(map(json.dumps, lines)) + "\n")
     source = CaptionFolder(plain)
     assert [source[i].captions for i in range(2)] == [("one", "uno"), ("two", "2")]
-    # No splits named: the names decide, and these two fall to 'train'.
+    # Without splits the names decide; both of these are in 'train'.
     assert CaptionFolder(plain, "train").names == ["a.png", "sub/b.PNG"]
     with pytest.raises(ValueError, match=r"no split 'val'; it has train \(2 images\)"):
         CaptionFolder(plain, "val")

@@ -1,4 +1,4 @@
-"""Files, folders, patterns and lists become paths: in order, each once, nothing silently left out."""
+"""Files, folders, patterns and lists become paths: in order, each once, nothing silently skipped."""
 
 import os
 
@@ -24,20 +24,20 @@ def test_a_folder_is_walked_in_the_order_of_names(tree):
     assert ImagePaths(["."]).count() == 5
 
 
-def test_each_path_once_however_it_is_named(tree):
+def test_each_path_is_yielded_once(tree):
     paths = ImagePaths(["b/2.jpg", "./b/../b/2.jpg", "b", os.path.abspath("a.png"), "a.png"])
     assert list(paths) == ["b/2.jpg", "b/1.PNG", "b/deep/x.webp", os.path.abspath("a.png")]
     assert paths.duplicates == 3
     assert list(paths) and paths.duplicates == 3, "a second pass counts anew"
 
 
-def test_a_bar_over_the_count_reaches_its_end(tree):
+def test_progress_over_the_count_completes(tree):
     paths, passed = ImagePaths(["b", ".", "b/*.jpg"]), []
     given = list(paths.each(lambda: passed.append(1)))
     assert len(given) + len(passed) == paths.count() == 9 and len(passed) == paths.duplicates == 4
 
 
-def test_patterns_and_names_that_look_like_one(tree):
+def test_patterns_and_names_that_look_like_patterns(tree):
     assert list(ImagePaths(["b/*.jpg"])) == ["b/2.jpg"]
     assert list(ImagePaths(["**/*.webp"])) == ["b/deep/x.webp"]
     both = ImagePaths(["b/**"])
@@ -45,7 +45,7 @@ def test_patterns_and_names_that_look_like_one(tree):
     assert list(ImagePaths(["c [1].jpg"])) == ["c [1].jpg"]
 
 
-def test_lists_are_read_as_they_come(tree):
+def test_lists_are_read_as_streams(tree):
     taken = []
 
     def lines():
@@ -59,7 +59,7 @@ def test_lists_are_read_as_they_come(tree):
     assert ImagePaths(["a.png", "-"], lines()).count() is None
 
 
-def test_files_that_do_not_exist_are_handed_on_and_any_suffix_may_be_named(tree):
+def test_missing_files_are_yielded_and_any_suffix_is_accepted(tree):
     assert list(ImagePaths(["gone.png", "notes.txt"])) == ["gone.png", "notes.txt"]
 
 
@@ -70,7 +70,7 @@ def test_nothing_found_is_an_error_and_an_empty_folder_is_named(tree):
     assert list(paths) == ["a.png"] and paths.empty == ["empty", "*.bmp"]
 
 
-def test_links_are_followed_but_not_in_circles(tree):
+def test_links_are_followed_except_cycles(tree):
     os.symlink(tree, tree / "b" / "up")
     os.symlink(tree / "a.png", tree / "b" / "link.png")
     assert "./b/link.png" in list(ImagePaths(["."]))
@@ -82,7 +82,7 @@ names = st.text("abAB.", min_size=1, max_size=4).filter(lambda n: n.strip(".") a
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.lists(names, max_size=2), names, st.sampled_from([".jpg", ".PNG", ".txt", ""])), max_size=8))
-def test_a_walk_finds_what_a_slow_search_finds(tmp_path_factory, files):
+def test_a_walk_equals_a_slow_search(tmp_path_factory, files):
     root = tmp_path_factory.mktemp("walk")
     for folders, stem, suffix in files:
         path = root.joinpath(*(f"d{f}" for f in folders), stem + suffix)

@@ -1,4 +1,4 @@
-"""Decoding what users have, and the resizes that belong to published weights."""
+"""Decoding of all image kinds, and the resizes of published weights."""
 
 import io
 
@@ -43,7 +43,7 @@ def test_grey_arrays_and_16_bit_files():
     assert (np.asarray(decode(file_bytes(deep, format="PNG"))) == grey[..., None]).all()
 
 
-def test_transparency_is_laid_on_white_and_opaque_pixels_stay():
+def test_transparency_is_composited_on_white():
     pixels = np.dstack([gradient(8, 6), np.full((6, 8), 255, np.uint8)])
     pixels[0, 0] = (10, 20, 30, 0)
     image = np.asarray(decode(pixels))
@@ -55,7 +55,7 @@ def test_transparency_is_laid_on_white_and_opaque_pixels_stay():
 def test_exif_orientation_is_applied():
     image = Image.fromarray(gradient(20, 10))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown rotated by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     assert decode(file_bytes(image, format="JPEG", exif=exif)).size == (10, 20)
 
 
@@ -98,7 +98,7 @@ def test_wrong_types_and_float_files():
 
 
 def clip_reference(image, size, resample):
-    """Resize and CenterCrop as torchvision defines them."""
+    """Resize and CenterCrop as in torchvision."""
     w, h = image.size
     short, long = min(w, h), max(w, h)
     new_short, new_long = size, int(size * long / short)
@@ -145,7 +145,7 @@ def test_preprocess_round_trip_and_checks():
             Preprocess(**({"image_size": 8} | wrong))
 
 
-def test_augment_is_deterministic_and_flip_is_apart():
+def test_augment_is_deterministic_and_flip_is_separate():
     image, p = Image.fromarray(gradient(60, 40)), Preprocess(16, "squash")
     draw = lambda augment, seed: augment.resize(image, p, np.random.default_rng(seed))  # noqa: E731
     assert (draw(Augment(), 0) == p.resize(image)).all()
@@ -154,7 +154,7 @@ def test_augment_is_deterministic_and_flip_is_apart():
     flipped = [bool((draw(Augment(flip=True), s) == p.resize(image)[:, ::-1]).all()) for s in range(40)]
     assert 5 < sum(flipped) < 35
     rising = [np.diff(draw(Augment("crop"), s)[8, :, 0].astype(int)).min() >= 0 for s in range(20)]
-    assert all(rising)  # a crop alone never mirrors
+    assert all(rising)  # cropping never mirrors
     for wrong in ({"kind": "cutmix"}, {"scale": (0, 1)}, {"ratio": (2, 1)}):
         with pytest.raises(ValueError, match="augment"):
             Augment(**wrong)

@@ -1,4 +1,4 @@
-"""The data order: a permutation in every epoch, found from the position alone."""
+"""Data order: a permutation in every epoch, computed from the position only."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_all_orders_of_few_examples_are_equally_likely():
 
 
 def test_pinned_values():
-    """A checkpoint holds a position, so these numbers may never change."""
+    """Checkpoints store positions, so these numbers must never change."""
     assert examples_at(np.arange(8), 10, 0)[1].tolist() == [3, 6, 7, 1, 5, 4, 8, 0]
     assert example_at(2**40, 10**12, 5) == (1, 350964007662)
 

@@ -1,4 +1,4 @@
-"""Parquet with image bytes, structs or paths: random access, columns that are not there, damage, and batches."""
+"""Parquet with image bytes, structs or paths: random access, missing columns, damage, and batches."""
 
 import io
 import pickle
@@ -85,7 +85,7 @@ def test_forms_of_images_and_captions(tmp_path):
         check(source, i)
     paths = pa.array([f"pictures/{n}.png" for n in range(3)]).dictionary_encode()
     nested = [[{"raw": f"picture {n}", "id": n}] for n in range(3)]
-    write(tmp_path / "sub" / "0.parquet", file=paths, sentences=nested)  # relative to the root, not to its own folder
+    write(tmp_path / "sub" / "0.parquet", file=paths, sentences=nested)  # relative to the root, not to the file's folder
     source = Parquet(str(tmp_path), "sub", "file", "sentences.raw")
     for i in range(3):
         check(source, i)
@@ -93,7 +93,7 @@ def test_forms_of_images_and_captions(tmp_path):
     assert Parquet(str(tmp_path), "several")[0].captions == ("one", "two")
 
 
-def test_rows_without_picture_or_caption_are_replaced_and_named(tmp_path):
+def test_rows_without_image_or_caption_are_replaced_and_named(tmp_path):
     pictures = [picture(n) for n in range(8)] + [b"broken", None, picture(10)]
     write(tmp_path / "0.parquet", image=pictures, caption=[f"p {n}" for n in range(10)] + [None])
     source = Parquet(str(tmp_path))
@@ -123,7 +123,7 @@ def test_rows_without_picture_or_caption_are_replaced_and_named(tmp_path):
         ("image", "number", "config.data.caption_column='number' .*expected text"),
     ],
 )
-def test_columns_that_do_not_fit(tmp_path, image, caption, message):
+def test_invalid_columns(tmp_path, image, caption, message):
     write(tmp_path / "0.parquet", image=[picture(0)], caption=["x"], number=[1])
     with pytest.raises(ConfigError, match=message):
         Parquet(str(tmp_path), ".", image, caption)

@@ -1,4 +1,4 @@
-"""Batches: the same for any number of workers, processes and starting points; bad files are replaced and named."""
+"""Batches are the same for any number of workers, processes and start positions; bad files are replaced and named."""
 
 import subprocess
 import sys
@@ -138,7 +138,7 @@ def test_unreadable_source_stops_with_names(workers):
         take(1, Broken(OSError("disk gone")), PREPROCESS, None, num_workers=workers)
 
 
-def test_faults_in_the_program_are_not_bad_files():
+def test_bugs_are_not_reported_as_bad_files():
     with pytest.raises(KeyError, match="fault"):
         take(1, Broken(KeyError("fault")), PREPROCESS, None)
 
@@ -166,7 +166,7 @@ def test_wrong_options(folder, tokenizer, options, message):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.check)])
-def test_evaluation_keeps_order_and_leaves_bad_files_out(folder, workers):
+def test_evaluation_keeps_order_and_skips_bad_files(folder, workers):
     preprocess = {"clip": Preprocess(16), "complexity": Preprocess(24, "squash")}
     with eval_batches(folder, preprocess, batch_size=5, num_workers=workers) as batches:
         batches = list(batches)
@@ -220,7 +220,7 @@ def test_script_without_main_guard_fails_and_does_not_hang(folder, tmp_path):
     assert "WorkerDied: a data worker of 1 ended with exit code 1" in done.stderr
 
 
-def test_closed_batches_say_so(folder):
+def test_closed_iterators_raise(folder):
     batches = train_batches(folder, PREPROCESS, None, batch_size=4, seed=0)
     batches.close()
     batches.close()

@@ -1,4 +1,4 @@
-"""Rated images: joined by name or URL, split without leaks, and the same after images were added."""
+"""Rated images: joined by name or URL, split without leaks, and stable when images are added."""
 
 import json
 import pickle
@@ -36,7 +36,7 @@ def parts(data):
     }
 
 
-def test_ic9600_as_it_comes(tmp_path):
+def test_ic9600_layout(tmp_path):
     root = ratedfiles.ic9600(tmp_path / "IC9600")
     found = {part: names(source) for part, source in parts(DataConfig(source="ratings", root=str(root))).items()}
     listed = {split: {line.rpartition("  ")[0] for line in (root / f"{split}.txt").read_text().splitlines()}
@@ -59,7 +59,7 @@ def test_a_val_file_is_used_where_there_is_one(tmp_path):
     assert open_rated(DataConfig(source="ratings", root=str(root))).counts == {"train": 33, "val": 7, "test": 10}
 
 
-def test_faults_stop_the_run_or_are_left_out(tmp_path):
+def test_faults_stop_the_run_or_are_skipped(tmp_path):
     root = ratedfiles.ic9600(tmp_path)
     text = (root / "train.txt").read_text()
     (root / "train.txt").write_text(text + "gone.jpg  0.5\n")
@@ -93,7 +93,7 @@ def test_labels_are_split_by_hash(tmp_path):
 
 @settings(max_examples=20, deadline=None)
 @given(st.sets(st.text("abcdef", min_size=1, max_size=8), min_size=2, max_size=40), st.integers(1, 20))
-def test_adding_images_moves_no_other(found, more):
+def test_adding_images_moves_no_others(found, more):
     before = by_hash(RatedFolder("r", ".", sorted(found), np.zeros(len(found))), ())
     wider = sorted(found | {f"new {i}" for i in range(more)}, reverse=True)
     after = by_hash(RatedFolder("r", ".", wider, np.zeros(len(wider))), ())
@@ -164,7 +164,7 @@ def test_tar_shards_are_joined_by_url(tmp_path):
 
 
 def test_numbers_in_other_shards_change_no_split(tmp_path):
-    """The same pictures fetched again, in other shards and order."""
+    """The same images downloaded again, in other shards and order."""
     ratings = scores_file(tmp_path / "r.csv", range(20))
     write_shards(tmp_path / "a", 2, 10)
     for s, numbers in enumerate((range(19, 12, -1), range(12, -1, -1))):

@@ -1,4 +1,4 @@
-"""Files of ratings: every layout, every fault named with its place and counted."""
+"""Rating files: every layout; every fault is named with its place and counted."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def test_every_layout_gives_the_same(tmp_path, bom):
         write(tmp_path / "r.txt", bom + "".join(f"{name}  {score}\r\n" for name, score in WHOLE.items()) + "\n"),
         write(tmp_path / "r.csv", bom + table(WHOLE.items())),
     ]
-    # as `icar score` writes it: further columns
+    # as written by `icar score`, with other columns
     rows = "".join(f"{name},{score},13,2.5\n" for name, score in WHOLE.items())
     files.append(write(tmp_path / "more.csv", "file,score,exit,milliseconds\n" + rows))
     pq.write_table(pa.table({"file": list(WHOLE), "score": list(WHOLE.values())}), tmp_path / "r.parquet")
@@ -92,7 +92,7 @@ def test_faults_of_a_table(rows, kind, place, tmp_path):
     assert [(f.kind, f.place) for f in found.faults] == [(kind, place)]
 
 
-def test_names_that_are_not_utf8_and_keys_that_come_twice(tmp_path):
+def test_names_that_are_not_utf8_and_duplicate_keys(tmp_path):
     (tmp_path / "r.txt").write_bytes(b"a\xff.jpg  0.5\nb.jpg  0.5\n")
     assert [str(f) for f in read_ratings(tmp_path / "r.txt").faults] == [r"line 1: the name is not UTF-8: 'a\udcff.jpg'"]
     found = read_ratings(write(tmp_path / "r.json", '{"a": 0.5, "b": "0.5", "c": true, "d": {"x": 1}, "a": 0.6, "e": NaN}'))
@@ -110,7 +110,7 @@ def test_names_that_are_not_utf8_and_keys_that_come_twice(tmp_path):
     ("r.csv", 'file,score\n"a,0.5\n', "not readable as CSV"),
     ("r.parquet", "no", "not a complete Parquet file"),
 ])  # fmt: skip
-def test_files_that_cannot_be_read_as_a_whole(name, content, message, tmp_path):
+def test_unreadable_files(name, content, message, tmp_path):
     with pytest.raises(RatingsError) as error:
         read_ratings(write(tmp_path / name, content))
     assert message in str(error.value) and str(error.value).startswith(str(tmp_path / name))

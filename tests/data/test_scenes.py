@@ -1,4 +1,4 @@
-"""The embedded dataset: deterministic, true captions, held-out pairs, twins, known complexity."""
+"""The scenes data set: deterministic, true captions, held-out pairs, twins, known complexity."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from icar_jax.evaluation.metrics.colour_baseline import colour_histogram_baselin
 
 SEEN_ONLY = ("train", "calibration", "relations")
 
-# The tests' own reading of the captions: every word that states something, with what it states.
+# An independent parser of the captions: every informative word with its meaning.
 SIZE = {"large": "large", "big": "large", "small": "small", "little": "small"}
 TEXTURE = {
     "striped": "striped", "stripy": "striped", "dotted": "dotted", "spotted": "dotted",
@@ -52,7 +52,7 @@ def pairs(scene: g.Scene) -> set[tuple[str, str]]:
 
 
 def read(caption: str, scene: g.Scene) -> dict:
-    """Checks a caption against the scene and returns what it names."""
+    """Checks a caption against the scene and returns what it mentions."""
     text = caption[0].lower() + caption[1:].rstrip(".")
     nouns = list(NOUN.finditer(text))
     found = []
@@ -61,7 +61,7 @@ def read(caption: str, scene: g.Scene) -> dict:
         item = next(i for i in scene.items if (i.colour, i.shape) == (colour, shape))
         assert article == ("an" if noun.group()[len(article) + 1] in "aeiou" else "a")
         assert size is None or SIZE[size] == item.size
-        # A texture is either stated or the item is plain, unless the caption states no texture at all.
+        # A texture is stated unless the item is plain or the caption states no textures.
         assert texture is None or TEXTURE[texture] == item.texture
         found.append(item)
     assert {i.shape + i.colour for i in found} == {i.shape + i.colour for i in scene.items} and len(found) == len(nouns)
@@ -103,7 +103,7 @@ def test_records_are_deterministic_and_complete():
 def test_splits_share_no_random_stream():
     keys, nuisances = set(), set()
     for split in SPLITS:
-        step = 2 if split == "relations" else 1  # twins share theirs on purpose
+        step = 2 if split == "relations" else 1  # twins share one intentionally
         scenes = scenes_of(split, 60)[::step]
         keys |= {s.noise_key for s in scenes}
         nuisances |= {s.nuisance for s in scenes}
@@ -133,7 +133,7 @@ def test_heldout_pairs():
         assert held <= seen
         assert not any(pairs(s) & held for s in scenes_of(split, 300, heldout=False))
     assert all(pairs(s) & held for s in scenes_of("heldout", 300))
-    # Every other pair is seen in training, and so is each word.
+    # All other pairs, and all words, occur in training.
     assert len(set().union(*(pairs(s) for s in scenes_of("train", 3000)))) == 100 - len(held)
 
 
@@ -167,7 +167,7 @@ def test_captions_are_true(split):
             assert sum(t is not None for t in textures) == sum(i.texture != "plain" for i in scene.items)
 
 
-def test_light_falls_on_the_background_alone():
+def test_the_brightness_map_affects_only_the_background():
     light = np.tile(np.linspace(0.4, 1.4, 64, dtype=np.float32), (64, 1))
     still = g.Nuisance(0, 0, 1, 0, 0, 1, 0, 0, 0)
     axis = (np.arange(64) + 0.5) / 64
@@ -183,7 +183,7 @@ def test_light_falls_on_the_background_alone():
         np.testing.assert_array_equal(lit[inside], plain[inside])
 
 
-def test_relations_and_sizes_hold_in_the_picture():
+def test_relations_and_sizes_hold_in_the_image():
     for scene in scenes_of("val", 1500):
         for item in scene.items:
             assert item.radius > 0.19 if item.size == "large" else item.radius < 0.135
@@ -204,7 +204,7 @@ def test_relations_and_sizes_hold_in_the_picture():
             assert all(np.hypot(third.x - i.x, third.y - i.y) > 0.38 for i in (a, b))
 
 
-def test_items_stand_out_from_their_ground():
+def test_items_contrast_with_their_background():
     for scene in scenes_of("val", 1500):
         for item in scene.items:
             assert all(item.colour not in g.CLOSE[c] for c in scene.background.colours)
@@ -271,7 +271,7 @@ def test_contact_sheet(tmp_path):
 
 def test_a_folder_of_scenes_reads_as_they_were_drawn(tmp_path):
     scenes, folder = Scenes("val", 12), tmp_path / "gallery"
-    for _ in range(2):  # and again into the same folder
+    for _ in range(2):  # twice into the same folder
         picture_folder(scenes, 12, folder)
         found = open_folder(folder, None)
         assert [found[i].captions for i in range(12)] == [scenes[i].captions for i in range(12)]
@@ -284,7 +284,7 @@ def test_a_folder_of_scenes_reads_as_they_were_drawn(tmp_path):
 
 
 def test_drawing_is_fast_enough_for_training():
-    """Against decoding a JPEG of 256 pixels in the same run, which is what a photograph costs: no more than five times."""
+    """Drawing takes at most five times as long as decoding a 256-pixel JPEG in the same run."""
     scenes = scenes_of("train", 100)
     stream = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)).save(stream, "jpeg")
@@ -302,7 +302,7 @@ def test_drawing_is_fast_enough_for_training():
 
 
 def test_colour_baseline_finds_colours_but_not_scenes():
-    """It solves captions of pure colour, and stays far from solving the scenes'."""
+    """The baseline solves captions of pure colour, but not those of scenes."""
     rng = np.random.default_rng(0)
     palette = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 230), "white": (240, 240, 240)}
     names = list(palette)

@@ -1,4 +1,4 @@
-"""What sharded sources share: braces, the calibration cut without names, locating a record."""
+"""Shared code of sharded sources: braces, the calibration split without names, locating records."""
 
 import pickle
 import tracemalloc
@@ -62,7 +62,7 @@ def test_captions_of_every_form(value, found):
 
 
 def test_memory_of_a_large_set():
-    """Ten million records: training and calibration are told apart in kilobytes, and without a list of names."""
+    """Ten million records are split into training and calibration in kilobytes, without a list of names."""
 
     class Large(Source):
         name = "large"
@@ -84,7 +84,7 @@ def test_memory_of_a_large_set():
 
 @settings(max_examples=50, deadline=None)
 @given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=6), size=st.integers(1, 30), seed=st.integers(0, 2**32))
-def test_the_calibration_cut_covers_everything_once_and_stays(counts, size, seed):
+def test_the_calibration_split_covers_everything_once_and_is_stable(counts, size, seed):
     def source(counts):
         numbers = np.array(counts, np.int64)
         labels = tuple(f"{n}.tar" for n in range(len(counts)))
@@ -98,4 +98,4 @@ def test_the_calibration_cut_covers_everything_once_and_stays(counts, size, seed
     kept = [train[i] for i in range(len(train))]
     assert len(chosen) == size and kept == sorted(kept) and sorted(kept + chosen) == list(range(sum(counts)))
     grown = shards.cut_calibration(source([*counts, 25]), seed=seed, size=size)[1].indices
-    assert set(grown[grown < sum(counts)]) <= set(chosen)  # an added shard replaces some, and moves no other
+    assert set(grown[grown < sum(counts)]) <= set(chosen)  # an added shard replaces some records and moves no others

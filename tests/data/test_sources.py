@@ -43,7 +43,7 @@ def test_the_three_parts_are_disjoint_and_stable(kind, folder):
 
 
 def test_scenes_of_the_parts_differ_in_content(folder):
-    """Names say little where pictures are drawn: no scene of one part is drawn again in another."""
+    """Names do not identify rendered scenes, so contents are compared: no scene is in two parts."""
     data = DataConfig(source="scenes", calibration_size=100, scenes_size=300)
     held_out = configured.eval_source(data, EvalConfig(size=100))
     all_parts = [configured.train_source(data), configured.calibration_source(data), held_out]
@@ -61,7 +61,7 @@ def test_evaluating_on_what_was_trained_on_is_refused(train, split, folder):
         configured.eval_source(data, EvalConfig(split=split))
 
 
-def test_captions_without_splits_are_cut_by_name(tmp_path):
+def test_captions_without_splits_are_split_by_name(tmp_path):
     rows = ["file,caption"]
     for i in range(60):
         Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / f"{i}.png")
@@ -77,14 +77,14 @@ def test_the_fingerprint_follows_the_images(folder):
     data = DataConfig(source="folder", root=str(folder), calibration_size=5)
     before = configured.fingerprint(configured.train_source(data))
     assert before == configured.fingerprint(configured.train_source(data)) and before["images"] == 15
-    for i in (1, 2):  # of two neighbours in 'train' at most one is a calibration image that does not count
+    for i in (1, 2):  # at most one of two neighbours in 'train' is a calibration image, which does not count
         (folder / "images" / f"{i}.png").unlink()
     assert configured.fingerprint(configured.train_source(data)) != before
     scenes = DataConfig(source="scenes", scenes_size=10)
     assert configured.fingerprint(configured.train_source(scenes))["images"] == 10
 
 
-def test_a_calibration_part_that_takes_everything_is_refused(folder):
+def test_a_calibration_size_of_everything_is_refused(folder):
     data = DataConfig(source="folder", root=str(folder), calibration_size=20)
     with pytest.raises(ConfigError, match="calibration_size=20 leaves nothing to train on: .* 20 images"):
         configured.train_source(data)

@@ -1,4 +1,4 @@
-"""TFDS data sets as ArrayRecord: without TensorFlow, random access, nested captions, overlapping splits, damage."""
+"""TFDS data sets as ArrayRecord: no TensorFlow, random access, nested captions, overlapping splits, damage."""
 
 import io
 import pickle
@@ -74,7 +74,7 @@ def test_no_tensorflow(root):
         ({"caption_column": "captions.raw"}, "caption_column='captions.raw': .*expected one of"),
     ],
 )
-def test_what_is_not_there(root, options, message):
+def test_missing_data_sets_splits_and_features(root, options, message):
     wanted = {"dataset": "tiny_captions", "root": str(root), "split": "train", "caption_column": CAPTIONS} | options
     with pytest.raises(ConfigError, match=message):
         Tfds(**wanted)
@@ -88,7 +88,7 @@ def test_formats_without_random_access_are_refused(tmp_path):
         Tfds("tiny", str(tmp_path), "train", "image", CAPTIONS)
 
 
-def test_missing_and_damaged_files_are_tried_again_and_named(tmp_path, monkeypatch):
+def test_missing_and_damaged_files_are_retried_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "FIRST_PAUSE_S", 0.0)
     write_array_records(tmp_path, "tiny", {"train": [3, 2]})
     source = Tfds("tiny", str(tmp_path), "train", "image", CAPTIONS)
@@ -99,7 +99,7 @@ def test_missing_and_damaged_files_are_tried_again_and_named(tmp_path, monkeypat
         source[4]
     assert [name for name, _ in retried] == [str(second)] * 2
     aside.rename(second)
-    assert source[4].captions == ("picture 4",)  # the readers are opened anew
+    assert source[4].captions == ("picture 4",)  # the readers are reopened
 
 
 def test_a_configuration(root):
@@ -132,7 +132,7 @@ def test_overlapping_parts_are_refused(root, train, held_out):
         configured.eval_source(data, EvalConfig(split=held_out))
 
 
-def test_parts_that_do_not_overlap_are_taken(root):
+def test_parts_that_do_not_overlap_are_accepted(root):
     data = DataConfig(
         source="tfds", dataset="tiny_captions", root=str(root), train_split="train[:50%]", caption_column=CAPTIONS
     )

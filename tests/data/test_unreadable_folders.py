@@ -1,4 +1,4 @@
-"""A folder that cannot be read is listed like a bad file: the rest is done, and what lies below it is not taken for gone."""
+"""Unreadable folders are listed like bad files; other files are processed, and their contents are not treated as deleted."""
 
 import csv
 import os
@@ -22,7 +22,7 @@ def model(clip_folder, complexity_folder, tmp_path_factory):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A folder of 3 pictures, with 'lost' of 2 and 'more' of 1 below it."""
+    """A folder of 3 images, with subfolders 'lost' (2 images) and 'more' (1 image)."""
     home = draw(tmp_path / "pictures", 3)
     draw(home / "lost", 2, seed=1)
     draw(home / "more", 1, seed=2)
@@ -31,7 +31,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def locked(monkeypatch):
-    """locked(folder) takes its rights away: modes do not hold for a superuser, whom tests may run as."""
+    """locked(folder) makes a folder unreadable, also for a superuser, who ignores file modes."""
     closed = []
 
     def guard(name, below):
@@ -51,7 +51,7 @@ def locked(monkeypatch):
     return lambda *folders: closed.__setitem__(slice(None), map(str, folders))
 
 
-def test_the_walk_goes_on(tree, locked):
+def test_the_walk_continues(tree, locked):
     assert len(list(ImagePaths([str(tree)]))) == 6
     locked(tree / "lost")
     paths = ImagePaths([str(tree)])
@@ -62,13 +62,13 @@ def test_the_walk_goes_on(tree, locked):
     assert list(ImagePaths([str(tree / "lost")])) == [str(tree / "lost")]
 
 
-def test_a_link_to_what_cannot_be_looked_at(tree, locked):
+def test_a_link_to_an_inaccessible_place(tree, locked):
     (tree / "link").symlink_to(tree / "lost" / "deep")
     (tree / "loop").symlink_to(tree / "loop")
     assert "loop" not in [os.path.basename(path) for path in ImagePaths([str(tree)])]
 
 
-def test_what_cannot_be_looked_at_has_not_vanished(tree, locked):
+def test_inaccessible_files_have_not_vanished(tree, locked):
     locked(tree / "lost")
     assert not vanished(str(tree / "lost" / "1_000.png")) and not vanished(str(tree / "0_000.png"))
     assert vanished(str(tree / "none.png")) and vanished(str(tree / "0_000.png" / "below")) and vanished("\0")

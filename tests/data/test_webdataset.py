@@ -1,4 +1,4 @@
-"""WebDataset shards: grouping, random access, the index beside them, damaged tars, and the same batches on any workers."""
+"""WebDataset shards: grouping, random access, the cached index, damaged tars, and the same batches on any workers."""
 
 import gzip
 import io
@@ -29,14 +29,14 @@ from tests.support.shardfiles import picture, sample, write_shards, write_tar
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Three shards of seven pictures in train/, one of five in val/."""
+    """Three shards of seven images in train/, one of five in val/."""
     root = tmp_path_factory.mktemp("shards")
     write_shards(root / "train", 3, 7)
     write_shards(root / "val", 1, 5, first=9)
     return root
 
 
-def test_every_sample_is_found_with_its_picture_and_caption(root):
+def test_every_sample_is_found_with_its_image_and_caption(root):
     source = WebDataset(str(root), "train")
     assert len(source) == 21 and source.name == f"{root.name}/train"
     for i in [*range(21), *reversed(range(21))]:
@@ -71,7 +71,7 @@ def test_forms_of_the_root(root):
         ("train/{00000,00000}.tar", ".", "twice"),
     ],
 )
-def test_shards_that_are_not_there(root, form, split, message):
+def test_missing_shards(root, form, split, message):
     with pytest.raises(ConfigError, match=message):
         WebDataset(os.path.join(root, form), split)
 
@@ -95,7 +95,7 @@ def test_compressed_shards_are_refused(tmp_path):
         WebDataset(str(tmp_path / "b"))
 
 
-# Grouping, against a plain reading with the standard library ------------------------------------------------------------
+# Grouping, compared with the standard library ------------------------------------------------------------
 
 NAMES = st.lists(
     st.tuples(st.sampled_from(["a", "b", "dir/a", "dir.x/b", "c" * 120, "ü", ".hidden", "d" * 90 + "/" + "e" * 60]),
@@ -105,7 +105,7 @@ NAMES = st.lists(
 
 
 def plain_groups(path):
-    """Key, extensions, first header and end of every sample, with tarfile and groupby."""
+    """Returns key, extensions, first header and end of every sample, with tarfile and groupby."""
     found = []
     with tarfile.open(path) as archive:
         previous = 0
@@ -148,7 +148,7 @@ def test_grouping_agrees_with_the_standard_library(tmp_path_factory, names, form
     spans, left_out = group(members(read, len(raw)))
     assert left_out == len(expected) - len(usable)
     assert spans == [(rows[0][2], rows[-1][3]) for rows in usable]
-    for start, end in spans:  # a sample can be read from its own bytes alone
+    for start, end in spans:  # a sample can be read from its own bytes
         part = raw[start:end]
         assert len(list(members(lambda o, n: part[o : o + n], len(part), part=True))) >= 2
 
@@ -170,14 +170,14 @@ def test_captions_txt_first_then_json(tmp_path):
     source = WebDataset(str(tmp_path))
     assert [source[i].captions for i in range(4)] == [("first",), ("one", "two", "three"), ("one", "two", "three"), ("größer",)]
     assert [source[i].name for i in range(4)] == [f"0.tar/{i}" for i in range(4)]
-    assert len(source) == 6  # 6 has no caption file, 7 no picture
+    assert len(source) == 6  # 6 has no caption file, 7 no image
     with pytest.raises(ImageError, match=r"0\.tar/4: no caption in its txt or json \(the json has caption, url\)"):
         source[4].image()
     with pytest.raises(ImageError, match=r"0\.tar/5: no caption in its json"):
         source[5].image()
 
 
-def test_records_without_a_caption_or_a_picture_are_replaced_and_named(tmp_path):
+def test_records_without_a_caption_or_an_image_are_replaced_and_named(tmp_path):
     rows = [m for n in range(12) for m in sample(f"{n:02}", picture(n), f"picture {n}")]
     rows += [("12.jpg", b"not a picture"), ("12.txt", b"x"), ("13.jpg", picture(13)), ("13.txt", b"")]
     write_tar(tmp_path / "0.tar", rows)
@@ -219,12 +219,12 @@ def test_damaged_shards_are_named_and_counted(root, tmp_path, change, message):
 def test_many_damaged_shards(tmp_path):
     for n in range(40):
         (tmp_path / f"{n}.tar").write_bytes(b"x" * 600)
-    with pytest.raises(ShardError, match="32 of 40 shards cannot be used") as error:  # the rest is not looked at
+    with pytest.raises(ShardError, match="32 of 40 shards cannot be used") as error:  # the rest is not scanned
         WebDataset(str(tmp_path))
     assert str(error.value).count("\n") == 5
 
 
-def test_members_apart_and_kinds_without_random_access(tmp_path):
+def test_separated_members_and_kinds_without_random_access(tmp_path):
     write_tar(tmp_path / "a" / "0.tar", [("0.jpg", b""), ("1.jpg", b""), ("0.txt", b""), ("1.txt", b"")])
     with pytest.raises(ShardError, match="sample '0' are not contiguous.*--sort=name"):
         WebDataset(str(tmp_path / "a"))
@@ -284,10 +284,10 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, scans):
 def test_a_copy_for_a_worker_is_small_and_checks_the_index(tmp_path):
     write_shards(tmp_path, 2, 30)
     source = WebDataset(str(tmp_path))
-    assert len(pickle.dumps(source)) < 2000  # the 60 samples' places are not in it
+    assert len(pickle.dumps(source)) < 2000  # does not contain the 60 byte ranges
     copy = pickle.dumps(source)
     index = next(tmp_path.glob(".icar_index_*"))
-    assert 60 * 16 < index.stat().st_size < 60 * 16 + 200  # 16 bytes a sample
+    assert 60 * 16 < index.stat().st_size < 60 * 16 + 200  # 16 bytes per sample
     index.write_bytes(index.read_bytes().replace(b'"00000.tar"', b'"00009.tar"'))
     with pytest.raises(ShardError, match="changed while in use"):
         pickle.loads(copy)

@@ -1,4 +1,4 @@
-"""The oracle's ranks equal swapping one image at a time; its assignments equal trying all; random routing keeps the share."""
+"""Ranks and assignments of the oracle equal brute force; random routing keeps the exit shares."""
 
 import dataclasses
 import itertools
@@ -41,7 +41,7 @@ def test_ranks_alone_equal_swapping_one_image_at_a_time(gallery, query_chunk, se
 
 @settings(max_examples=20, deadline=None)
 @given(galleries(most_images=5), st.sampled_from([4, None]), st.integers(0, 2**32 - 1))
-def test_mixed_ranks_equal_one_after_the_other(gallery, query_chunk, seed):
+def test_mixed_ranks_equal_separate_rankings(gallery, query_chunk, seed):
     images, texts, owner, distractors = gallery
     rng = np.random.default_rng(seed)
 
@@ -70,9 +70,9 @@ def made_up(seed, n=7, exits=(3, 6, 12)):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_free_oracle_takes_the_cheapest_exit_that_costs_no_rank(seed):
+def test_lossless_oracle_takes_the_cheapest_exit_that_worsens_no_rank(seed):
     alone = made_up(seed)
-    for e in (3, 6):  # some images lose nothing early
+    for e in (3, 6):  # some images lose nothing at early exits
         alone[e].image_to_text[::2] = alone[12].image_to_text[::2]
         easy = alone[12].caption_image % 2 == 0
         alone[e].text_to_image[easy] = alone[12].text_to_image[easy] - (seed % 2)
@@ -110,7 +110,7 @@ def test_oracle_beats_random_and_all_early_in_the_mixed_gallery():
     full = rng.normal(size=(n, 16))
     owner = np.repeat(np.arange(n), 2)
     texts = full[owner] + rng.normal(size=(2 * n, 16))
-    noise = np.where(np.arange(n) % 2, 2.0, 0.3)[:, None]  # half the images lose much by leaving early
+    noise = np.where(np.arange(n) % 2, 2.0, 0.3)[:, None]  # half of the images lose much recall at early exits
     early = full + noise * rng.normal(size=(n, 16))
     by_exit = {e: x / np.linalg.norm(x, axis=1, keepdims=True) for e, x in {4: early, 9: full}.items()}
 
@@ -126,7 +126,7 @@ def test_oracle_beats_random_and_all_early_in_the_mixed_gallery():
     assert 0 < np.mean(free == 4) < 1 and r5(free) > 0.98 * r5(np.full(n, 9))
 
 
-def test_random_routing_keeps_the_share_and_faults_are_named():
+def test_random_routing_keeps_the_shares_and_errors_are_specific():
     exits = np.array([4] * 3 + [9] * 5)
     assert sorted(random_exits(exits, 1).tolist()) == exits.tolist() and (random_exits(exits, 1) != exits).any()
     by_exit = {4: np.zeros((8, 2)), 9: np.ones((8, 2))}

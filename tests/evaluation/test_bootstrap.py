@@ -1,4 +1,4 @@
-"""Bootstrap: equal to resampling in a plain loop, paired, reproducible, and with honest coverage."""
+"""Bootstrap intervals equal a plain resampling loop, are paired and reproducible, and have the nominal coverage."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def made_up_ranks(seed, n_images=40, quality=8.0):
 
 
 def looped_mean_recall(ranks, images, k):
-    """Recall of one resample, counted caption by caption."""
+    """Returns the recall of one resample, counted caption by caption."""
     caption_hits = [ranks.text_to_image[c] <= k for i in images for c in np.flatnonzero(ranks.caption_image == i)]
     return 100 * (np.mean(caption_hits) + np.mean([ranks.image_to_text[i] <= k for i in images])) / 2
 
@@ -51,7 +51,7 @@ def test_point_value_is_the_recall_of_the_gallery():
         assert found.low < found.value < found.high
 
 
-def test_identical_runs_have_no_width():
+def test_identical_runs_have_zero_width_intervals():
     for hits in (hits_at(made_up_ranks(6), 5), mean_hits([hits_at(made_up_ranks(s), 5) for s in (6, 7, 8)])):
         twin = Hits(hits.k, hits.text_to_image.copy(), hits.captions.copy(), hits.image_to_text.copy())
         assert retention(hits, twin, n=300).as_dict() == {"value": 1.0, "low": 1.0, "high": 1.0}
@@ -71,7 +71,7 @@ def test_pairing_narrows_the_interval():
     assert paired.high - paired.low < (alone.high - alone.low) / 3
 
 
-def test_seed_decides_and_chunking_does_not(monkeypatch):
+def test_result_depends_on_the_seed_but_not_on_chunking(monkeypatch):
     run, full = hits_at(made_up_ranks(10), 5), hits_at(made_up_ranks(11), 5)
     first = retention(run, full, n=300, seed=1)
     assert retention(run, full, n=300, seed=1) == first
@@ -91,7 +91,7 @@ def test_mean_hits_averages_draws():
 
 
 def test_coverage_with_correlated_captions():
-    """The 95% interval holds the true recall in about 95% of galleries, though captions of an image agree."""
+    """The 95% interval holds the true recall in about 95% of galleries, even though captions of an image are correlated."""
     rng = np.random.default_rng(0)
     n_images, captions, trials, covered = 150, 5, 300, 0
     owner = np.repeat(np.arange(n_images), captions)

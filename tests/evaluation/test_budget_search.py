@@ -1,4 +1,4 @@
-"""The budget dial by recall and by measured cost, and counted FLOPs beside those of the compiler."""
+"""Budget search by recall drop and by measured cost; counted FLOPs compared with the compiler's."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ def bundle(clip_folder, complexity_folder, tmp_path):
 
 
 def mean_r5(model, records, exits=None):
-    """Of the public API: routed, or all at one exit."""
+    """Uses the public API: routed, or all images at one exit."""
     images = [record.image() for record in records]
     owner = np.repeat(np.arange(len(records)), [len(r.captions) for r in records])
     texts = model.encode_text([caption for r in records for caption in r.captions])
@@ -51,7 +51,7 @@ def test_a_recall_drop(bundle, tmp_path):
     assert set(found["measured"]["exit_ms"]) == {"1", "2", "3"} and found["measured"]["cost"] > 0
     assert checkpoint.describe(bundle) == description and description["routing"]["exits"] == [1, 2, 3]
     assert checkpoint.read(bundle / "clip", "clip").description["hashes"] == before
-    # What a user gets is what is recorded.
+    # The public API reproduces the recorded values.
     model = icar_jax.load(bundle, batch_size=8)
     records = list(source)
     assert mean_r5(model, records) == pytest.approx(found["recall"], abs=1.3)
@@ -163,7 +163,7 @@ def test_images_without_captions(bundle, tmp_path):
 
 
 def test_counted_flops_are_those_of_the_compiler(bundle):
-    """XLA counts norms, activations and softmax too: a few percent more in so narrow a tower, never less."""
+    """XLA counts norms, activations and softmax too: a few percent more in such a narrow tower, never less."""
     model = icar_jax.load(bundle)
     for exit in model.exits:
         counted = vision_flops(model.arch.vision, exit)

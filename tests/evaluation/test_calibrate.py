@@ -1,4 +1,4 @@
-"""`icar calibrate`: thresholds from a budget, from shares and from labels, and where they are kept."""
+"""`icar calibrate`: thresholds from a budget, from shares and from labels, and where they are stored."""
 
 import dataclasses
 import hashlib
@@ -24,7 +24,7 @@ from tests.support.runs import tiny_config
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """40 photographs-to-be, some in a subfolder, and one file that is none."""
+    """40 image files, some in a subfolder, and one file that is not an image."""
     root = tmp_path_factory.mktemp("pictures")
     (root / "more").mkdir()
     for i, record in enumerate(Scenes("test", 40)):
@@ -35,7 +35,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def bundle(clip_folder, complexity_folder, tmp_path):
-    """Exits after 1, 2 and 3 blocks, thresholds still arbitrary."""
+    """A bundle with exits after 1, 2 and 3 blocks and arbitrary thresholds."""
     return make_bundle(clip_folder, complexity_folder, tmp_path / "bundle", thresholds=(0.3, 0.6))
 
 
@@ -74,7 +74,7 @@ def readable(root):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_a_budget_is_kept_and_recorded(bundle, pictures, capsys, share):
+def test_a_budget_is_met_and_recorded(bundle, pictures, capsys, share):
     costs = bundle_costs(bundle)
     budget = costs.lowest_budget + share * (1 - costs.lowest_budget)
     before = digest(bundle)
@@ -86,7 +86,7 @@ def test_a_budget_is_kept_and_recorded(bundle, pictures, capsys, share):
     found = routing["found"]
     assert (found["method"], found["budget"], found["images"], found["unreadable"]) == ("budget", budget, 40, 1)
     assert found["cost"] <= budget + 1e-9 and len(found["names_sha256"]) == 64
-    # What a user gets is what is recorded: the bundle loads, and routes these images as it says.
+    # The bundle loads and routes these images as recorded.
     model = icar_jax.load(bundle)
     scores = model.score(readable(pictures))
     exits = assign(scores, model.exits, model.thresholds)
@@ -126,7 +126,7 @@ def test_a_threshold_from_labels(classifier, pictures, tmp_path, capsys):
     used = np.array([s for s, label in zip(scores, labels.values()) if label >= 0], np.float32)
     above = used[used > limit].min()
     assert found["value"] == 1.0 and found["images"] == 39 and found["complex"] == found["called_complex"]
-    assert limit - 0.001 <= description["threshold"] < above  # the highest point of the grid that parts the classes
+    assert limit - 0.001 <= description["threshold"] < above  # the highest grid point that separates the classes
     printed = capsys.readouterr().out
     assert "1 undecided" in printed and "so it is optimistic" in printed
 
@@ -170,7 +170,7 @@ def test_the_workdir_names_the_calibration_images(classifier_weights, tmp_path):
 
 def test_a_config_names_the_calibration_images(bundle, monkeypatch):
     words = ["--budget", "0.9", "--config", str(ROOT / "configs/demo.py:clip"), "--config.data.calibration_size=36"]
-    monkeypatch.setattr(sys, "argv", ["icar", "calibrate", str(bundle), *words])  # where overrides are read from
+    monkeypatch.setattr(sys, "argv", ["icar", "calibrate", str(bundle), *words])  # config overrides are read from here
     cli.main()
     assert checkpoint.describe(bundle)["routing"]["found"]["images"] == 36
 
@@ -210,7 +210,7 @@ def test_mistakes_of_routing(bundle, complexity_folder, clip_folder, pictures, t
 
 
 def test_images_that_were_trained_on_are_counted(classifier, pictures, tmp_path, capsys):
-    """Where the workdir knows: by name, and by the folder whether they are the same images or others called alike."""
+    """Training images are recognised by name, and by folder to exclude other images with equal names."""
     names = [str(p.relative_to(pictures)) for p in readable(pictures)]
     (tmp_path / "labels.csv").write_text("\n".join(["file,score", *(f"{name},{i % 2}" for i, name in enumerate(names))]))
     labels = "--metric", "f1", "--labels", tmp_path / "labels.csv", "--root", pictures
@@ -252,7 +252,7 @@ def test_mistakes_of_labels(classifier, complexity_folder, pictures, tmp_path, c
     assert checkpoint.describe(classifier)["threshold_found"]["boundary"] == 0.5
 
 
-def test_one_way_of_finding_them(bundle):
+def test_exactly_one_method_must_be_given(bundle):
     for wrong in ({}, {"budget": 0.9, "shares": (0.5, 0.2)}, {"budget": 0.9, "metric": "f1"}):
         with pytest.raises(icar_jax.config.ConfigError, match="exactly one of"):
             calibrate(bundle, Scenes("calibration", 4), **wrong)
@@ -262,7 +262,7 @@ def test_amending_keeps_the_rest(bundle):
     before = checkpoint.describe(bundle)
     checkpoint.amend(bundle, {"note": "mine"})
     assert checkpoint.describe(bundle) == {**before, "note": "mine"}
-    with pytest.raises(ValueError, match="kind of a description belong"):
+    with pytest.raises(ValueError, match="kind describe the weights"):
         checkpoint.amend(bundle, {"kind": "clip"})
 
 
@@ -276,5 +276,5 @@ def test_amending_keeps_the_rest(bundle):
         (("--share", 0.5, "--images", ".", "--batch-size", 0), "at least 1, found '0'"),
     ],
 )
-def test_flags_that_nothing_would_read_are_refused(bundle, capsys, flags, message):
+def test_unused_flags_are_refused(bundle, capsys, flags, message):
     assert message in fails(capsys, bundle, *flags)

@@ -1,4 +1,4 @@
-"""Average precision equals counting one rank after the other, for both denominators, with ties and distractors."""
+"""Average precision equals a plain loop over ranks, for both denominators, with ties and distractors."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ AT = (1, 3, 10)
 
 
 def looped_precision(found, k, total):
-    """(official, standard) AP@k of the relevance [bool] of a ranked list, one rank after the other."""
+    """(official, standard) AP@k of the relevance [bool] of a ranked list, by a plain loop."""
     hits, summed = 0, 0.0
     for rank, relevant in enumerate(found[:k], start=1):
         if relevant:
@@ -81,7 +81,7 @@ def test_the_two_denominators():
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 200).map(str), max_size=4), min_size=1, max_size=30), st.integers(1, 60))
 def test_label_sets_equal_sets(labels, chunk):
-    """More labels than bits in a word; the sharing counts come in pieces."""
+    """More labels than bits in a word; relevance counts are computed in chunks."""
     sets, original = LabelSets(labels), category._CHUNK_ELEMENTS
     shares = np.array([[bool(set(a) & set(b)) for b in labels] for a in labels])
     assert (sets.share(sets.of[:, None], sets.of[None]) == shares).all()
@@ -111,7 +111,7 @@ def test_summary_counts_unlabelled_queries_as_the_official_code_does():
         assert summary[direction]["map10"] > summary[direction]["map10_standard"]
 
 
-def test_only_first_captions_ask():
+def test_only_first_captions_are_queries():
     images, texts, owner, labels = random_case()
     twice = precisions(images, np.concatenate([texts, -texts]), np.concatenate([owner, owner]), labels)
     once = precisions(images, texts, owner, labels)
@@ -121,7 +121,7 @@ def test_only_first_captions_ask():
 
 def test_distractors_count_by_their_labels():
     images, texts, owner, labels = random_case()
-    near = Distractors(images, texts, owner)  # copies, which come before their originals
+    near = Distractors(images, texts, owner)  # copies, which rank before their originals
     silent = summarise(precisions(images, texts, owner, labels, distractors=near))
     for direction in DIRECTIONS:
         assert silent[direction]["map10"] < 0.7 * summarise(precisions(images, texts, owner, labels))[direction]["map10"]
@@ -141,7 +141,7 @@ def test_distractors_count_by_their_labels():
         ),
     ],
 )
-def test_faults_are_named(change, message):
+def test_errors_are_specific(change, message):
     images, texts, owner, labels = random_case()
     with pytest.raises(ValueError, match=message):
         precisions(images, texts, owner, **({"labels": labels} | change))

@@ -1,4 +1,4 @@
-"""Intervals of every metric equal resampling in a plain loop with numpy's own mean and median; paired; reproducible."""
+"""Intervals of every metric equal a plain resampling loop with numpy's mean and median; they are paired and reproducible."""
 
 import numpy as np
 import pytest
@@ -72,8 +72,8 @@ def test_point_values_are_the_summaries():
 
 
 @pytest.mark.parametrize("spread", [1, 50, 5000])
-def test_medians_far_apart_are_found(spread):
-    """Few images with ranks all over: medians of resamples lie far from that of all queries."""
+def test_medians_far_from_the_overall_median_are_found(spread):
+    """Few images with widely spread ranks: medians of resamples are far from the overall median."""
     rng = np.random.default_rng(spread)
     ranks = Ranks(rng.integers(1, 1 + spread, 300), rng.integers(1, 1 + spread, 6), np.arange(300) % 6)
     ranks.text_to_image[ranks.caption_image == 0] += 10 * spread
@@ -84,7 +84,7 @@ def test_medians_far_apart_are_found(spread):
     np.testing.assert_allclose([found.low, found.high], np.quantile(values, [0.025, 0.975]))
 
 
-def test_identical_runs_have_no_width():
+def test_identical_runs_have_zero_width_intervals():
     found = intervals({"full": collect(*made_up(6)), "twin": collect(*made_up(6))}, n=300)["twin"]
     for by_metric in found.values():
         for got in by_metric.values():
@@ -102,7 +102,7 @@ def test_mean_run_averages_draws():
             assert got.value.value == pytest.approx(np.mean([one[direction][metric].value.value for one in each]))
 
 
-def test_seed_decides_and_chunking_does_not(monkeypatch):
+def test_result_depends_on_the_seed_but_not_on_chunking(monkeypatch):
     runs = {"full": collect(*made_up(10)), "run": collect(*made_up(11))}
     first = intervals(runs, n=100, seed=1)["run"]["mean"]["map10"].as_dict()
     assert intervals(runs, n=100, seed=2)["run"]["mean"]["map10"].as_dict() != first

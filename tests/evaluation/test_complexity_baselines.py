@@ -1,4 +1,4 @@
-"""Classical measures of complexity on pictures whose answer is known."""
+"""Classical complexity measures on images with known values."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def flat(colour):
 
 
 def busy(blocks):
-    """`blocks` of the 16 blocks of a grey picture hold noise, the same in each picture."""
+    """Returns grey images with noise, the same in each, in `blocks` of 16 blocks."""
     noise = np.random.default_rng(0).integers(0, 256, (S, S, 3), np.uint8)
     image, side = flat(128), S // 4
     for k in range(blocks):
@@ -28,7 +28,7 @@ def busy(blocks):
 
 @quick
 @given(COLOURS)
-def test_a_flat_picture_has_none(colour):
+def test_a_flat_image_has_zero_complexity(colour):
     image = flat(colour)
     assert baselines.edge_density(image) == 0
     assert baselines.gradient_entropy(image) == 0
@@ -37,7 +37,7 @@ def test_a_flat_picture_has_none(colour):
 
 @quick
 @given(st.integers(0, 15))
-def test_more_edges_are_more(blocks):
+def test_measures_grow_with_the_number_of_edges(blocks):
     few, many = busy(blocks), busy(blocks + 1)
     for measure in baselines.MEASURES.values():
         assert measure(many) > measure(few)
@@ -45,11 +45,11 @@ def test_more_edges_are_more(blocks):
 
 def test_values_by_hand():
     image = flat(0)
-    image[:, S // 2 :] = 255  # one edge: two columns of pixels see it
+    image[:, S // 2 :] = 255  # one edge, detected in two pixel columns
     assert baselines.edge_density(image) == pytest.approx(2 / (S - 2))
     p = 2 / (S - 2)
     assert baselines.gradient_entropy(image) == pytest.approx(-(p * np.log2(p) + (1 - p) * np.log2(1 - p)))
-    # A step below the limit is no edge, one above it is.
+    # A step below the threshold is not an edge; one above it is.
     for step, density in ((int(0.9 * baselines.EDGE * 255), 0), (int(np.ceil(1.1 * baselines.EDGE * 255)), p)):
         image = flat(100)
         image[:, S // 2 :] += np.uint8(step)
@@ -58,7 +58,7 @@ def test_values_by_hand():
 
 @quick
 @given(st.integers(0, 2**32 - 1))
-def test_turning_a_picture_changes_no_edge(seed):
+def test_rotating_an_image_changes_no_edge(seed):
     image = np.random.default_rng(seed).integers(0, 256, (S, S, 3), np.uint8)
     for turned in (image[::-1], image.swapaxes(0, 1), np.rot90(image)):
         assert baselines.edge_density(turned) == baselines.edge_density(image)

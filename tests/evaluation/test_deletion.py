@@ -1,4 +1,4 @@
-"""The deletion test itself: it deletes what it says, and tells a true map from a false one."""
+"""The deletion test deletes the intended pixels and distinguishes a correct map from a wrong one."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_the_background_differs_only_where_objects_are(scenes, pictures):
     bare = deletion.fills(scenes, pictures, "background")
     for scene, picture, empty in zip(scenes, pictures, bare, strict=True):
         changed = np.abs(picture.astype(int) - empty).max(axis=-1) > 40
-        # Contours and the blur reach a little beyond the circle round an item.
+        # Contours and blur extend slightly beyond the circle around an item.
         outside = changed & ~deletion.object_mask(scene, SIDE)
         assert outside.sum() < 0.04 * SIDE**2
         assert changed.sum() > 20
@@ -57,8 +57,8 @@ def test_a_mask_of_items_lies_within_that_of_all_objects(scenes):
         assert objects.sum() >= items.sum() + (len(scene.confetti) > 20)
 
 
-def test_a_true_map_passes_and_a_false_one_fails(scenes, pictures):
-    """A score that counts the pixels that objects cover has a known map: the objects."""
+def test_a_correct_map_passes_and_a_wrong_one_fails(scenes, pictures):
+    """A score that counts object pixels has a known map: the object mask."""
     bare = deletion.fills(scenes, pictures, "background")
     differs = np.abs(pictures.astype(int) - bare).sum(axis=-1) > 0
 
@@ -101,9 +101,9 @@ def test_unknown_fill(scenes, pictures):
 
 
 @pytest.mark.check
-def test_maps_of_a_trained_model_point_at_what_raises_its_score(tmp_path):
-    """A minute of training suffices: deleting what the map ranks highest lowers the score more than deleting anything else,
-    and its mass lies in the objects beyond their share of the area."""
+def test_maps_of_a_trained_model_highlight_pixels_that_raise_its_score(tmp_path):
+    """After a minute of training, deleting the highest-ranked pixels lowers the score more than deleting others, and the map
+    mass inside objects exceeds their share of the area."""
     config = tiny_config("complexity", steps=250, batch_size=32, checkpoint_every=250)
     config.complexity.image_size = SIDE
     config.data.scenes_size = 20_000

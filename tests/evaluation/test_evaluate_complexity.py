@@ -1,4 +1,4 @@
-"""evaluate.py on complexity models: the record, what is compared with what, and what stops it."""
+"""evaluate.py on complexity models: metrics, comparisons and errors."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ from tests.support.runs import tiny_config
 
 
 def finished_run(folder, head):
-    """A workdir as train.py leaves it, with a random model."""
+    """A finished workdir of train.py, with a random model."""
     config = tiny_config("complexity")
     config.complexity.head = head
     config.eval.size = 60
@@ -54,7 +54,7 @@ def classification(tmp_path_factory):
     folder = tmp_path_factory.mktemp("classification")
     config = finished_run(folder, "classification")
     with pytest.raises(checkpoint.CheckpointError, match="without a threshold.*icar calibrate .*--metric f1"):
-        evaluate_complexity(config, folder)  # never a silent 0.5
+        evaluate_complexity(config, folder)  # no default threshold
     cli.main(["calibrate", str(folder), "--metric", "youden", "--batch-size", "8"])
     return config, folder, evaluate_complexity(config, folder)
 
@@ -63,7 +63,7 @@ def known(config):
     return np.array([r.complexity for r in Scenes("val", config.eval.size)], np.float32)
 
 
-def test_a_regression_is_reported_beside_every_baseline(regression):
+def test_a_regression_is_reported_with_every_baseline(regression):
     config, folder, metrics = regression
     assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     assert list(metrics["runs"]) == ["model", *baselines.MEASURES, baselines.COMBINED]
@@ -96,11 +96,11 @@ def test_cost_is_counted_and_timed(regression):
     arch = icar_jax.load(regression[1]).scorer.complexity.arch
     cost = metrics["cost"]["model"]
     assert cost["flops_per_image"] == cost["routing_flops"] == complexity_flops(arch)
-    assert cost["share_of_vit_l14"] == pytest.approx(complexity_flops(arch) / 162.03e9, rel=1e-3)  # of the paper's table
+    assert cost["share_of_vit_l14"] == pytest.approx(complexity_flops(arch) / 162.03e9, rel=1e-3)  # from the table in the paper
     assert all(run["ms_per_image"] > 0 for run in metrics["cost"].values())
 
 
-def test_nuisances_come_in_thirds(regression):
+def test_nuisances_are_split_into_thirds(regression):
     metrics = regression[2]
     assert set(metrics["nuisance"]) == set(NUISANCES)
     for name, levels in metrics["nuisance"].items():
@@ -146,7 +146,7 @@ def test_evaluation_needs_the_configuration_of_the_run(regression, part, field, 
 
 
 def rated_run(folder, root):
-    """A finished run on the rated images of `root`, whose file of labels is beside them."""
+    """A finished run on the rated images of `root`, with their label file next to them."""
     config = finished_run(folder, "regression")
     config.data = DataConfig(source="ratings", root=str(root), ratings=str(root / "labels.json"))
     config.eval.split = "test"
@@ -158,14 +158,14 @@ def rated_run(folder, root):
 def test_the_images_may_move_but_must_be_those_of_the_run(tmp_path):
     then = ratedfiles.annotations(tmp_path / "then", 80)
     for picture, scene in zip(sorted(then.glob("*.jpg")), Scenes("test", 80)):
-        scene.image().save(picture)  # those of one colour all score alike
+        scene.image().save(picture)  # images of one colour have equal scores
     config = rated_run(tmp_path / "w", then)
     moved = then.rename(tmp_path / "now")
     labels = (moved / "labels.json").rename(tmp_path / "elsewhere.json")
     config.data.root, config.data.ratings = str(moved), str(labels)
     metrics = evaluate_complexity(config, tmp_path / "w")
     assert metrics["images"] == len(configured.eval_source(config.data, config.eval))
-    # The names decide the splits: of renamed images some that were trained on are now in `test`.
+    # Names determine the splits, so after renaming some training images are in `test`.
     renamed = {f"new {name}": label for name, label in json.loads(labels.read_text()).items()}
     for name in renamed:
         (moved / name.removeprefix("new ")).rename(moved / name)
@@ -175,7 +175,7 @@ def test_the_images_may_move_but_must_be_those_of_the_run(tmp_path):
     assert evaluate_complexity(config, tmp_path / "w" / "model")["images"] > 0
 
 
-def test_a_clip_is_no_complexity_model(tmp_path):
+def test_a_clip_is_refused_as_a_complexity_model(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / checkpoint.DESCRIPTION).write_text(json.dumps({"format": checkpoint.FORMAT, "kind": "clip"}))
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint of kind complexity.*clip"):
@@ -204,7 +204,7 @@ def test_verdicts(regression, low, high, words):
     assert words in complexity_table.verdicts({**regression[2], "margin": margin})[0]
 
 
-def test_levels_of_a_nuisance_and_what_has_no_value():
+def test_levels_of_a_nuisance_and_undefined_values():
     truth = np.linspace(0, 1, 30)
     same = Predictions(truth.copy())
     only_low = Predictions(np.where(np.arange(30) < 10, truth, 0.5))

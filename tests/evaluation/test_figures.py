@@ -1,4 +1,4 @@
-"""The table and its sentences say what the numbers show; figures are written as PNG files of the stated size."""
+"""Table and verdict sentences match the numbers; figures are PNG files of the stated size."""
 
 import copy
 import io
@@ -46,7 +46,7 @@ def printed(record, width):
     return console.export_text()
 
 
-def test_wide_table_has_one_line_a_run(record):
+def test_wide_table_has_one_line_per_run(record):
     text = printed(record, 124)
     rows = [line.split()[1] for line in text.splitlines() if line.startswith("│")]
     assert [name for name in rows if name in record["runs"]] == ["full", "exit_6", "exit_12", "routed", "random"]
@@ -192,7 +192,7 @@ def test_the_histogram_spans_the_scores_where_an_exit_is_not_used(thresholds, sh
         ([0.1], [0.5], [6], "make 2 exits, found 1"),
     ],
 )
-def test_histogram_faults_are_named(scores, thresholds, exits, message, tmp_path):
+def test_histogram_errors_are_specific(scores, thresholds, exits, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         figures.complexity_histogram(scores, thresholds, tmp_path / "x.png", exits=exits)
     assert not list(tmp_path.iterdir())

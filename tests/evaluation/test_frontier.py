@@ -1,4 +1,4 @@
-"""Settings of a router: what they cost and keep, and the cheapest within a bound, against trying all of them plainly."""
+"""Cost and recall of router settings, and the search for the best one, compared with brute force."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from icar_jax.inference.router import assign
 
 
 def bench(exits=(1, 2, 3), n=40, far=0, seed=0):
-    """Images whose embeddings come nearer to their captions with depth, the complex ones slower."""
+    """Images whose embeddings approach their captions with depth, complex images more slowly."""
     rng = np.random.default_rng(seed)
     scores = rng.random(n + far).astype(np.float32)
     target = rng.normal(size=(n + far, 8))
@@ -34,7 +34,7 @@ def bench(exits=(1, 2, 3), n=40, far=0, seed=0):
 
 
 @pytest.mark.parametrize("far", [0, 15])
-def test_a_point_is_what_plain_ranking_gives(far):
+def test_a_point_equals_plain_ranking(far):
     b = bench(far=far)
     limits = (0.3, 0.6)
     (point,) = b.points([limits])
@@ -86,7 +86,7 @@ def test_the_best_recall_of_all_settings_within_a_budget(cost, budget):
 
 def test_coordinate_search_within_a_budget_keeps_it_and_beats_single_exits():
     b = bench(exits=(1, 2, 3, 4), n=60)
-    for budget in (0.31, 0.6, 0.9):  # 0.3 is the first exit with its router
+    for budget in (0.31, 0.6, 0.9):  # 0.3 is the cost of the first exit with the router
         found = best_within(b, budget, "counted")
         assert found.cost["counted"] <= budget
         for alone in range(4):
@@ -106,14 +106,14 @@ def test_coordinate_search_keeps_the_bound_and_beats_single_exits():
     assert found.share[1] == 1.0
 
 
-def test_full_depth_is_the_answer_where_nothing_else_will_do():
+def test_full_depth_is_chosen_if_nothing_else_meets_the_bound():
     b = bench()
     worst = {1: b.by_exit[3][::-1].copy(), 2: b.by_exit[3][::-1].copy(), 3: b.by_exit[3]}
     b = Bench(worst, b.texts, b.caption_image, b.scores, b.costs)
     assert cheapest(b, 0.0, "counted").recall >= b.full.recall
 
 
-def test_the_frontier_holds_what_nothing_beats():
+def test_the_frontier_holds_the_pareto_optimal_points():
     points = sweep(bench())
     best = frontier(points, "measured")
     for point in points:

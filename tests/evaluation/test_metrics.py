@@ -1,4 +1,4 @@
-"""Recall and its summaries; faults are named; metrics.json is all or nothing. The ranks themselves: test_ranking.py."""
+"""Recall, its summaries and errors; metrics.json is written atomically. Ranks are tested in test_ranking.py."""
 
 import json
 import subprocess
@@ -87,7 +87,7 @@ def test_chance_recall_is_that_of_random_scores():
         ({"query_chunk": 0}, r"query_chunk"),
     ],
 )
-def test_faults_are_named(change, message):
+def test_errors_are_specific(change, message):
     good = {"image_embed": np.eye(2, 3), "text_embed": np.eye(3), "caption_image": np.array([0, 1, 1])}
     retrieval.ranks(**good)
     with pytest.raises(ValueError, match=message):
@@ -98,7 +98,7 @@ def failing_replace(source, target):
     raise OSError("no space")
 
 
-def test_write_metrics_is_all_or_nothing(tmp_path, monkeypatch):
+def test_write_metrics_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "new" / "metrics.json"
     table.write_metrics({"a": np.float32(0.5), "b": [np.int64(2), None], "c": np.arange(2)}, path)
     assert json.loads(path.read_text()) == {"a": 0.5, "b": [2, None], "c": [0, 1]}

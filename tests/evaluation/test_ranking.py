@@ -43,7 +43,7 @@ def test_best_items_equal_sorting(gallery, query_chunk, k):
 @settings(max_examples=40, deadline=None)
 @given(galleries(), CHUNKS, st.integers(-5, 5))
 def test_rank_with_another_score(gallery, query_chunk, score):
-    """The rank an item would have with another score equals sorting with that score put in its place."""
+    """The rank of an item with another score equals sorting with that score substituted."""
     images, texts, owner, _ = gallery
     scores = texts @ images.T
     scores[np.arange(len(texts)), owner] = score
@@ -51,7 +51,7 @@ def test_rank_with_another_score(gallery, query_chunk, score):
     assert found.tolist() == [1 + order(row, 0).index(i) for row, i in zip(scores, owner)]
 
 
-def test_distractors_push_ranks_back_and_are_no_queries():
+def test_distractors_worsen_ranks_and_are_not_queries():
     *plain, far = real_gallery()
     alone, among = retrieval.ranks(*plain), retrieval.ranks(*plain, distractors=far)
     assert among.text_to_image.shape == alone.text_to_image.shape and among.image_to_text.shape == (150,)
@@ -65,7 +65,7 @@ def test_distractors_push_ranks_back_and_are_no_queries():
 
 @pytest.mark.parametrize("width", [3, 768])
 def test_one_point_for_everything_gains_nothing(width):
-    """Every distractor comes first; among the base images all ranks occur once, whatever the rounding of the products."""
+    """Distractors rank first; among the base images each rank occurs once, regardless of rounding in the products."""
     point = np.random.default_rng(0).normal(size=width).astype(np.float32)
     owner = np.repeat(np.arange(103), 5)
     many = lambda n: np.tile(point / np.linalg.norm(point), (n, 1))
@@ -77,7 +77,7 @@ def test_one_point_for_everything_gains_nothing(width):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float64])
 def test_other_types_are_scored_in_float32(dtype):
-    """The scores of half-precision embeddings are those of the same numbers in float32, not rounded to halves."""
+    """Scores of half-precision embeddings equal those of the same numbers in float32."""
     images, texts, owner, far = real_gallery(seed=3)
     images, texts, near, away = (a.astype(dtype) for a in (images, texts, far.image_embed, far.text_embed))
     found = retrieval.ranks(images, texts, owner, distractors=Distractors(near, away, far.caption_image))
@@ -108,7 +108,7 @@ def test_chunks_follow_the_budget(monkeypatch):
         ({"caption_image": np.array([0, 1, 2])}, r"distractors.caption_image: .*caption 2 names image 2"),
     ],
 )
-def test_faults_of_distractors_are_named(change, message):
+def test_errors_for_distractors_are_specific(change, message):
     good = {"image_embed": np.eye(2, 3), "text_embed": np.eye(3), "caption_image": np.array([0, 0, 0])}
     plain = (np.eye(2, 3), np.eye(3), np.array([0, 1, 1]))
     retrieval.ranks(*plain, distractors=Distractors(**good))

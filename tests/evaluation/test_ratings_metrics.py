@@ -1,4 +1,4 @@
-"""Metrics of ratings and labels against scipy and scikit-learn, intervals against a plain loop over resamples."""
+"""Metrics of ratings and labels compared with scipy and scikit-learn; intervals with a plain loop over resamples."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from icar_jax.evaluation.metrics import ratings as m
 from icar_jax.evaluation.metrics.bootstrap import resample_indices
 
-# A coarse grid, so that ties are common; and any finite number.
+# A coarse grid, for frequent ties, and any finite numbers.
 TIED = st.integers(0, 6).map(lambda v: v / 6)
 SCORE = st.one_of(TIED, st.floats(0, 1, width=32))
 few = settings(max_examples=60, deadline=None)
@@ -35,7 +35,7 @@ def labelled(draw, score=SCORE):
 def test_correlations_are_those_of_scipy(pair):
     x, y = pair
     for ours, theirs in ((m.pcc, scipy.stats.pearsonr), (m.srcc, scipy.stats.spearmanr)):
-        if min(np.std(x), np.std(y)) < 1e-4:  # scipy warns of rounding there; what is exactly constant is tested below
+        if min(np.std(x), np.std(y)) < 1e-4:  # scipy warns about rounding; constant inputs are tested below
             continue
         assert ours(x, y) == pytest.approx(theirs(x, y).statistic, abs=1e-7)
 
@@ -81,7 +81,7 @@ def test_auc_and_calibration_error_are_those_of_sklearn(pair):
 
 
 def slow_interval(metric, p, t, n, seed):
-    """The definition: the metric again on each resample."""
+    """Reference: recomputes the metric on each resample."""
     values = []
     for indices in resample_indices(len(p), n, seed):
         for row in indices:
@@ -112,12 +112,12 @@ def test_a_metric_minus_itself_is_zero_in_every_resample():
     t, p = rng.random(50), rng.random(50)
     found = m.difference("srcc", p, p, t, n=50)
     assert (found.value, found.low, found.high) == (0, 0, 0) and found.includes_zero
-    # A monotone map changes no rank, and a line no correlation: paired differences show it exactly.
+    # Monotone maps preserve ranks and linear maps preserve correlation, so paired differences are exactly zero.
     assert m.difference("srcc", p**3, p, t, n=50).high == 0
     assert abs(m.difference("pcc", 3 * p - 1, p, t, n=50).high) < 1e-12
 
 
-def test_a_paired_interval_is_narrower_than_two_of_its_own():
+def test_a_paired_interval_is_narrower_than_unpaired_ones():
     rng = np.random.default_rng(1)
     t = rng.random(200)
     a, b = t + 0.30 * rng.standard_normal(200), t + 0.32 * rng.standard_normal(200)
@@ -143,7 +143,7 @@ def test_a_paired_interval_is_narrower_than_two_of_its_own():
         ("accuracy_", [1], [1], "unknown metric"),
     ],
 )
-def test_what_has_no_value_says_why(metric, predicted, truth, message):
+def test_undefined_metrics_raise_a_specific_error(metric, predicted, truth, message):
     with pytest.raises(m.MetricError, match=message):
         m.value(metric, predicted, truth)
 
@@ -154,7 +154,7 @@ def test_too_few_of_a_class_have_no_interval():
         m.interval("roc_auc", np.linspace(0, 1, 10), labels, n=200)
 
 
-def test_intervals_hold_the_true_value_as_often_as_they_say():
+def test_intervals_have_nominal_coverage():
     """200 data sets of known correlation: between 88% and 100% of the 95% intervals hold it."""
     rng, held = np.random.default_rng(3), 0
     for k in range(200):

@@ -1,4 +1,4 @@
-"""Regret on held-out pairs: against the plain definition, while a run goes on, and in evaluate.py."""
+"""Regret on held-out pairs: compared with the plain definition, during training, and in evaluate.py."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from tests.support.runs import metric_lines, regret_config
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(2, 9), st.sampled_from([1.0, 20.0]), st.integers(0, 2**32 - 1))
-def test_of_one_caption_an_image_it_is_the_regret_of_training(n, scale, seed):
+def test_with_one_caption_per_image_it_equals_the_training_regret(n, scale, seed):
     rng = np.random.default_rng(seed)
     exit, full, text = (unit(rng, n, 5) for _ in range(3))
     for kind, weighed in (("loss", False), ("kl", True)):
@@ -35,8 +35,8 @@ def test_of_one_caption_an_image_it_is_the_regret_of_training(n, scale, seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_of_several_captions_it_is_the_mean_and_they_are_no_rivals(seed, monkeypatch):
-    monkeypatch.setattr(regret, "_ROWS", 3)  # in several pieces
+def test_several_captions_are_averaged_and_are_not_negatives_of_each_other(seed, monkeypatch):
+    monkeypatch.setattr(regret, "_ROWS", 3)  # several chunks
     rng = np.random.default_rng(seed)
     n, scale = 6, 9.0
     owner = np.concatenate([rng.permutation(n), rng.integers(0, n, 5)])
@@ -59,7 +59,7 @@ def test_of_several_captions_it_is_the_mean_and_they_are_no_rivals(seed, monkeyp
     assert lone == pytest.approx(0), "without rivals nothing can be lost"
 
 
-def test_records_carry_the_ranks_of_what_could_be_read():
+def test_records_carry_the_ranks_of_readable_images():
     source = Scenes("val", 4, image_size=32)
     judged = regret.Regrets(source, np.array([0, 2, 3]), np.array([5.0, -1.0, 2.0])).as_source()
     assert [judged[i].complexity for i in (0, 2, 3)] == [1.0, 0.0, 0.5] and np.isnan(judged[1].complexity)
@@ -68,7 +68,7 @@ def test_records_carry_the_ranks_of_what_could_be_read():
 
 @pytest.fixture(scope="module")
 def run(clip_folder, tmp_path_factory):
-    """(config, workdir) of a run that was evaluated on its way."""
+    """(config, workdir) of a run with evaluation during training."""
     folder = tmp_path_factory.mktemp("regret") / "run"
     config = regret_config(clip_folder, steps=2, eval_every=1)
     config.complexity.exit, config.eval.size = 2, 21  # the last batch is not full
@@ -94,7 +94,7 @@ def test_a_run_is_evaluated_by_the_regrets_of_the_held_out_images(run, clip_fold
 
 
 @pytest.mark.check
-def test_evaluate_reports_correlations_beside_the_true_complexity(run, clip_folder, tmp_path):
+def test_evaluate_reports_correlations_and_the_true_complexity(run, clip_folder, tmp_path):
     config, folder = run
     metrics = evaluate_complexity(config, folder)
     assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
@@ -107,7 +107,7 @@ def test_evaluate_reports_correlations_beside_the_true_complexity(run, clip_fold
     assert metrics["runs"]["model"]["srcc"]["value"] == pytest.approx(spearmanr(scores, values).statistic, abs=1e-6)
     assert abs(metrics["runs"]["known_complexity"]["srcc"]["value"]) == pytest.approx(
         abs(spearmanr(known, values).statistic),
-        abs=0.05,  # the fitted line is cut to [0, 1], and may fall
+        abs=0.05,  # the fitted line is clipped to [0, 1] and may have a negative slope
     )
     assert metrics["regret"]["pcc"]["model"]["value"] == pytest.approx(np.corrcoef(scores, values)[0, 1], abs=1e-5)
     assert metrics["regret"]["pcc"]["known_complexity"]["value"] == pytest.approx(np.corrcoef(known, values)[0, 1], abs=1e-5)
@@ -118,7 +118,7 @@ def test_evaluate_reports_correlations_beside_the_true_complexity(run, clip_fold
     assert (folder / "scores.png").is_file() and (folder / "nuisance.png").is_file()
 
 
-def test_a_model_of_regret_and_one_of_ratings_are_not_taken_for_each_other(run, clip_folder, tmp_path):
+def test_regret_and_ratings_models_are_not_confused(run, clip_folder, tmp_path):
     config, folder = run
     about = checkpoint.describe(folder / "model")
     rating = dataclasses.replace(config.complexity, target="rating", exit=0, clip=str(clip_folder))

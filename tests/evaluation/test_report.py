@@ -1,4 +1,4 @@
-"""The report's page: complete, self-contained, escaped, and in a real browser as wide as the window."""
+"""The report page is complete, self-contained and escaped, and fits the window of a real browser."""
 
 import html
 import io
@@ -28,7 +28,7 @@ RUNS = ("full", "exit_2", "exit_4", "static", "routed", "budget_0.6", "random", 
 
 
 class Pictures(Source):
-    """A source of small pictures, the fourth of which can no longer be read."""
+    """A source of small images, of which the fourth can no longer be read."""
 
     name = f"pictures {EVIL}"
 
@@ -50,7 +50,7 @@ def ranks_of(rng, worst):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(metrics, evidence, folder) of a made-up evaluation with every kind of run."""
+    """(metrics, evidence, folder) of a synthetic evaluation with every kind of run."""
     rng = np.random.default_rng(0)
     interval = {"value": 97.0, "low": 93.0, "high": 101.0}
     exits = rng.choice([2, 4, 6], N)
@@ -95,7 +95,7 @@ def made(tmp_path_factory):
 
 
 class Reader(HTMLParser):
-    """Text, tags and attributes; every element that is opened must be closed in order."""
+    """Collects text, tags and attributes; checks that elements are closed in order."""
 
     def __init__(self):
         super().__init__()
@@ -135,7 +135,7 @@ def test_every_run_has_a_row_and_headers_have_scopes(page):
     assert "includes 100" in words and "undefined" in words and "20% of the rows" in words
 
 
-def test_nothing_from_outside_and_nothing_unescaped(page, made):
+def test_no_external_resources_and_no_unescaped_text(page, made):
     text, reader = page
     assert "<script" not in text and html.escape(EVIL, quote=True) in text
     for _, attrs in reader.tags:
@@ -146,7 +146,7 @@ def test_nothing_from_outside_and_nothing_unescaped(page, made):
     assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
 
 
-def test_every_picture_says_what_it_shows(page):
+def test_every_image_has_alternative_text(page):
     _, reader = page
     alts = [attrs.get("alt") for tag, attrs in reader.tags if tag == "img"]
     assert len(alts) > 5 and all(alts)
@@ -163,7 +163,7 @@ def test_figures_and_metrics_are_files_too(made):
         assert pixels.std() > 5, f"{path} is blank"
 
 
-def test_the_worst_falls_come_first(made, page):
+def test_the_largest_rank_drops_come_first(made, page):
     _, evidence, _ = made
     found = report._rank_drops(evidence, Pictures())
     assert 0 < len(found) <= report.RANK_DROPS
@@ -187,8 +187,8 @@ def test_rank_changes_are_of_the_images_that_left_early(made):
     assert (found * 13).round().astype(int).tolist() == [2, 2, 2, 1, 2, 2, 2]
 
 
-def test_padding_counts_rows_that_are_thrown_away():
-    # 9 images at exit 2 in batches of 8: a full one and a single row. 3 at exit 6: three single rows.
+def test_padding_counts_unused_rows():
+    # 9 images at exit 2 in batches of 8: a full batch and a single row. 3 images at exit 6: three single rows.
     tower_ms = {"2": 1.0, "6": 4.0}
     assert timing.padding(np.array([2] * 9 + [6] * 3), tower_ms, 8) == {"rows": 0, "share": 0.0, "ms": 0.0}
     found = timing.padding(np.array([2] * 6), tower_ms, 8)
@@ -204,7 +204,7 @@ def browser(*arguments):
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_in_a_real_browser(made, tmp_path, width):
-    """The page in a frame of that width, as a headless window is never narrower than 500 pixels."""
+    """Shows the page in a frame of that width, since headless windows are at least 500 pixels wide."""
     text = (made[2] / "index.html").read_text(encoding="utf-8")
     probe = (
         "<script>addEventListener('load',()=>{const d=document.documentElement;"
@@ -232,7 +232,7 @@ def test_in_a_real_browser(made, tmp_path, width):
     assert len(papers) == 2, "light and dark look the same"
 
 
-def test_an_empty_thumbnail_is_said():
+def test_an_unreadable_thumbnail_is_marked():
     fall = report_page.RankDrop("a", None, "q", 1, 9, 2, None)
     assert "unreadable" in report_page.rank_drops([fall])
 

@@ -1,4 +1,4 @@
-"""Calibrated scores against brute force, and what they do for a gallery whose exits are offset."""
+"""Score calibration compared with brute force, and its effect in a gallery with offset exits."""
 
 import shutil
 
@@ -25,7 +25,7 @@ def unit(z):
 
 
 def gallery(seed, n=40, width=6, early=(3, 6)):
-    """Captions near their image; early exits see it through noise, and share a direction that shifts all their cosines."""
+    """Captions close to their image; early exits have noise and a common direction that shifts all their cosines."""
     rng = np.random.default_rng(seed)
     common = 0.6 * unit(np.random.default_rng(99).normal(size=width))
     full = unit(unit(rng.normal(size=(n, width))) + common)
@@ -48,7 +48,7 @@ def plain_loss(affine, by_exit, texts, owner, exits, scale):
 
 @pytest.mark.parametrize("early", [(3,), (3, 6)])
 @pytest.mark.parametrize("seed", range(3))
-def test_fit_finds_what_a_search_over_the_plain_loss_finds(seed, early):
+def test_fit_equals_a_search_over_the_plain_loss(seed, early):
     by_exit, texts, owner, exits = gallery(seed, n=12, early=early)
     scale = 8.0
     found = fit(by_exit, texts, owner, exits, scale)
@@ -67,7 +67,7 @@ def test_fit_finds_what_a_search_over_the_plain_loss_finds(seed, early):
     assert np.ravel([found.affine[e] for e in early]) == pytest.approx(searched.x, abs=0.02)
 
 
-def test_exits_without_images_and_galleries_of_one_exit_stay_as_they_are():
+def test_unused_exits_and_single_exit_galleries_are_not_calibrated():
     by_exit, texts, owner, exits = gallery(0)
     identity = {3: (1.0, 0.0), 6: (1.0, 0.0), 12: (1.0, 0.0)}
     for one in (3, 12):
@@ -97,7 +97,7 @@ def test_longer_vectors_give_the_calibrated_scores_and_keep_the_order_of_caption
         calibration.images(rows, np.full_like(exits, 5))
 
 
-def test_an_offset_between_exits_is_taken_back():
+def test_an_offset_between_exits_is_corrected():
     by_exit, texts, owner, exits = gallery(1, n=200, width=24)
     held, held_texts, held_owner, held_exits = gallery(2, n=200, width=24)
     found = fit(by_exit, texts, owner, exits, 10.0)

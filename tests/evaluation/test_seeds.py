@@ -1,4 +1,4 @@
-"""Runs of several seeds pooled: against loops over drawn images and seeds."""
+"""Pooled runs of several seeds, compared with loops over drawn images and seeds."""
 
 import itertools
 
@@ -55,7 +55,7 @@ def test_one_seed_agrees_with_the_intervals_of_one_evaluation():
     np.testing.assert_allclose((found.value, found.low, found.high), (expected.value, expected.low, expected.high))
 
 
-def test_the_baseline_keeps_all_of_itself_without_any_width():
+def test_the_baseline_retains_100_percent_with_zero_width():
     rng = np.random.default_rng(2)
     first = ranks_of(rng)
     found = seeds.resampled({s: seeds.mean_recall_hits(same_captions(rng, first)) for s in range(3)}, n=50)
@@ -65,7 +65,7 @@ def test_the_baseline_keeps_all_of_itself_without_any_width():
     assert (delta.value, delta.low, delta.high) == (0.0, 0.0, 0.0) and delta.includes_zero
 
 
-def test_pooling_is_the_mean_over_seeds_and_its_draws_are_whole_seeds():
+def test_pooling_averages_seeds_and_resamples_whole_seeds():
     values = np.tile(np.array([[0.0], [10.0], [100.0]]), (1, 4001))
     found = seeds.pooled(values)
     assert found[0] == pytest.approx(110 / 3)
@@ -88,7 +88,7 @@ def test_seeds_of_compared_runs_are_drawn_together():
     assert (found.value, found.low, found.high) == pytest.approx((1, 1, 1))
 
 
-def test_captured_is_nothing_for_dice_and_all_for_the_oracle():
+def test_captured_is_zero_for_random_routing_and_100_for_the_oracle():
     rng = np.random.default_rng(4)
     random, oracle = 60 + rng.standard_normal((3, 101)), 70 + rng.standard_normal((3, 101))
     assert seeds.captured(random, random, oracle).value == 0

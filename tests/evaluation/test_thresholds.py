@@ -1,4 +1,4 @@
-"""Thresholds against plain loops: of a classifier over the grid, of exits over every way to cut the images."""
+"""Thresholds compared with plain loops: of a classifier over the grid, of exits over all splits of the images."""
 
 from fractions import Fraction
 from itertools import combinations_with_replacement
@@ -14,7 +14,7 @@ from icar_jax.inference import budgets as bg
 from icar_jax.inference.router import assign
 
 quick = settings(max_examples=60, deadline=None)
-# Ties, points of the grid, and neighbours of them.
+# Ties, grid points, and numbers close to grid points.
 SCORES = st.lists(
     st.one_of(st.integers(0, 8).map(lambda v: v / 8), st.integers(0, 1000).map(lambda v: v / 1000), st.floats(0, 1, width=32)),
     min_size=1,
@@ -23,7 +23,7 @@ SCORES = st.lists(
 
 
 def slow_value(metric, decided, labels):
-    """In exact fractions, from the definitions; 0/0 = 0."""
+    """Computes the metric in exact fractions from its definition; 0/0 = 0."""
     tp = sum(d and y for d, y in zip(decided, labels))
     tn = sum(not d and not y for d, y in zip(decided, labels))
     fp, fn = sum(decided) - tp, sum(labels) - tp
@@ -46,7 +46,7 @@ def test_the_threshold_is_that_of_a_loop_over_the_grid(metric, scores, seed):
         threshold = step / 1000
         decided = [np.float32(s) > np.float32(threshold) for s in scores]
         found = slow_value(metric, decided, labels)
-        if found >= best[0]:  # of equal values the highest threshold
+        if found >= best[0]:  # ties: the highest threshold
             best = (found, threshold)
     threshold, value = th.best_threshold(np.array(scores), np.array(labels), metric)
     assert threshold == best[1] and value == pytest.approx(float(best[0]), abs=1e-12)
@@ -68,7 +68,7 @@ def test_a_score_on_the_threshold_is_not_complex():
         ([np.nan], [1], "f1", "finite"),
     ],
 )
-def test_what_has_no_threshold(scores, labels, metric, message):
+def test_invalid_arguments_raise(scores, labels, metric, message):
     with pytest.raises(ValueError, match=message):
         th.best_threshold(np.array(scores), np.array(labels), metric)
 
@@ -84,11 +84,11 @@ def budgets(draw, most_exits=4):
 
 @quick
 @given(budgets(), SCORES)
-def test_a_budget_is_kept(case, scores):
+def test_a_budget_is_met(case, scores):
     costs, budget = case
     scores, exits = np.array(scores, np.float32), sorted(costs.exits)
     limits = bg.thresholds_for_budget(scores, budget, costs)
-    taken = assign(scores, exits, limits)  # also checks that the thresholds ascend
+    taken = assign(scores, exits, limits)  # also checks that thresholds are ascending
     assert costs.share_of_full({e: np.mean(taken == e) for e in exits}) <= budget + 1e-9
 
 
@@ -117,14 +117,14 @@ def test_shares_meet_the_budget_and_are_the_most_even_that_do(case):
     reachable = min(budget, costs.share_of_full({e: float(e == exits[-1]) for e in exits}))
     assert costs.share_of_full(dict(zip(exits, shares))) == pytest.approx(reachable, abs=1e-6)
     entropy = lambda p: -sum(v * np.log(v) for v in p if v > 0)
-    # Every other way to divide 12 images over the exits that costs as much at most and as much at least is less even.
+    # Every other split of 12 images over the exits with the same cost is less even.
     for cuts in combinations_with_replacement(range(13), len(exits) - 1):
         other = np.diff([0, *cuts, 12]) / 12
         if abs(costs.share_of_full(dict(zip(exits, other))) - reachable) < 1e-9:
             assert entropy(other) <= entropy(shares) + 1e-6
 
 
-def test_equal_shares_cost_what_they_cost():
+def test_the_cost_of_equal_shares_gives_equal_shares():
     costs = bg.Costs({4: 1.0, 8: 2.0, 12: 3.0}, 0.3)
     assert bg.shares_for_budget(2.3 / 3, costs) == pytest.approx([1 / 3] * 3)
     scores = np.linspace(0, 1, 300, dtype=np.float32)
@@ -133,11 +133,11 @@ def test_equal_shares_cost_what_they_cost():
 
 
 @pytest.mark.parametrize("budget, message", [(0.3, "at least 0.4334"), (1.01, "must lie in"), (0.0, "must lie in")])
-def test_a_budget_out_of_reach_says_the_lowest_one(budget, message):
+def test_an_unmet_budget_names_the_lowest_one(budget, message):
     costs = bg.Costs({4: 1.0, 12: 3.0}, 0.3)
     with pytest.raises(ConfigError, match=message):
         bg.thresholds_for_budget(np.array([0.5]), budget, costs)
-    bg.thresholds_for_budget(np.array([0.5]), 0.4334, costs)  # what the message says can be met
+    bg.thresholds_for_budget(np.array([0.5]), 0.4334, costs)  # the lowest budget of the message can be met
 
 
 def test_no_router_and_the_whole_budget_is_full_depth():

@@ -1,4 +1,4 @@
-"""The configs that follow docs/recipe.md: what was measured is what they train, and their parts fit each other."""
+"""The configs of docs/recipe.md train what was measured, and their parts are compatible."""
 
 import dataclasses
 import runpy
@@ -48,7 +48,7 @@ def same(one, other, names):
 
 
 @pytest.mark.parametrize("file, argument", [each[:2] for each in CHEAPER])
-def test_full_depth_costs_what_the_page_says(file, argument):
+def test_full_depth_cost_matches_the_docs(file, argument):
     vision = architectures.clip_arch(config(file, argument).clip).vision
     share = vision_flops(vision) / vision_flops(dataclasses.replace(vision, merge=()))
     assert round(share, 2) == (0.68 if file == "vit_l14_finetune.py" else 0.69)
@@ -62,7 +62,7 @@ def test_the_router_reads_at_the_exit(file, argument, router):
 
 
 @pytest.mark.parametrize("file, exit", [("demo.py", 2), ("photos.py", 3)])
-def test_the_trained_clip_can_be_gone_on_from(file, exit, tmp_path):
+def test_the_trained_clip_can_be_fine_tuned(file, exit, tmp_path):
     arch, said = architectures.clip_arch(config(file, "long" if file == "demo.py" else "clip").clip), []
     cheaper = architectures.clip_arch(config(file, "cheaper").clip)
     random = params(Clip.graph(arch).shapes, 0)

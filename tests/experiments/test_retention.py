@@ -1,4 +1,4 @@
-"""The retention study: recipes, the rows of a run, the statistics of its report, and all of it end to end."""
+"""The retention study: recipes, rows of a run, statistics of the report, and an end-to-end run."""
 
 import dataclasses
 import itertools
@@ -51,7 +51,7 @@ def test_every_recipe_is_a_configuration_with_the_same_pairs(setting, dataset, t
     without = {"baseline", "static", "merged", "merged_first", "held", "held_full", "held_gently"}
     assert {n for n, c in found.items() if not c.clip.exits} == without
     for name, config in found.items():
-        clip_arch(config.clip)  # exits below the depth, pixels on the grid
+        clip_arch(config.clip)  # validates exits and image size
         start = {"summed": "", "static": "pretrained_static/0", "merged_first": "pretrained_merged/0"}
         wanted = (start | dict.fromkeys(("frozen", "frozen_attention"), "baseline/1")).get(name, "pretrained/0")
         assert config.train.init == (str(tmp_path / dataset / wanted) if wanted else ""), name
@@ -70,7 +70,7 @@ def test_every_recipe_with_exits_has_budgets_below_its_own_cost(tmp_path):
         assert sum(budget < own[0] / own[1] for budget in budgets) >= 2 or not budgets, name
 
 
-def test_the_ablation_changes_one_lever_of_shared(tmp_path):
+def test_the_ablation_changes_one_option_of_shared(tmp_path):
     sizes = recipes.SETTINGS["small"]["scenes"]
     flat = lambda name: {
         f"{group}.{key}": value
@@ -84,7 +84,7 @@ def test_the_ablation_changes_one_lever_of_shared(tmp_path):
 
 
 @pytest.mark.parametrize("setting", ["small", "large"])
-def test_the_static_tower_is_the_deepest_within_the_budget(setting, tmp_path):
+def test_the_shallower_baseline_is_the_deepest_within_the_budget(setting, tmp_path):
     sizes = recipes.SETTINGS[setting]["scenes"]
     full, small = (
         clip_arch(recipes.clip_config(n, "scenes", sizes, 0, "", tmp_path).clip).vision for n in ("baseline", "static")
@@ -94,12 +94,12 @@ def test_the_static_tower_is_the_deepest_within_the_budget(setting, tmp_path):
     assert cost(small.depth) <= recipes.BUDGET < cost(small.depth + 1)
 
 
-def test_a_name_that_is_no_field_is_refused():
+def test_an_unknown_field_is_refused():
     with pytest.raises(ConfigError, match="exit_hed"):
         recipes.with_changes(tiny_config(), {"clip.exit_hed": "adapter"})
 
 
-def test_the_towers_that_others_are_compared_with_come_first(tmp_path):
+def test_reference_runs_come_first(tmp_path):
     _, plan = study.parse(["--out", str(tmp_path), "--setting", "tiny", "--seeds", "1", "2", "--recipes", "shared"])
     todo = study.make_jobs(plan)
     order = [job.of[1] if job.of else job.run.name for job in todo]
@@ -108,7 +108,7 @@ def test_the_towers_that_others_are_compared_with_come_first(tmp_path):
     assert [len(job.heads) for job in todo] == [0] * 7 + [3, 3]
 
 
-def test_shaded_scenes_go_on_from_the_towers_of_scenes(tmp_path):
+def test_shaded_scenes_fine_tune_the_towers_of_scenes(tmp_path):
     arguments = ["--out", str(tmp_path), "--setting", "tiny", "--seeds", "1", "--recipes", "shared", "summed"]
     _, plan = study.parse([*arguments, "--dataset", "shaded", "--photos", str(tmp_path)])
     names = [job.run.name for job in study.make_jobs(plan)]
@@ -145,7 +145,7 @@ def test_unknown_recipes_and_missing_photos_are_refused(tmp_path, capsys):
     assert "pretraining" in capsys.readouterr().err
 
 
-def test_a_report_of_nothing_is_refused_and_needs_no_photographs(tmp_path, capsys, monkeypatch):
+def test_an_empty_report_is_refused_and_needs_no_photographs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["retention.py", "--out", str(tmp_path), "--dataset", "shaded", "--report-only"])
     monkeypatch.setattr(study.signal, "signal", lambda *_: None)
     monkeypatch.setattr(study.os, "environ", dict(os.environ))
@@ -160,13 +160,13 @@ def test_a_report_of_nothing_is_refused_and_needs_no_photographs(tmp_path, capsy
 
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory):
-    """A random CLIP with exits after 1, 2 and 3 blocks, beside which a small router costs little."""
+    """A random CLIP with exits after 1, 2 and 3 blocks; a small router is cheap in comparison."""
     return random_clip(tmp_path_factory.mktemp("tower") / "model", VisionArch(64, 8, 48, 3, 4, 192, 24, exits=(1, 2)))
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory, tower, complexity_folder):
-    """A folder as retention.py leaves it: one random tower as the runs of three recipes, routed by a random model."""
+    """An output folder of study.py: one random tower as the runs of three recipes, routed by a random model."""
     out = tmp_path_factory.mktemp("retention")
     first = out / "scenes" / "baseline" / "0"
     config = tiny_config()
@@ -185,7 +185,7 @@ def out(tmp_path_factory, tower, complexity_folder):
     return out
 
 
-def test_what_was_trained_anew_is_evaluated_anew(out, monkeypatch):
+def test_retrained_models_are_evaluated_again(out, monkeypatch):
     asked_for = json.loads((out / "scenes" / "baseline" / "0" / retention_rows.ROWS).read_text())["asked"]
     assert retention_rows.is_evaluated(asked_for)
     describe = retention_rows.checkpoint.describe
@@ -208,7 +208,9 @@ def test_rows_are_those_of_the_galleries(out, tower):
     found = ranks(*embedded[0], distractors=Distractors(*embedded[1]))
     for k in (1, 5, 10):
         for direction, value in recall(found, k).items():
-            assert rows["exit_2"]["recall"][f"{direction}_r{k}"] == pytest.approx(value, abs=100 / 30)  # ties in the last bit
+            assert rows["exit_2"]["recall"][f"{direction}_r{k}"] == pytest.approx(
+                value, abs=100 / 30
+            )  # near-ties may differ by rounding
     match, other = retention_rows.mean_cosines(*embedded[0])
     scores = embedded[0][0] @ embedded[0][1].T
     own = embedded[0][2] == np.arange(30)[:, None]
@@ -219,7 +221,7 @@ def test_rows_are_those_of_the_galleries(out, tower):
     assert len(hits) == len(rows)
 
 
-def test_routed_rows_have_dice_and_an_oracle_at_the_same_shares(out, complexity_folder):
+def test_routed_rows_have_random_routing_and_an_oracle_at_the_same_shares(out, complexity_folder):
     record, hits, _ = retention_rows.read_rows(out / "scenes" / "baseline" / "0")
     rows = record["rows"]
     assert any("the first exit and the router alone cost" in note for note in record["notes"]) and "complexity@0.05" not in rows
@@ -227,9 +229,9 @@ def test_routed_rows_have_dice_and_an_oracle_at_the_same_shares(out, complexity_
     cost = model_costs(model.arch, router.scorer.complexity.arch)
     for budget in BUDGETS:
         name = f"complexity@{budget:.2f}"
-        routed, dice, oracle = rows[name], rows[f"{name} random"], rows[f"{name} oracle"]
-        assert routed["share"] == dice["share"] == pytest.approx(oracle["share"])
-        assert routed["counted"] - dice["counted"] == pytest.approx(cost.router / cost.full)
+        routed, random, oracle = rows[name], rows[f"{name} random"], rows[f"{name} oracle"]
+        assert routed["share"] == random["share"] == pytest.approx(oracle["share"])
+        assert routed["counted"] - random["counted"] == pytest.approx(cost.router / cost.full)
         share = {int(e): part for e, part in routed["share"].items()}
         assert routed["counted"] == pytest.approx(cost.share_of_full(share))
         assert routed["measured"] > 0 and oracle["measured"] is None
@@ -249,8 +251,8 @@ def test_the_report_compares_seed_by_seed(out, tmp_path):
     early = rows["shared", "exit_1"]
     assert early["retention"]["value"] == pytest.approx(100 * early["mean_recall"]["value"] / same["mean_recall"]["value"])
     routed = rows["shared", "complexity@0.70"]
-    dice = rows["shared", "complexity@0.70 random"]
-    expected = routed["mean_recall"]["value"] - dice["mean_recall"]["value"]
+    random = rows["shared", "complexity@0.70 random"]
+    expected = routed["mean_recall"]["value"] - random["mean_recall"]["value"]
     assert routed["minus_random"]["value"] == pytest.approx(expected)
     cheap = sorted((row for row in rows.values() if row["recipe"] == "shared" and row["kind"] in ("exit", "random", "full")),
                    key=lambda row: row["counted"])  # fmt: skip
@@ -260,7 +262,7 @@ def test_the_report_compares_seed_by_seed(out, tmp_path):
     assert "fewer than 3 seeds" in routed["lacks"]
     assert "does not significantly pay" in report.depth_sentence("scenes", record["datasets"]["scenes"])
     text = (out / "retention.md").read_text()
-    # One budget: the dearest within the goal's time, which is measured, or the cheapest; beside a load that may be another one.
+    # One budget is listed: the most expensive within the target time, or the cheapest; measured times vary with load.
     listed = [budget for budget in BUDGETS if f"| shared | complexity@{budget:.2f} |" in text]
     assert len(listed) == 1
     cost = {budget: rows["shared", f"complexity@{budget:.2f}"]["measured"] for budget in BUDGETS}
@@ -288,7 +290,7 @@ def test_why_exits_of_the_same_runs(out):
     assert (out / "why_exits.png").read_bytes()[:4] == b"\x89PNG" and "scenes" in (out / "why_exits.md").read_text()
 
 
-def test_why_exits_says_what_is_missing(tmp_path, capsys):
+def test_why_exits_names_what_is_missing(tmp_path, capsys):
     with pytest.raises(SystemExit):
         why_exits.main(["--out", str(tmp_path)])
     assert "experiments.retention.study" in capsys.readouterr().err
@@ -298,7 +300,7 @@ def test_why_exits_says_what_is_missing(tmp_path, capsys):
 def test_end_to_end_and_resumed(tmp_path):
     command = [sys.executable, "-m", "experiments.retention.study", "--setting", "tiny", "--seeds", "1"]
     command += ["--recipes", "combined", "--routers", "regret", "--jobs", "2", "--out", tmp_path]
-    quick = "--xla_backend_optimization_level=0"  # compiling takes longer than these steps
+    quick = "--xla_backend_optimization_level=0"  # compilation takes longer than these steps
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick}
     first = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "run 1 of 6: scenes/pretrained (" in first.stdout and "Finished" in (tmp_path / "scenes/static/1.log").read_text()

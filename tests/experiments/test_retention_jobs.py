@@ -1,4 +1,4 @@
-"""experiments/retention/jobs.py: trainings one after the other and side by side."""
+"""experiments/retention/jobs.py: sequential and parallel trainings."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ def finish(each: jobs.Job) -> None:
 
 
 @pytest.mark.parametrize("side_by_side", [1, 2, 5])
-def test_a_job_begins_when_what_it_needs_is_finished(tmp_path, side_by_side):
+def test_a_job_starts_when_its_dependencies_are_finished(tmp_path, side_by_side):
     todo = [job(tmp_path, "a"), job(tmp_path, "b", "a"), job(tmp_path, "c"), job(tmp_path, "d", "b", "c")]
     begun, at_once, most, lock = [], 0, 0, threading.Lock()
 
@@ -46,7 +46,7 @@ def test_a_job_begins_when_what_it_needs_is_finished(tmp_path, side_by_side):
     assert sorted(begun) == ["a", "b", "c", "d"] and begun[-1] == "d" and most == min(side_by_side, 2)
     assert begun.index("a") < begun.index("b")
     if side_by_side > 1:
-        assert set(begun[:2]) == {"a", "c"}  # b waits for a, c goes first
+        assert set(begun[:2]) == {"a", "c"}  # b waits for a, so c starts first
 
 
 def test_a_job_that_fails_stops_the_others(tmp_path):
@@ -65,7 +65,7 @@ def test_a_job_that_fails_stops_the_others(tmp_path):
     assert time.perf_counter() - begin < 30 and sorted(asked) == ["a", "b"]
 
 
-def test_a_program_that_fails_says_so_and_its_output_is_kept(tmp_path, capfd):
+def test_a_failing_program_is_reported_and_its_output_is_kept(tmp_path, capfd):
     children, log = jobs.ChildProcesses(), tmp_path / "x.log"
     children.call([sys.executable, "-c", "print('one')"], log)
     with pytest.raises(subprocess.CalledProcessError) as failed:
@@ -84,7 +84,7 @@ def test_a_program_that_fails_says_so_and_its_output_is_kept(tmp_path, capfd):
     assert "three" not in log.read_text()
 
 
-def test_the_time_that_is_left(tmp_path, capsys):
+def test_the_remaining_time(tmp_path, capsys):
     first, second = job(tmp_path, "a").run, job(tmp_path, "b").run
     progress = jobs.Progress([first, second])
     progress.begin(first, None)

@@ -1,4 +1,4 @@
-"""The report of the retention study: random routing at the same cost, distance to the goal, which rows are shown and drawn."""
+"""Report of the retention study: random routing at the same cost, unmet goals, rows in the table and the figure."""
 
 import dataclasses
 
@@ -13,22 +13,22 @@ from experiments.retention import (
 )
 
 
-def test_dice_of_the_same_cost():
-    """Recall grows with FLOPs from the exit to full depth; queues take dice 0.05 of the time beyond their FLOPs."""
+def test_random_routing_at_the_same_cost():
+    """Recall grows with FLOPs from the exit to full depth; queues add 0.05 of the time to random routing."""
     recall = lambda counted: np.array([100 * counted, 50 * counted])
     points = [equal_cost.CostPoint(c, c + (0.05 if 0.5 < c < 1 else 0.0), recall(c)) for c in (0.7, 1.0, 0.5, 0.6, 0.8, 0.9)]
     untimed = [dataclasses.replace(point, measured=None) for point in points]
     np.testing.assert_allclose(equal_cost.recall_at_flops(points, 0.64), recall(0.64))
-    np.testing.assert_allclose(equal_cost.recall_at_flops(points, 0.4), recall(0.5))  # no dice are cheaper than the exit
-    dice = [point for point in points if 0.5 < point.counted < 1]
-    np.testing.assert_allclose(equal_cost.recall_at_time([*dice, *untimed], 0.79), recall(0.74))
+    np.testing.assert_allclose(equal_cost.recall_at_flops(points, 0.4), recall(0.5))  # nothing is cheaper than the exit
+    random = [point for point in points if 0.5 < point.counted < 1]
+    np.testing.assert_allclose(equal_cost.recall_at_time([*random, *untimed], 0.79), recall(0.74))
     np.testing.assert_allclose(equal_cost.recall_at_time(points, 1.02), recall(1.0))  # full depth has no queues
     assert equal_cost.recall_at_time(untimed, 0.7) is None and equal_cost.recall_at_time([points[1], *untimed], 0.7) is None
     shrinking = [dataclasses.replace(point, measured=1.5 - point.counted) for point in points]
     assert equal_cost.recall_at_time(shrinking, 0.45) is None
 
 
-def test_times_of_one_router_lie_on_a_line_through_them():
+def test_times_of_one_router_are_replaced_by_a_linear_fit():
     def row(kind, router, counted, measured):
         return {"kind": kind, "router": router, "counted": counted, "measured": measured}
 
@@ -45,10 +45,10 @@ def test_times_of_one_router_lie_on_a_line_through_them():
         assert found[f"a@{counted}"]["measured"] == pytest.approx(0.1 + counted)
     assert {k: v for k, v in found.items() if not k.startswith("a@") or " " in k} == {
         k: v for k, v in rows.items() if not k.startswith("a@") or " " in k
-    }  # two budgets are no line; dice have their own, in `by_time`
+    }  # two budgets are too few for a fit; random routing has its own in `recall_at_time`
 
 
-def test_what_a_row_lacks_of_the_goal():
+def test_unmet_goals_of_a_row():
     above = {"value": 2.0, "low": 1.0, "high": 3.0}
     row = {"retention": {"value": 99.2, "low": 97.5, "high": 101}, "measured": 0.69, "minus_random_time": above,
            "minus_static": above, "seeds": [0, 1, 2]}  # fmt: skip
@@ -62,7 +62,7 @@ def test_what_a_row_lacks_of_the_goal():
         assert any(word in each for each in report.lacks(row | change)), change
 
 
-def test_the_row_shown_is_the_dearest_within_the_time_not_the_one_that_keeps_most():
+def test_the_row_shown_is_the_most_expensive_within_the_time_not_the_best():
     def row(name, measured, kept, kind="routed"):
         counted = float(name.split()[0].split("@")[1])
         return {"recipe": "shared", "row": name, "kind": kind, "router": "regret", "budget": 0.7, "measured": measured,
@@ -76,7 +76,7 @@ def test_the_row_shown_is_the_dearest_within_the_time_not_the_one_that_keeps_mos
     assert figure.within_budget(rows, "shared", "blocks", False) is None
 
 
-def test_a_routing_that_takes_too_long_is_drawn_paler_not_left_out():
+def test_a_too_slow_routing_is_drawn_paler():
     def row(recipe, name, measured, kept, kind, router=None):
         return {"recipe": recipe, "row": name, "kind": kind, "router": router, "measured": measured, "counted": measured,
                 "retention": {"value": kept, "low": kept - 1, "high": kept + 1}}  # fmt: skip

@@ -1,4 +1,4 @@
-"""experiments/retention/shaded_scenes.py: scenes in the light of photographs, and what retention.py asks of them."""
+"""experiments/retention/shaded_scenes.py: photograph-textured scenes, and the image sets of the study."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from tests.support.runs import tiny_config
 
 @pytest.fixture
 def photos(tmp_path):
-    """Six photographs to learn from, one held out, of 12 by 8 pixels."""
+    """Six training photographs and one held-out photograph of 12 by 8 pixels."""
     names = [f"{i}.png" for i in range(7)]
     put_images(tmp_path / "photos" / "images", names)
     entries = [(name, "val" if i == 6 else "train", ["Two dogs run .", "Dogs."], {}) for i, name in enumerate(names)]
@@ -27,13 +27,13 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def test_scenes_are_shaded_by_photographs_of_one_split_each(photos, tmp_path):
+def test_each_photograph_textures_scenes_of_one_split(photos, tmp_path):
     folder = tmp_path / "shaded"
     shaded_scenes.write_scenes(photos, folder, 64, queries=6, distractors=7)
     parts = {split: open_folder(str(folder), split) for split in shaded_scenes.TIMES}
-    # The photograph of `val` and one of `train` are asked for, two more make the distractors, three are learnt from.
+    # The `val` photograph and one of `train` make the queries, two make the distractors, three the training images.
     assert {split: len(part) for split, part in parts.items()} == {"train": 30, "test": 7, "val": 6}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos", "shaded"]  # nothing half-made is left
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos", "shaded"]  # no temporary folders are left
     first, scene = parts["val"][0], Scenes("val", 2)[0]
     assert first.captions == scene.captions and first.image().size == (64, 64)
     assert first.image().tobytes() != scene.image().tobytes()
@@ -42,14 +42,14 @@ def test_scenes_are_shaded_by_photographs_of_one_split_each(photos, tmp_path):
     assert (folder / shaded_scenes.FILE).stat().st_mtime_ns == before
 
 
-def test_the_light_of_a_photograph():
+def test_the_brightness_map_of_a_photograph():
     shades = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))
     light = shaded_scenes.brightness_map(Image.fromarray(shades).convert("RGB"), 64)
     assert light.shape == (64, 64) and light.dtype == np.float32 and (np.diff(light, axis=1) >= 0).all()
     np.testing.assert_allclose([light.min(), light.max()], [shaded_scenes.DARKEST, shaded_scenes.BRIGHTEST], rtol=1e-6)
 
 
-def test_scenes_shaded_by_other_photographs_are_refused(photos, tmp_path):
+def test_scenes_from_other_photographs_are_refused(photos, tmp_path):
     shaded_scenes.write_scenes(photos, tmp_path / "shaded", 64, queries=6, distractors=7)
     put_images(tmp_path / "others" / "images", ["a.png", "b.png", "c.png", "d.png"])
     put_karpathy(tmp_path / "others", [(f"{n}.png", "val" if n == "d" else "train", ["Dogs."], {}) for n in "abcd"])
@@ -60,13 +60,13 @@ def test_scenes_shaded_by_other_photographs_are_refused(photos, tmp_path):
     assert not (tmp_path / "more").exists()
 
 
-def test_distractors_are_those_of_test_where_only_thresholds_are_cut_out(photos, tmp_path):
+def test_distractors_come_from_test_if_only_calibration_images_are_held_out(photos, tmp_path):
     shaded_scenes.write_scenes(photos, tmp_path / "shaded", 64, queries=6, distractors=7)
     of_folder = {"data.source": "folder", "data.root": str(tmp_path / "shaded"), "data.calibration_size": 5}
     config = recipes.with_changes(tiny_config(), of_folder)
     images = rows.select_images(config, 5, 3)
     assert [len(part) for part in (images.queries, images.far, images.calibration)] == [6, 3, 5]
     assert set(record_names(images.far)) <= set(open_folder(str(tmp_path / "shaded"), "test").names)
-    cut = rows.select_images(config, 3, 2)  # two more than thresholds need
+    cut = rows.select_images(config, 3, 2)  # two more than needed for thresholds
     assert [len(part) for part in (cut.far, cut.calibration)] == [2, 3]
     assert not set(record_names(cut.far)) & set(record_names(cut.calibration))

@@ -124,7 +124,7 @@ def test_summed_heads_go_on_from_tokens_before_the_first_of_them():
     tokens = trunk.run(trunk.embed(images), (2,))[2]
     for exit, expected_ in whole.items():
         np.testing.assert_allclose(clip.encode_tokens(params, tokens, 2, exit), expected_, atol=1e-5)
-    with pytest.raises(ValueError, match="past the head after 2 of the exit after 4"):
+    with pytest.raises(ValueError, match="come too late for exit 4, which reads block 2"):
         clip.encode_tokens(params, tokens, 3, 4)
 
 
@@ -143,7 +143,7 @@ def test_what_summed_heads_cannot_go_with(tmp_path):
     description = {"arch": dataclasses.asdict(made), "preprocess": Preprocess(64, "squash").to_dict()}
     folder = checkpoint.write(tmp_path / "model", "clip", description, drawn.params(Clip.graph(made).shapes, 0))
     other = dataclasses.replace(made, vision=dataclasses.replace(made.vision, exit_sum=True))
-    with pytest.raises(ConfigError, match="full depth would begin somewhere else; set it to False"):
+    with pytest.raises(ConfigError, match="would change its full-depth embeddings. Set it to False"):
         init_weights.adopt(other, folder)
 
 
@@ -169,7 +169,7 @@ def test_a_description_without_the_field_is_that_of_linear_heads():
 def test_heads_that_are_refused(clip_folder, tmp_path):
     with pytest.raises(ValueError, match="exit head 'deep' must be one of"):
         with_head("deep")
-    with pytest.raises(ValueError, match="exits that pool 'map' see all tokens already"):
+    with pytest.raises(ValueError, match="exits that pool 'map' need exit head 'linear'"):
         with_head("adapter", head="map", pool="map", embed_dim=32)
     arch = from_dict(checkpoint.describe(clip_folder)["arch"], ClipArch)
     vision = with_head("attention", arch.vision, exits=(1,), pool="first_patch")
@@ -210,9 +210,9 @@ def test_new_exits_of_a_run_start_at_random_where_asked(clip_folder, tmp_path):
             if how == "random" and path.startswith("vision/exits/"):
                 expected = pytree.flatten(fresh)[path]
             np.testing.assert_array_equal(np.asarray(leaf), expected, path)
-    merging = f"{model}: it merges patches by (1,), the run by none (config.clip.merge)"
-    assert notes == [f"{model}: exits 1, 2 start at random (config.clip.exit_start)", merging,
-                     f"{model}: exits 1, 2 start from the head of the full tower", merging]  # fmt: skip
+    merging = f"{model}: token merging (1,) in the checkpoint, none here (config.clip.merge)"
+    assert notes == [f"{model}: exits 1, 2 are initialised randomly (config.clip.exit_start)", merging,
+                     f"{model}: exits 1, 2 are initialised from the full-depth head", merging]  # fmt: skip
 
 
 def test_residuals_that_the_run_has_not_are_named(clip_folder, tmp_path):

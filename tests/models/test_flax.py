@@ -113,7 +113,7 @@ def test_blocks_that_differ_are_not_scanned_and_named(params, change):
     np.testing.assert_allclose(clip.encode_image(IMAGES), Clip.graph(ARCH).encode_image(params, IMAGES), atol=1e-5)
     change(clip)
     clip.vision(IMAGES, (1,))  # one block
-    with pytest.raises(ValueError, match=r"blocks 1 differ from block 0; run blocks that differ one by one.*scan=False"):
+    with pytest.raises(ValueError, match=r"blocks 1 differ from block 0; run them one by one.*scan=False"):
         clip.encode_image(IMAGES, exit=3)
 
 
@@ -159,7 +159,7 @@ def test_sow_keeps_one_entry_a_block(clip):
 def test_what_a_loop_or_remat_would_lose_is_refused(params, execution):
     clip = Clip.graph(ARCH, execution=execution).merge(params)
     sowing(clip)
-    with pytest.raises(ValueError, match=r"block \d keeps other state than parameters \(Intermediate at seen\)"):
+    with pytest.raises(ValueError, match=r"block \d has non-parameter state \(Intermediate at seen\)"):
         clip.encode_image(IMAGES)
 
 
@@ -314,7 +314,7 @@ def test_graphs_are_values(params):
     assert graph.arch == ARCH and "Clip" in repr(graph) and graph.encode_text.__doc__
     static = jax.jit(graph.encode_image, static_argnames="exit")
     np.testing.assert_allclose(static(params, IMAGES, exit=1), graph.encode_image(params, IMAGES, 1), atol=1e-5)
-    with pytest.raises(KeyError, match="the parameters lack vision/proj/kernel"):
+    with pytest.raises(KeyError, match="missing parameter vision/proj/kernel"):
         graph.merge({**params, "vision": {**params["vision"], "proj": {}}})
     with pytest.raises(AttributeError, match="encode_sound"):
         graph.encode_sound
@@ -396,7 +396,7 @@ def test_parts_of_a_graph_are_graphs_and_functions_are_kept(params):
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda c: c.encode_text(["a red square"]), "integer array .*, got list; a Tokenizer makes them"),
+    (lambda c: c.encode_text(["a red square"]), "integer array .*, got list; encode texts with a Tokenizer"),
     (lambda c: c.encode_image([[0.0]]), "float array .*, got list"),
     (lambda c: Clip("vit_b32", rngs=nnx.Rngs(0)), r"arch must be a ClipArch, such as icar_jax.variants"),
 ])  # fmt: skip

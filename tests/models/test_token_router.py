@@ -146,7 +146,9 @@ def test_a_bundle_with_another_tower_is_refused(clip_folder, tmp_path):
         return flat | {"tower/blocks/0/mlp/fc1/kernel": kernel}
 
     other = write_scorer(tmp_path / "other", clip_folder, 1, change=nudge)
-    with pytest.raises(CheckpointError, match=r"a different tower \(vision/blocks/0/mlp/fc1/kernel\).*trained on \(clips/first"):
+    with pytest.raises(
+        CheckpointError, match=r"a different tower \(vision/blocks/0/mlp/fc1/kernel\).*trained on \(clips/first"
+    ):
         make_bundle(clip_folder, other, tmp_path / "bundle", thresholds=(0.3, 0.6))
     assert not (tmp_path / "bundle").exists()
 

@@ -118,7 +118,7 @@ def test_a_topology_that_is_none(text, message):
 @pytest.mark.parametrize(
     "topology, devices, message",
     [
-        ("", 0, "names no slice; examples: v5e:16x16"),
+        ("", 0, "needs a slice, such as v5e:16x16"),
         ("v5e", 0, "has no shape; such as v5e:16x16"),
         ("h100", 0, "has no shape; write --topology=h100 --devices 8"),
         ("v5e:2x4", 4, "has 8 chips, but --devices=4; write --topology=v5e --devices 4"),
@@ -178,9 +178,9 @@ def test_the_estimate_is_the_slowest_bound():
 
 def test_the_report_says_what_it_is():
     fits = plan_report.format_plan(made(temporaries=plans.GIB, unknown_loops=2), config_of(exits=(2, 4)))
-    assert "all                             7.00 of 15.75 usable: fits" in fits
-    assert "ESTIMATE, not a measurement: 1.000 s a step, 1,024 pairs/s on 8 chips, 100% of the bf16 peak" in fits
-    assert "2 loops of unknown length" in fits
+    assert "total                           7.00 of 15.75 usable: fits" in fits
+    assert "ESTIMATE, not a measurement: 1.000 s per step, 1,024 pairs/s on 8 chips, 100% of the bf16 peak" in fits
+    assert "2 loops with unknown trip count" in fits
     too_large = plan_report.format_plan(
         made(error="RESOURCE_EXHAUSTED: (33.37G) exceeds", needed=int(33.37 * plans.GIB)), config_of()
     )
@@ -240,7 +240,7 @@ def test_a_sweep_climbs_until_it_fits_and_lists_the_fastest_first(swept):
 def test_a_sweep_keeps_to_meshes_that_divide_the_batch(swept):
     meshes = {(p.mesh["data"] * p.mesh["fsdp"], p.mesh["tensor"]) for p in swept(config_of(batch=4))}
     assert meshes == {(4, 2), (2, 4)}
-    with pytest.raises(ConfigError, match="batch_size=3 divides over none of the meshes of 8 devices; use a multiple of 8"):
+    with pytest.raises(ConfigError, match="batch_size=3 is not divisible for any mesh of 8 devices; use a multiple of 8"):
         swept(config_of(batch=3))
 
 
@@ -276,14 +276,14 @@ def plan_in_a_process(topology, devices):
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[0] == "vit_nano, exits after 1, 2 blocks, text vocabulary 49408"
-    assert "mesh data 2 x fsdp 4 x tensor 1; 16 pairs a step, 2 a chip" in done.stdout
+    assert "mesh data 2 x fsdp 4 x tensor 1; 16 pairs per step, 2 per chip" in done.stdout
     return done.stdout
 
 
 @pytest.mark.check
 def test_a_plan_on_eight_cpu_devices():
     report = plan_in_a_process("h100", 8)
-    assert "8 x h100, each played by a CPU device" in report and "by the CPU compiler" in report
+    assert "8 x h100, each simulated by a CPU device" in report and "by the CPU compiler" in report
     assert "all-gather" in report and "all-reduce" in report and "cycle estimates" not in report
     assert "of 78 usable: fits" in report and report.splitlines()[-1] == "status 0"
 

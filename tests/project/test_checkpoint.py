@@ -59,7 +59,7 @@ def test_a_folder_that_is_no_checkpoint_is_not_overwritten(tmp_path):
 
 def test_a_checkpoint_of_another_kind_is_not_overwritten(folder):
     before = checkpoint.sha256(folder / checkpoint.WEIGHTS)
-    with pytest.raises(CheckpointError, match="holds a checkpoint of kind 'clip', not 'complexity'"):
+    with pytest.raises(CheckpointError, match="is a checkpoint of kind 'clip', not 'complexity'"):
         checkpoint.write(folder, "complexity", {}, PARAMS)
     with pytest.raises(CheckpointError, match="not 'bundle'"):
         checkpoint.write_bundle(folder, {}, folder, folder)
@@ -103,10 +103,10 @@ def test_find_accepts_a_checkpoint_a_workdir_and_prefers_the_bundle(folder, tmp_
 def test_find_says_what_is_missing(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         checkpoint.find(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="holds no icar.json"):
+    with pytest.raises(CheckpointError, match="has no icar.json"):
         checkpoint.find(tmp_path)
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(CheckpointError, match="has not finished"):
+    with pytest.raises(CheckpointError, match="is not finished"):
         checkpoint.find(tmp_path)
 
 

@@ -227,7 +227,7 @@ def test_a_bundle_does_not_replace_a_trained_model(runs, capsys):
     command = ["bundle", "--clip", str(runs / "clip"), "--complexity", str(runs / "complexity")]
     with pytest.raises(SystemExit):
         cli.main([*command, "--out", str(runs / "clip" / "model")])
-    assert "holds a checkpoint of kind 'clip', not 'bundle'" in capsys.readouterr().err
+    assert "is a checkpoint of kind 'clip', not 'bundle'" in capsys.readouterr().err
     icar_jax.load(runs / "clip" / "model")
 
 

@@ -303,7 +303,7 @@ def test_models_that_do_not_belong_are_refused_before_anything_is_read(
     description = json.loads((other / "icar.json").read_text())
     (other / "icar.json").write_text(json.dumps({**description, "preprocess": {**description["preprocess"], "resize": "crop"}}))
     before = open_store(store).versions()
-    with pytest.raises(StoreError, match=f"another CLIP.*from {model.path.parent}"):
+    with pytest.raises(StoreError, match=f"a different CLIP.*from {model.path.parent}"):
         index_files(store, ImagePaths([str(pictures)]), other, never)
     with pytest.raises(IndexingError, match="contains no CLIP"):
         index_files(store, ImagePaths([str(pictures)]), complexity_folder, never)

@@ -165,7 +165,7 @@ def test_replaced_versions_are_freed_by_age_and_by_number(name, tmp_path):
     for i in range(tables.MANY_VERSIONS + 2):
         write(i)
     time.sleep(0.05)
-    store._tidy(name, stores.KEEP_VERSIONS, keep_of_many=timedelta(milliseconds=1))
+    store._compact_table(name, stores.KEEP_VERSIONS, keep_of_many=timedelta(milliseconds=1))
     assert versions() < 4
 
 
@@ -211,8 +211,8 @@ def test_models_that_do_not_belong_are_refused(tmp_path):
     store.require_model(IDENTITY, "/bundle")
     store.require_model({"clip": "a" * 64}, "/clip")
     for identity, match in (
-        ({"clip": "c" * 64}, f"another CLIP.*{'a' * 64}.*from /bundle.*/other is {'c' * 64}"),
-        ({"clip": "a" * 64, "complexity": "c" * 64}, "another complexity model"),
+        ({"clip": "c" * 64}, f"a different CLIP.*{'a' * 64}.*from /bundle.*/other has {'c' * 64}"),
+        ({"clip": "a" * 64, "complexity": "c" * 64}, "a different complexity model"),
         ({"complexity": "b" * 64}, "contains no CLIP"),
     ):
         with pytest.raises(StoreError, match=match):
@@ -243,7 +243,7 @@ def test_damage_is_said_plainly(tmp_path):
 
     make(tmp_path / "store")
     shutil.rmtree(tmp_path / "store" / "bad.lance")
-    with pytest.raises(StoreError, match="lacks bad"):
+    with pytest.raises(StoreError, match="tables bad are missing"):
         open_store(tmp_path / "store")
     make(tmp_path / "other")
     for file in (tmp_path / "other" / "meta.lance").rglob("*.lance"):

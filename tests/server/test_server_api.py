@@ -157,7 +157,7 @@ def test_uploads_are_bounded(client):
     assert "multipart/form-data" in refused(client.post("/api/search/image", content=b"abc"), 422)
     assert "field 'image'" in refused(client.post("/api/search/image", files={"other": b"abc"}), 422)
     assert "is empty" in refused(upload(client, b""), 422)
-    assert "no image" in refused(upload(client, b"<svg xmlns='http://www.w3.org/2000/svg'/>", "a.svg", "image/svg+xml"), 422)
+    assert "not a readable image" in refused(upload(client, b"<svg xmlns='http://www.w3.org/2000/svg'/>", "a.svg", "image/svg+xml"), 422)
     found(upload(client, serverkit.sent(Image.new("RGB", (10, 10)))))
 
 
@@ -281,7 +281,7 @@ def test_a_token_is_asked_for(made):
         assert to_login.status_code == 303 and to_login.headers["location"] == "/login?q=two+dogs&min=0.5"
         assert "<form" in c.get(to_login.headers["location"]).text
         wrong = c.post("/login", data={"token": "wrong"})
-        assert wrong.status_code == 401 and "not the token" in wrong.text and "set-cookie" not in wrong.headers
+        assert wrong.status_code == 401 and "Wrong token" in wrong.text and "set-cookie" not in wrong.headers
         right = c.post("/login?q=two+dogs&min=0.5", data={"token": TOKEN})
         assert right.status_code == 303 and right.headers["location"] == "/?q=two+dogs&min=0.5"
         cookie = right.headers["set-cookie"]

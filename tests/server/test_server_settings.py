@@ -45,7 +45,7 @@ def test_a_token_file(tmp_path):
 @pytest.mark.parametrize("options, match", [
     ({"allowed_hosts": ("a.example",)}, "--allowed-host makes .* add --token-file"),
     ({"allowed_hosts": ("http://a.example",), "token": TOKEN}, "without scheme and port"),
-    ({"port": 70000}, "0 to 65535"),
+    ({"port": 70000}, "0 and 65535"),
     ({"queue": 0}, "queue must be positive"),
 ])  # fmt: skip
 def test_settings_that_cannot_be(options, match):

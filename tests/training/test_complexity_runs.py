@@ -101,7 +101,7 @@ def test_a_run_ends_when_patience_does_also_after_it_was_cut_off(tmp_path, capsy
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(config, whole, evaluators=scripted(0))
     assert [line["eval/pcc"] for line in lines(whole, "eval/pcc")] == script
-    assert "The last 2 evaluations were no better (config.train.patience): ended after step 3 of 4." in capsys.readouterr().out
+    assert "Early stopping: no improvement in 2 evaluations (config.train.patience); step 3 of 4." in capsys.readouterr().out
     assert checkpoint.describe(whole / "model")["source"]["steps"] == 3
     best = checkpoint.describe(whole / "best")["evaluation"]
     assert (best["steps"], best["pcc"], best["eval/pcc"]) == (1, 0.5, 0.5)
@@ -265,7 +265,7 @@ def test_a_classifier_needs_both_classes(tmp_path, weights):
     (root / "labels.json").write_text(json.dumps(labels))
     config = small(config_file("icc"), root, str(root / "labels.json"))
     config.complexity.class_weights = weights
-    with pytest.raises(ConfigError, match="head='classification', but of .* 0 are simple"):
+    with pytest.raises(ConfigError, match="head='classification' needs images of both classes, but of .* 0 are simple"):
         train(config, tmp_path / "w")
     assert not (tmp_path / "w").exists()
 

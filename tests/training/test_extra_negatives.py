@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import icar_jax
-from icar_jax.data.records import Source
 from icar_jax import checkpoint, pytree
 from icar_jax.config import ConfigError, validate
+from icar_jax.data.records import Source
 from icar_jax.data.scenes import Scenes
 from icar_jax.models.exit_regret import ExtraNegatives, loss_regret
 from icar_jax.parallel.rules import FSDP_FALLBACK_SIZE
@@ -69,7 +69,7 @@ def test_rivals_are_training_pairs_as_the_clip_embeds_them(clip_folder, tmp_path
     expected = jax.jit(lambda e, t: loss_regret(e[1], e[3], t, scale, more, weighed=True))(embeds, text)
     np.testing.assert_allclose(got, expected, atol=1e-4)
     config.complexity.rivals = 99
-    with pytest.raises(ConfigError, match="of 100 images of the training set 98 can be read and have a caption; take fewer"):
+    with pytest.raises(ConfigError, match="only 98 of 100 training images can be read and have a caption; set fewer"):
         kind_of(config).embedded_params(task, source, tokenizer, frozen, request)
     config.complexity.rivals = 70
     # A run among rivals learns other targets, and is the same where it is cut off.

@@ -95,7 +95,7 @@ def test_where_nothing_changed_nothing_is_lost(origin, tokenizer):
 def test_a_tower_of_another_size_is_refused(origin, tokenizer):
     config = held(origin)
     config.clip = dataclasses.replace(config.clip, image_size=96)
-    with pytest.raises(ConfigError, match="it takes 64 pixels, this run 96; set config.clip.image_size=64"):
+    with pytest.raises(ConfigError, match="64 pixels, but this run has 96; set config.clip.image_size=64"):
         kind_of(config).task(tokenizer)
 
 
@@ -173,5 +173,5 @@ def test_a_run_resumes_exactly_and_only_with_the_weights_it_began_with(origin, t
     with pytest.raises(ConfigError, match=f"config.train.init={start}: .*does not exist"):
         train(config, tmp_path / "other")
     _write(start, tokenizer, 1)
-    with pytest.raises(ConfigError, match=f"config.train.init={start} is another model than the one {tmp_path / 'other'}"):
+    with pytest.raises(ConfigError, match=f"config.train.init={start} differs from the model that {tmp_path / 'other'}"):
         train(config, tmp_path / "other")

@@ -46,7 +46,7 @@ def test_a_checkpoint_without_one_asks_for_it(config, clip_folder, tmp_path):
     bare = shutil.copytree(clip_folder, tmp_path / "bare")
     (bare / checkpoint.TOKENIZER).unlink()
     config.train.init = str(bare)
-    with pytest.raises(ConfigError, match=r"config.train.init=.*bare holds no tokenizer.*--config.data.tokenizer=PATH"):
+    with pytest.raises(ConfigError, match=r"config.train.init=.*bare has no tokenizer.*--config.data.tokenizer=PATH"):
         tokenizer_of(config, None, None)
     config.data.tokenizer = str(clip_folder / checkpoint.TOKENIZER)
     assert tokenizer_of(config, None, None).vocab_size
@@ -58,8 +58,8 @@ def test_other_preprocessing_than_that_of_the_checkpoint_is_said(clip_folder):
     assert notes == []
     note_preprocessing(clip_folder, "clip", Preprocess(32, "crop", "bilinear"), notes.append)
     assert notes == [
-        f"{clip_folder}: its pictures were prepared otherwise: resize_mode 'squash' there, 'crop' here; "
-        "interpolation 'bicubic' there, 'bilinear' here (config.data)"
+        f"{clip_folder}: image preprocessing differs: resize_mode 'squash' in the checkpoint, 'crop' in the run; "
+        "interpolation 'bicubic' in the checkpoint, 'bilinear' in the run (config.data)"
     ]
 
 
@@ -73,7 +73,7 @@ def with_exits(arch, exits):
 
 def test_exits_that_the_run_lacks_are_left_out_and_said(clip_folder):
     saved = from_dict(checkpoint.describe(clip_folder)["arch"], ClipArch)
-    cases = {(2,): "exits 1 are left out, the run has (2,)", (): "exits 1, 2 are left out, the run has none"}
+    cases = {(2,): "exits 1 are dropped, the run has (2,)", (): "exits 1, 2 are dropped, the run has none"}
     for exits, words in cases.items():
         said = []
         found = load(clip_folder, with_exits(saved, exits), note=said.append)

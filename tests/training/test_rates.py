@@ -45,9 +45,9 @@ def test_rates_are_shares_of_the_groups_rate_and_the_first_fits():
 
 
 @pytest.mark.parametrize("freeze, rates, message", [
-    (("imgae",), (), r"train.freeze holds 'imgae', which is found in no path.*near it: image"),
-    ((), ("vison/blocks/=0.1",), r"rates holds 'vison/blocks/', which is found in no.*near it: vision/blocks/"),
-    ((".",), (), "leaves nothing to train"),
+    (("imgae",), (), r"train.freeze contains 'imgae', which matches none of.*closest: image"),
+    ((), ("vison/blocks/=0.1",), r"rates contains 'vison/blocks/', which matches none of.*closest: vision/blocks/"),
+    ((".",), (), "freezes every parameter"),
 ])  # fmt: skip
 def test_a_regex_that_finds_nothing_is_an_error(freeze, rates, message):
     require_matches(("image", "vision/blocks/1/"), ("vision=2",), SHAPES)

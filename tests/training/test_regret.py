@@ -165,7 +165,7 @@ def test_a_continued_run_needs_the_clip_it_began_with(clip_folder, tmp_path):
     about = json.loads(file.read_text())
     about["hashes"][checkpoint.WEIGHTS] = "0" * 64
     file.write_text(json.dumps(about))
-    with pytest.raises(ConfigError, match="differs from the CLIP that .*run started with.*put the first one back"):
+    with pytest.raises(ConfigError, match="differs from the CLIP that .*run started with.*restore the original one"):
         train(config, tmp_path / "run")
     shutil.rmtree(clip)
     with pytest.raises(ConfigError, match="config.complexity.clip=.*clip does not exist"):
@@ -177,14 +177,14 @@ def test_a_continued_run_needs_the_clip_it_began_with(clip_folder, tmp_path):
     [
         ({"complexity.clip": ""}, "config.complexity.clip='' but config.complexity.target='regret'"),
         ({"complexity.clip": "nowhere"}, "config.complexity.clip=nowhere: nowhere does not exist"),
-        ({"complexity.exit": 3}, r"config.complexity.exit=3 is no early exit of .*after \(1, 2\) blocks"),
+        ({"complexity.exit": 3}, r"config.complexity.exit=3 is not an early exit of .*after \(1, 2\) blocks"),
         ({"complexity.exit": -1}, "config.complexity.exit=-1 must be an exit"),
         ({"complexity.target": "rank"}, "config.complexity.target='rank'"),
         ({"complexity.regret": "l2"}, "config.complexity.regret='l2'"),
         ({"complexity.head": "classification"}, "config.complexity.head='classification', but .* has no classes"),
         ({"complexity.target": "rating", "complexity.exit": 1}, "config.complexity.exit=1 is for .*target='regret'"),
         ({"data.source": "ratings", "data.root": "x"}, "config.data.source='ratings', but .*target='regret' learns"),
-        ({"complexity.rivals": 10**6}, "config.complexity.rivals=1000000, but the training set has 200 images; take fewer"),
+        ({"complexity.rivals": 10**6}, "rivals=1000000 extra negatives, but the training set has 200 images; set"),
         ({"complexity.rivals": -1}, "config.complexity.rivals=-1 must be 0, or a number of training pairs"),
         ({"complexity.rivals": 4, "complexity.regret": "cosine"}, "rivals=4 .*regret='loss' or 'kl' .found 'cosine'"),
         ({"complexity.rivals": 4, "complexity.target": "rating"}, "config.complexity.rivals=4 is for .*target='regret'"),
@@ -212,14 +212,14 @@ def changed(clip_folder, folder, **arch):
 
 def test_a_clip_without_exits_tokenizer_or_its_weights_is_named(clip_folder, tmp_path):
     plain = changed(clip_folder, tmp_path / "plain", exits=())
-    with pytest.raises(ConfigError, match="has no early exit, so no image can leave it early"):
+    with pytest.raises(ConfigError, match="has no early exit, so there is no regret to learn"):
         train(regret_config(plain, "convnextv2_tests"), tmp_path / "run")
     mute = shutil.copytree(clip_folder, tmp_path / "mute")
     (mute / checkpoint.TOKENIZER).unlink()
-    with pytest.raises(ConfigError, match="holds no tokenizer, and regret 'loss' reads captions"):
+    with pytest.raises(ConfigError, match="has no tokenizer, but regret 'loss' reads captions"):
         train(regret_config(mute, "convnextv2_tests"), tmp_path / "run")
     other = changed(clip_folder, tmp_path / "other", mlp_width=128)
-    with pytest.raises(ConfigError, match="its weights do not fit its description"):
+    with pytest.raises(ConfigError, match="its weights do not match its description"):
         train(regret_config(other, "convnextv2_tests"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -93,8 +93,8 @@ def test_a_signal_saves_before_the_program_ends(name, code, uninterrupted, tmp_p
     assert found == code, err[-3000:]
     (step,) = programs.saved_steps(tmp_path)
     assert step == programs.last_step(tmp_path) and 5 <= step < STEPS
-    assert f"Stopped by {name} after step {step} of {STEPS}; the same command continues." in out
-    assert f"Continuing {tmp_path} after step {step} of {STEPS}." in programs.run(tmp_path, uninterrupted[1], *long)
+    assert f"Stopped by {name} after step {step} of {STEPS}; run the same command to resume." in out
+    assert f"Resuming {tmp_path} after step {step} of {STEPS}." in programs.run(tmp_path, uninterrupted[1], *long)
     require_equal(tmp_path, uninterrupted)
 
 
@@ -108,7 +108,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_the_last_checkpoint_intact(unint
     kept = programs.saved_steps(tmp_path)[-1]
     message = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(message) == 1 and f"could not be written into {tmp_path}/checkpoints" in message[0]
-    assert f"the one of step {kept} is intact" in message[0] and "run the same command again" in message[0]
+    assert f"the checkpoint of step {kept} is intact" in message[0] and "run the same command again" in message[0]
     assert f"after step {kept} of {STEPS}" in programs.run(tmp_path, uninterrupted[1], *LENGTH)
     require_equal(tmp_path, uninterrupted)
 
@@ -200,7 +200,7 @@ def test_a_workdir_that_another_training_wrote_to_meanwhile_is_left_alone(tmp_pa
             yield
 
     monkeypatch.setattr(files, "locked", late)
-    with pytest.raises(ConfigError, match=f"{tmp_path / 'run'}: another training wrote to it while this one began"):
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'run'}: another run wrote to it while this one was starting"):
         train(tiny_config(), tmp_path / "run")
     assert {entry.name for entry in (tmp_path / "run").iterdir()} == {files.LOCK, files.CHECKPOINTS}
 
@@ -212,7 +212,7 @@ def test_a_file_system_without_locks_is_trained_on_all_the_same(tmp_path, monkey
     monkeypatch.setattr(files.fcntl, "flock", refuse)
     with files.locked(tmp_path / "run"):
         assert (tmp_path / "run").is_dir()
-    assert f"{tmp_path / 'run'} has no locks" in caplog.text
+    assert f"{tmp_path / 'run'} cannot be locked" in caplog.text
 
 
 def test_what_a_killed_writer_left_is_cleared_and_the_old_folder_put_back(tmp_path):
@@ -238,6 +238,6 @@ def test_metrics_that_cannot_be_written_name_the_file(tmp_path):
     log = RunLog(tmp_path, 5, 0, False, "test")
     log._lines.close()
     log._lines = open("/dev/full", "w")
-    with pytest.raises(OSError, match=r"metrics.jsonl cannot be written at step 3: .*No space left.*make room"):
+    with pytest.raises(OSError, match=r"metrics.jsonl cannot be written at step 3: .*No space left.*free disk space"):
         log.metrics(3, {"loss": 1.0})
     log.close()

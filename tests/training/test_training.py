@@ -94,7 +94,7 @@ def test_a_run_that_diverged_continues_with_the_settings_its_message_names(tmp_p
     config.optim.lr, config.optim.clip_norm = 1e-3, 0.0
     train(config, tmp_path, stop_after=2)
     config.optim.lr = 1e38  # steered into the wall: this too is logged
-    with pytest.raises(NonFiniteLoss, match=r"step 4: not finite.*checkpoint of step 2.*same batches again.*clip_norm may"):
+    with pytest.raises(NonFiniteLoss, match=r"step 4: not finite.*checkpoint of step 2.*the same batches.*clip_norm may"):
         train(config, tmp_path)
     config = tiny_config(steps=5)
     config.optim.exit_lr, config.optim.clip_norm, config.optim.weight_decay, config.optim.warmup_steps = 1e-4, 1.0, 0.1, 0

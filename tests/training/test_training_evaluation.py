@@ -62,7 +62,7 @@ def test_a_best_model_of_another_split_is_not_compared(tmp_path):
     config = tiny_config(eval_every=1, keep_best=True)
     train(config, tmp_path, stop_after=1, evaluators=(scripted([90.0])[0],))
     config.eval.split = "test"
-    with pytest.raises(ConfigError, match=r"best was chosen on split and size \['val', .*now names \['test'"):
+    with pytest.raises(ConfigError, match=r"best was selected on split and size \['val', .*now has \['test'"):
         train(config, tmp_path, stop_after=2, evaluators=(scripted([10.0])[0],))
 
 
@@ -112,8 +112,8 @@ def test_a_signal_stops_the_run_after_the_step_and_saves(tmp_path, capsys):
         return lambda params: os.kill(os.getpid(), signal.SIGTERM) or {"eval/full_r5": 0.0}
 
     assert train(config, tmp_path, evaluators=(make,)) == tmp_path
-    assert "Stopped by SIGTERM after step 3 of 4; the same command continues." in capsys.readouterr().out
+    assert "Stopped by SIGTERM after step 3 of 4; run the same command to resume." in capsys.readouterr().out
     assert not (tmp_path / "model").exists()
     train(config, tmp_path, evaluators=(scripted([0.0])[0],))
-    assert "Continuing" in capsys.readouterr().out
+    assert "Resuming" in capsys.readouterr().out
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [1, 2, 3, 4]

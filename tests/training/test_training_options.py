@@ -244,7 +244,7 @@ def test_converted_weights_with_added_exits_another_image_size_and_a_shorter_con
     }
     for path, leaf in found.items():
         np.testing.assert_array_equal(leaf, new.get(path, saved.get(path)), err_msg=path)
-    for part in ("resized from 12 to 24 pixels", "cut from 10 to 7", "the logit scales start from 10", "exits 1 start"):
+    for part in ("resized from 12 to 24 pixels", "truncated from 10 to 7", "scales start at 10", "exits 1 are initialised"):
         assert part in "\n".join(notes)
     images = np.repeat(np.repeat(case.images, 2, axis=1), 2, axis=2)
     assert jax.jit(lambda p, x: Clip.graph(run).encode_image(p, x, exit=1))(placed, images).shape == (2, 32)
@@ -318,7 +318,7 @@ def test_a_complexity_model_starts_from_an_imagenet_backbone(tmp_path):
     for path, leaf in pytree.flatten(params).items():
         expected = pytree.flatten(fresh)[path] if path.startswith("head/") else backbone[path.removeprefix("backbone/")]
         np.testing.assert_array_equal(np.asarray(leaf), expected, err_msg=path)
-    assert "starts at random" in notes[0]
+    assert "initialised randomly" in notes[0]
     with pytest.raises(ConfigError, match=r"config.train.init=[^~]*unexpected: backbone/stages/0/blocks/0/mlp/grn"):
         load(dataclasses.replace(arch, backbone=dataclasses.replace(arch.backbone, version=1)))
 

@@ -65,8 +65,8 @@ class DrawnScenes(Source):
         except OSError as error:
             with _WARNING:  # several threads may fail at once
                 if not self._failed:
-                    said = "%s: %s; scenes are rendered and no longer cached there (config.data.scenes_kept)"
-                    logging.warning(said, self.folder, error)
+                    message = "%s: %s; scenes are rendered and no longer cached there (config.data.scenes_kept)"
+                    logging.warning(message, self.folder, error)
                 self._failed = True
         return drawn or record.image()
 

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -170,6 +170,7 @@ class Shards:
     labels: tuple[str, ...]
     counts: np.ndarray
     sizes: np.ndarray
+    ends: np.ndarray = field(init=False, repr=False, compare=False)  # records up to and with each shard
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ends", np.cumsum(self.counts, dtype=np.int64))

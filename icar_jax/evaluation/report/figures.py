@@ -186,7 +186,7 @@ def place_labels(
     for start, end in zip(line[:-1], line[1:]):
         steps = np.linspace(to_pixels(start), to_pixels(end), 60)
         taken += [Bbox([xy - 2, xy + 2]) for xy in steps]
-    renderer = axes.figure.canvas.get_renderer()
+    renderer = axes.figure.canvas.get_renderer()  # type: ignore[attr-defined]
     frame = axes.get_window_extent(renderer)
     for name, (cost, kept) in points.items():
         label = axes.annotate(
@@ -221,7 +221,7 @@ def place_labels(
 def _stagger(figure: Figure, texts: Sequence[Text]) -> None:
     """Raises share labels that would overlap earlier ones, for example between two close thresholds."""
     figure.canvas.draw()
-    renderer = figure.canvas.get_renderer()
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     placed = []
     for text in texts:
         for level in range(len(texts)):

@@ -7,6 +7,7 @@ import hashlib
 import hmac
 from collections.abc import Callable
 from http.cookies import CookieError, SimpleCookie
+from typing import Any
 from urllib.parse import parse_qs, quote
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -42,6 +43,8 @@ class Guard:
 
     Calls `refused(kind)` for each rejected request and `answered(route, method, status)` for every response.
     """
+
+    api: Any  # the FastAPI application inside
 
     def __init__(
         self,
