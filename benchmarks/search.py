@@ -154,7 +154,7 @@ def auc(here: np.ndarray, gone: np.ndarray) -> float:
 
 
 class Gallery:
-    """Embeddings [n, D] of images with a caption each, and the statistics of queries against them."""
+    """Image embeddings [n, D] with one caption each, and the statistics of queries against them."""
 
     def __init__(self, embeddings: np.ndarray, captions: np.ndarray, plain: np.ndarray, temperature: float, seed: int):
         self.embeddings, self._rng = embeddings, np.random.default_rng(seed)
@@ -172,11 +172,11 @@ class Gallery:
         return self.embeddings[best], [str(i) for i in best]
 
     def statistics(self, queries: np.ndarray) -> dict[str, np.ndarray]:
-        """Candidates for the statistic of a query, each [queries]."""
+        """Returns candidate statistics of the queries, each [queries]."""
         cosines = queries @ self.embeddings.T
         best = cosines.max(axis=1)
         sample = cosines[:, self._rng.permutation(cosines.shape[1])[:512]]
-        # Against the best of n draws of the query's own cosines, by the extreme-value law of a normal sample.
+        # Compare with the expected maximum of n draws of the query's own cosines (extreme values of a normal sample).
         expected = np.sqrt(2 * np.log(cosines.shape[1]))
         z = (best - sample.mean(axis=1)) / sample.std(axis=1)
         lift, fit = self._fits(self.backgrounds["fit"], queries)
@@ -187,7 +187,7 @@ class Gallery:
         }  # fmt: skip
 
     def _fits(self, background: Background, queries: np.ndarray) -> np.ndarray:
-        """[2, queries]: the best lift alone, and the statistic of the search, which is that with the cosine."""
+        """Returns [2, queries]: the best lift, and the statistic used by the search, which combines lift and cosine."""
 
         def one(query: np.ndarray) -> tuple[float, float]:
             embeddings, paths = self.nearest(query)

@@ -36,7 +36,7 @@ def get_config(argument: str = "coco") -> ExperimentConfig:
     if argument not in ARGUMENTS:
         raise ConfigError(f"configs/vit_l14_finetune.py:{argument}: unknown; use one of {' '.join(ARGUMENTS)}")
     dataset, _, kind = argument.partition(",")
-    pictures, split = SETS[dataset]
+    images, split = SETS[dataset]
     data = DataConfig(
         source="folder", train_split=split, resize="squash", interpolation="bilinear", normalise="half", workers=4,
     )  # fmt: skip
@@ -49,7 +49,7 @@ def get_config(argument: str = "coco") -> ExperimentConfig:
             ),
             data=data,
             optim=OptimConfig(lr=1e-3, warmup_steps=100),
-            train=TrainConfig(steps=pictures // 128, batch_size=128, seed=42),
+            train=TrainConfig(steps=images // 128, batch_size=128, seed=42),
         )  # fmt: skip
     if kind == "paper":
         clip, loss = ClipConfig(variant="vit_l14", exits=(13,), temperature="own"), LossConfig()
@@ -63,6 +63,6 @@ def get_config(argument: str = "coco") -> ExperimentConfig:
         loss=loss,
         data=data,
         optim=OptimConfig(lr=1e-6, exit_lr=1e-4, temperature_lr=1e-3, weight_decay=0.01, warmup_steps=100),
-        train=TrainConfig(steps=10 * pictures // 128, batch_size=128, seed=42, init="workdir/l14", remat="dots"),
+        train=TrainConfig(steps=10 * images // 128, batch_size=128, seed=42, init="workdir/l14", remat="dots"),
         eval=evaluation,
     )

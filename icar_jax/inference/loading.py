@@ -14,7 +14,7 @@ from icar_jax.checkpoint import CheckpointError
 from icar_jax.config import ConfigError, MeshConfig
 from icar_jax.inference import pretrained
 from icar_jax.inference.model import Model
-from icar_jax.inference.scorer import require_fits
+from icar_jax.inference.scorer import require_compatible
 from icar_jax.parallel.mesh import batch_shards, make_mesh
 
 
@@ -70,5 +70,5 @@ def load_parts(clip: str | os.PathLike, complexity: str | os.PathLike, *, batch_
     models = (
         Model(first, None, first.description, batch_size, dtype), Model(None, second, second.description, batch_size, dtype)
     )  # fmt: skip
-    require_fits(first, models[0].arch, second, models[1].scorer.complexity.arch)
+    require_compatible(first, models[0].arch, second, models[1].scorer.complexity.arch)
     return models

@@ -54,7 +54,7 @@ class Scorer:
         self.forward.warm_up((self.preprocess.image_size, self.preprocess.image_size, 3), np.uint8)
 
 
-def require_fits(clip: Checkpoint, clip_arch: ClipArch, scorer: Checkpoint, arch: ScorerArch) -> None:
+def require_compatible(clip: Checkpoint, clip_arch: ClipArch, scorer: Checkpoint, arch: ScorerArch) -> None:
     """Raises CheckpointError unless this complexity model can route this CLIP; a separate backbone always can.
 
     A head on the blocks of a vision tower needs the tower it was trained on, with equal weights and preprocessing, and no
@@ -62,10 +62,10 @@ def require_fits(clip: Checkpoint, clip_arch: ClipArch, scorer: Checkpoint, arch
     """
     if not isinstance(arch, BlocksArch):
         return
-    learnt_on = scorer.description.get("tower", {})
+    trained_on = scorer.description.get("tower", {})
     fix = (
-        f"bundle it with the CLIP it was trained on ({learnt_on.get('clip', 'unknown')}, whose weights have SHA-256 "
-        f"{learnt_on.get('sha256', 'unknown')}), or train it on this one: --config.complexity.clip={clip.path}"
+        f"bundle it with the CLIP it was trained on ({trained_on.get('clip', 'unknown')}, whose weights have SHA-256 "
+        f"{trained_on.get('sha256', 'unknown')}), or train it on this one: --config.complexity.clip={clip.path}"
     )
     where = f"the complexity model {scorer.path} reads the tokens after block {arch.blocks} of a CLIP's vision tower"
     first = clip_arch.vision.all_exits[0]

@@ -105,7 +105,7 @@ class VisionArch:
 
     @property
     def exits_after_merging(self) -> tuple[int, ...]:
-        """The early exits whose heads read merged patches."""
+        """Early exits after the first merging; their heads read merged patches."""
         return tuple(e for e in self.exits if e > self.first_merging)
 
     @property

@@ -118,7 +118,7 @@ class Plan:
 
     @property
     def peak_share(self) -> float:
-        """Model FLOPs, without what is computed twice, over the chip's peak in a step of the estimated length."""
+        """Model FLOPs utilisation (MFU): model FLOPs without recomputation / (peak FLOP/s x estimated seconds per step)."""
         return self.model_flops / self.chip.bf16_flops / self.step_s
 
     def to_dict(self) -> dict[str, Any]:

@@ -148,9 +148,9 @@ def _run(
             store.check()
             if evaluation is not None and evaluation.due(step):
                 monitor.flush()
-                begun = time.perf_counter()
+                started = time.perf_counter()
                 log.metrics(step, evaluation(step, model_params(state)))
-                monitor.exclude(time.perf_counter() - begun)
+                monitor.exclude(time.perf_counter() - started)
             if step % config.train.checkpoint_every == 0:
                 monitor.flush()  # check that the loss is finite before saving
                 store.save(step, state)

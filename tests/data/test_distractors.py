@@ -102,7 +102,8 @@ def test_shared_images_are_refused():
     shards = Sharded("laion", ["/s/0.tar", "/s/1.tar"])
     with pytest.raises(ConfigError, match=r"1 shard files of laion .*/s/1.tar"):
         apart(shards, Subset(Sharded("laion", ["/s/1.tar"]), [0], "laion"))
-    assert apart(base, Named("web", ["c.jpg"])) == ["no distractor is also in coco/test (compared: names)"]
+    compared = ["no distractor is also in coco/test (compared: names)"]
+    assert apart(base, Named("web", ["c.jpg"])) == compared
     # Only the records of a subset count.
     assert apart(base, Subset(Named("web", ["c.jpg", "b.jpg"]), [0], "web")) == [
         "no distractor is also in coco/test (compared: names)"

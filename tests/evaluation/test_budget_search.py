@@ -150,7 +150,7 @@ def test_mistakes(bundle, complexity_folder, tmp_path, capsys):
         calibrate(complexity_folder, source, max_recall_drop=1.0)
     images = ["--images", tmp_path / "a.png"]
     assert "needs captions" in fails(capsys, bundle, "--max-recall-drop", 1, *images)
-    assert "leave it out" in fails(capsys, bundle, "--budget", 0.9, "--plot", "x.png", *images)
+    assert "--plot needs" in fails(capsys, bundle, "--budget", 0.9, "--plot", "x.png", *images)
     assert (bundle / checkpoint.DESCRIPTION).read_bytes() == before
 
 

@@ -271,7 +271,7 @@ def test_amending_keeps_the_rest(bundle):
     [
         (("--share", 0.5, "--images", ".", "--root", "."), "--root applies to --labels"),
         (("--share", 0.5, "--images", ".", "--boundary", 0.5), "--boundary needs --metric"),
-        (("--budget", 0.7, "--images", ".", "--bad-share", 0.1), "--bad-share 0.1 must lie in .0, 1. and needs --labels"),
+        (("--budget", 0.7, "--images", ".", "--bad-share", 0.1), "--bad-share 0.1 must lie in [0, 1] and needs --labels"),
         (("--metric", "f1", "--labels", "x.json", "--root", ".", "--bad-share", 2), "--bad-share 2 must lie in"),
         (("--share", 0.5, "--images", ".", "--batch-size", 0), "at least 1, found '0'"),
     ],

@@ -208,9 +208,7 @@ def test_rows_are_those_of_the_galleries(out, tower):
     found = ranks(*embedded[0], distractors=Distractors(*embedded[1]))
     for k in (1, 5, 10):
         for direction, value in recall(found, k).items():
-            assert rows["exit_2"]["recall"][f"{direction}_r{k}"] == pytest.approx(
-                value, abs=100 / 30
-            )  # near-ties may differ by rounding
+            assert rows["exit_2"]["recall"][f"{direction}_r{k}"] == pytest.approx(value, abs=100 / 30)  # near-ties
     match, other = retention_rows.mean_cosines(*embedded[0])
     scores = embedded[0][0] @ embedded[0][1].T
     own = embedded[0][2] == np.arange(30)[:, None]

@@ -133,7 +133,7 @@ def test_what_summed_heads_cannot_go_with(tmp_path):
         VisionArch(32, 8, 32, 3, 4, 64, 32, head="map", class_token=False, exit_sum=True)
     for changes, message in (
         ({"exits": ()}, "exit_sum=True sums heads of exits"),
-        ({"freeze": ("image",)}, "config.train.freeze=.*is to hold"),
+        ({"freeze": ("image",)}, "config.train.freeze=.*freezes; leave it False"),
     ):
         config = ExperimentConfig(clip=ClipConfig(variant="vit_demo", exits=changes.get("exits", (2,)), exit_sum=True))
         config.train.freeze = changes.get("freeze", ())

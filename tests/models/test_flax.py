@@ -361,10 +361,10 @@ def test_settings_of_a_layer_count(clip):
 
 def test_blocks_are_replaced_and_not_added_or_taken_out(clip):
     clip.vision.blocks.append(Block(24, 3, 48, rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match="built with 4 blocks and has 5"):
+    with pytest.raises(ValueError, match="built with 4 blocks and now has 5"):
         clip.encode_image(IMAGES)
     clip.text.blocks = nnx.List(list(clip.text.blocks)[:1])
-    with pytest.raises(ValueError, match="built with 2 blocks and has 1"):
+    with pytest.raises(ValueError, match="built with 2 blocks and now has 1"):
         clip.encode_text(TOKENS)
 
 

@@ -72,7 +72,7 @@ def test_damage_is_named(folder):
     with pytest.raises(CheckpointError, match="params.safetensors is damaged"):
         checkpoint.read(folder, "clip")
     (folder / checkpoint.WEIGHTS).unlink()
-    with pytest.raises(CheckpointError, match="lacks params.safetensors"):
+    with pytest.raises(CheckpointError, match="has no params.safetensors"):
         checkpoint.read(folder, "clip")
 
 

@@ -46,7 +46,9 @@ D = 4
 
 
 def make(uri, **changes):
-    return create_store(uri, **{"model_identity": IDENTITY, "embed_dim": D, "exits": (1, 2), "checkpoint": "/bundle", **changes})
+    return create_store(
+        uri, **{"model_identity": IDENTITY, "embed_dim": D, "exits": (1, 2), "checkpoint": "/bundle", **changes}
+    )
 
 
 def table(entries, at=None):

@@ -68,7 +68,7 @@ def per_exit(
     Args:
         images: {executed blocks: [B, D] float32}, unit norm. B is sharded over the mesh axes data and fsdp; the tensor axis
             repeats the work.
-        text: [B, D] float32, unit norm, sharded likewise.
+        text: [B, D] float32, unit norm, sharded in the same way.
         scales, biases: {executed blocks: scalar}; biases only for kind 'sigmoid'.
         kind, direction: as in `contrastive.per_exit`.
         chunk: texts per chunk of logits; B/devices or more means whole shards. It need not divide the shard.
