@@ -11,7 +11,7 @@ from icar_jax.models.clip import ClipArch
 from icar_jax.models.complexity import ComplexityArch
 from icar_jax.models.token_router import BlocksArch, ScorerArch
 from icar_jax.models.variants import BLOCKS, CLIP, CONVNEXT
-from icar_jax.models.vision import VisionArch
+from icar_jax.models.vision import EXIT_FIELDS, VisionArch
 
 
 def clip_arch(config: cfg.ClipConfig, vocabulary: int | None = None, end_id: int | None = None) -> ClipArch:
@@ -93,7 +93,7 @@ def _blocks_arch(config: cfg.ComplexityConfig) -> BlocksArch:
             f"config.complexity.blocks={config.blocks} must lie in 1 to {clip.vision.all_exits[0]}, the first exit of "
             f"{config.clip}: an image that leaves there has to be scored before"
         )
-    plain = {name: getattr(VisionArch, name) for name in ("exits", "pool", "exit_head", "exit_sum")}  # it has no exits
+    plain = {name: getattr(VisionArch, name) for name in EXIT_FIELDS}  # the trunk has no exits
     vision = dataclasses.replace(clip.vision, **plain, merge=clip.vision.merge_before(config.blocks))
     return BlocksArch(vision, config.blocks, config.head, config.dropout, config.pooled_norm == "parts")
 

@@ -90,6 +90,7 @@ class FileSplits:
 
     open: Callable[[Any, Any], Source]
     keeps_index: bool = False
+    splits_may_overlap: bool = False  # as slices of one split do; `source.overlaps(other)` tells
     calibration_name: str = "calibration"
 
     def train(self, data: DataConfig) -> Source:
@@ -100,7 +101,7 @@ class FileSplits:
 
     def held_out(self, data: DataConfig, split: str, size: int, field: str) -> Source:
         source = open_split(data, split)
-        if isinstance(source, Tfds) and source.overlaps(open_split(data, data.train_split)):
+        if self.splits_may_overlap and source.overlaps(open_split(data, data.train_split)):
             raise _not_held_out(field, split, f"examples of it are in {data.train_split!r}, which is used")
         return source
 
@@ -111,7 +112,10 @@ SOURCES: dict[str, Splits] = {
     "folder": FileSplits(lambda where, split: open_folder(where.root, split)),
     "webdataset": FileSplits(lambda where, split: WebDataset(where.root, split), keeps_index=True),
     "parquet": FileSplits(lambda where, split: Parquet(where.root, split, where.image_column, where.caption_column)),
-    "tfds": FileSplits(lambda where, split: Tfds(where.dataset, where.root, split, where.image_column, where.caption_column)),
+    "tfds": FileSplits(
+        lambda where, split: Tfds(where.dataset, where.root, split, where.image_column, where.caption_column),
+        splits_may_overlap=True,
+    ),
 }
 
 

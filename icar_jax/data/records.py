@@ -68,6 +68,10 @@ class Source(abc.ABC):
         """Returns the URL of every record, or None if the source has no URLs. Reads the source."""
         return None
 
+    def overlaps(self, other: Source) -> bool:
+        """Whether another split of the same kind of source shares records, where the names of splits do not tell."""
+        return False
+
     def fingerprint(self) -> dict[str, Any]:
         """Returns an identifier of this set of images and ratings: their number, and hashes of names and ratings."""
         names = self.names if self.names is not None else [self.name]  # scenes depend only on the split and the index

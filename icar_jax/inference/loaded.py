@@ -1,4 +1,4 @@
-"""The CLIP and the complexity model that a checkpoint or bundle holds, as modules whose changes count."""
+"""The modules and weights behind `Model`: loading, user modifications and pickling of a CLIP and a complexity model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from icar_jax.models.token_router import BlocksArch, TokenRouter, scorer_arch, s
 
 
 class LoadedModel:
-    """The modules and weights of a `Model`: opens them, applies changes that were made to them, pickles them."""
+    """Base of `Model`: loads its modules and weights, applies user modifications, and supports pickling."""
 
     def __init__(
         self,

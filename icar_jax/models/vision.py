@@ -27,6 +27,7 @@ from icar_jax.models.transformer import AttentionFn, AttentionPool, Block, Execu
 Array = jax.Array
 POOLS = ("cls", "mean", "first_patch", "map")
 HEADS = ("cls", "map")
+EXIT_FIELDS = ("exits", "pool", "exit_head", "exit_sum")  # of VisionArch: those that concern early exits alone
 
 
 @dataclass(frozen=True)

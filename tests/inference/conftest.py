@@ -1,4 +1,4 @@
-"""Fixtures of a CLIP that merges tokens."""
+"""Fixtures with a CLIP that merges tokens."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Class-activation maps: exact for linear heads, true to the definition for both heads, and the score is the score."""
+"""Class-activation maps: exact for linear heads, equal to the definition for both heads, with unchanged scores."""
 
 import functools
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from icar_jax.models.complexity import ComplexityArch, ComplexityModel, activation_map
 from icar_jax.models.convnext import ConvNeXt, ConvNeXtArch
 
-# Compiling the depthwise convolutions is what takes time here: few blocks, and each program serves several tests.
+# Few blocks and shared programs, since compiling the depthwise convolutions is slow.
 BACKBONE = ConvNeXtArch((0, 1, 0, 1), (8, 8, 12, 16))
 
 
@@ -21,7 +21,7 @@ def model_of(head, seed=0):
     model = ComplexityModel.graph(ComplexityArch(BACKBONE, head, 64))
     leaves, tree = jax.tree.flatten(model.shapes)
     rng = np.random.default_rng(seed)
-    # Not from `init`, which would take most of the time of this file.
+    # Not by `init`, which is slow.
     params = tree.unflatten([rng.normal(0.3, 0.3, x.shape).astype(np.float32) for x in leaves])
     return model, params
 
@@ -40,7 +40,7 @@ def relu_map(features, first, last):
     return activation_map(lambda x: jax.nn.relu(x.mean(axis=(1, 2)) @ first) @ last, features)
 
 
-# One shape, so that the examples share one program.
+# One shape, so that all examples use one program.
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 2**31), st.floats(0.01, 10))
 def test_the_mean_of_a_linear_heads_map_is_its_output_without_the_bias(seed, scale):
@@ -90,16 +90,16 @@ def test_after_stage_4_it_is_the_gradient_by_the_pooled_features(head):
     _, found = score_and_map(head, 4)
     features = features_of(head)
     gradient = jax.vmap(jax.grad(functools.partial(logit, head, model_of(head)[1])))(features.mean(axis=(1, 2)))
-    # Cells are sums of terms of both signs, together 250 times the map's extremes: float32 rounds relative to those.
+    # Cells are sums of terms of both signs, up to 250 times the map's extremes, which determine float32 rounding.
     terms = np.einsum("bhwc,bc->bhw", np.abs(features), np.abs(gradient))
     expected = np.einsum("bhwc,bc->bhw", np.float64(features), np.float64(gradient))
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * terms.max())
-    # Both norms ignore a common scale of the channels, so that parts of an image are compared with one another.
+    # Both norms ignore a common scale of the channels, so parts of one image are compared.
     assert np.all(np.abs(found.mean(axis=(1, 2))) < 0.05 * np.abs(found).max(axis=(1, 2)))
 
 
 def logit(head, params, pooled):
-    """pooled [C] -> log odds of 'complex', written down a second time."""
+    """Log odds of 'complex' of pooled features [C]; independent implementation."""
     x = norm(pooled, params["backbone"]["head"]["norm"], 1e-6)
     x, p = norm(x, params["head"]["norm"], 1e-5), params["head"]
     if head == "classification":

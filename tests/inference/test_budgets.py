@@ -1,4 +1,4 @@
-"""Budgets of a loaded bundle: from the quantiles that it carries, without the calibration images."""
+"""Budgets of a loaded bundle from its stored quantiles, without the calibration images."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ def test_quantiles_serve_as_well_as_all_scores(seed, n, budget, early):
 
 @pytest.fixture(scope="module")
 def model(clip_folder, complexity_folder, tmp_path_factory):
-    """A tower that costs enough for the complexity model to be cheap."""
+    """A bundle whose tower is expensive relative to the complexity model."""
     vision, text = VisionArch(32, 4, 64, 6, 4, 256, 24, exits=(2, 4)), TextArch(16, 300, 16, 1, 2, 32, 24, end_id=299)
     arch, folder = ClipArch(vision, text), tmp_path_factory.mktemp("budget")
     description = {"arch": dataclasses.asdict(arch), "preprocess": Preprocess(32, "squash").to_dict()}

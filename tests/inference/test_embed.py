@@ -1,4 +1,4 @@
-"""icar embed: what lies on disk, bad files, resuming after any kill, refusals, and reading it back."""
+"""icar embed: files on disk, unusable images, resuming after a kill, errors, and reading the corpus."""
 
 import csv
 import hashlib
@@ -57,7 +57,7 @@ def embed(model, folder, out, **options):
 
 
 def content(out):
-    """Everything but the times."""
+    """Everything except the times."""
     opened = open_corpus(out)
     return opened[:], opened.rows(["path", "sha256", "complexity", "exit"]).to_pylist()
 
@@ -97,7 +97,7 @@ def test_images_that_are_new_are_added_and_others_not_read_again(model, pictures
     assert (done.images, done.before, done.total) == (4, 23, 27)
     np.testing.assert_array_equal(after[0][:23], before[0])
     assert after[1][:23] == before[1] and len(after[1]) == 27
-    monkeypatch.chdir(pictures)  # the same files by other names
+    monkeypatch.chdir(pictures)  # the same files by relative paths
     assert embed(model, ".", tmp_path / "out").images == 0
     assert content(tmp_path / "out")[1] == after[1]
 
@@ -110,7 +110,7 @@ def test_one_exit_for_all_scores_nothing(model, clip_folder, pictures, tmp_path)
     np.testing.assert_allclose(opened[:], model.encode_image(files, exit=1), atol=1e-3)
     embed(icar_jax.load(clip_folder, batch_size=8), pictures, tmp_path / "full")
     assert set(open_corpus(tmp_path / "full").rows()["exit"].to_pylist()) == {3}
-    # The same tower, whether in a bundle or alone.
+    # The same tower, in a bundle or alone.
     assert embed(icar_jax.load(clip_folder, batch_size=8), pictures, tmp_path / "early", exit=1).images == 0
 
 
@@ -188,7 +188,7 @@ def test_one_writer_at_a_time(model, pictures, tmp_path):
 
 @pytest.mark.parametrize("nth", range(1, 8))
 def test_stopped_before_any_write_it_continues_to_the_same_corpus(nth, model, pictures, tmp_path, monkeypatch):
-    """Each file of a corpus is moved into place whole; a stop before the nth of these moves costs at most a shard."""
+    """Files of a corpus are moved into place atomically; a stop before the nth move loses at most one shard."""
     (pictures / "broken.jpg").write_bytes(b"not a picture")
     embed(model, pictures, tmp_path / "whole")
     replace, calls = os.replace, 0
@@ -206,7 +206,7 @@ def test_stopped_before_any_write_it_continues_to_the_same_corpus(nth, model, pi
     monkeypatch.undo()
     embed(model, pictures, tmp_path / "out")
     ours, whole = content(tmp_path / "out"), content(tmp_path / "whole")
-    # What is left over is run in batches of other sizes, which round otherwise; embeddings are float16.
+    # The remainder runs in batches of other sizes, which round differently; embeddings are float16.
     np.testing.assert_allclose(ours[0], whole[0], atol=1e-3)
     scores = [np.array([row.pop("complexity") for row in rows], np.float64) for rows in (ours[1], whole[1])]
     np.testing.assert_allclose(*scores, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Routing and the loaded model: order, static shapes, compile counts, errors."""
+"""Routing and the loaded model: order, static shapes, compilation counts and errors."""
 
 import numpy as np
 import pytest
@@ -76,9 +76,9 @@ def test_a_share_of_none_or_all_holds_for_other_images_too():
 def test_shares_are_checked():
     assert full_shares((), (3, 6)) == (0.5, 0.5)
     assert full_shares((0.7,), (3, 6)) == pytest.approx((0.7, 0.3))
-    with pytest.raises(ValueError, match="give 1 numbers"):
+    with pytest.raises(ValueError, match="pass 1 numbers"):
         full_shares((0.7, 0.2), (3, 6))
-    with pytest.raises(ValueError, match="give 1 numbers"):
+    with pytest.raises(ValueError, match="pass 1 numbers"):
         full_shares((1.2,), (3, 6))
 
 

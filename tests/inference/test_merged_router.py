@@ -1,4 +1,4 @@
-"""A router that reads where patches are merged already: at the exit of a tower that merges before it, and beyond."""
+"""A router that reads merged tokens, at the exit of a token-merging tower and deeper."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ def test_routing_at_the_exit_equals_each_exit_run_alone(model, scorer):
 
 
 def test_a_map_of_merged_patches_is_that_of_the_patches_before(model):
-    """A cell is how the log odds follow the scale of its patch's token where merging begins, after one block."""
+    """A cell is proportional to the gradient of the log odds by the scale of its token where merging starts, after one block."""
     explained = Explainer(model).explain(pictures(2, seed=5))
     scorer, params = model.scorer.complexity, model.scorer.forward.params
     images = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype(np.float32)
@@ -47,7 +47,7 @@ def test_a_map_of_merged_patches_is_that_of_the_patches_before(model):
 
     @jax.jit
     def odds(step):
-        """Of both images as the one patch of each that `step` [2, 16] names grows."""
+        """Log odds of both images with their tokens scaled by 1 + `step` [2, 16]."""
         tokens = first.tokens(params, images)
         values = tokens.values.at[:, 1:].multiply(1 + step[:, :, None])
         read = tower.run(tokens._replace(values=values), (3,), 1)[3]
@@ -64,7 +64,7 @@ def test_a_tower_that_merges_otherwise_before_the_head_is_refused(scorer, tmp_pa
     other = write_clip(tmp_path / "clip", merge=(1, 1, 1))
     with pytest.raises(CheckpointError, match=r"a different tower \(merge \(1, 1\) instead of \(1, 2\)\)"):
         make_bundle(other, scorer, tmp_path / "bundle", thresholds=(0.5,))
-    later = write_clip(tmp_path / "later", merge=(1, 2, 2))  # what the head does not see may be otherwise
+    later = write_clip(tmp_path / "later", merge=(1, 2, 2))  # merging after the head may differ
     make_bundle(later, scorer, tmp_path / "bundle", thresholds=(0.5,))
 
 

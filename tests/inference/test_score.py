@@ -1,4 +1,4 @@
-"""icar score: tables of every format, bad files, exit status, order, static shapes, and what a stopped run leaves."""
+"""icar score: table formats, unusable files, exit status, order, static shapes and interrupted runs."""
 
 import csv
 import io
@@ -135,7 +135,7 @@ def test_only_the_batch_shapes_compile(complexity_folder, pictures):
             rows = list(score_files(fresh, files[:n]))
             assert len(rows) == n
         assert compiled() <= len(fresh.scorer.forward.buckets)
-    # Compilation is in no image's time: a tiny model on small pictures is done in a fraction of that.
+    # Times exclude compilation: a tiny model scores small images in a fraction of that.
     assert max(row.milliseconds for row in list(score_files(fresh, files))) < 10_000
 
 

@@ -1,4 +1,4 @@
-"""The contact sheet and the explained pictures: what is shown, in which order, in true proportions."""
+"""The contact sheet and the complexity maps: content, order and aspect ratios."""
 
 import csv
 
@@ -32,7 +32,7 @@ def pictures(tmp_path):
 
 @pytest.fixture(scope="module")
 def explainer(complexity_folder):
-    return Explainer(icar_jax.load(complexity_folder, batch_size=1))  # one program
+    return Explainer(icar_jax.load(complexity_folder, batch_size=1))  # compiles one program
 
 
 @settings(deadline=None)

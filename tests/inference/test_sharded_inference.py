@@ -1,4 +1,4 @@
-"""Routing over a mesh: eight devices give what one gives, whatever the number of images, and compile nothing after warm-up."""
+"""Routing over a mesh: eight devices give the results of one for any number of images, without compiling after warm-up."""
 
 import subprocess
 import sys
@@ -81,7 +81,7 @@ def test_eight_devices_equal_one(kind, request, tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     assert "a batch of 12 images cannot be sharded over 8 devices" in run.stderr
     found = np.load(tmp_path / "out.npz")
-    one = icar_jax.load(path, batch_size=16, mesh=make_mesh(MeshConfig()))  # a mesh of one device
+    one = icar_jax.load(path, batch_size=16, mesh=make_mesh(MeshConfig()))  # mesh of one device
     for n in (1, 16, 37):
         routed = one.route(list(pictures()[:n]))
         assert found[f"exits_{n}"].tolist() == routed.exits.tolist()

@@ -1,4 +1,4 @@
-"""icar index: files and rows agree after any change of either, nothing is done twice, and harm is refused."""
+"""icar index: rows match the files after any change, no work is repeated, and harmful runs are rejected."""
 
 import json
 import os
@@ -87,7 +87,7 @@ def test_only_what_changed_is_done(model, pictures, store):
     os.utime(files[1], ns=(1, 1))  # touched
     files[2].rename(pictures / "moved.png")  # moved
     shutil.copy(files[3], pictures / "copy.png")  # copied
-    shutil.copy(files[4], files[5])  # updated with content that is known
+    shutil.copy(files[4], files[5])  # updated with known content
     done = index(model, pictures, store)
     assert counts(done) == {"added": 4, "updated": 2, "copied": 3, "touched": 1, "gone": 1, "unchanged": 19}
     assert done.images == 3 and done.total == 27, "three files have content that was not known"
@@ -106,7 +106,7 @@ def test_only_what_changed_is_done(model, pictures, store):
 @settings(deadline=None, max_examples=4, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(st.integers(0, 5), st.one_of(st.none(), st.integers(0, 3))), max_size=12))
 def test_after_any_changes_rows_are_the_files(model, tmp_path_factory, changes):
-    """Files come, change, swap content and go; after each run with --prune the store is what a new one would be."""
+    """Files are added, changed, swapped and removed; after each run with --prune the store equals a new one."""
     home = tmp_path_factory.mktemp("home")
     folder = draw(home / "pictures", 2, seed=9)
     for number, (name, content) in enumerate(changes):
@@ -130,7 +130,7 @@ def test_a_change_that_size_and_time_hide_is_found_by_rehash(model, pictures, st
     index(model, pictures, store)
     file = sorted(pictures.iterdir())[0]
     stat, content = file.stat(), file.read_bytes()
-    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # the last byte of the PNG's last checksum, which is not read
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # last byte of the last PNG checksum, which decoders ignore
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert counts(index_files(store, ImagePaths([str(pictures)]), None, never)) == {"unchanged": 23}
     assert counts(index(model, pictures, store, rehash=True)) == {"updated": 1, "unchanged": 22}
@@ -259,7 +259,7 @@ def test_folders_that_are_missing_or_empty_are_no_reason_to_remove_their_rows(mo
 
 
 def test_a_folder_below_that_has_become_empty_is_no_reason_to_remove_its_rows(model, pictures, store):
-    """Such as the mount point of a disk that is not mounted."""
+    """As for the mount point of an unmounted disk."""
     disk, album = draw(pictures / "disk" / "2020", 3, seed=4).parent, draw(pictures / "album", 2, seed=5)
     index(model, pictures, store)
     away = pictures.parent / "away"
@@ -271,7 +271,7 @@ def test_a_folder_below_that_has_become_empty_is_no_reason_to_remove_its_rows(mo
         index(model, pictures, store, prune=True)
     assert rows(store) == before
     assert counts(index(model, pictures, store)) == {"gone": 3, "unchanged": 25}
-    # A folder that is gone itself was removed by somebody; what is mounted again is as it was.
+    # A folder that no longer exists was deleted on purpose; a remounted one is unchanged.
     disk.joinpath("lost+found").rmdir()
     disk.rmdir()
     away.rename(disk)
@@ -308,7 +308,7 @@ def test_models_that_do_not_belong_are_refused_before_anything_is_read(
     with pytest.raises(IndexingError, match="contains no CLIP"):
         index_files(store, ImagePaths([str(pictures)]), complexity_folder, never)
     assert open_store(store).versions() == before
-    # Another bundle of the same two models belongs: all exits share one space.
+    # Another bundle of the same models is accepted, since all exits share one space.
     again = make_bundle(clip_folder, complexity_folder, tmp_path / "again", thresholds=(-1.0, -1.0))
     draw(pictures, 1, seed=4)
     done = index_files(store, ImagePaths([str(pictures)]), again, lambda path: icar_jax.load(path, batch_size=8))

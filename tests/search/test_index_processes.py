@@ -1,4 +1,4 @@
-"""Real processes of icar index: killed at any moment, two at once, and several that share the work."""
+"""icar index in real processes: killed at random times, run concurrently, and distributed."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ def bundle(clip_folder, complexity_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(bundle, tmp_path_factory):
-    """(pictures, a store that one run made of them)."""
+    """(images, a store indexed from them in a single run)."""
     home = tmp_path_factory.mktemp("whole")
     pictures = draw(home / "pictures", 200)
     (pictures / "broken.jpg").write_bytes(b"not a picture")
@@ -46,7 +46,7 @@ def start(cache, *arguments, devices=1):
 
 
 def commits(store):
-    """Commits to the table of images so far, from its files: nothing is opened."""
+    """Number of commits to the table of images, counted from its files without opening it."""
     folder = store / "images.lance" / "_versions"
     return len(list(folder.iterdir())) if folder.is_dir() else 0
 
@@ -68,7 +68,7 @@ def test_killed_at_random_moments_nothing_is_lost_or_doubled(stages, bundle, who
         folder = [] if "refine" in stage else [pictures]
         for attempt in range(12):
             process = start(cache, *folder, "--checkpoint", bundle, "--store", store, "--commit-rows", 5, *stage)
-            wanted = commits(store) + int(rng.integers(0, 12)) if attempt else 0  # the first dies while the store is made
+            wanted = commits(store) + int(rng.integers(0, 12)) if attempt else 0  # the first is killed while creating the store
             while process.poll() is None and commits(store) < wanted + (not attempt):
                 time.sleep(0.002)
             time.sleep(rng.random() * 0.05)
@@ -104,7 +104,7 @@ for i in range(int(sys.argv[2])):
 @pytest.mark.parametrize("writers", [2, 4])
 @pytest.mark.parametrize("prefix", ["", "file://"], ids=["folder", "address"])
 def test_writers_that_make_a_store_at_the_same_moment_make_one(prefix, writers, tmp_path):
-    """Of an address, which has no lock, too."""
+    """Also for an object store address, which has no lock."""
     rounds, command = 25, [sys.executable, "-c", MAKE, f"{prefix}{tmp_path}", "25"]
     processes = [
         subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""A store that vanishes, is replaced or is damaged while it is open: said plainly everywhere, and over once it is back."""
+"""A store deleted, replaced or damaged while open: every operation reports it, and recovers once the store is back."""
 
 import os
 import shutil
@@ -110,7 +110,7 @@ def test_the_server_answers_503_while_its_store_is_away_and_searches_what_comes_
         store.upsert(rows(embeddings, model.exits, CAPTIONS, prefix))
 
     fill("/before")
-    backend = serverkit.backend(folder, model)  # notes nothing meanwhile: a commit under way would make folders
+    backend = serverkit.backend(folder, model)  # long interval: a commit of counts would recreate folders
     with serverkit.running(backend, ServerSettings(port=0)) as address, httpx.Client(base_url=address, timeout=60) as client:
         upload = {"files": {"image": ("a.png", files[0].read_bytes(), "image/png")}}
         ask = [

@@ -1,4 +1,4 @@
-"""Passes over a collection: cheap first, and deeper where the score asks for it."""
+"""icar index --pass cheap and --pass refine."""
 
 import os
 
@@ -34,7 +34,7 @@ def pictures(tmp_path):
 
 @pytest.fixture
 def store(tmp_path, pictures, model):
-    """A store after its cheap pass."""
+    """A store after the cheap pass."""
     index(model, pictures, tmp_path / "store", cheap=True)
     return tmp_path / "store"
 
@@ -81,7 +81,7 @@ def test_indexing_again_does_not_make_refined_rows_shallow(model, pictures, stor
 
 
 def test_stopped_anywhere_it_goes_on(model, pictures, store, monkeypatch):
-    """Each commit upgrades some rows; a run that ends after any of them left the others as they were."""
+    """Each commit refines some rows; a run interrupted after any commit leaves the others unchanged."""
     from icar_jax.search.store import Store
 
     upsert, calls, wanted = Store.upsert, [], run_wanted(model, store)
@@ -104,7 +104,7 @@ def test_stopped_anywhere_it_goes_on(model, pictures, store, monkeypatch):
 
 
 def run_wanted(model, store):
-    """How many rows a run would upgrade: all that are scored above the first threshold."""
+    """Number of rows that a run would refine: all with a score above the first threshold."""
     return sum(score > model.thresholds[0] for (score,) in rows(store, "complexity").values())
 
 

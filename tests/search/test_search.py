@@ -1,4 +1,4 @@
-"""icar search: what a query finds, its scores and its verdict, filters, and what is refused."""
+"""icar search: hits, scores, the verdict, filters and errors."""
 
 import dataclasses
 import json
@@ -62,7 +62,7 @@ def test_hits_are_those_of_a_plain_sort_by_cosine(searcher, model):
 def test_more_than_there_are_and_fewer_than_the_verdict_needs(searcher):
     assert len(searcher.search_text("a dog runs", k=1000).hits) == 60
     few, many = searcher.search_text("a dog runs", k=1), searcher.search_text("a dog runs", k=30)
-    # Other numbers of rows are other matrix products, which round otherwise.
+    # Matrix products of other sizes round differently.
     one, first = (dataclasses.asdict(found.hits[0]) for found in (few, many))
     assert one["path"] == first["path"] and one["cosine"] == pytest.approx(first["cosine"], abs=1e-6)
     assert one["score"] == pytest.approx(first["score"], rel=1e-5)
@@ -132,7 +132,7 @@ def test_a_text_query_runs_the_text_tower_alone(store_folder, clip_folder):
 
 
 def test_scores_are_the_softmax_over_the_background(searcher, model):
-    """Against the formula of the module, text by text."""
+    """Against the formula in the module docstring, one text at a time."""
     found = searcher.search_text("two cats asleep", k=8)
     background = searcher._text_background()
     table, embeddings = stored(searcher.store)
@@ -150,7 +150,7 @@ def test_the_background_holds_captions_and_plain_texts_once_and_is_kept(store_fo
     store = open_store(store_folder)
     first = search.Searcher(store, model)._text_background()
     own = [path for path in first.paths if path]
-    assert len(first.paths) == len(own) + len(PLAIN) and 1 <= len(own) <= 3  # three different captions
+    assert len(first.paths) == len(own) + len(PLAIN) and 1 <= len(own) <= 3  # three distinct captions
     assert np.allclose(np.linalg.norm(first.vectors, axis=1), 1, atol=2e-3)
     model_asked = []
 
@@ -184,7 +184,7 @@ def test_thresholds_by_captions_and_without():
 
 
 def test_a_lift_is_blind_to_what_an_image_does_to_all_texts():
-    """Moving an image along a direction that all texts share changes its cosines, not its lift."""
+    """Moving an image along a direction shared by all texts changes its cosines, but not its lift."""
     rng = np.random.default_rng(0)
     texts = np.concatenate([unit(rng, 20, 8), np.full((20, 1), 0.5)], axis=1)
     image = np.append(unit(rng, 1, 8)[0], 0.0)
@@ -195,7 +195,7 @@ def test_a_lift_is_blind_to_what_an_image_does_to_all_texts():
 
 
 def test_the_verdict_tells_what_is_here_from_what_is_not(model, tmp_path):
-    """Captions that lie on their images are found; directions that no image has are not."""
+    """Captions equal to image embeddings match; directions away from all images do not."""
     rng = np.random.default_rng(3)
     endings = ("runs", "asleep", "on a tree", "a", "the")
     texts = [f"{a} {b}" for a in ("dog", "cat", "bird", "tree", "red", "two") for b in endings]
@@ -254,7 +254,7 @@ def run(capsys, *words):
 
 
 def test_the_command_prints_a_table_and_writes_nothing_unless_asked_to_note_the_hits(store_folder, capsys):
-    run(capsys, "a dog", "--store", store_folder)  # makes the background, if it is the first
+    run(capsys, "a dog", "--store", store_folder)  # computes the background on first use
     before = open_store(store_folder).returned().get("/pictures/001.png", 0)
     files = sorted(store_folder.rglob("*"))
     lines = run(capsys, "a red bird on a tree", "--store", store_folder, "-k", 4).splitlines()

@@ -1,4 +1,4 @@
-"""The store of search: its tables against a dict, refusals, and writers that meet."""
+"""The store: its tables against a dict, errors, and concurrent writers."""
 
 import threading
 import time
@@ -24,7 +24,7 @@ def stored(store):
 
 @pytest.fixture(params=["folder", "address"])
 def uri(request, tmp_path):
-    """A folder, which is locked, and an address as of an object store, which is not."""
+    """A folder, which has a lock, and an object store address, which has none."""
     return str(tmp_path / "store") if request.param == "folder" else f"file://{tmp_path}/store"
 
 
@@ -118,7 +118,7 @@ def test_compaction_joins_pieces_and_bounds_the_disk(tmp_path):
         store.upsert(table([(f"{i}/{j}", "x", 1) for j in range(20)]))
     before, held = store.images.stats()["fragment_stats"]["num_fragments"], stored(store)
     files = len(list((tmp_path / "store").rglob("*.lance")))
-    # LanceDB rounds ages to milliseconds: what a merge replaced is deleted by the next run, or by one soon after it.
+    # LanceDB rounds ages to milliseconds, so replaced versions are deleted by the next run or one soon after.
     for _ in range(30):
         store.compact(keep=timedelta(milliseconds=1))
         time.sleep(0.05)
@@ -148,7 +148,7 @@ def test_notes_of_returned_images_do_not_pile_up(tmp_path):
 def test_replaced_versions_are_freed_by_age_and_by_number(name, tmp_path):
     store = make(tmp_path / "store")
     write = {
-        "images": lambda i: store.upsert(table([("a", f"{i}", 1)])),  # rewritten, as new captions do
+        "images": lambda i: store.upsert(table([("a", f"{i}", 1)])),  # rewritten, as by new captions
         "bad": lambda i: store.set_bad([{"path": "x", "size": i, "mtime_ns": 4, "reason": "no"}]),
         "meta": lambda i: store.set_meta(checkpoint=f"/{i}"),
         "returned": lambda i: store._merge("returned", pa.table({"path": ["x"], "times": [i]}, tables.RETURNED)),
@@ -172,11 +172,11 @@ def test_replaced_versions_are_freed_by_age_and_by_number(name, tmp_path):
 def test_a_version_stays_for_as_long_since_it_was_replaced_not_since_it_was_made(tmp_path):
     store = make(tmp_path / "store")
     store.upsert(table([("a", "x", 1)]))
-    time.sleep(2.5)  # it is older than what is kept; replacing it twice takes far less than that
-    reader = open_store(tmp_path / "store").images  # stays at this version, as a scan that is under way
+    time.sleep(2.5)  # older than the limit; replacing it twice takes much less time
+    reader = open_store(tmp_path / "store").images  # stays at this version, like a running scan
     store.upsert(table([("a", "y", 1)]))
     store.upsert(table([("a", "z", 1)]))
-    before = len(store.images.list_versions())  # of the empty table, of x, y and z
+    before = len(store.images.list_versions())  # the empty table, x, y and z
     store.compact(keep=timedelta(seconds=2.4))
     assert len(store.images.list_versions()) == before - 1 and reader.search().to_arrow()["sha256"].to_pylist() == ["x"]
     time.sleep(0.05)
@@ -253,7 +253,7 @@ def test_damage_is_said_plainly(tmp_path):
 
 
 def test_a_creation_that_was_killed_is_done_again(tmp_path, monkeypatch):
-    """The table meta comes last: before it there is no store, whatever tables there are."""
+    """The table meta is written last; without it there is no store."""
 
     def stop(entries):
         raise KeyboardInterrupt

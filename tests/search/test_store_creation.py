@@ -1,4 +1,4 @@
-"""Two writers that create a store where no lock keeps them apart: each step of one happens just before the other's."""
+"""Two writers create the same store without a lock; their steps interleave."""
 
 import pyarrow as pa
 import pytest
@@ -22,7 +22,7 @@ def first_meta(checkpoint):
 
 @pytest.fixture
 def blind(monkeypatch):
-    """Sets after how many tables a writer that looks for them sees what is there: before that, it finds nothing."""
+    """Makes a writer find no tables in its first lookups, and the existing ones afterwards."""
     opened = opening._open_table
 
     def of(looks):
@@ -41,14 +41,14 @@ def blind(monkeypatch):
 def test_the_first_ones_description_holds(tmp_path, blind, looks):
     uri = str(tmp_path / "store")
     made(uri, "/first")
-    blind(looks)  # the second one found no meta, or nothing at all
+    blind(looks)  # the second writer found no meta, or no tables
     with pytest.raises(StoreExists, match="is already a store"):
         opening._create_tables(lancedb.connect(uri), uri, D, {"format": tables.FORMAT, "checkpoint": "/second"})
     assert open_store(uri).meta["checkpoint"] == "/first"
 
 
 def test_a_commit_on_top_of_anothers_is_taken_back(tmp_path, monkeypatch):
-    """Both created the table; the second one's first commit replaced the first one's rows, and restores them."""
+    """Both create the table; the second one overwrites the rows of the first, and then restores them."""
     uri = str(tmp_path / "store")
     made(uri, "/first")
     database = lancedb.connect(uri)

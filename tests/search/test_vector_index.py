@@ -1,4 +1,4 @@
-"""The vector index: recall against exact search, rows written after it, when it is built and extended."""
+"""The vector index: recall against exact search, rows added later, and when it is built and extended."""
 
 import shutil
 
@@ -55,7 +55,7 @@ def test_exact_is_a_sort_by_cosine_even_with_an_index(indexed):
 
 
 def test_distances_through_the_index_are_exact(indexed):
-    """What the index finds is compared by the stored vectors, not by their codes."""
+    """Distances of hits come from the stored vectors, not from their codes."""
     store, _ = indexed
     query = unit(np.random.default_rng(2), 1, DIM)[0]
     exact = dict(zip(*(nearest(store, query, 200, True)[c].to_pylist() for c in ("path", "_distance")), strict=True))
@@ -71,13 +71,13 @@ def test_filters_hold_through_the_index(indexed):
 
 
 def test_rows_after_the_build_are_found_and_taken_in_when_many(indexed, tmp_path):
-    shutil.copytree(indexed[0].uri, tmp_path / "store")  # the others' store stays as it was built
+    shutil.copytree(indexed[0].uri, tmp_path / "store")  # leave the shared store unchanged
     store = open_store(tmp_path / "store")
     rng = np.random.default_rng(4)
     late = unit(rng, 50, DIM)
     store.upsert(rows(late, (1, 2), prefix="/late"))
     assert nearest(store, late[7], 1, exact=False)["path"].to_pylist() == ["/late/007.png"]
-    assert vector_index.maintain(store, min_rows=N, progress=False) is None  # few
+    assert vector_index.maintain(store, min_rows=N, progress=False) is None  # too few new rows
     store.upsert(rows(unit(rng, 400, DIM), (1, 2), prefix="/later"))
     done = vector_index.maintain(store, min_rows=N, progress=False)
     assert done.action == "extended" and store.images.index_stats(vector_index.NAME).num_unindexed_rows == 0
@@ -87,7 +87,7 @@ def test_rows_after_the_build_are_found_and_taken_in_when_many(indexed, tmp_path
 
 
 def test_a_rare_filter_finds_all_that_satisfy_it(tmp_path):
-    """They may lie in any partition, those furthest from the query too."""
+    """Matching rows may be in any partition, even the furthest from the query."""
     rng = np.random.default_rng(5)
     n, k = 3000, 20
     embeddings = unit(rng, n, 8)

@@ -1,4 +1,4 @@
-"""`icar serve` as a process of its own: how it starts, what it refuses, and how it ends."""
+"""`icar serve` as a separate process: start, invalid settings and shutdown."""
 
 import re
 import signal
@@ -31,7 +31,7 @@ def test_what_is_refused_before_anything_is_opened(flags, match, tmp_path, capsy
 
 
 def own_address() -> str | None:
-    """This machine's address in its network; None where it is in none. Nothing is sent."""
+    """The network address of this machine, or None; sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))
@@ -62,7 +62,7 @@ def test_it_starts_answers_and_ends(number, clip_folder, complexity_folder, tmp_
         assert len(httpx.get(f"{address}api/search?q=a", headers=headers, timeout=60).json()["hits"]) == 6
         port = int(address.rstrip("/").rpartition(":")[2])
         if (own := own_address()) is not None:
-            with socket.socket() as other:  # other machines are not listened to
+            with socket.socket() as other:  # not reachable from other machines
                 other.settimeout(2)
                 with pytest.raises(OSError):
                     other.connect((own, port))

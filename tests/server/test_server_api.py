@@ -1,4 +1,4 @@
-"""The server over a real store and a real (tiny) model, on loopback: searches, pictures, limits, and who is kept out."""
+"""The server with a real store and a tiny model on loopback: searches, images, limits and access control."""
 
 import contextlib
 import hashlib
@@ -24,7 +24,7 @@ LIMITS = {"max_upload_bytes": 200_000, "max_pixels": 1_000_000, "queue": 4}
 
 @pytest.fixture(scope="module")
 def made(clip_folder, complexity_folder, tmp_path_factory):
-    """(model, files, address of the store)."""
+    """(model, files, store address)."""
     folder = tmp_path_factory.mktemp("served")
     model = icar_jax.load(serverkit.make_bundle(clip_folder, complexity_folder, folder / "bundle"), batch_size=8)
     files = serverkit.draw(folder / "pictures")
@@ -41,7 +41,7 @@ def client(made):
 
 @contextlib.contextmanager
 def serving(backend, **options):
-    """A client of a server of its own."""
+    """A client of a separate server."""
     with serverkit.running(backend, ServerSettings(port=0, **options)) as address:
         with httpx.Client(base_url=address, timeout=60) as client:
             yield client
@@ -94,7 +94,7 @@ def test_filters(client, made):
 
 def test_an_image_finds_itself(client, made):
     path = next(row["path"] for row in open_store(made[2]).state().to_pylist() if row["exit"] == made[0].exits[-1])
-    data = Path(path).read_bytes()  # queries run to full depth too
+    data = Path(path).read_bytes()  # queries run to full depth
     hits = found(upload(client, data, k=3))["hits"]
     assert len(hits) == 3 and hits[0]["id"] == hashlib.sha256(data).hexdigest() and hits[0]["cosine"] > 0.99
 
@@ -131,7 +131,7 @@ def test_previews_and_files(client, made):
     "/docs", "/redoc",
 ])  # fmt: skip
 def test_no_path_leads_out(client, path):
-    # As it stands: httpx would tidy the path before it is sent.
+    # Raw request, since httpx normalises paths.
     request = client.build_request("GET", "/")
     request.url = request.url.copy_with(raw_path=path.replace(" ", "%20").encode())
     response = client.send(request)
@@ -243,7 +243,7 @@ def test_beyond_the_queue_is_503_and_the_rest_is_answered(made):
         for i, thread in enumerate(threads):
             thread.start()
             until = time.monotonic() + 20
-            while backend.worker.waiting < i:  # the first one runs
+            while backend.worker.waiting < i:  # the first one is running
                 assert time.monotonic() < until
                 time.sleep(0.005)
             time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""The page in a real browser: by keyboard, at a phone's width, in the dark, with damaged files and without a server."""
+"""The page in a real browser: keyboard, phone width, dark mode, damaged files, and no server."""
 
 import io
 import struct
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.check, pytest.mark.skipif(chromium.PATH is None, reaso
 
 SHOWN = "document.querySelectorAll('.card img').length > 0 && !document.querySelector('[aria-busy]')"
 FOCUS = "document.activeElement.dataset.index ?? document.activeElement.id"
-# Contrast of every visible text against what lies behind it, WCAG 2: 4.5 for text, 3 for large text.
+# Contrast of all visible text against its background, WCAG 2: 4.5 for text, 3 for large text.
 CONTRAST = """(() => {
   const parse = (c) => { const p = c.match(/[\\d.]+/g).map(Number); return {rgb: p.slice(0, 3), a: p[3] ?? 1}; };
   const light = (rgb) => rgb.map((v) => v / 255).map((v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
@@ -39,7 +39,7 @@ CONTRAST = """(() => {
 
 @pytest.fixture(scope="module")
 def made(clip_folder, complexity_folder, tmp_path_factory):
-    """(files, address of the server)."""
+    """(files, server address)."""
     folder = tmp_path_factory.mktemp("page")
     model = icar_jax.load(serverkit.make_bundle(clip_folder, complexity_folder, folder / "bundle"), batch_size=8)
     files = serverkit.draw(folder / "pictures", 30)
@@ -147,7 +147,7 @@ def test_an_image_is_chosen_and_another_like_it(made, browser, tmp_path):
     page.eval("document.getElementById('viewer-like').click()")
     page.wait("location.search.startsWith('?like=')")
     page.wait(SHOWN)
-    page.eval("history.back()")  # the image that was chosen is searched by again
+    page.eval("history.back()")  # searches by the chosen image again
     page.wait(f"location.search === '' && document.getElementById('chip').innerText.includes('{files[4].name}')")
     page.wait(SHOWN)
     page.eval("document.getElementById('chip-remove').click()")
@@ -188,7 +188,7 @@ def test_an_image_that_cannot_be_read_is_said(made, browser, tmp_path):
     for name, says in (("broken.png", "not a readable image"), ("bomb.png", "exceeds the limit of 10,000,000 pixels")):
         page.choose("#file", tmp_path / name)
         page.wait(f"document.getElementById('notice').innerText.includes('{says}')")
-        assert page.eval("!!document.querySelector('#notice button')"), "it can be tried again"
+        assert page.eval("!!document.querySelector('#notice button')"), "the search can be retried"
 
 
 def test_text_from_outside_stays_text(made, browser):
@@ -218,7 +218,7 @@ def test_a_server_that_is_gone_is_said(clip_folder, complexity_folder, browser, 
     token = "a-token-of-some-length"
     with serverkit.running(serverkit.backend(tmp_path / "store", model), ServerSettings(port=0, token=token)) as address:
         page = browser.page(address + "/?q=a+star")
-        page.wait("!!document.getElementById('token')")  # sent to the login
+        page.wait("!!document.getElementById('token')")  # redirected to the login
         page.type(token)
         page.press("Enter")
         page.wait(SHOWN)
@@ -229,7 +229,7 @@ def test_a_server_that_is_gone_is_said(clip_folder, complexity_folder, browser, 
 
 
 def test_pictures_for_people_are_drawn(made, browser):
-    """What is on the screen is no blank page."""
+    """The screenshot is not blank."""
     page = browser.page(made[1] + "/?q=a+red+circle")
     page.wait(SHOWN)
     picture = Image.open(io.BytesIO(page.picture())).convert("RGB")

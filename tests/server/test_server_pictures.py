@@ -1,4 +1,4 @@
-"""Which bytes become a picture, and which files of the store are sent."""
+"""Decoding of untrusted images, and serving of files of the store."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ from icar_jax.search.server.errors import RequestError
 from icar_jax.search.server.pictures import Pictures, open_picture, read_indexed
 from tests.support.serverkit import sent
 
-# Which bytes become a picture
+# Decoding
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_formats_that_run_programs_are_not_opened():
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_bytes_give_a_picture_or_a_reason(data, whole):
-    """Seeded damage to whole files: a few bytes changed, cut, doubled; and no files at all."""
+    """Valid files with some bytes changed and the end cut off, and empty data."""
     base = bytearray(data.draw(st.sampled_from([*whole, b""])))
     for place, value in data.draw(st.lists(st.tuples(st.integers(0, max(0, len(base) - 1)), st.integers(0, 255)), max_size=6)):
         if base:
@@ -66,12 +66,12 @@ def test_any_bytes_give_a_picture_or_a_reason(data, whole):
         assert refused.status == 422 and refused.reason.startswith("image") and "\n" not in refused.reason
 
 
-# Files of the store
+# Serving
 
 
 @pytest.fixture
 def one(tmp_path):
-    """(folder, path, hash) of an indexed picture."""
+    """(folder, path, SHA-256) of an indexed image."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     path = folder / "a.png"
@@ -118,7 +118,7 @@ def test_only_the_bytes_that_were_indexed(one, tmp_path):
     path.mkdir()
     assert refusal(pictures, sha256) in ("image-changed", "image-gone")
     path.rmdir()
-    os.mkfifo(path)  # opening it would wait for a writer
+    os.mkfifo(path)  # a blocking open would wait for a writer
     assert refusal(pictures, sha256) == "image-changed"
 
 
@@ -152,14 +152,14 @@ def test_a_link_to_a_folder_leads_out_of_what_was_indexed_too(one, tmp_path):
             read_indexed(str(folder / name), sha256, roots=roots)
         assert (refused.value.status, refused.value.kind) == (404, "image-link")
         assert read_indexed(str(folder / name), sha256, follow_links=True, roots=roots)
-        # What it leads to, or the link, was named itself.
+        # The target or the link itself was indexed explicitly.
         assert read_indexed(str(folder / name), sha256, roots=[*roots, str(outside)])
         assert read_indexed(str(folder / name), sha256, roots=[*roots, str(folder / name)])
     assert read_indexed(str(folder / "a.png"), sha256, roots=roots)
     assert read_indexed(str(folder / "inside" / "c.png"), sha256, roots=roots)
     assert read_indexed(str(tmp_path / "inbox" / "a.png"), sha256, roots=[str(tmp_path / "inbox")]), "a root may be a link"
     (outside / "e.png").symlink_to(path)
-    with pytest.raises(RequestError, match="link out of its folder"):  # below no root
+    with pytest.raises(RequestError, match="link out of its folder"):  # not below a root
         read_indexed(str(outside / "e.png"), sha256, roots=roots)
     pictures = Pictures(lambda _: [str(folder / "link" / "b.png")], 1_000_000, 100_000, roots=lambda: roots)
     assert refusal(pictures, sha256) == "image-link"

@@ -1,4 +1,4 @@
-"""What a server is started with, who is let in, and what clients may ask of the store."""
+"""Server settings, authorisation, and filters that clients may set."""
 
 import pytest
 from starlette.datastructures import Headers

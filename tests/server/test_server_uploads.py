@@ -1,4 +1,4 @@
-"""Two hundred uploads that are damaged on purpose: each is answered with a reason, and the server goes on."""
+"""Two hundred damaged uploads: each gets an error message, and the server keeps running."""
 
 import gzip
 import struct
@@ -18,14 +18,14 @@ KINDS = {kind: f"image/{kind.lower()}" for kind in ("JPEG", "PNG", "GIF", "WEBP"
 
 
 def png(width, height, data=b"", kind=2):
-    """A PNG that claims a size."""
+    """A PNG with a given size in its header."""
     chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
 def crafted(whole):
-    """Files that were made to hurt, and things that are no files."""
+    """Malicious image files, and data that are not images."""
     gif = b"GIF89a" + struct.pack("<HH", 65535, 65535) + b"\x80\x00\x00\xff\xff\xff\x00\x00\x00,"
     gif += struct.pack("<HHHHB", 0, 0, 65535, 65535, 0) + b"\x02\x02L\x01\x00;"
     yield from (b"", b"\0", b"\xff\xd8", b"\xff\xd8\xff\xe0", b"GIF89a", b"RIFF\x04\0\0\0WEBP", b"II*\0\xff\xff\xff\xff")
@@ -49,7 +49,7 @@ def crafted(whole):
 
 
 def mutations(rng, whole, n):
-    """Whole files with their end cut off, a stretch overwritten, or parts moved about: most are no longer images."""
+    """Valid files truncated, partly overwritten or shuffled; most are no longer images."""
     for _ in range(n):
         data = bytearray(whole[list(whole)[rng.integers(len(whole))]])
         how = rng.integers(4)
@@ -89,7 +89,7 @@ def test_two_hundred_damaged_uploads(address):
             file = (f"../../{i}\u202e.png", data, types[i % len(types)])
             answer = client.post("/api/search/image", files={"image": file})
             statuses.append(answer.status_code)
-            if answer.status_code != 200:  # some damage leaves an image that can be read
+            if answer.status_code != 200:  # some damaged images are still readable
                 assert answer.status_code in (413, 422), (i, answer.text)
                 assert set(answer.json()) == {"detail"} and answer.json()["detail"] and "\n" not in answer.json()["detail"]
                 assert "Traceback" not in answer.text and ".py" not in answer.text and "0x" not in answer.text, answer.text

@@ -1,4 +1,4 @@
-"""The bounded queue in front of the model."""
+"""The worker thread and its bounded queue."""
 
 import asyncio
 import threading
@@ -11,7 +11,7 @@ from icar_jax.search.server.worker import Worker
 
 
 class Handler:
-    """Notes batches; holds them up while `gate` is closed."""
+    """Records batches and blocks them while `gate` is closed."""
 
     def __init__(self):
         self.batches, self.gate = [], threading.Event()
@@ -42,7 +42,7 @@ def worker():
 
 
 def hold(worker):
-    """The worker is busy with a job of another kind until the gate is opened."""
+    """Keeps the worker busy with a job of another kind until the gate opens."""
     worker.handler.gate.clear()
     first = worker.submit("hold", 0)
     wait_until(lambda: worker.waiting == 0)

@@ -6,7 +6,7 @@ import functools
 import os
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -72,9 +72,9 @@ class Tfds(Source):
             return Record(name, functools.partial(unusable, name, f"no caption in {'.'.join(self._captions)!r}"), ())
         return Record(name, functools.partial(decode, image, name), found)
 
-    def overlaps(self, other: Tfds) -> bool:
+    def overlaps(self, other: Source) -> bool:
         """Returns whether the two splits share examples; 'train[:50%]' and 'train[50%:]' do not."""
-        return any(a == b and max(s, t) < min(e, f) for a, s, e in self.pieces for b, t, f in other.pieces)
+        return any(a == b and max(s, t) < min(e, f) for a, s, e in self.pieces for b, t, f in cast(Tfds, other).pieces)
 
     def _read(self, i: int) -> dict[str, Any]:
         with self._lock:
