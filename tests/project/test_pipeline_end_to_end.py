@@ -186,7 +186,7 @@ def test_a_stale_bundle_is_refused(bundled, metrics, tmp_path):
     description = json.loads((copy / "model" / checkpoint.DESCRIPTION).read_text())
     description["hashes"][checkpoint.WEIGHTS] = "0" * 64
     (copy / "model" / checkpoint.DESCRIPTION).write_text(json.dumps(description))
-    with pytest.raises(checkpoint.CheckpointError, match="another clip model"):
+    with pytest.raises(checkpoint.CheckpointError, match="a different clip model"):
         evaluate(tiny_config("clip"), copy)
 
 
@@ -234,7 +234,7 @@ def test_a_bundle_does_not_replace_a_trained_model(runs, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--share", "0.5", "0.4"], "give 1 numbers"),
+        (["--share", "0.5", "0.4"], "pass 1 numbers"),
         (["--share", "0.5", "--thresholds", "0.5"], "exclude each other"),
         (["--thresholds", "0.5", "0.6"], "need 1 thresholds"),
     ],
