@@ -54,7 +54,7 @@ def _forest(axes: Axes, dataset: str, rows: Sequence[Row]) -> None:
             for suffix, fill in (("", "full"), (" affine", "none")):
                 row = within_budget(rows, name, router, bool(suffix))
                 if row is not None:
-                    label = f"routed by {router}" + (", calibrated scores" if suffix else "")
+                    label = f"by {router}" + (", calibrated" if suffix else "")
                     marks.append((row, at, (*STYLES.get(router, OTHER), fill), label))
     labelled: set[str] = set()  # only the first mark of a kind gets a legend label
     for row, y, style, label in marks:
@@ -66,7 +66,7 @@ def _forest(axes: Axes, dataset: str, rows: Sequence[Row]) -> None:
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel("mean recall retained, % of the baseline's (95% interval)")
     axes.set_title(f"{dataset}: every recipe, routed within {BUDGET:.0%} of the baseline's time", fontsize=10.5)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=7.5, columnspacing=1.2)
 
 
 def _bar(axes: Axes, row: Row, y: float, style: tuple[str, str, str], alpha: float, label: str | None) -> None:
@@ -90,7 +90,7 @@ def _frontier(axes: Axes, dataset: str, part: Mapping[str, Any]) -> None:
         _curve(axes, routed, f"routed by {router}", color=colour, marker=marker)
         for kind, line in (("random", ":"), ("oracle", "--")):
             others = [row for row in own if row["kind"] == kind and row["router"] == router]
-            _curve(axes, others, f"{_WORDS[kind]}, shares of {router}", color=colour, linestyle=line, linewidth=0.9)
+            _curve(axes, others, f"{kind}, shares of {router}", color=colour, linestyle=line, linewidth=0.9)
     for row in own:
         if row["kind"] in ("exit", "full"):
             _point(axes, row, row["row"].replace("exit_", "exit "), EXIT, "*")
@@ -105,10 +105,7 @@ def _frontier(axes: Axes, dataset: str, part: Mapping[str, Any]) -> None:
         fontsize=10.5,
     )
     axes.margins(x=0.1, y=0.1)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False, fontsize=8)
-
-
-_WORDS = {"random": "random routing", "oracle": "oracle"}
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False, fontsize=7.5, columnspacing=1.2)
 
 
 def best_recipe(rows: Sequence[Row]) -> str:

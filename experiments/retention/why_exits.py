@@ -212,7 +212,7 @@ def _captures(axes: Any, rows: Sequence[Mapping[str, Any]], y: np.ndarray) -> No
         if shown:
             shift = 0.2 * (place - (len(routers) - 1) / 2)
             _bars(axes, [each for _, each in shown], np.array([at for at, _ in shown]) + shift, *style, router)
-    axes.set_xlabel("% of the oracle's gain over random routing (95% interval)")
+    axes.set_xlabel("oracle's gain over random, % (95% interval)")
     axes.set_title(f"captured within {BUDGET:.0%} of the baseline's time", fontsize=10)
 
 
