@@ -12,6 +12,7 @@ from icar_jax.cli.score import report_bad
 
 
 def add(commands) -> None:
+    """Adds `icar embed` to the subparsers."""
     p = commands.add_parser(
         "embed",
         help="embed images into a corpus on disk",

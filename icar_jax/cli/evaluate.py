@@ -18,6 +18,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv):
+    """Runs the command; absl passes the arguments that are not flags."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides look like --config.eval.split=test")
     from icar_jax.evaluation.complexity.evaluate import evaluate_complexity

@@ -13,6 +13,7 @@ from icar_jax.cli.score import report_bad
 
 
 def add(commands) -> None:
+    """Adds `icar index` to the subparsers."""
     p = commands.add_parser(
         "index",
         help="index images for search",

@@ -12,6 +12,7 @@ from icar_jax.cli.arguments import positive
 
 
 def add(commands) -> None:
+    """Adds `icar bundle`, `icar calibrate` and `icar describe` to the subparsers."""
     _add_bundle(commands)
     _add_calibrate(commands)
     _add_describe(commands)

@@ -13,6 +13,7 @@ _BAD_SHOWN = 20
 
 
 def add(commands) -> None:
+    """Adds `icar score` to the subparsers."""
     p = commands.add_parser(
         "score",
         help="score the complexity of images",

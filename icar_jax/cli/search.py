@@ -13,6 +13,7 @@ from icar_jax.cli.arguments import positive, printable
 
 
 def add(commands) -> None:
+    """Adds `icar search` to the subparsers."""
     p = commands.add_parser(
         "search",
         help="search a store of images by text or by image",

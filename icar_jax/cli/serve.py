@@ -9,6 +9,7 @@ from icar_jax.cli.errors import user_errors
 
 
 def add(commands) -> None:
+    """Adds `icar serve` to the subparsers."""
     p = commands.add_parser(
         "serve",
         help="search a store of images in the browser",

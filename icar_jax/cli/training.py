@@ -15,6 +15,7 @@ PROGRAMS = {
 
 
 def add(commands) -> None:
+    """Adds `icar train`, `icar evaluate`, `icar plan` and `icar scenes` to the subparsers."""
     for name, what in PROGRAMS.items():
         commands.add_parser(name, help=what)  # only for --help; `cli.main` passes these commands to absl
     _add_plan(commands)

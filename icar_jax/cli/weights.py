@@ -9,6 +9,7 @@ from pathlib import Path
 
 
 def add(commands) -> None:
+    """Adds `icar convert`, `icar export` and `icar reference` to the subparsers."""
     _add_convert(commands)
     _add_export(commands)
     _add_reference(commands)

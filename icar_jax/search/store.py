@@ -71,6 +71,7 @@ class Store:
 
     @property
     def is_local(self) -> bool:
+        """Whether the store is a local folder."""
         return is_local(self.uri)
 
     @property

@@ -37,7 +37,7 @@ def test_routing_at_the_exit_equals_each_exit_run_alone(model, scorer):
 
 
 def test_a_map_of_merged_patches_is_that_of_the_patches_before(model):
-    """A cell is proportional to the gradient of the log odds by the scale of its token where merging starts, after one block."""
+    """A cell is proportional to the gradient of the log odds by the scale of its token before merging."""
     explained = Explainer(model).explain(pictures(2, seed=5))
     scorer, params = model.scorer.complexity, model.scorer.forward.params
     images = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype(np.float32)

@@ -154,6 +154,7 @@ class CorpusWriter:
 
     @property
     def images(self) -> int:
+        """Number of images in the corpus."""
         return len(self.done)
 
     def __enter__(self) -> CorpusWriter:

@@ -20,6 +20,7 @@ class Page:
 
     @property
     def sha256(self) -> str:
+        """SHA-256 of the content as hex, used as ETag."""
         return hashlib.sha256(self.content).hexdigest()
 
 
