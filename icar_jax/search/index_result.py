@@ -62,4 +62,4 @@ class IndexResult(StreamResult):
         )  # fmt: skip
 
 
-SUMMED = tuple(f.name for f in fields(IndexResult) if f.type == "int" and f.name != "total")
+SUMMED = tuple(f.name for f in fields(IndexResult) if f.type in (int, "int") and f.name != "total")
