@@ -89,6 +89,6 @@ def test_a_too_slow_routing_is_drawn_paler():
     marks = {each.get_label(): each.lines[0] for each in axes.containers}
     assert {label: mark.get_xdata()[0] for label, mark in marks.items()} == {
         "the recipe's full depth, at any cost": 95, "one exit for all images": 57,
-        "routed by complexity, beyond 70% of the time": 66, "routed by complexity": 90,
+        "by complexity, beyond 70% of the time": 66, "by complexity": 90,
     }  # fmt: skip
-    assert marks["routed by complexity, beyond 70% of the time"].get_alpha() < marks["routed by complexity"].get_alpha()
+    assert marks["by complexity, beyond 70% of the time"].get_alpha() < marks["by complexity"].get_alpha()
