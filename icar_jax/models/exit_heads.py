@@ -6,16 +6,19 @@ initially equals the plain linear head (as with adapters: Houlsby et al. 2019, a
 
 from __future__ import annotations
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from icar_jax.config.choices import ExitHeadName
 from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType, LayerNorm, Linear, draw
 from icar_jax.models.transformer import Attention, AttentionFn, Mlp
 
 Array = jax.Array
-EXIT_HEADS = ("linear", "adapter", "attention")
+EXIT_HEADS = get_args(ExitHeadName)
 _EPS = 1e-5  # same as the LayerNorm of the head
 
 

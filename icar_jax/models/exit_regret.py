@@ -14,13 +14,15 @@ p log(p / q), the pair's term of KL(full || exit).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
+from icar_jax.config.choices import RegretName
+
 Array = jax.Array
-KINDS = ("loss", "kl", "cosine")
+KINDS = get_args(RegretName)
 
 
 class ExtraNegatives(NamedTuple):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from icar_jax.config.choices import Remat
 from icar_jax.errors import ModelError
 from icar_jax.models import ops
 from icar_jax.models.functional import Module, state_besides_parameters
@@ -19,7 +20,7 @@ from icar_jax.models.layers import ACTIVATIONS, DType, LayerNorm, Linear, column
 Array = jax.Array
 Activation = Callable[[Array], Array]
 AttentionFn = Callable[..., Array]  # (q, k, v, *, causal), [B, L, H, K] each -> [B, L, H, K]
-REMAT = ("none", "dots", "full")
+REMAT = get_args(Remat)
 # Checkpoint names of the outputs of linear layers, for remat 'dots'. The last linear layer is not included, because the
 # backward pass of a block does not need its output.
 _PRODUCTS = ("qkv", "attn_out", "mlp_hidden")

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from icar_jax.config import ConfigError, ExperimentConfig, MeshConfig
+from icar_jax.models.transformer import REMAT
 from icar_jax.planner.chips import Chip, target
 from icar_jax.planner.plan import GIB, Plan, checked, plan
 from icar_jax.training.tasks.clip import ClipRun
 from icar_jax.training.tasks.kinds import kind_of
 
 TENSOR = (1, 2, 4)
-REMAT = ("none", "dots", "full")  # from the fastest to the smallest
 
 
 def run(config: ExperimentConfig, topology: str, devices: int, sweep: bool, out: TextIO) -> int:

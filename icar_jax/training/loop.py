@@ -70,7 +70,7 @@ def _train(run: RunContext, request: StopRequest, stop_after: int, evaluators: t
     frozen = {name: place(tree, shardings(task.frozen[name], run.mesh)) for name, tree in read.items()}
     with StateStore(workdir, t.keep) as store:
         start = distributed.from_main(store.latest_step or 0)  # other hosts may see the newest one late on a network disk
-        if start < min(t.steps, stop_after):
+        if task.frozen.keys() - read.keys() and start < min(t.steps, stop_after):
             with distributed.together("embedding the extra negatives"):
                 found = kind.embedded_params(task, run.source, run.tokenizer, read, request)
             for name, tree in (found or {}).items():  # None: a stop signal arrived, so no step will run

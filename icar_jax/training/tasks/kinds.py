@@ -8,17 +8,12 @@ from icar_jax.training.tasks.kind import RunKind
 from icar_jax.training.tasks.ratings import RatingsRun
 from icar_jax.training.tasks.regret import RegretRun
 
-KINDS: dict[tuple[str, str], type[RunKind]] = {
-    ("clip", "rating"): ClipRun,
-    ("clip", "regret"): ClipRun,
-    ("complexity", "rating"): RatingsRun,
-    ("complexity", "regret"): RegretRun,
-}
+KINDS: dict[str, type[RunKind]] = {"clip": ClipRun, "rating": RatingsRun, "regret": RegretRun}
 
 
 def kind_of(config: ExperimentConfig) -> RunKind:
     """Returns the kind of run for config.task and config.complexity.target. Raises ConfigError for an unknown one."""
-    kind = KINDS.get((config.task, config.complexity.target))
-    if kind is None:
-        raise unknown("config.task", config.task, sorted({task for task, _ in KINDS}))
-    return kind(config)
+    name = "clip" if config.task == "clip" else config.complexity.target
+    if config.task not in ("clip", "complexity") or name not in KINDS:
+        raise unknown("config.task", config.task, ("clip", "complexity"))
+    return KINDS[name](config)
