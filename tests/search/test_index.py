@@ -19,23 +19,7 @@ from icar_jax.search.access import StoreError
 from icar_jax.search.indexing import IndexingError, index_files
 from icar_jax.search.opening import open_store, store_exists
 from icar_jax.search.scan import Lookup, process_share
-from tests.support import collected
 from tests.support.collected import draw, embeddings, index, picture, rows
-
-
-@pytest.fixture(scope="module")
-def bundle(clip_folder, complexity_folder, tmp_path_factory):
-    return collected.bundle(clip_folder, complexity_folder, tmp_path_factory.mktemp("bundle"))
-
-
-@pytest.fixture(scope="module")
-def model(bundle):
-    return icar_jax.load(bundle, batch_size=8)
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    return draw(tmp_path / "pictures", 23)
 
 
 @pytest.fixture

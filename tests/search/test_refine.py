@@ -13,23 +13,7 @@ from icar_jax.evaluation.routing.calibration import make_bundle
 from icar_jax.search.indexing import IndexingError
 from icar_jax.search.opening import open_store
 from icar_jax.search.refine import refine
-from tests.support import collected
 from tests.support.collected import draw, embeddings, index, picture, rows
-
-
-@pytest.fixture(scope="module")
-def bundle(clip_folder, complexity_folder, tmp_path_factory):
-    return collected.bundle(clip_folder, complexity_folder, tmp_path_factory.mktemp("bundle"))
-
-
-@pytest.fixture(scope="module")
-def model(bundle):
-    return icar_jax.load(bundle, batch_size=8)
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    return draw(tmp_path / "pictures", 23)
 
 
 @pytest.fixture
