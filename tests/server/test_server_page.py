@@ -107,7 +107,7 @@ def test_a_search_by_keyboard_alone(made, browser):
     page.wait("document.getElementById('viewer-facts').innerText.includes('3 of 24')")
     page.press("Escape")
     page.wait("!document.getElementById('viewer').open")
-    assert page.eval(FOCUS) == "2"
+    page.wait(f"({FOCUS}) === '2'")  # the focus returns in the dialog's close event, which follows 'open'
     page.press("/")
     assert page.eval(FOCUS) == "query"
     assert page.problems() == []
