@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icar_jax.evaluation.metrics.retrieval import Ranks, ranks, recall
+from icar_jax.evaluation.metrics.retrieval import Distractors, Ranks, ranks, recall
 from icar_jax.evaluation.routing.assignments import (
     oracle_exits,
     oracle_exits_at_share,
@@ -136,3 +136,18 @@ def test_random_routing_keeps_the_shares_and_errors_are_specific():
     for counts in ({3: 1, 12: 5}, {3: 1, 5: 6}, {3: -1, 12: 8}):
         with pytest.raises(ValueError, match="must assign all 7 images"):
             oracle_exits_at_share(made_up(0), counts)
+
+
+@pytest.mark.parametrize(
+    ("by_exit", "far", "message"),
+    [
+        ((3, 12), (12,), r"no distractor embeddings for exits \[3\]; available exits: \[12\]"),
+        ((3, 12), (3, 6, 12), r"no embeddings for exits \[6\]; available exits: \[3, 12\]"),
+    ],
+)
+def test_base_images_and_distractors_need_the_same_exits(by_exit, far, message):
+    rows, owner = np.eye(2, dtype=np.float32), np.arange(2)
+    distractors = Distractors(rows, rows, owner)
+    base, away = (dict.fromkeys(exits, rows) for exits in (by_exit, far))
+    with pytest.raises(ValueError, match=message):
+        ranks_mixed(base, rows, owner, np.full((1, 4), 12), far_by_exit=away, distractors=distractors)

@@ -92,9 +92,11 @@ def ranks_mixed(
     """
     from icar_jax.evaluation.metrics.ranking import Ranker, mixed_ranks
 
-    order = sorted(by_exit)
-    if (unknown := set(np.unique(exits).tolist()) - set(order)) or set(far_by_exit or by_exit) != set(by_exit):
+    order, far_exits = sorted(by_exit), set(far_by_exit or by_exit)
+    if unknown := (set(np.unique(exits).tolist()) | far_exits) - set(order):
         raise ValueError(f"no embeddings for exits {sorted(unknown)}; available exits: {order}")
+    if unknown := set(order) - far_exits:
+        raise ValueError(f"no distractor embeddings for exits {sorted(unknown)}; available exits: {sorted(far_exits)}")
     pairs = {}
     for exit, embeddings in by_exit.items():
         far = dataclasses.replace(distractors, image_embed=far_by_exit[exit]) if distractors is not None else None
