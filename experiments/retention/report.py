@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +243,7 @@ def _points(interval: Mapping[str, float] | None) -> str:
 
 
 def _plain(interval: Interval | None) -> dict[str, float] | None:
-    return None if interval is None else interval.as_dict()
+    return None if interval is None else asdict(interval)
 
 
 def _middle(values: Sequence[float | None]) -> float | None:

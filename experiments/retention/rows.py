@@ -27,6 +27,7 @@ from icar_jax.evaluation.metrics.bootstrap import Hits
 from icar_jax.evaluation.metrics.ranking import local_mesh
 from icar_jax.evaluation.metrics.retrieval import RECALL_AT, Distractors, Ranks, ranks
 from icar_jax.evaluation.metrics.seeds import mean_recall_hits
+from icar_jax.evaluation.records.plain import plain
 from icar_jax.evaluation.routing import score_calibration, timing
 from icar_jax.evaluation.routing.assignments import oracle_exits_at_share, random_exits, ranks_alone, ranks_mixed, take_exits
 from icar_jax.evaluation.routing.calibration import model_costs, score_source
@@ -138,10 +139,10 @@ class Rows:
         more = {"router": router, "budget": budget}
         name = f"{router}@{budget:.2f}"
         self.add(name, "routed", [self._mixed(exits)], share, flops, thresholds=list(thresholds), **more)
-        calibrated = [affine.images(take_exits(g.by_exit, e), e) for g, e in zip(self.galleries, exits)]
-        texts = [affine.texts(g.texts) for g in self.galleries]
+        calibrated = [affine.map_images(take_exits(g.by_exit, e), e) for g, e in zip(self.galleries, exits)]
+        texts = [affine.map_texts(g.texts) for g in self.galleries]
         found = ranks(calibrated[0], texts[0], self.gallery.caption_image, **self._ranking_options(calibrated, texts))
-        more_affine = {"thresholds": list(thresholds), "affine": affine.as_dict(), **more}
+        more_affine = {"thresholds": list(thresholds), "affine": plain(affine), **more}
         self.add(f"{name}{AFFINE}", "routed", [found], share, flops, **more_affine)
         assignments = np.stack([random_exits(everyone, seed) for seed in range(draws)])
         far = self.far.by_exit if self.far is not None else None

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def cosine_offsets(arrays: Sequence[Arrays], exits: Sequence[int], n: int) -> di
             values = [a[f"{name}_{exit}"] for a in arrays]
             part[name] = mean_interval(values, one, n)
             part[f"{name}_offset"] = mean_interval([v - a[f"{name}_{full}"] for v, a in zip(values, arrays)], one, n)
-        found[str(exit)] = {key: each.as_dict() for key, each in part.items()}
+        found[str(exit)] = {key: asdict(each) for key, each in part.items()}
     return found
 
 
@@ -79,7 +80,7 @@ def rank_flips(arrays: Sequence[Arrays], exits: Sequence[int], n: int) -> dict[s
                     flipped = np.sign(a[f"alone_{name}_{exit}"] - a[f"alone_{name}_{full}"]) == sign
                     values.append(100.0 * np.bincount(owner, weights=flipped, minlength=images))
                     weights.append(np.bincount(owner, minlength=images).astype(np.float64))
-                shares[word] = mean_interval(values, weights, n).as_dict()
+                shares[word] = asdict(mean_interval(values, weights, n))
             found[str(exit)][direction] = shares
     return found
 
@@ -127,9 +128,9 @@ def analyse(out: Path, dataset: str, names: Sequence[str], seeds_: Sequence[int]
         one = [np.ones(len(each)) for each in lost]
         records.append({
             "recipe": name, "exits": exits, "seeds": len(read), "cosines": cosine_offsets(arrays, exits, n),
-            "flips": rank_flips(arrays, exits, n), "routers": scores, "regret": mean_interval(lost, one, n).as_dict(),
-            "images_that_lose": mean_interval([100.0 * (each > 0) for each in lost], one, n).as_dict(),
-            "images_that_gain": mean_interval([100.0 * (each < 0) for each in lost], one, n).as_dict(),
+            "flips": rank_flips(arrays, exits, n), "routers": scores, "regret": asdict(mean_interval(lost, one, n)),
+            "images_that_lose": asdict(mean_interval([100.0 * (each > 0) for each in lost], one, n)),
+            "images_that_gain": asdict(mean_interval([100.0 * (each < 0) for each in lost], one, n)),
         })  # fmt: skip
     return records
 

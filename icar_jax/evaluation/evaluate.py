@@ -20,6 +20,8 @@ from icar_jax.data.loader.batches import eval_batches
 from icar_jax.data.ratings.labels import read_labels
 from icar_jax.data.records import Source, Subset
 from icar_jax.evaluation.metrics.colour_baseline import colour_histogram_baseline
+from icar_jax.evaluation.metrics.retrieval import DIRECTIONS
+from icar_jax.evaluation.records.retrieval import RetrievalEvaluation, ScoreCalibrationResult
 from icar_jax.evaluation.report import figures, report, table
 from icar_jax.evaluation.routing import score_calibration, timing
 from icar_jax.evaluation.routing.calibration import make_bundle, model_costs, routing_from_scores, score_source
@@ -32,9 +34,8 @@ from icar_jax.inference.model import Model
 BASELINE_IMAGES = 3000  # training images used to fit the colour baseline
 
 
-def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
-    """Evaluates the model in `workdir`, writes metrics.json, retention.png, complexity.png and report/ there, and returns the
-    metrics documented in evaluation/report/table.py.
+def evaluate(config: ExperimentConfig, workdir: str | Path) -> RetrievalEvaluation:
+    """Evaluates the model in `workdir` and writes metrics.json, retention.png, complexity.png and report/ there.
 
     Creates WORKDIR/bundle if there is none and `config.eval.complexity` names a complexity model. Raises ConfigError or
     CheckpointError.
@@ -71,24 +72,26 @@ def evaluate(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
         far = embed_source(model, far_source, loading)
         far = labelled(far, far_urls, far_labels, config.eval.distractors.labels, notes)
     static = _embed_shallower_baseline(config, small, source, far_source, gallery, far)
-    metrics, evidence = evaluate_runs(config, model, source, gallery, far, static, settings, calibration)
+    record, evidence = evaluate_runs(config, model, source, gallery, far, static, settings, calibration)
     if calibration is not None:
-        metrics["score_calibration"] |= fitted_on
-    metrics["timing"] |= warm
+        record.score_calibration = ScoreCalibrationResult(
+            calibration.exits, calibration.loss_before, calibration.loss_after,
+            score_calibration.bias(gallery.by_exit, gallery.texts, gallery.caption_image), *fitted_on,
+        )  # fmt: skip
+    record.timing.compile_s, record.timing.programs = warm
     for name, routing in found.items():
-        metrics["runs"][name]["found"] = routing["found"]
-    metrics["gallery"]["source"] = source.name
-    metrics["gallery"]["distractors"] = far_source.name if far_source is not None else None
-    metrics["notes"] = notes if train is None else [*notes, _colour_baseline_note(config, train, source, gallery, metrics)]
-    metrics["notes"] += [each.bad.summary() for each in (gallery, far) if each is not None and each.bad]
-    table.write_metrics(metrics, workdir / "metrics.json")
-    table.print_results(metrics)
-    figures.retention_against_cost(metrics, workdir / "retention.png")
+        record.runs[name].found = routing["found"]
+    record.gallery.distractors = far_source.name if far_source is not None else None
+    record.notes = notes if train is None else [*notes, _colour_baseline_note(config, train, source, gallery, record)]
+    record.notes += [each.bad.summary() for each in (gallery, far) if each is not None and each.bad]
+    table.write_metrics(record, workdir / "metrics.json")
+    table.print_results(record)
+    figures.retention_against_cost(record, workdir / "retention.png")
     if gallery.scores is not None:
         figures.complexity_histogram(gallery.scores, model.thresholds, workdir / "complexity.png", exits=model.exits)
-    page = report.write_report(metrics, evidence, source, workdir / "report", title=workdir.resolve().name)
+    page = report.write_report(record, evidence, source, workdir / "report", title=workdir.resolve().name)
     print(f"Report: {page}")
-    return metrics
+    return record
 
 
 def _budgets(config: ExperimentConfig, model: Model, notes: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -107,18 +110,19 @@ def _budgets(config: ExperimentConfig, model: Model, notes: list[str]) -> tuple[
 
 def _score_calibration(
     config: ExperimentConfig, model: Model, notes: list[str]
-) -> tuple[ScoreCalibration | None, dict[str, Any]]:
-    """Fits per-exit score calibration on the routed calibration images, if config.eval enables it: (calibration, record)."""
+) -> tuple[ScoreCalibration | None, tuple[str, int] | None]:
+    """Fits per-exit score calibration on the routed calibration images, if config.eval enables it; also returns the source and
+    the number of these images."""
     if config.eval.score_calibration == "none":
-        return None, {}
+        return None, None
     if model.thresholds is None:
         flag = f"config.eval.score_calibration={config.eval.score_calibration!r}"
         notes.append(f"{flag} ignored: score calibration applies to routed galleries, which need a complexity model")
-        return None, {}
+        return None, None
     source = configured.calibration_source(config.data)
     images = embed_source(model, source, configured.loading(config.data))
     fitted = score_calibration.fit(images.by_exit, images.texts, images.caption_image, images.exits, full_scale(model))
-    return fitted, {"calibration": source.name, "images": len(images.captions)}
+    return fitted, (source.name, len(images.captions))
 
 
 def _load_shallower_baseline(config: ExperimentConfig) -> Model | None:
@@ -222,9 +226,9 @@ def _colour_baseline_source(config: ExperimentConfig, notes: list[str]) -> Sourc
 
 
 def _colour_baseline_note(
-    config: ExperimentConfig, train: Source, source: Source, gallery: Gallery, metrics: dict[str, Any]
+    config: ExperimentConfig, train: Source, source: Source, gallery: Gallery, record: RetrievalEvaluation
 ) -> str:
-    """Adds the colour-histogram baseline to the metrics and returns a sentence that compares it with full depth."""
+    """Adds the colour-histogram baseline to the record and returns a sentence that compares it with full depth."""
     loading = configured.loading(config.data)
     fitted = list(_thumbnails(train, loading))
     result = colour_histogram_baseline(
@@ -233,11 +237,11 @@ def _colour_baseline_note(
         (image for image, _ in _thumbnails(source, loading)),
         gallery.captions,
     )
-    metrics["colour_baseline"] = result
-    full = metrics["runs"]["full"]
+    record.colour_baseline = result
+    full = record.runs["full"]
     pairs = [
-        f"{name.replace('_', ' ')} R@1 {result[name]['r1']:.1f}% (full depth {full[name]['r1']:.1f}%)"
-        for name in ("text_to_image", "image_to_text")
+        f"{name.replace('_', ' ')} R@1 {result[name]['r1']:.1f}% (full depth {full.metrics(name)['r1']:.1f}%)"
+        for name in DIRECTIONS
     ]
     return f"colour histograms alone, linear, fitted on {len(fitted)} training images: {', '.join(pairs)}"
 

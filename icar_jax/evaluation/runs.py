@@ -16,7 +16,17 @@ from icar_jax.evaluation.metrics.bootstrap import Hits, difference, hits_at, mea
 from icar_jax.evaluation.metrics.category import Precisions
 from icar_jax.evaluation.metrics.ranking import local_mesh
 from icar_jax.evaluation.metrics.retrieval import Distractors, Ranks, mean_summary, ranks, summarise
-from icar_jax.evaluation.routing import score_calibration, timing
+from icar_jax.evaluation.records.retrieval import (
+    Difference,
+    ExitFlops,
+    Flops,
+    FrontierPoint,
+    GalleryCounts,
+    QueryCounts,
+    RetrievalEvaluation,
+    Run,
+)
+from icar_jax.evaluation.routing import timing
 from icar_jax.evaluation.routing.assignments import (
     oracle_exits,
     oracle_exits_at_share,
@@ -59,21 +69,16 @@ class EvaluationRuns:
         self.mesh = local_mesh()
         self.flops = {e: float(vision_flops(model.arch.vision, e)) for e in model.exits}
         self.costs = model_costs(model.arch, model.scorer.complexity.arch) if gallery.exits is not None else None
-        self.records: dict[str, dict[str, Any]] = {}
+        self.records: dict[str, Run] = {}
         self.evidence = Evidence(gallery)
         self._hits: dict[str, Hits] = {}
         self._per_image: dict[str, comparison.RunMetrics] = {}
 
-    def add(self, name: str, draws: Sequence[Draw], flops: float, share: Mapping[str, float]) -> None:
+    def add(self, name: str, draws: Sequence[Draw], flops: float, share: Mapping[int, float]) -> None:
         """Adds a run from its ranks (averaged over several draws), its counted FLOPs per image and its share per exit."""
         self._hits[name] = mean_hits([hits_at(found, RETENTION_AT) for found, _ in draws])
         self._per_image[name] = comparison.mean_run([comparison.collect(*draw) for draw in draws])
-        self.records[name] = {
-            **mean_summary([_summary(*draw) for draw in draws]),
-            "flops_per_image": flops,
-            "images_per_s": None,
-            "share": dict(share),
-        }
+        self.records[name] = Run(**mean_summary([_summary(*draw) for draw in draws]), flops_per_image=flops, share=dict(share))
         if len(draws) == 1:
             self.evidence.ranks[name] = draws[0][0]
 
@@ -89,10 +94,10 @@ class EvaluationRuns:
     def add_calibrated(self, name: str, exits: Sequence[np.ndarray], calibration: ScoreCalibration) -> None:
         """Adds the routed assignment ranked with per-exit calibrated scores; its encoding cost equals that of 'routed'."""
         own, far = self.gallery, None
-        rows = [calibration.images(take_exits(g.by_exit, e), e) for g, e in zip(self.galleries, exits)]
+        rows = [calibration.map_images(take_exits(g.by_exit, e), e) for g, e in zip(self.galleries, exits)]
         if self.far is not None:
-            far = Distractors(rows[1], calibration.texts(self.far.texts), self.far.caption_image, self.far.labels)
-        captions, options = (calibration.texts(own.texts), own.caption_image), {"distractors": far, "mesh": self.mesh}
+            far = Distractors(rows[1], calibration.map_texts(self.far.texts), self.far.caption_image, self.far.labels)
+        captions, options = (calibration.map_texts(own.texts), own.caption_image), {"distractors": far, "mesh": self.mesh}
         precise = category.precisions(rows[0], *captions, own.labels, **options) if any(own.labels) else None
         share = _share(np.concatenate(exits), self.model.exits)
         self.add(name, [(ranks(rows[0], *captions, **options), precise)], self._cost(share, True), share)
@@ -139,7 +144,7 @@ class EvaluationRuns:
         precise = None
         if any(self.gallery.labels):
             precise = category.precisions(own.by_exit[exit], own.texts, own.caption_image, self.gallery.labels, **options)
-        self.add("static", [(found, precise)], float(vision_flops(static.model.arch.vision)), {str(exit): 1.0})
+        self.add("static", [(found, precise)], float(vision_flops(static.model.arch.vision)), {exit: 1.0})
 
     @property
     def captions(self) -> tuple[np.ndarray, np.ndarray]:
@@ -167,24 +172,24 @@ class EvaluationRuns:
     def rank(self, *embeddings: np.ndarray) -> Draw:
         return ranks(embeddings[0], *self.captions, **self.ranking_options(embeddings)), self.precisions(*embeddings)
 
-    def compare(self) -> dict[str, Any]:
+    def compare(self) -> dict[str, Difference]:
         """Adds intervals and retention to the records and returns the comparisons between runs."""
         n = self.config.eval.bootstrap
         compared = comparison.intervals(self._per_image, n=n)
-        for name, record in self.records.items():
+        for name, run in self.records.items():
             kept = retention(self._hits[name], self._hits["full"], n=n)
-            record["retention"] = kept.percent().as_dict() if kept else None
-            record["intervals"] = {d: {m: c.as_dict() for m, c in by.items()} for d, by in compared[name].items()}
+            run.retention = kept.percent() if kept else None
+            run.intervals = compared[name]
         if "random" not in self.records:
             return {}
         pairs = {"routed_minus_random": ("routed", "random"), "routed_affine_minus_routed": (AFFINE, "routed")}
-        deltas = {
-            name: difference(self._hits[a], self._hits[b], n=n) for name, (a, b) in pairs.items() if a in self._hits
+        return {
+            name: Difference.of(difference(self._hits[a], self._hits[b], n=n))
+            for name, (a, b) in pairs.items() if a in self._hits
         }  # fmt: skip
-        return {name: {**delta.as_dict(), "includes_zero": delta.includes_zero} for name, delta in deltas.items()}
 
-    def _cost(self, share: Mapping[str, float], router: bool) -> float:
-        return sum(part * self.flops[int(exit)] for exit, part in share.items()) + (self.costs.router if router else 0.0)
+    def _cost(self, share: Mapping[int, float], router: bool) -> float:
+        return sum(part * self.flops[exit] for exit, part in share.items()) + (self.costs.router if router else 0.0)
 
 
 def evaluate_runs(
@@ -196,8 +201,8 @@ def evaluate_runs(
     static: ShallowBaseline | None = None,
     settings: Mapping[str, Sequence[float]] | None = None,
     calibration: ScoreCalibration | None = None,
-) -> tuple[dict[str, Any], Evidence]:
-    """Evaluates all runs: returns the metrics documented in `table`, and the evidence that the report shows.
+) -> tuple[RetrievalEvaluation, Evidence]:
+    """Evaluates all runs; also returns the evidence that the report shows.
 
     settings: additional routed runs, name -> thresholds. calibration: adds the run 'routed_affine', which ranks the routed
     gallery with these calibrated scores.
@@ -232,56 +237,43 @@ def evaluate_runs(
     if static is not None:
         runs.add_shallower_baseline(static)
     for name, value in speed.items():
-        runs.records[name]["images_per_s"] = value
-    comparisons = runs.compare()
-    metrics: dict[str, Any] = {
-        "runs": runs.records,
-        "gallery": {
-            "images": sum(len(g.captions) for g in runs.galleries),
-            "captions": sum(len(g.texts) for g in runs.galleries),
-            "queries": {"images": len(gallery.captions), "captions": len(gallery.texts)},
-        },
-        "comparisons": comparisons,
-        "timing": where,
-        "flops": _flops(model, runs),
-    }
+        runs.records[name].images_per_s = value
+    counts = GalleryCounts(
+        images=sum(len(g.captions) for g in runs.galleries),
+        captions=sum(len(g.texts) for g in runs.galleries),
+        queries=QueryCounts(len(gallery.captions), len(gallery.texts)),
+        source=source.name,
+    )
+    record = RetrievalEvaluation(runs.records, counts, runs.compare(), where, _flops(model, runs))
     if taken is not None:
-        if calibration is not None:
-            biases = score_calibration.bias(gallery.by_exit, *runs.captions)
-            metrics["score_calibration"] = {**calibration.as_dict(), "bias": {str(e): found for e, found in biases.items()}}
-        metrics["routing"] = {**model.description["routing"], "router_flops": runs.costs.router}
+        record.routing = {**model.description["routing"], "router_flops": runs.costs.router}
         for name, limits in (settings or {}).items():
-            runs.records[name]["thresholds"] = list(limits)
+            runs.records[name].thresholds = tuple(limits)
         measured = timing.measured_costs(model, gallery.sample)
-        if where["router_ms"] is None:  # a router head that shares the tower's blocks has no separate timing
-            where["router_ms"] = 1e3 * measured.router
-        metrics["frontier"] = _frontier(runs, measured)
-    return metrics, runs.evidence
+        if where.router_ms is None:  # a router head that shares the tower's blocks has no separate timing
+            where.router_ms = 1e3 * measured.router
+        record.frontier = _frontier(runs, measured)
+    return record, runs.evidence
 
 
-def _flops(model: Model, runs: EvaluationRuns) -> dict[str, Any]:
-    """FLOPs per image at each exit (counted and from XLA's cost analysis), per complexity score and per caption."""
-    return {
-        "exits": {str(e): {"counted": runs.flops[e], "compiler": timing.compiler_flops(model, e)} for e in model.exits},
-        "router": runs.costs.router if runs.costs else None,
-        "text": float(text_flops(model.arch.text)),
-    }
+def _flops(model: Model, runs: EvaluationRuns) -> Flops:
+    exits = {e: ExitFlops(runs.flops[e], timing.compiler_flops(model, e)) for e in model.exits}
+    return Flops(exits, runs.costs.router if runs.costs else None, float(text_flops(model.arch.text)))
 
 
-def _frontier(runs: EvaluationRuns, measured: Costs) -> list[dict[str, Any]]:
+def _frontier(runs: EvaluationRuns, measured: Costs) -> list[FrontierPoint]:
     """Sweeps thresholds on the evaluated images, for the report only; no threshold is chosen from it."""
     gallery, far = runs.gallery, runs.far
     bench = Bench(
         gallery.by_exit, *runs.captions, gallery.scores, {"counted": runs.costs, "measured": measured},
         far_scores=far.scores if far is not None else None, **runs.mixed_options(),
     )  # fmt: skip
-    full = runs.records["full"]
-    whole = (full["text_to_image"]["r5"] + full["image_to_text"]["r5"]) / 2
-    return [{**p.as_dict(), "kept": 100 * p.recall / whole if whole else None} for p in sweep(bench)]
+    whole = runs.records["full"].mean_r5
+    return [FrontierPoint(**vars(p), kept=100 * p.recall / whole if whole else None) for p in sweep(bench)]
 
 
-def _share(exits: np.ndarray, known: Sequence[int]) -> dict[str, float]:
-    return {str(e): float(np.mean(exits == e)) for e in known}
+def _share(exits: np.ndarray, known: Sequence[int]) -> dict[int, float]:
+    return {e: float(np.mean(exits == e)) for e in known}
 
 
 def _summary(found: Ranks, precisions: Precisions | None) -> dict[str, dict[str, float]]:

@@ -1,10 +1,21 @@
 """Bootstrap intervals equal a plain resampling loop, are paired and reproducible, and have the nominal coverage."""
 
+from dataclasses import astuple
+
 import numpy as np
 import pytest
 
 from icar_jax.evaluation.metrics import bootstrap
-from icar_jax.evaluation.metrics.bootstrap import Hits, difference, hits_at, interval, mean_hits, resample_indices, retention
+from icar_jax.evaluation.metrics.bootstrap import (
+    Hits,
+    Interval,
+    difference,
+    hits_at,
+    interval,
+    mean_hits,
+    resample_indices,
+    retention,
+)
 from icar_jax.evaluation.metrics.retrieval import Ranks, recall
 
 
@@ -54,10 +65,10 @@ def test_point_value_is_the_recall_of_the_gallery():
 def test_identical_runs_have_zero_width_intervals():
     for hits in (hits_at(made_up_ranks(6), 5), mean_hits([hits_at(made_up_ranks(s), 5) for s in (6, 7, 8)])):
         twin = Hits(hits.k, hits.text_to_image.copy(), hits.captions.copy(), hits.image_to_text.copy())
-        assert retention(hits, twin, n=300).as_dict() == {"value": 1.0, "low": 1.0, "high": 1.0}
-        assert retention(hits, twin, n=300).percent().as_dict() == {"value": 100.0, "low": 100.0, "high": 100.0}
+        assert retention(hits, twin, n=300) == Interval(1.0, 1.0, 1.0)
+        assert retention(hits, twin, n=300).percent() == Interval(100.0, 100.0, 100.0)
         delta = difference(hits, twin, n=300)
-        assert delta.as_dict() == {"value": 0.0, "low": 0.0, "high": 0.0}
+        assert delta == Interval(0.0, 0.0, 0.0)
         assert delta.includes_zero
 
 
@@ -79,7 +90,7 @@ def test_result_depends_on_the_seed_but_not_on_chunking(monkeypatch):
     monkeypatch.setattr(bootstrap, "_CHUNK_ELEMENTS", 7 * 40)
     assert len(list(resample_indices(40, 300, seed=1))) > 40
     again = retention(run, full, n=300, seed=1)
-    np.testing.assert_allclose(list(again.as_dict().values()), list(first.as_dict().values()), rtol=1e-12)
+    np.testing.assert_allclose(astuple(again), astuple(first), rtol=1e-12)
 
 
 def test_mean_hits_averages_draws():

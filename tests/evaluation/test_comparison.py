@@ -1,10 +1,12 @@
 """Intervals of every metric equal a plain resampling loop with numpy's mean and median; they are paired and reproducible."""
 
+from dataclasses import astuple
+
 import numpy as np
 import pytest
 
 from icar_jax.evaluation.metrics import bootstrap, category, retrieval
-from icar_jax.evaluation.metrics.bootstrap import resample_indices
+from icar_jax.evaluation.metrics.bootstrap import Interval, resample_indices
 from icar_jax.evaluation.metrics.category import Precisions
 from icar_jax.evaluation.metrics.comparison import collect, intervals, mean_run
 from icar_jax.evaluation.metrics.retrieval import DIRECTIONS, Ranks
@@ -88,9 +90,8 @@ def test_identical_runs_have_zero_width_intervals():
     found = intervals({"full": collect(*made_up(6)), "twin": collect(*made_up(6))}, n=300)["twin"]
     for by_metric in found.values():
         for got in by_metric.values():
-            assert got.difference.as_dict() == {"value": 0.0, "low": 0.0, "high": 0.0}
-            assert got.retention is None or got.retention.as_dict() == {"value": 100.0, "low": 100.0, "high": 100.0}
-    assert found["mean"]["r5"].as_dict()["value"].keys() == {"value", "low", "high"}
+            assert got.difference == Interval(0.0, 0.0, 0.0)
+            assert got.retention is None or got.retention == Interval(100.0, 100.0, 100.0)
 
 
 def test_mean_run_averages_draws():
@@ -104,12 +105,11 @@ def test_mean_run_averages_draws():
 
 def test_result_depends_on_the_seed_but_not_on_chunking(monkeypatch):
     runs = {"full": collect(*made_up(10)), "run": collect(*made_up(11))}
-    first = intervals(runs, n=100, seed=1)["run"]["mean"]["map10"].as_dict()
-    assert intervals(runs, n=100, seed=2)["run"]["mean"]["map10"].as_dict() != first
+    first = intervals(runs, n=100, seed=1)["run"]["mean"]["map10"]
+    assert intervals(runs, n=100, seed=2)["run"]["mean"]["map10"] != first
     monkeypatch.setattr(bootstrap, "_CHUNK_ELEMENTS", 7 * 40)
-    again = intervals(runs, n=100, seed=1)["run"]["mean"]["map10"].as_dict()
-    for name, got in again.items():
-        np.testing.assert_allclose(list(got.values()), list(first[name].values()), rtol=1e-12)
+    again = intervals(runs, n=100, seed=1)["run"]["mean"]["map10"]
+    np.testing.assert_allclose(np.ravel(astuple(again)), np.ravel(astuple(first)), rtol=1e-12)
 
 
 def test_what_is_undefined_is_none():
@@ -120,7 +120,7 @@ def test_what_is_undefined_is_none():
         precisions.values[direction]["standard"][10][0] = 0.5
     found = intervals({"full": collect(never, precisions), "run": collect(ranks, precisions)}, n=50)["run"]["mean"]
     assert found["r5"].retention is None and found["r5"].difference.low > 0
-    assert found["map10_standard"].value is None and found["map10_standard"].as_dict()["difference"] is None
+    assert found["map10_standard"].value is None and found["map10_standard"].difference is None
 
 
 def test_unpaired_runs_are_refused():

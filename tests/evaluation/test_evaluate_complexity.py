@@ -117,7 +117,7 @@ def test_a_classifier_decides_by_its_stored_threshold(classification):
     labels = known(config) > config.complexity.threshold
     assert metrics["threshold"] == threshold
     decided = scores > threshold
-    assert metrics["confusion"] == m.confusion(decided, labels).as_dict()
+    assert metrics["confusion"] == dataclasses.asdict(m.confusion(decided, labels))
     for metric in m.OF_DECISIONS:
         assert metrics["runs"]["model"][metric]["value"] == pytest.approx(m.value(metric, decided, labels))
     for metric in m.OF_SCORES:

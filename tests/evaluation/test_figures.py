@@ -8,36 +8,41 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from icar_jax.evaluation.metrics.bootstrap import Interval
+from icar_jax.evaluation.records.retrieval import Difference, Flops, GalleryCounts, QueryCounts, RetrievalEvaluation, Run
 from icar_jax.evaluation.report import figures, table
+from icar_jax.evaluation.routing.timing import Timing
 
 PIXELS = tuple(round(inches * figures.DPI) for inches in figures.SIZE_INCHES)
 
 
 def made_up_run(r5, flops, speed, share, kept):
-    return {
-        "text_to_image": {"r1": r5 / 3, "r5": r5, "r10": r5 * 1.3},
-        "image_to_text": {"r1": r5 / 3, "r5": r5 + 1, "r10": r5 * 1.4},
-        "flops_per_image": flops,
-        "images_per_s": speed,
-        "share": share,
-        "retention": dict(zip(("value", "low", "high"), kept)),
-    }
+    return Run(
+        text_to_image={"r1": r5 / 3, "r5": r5, "r10": r5 * 1.3},
+        image_to_text={"r1": r5 / 3, "r5": r5 + 1, "r10": r5 * 1.4},
+        flops_per_image=flops,
+        images_per_s=speed,
+        share=share,
+        retention=Interval(*kept),
+    )
 
 
 @pytest.fixture
 def record():
-    return {
-        "runs": {
-            "random": made_up_run(39.9, 0.424e9, None, {"12": 0.48, "6": 0.52}, (94.6, 92.5, 96.7)),
-            "routed": made_up_run(41.0, 0.441e9, 290.0, {"12": 0.48, "6": 0.52}, (97.1, 94.0, 100.3)),
-            "exit_12": made_up_run(42.1, 0.62e9, 310.0, {"12": 1.0}, (100.0, 100.0, 100.0)),
-            "exit_6": made_up_run(30.0, 0.32e9, 580.0, {"6": 1.0}, (71.0, 67.0, 75.2)),
-            "full": made_up_run(42.1, 0.62e9, 310.0, {"12": 1.0}, (100.0, 100.0, 100.0)),
+    return RetrievalEvaluation(
+        runs={
+            "random": made_up_run(39.9, 0.424e9, None, {12: 0.48, 6: 0.52}, (94.6, 92.5, 96.7)),
+            "routed": made_up_run(41.0, 0.441e9, 290.0, {12: 0.48, 6: 0.52}, (97.1, 94.0, 100.3)),
+            "exit_12": made_up_run(42.1, 0.62e9, 310.0, {12: 1.0}, (100.0, 100.0, 100.0)),
+            "exit_6": made_up_run(30.0, 0.32e9, 580.0, {6: 1.0}, (71.0, 67.0, 75.2)),
+            "full": made_up_run(42.1, 0.62e9, 310.0, {12: 1.0}, (100.0, 100.0, 100.0)),
         },
-        "gallery": {"images": 500, "captions": 2500},
-        "comparisons": {"routed_minus_random": {"value": 1.2, "low": -0.3, "high": 2.6, "includes_zero": True}},
-        "notes": ["The colour baseline reaches [3%]."],
-    }
+        gallery=GalleryCounts(500, 2500, QueryCounts(500, 2500), "made up"),
+        comparisons={"routed_minus_random": Difference(1.2, -0.3, 2.6, True)},
+        timing=Timing(500, 3, 3.0, 0.5, {6: 1.0, 12: 2.0}, 0.4, 0.9, None),
+        flops=Flops({}, None, 1e7),
+        notes=["The colour baseline reaches [3%]."],
+    )
 
 
 def printed(record, width):
@@ -49,7 +54,7 @@ def printed(record, width):
 def test_wide_table_has_one_line_per_run(record):
     text = printed(record, 124)
     rows = [line.split()[1] for line in text.splitlines() if line.startswith("│")]
-    assert [name for name in rows if name in record["runs"]] == ["full", "exit_6", "exit_12", "routed", "random"]
+    assert [name for name in rows if name in record.runs] == ["full", "exit_6", "exit_12", "routed", "random"]
     routed = next(line for line in text.splitlines() if "│ routed" in line)
     for cell in ("13.7/41.0/53.3", "0.441", " 71 ", " 290 ", "6: 52%  12: 48%", "97.1 [94.0, 100.3]"):
         assert cell in routed
@@ -58,7 +63,7 @@ def test_wide_table_has_one_line_per_run(record):
 
 
 def test_compact_table_fits_80_columns(record):
-    record["runs"]["routed"]["retention"] = None
+    record.runs["routed"].retention = None
     lines = printed(record, 80).splitlines()
     assert all(len(line) <= 80 for line in lines if not line.startswith("- "))
     text = "\n".join(lines)
@@ -71,10 +76,9 @@ def test_verdict_on_random_routing(record):
         "routed - random = +1.2 points R@5, 95% interval [-0.3, 2.6]: includes zero, so routing is not shown to beat "
         "random routing at these shares"
     ) in table.verdicts(record)
-    delta = record["comparisons"]["routed_minus_random"]
-    delta.update(low=0.4, includes_zero=False)
+    record.comparisons["routed_minus_random"] = Difference(1.2, 0.4, 2.6, False)
     assert any(line.endswith("above zero, so routing beats random routing at these shares") for line in table.verdicts(record))
-    delta.update(value=-1.0, low=-2.0, high=-0.2)
+    record.comparisons["routed_minus_random"] = Difference(-1.0, -2.0, -0.2, False)
     assert any(line.endswith("so routing is worse than random routing at these shares") for line in table.verdicts(record))
 
 
@@ -88,34 +92,34 @@ def test_verdicts_on_retention_time_and_chance(record):
     assert verdict(record, "time:").startswith("routing loses time: 290.0 images/s")
     assert verdict(record, "saves no FLOPs") is None
     assert "and no slower" in verdict(record, "exit_12 for every image is at least as good")
-    record["runs"]["exit_12"]["images_per_s"] = 280.0
+    record.runs["exit_12"].images_per_s = 280.0
     assert verdict(record, "for every image is at least as good") is None
-    routed = record["runs"]["routed"]
-    routed.update(images_per_s=620.0, flops_per_image=0.7e9, share={"6": 0.001, "12": 0.999})
-    routed["retention"]["high"] = 98.0
+    routed = record.runs["routed"]
+    routed.images_per_s, routed.flops_per_image, routed.share = 620.0, 0.7e9, {6: 0.001, 12: 0.999}
+    routed.retention = Interval(97.1, 94.0, 98.0)
     assert verdict(record, "time:").startswith("routing saves time") and "2.00 times" in verdict(record, "time:")
     assert verdict(record, "saves no FLOPs")
     assert verdict(record, "single exit plus the router's cost")
     assert verdict(record, "for every image is at least as good").startswith("exit_12")
     assert "routing loses retrieval quality" in verdict(record, "routed retains")
-    record["runs"]["full"]["text_to_image"]["r5"] = 1.5
+    record.runs["full"].text_to_image["r5"] = 1.5
     assert "less than twice chance" in verdict(record, "chance")
-    routed["retention"] = None
+    routed.retention = None
     assert verdict(record, "undefined")
 
 
 def test_verdicts_without_routing(record):
-    record["runs"] = {"full": record["runs"]["full"]}
+    record.runs = {"full": record.runs["full"]}
     assert len(table.verdicts(record)) == 1
 
 
 def test_full_depth_is_required(record, tmp_path):
-    del record["runs"]["full"]
+    del record.runs["full"]
     for function in (table.results_table, lambda r: figures.retention_against_cost(r, tmp_path / "x.png")):
         with pytest.raises(ValueError, match="must hold 'full'"):
             function(record)
     with pytest.raises(ValueError, match="exit_<blocks>"):
-        table.run_order({"exit_early": {}})
+        table.run_order({"exit_early": record.runs["exit_6"]})
 
 
 def check_png(path):
@@ -136,10 +140,10 @@ def test_retention_figure(record, tmp_path):
 
 
 def test_retention_figure_with_undefined_runs(record, tmp_path):
-    record["runs"]["exit_6"]["retention"] = None
+    record.runs["exit_6"].retention = None
     figures.retention_against_cost(record, tmp_path / "some.png")
-    for run in record["runs"].values():
-        run["retention"] = None
+    for run in record.runs.values():
+        run.retention = None
     figures.retention_against_cost(record, tmp_path / "none.png")
     check_png(tmp_path / "some.png")
     assert (tmp_path / "none.png").stat().st_size > 1000

@@ -119,5 +119,3 @@ def test_the_frontier_holds_the_pareto_optimal_points():
     for point in points:
         assert any(b.cost["measured"] <= point.cost["measured"] and b.recall >= point.recall for b in best)
     assert all(a.cost["measured"] < b.cost["measured"] and a.recall < b.recall for a, b in zip(best, best[1:]))
-    plain = [p.as_dict() for p in points]
-    assert [p["thresholds"] for p in frontier(plain, "measured")] == [list(p.thresholds) for p in best]

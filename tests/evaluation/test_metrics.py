@@ -100,14 +100,16 @@ def failing_replace(source, target):
 
 def test_write_metrics_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "new" / "metrics.json"
-    table.write_metrics({"a": np.float32(0.5), "b": [np.int64(2), None], "c": np.arange(2)}, path)
-    assert json.loads(path.read_text()) == {"a": 0.5, "b": [2, None], "c": [0, 1]}
+    table.write_metrics({"a": np.float32(0.5), "b": [np.int64(2), None], "c": np.arange(2), "d": {6: (0.5,)}}, path)
+    assert json.loads(path.read_text()) == {"a": 0.5, "b": [2, None], "c": [0, 1], "d": {"6": [0.5]}}
     before = path.read_text()
     for bad, message in [
         ({"runs": {"full": {"r5": float("nan")}}}, "runs/full/r5 is nan"),
         ({"x": [1.0, np.float32("inf")]}, "x/1 is inf"),
-        ({"share": {6: 0.5}}, "key 6 at share"),
+        ({"share": {0.5: 6}}, "key 0.5 at share must be text or an integer"),
+        ({"flags": {True: 1}}, "key True at flags"),
         ({"x": {1, 2}}, "x is a set"),
+        ({"runs": {"full": retrieval.Ranks}}, "runs/full is a type"),
     ]:
         with pytest.raises(ValueError, match=message):
             table.write_metrics(bad, path)

@@ -15,7 +15,19 @@ from PIL import Image
 from icar_jax.data.images import ImageError
 from icar_jax.data.loader.batches import BadFiles
 from icar_jax.data.records import Record, Source
+from icar_jax.evaluation.metrics.bootstrap import Interval
+from icar_jax.evaluation.metrics.comparison import Comparison
 from icar_jax.evaluation.metrics.retrieval import Ranks, summarise
+from icar_jax.evaluation.records.retrieval import (
+    Difference,
+    ExitFlops,
+    Flops,
+    FrontierPoint,
+    GalleryCounts,
+    QueryCounts,
+    RetrievalEvaluation,
+    Run,
+)
 from icar_jax.evaluation.report import page as report_page
 from icar_jax.evaluation.report import report, report_figures
 from icar_jax.evaluation.routing import timing
@@ -50,36 +62,30 @@ def ranks_of(rng, worst):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(metrics, evidence, folder) of a synthetic evaluation with every kind of run."""
+    """(record, evidence, folder) of a synthetic evaluation with every kind of run."""
     rng = np.random.default_rng(0)
-    interval = {"value": 97.0, "low": 93.0, "high": 101.0}
+    interval = Interval(97.0, 93.0, 101.0)
     exits = rng.choice([2, 4, 6], N)
     found = {name: ranks_of(rng, 30 if name == "full" else 200) for name in RUNS}
     runs = {}
     for i, name in enumerate(RUNS):
-        both = summarise(found[name])
-        metrics = {"value": interval, "difference": None, "retention": interval}
-        runs[name] = {
-            **both, "flops_per_image": 1e9 - 1e7 * i, "images_per_s": None if name in ("oracle", "lossless") else 100.0 + i,
-            "share": {"2": 0.3, "4": 0.3, "6": 0.4}, "retention": None if name == "exit_2" else interval,
-            "intervals": {"mean": {"r1": metrics, "r5": metrics, "r10": metrics}},
-        }  # fmt: skip
-    frontier = [
-        {"thresholds": [t, t], "share": {}, "cost": {"counted": t, "measured": t}, "recall": 50 * t, "kept": 100 * t}
-        for t in (0.5, 0.8, 1.0)
-    ]
-    metrics = {
-        "runs": runs,
-        "gallery": {"images": N, "captions": 2 * N, "queries": {"images": N, "captions": 2 * N}, "source": Pictures.name,
-                    "distractors": None},
-        "comparisons": {"routed_minus_random": {"value": 1.0, "low": -1.0, "high": 3.0, "includes_zero": True}},
-        "timing": {"images": N, "repeats": 3, "compile_s": 2.0, "programs": 7, "decode_ms": 3.0, "preprocess_ms": 0.5,
-                   "router_ms": 0.4, "tower_ms": {"2": 1.0, "4": 2.0, "6": 3.0}, "text_ms": 0.9,
-                   "padding": {"rows": 4, "share": 0.2, "ms": 0.3}},
-        "flops": {"exits": {"2": {"counted": 3e8, "compiler": 3.1e8}}, "router": 1e7, "text": 1e7},
-        "frontier": frontier,
-        "notes": [f"A note {EVIL}"],
-    }  # fmt: skip
+        compared = Comparison(interval, None, interval)
+        runs[name] = Run(
+            **summarise(found[name]), flops_per_image=1e9 - 1e7 * i, share={2: 0.3, 4: 0.3, 6: 0.4},
+            images_per_s=None if name in ("oracle", "lossless") else 100.0 + i,
+            retention=None if name == "exit_2" else interval, intervals={"mean": dict.fromkeys(("r1", "r5", "r10"), compared)},
+        )  # fmt: skip
+    record = RetrievalEvaluation(
+        runs=runs,
+        gallery=GalleryCounts(N, 2 * N, QueryCounts(N, 2 * N), Pictures.name),
+        comparisons={"routed_minus_random": Difference(1.0, -1.0, 3.0, True)},
+        timing=timing.Timing(
+            N, 3, 3.0, 0.5, {2: 1.0, 4: 2.0, 6: 3.0}, 0.4, 0.9, timing.Padding(4, 0.2, 0.3), compile_s=2.0, programs=7
+        ),
+        flops=Flops({2: ExitFlops(3e8, 3.1e8)}, 1e7, 1e7),
+        frontier=[FrontierPoint((t, t), {}, {"counted": t, "measured": t}, 50 * t, 100 * t) for t in (0.5, 0.8, 1.0)],
+        notes=[f"A note {EVIL}"],
+    )
     source = Pictures()
     gallery = Gallery(
         by_exit=dict.fromkeys((2, 4, 6), np.zeros((N, 2), np.float32)), texts=np.zeros((2 * N, 2), np.float32),
@@ -90,8 +96,8 @@ def made(tmp_path_factory):
     evidence = Evidence(gallery, {name: found[name] for name in RUNS if name not in ("random", "static")})
     evidence.exits.update(routed=exits, full=np.full(N, 6), exit_2=np.full(N, 2), exit_4=np.full(N, 4))
     folder = tmp_path_factory.mktemp("report")
-    report.write_report(metrics, evidence, source, folder, title=f"run {EVIL}")
-    return metrics, evidence, folder
+    report.write_report(record, evidence, source, folder, title=f"run {EVIL}")
+    return record, evidence, folder
 
 
 class Reader(HTMLParser):
@@ -154,8 +160,8 @@ def test_every_image_has_alternative_text(page):
 
 
 def test_figures_and_metrics_are_files_too(made):
-    metrics, _, folder = made
-    assert json.loads((folder / "metrics.json").read_text())["notes"] == metrics["notes"]
+    record, _, folder = made
+    assert json.loads((folder / "metrics.json").read_text())["notes"] == record.notes
     names = sorted(path.stem for path in (folder / "figures").iterdir())
     assert names == ["kept_counted", "kept_measured", "rank_change", "recall_by_complexity", "share_by_complexity"]
     for path in (folder / "figures").iterdir():
@@ -189,10 +195,10 @@ def test_rank_changes_are_of_the_images_that_left_early(made):
 
 def test_padding_counts_unused_rows():
     # 9 images at exit 2 in batches of 8: a full batch and a single row. 3 images at exit 6: three single rows.
-    tower_ms = {"2": 1.0, "6": 4.0}
-    assert timing.padding(np.array([2] * 9 + [6] * 3), tower_ms, 8) == {"rows": 0, "share": 0.0, "ms": 0.0}
+    tower_ms = {2: 1.0, 6: 4.0}
+    assert timing.padding(np.array([2] * 9 + [6] * 3), tower_ms, 8) == timing.Padding(0, 0.0, 0.0)
     found = timing.padding(np.array([2] * 6), tower_ms, 8)
-    assert found["rows"] == 2 and found["share"] == 0.25 and found["ms"] == pytest.approx(2 / 6)
+    assert found.rows == 2 and found.share == 0.25 and found.ms == pytest.approx(2 / 6)
 
 
 def browser(*arguments):

@@ -1,5 +1,6 @@
 """Score calibration compared with brute force, and its effect in a gallery with offset exits."""
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -16,7 +17,7 @@ from icar_jax.evaluation.evaluate import evaluate
 from icar_jax.evaluation.metrics.retrieval import Distractors, ranks, recall
 from icar_jax.evaluation.routing.assignments import take_exits
 from icar_jax.evaluation.routing.gallery import embed_source
-from icar_jax.evaluation.routing.score_calibration import ScoreCalibration, bias, fit
+from icar_jax.evaluation.routing.score_calibration import Affine, ScoreCalibration, bias, fit
 from tests.support.runs import tiny_config
 
 
@@ -40,8 +41,8 @@ def plain_loss(affine, by_exit, texts, owner, exits, scale):
     for t, i in zip(texts.astype(np.float64), owner):
         logits = []
         for k, e in enumerate(exits.tolist()):
-            a, b = affine[e]
-            logits.append(scale * (a * (by_exit[e][k].astype(np.float64) @ t) + b))
+            cosine = by_exit[e][k].astype(np.float64) @ t
+            logits.append(scale * (affine[e].slope * cosine + affine[e].offset))
         total += np.log(np.exp(np.array(logits)).sum()) - logits[i]
     return total / len(texts)
 
@@ -52,29 +53,29 @@ def test_fit_equals_a_search_over_the_plain_loss(seed, early):
     by_exit, texts, owner, exits = gallery(seed, n=12, early=early)
     scale = 8.0
     found = fit(by_exit, texts, owner, exits, scale)
-    identity = {e: (1.0, 0.0) for e in by_exit}
-    assert found.affine[12] == (1.0, 0.0)
+    identity = {e: Affine() for e in by_exit}
+    assert found.exits[12] == Affine(1.0, 0.0)
     assert found.loss_before == pytest.approx(plain_loss(identity, by_exit, texts, owner, exits, scale), abs=1e-5)
-    assert found.loss_after == pytest.approx(plain_loss(found.affine, by_exit, texts, owner, exits, scale), abs=1e-5)
+    assert found.loss_after == pytest.approx(plain_loss(found.exits, by_exit, texts, owner, exits, scale), abs=1e-5)
 
     def plain(x):
-        affine = {e: (x[2 * i], x[2 * i + 1]) for i, e in enumerate(early)} | {12: (1.0, 0.0)}
+        affine = {e: Affine(x[2 * i], x[2 * i + 1]) for i, e in enumerate(early)} | {12: Affine()}
         return plain_loss(affine, by_exit, texts, owner, exits, scale)
 
     limits = [(0.05, None), (None, None)] * len(early)
     searched = minimize(plain, [1.0, 0.0] * len(early), method="L-BFGS-B", bounds=limits)
     assert found.loss_after == pytest.approx(searched.fun, abs=1e-4) and found.loss_after < found.loss_before
-    assert np.ravel([found.affine[e] for e in early]) == pytest.approx(searched.x, abs=0.02)
+    assert np.ravel([dataclasses.astuple(found.exits[e]) for e in early]) == pytest.approx(searched.x, abs=0.02)
 
 
 def test_unused_exits_and_single_exit_galleries_are_not_calibrated():
     by_exit, texts, owner, exits = gallery(0)
-    identity = {3: (1.0, 0.0), 6: (1.0, 0.0), 12: (1.0, 0.0)}
+    identity = {3: Affine(), 6: Affine(), 12: Affine()}
     for one in (3, 12):
         found = fit(by_exit, texts, owner, np.full_like(exits, one), 8.0)
-        assert found.affine == identity and found.loss_before == found.loss_after
+        assert found.exits == identity and found.loss_before == found.loss_after
     found = fit(by_exit, texts, owner, np.where(exits == 3, 12, exits), 8.0)
-    assert found.affine[3] == (1.0, 0.0) != found.affine[6]
+    assert found.exits[3] == Affine() != found.exits[6]
     with pytest.raises(ValueError, match=r"exits \[5\]"):
         fit(by_exit, texts, owner, np.full_like(exits, 5), 8.0)
 
@@ -83,18 +84,18 @@ def test_unused_exits_and_single_exit_galleries_are_not_calibrated():
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 3), st.floats(-1, 1))
 def test_longer_vectors_give_the_calibrated_scores_and_keep_the_order_of_captions(seed, slope, offset):
     by_exit, texts, owner, exits = gallery(seed, n=9)
-    calibration = ScoreCalibration({3: (slope, offset), 6: (1.0, -offset), 12: (1.0, 0.0)}, 0.0, 0.0)
+    calibration = ScoreCalibration({3: Affine(slope, offset), 6: Affine(1.0, -offset), 12: Affine()}, 0.0, 0.0)
     rows = take_exits(by_exit, exits)
-    slopes, offsets = np.transpose([calibration.affine[e] for e in exits.tolist()])
+    slopes, offsets = np.transpose([dataclasses.astuple(calibration.exits[e]) for e in exits.tolist()])
     wanted = slopes * (texts @ rows.T) + offsets
-    np.testing.assert_allclose(calibration.texts(texts) @ calibration.images(rows, exits).T, wanted, atol=1e-5)
+    np.testing.assert_allclose(calibration.map_texts(texts) @ calibration.map_images(rows, exits).T, wanted, atol=1e-5)
     before, after = texts @ rows.T, wanted
     for k in range(len(rows)):
         apart = np.abs(np.subtract.outer(before[:, k], before[:, k])) > 1e-4
         same = np.sign(np.subtract.outer(before[:, k], before[:, k])) == np.sign(np.subtract.outer(after[:, k], after[:, k]))
         assert same[apart].all()
     with pytest.raises(ValueError, match=r"exits \[5\]; calibrated exits: \[3, 6, 12\]"):
-        calibration.images(rows, np.full_like(exits, 5))
+        calibration.map_images(rows, np.full_like(exits, 5))
 
 
 def test_an_offset_between_exits_is_corrected():
@@ -107,11 +108,11 @@ def test_an_offset_between_exits_is_corrected():
 
     rows = take_exits(held, held_exits)
     plain = r5(rows, held_texts)
-    calibrated = r5(found.images(rows, held_exits), found.texts(held_texts))
+    calibrated = r5(found.map_images(rows, held_exits), found.map_texts(held_texts))
     assert calibrated["text_to_image"] > plain["text_to_image"] + 10
     assert calibrated["image_to_text"] == pytest.approx(plain["image_to_text"], abs=1.0)
-    low = bias({3: held[3]}, held_texts, held_owner)[3]["other"]
-    assert found.affine[3][0] * low + found.affine[3][1] > low, "the early exit's cosines lie lower"
+    low = bias({3: held[3]}, held_texts, held_owner)[3].other
+    assert found.exits[3].slope * low + found.exits[3].offset > low, "the early exit's cosines lie lower"
 
 
 def test_bias_is_the_mean_of_each_kind_of_pair():
@@ -120,10 +121,10 @@ def test_bias_is_the_mean_of_each_kind_of_pair():
         scores = texts.astype(np.float64) @ by_exit[exit].T.astype(np.float64)
         own = np.zeros_like(scores, bool)
         own[np.arange(len(owner)), owner] = True
-        assert found["matching"] == pytest.approx(scores[own].mean(), abs=1e-6)
-        assert found["other"] == pytest.approx(scores[~own].mean(), abs=1e-6)
+        assert found.matching == pytest.approx(scores[own].mean(), abs=1e-6)
+        assert found.other == pytest.approx(scores[~own].mean(), abs=1e-6)
     single = bias({2: texts[:1]}, texts[:1], np.zeros(1, int))
-    assert np.isnan(single[2]["other"])
+    assert np.isnan(single[2].other)
 
 
 @pytest.mark.check
@@ -134,20 +135,18 @@ def test_an_evaluation_ranks_the_routed_gallery_by_calibrated_scores_too(clip_fo
     config.eval.complexity, config.eval.score_calibration = str(complexity_folder), "affine"
     config.eval.distractors = DistractorConfig("scenes", split="test", size=15)
     found = evaluate(config, tmp_path)
-    plain, affine = found["runs"]["routed"], found["runs"]["routed_affine"]
-    for key in ("flops_per_image", "images_per_s", "share"):
-        assert affine[key] == plain[key]
-    told = found["score_calibration"]
-    assert told["calibration"] == "scenes/calibration" and told["images"] == 40 and told["loss_after"] <= told["loss_before"]
-    assert told["exits"]["3"] == {"slope": 1.0, "offset": 0.0} and set(told["bias"]) == {"1", "2", "3"}
+    plain, affine = found.runs["routed"], found.runs["routed_affine"]
+    for name in ("flops_per_image", "images_per_s", "share"):
+        assert getattr(affine, name) == getattr(plain, name)
+    told = found.score_calibration
+    assert told.calibration == "scenes/calibration" and told.images == 40 and told.loss_after <= told.loss_before
+    assert told.exits[3] == Affine() and set(told.bias) == {1, 2, 3}
     bundle = icar_jax.load(tmp_path / "bundle", batch_size=8)
     own, far = (embed_source(bundle, Scenes(split, size, image_size=64)) for split, size in (("val", 30), ("test", 15)))
-    fitted = {int(e): (pair["slope"], pair["offset"]) for e, pair in told["exits"].items()}
-    calibration = ScoreCalibration(fitted, 0.0, 0.0)
-    rows, away = (calibration.images(g.routed, g.exits) for g in (own, far))
-    others = Distractors(away, calibration.texts(far.texts), far.caption_image, far.labels)
-    expected = recall(ranks(rows, calibration.texts(own.texts), own.caption_image, distractors=others), 5)
-    assert {d: affine[d]["r5"] for d in expected} == pytest.approx(expected, abs=4.0)
-    assert "routed_affine_minus_routed" in found["comparisons"]
+    rows, away = (told.map_images(g.routed, g.exits) for g in (own, far))
+    others = Distractors(away, told.map_texts(far.texts), far.caption_image, far.labels)
+    expected = recall(ranks(rows, told.map_texts(own.texts), own.caption_image, distractors=others), 5)
+    assert {d: affine.metrics(d)["r5"] for d in expected} == pytest.approx(expected, abs=4.0)
+    assert "routed_affine_minus_routed" in found.comparisons
     assert "routed, per-exit calibrated scores" in (tmp_path / "report" / "index.html").read_text()
     assert "per-exit score calibration:" in " ".join(capsys.readouterr().out.split())

@@ -1,5 +1,6 @@
 """From training to metrics.json: a tiny run in every test run, the demo as printed in the README in `make check`."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from icar_jax.config import ConfigError, DistractorConfig
 from icar_jax.data.scenes import Scenes
 from icar_jax.evaluation.evaluate import evaluate
 from icar_jax.evaluation.metrics.retrieval import ranks
+from icar_jax.evaluation.records.plain import plain
 from icar_jax.training.loop import train
 from tests.support.places import ROOT
 from tests.support.runs import tiny_config
@@ -121,14 +123,14 @@ def test_distractors_fill_the_galleries(bundled, metrics, tmp_path):
     found = evaluate(config, bundled)
     captions = sum(len(record.captions) for record in Scenes("test", 25))
     before = metrics["gallery"]
-    assert found["gallery"] == before | {
+    assert plain(found.gallery) == before | {
         "images": 55, "captions": before["captions"] + captions, "distractors": "scenes/test", "queries": before["queries"],
     }  # fmt: skip
-    assert any("no distractor is also in scenes/val" in note for note in found["notes"])
-    assert any("5 of 25 images have labels" in note for note in found["notes"])
-    for name, run in found["runs"].items():
+    assert any("no distractor is also in scenes/val" in note for note in found.notes)
+    assert any("5 of 25 images have labels" in note for note in found.notes)
+    for name, run in found.runs.items():
         for direction in DIRECTIONS:
-            alone, among = metrics["runs"][name][direction], run[direction]
+            alone, among = metrics["runs"][name][direction], run.metrics(direction)
             assert among["mean_rank"] > alone["mean_rank"] and among["r10"] <= alone["r10"], (name, direction)
             assert among["map10"] < alone["map10"]
     config.eval.distractors = DistractorConfig("scenes", split="val", size=25)
@@ -142,19 +144,17 @@ def test_budgets_and_a_smaller_model_stand_beside_the_rest(bundled, metrics):
     config.eval.budgets = (0.95,)
     config.eval.static = str(bundled / "model")  # the same model: its run must be that of full depth
     found = evaluate(config, bundled)
-    assert set(found["runs"]) == {*metrics["runs"], "budget_0.95", "static"}
-    budget, runs = found["runs"]["budget_0.95"], found["runs"]
-    assert budget["found"]["calibration"] == "scenes/calibration" and budget["found"]["cost"] <= 0.95
-    assert budget["images_per_s"] > 0 and sum(budget["share"].values()) == pytest.approx(1)
-    for key in (*DIRECTIONS, "flops_per_image", "share", "retention", "intervals"):
-        assert runs["static"][key] == runs["full"][key], key
+    assert set(found.runs) == {*metrics["runs"], "budget_0.95", "static"}
+    budget, runs = found.runs["budget_0.95"], found.runs
+    assert budget.found["calibration"] == "scenes/calibration" and budget.found["cost"] <= 0.95
+    assert budget.images_per_s > 0 and sum(budget.share.values()) == pytest.approx(1)
+    assert dataclasses.replace(runs["static"], images_per_s=runs["full"].images_per_s) == runs["full"]
     for part in ("decode_ms", "preprocess_ms", "router_ms", "text_ms", "compile_s"):
-        assert found["timing"][part] > 0, part
-    assert set(found["timing"]["tower_ms"]) == {"2", "3"} and found["timing"]["padding"]["rows"] >= 0
-    at = {tuple(p["thresholds"]): p for p in found["frontier"]}
-    full = next(p for p in at.values() if p["share"]["3"] == 1.0)
-    assert full["kept"] == pytest.approx(100) and full["cost"]["counted"] > 1, "the sweep counts the router"
-    assert all(p["cost"]["measured"] > 0 for p in at.values())
+        assert getattr(found.timing, part) > 0, part
+    assert set(found.timing.tower_ms) == {2, 3} and found.timing.padding.rows >= 0
+    full = next(p for p in found.frontier if p.share[3] == 1.0)
+    assert full.kept == pytest.approx(100) and full.cost["counted"] > 1, "the sweep counts the router"
+    assert all(p.cost["measured"] > 0 for p in found.frontier)
 
 
 @pytest.mark.check
@@ -162,7 +162,7 @@ def test_evaluation_bundles_with_the_configured_complexity_model(runs, tmp_path)
     config = tiny_config("clip")
     train(config, tmp_path)
     config.eval.complexity = str(runs / "complexity")
-    assert "routed" in evaluate(config, tmp_path)["runs"]
+    assert "routed" in evaluate(config, tmp_path).runs
     assert checkpoint.find(tmp_path) == tmp_path / "bundle"
 
 
@@ -171,11 +171,11 @@ def test_without_a_complexity_model_the_report_says_so(tmp_path):
     config = tiny_config("clip")
     train(config, tmp_path)
     config.eval.complexity = str(tmp_path / "nowhere")
-    metrics = evaluate(config, tmp_path)
-    assert set(metrics["runs"]) == {"full", "exit_2", "lossless"} and "frontier" not in metrics
+    found = evaluate(config, tmp_path)
+    assert set(found.runs) == {"full", "exit_2", "lossless"} and found.frontier is None
     page = (tmp_path / "report/index.html").read_text()
     assert "not routed" in page and "lossless" in page and "Rank change by exit" in page
-    assert any("not routed" in note and "nowhere" in note for note in metrics["notes"])
+    assert any("not routed" in note and "nowhere" in note for note in found.notes)
 
 
 def test_a_stale_bundle_is_refused(bundled, metrics, tmp_path):
@@ -197,7 +197,7 @@ def test_another_complexity_model_than_the_bundled_one_is_refused(bundled, metri
     with pytest.raises(checkpoint.CheckpointError, match="a different complexity model.*--config.eval.complexity="):
         evaluate(config, bundled)
     config.eval.complexity = ""
-    assert "routed" in evaluate(config, bundled)["runs"]
+    assert "routed" in evaluate(config, bundled).runs
 
 
 def test_other_shares_than_the_bundled_ones_are_refused(bundled, metrics):

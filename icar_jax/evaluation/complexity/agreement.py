@@ -6,7 +6,7 @@ A row is {metric: {'value', 'low', 'high'}}; low and high are None if there are 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,7 @@ def margin(metric: str, model: Predictions, others: Mapping[str, Predictions], t
         # Raises again if the metric itself is undefined.
         apart = m.value(metric, first, truth) - m.value(metric, second, truth)
         return {"metric": metric, "over": best, "value": apart, "low": None, "high": None, "includes_zero": None}
-    return {"metric": metric, "over": best, **found.as_dict(), "includes_zero": found.includes_zero}
+    return {"metric": metric, "over": best, **asdict(found), "includes_zero": found.includes_zero}
 
 
 def by_level(
@@ -91,7 +91,7 @@ def by_level(
 
 def _row(metric: str, predicted: Predictions, truth: np.ndarray, n: int) -> dict[str, float | None]:
     try:
-        return m.interval(metric, predicted.input_of(metric), truth, n=n).as_dict()
+        return asdict(m.interval(metric, predicted.input_of(metric), truth, n=n))
     except m.MetricError:
         # Raises again if the metric itself is undefined.
         return {"value": m.value(metric, predicted.input_of(metric), truth), "low": None, "high": None}

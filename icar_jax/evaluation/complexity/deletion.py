@@ -148,9 +148,9 @@ def deletion_test(
 
 def _compared(score: Score, pictures: np.ndarray, filling: np.ndarray, ranks: dict, share: float) -> dict[str, Any]:
     fallen = {order: drops(score, pictures, filling, each, share) for order, each in ranks.items()}
-    found = {order: mean_interval(values).as_dict() for order, values in fallen.items()}
+    found: dict[str, Any] = {order: dataclasses.asdict(mean_interval(values)) for order, values in fallen.items()}
     for order in ORDERS[1:]:
-        found[f"highest_minus_{order}"] = mean_interval(fallen["highest"] - fallen[order]).as_dict()
+        found[f"highest_minus_{order}"] = dataclasses.asdict(mean_interval(fallen["highest"] - fallen[order]))
     found["highest_falls_more_than_random_cells"] = float(np.mean(fallen["highest"] > fallen["random_cells"]))
     return found
 
@@ -158,4 +158,4 @@ def _compared(score: Score, pictures: np.ndarray, filling: np.ndarray, ranks: di
 def _mass(large: np.ndarray, masks: np.ndarray) -> dict[str, Any]:
     inside, area = mass_inside(large, masks)
     pairs = {"inside": inside, "area": area, "inside_minus_area": inside - area}
-    return {name: mean_interval(values).as_dict() for name, values in pairs.items()}
+    return {name: dataclasses.asdict(mean_interval(values)) for name, values in pairs.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +190,7 @@ def _report(
         metrics["regret"] = regret.summarise_regrets(regrets[1], model.description["regret"], measured.scores, rated, n)
         metrics["over_known"] = agreement.margin(ranked_by, predictors[MODEL], known, truth, n) if known else None
     if threshold is not None:
-        confusion = m.confusion(predictors[MODEL].decided, truth).as_dict()
+        confusion = asdict(m.confusion(predictors[MODEL].decided, truth))
         metrics |= {"threshold": threshold, "boundary": boundary, "confusion": confusion}
     return metrics
 

@@ -154,6 +154,6 @@ def summarise_regrets(
 
 def _interval(predicted: np.ndarray, values: np.ndarray, n: int) -> dict[str, float | None]:
     try:
-        return m.interval("pcc", predicted, values, n=n).as_dict()
+        return dataclasses.asdict(m.interval("pcc", predicted, values, n=n))
     except m.MetricError:  # too few images, or all values equal
         return {"value": None, "low": None, "high": None}

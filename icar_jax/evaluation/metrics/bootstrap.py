@@ -64,9 +64,6 @@ class Interval:
         """Returns the interval multiplied by 100, for a ratio shown in percent."""
         return Interval(100.0 * self.value, 100.0 * self.low, 100.0 * self.high)
 
-    def as_dict(self) -> dict[str, float]:
-        return {"value": self.value, "low": self.low, "high": self.high}
-
 
 def hits_at(ranks: Ranks, k: int) -> Hits:
     """Returns the hits at k of a run from its ranks. Raises ValueError for k < 1."""

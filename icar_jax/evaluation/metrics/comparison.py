@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -60,10 +59,6 @@ class Comparison:
     value: Interval | None
     difference: Interval | None
     retention: Interval | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns the intervals as plain numbers for metrics.json; None stays None."""
-        return {name: found.as_dict() if (found := getattr(self, name)) else None for name in self.__dataclass_fields__}
 
 
 def collect(ranks: Ranks, precisions: Precisions | None = None) -> RunMetrics:

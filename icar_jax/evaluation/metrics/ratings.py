@@ -42,9 +42,6 @@ class Confusion:
     true_negative: int
     false_negative: int
 
-    def as_dict(self) -> dict[str, int]:
-        return dict(vars(self))
-
 
 def pcc(predicted: Any, rated: Any) -> float:
     """Pearson's correlation of two arrays [N]. Raises MetricError if either is constant."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
+from icar_jax.evaluation.metrics.bootstrap import Interval
+from icar_jax.evaluation.records.retrieval import RetrievalEvaluation
 from icar_jax.evaluation.report.table import exit_depth, run_order
 
 SIZE_INCHES = (7.6, 4.8)
@@ -30,23 +32,26 @@ _STYLES = {
 }
 
 
-def retention_against_cost(metrics: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Plots the retention of each run against its cost and writes a PNG to `path`; `metrics` is documented in `table`.
+def retention_against_cost(record: RetrievalEvaluation, path: str | os.PathLike) -> None:
+    """Plots the retention of each run against its cost and writes a PNG to `path`.
 
     x: FLOPs per image in percent of full depth. y: R@5, mean of both directions, in percent of full depth, with its
     interval. A line joins the single-exit runs; routed points above it are better than a single exit of equal cost. Runs
-    with undefined retention are named in the figure. Raises ValueError if metrics['runs'] lacks 'full'.
+    with undefined retention are named in the figure. Raises ValueError if there is no run 'full'.
     """
-    runs, gallery = metrics["runs"], metrics["gallery"]
+    runs, gallery = record.runs, record.gallery
     if "full" not in runs:
-        raise ValueError(f"metrics['runs'] must hold 'full', the reference of both axes; found {sorted(runs)}")
+        raise ValueError(f"the runs must hold 'full', the reference of both axes; found {sorted(runs)}")
     figure, axes = new_figure()
     axes.margins(x=0.12, y=0.14)
     axes.axhline(100, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
-    full_flops = runs["full"]["flops_per_image"]
-    shown = [name for name in run_order(runs) if runs[name]["retention"] is not None]
-    points = {name: (100 * runs[name]["flops_per_image"] / full_flops, runs[name]["retention"]) for name in shown}
-    static = sorted((points[name][0], points[name][1]["value"]) for name in shown if _kind(name) in ("exit", "full"))
+    full_flops = runs["full"].flops_per_image
+    points = {
+        name: (100 * runs[name].flops_per_image / full_flops, kept)
+        for name in run_order(runs)
+        if (kept := runs[name].retention) is not None
+    }
+    static = sorted((cost, kept.value) for name, (cost, kept) in points.items() if _kind(name) in ("exit", "full"))
     if len(static) > 1:
         axes.plot(*zip(*static), color=_STYLES["exit"]["color"], linewidth=1.2, alpha=0.55, zorder=1)
     used: set[str] = set()
@@ -55,20 +60,20 @@ def retention_against_cost(metrics: Mapping[str, Any], path: str | os.PathLike) 
         style = _STYLES[kind] | {"label": None if kind in used else _STYLES[kind]["label"]}
         used.add(kind)
         # A percentile interval need not contain the value; a bar cannot be drawn with a negative length.
-        bars = [[max(kept["value"] - kept["low"], 0.0)], [max(kept["high"] - kept["value"], 0.0)]]
+        bars = [[max(kept.value - kept.low, 0.0)], [max(kept.high - kept.value, 0.0)]]
         # Full depth is drawn larger and behind, because the last single exit often coincides with it.
         size, layer = (11, 2) if kind == "full" else (7, 3)
-        axes.errorbar(cost, kept["value"], yerr=bars, markersize=size, capsize=3, linestyle="none", zorder=layer, **style)
+        axes.errorbar(cost, kept.value, yerr=bars, markersize=size, capsize=3, linestyle="none", zorder=layer, **style)
     axes.set_xlabel("FLOPs per image, % of full depth")
     axes.set_ylabel("R@5 kept, % of full depth\n(mean of both directions, 95% interval)")
     axes.set_title(
-        f"Retention against cost: gallery of {gallery['images']:,} images, {gallery['captions']:,} captions",
+        f"Retention against cost: gallery of {gallery.images:,} images, {gallery.captions:,} captions",
         fontsize=10.5,
     )
-    missing = [name for name in run_order(runs) if name not in shown]
+    missing = [name for name in run_order(runs) if name not in points]
     if missing:
         axes.text(0.02, 0.02, f"undefined (too few hits): {', '.join(missing)}", transform=axes.transAxes, fontsize=8)
-    if shown:
+    if points:
         # Below the axes, so that it covers no point.
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False, fontsize=8.5)
     figure.canvas.draw()  # fixes the layout, since labels are placed in pixel coordinates
@@ -166,7 +171,7 @@ def _kind(name: str) -> str:
 
 def place_labels(
     axes: Axes,
-    points: Mapping[str, tuple[float, Mapping[str, float]]],
+    points: Mapping[str, tuple[float, Interval]],
     line: Sequence[tuple[float, float]],
     styled: Mapping[str, tuple[str, str]],
     paper: str,
@@ -179,9 +184,9 @@ def place_labels(
     to_pixels = axes.transData.transform
     taken = []
     for cost, kept in points.values():
-        x, y = to_pixels((cost, kept["value"]))
-        _, bottom = to_pixels((cost, kept["low"]))
-        _, top = to_pixels((cost, kept["high"]))
+        x, y = to_pixels((cost, kept.value))
+        _, bottom = to_pixels((cost, kept.low))
+        _, top = to_pixels((cost, kept.high))
         taken += [Bbox([[x - 10, y - 10], [x + 10, y + 10]]), Bbox([[x - 6, bottom - 3], [x + 6, top + 3]])]
     for start, end in zip(line[:-1], line[1:]):
         steps = np.linspace(to_pixels(start), to_pixels(end), 60)
@@ -191,7 +196,7 @@ def place_labels(
     for name, (cost, kept) in points.items():
         label = axes.annotate(
             styled[name][0],
-            (cost, kept["value"]),
+            (cost, kept.value),
             (0, 0),
             textcoords="offset points",
             fontsize=9,

@@ -159,14 +159,14 @@ def table(given: Table) -> str:
     )
 
 
-def bar(parts: Mapping[str, float]) -> str:
-    """Returns shares as a stacked bar with the numbers below."""
-    keys = sorted(parts, key=int)
+def bar(parts: Mapping[int, float]) -> str:
+    """Returns shares by exit as a stacked bar with the numbers below."""
+    keys = sorted(parts)
     strength = [0.35 + 0.65 * i / max(1, len(keys) - 1) if len(keys) > 1 else 1.0 for i in range(len(keys))]
     made = "".join(
         f'<i style="width:{100 * parts[key]:.2f}%;opacity:{o:.2f}"></i>' for key, o in zip(keys, strength) if parts[key] > 0
     )
-    words = " · ".join(f"{text(key)}: {100 * parts[key]:.0f}%" for key in keys if parts[key] > 0)
+    words = " · ".join(f"{key}: {100 * parts[key]:.0f}%" for key in keys if parts[key] > 0)
     return f'<span class="bar" aria-hidden="true">{made}</span>{words}'
 
 

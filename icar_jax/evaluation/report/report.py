@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import ImageOps
@@ -13,7 +12,9 @@ from PIL import ImageOps
 from icar_jax import workdir
 from icar_jax.data.images import ImageError
 from icar_jax.data.records import Source
+from icar_jax.evaluation.metrics.bootstrap import Interval
 from icar_jax.evaluation.metrics.retrieval import DIRECTIONS, RECALL_AT, Ranks
+from icar_jax.evaluation.records.retrieval import RetrievalEvaluation, Run
 from icar_jax.evaluation.report import page as html
 from icar_jax.evaluation.report import report_figures as drawn
 from icar_jax.evaluation.report import table
@@ -35,36 +36,32 @@ _ABOUT = {
 }  # fmt: skip
 
 
-def write_report(metrics: Mapping[str, Any], evidence: Evidence, source: Source, folder: Path, *, title: str) -> Path:
-    """Writes the report to `folder` and returns the path of index.html.
-
-    metrics: as documented in `table`; source: the evaluated images, for thumbnails.
-    """
-    table.write_metrics(metrics, folder / "metrics.json")
+def write_report(record: RetrievalEvaluation, evidence: Evidence, source: Source, folder: Path, *, title: str) -> Path:
+    """Writes the report to `folder` and returns the path of index.html. source: the evaluated images, for thumbnails."""
+    table.write_metrics(record, folder / "metrics.json")
     pictures = []
-    for name, picture, draw in _figures(metrics, evidence):
+    for name, picture, draw in _figures(record, evidence):
         workdir.write_bytes(folder / "figures" / f"{name}.png", drawn.render(draw, drawn.LIGHT, "png"))
         light, dark = (drawn.render(draw, theme, "svg") for theme in (drawn.LIGHT, drawn.DARK))
         pictures.append(html.Picture(*picture, light, dark))
     worst = _rank_drops(evidence, source)
-    workdir.write_text(folder / "index.html", _page(metrics, pictures, worst, title))
+    workdir.write_text(folder / "index.html", _page(record, pictures, worst, title))
     return folder / "index.html"
 
 
-def _page(metrics: Mapping[str, Any], pictures: Sequence[html.Picture], worst: Sequence[html.RankDrop], title: str) -> str:
-    gallery = metrics["gallery"]
-    queries = gallery["queries"]
-    far = f", {text(gallery['distractors'])} as distractors" if gallery.get("distractors") else ""
+def _page(record: RetrievalEvaluation, pictures: Sequence[html.Picture], worst: Sequence[html.RankDrop], title: str) -> str:
+    gallery, queries = record.gallery, record.gallery.queries
+    far = f", {text(gallery.distractors)} as distractors" if gallery.distractors else ""
     lead = (
-        f"<p>Queries: {queries['images']:,} images and {queries['captions']:,} captions of "
-        f"{text(gallery.get('source', 'the split'))}. Gallery: {gallery['images']:,} images and {gallery['captions']:,} "
+        f"<p>Queries: {queries.images:,} images and {queries.captions:,} captions of "
+        f"{text(gallery.source)}. Gallery: {gallery.images:,} images and {gallery.captions:,} "
         f"captions{far}.</p>"
-        f"{html.cards(_cards(metrics))}"
+        f"{html.cards(_cards(record))}"
     )
     sections = [
-        html.section("Findings", html.sentences([*verdicts(metrics), *metrics.get("notes", [])])),
+        html.section("Findings", html.sentences([*verdicts(record), *record.notes])),
         html.section(
-            "Runs", html.table(_runs_table(metrics)) + _more_tables(metrics),
+            "Runs", html.table(_runs_table(record)) + _more_tables(record),
             "R@K: percent of queries with a correct item in the top K. R@5 kept: R@5, mean of both directions, in percent of "
             "full depth, with its 95% interval. Costs are in percent of full depth.",
         ),
@@ -74,8 +71,7 @@ def _page(metrics: Mapping[str, Any], pictures: Sequence[html.Picture], worst: S
             "were chosen on calibration images.",
         ),
     ]  # fmt: skip
-    if "timing" in metrics:
-        sections.append(html.section("Time per stage", _timing(metrics)))
+    sections.append(html.section("Time per stage", _timing(record)))
     if worst:
         sections.append(
             html.section(
@@ -87,28 +83,28 @@ def _page(metrics: Mapping[str, Any], pictures: Sequence[html.Picture], worst: S
     return html.page(f"Evaluation of {title}", sections, lead, f"<p>{foot}</p>")
 
 
-def _cards(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    runs = metrics["runs"]
+def _cards(record: RetrievalEvaluation) -> list[tuple[str, str, str]]:
+    runs = record.runs
     full = runs["full"]
     if "routed" not in runs:
-        return [(f"R@5, {_WORDS[d]}", f"{full[d]['r5']:.1f}%", "every image at full depth") for d in DIRECTIONS]
+        return [(f"R@5, {_WORDS[d]}", f"{full.metrics(d)['r5']:.1f}%", "every image at full depth") for d in DIRECTIONS]
     routed, made = runs["routed"], []
-    kept = routed["retention"]
+    kept = routed.retention
     if kept is not None:
-        noise = "not significant" if kept["low"] <= 100 <= kept["high"] else "a loss" if kept["high"] < 100 else "a gain"
-        made.append(("R@5 kept by routing", f"{kept['value']:.1f}%", f"95% [{kept['low']:.1f}, {kept['high']:.1f}]: {noise}"))
+        noise = "not significant" if kept.low <= 100 <= kept.high else "a loss" if kept.high < 100 else "a gain"
+        made.append(("R@5 kept by routing", f"{kept.value:.1f}%", f"95% [{kept.low:.1f}, {kept.high:.1f}]: {noise}"))
     cost = drawn.share_of_full(runs, "routed", "counted")
     made.append(("Counted cost", f"{100 * cost:.0f}%", "of full-depth FLOPs, router included"))
     measured = drawn.share_of_full(runs, "routed", "measured")
     if measured is not None:
         made.append(("Measured speed", f"{1 / measured:.2f}\N{MULTIPLICATION SIGN}",
                      f"of full depth, router included: routing {'saves' if measured < 1 else 'loses'} time"))  # fmt: skip
-    delta = metrics.get("comparisons", {}).get("routed_minus_random")
+    delta = record.comparisons.get("routed_minus_random")
     if delta:
-        word = "significantly above" if delta["value"] > 0 else "significantly below"
-        word = "not significant" if delta["includes_zero"] else word
-        how = f"points R@5, 95% [{delta['low']:+.1f}, {delta['high']:+.1f}]: {word}"
-        made.append(("Routed minus random", f"{delta['value']:+.1f}", how))
+        word = "significantly above" if delta.value > 0 else "significantly below"
+        word = "not significant" if delta.includes_zero else word
+        how = f"points R@5, 95% [{delta.low:+.1f}, {delta.high:+.1f}]: {word}"
+        made.append(("Routed minus random", f"{delta.value:+.1f}", how))
     return made
 
 
@@ -117,41 +113,39 @@ def _name(name: str) -> str:
     return f"{text(exit_label(name))}<small>{text(about)}</small>"
 
 
-def _runs_table(metrics: Mapping[str, Any]) -> html.Table:
-    runs, rows = metrics["runs"], []
+def _runs_table(record: RetrievalEvaluation) -> html.Table:
+    runs, rows = record.runs, []
     ks = "/".join(map(str, RECALL_AT))
     for name in table.run_order(runs):
         run = runs[name]
-        measured, speed = drawn.share_of_full(runs, name, "measured"), run["images_per_s"]
-        cells = ["/".join(f"{run[d][f'r{k}']:.1f}" for k in RECALL_AT) for d in DIRECTIONS]
-        cells.append(_interval(run["retention"]))
+        measured, speed = drawn.share_of_full(runs, name, "measured"), run.images_per_s
+        cells = ["/".join(f"{run.metrics(d)[f'r{k}']:.1f}" for k in RECALL_AT) for d in DIRECTIONS]
+        cells.append(_interval(run.retention))
         cells.append(f"{100 * drawn.share_of_full(runs, name, 'counted'):.0f}%")
         cells.append("–" if measured is None else f"{100 * measured:.0f}%")
         cells.append("–" if speed is None else f"{speed:,.0f}")
-        rows.append((_name(name), [*cells, html.bar(run["share"])]))
+        rows.append((_name(name), [*cells, html.bar(run.share)]))
     head = ["run", *(f"{_WORDS[d]}<br>R@{ks}, %" for d in DIRECTIONS), "R@5 kept, %", "counted<br>FLOPs", "measured<br>time"]
     return html.Table("Runs", [*head, "images/s", "blocks: share of images"], rows)
 
 
-def _more_tables(metrics: Mapping[str, Any]) -> str:
-    runs = metrics["runs"]
+def _more_tables(record: RetrievalEvaluation) -> str:
+    runs = record.runs
     order = table.run_order(runs)
-    labelled = [m for m in runs["full"]["text_to_image"] if m.startswith("map")]
+    labelled = [m for m in runs["full"].text_to_image if m.startswith("map")]
     made = []
     ranked = "Ranks" + (" and category level (mAP, %)" if labelled else "")
     names = {"median_rank": "median rank", "mean_rank": "mean rank"} | {m: _map_name(m) for m in labelled}
     for direction in DIRECTIONS:
-        shown = [m for m in names if m in runs["full"][direction]]
-        rows = [(_name(n), [f"{runs[n][direction][m]:,.1f}" for m in shown]) for n in order]
+        shown = [m for m in names if m in runs["full"].metrics(direction)]
+        rows = [(_name(n), [f"{runs[n].metrics(direction)[m]:,.1f}" for m in shown]) for n in order]
         head = [_WORDS[direction], *(names[m] for m in shown)]
         made.append(html.table(html.Table(f"{ranked}, {_WORDS[direction]}", head, rows)))
     found = html.details(ranked, "".join(made))
-    if "intervals" in runs["full"]:
-        kept = [*(f"r{k}" for k in RECALL_AT), *labelled]
-        rows = [(_name(n), [_kept(runs[n], m) for m in kept]) for n in order]
-        head = ["retention, %", *(f"R@{m[1:]}" if m[0] == "r" else _map_name(m) for m in kept)]
-        found += html.details("Retention of every metric, with intervals", html.table(html.Table("Retention", head, rows)))
-    return found
+    kept = [*(f"r{k}" for k in RECALL_AT), *labelled]
+    rows = [(_name(n), [_kept(runs[n], m) for m in kept]) for n in order]
+    head = ["retention, %", *(f"R@{m[1:]}" if m[0] == "r" else _map_name(m) for m in kept)]
+    return found + html.details("Retention of every metric, with intervals", html.table(html.Table("Retention", head, rows)))
 
 
 def _map_name(metric: str) -> str:
@@ -159,54 +153,53 @@ def _map_name(metric: str) -> str:
     return f"mAP@{k}" + (f"<br>{kind}" if kind else "")
 
 
-def _kept(run: Mapping[str, Any], metric: str) -> str:
-    found = run["intervals"]["mean"].get(metric)
-    return _interval(found["retention"]) if found else "–"
+def _kept(run: Run, metric: str) -> str:
+    found = run.intervals["mean"].get(metric)
+    return _interval(found.retention) if found else "–"
 
 
-def _interval(found: Mapping[str, float] | None) -> str:
+def _interval(found: Interval | None) -> str:
     if found is None:
         return "undefined"
-    return f'{found["value"]:.1f} <small class="i">[{found["low"]:.1f}, {found["high"]:.1f}]</small>'
+    return f'{found.value:.1f} <small class="i">[{found.low:.1f}, {found.high:.1f}]</small>'
 
 
-def _timing(metrics: Mapping[str, Any]) -> str:
-    t, rows = metrics["timing"], []
-    towers = sorted(t["tower_ms"].items(), key=lambda item: int(item[0]))
+def _timing(record: RetrievalEvaluation) -> str:
+    t, rows = record.timing, []
     parts = [
-        ("decode", t["decode_ms"], "one thread; for scenes, drawing"),
-        ("preprocessing", t["preprocess_ms"], "resizing for every model, one thread"),
-        ("router", t["router_ms"], "complexity score"),
-        *((f"tower, {e} blocks", ms, "image embedding") for e, ms in towers),
-        ("padding", t["padding"]["ms"] if t["padding"] else None, "padding rows computed by routing"),
-        ("text, per caption", t["text_ms"], "text embedding"),
+        ("decode", t.decode_ms, "one thread; for scenes, drawing"),
+        ("preprocessing", t.preprocess_ms, "resizing for every model, one thread"),
+        ("router", t.router_ms, "complexity score"),
+        *((f"tower, {e} blocks", ms, "image embedding") for e, ms in sorted(t.tower_ms.items())),
+        ("padding", t.padding.ms if t.padding else None, "padding rows computed by routing"),
+        ("text, per caption", t.text_ms, "text embedding"),
     ]
     for name, ms, about in parts:
         if ms is not None:
             rows.append((f"{text(name)}<small>{text(about)}</small>", [f"{ms:.3g}", f"{1000 / ms:,.0f}" if ms else "–"]))
     made = html.table(html.Table("Time per stage", ["stage", "ms", "per second"], rows))
-    if t.get("compile_s") is not None:
-        made += f"<p>Compilation, not included: {t['compile_s']:.1f} s for {t['programs']} programs.</p>"
-    flops = metrics.get("flops", {}).get("exits", {})
-    pairs = [f"{e} blocks {f['counted'] / 1e9:.3g} ({f['compiler'] / 1e9:.3g})" for e, f in flops.items() if f["compiler"]]
+    if t.compile_s is not None:
+        made += f"<p>Compilation, not included: {t.compile_s:.1f} s for {t.programs} programs.</p>"
+    flops = record.flops.exits
+    pairs = [f"{e} blocks {f.counted / 1e9:.3g} ({f.compiler / 1e9:.3g})" for e, f in flops.items() if f.compiler]
     if pairs:
         what = "Counted GFLOPs per image (in brackets: XLA's count, which includes norms and softmax)"
         made += f"<p>{what}: {', '.join(pairs)}.</p>"
     return made
 
 
-def _figures(metrics: Mapping[str, Any], evidence: Evidence):
+def _figures(record: RetrievalEvaluation, evidence: Evidence):
     """Yields (file name, (title, alt, note), drawing) for every figure the runs provide data for."""
-    runs = metrics["runs"]
+    runs = record.runs
     for cost, word in (("measured", "time"), ("counted", "FLOPs")):
         points = [
-            f"{exit_label(n)} retains {runs[n]['retention']['value']:.1f}% at {100 * at:.0f}%"
+            f"{exit_label(n)} retains {kept.value:.1f}% at {100 * at:.0f}%"
             for n in table.run_order(runs)
-            if runs[n]["retention"] and (at := drawn.share_of_full(runs, n, cost)) is not None
+            if (kept := runs[n].retention) and (at := drawn.share_of_full(runs, n, cost)) is not None
         ]
         note = "Upper left is better. Bars: 95% intervals relative to full depth."
         alt = f"R@5 kept against {cost} cost, both in percent of full depth: {'; '.join(points)}."
-        yield f"kept_{cost}", (f"R@5 kept against {cost} {word}", alt, note), drawn.kept_against_cost(metrics, cost)
+        yield f"kept_{cost}", (f"R@5 kept against {cost} {word}", alt, note), drawn.kept_against_cost(record, cost)
     scores, taken = evidence.gallery.scores, evidence.exits.get("routed")
     exits = {max(evidence.gallery.by_exit) if n == "full" else table.exit_depth(n): r
              for n, r in evidence.ranks.items() if n == "full" or n.startswith("exit_")}  # fmt: skip

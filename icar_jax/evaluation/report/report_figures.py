@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from icar_jax import workdir
 from icar_jax.evaluation.metrics.retrieval import Ranks
+from icar_jax.evaluation.records.retrieval import RetrievalEvaluation, Run
 from icar_jax.evaluation.report.figures import exit_label, place_labels
 from icar_jax.evaluation.report.table import run_order
 from icar_jax.evaluation.routing.budget_search import SearchedSettings
@@ -88,27 +89,27 @@ def render(draw: Drawing, theme: Theme, kind: str) -> bytes:
     return stream.getvalue()
 
 
-def kept_against_cost(metrics: Mapping[str, Any], cost: str) -> Drawing:
+def kept_against_cost(record: RetrievalEvaluation, cost: str) -> Drawing:
     """Plots R@5 against 'measured' or 'counted' cost, both in percent of full depth, over the threshold sweep."""
 
     def draw(axes: Axes, theme: Theme) -> Callable[[], None]:
-        runs = metrics["runs"]
-        swept = [p for p in metrics.get("frontier", []) if p["kept"] is not None]
+        runs = record.runs
+        swept = [p for p in record.frontier or () if p.kept is not None]
         if swept:
-            at = [(100 * p["cost"][cost], p["kept"]) for p in swept]
+            at = [(100 * p.cost[cost], p.kept) for p in swept]
             axes.plot(*zip(*at), ".", color=theme.faint, alpha=0.5, markersize=4, zorder=1, label="other thresholds")
-            best = [(100 * p["cost"][cost], p["kept"]) for p in frontier(swept, cost)]
+            best = [(100 * p.cost[cost], p.kept) for p in frontier(swept, cost)]
             axes.plot(*zip(*best), color=theme.routed, alpha=0.7, linewidth=1.4, zorder=1, label="Pareto frontier")
         axes.axhline(100, color=theme.faint, linewidth=0.8, linestyle=":", zorder=0)
         points = {}
         for name in run_order(runs):
-            x, kept = share_of_full(runs, name, cost), runs[name]["retention"]
+            x, kept = share_of_full(runs, name, cost), runs[name].retention
             if x is None or kept is None:
                 continue
             points[name] = 100 * x, kept
-            bars = [[max(kept["value"] - kept["low"], 0.0)], [max(kept["high"] - kept["value"], 0.0)]]
+            bars = [[max(kept.value - kept.low, 0.0)], [max(kept.high - kept.value, 0.0)]]
             axes.errorbar(
-                100 * x, kept["value"], yerr=bars, color=theme.of(name), marker=_MARKERS[_kind(name)], markersize=6.5,
+                100 * x, kept.value, yerr=bars, color=theme.of(name), marker=_MARKERS[_kind(name)], markersize=6.5,
                 capsize=2.5, elinewidth=1.1, linestyle="none", zorder=3,
             )  # fmt: skip
         axes.margins(x=0.13, y=0.1)
@@ -148,12 +149,12 @@ def budget_search(tried: SearchedSettings) -> Drawing:
     return draw
 
 
-def share_of_full(runs: Mapping[str, Any], name: str, cost: str) -> float | None:
+def share_of_full(runs: Mapping[str, Run], name: str, cost: str) -> float | None:
     """Returns a run's cost as a fraction of full depth; None if it was not measured."""
     full, run = runs["full"], runs[name]
     if cost == "counted":
-        return run["flops_per_image"] / full["flops_per_image"]
-    return full["images_per_s"] / run["images_per_s"] if run["images_per_s"] and full["images_per_s"] else None
+        return run.flops_per_image / full.flops_per_image
+    return full.images_per_s / run.images_per_s if run.images_per_s and full.images_per_s else None
 
 
 def shares_by_complexity(scores: np.ndarray, exits: np.ndarray) -> Drawing:

@@ -1,42 +1,20 @@
-"""Format of metrics.json, and its table for the terminal.
-
-metrics['runs'] maps run names to dicts. 'full' and 'exit_<blocks>' use one exit for all images; 'routed' the bundle's
-thresholds; 'budget_<share>' thresholds set on calibration images for that share of full depth's counted cost; 'random' a random
-assignment at the shares of 'routed'; 'oracle' the best assignment at these shares (upper bound); 'lossless' each image's
-cheapest exit that worsens none of its ranks (lossless oracle); 'static' is a shallower baseline model; 'routed_affine' is
-'routed' ranked with per-exit calibrated scores. Each dict holds
-  text_to_image, image_to_text: {'r1', 'r5', 'r10'} in percent, 'median_rank' and 'mean_rank'; with labels also 'map10',
-    'map50', 'map100' (official denominator) and 'map10_standard', ... in percent;
-  flops_per_image: 2 x MACs, including the complexity model if the run uses it;
-  images_per_s: measured; None if not measured;
-  share: {exit -> fraction of the images};
-  retention: {'value', 'low', 'high'}, R@5 (mean of both directions) in percent of full depth; None if undefined;
-  intervals: 'text_to_image' | 'image_to_text' | 'mean' -> each of these metrics -> 'value', 'difference' (to full depth) and
-    'retention' (percent of full depth), each {'value', 'low', 'high'} or None; see metrics.comparison.Comparison;
-  for budgets also 'thresholds', and 'found': the method, the calibration images and what was reached on them.
-metrics['timing'] joins timing.time_breakdown and timing.warm_up; metrics['flops'] holds 'exits' {exit -> 'counted',
-'compiler'}, 'router' and 'text'; metrics['frontier'] is a list of frontier.Point with 'kept', R@5 in percent of full depth: a
-sweep of thresholds on the evaluated images, from which nothing was chosen.
-metrics['gallery'] holds the counts 'images' and 'captions' (with distractors), 'queries' with the counts of queries, and the
-names 'source' and 'distractors' (None without); metrics['comparisons']['routed_minus_random'] and
-['routed_affine_minus_routed'] hold {'value', 'low', 'high', 'includes_zero'} in points; metrics['score_calibration'] is
-ScoreCalibration.as_dict with the 'bias' of the gallery; metrics['notes'] is a list of sentences.
-"""
+"""Table of an evaluation for the terminal, and metrics.json; `records.retrieval` documents the record."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from icar_jax.evaluation.metrics.bootstrap import Interval
 from icar_jax.evaluation.metrics.retrieval import DIRECTIONS, RECALL_AT
+from icar_jax.evaluation.records.plain import plain
+from icar_jax.evaluation.records.retrieval import RetrievalEvaluation, Run
 from icar_jax.evaluation.report.verdicts import verdicts
 from icar_jax.workdir import write_text
 
@@ -44,7 +22,7 @@ BUDGET = "budget_"  # prefix of run names; followed by the share of full depth's
 _WIDE = 124  # terminal columns needed for one-line rows
 
 
-def run_order(runs: Mapping[str, Any]) -> list[str]:
+def run_order(runs: Mapping[str, Run]) -> list[str]:
     """Returns run names in display order: full, exits by depth, static, routed, budgets, random, oracles, others."""
     exits = sorted((name for name in runs if name.startswith("exit_")), key=exit_depth)
     budgets = sorted((name for name in runs if name.startswith(BUDGET)), key=lambda name: float(name.removeprefix(BUDGET)))
@@ -60,17 +38,17 @@ def exit_depth(name: str) -> int:
         raise ValueError(f"run {name!r} must be named exit_<blocks>, such as exit_6") from None
 
 
-def results_table(metrics: Mapping[str, Any], *, compact: bool = False) -> Table:
+def results_table(record: RetrievalEvaluation, *, compact: bool = False) -> Table:
     """Returns a table with one row per run; `compact` uses rows of several lines that fit 80 columns.
 
-    Raises ValueError if metrics['runs'] lacks 'full', the run all others are compared with.
+    Raises ValueError if there is no run 'full', with which all others are compared.
     """
-    runs, gallery = metrics["runs"], metrics["gallery"]
+    runs, gallery = record.runs, record.gallery
     if "full" not in runs:
-        raise ValueError(f"metrics['runs'] must hold 'full', the run others are compared with; found {sorted(runs)}")
+        raise ValueError(f"the runs must hold 'full', with which others are compared; found {sorted(runs)}")
     ks = "/".join(str(k) for k in RECALL_AT)
     table = Table(
-        title=f"Retrieval in a gallery of {gallery['images']:,} images and {gallery['captions']:,} captions",
+        title=f"Retrieval in a gallery of {gallery.images:,} images and {gallery.captions:,} captions",
         box=box.SIMPLE_HEAD if compact else box.ROUNDED,
         padding=(0, 0) if compact else (0, 1),
         show_edge=not compact,
@@ -82,16 +60,16 @@ def results_table(metrics: Mapping[str, Any], *, compact: bool = False) -> Table
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("blocks:\nshare", no_wrap=True)
     table.add_column("R@5 kept, %\n[95% int.]", justify="right", no_wrap=True)
-    full_flops = runs["full"]["flops_per_image"]
+    full_flops = runs["full"].flops_per_image
     for name in run_order(runs):
         run = runs[name]
-        speed = run["images_per_s"]
-        share, kept = format_share(run["share"]), format_interval(run["retention"])
+        speed = run.images_per_s
+        share, kept = format_share(run.share), format_interval(run.retention)
         table.add_row(
             name,
-            *("/".join(f"{run[direction][f'r{k}']:.1f}" for k in RECALL_AT) for direction in DIRECTIONS),
-            f"{run['flops_per_image'] / 1e9:.3g}",
-            f"{100 * run['flops_per_image'] / full_flops:.0f}",
+            *("/".join(f"{run.metrics(direction)[f'r{k}']:.1f}" for k in RECALL_AT) for direction in DIRECTIONS),
+            f"{run.flops_per_image / 1e9:.3g}",
+            f"{100 * run.flops_per_image / full_flops:.0f}",
             "-" if speed is None else f"{speed:.3g}" if speed < 100 else f"{speed:.0f}",
             share.replace("  ", "\n") if compact else share,
             kept.replace(" [", "\n[") if compact else kept,
@@ -99,11 +77,11 @@ def results_table(metrics: Mapping[str, Any], *, compact: bool = False) -> Table
     return table
 
 
-def print_results(metrics: Mapping[str, Any], console: Console | None = None) -> None:
+def print_results(record: RetrievalEvaluation, console: Console | None = None) -> None:
     """Prints the table, the verdicts and the notes; rows are wide if the terminal has room or the output is a file."""
     console = console or wide_console(_WIDE)
-    console.print(results_table(metrics, compact=console.width < _WIDE))
-    print_sentences([*verdicts(metrics), *metrics.get("notes", [])], console)
+    console.print(results_table(record, compact=console.width < _WIDE))
+    print_sentences([*verdicts(record), *record.notes], console)
 
 
 def wide_console(width: int) -> Console:
@@ -119,40 +97,20 @@ def print_sentences(sentences: Iterable[str], console: Console) -> None:
         console.print(f"- {sentence}", markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
-def format_share(share: Mapping[str, float]) -> str:
-    """Formats shares by exit: {'12': .48, '6': .52} -> '6: 52%  12: 48%'."""
-    return "  ".join(f"{name}: {100 * share[name]:.0f}%" for name in sorted(share, key=int))
+def format_share(share: Mapping[int, float]) -> str:
+    """Formats shares by exit: {12: .48, 6: .52} -> '6: 52%  12: 48%'."""
+    return "  ".join(f"{exit}: {100 * share[exit]:.0f}%" for exit in sorted(share))
 
 
-def format_interval(interval: Mapping[str, float] | None) -> str:
+def format_interval(interval: Interval | None) -> str:
     if interval is None:
         return "undefined"
-    return f"{interval['value']:.1f} [{interval['low']:.1f}, {interval['high']:.1f}]"
+    return f"{interval.value:.1f} [{interval.low:.1f}, {interval.high:.1f}]"
 
 
-def write_metrics(metrics: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Writes metrics as JSON atomically: a reader sees the old file or the complete new one.
+def write_metrics(record: Any, path: str | os.PathLike) -> None:
+    """Writes a record (a dataclass or a dict, see `plain`) as JSON atomically: a reader sees the old file or the new one.
 
-    Numpy scalars and arrays become numbers and lists; None becomes null. Raises ValueError, and leaves the old file
-    unchanged, for NaN or inf and for keys that are not strings; the message gives the path of keys.
+    Raises ValueError, and leaves the old file unchanged, for values that JSON does not hold, such as NaN.
     """
-    text = json.dumps(_plain(metrics, ()), indent=2, allow_nan=False) + "\n"
-    write_text(path, text)
-
-
-def _plain(value: Any, where: tuple[str, ...]) -> Any:
-    place = "/".join(where) or "the top level"
-    if isinstance(value, (np.generic, np.ndarray)):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise ValueError(f"metrics: key {key!r} at {place} must be a string, since JSON has no other keys")
-        return {key: _plain(item, (*where, key)) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, (*where, str(i))) for i, item in enumerate(value)]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"metrics: {place} is {value}, expected a finite number (or None for 'not measured')")
-    if value is None or isinstance(value, (str, int, float)):
-        return value
-    raise ValueError(f"metrics: {place} is a {type(value).__name__}, expected a number, text, list, dict or None")
+    write_text(path, json.dumps(plain(record), indent=2, allow_nan=False) + "\n")

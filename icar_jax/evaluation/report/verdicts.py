@@ -1,18 +1,19 @@
-"""Plain sentences about what an evaluation does and does not show; `table` documents the record."""
+"""Plain sentences about what an evaluation does and does not show."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from icar_jax.evaluation.metrics.retrieval import DIRECTIONS, chance_recall
+from icar_jax.evaluation.records.retrieval import Difference, RetrievalEvaluation, Run
+from icar_jax.evaluation.routing.timing import Timing
 
 
-def verdicts(metrics: Mapping[str, Any]) -> list[str]:
-    """Returns sentences about the runs in metrics['runs']."""
-    runs, comparisons = metrics["runs"], metrics.get("comparisons", {})
-    lines = [_against_chance(metrics)]
+def verdicts(record: RetrievalEvaluation) -> list[str]:
+    """Returns sentences about the runs of an evaluation."""
+    runs, comparisons = record.runs, record.comparisons
+    lines = [_against_chance(record)]
     if "routed" in runs:
         lines.append(_retention("routed", runs["routed"], runs["full"]))
         if "routed_minus_random" in comparisons:
@@ -20,7 +21,7 @@ def verdicts(metrics: Mapping[str, Any]) -> list[str]:
         if "routed_affine_minus_routed" in comparisons:
             lines.append(_calibrated(comparisons["routed_affine_minus_routed"]))
         lines += _time("routed", runs["routed"], runs["full"])
-        lines += _padding(metrics.get("timing", {}))
+        lines += _padding(record.timing)
         lines += _one_exit(runs["routed"])
         lines += _dominating_runs(runs, "routed")
         if "oracle" in runs:
@@ -32,22 +33,18 @@ def verdicts(metrics: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _mean_r5(run: Mapping[str, Any]) -> float:
-    return sum(run[direction]["r5"] for direction in DIRECTIONS) / len(DIRECTIONS)
-
-
-def _against_chance(metrics: Mapping[str, Any]) -> str:
-    full, gallery = metrics["runs"]["full"], metrics["gallery"]
+def _against_chance(record: RetrievalEvaluation) -> str:
+    full, gallery = record.runs["full"], record.gallery
     parts, least = [], math.inf
-    queries = gallery.get("queries", gallery)
-    own = queries["captions"] / queries["images"]
+    own = gallery.queries.captions / gallery.queries.images
     for direction in DIRECTIONS:
         shown = []
         for k in (5, 10):
-            chance = chance_recall(gallery["images"], gallery["captions"], k, own)[direction]
-            times = full[direction][f"r{k}"] / chance
+            chance = chance_recall(gallery.images, gallery.captions, k, own)[direction]
+            recall = full.metrics(direction)[f"r{k}"]
+            times = recall / chance
             least = min(least, times)
-            shown.append(f"R@{k} {full[direction][f'r{k}']:.1f}% ({times:.1f} times chance, {chance:.2g}%)")
+            shown.append(f"R@{k} {recall:.1f}% ({times:.1f} times chance, {chance:.2g}%)")
         parts.append(f"{direction.replace('_', ' ')} {', '.join(shown)}")
     line = f"full depth: {'; '.join(parts)}"
     if least < 2:
@@ -55,70 +52,70 @@ def _against_chance(metrics: Mapping[str, Any]) -> str:
     return line
 
 
-def _retention(name: str, routed: Mapping[str, Any], full: Mapping[str, Any]) -> str:
-    kept = routed["retention"]
+def _retention(name: str, routed: Run, full: Run) -> str:
+    kept = routed.retention
     if kept is None:
         return f"the retention of {_display_name(name)} is undefined: full depth has too few hits at R@5"
-    flops = 100 * routed["flops_per_image"] / full["flops_per_image"]
+    flops = 100 * routed.flops_per_image / full.flops_per_image
     line = (
-        f"{name} retains {kept['value']:.1f}% of full-depth R@5 (mean of both directions) at {flops:.0f}% of its FLOPs, "
-        f"router included; 95% interval [{kept['low']:.1f}, {kept['high']:.1f}]"
+        f"{name} retains {kept.value:.1f}% of full-depth R@5 (mean of both directions) at {flops:.0f}% of its FLOPs, "
+        f"router included; 95% interval [{kept.low:.1f}, {kept.high:.1f}]"
     )
-    if kept["low"] > 100:
+    if kept.low > 100:
         return f"{line}: above 100, so routing retrieves better than full depth here"
-    if kept["high"] < 100:
+    if kept.high < 100:
         return f"{line}: below 100, so routing loses retrieval quality"
     return f"{line}: includes 100, so neither a loss nor a gain is shown in this gallery"
 
 
-def _against_random(delta: Mapping[str, Any]) -> str:
-    line = f"routed - random = {delta['value']:+.1f} points R@5, 95% interval [{delta['low']:.1f}, {delta['high']:.1f}]"
-    if delta["includes_zero"]:
+def _against_random(delta: Difference) -> str:
+    line = f"routed - random = {delta.value:+.1f} points R@5, 95% interval [{delta.low:.1f}, {delta.high:.1f}]"
+    if delta.includes_zero:
         return f"{line}: includes zero, so routing is not shown to beat random routing at these shares"
-    if delta["value"] > 0:
+    if delta.value > 0:
         return f"{line}: above zero, so routing beats random routing at these shares"
     return f"{line}: below zero, so routing is worse than random routing at these shares"
 
 
-def _calibrated(delta: Mapping[str, Any]) -> str:
+def _calibrated(delta: Difference) -> str:
     line = (
-        f"per-exit score calibration: {delta['value']:+.1f} points R@5 compared with the same routing without it, 95% interval "
-        f"[{delta['low']:.1f}, {delta['high']:.1f}]"
+        f"per-exit score calibration: {delta.value:+.1f} points R@5 compared with the same routing without it, 95% interval "
+        f"[{delta.low:.1f}, {delta.high:.1f}]"
     )
-    return f"{line}: includes zero, so no effect is shown" if delta["includes_zero"] else line
+    return f"{line}: includes zero, so no effect is shown" if delta.includes_zero else line
 
 
-def _time(name: str, routed: Mapping[str, Any], full: Mapping[str, Any]) -> list[str]:
+def _time(name: str, routed: Run, full: Run) -> list[str]:
     lines, who = [], _display_name(name)
-    if routed["images_per_s"] is not None and full["images_per_s"] is not None:
-        ratio = routed["images_per_s"] / full["images_per_s"]
+    if routed.images_per_s is not None and full.images_per_s is not None:
+        ratio = routed.images_per_s / full.images_per_s
         word = "loses" if ratio < 1 else "saves"
         lines.append(
-            f"{who} {word} time: {routed['images_per_s']:.1f} images/s, router included, against "
-            f"{full['images_per_s']:.1f} at full depth ({ratio:.2f} times the speed)"
+            f"{who} {word} time: {routed.images_per_s:.1f} images/s, router included, against "
+            f"{full.images_per_s:.1f} at full depth ({ratio:.2f} times the speed)"
         )
-    if routed["flops_per_image"] >= full["flops_per_image"]:
+    if routed.flops_per_image >= full.flops_per_image:
         lines.append(f"{who} saves no FLOPs: with the router counted it costs at least as much as full depth")
     return lines
 
 
-def _one_exit(routed: Mapping[str, Any]) -> list[str]:
-    name, share = max(routed["share"].items(), key=lambda item: item[1])
+def _one_exit(routed: Run) -> list[str]:
+    exit, share = max(routed.share.items(), key=lambda item: item[1])
     if share < 0.995:
         return []
-    return [f"{100 * share:.1f}% of the images take exit {name}: this equals a single exit plus the router's cost"]
+    return [f"{100 * share:.1f}% of the images take exit {exit}: this equals a single exit plus the router's cost"]
 
 
-def _dominating_runs(runs: Mapping[str, Any], name: str) -> list[str]:
+def _dominating_runs(runs: Mapping[str, Run], name: str) -> list[str]:
     """Lists single exits and the shallower baseline that are at least as good as a routed run at no higher cost."""
     routed, lines = runs[name], []
     for other, run in runs.items():
-        if not (other == "static" or other.startswith("exit_")) or _mean_r5(run) < _mean_r5(routed):
+        if not (other == "static" or other.startswith("exit_")) or run.mean_r5 < routed.mean_r5:
             continue
         who = "the shallower baseline" if other == "static" else f"{other} for every image"
-        recalls = f"(mean R@5 {_mean_r5(run):.1f}% against {_mean_r5(routed):.1f}%)"
-        speeds = run["images_per_s"], routed["images_per_s"]
-        if run["flops_per_image"] <= routed["flops_per_image"]:
+        recalls = f"(mean R@5 {run.mean_r5:.1f}% against {routed.mean_r5:.1f}%)"
+        speeds = run.images_per_s, routed.images_per_s
+        if run.flops_per_image <= routed.flops_per_image:
             lines.append(f"{who} is at least as good as {_display_name(name)} at no more FLOPs {recalls}")
         elif None not in speeds and speeds[0] >= speeds[1]:
             lines.append(
@@ -132,18 +129,17 @@ def _display_name(name: str) -> str:
     return "routing" if name == "routed" else name
 
 
-def _oracle(runs: Mapping[str, Any]) -> list[str]:
+def _oracle(runs: Mapping[str, Run]) -> list[str]:
     """Bounds what a better router could gain at the same shares."""
-    kept, routed = runs["oracle"]["retention"], runs["routed"]["retention"]
+    kept, routed = runs["oracle"].retention, runs["routed"].retention
     if kept is None or routed is None:
         return []
     line = (
-        f"the oracle (upper bound) retains {kept['value']:.1f}% at the same shares, routed {routed['value']:.1f}%: the "
+        f"the oracle (upper bound) retains {kept.value:.1f}% at the same shares, routed {routed.value:.1f}%: the "
         "difference bounds what a better score could gain"
     )
     if "lossless" in runs:
-        free = runs["lossless"]
-        share = 100 * free["flops_per_image"] / runs["full"]["flops_per_image"]
+        share = 100 * runs["lossless"].flops_per_image / runs["full"].flops_per_image
         line += (
             "; with the lossless oracle (every image at the earliest exit where none of its ranks gets worse), the towers "
             f"alone would cost {share:.0f}% of full depth"
@@ -151,12 +147,12 @@ def _oracle(runs: Mapping[str, Any]) -> list[str]:
     return [line]
 
 
-def _padding(timing: Mapping[str, Any]) -> list[str]:
+def _padding(timing: Timing) -> list[str]:
     """Warns if padding takes a large part of the computed rows."""
-    wasted = timing.get("padding")
-    if not wasted or wasted["share"] < 0.1:
+    wasted = timing.padding
+    if wasted is None or wasted.share < 0.1:
         return []
     return [
-        f"{100 * wasted['share']:.0f}% of the rows that routing computed for {timing['images']} images were padding: use a "
+        f"{100 * wasted.share:.0f}% of the rows that routing computed for {timing.images} images were padding: use a "
         "smaller batch, or more images at a time"
     ]

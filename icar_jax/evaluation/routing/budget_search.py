@@ -7,7 +7,7 @@ the held-out split.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -106,7 +106,7 @@ def search_thresholds(
     return gallery, best.thresholds, {
         **how,
         "cost_by": cost,
-        "drop": drop.as_dict(),
+        "drop": asdict(drop),
         "recall": best.recall,
         "full_recall": full.recall,
         "captions": len(gallery.texts),

@@ -7,7 +7,7 @@ thresholds were found is recorded in the checkpoint and shown by `icar describe`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ def classifier_threshold(
     threshold, value = best_threshold(scored.scores, labels, metric)
     called = scored.scores > np.float32(threshold)
     try:
-        reached = ratings.interval(metric, called, labels, n=resamples).as_dict()
+        reached = asdict(ratings.interval(metric, called, labels, n=resamples))
     except ratings.MetricError:
         reached = {"value": value, "low": None, "high": None}
     return threshold, {

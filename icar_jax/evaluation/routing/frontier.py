@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -38,9 +38,8 @@ class Point:
     cost: dict[str, float]
     recall: float
 
-    def as_dict(self) -> dict[str, Any]:
-        share = {str(e): s for e, s in self.share.items()}
-        return {"thresholds": list(self.thresholds), "share": share, "cost": dict(self.cost), "recall": self.recall}
+
+AnyPoint = TypeVar("AnyPoint", bound=Point)
 
 
 @dataclass
@@ -121,15 +120,11 @@ def sweep(bench: Bench, steps: int = COARSE) -> list[Point]:
     return bench.points(list(dict.fromkeys(settings)))
 
 
-def frontier(points: Sequence[Any], cost: str) -> list[Any]:
-    """Returns the Pareto-optimal points in recall and cost, by increasing cost. points: `Point`, or dicts of `as_dict`."""
-
-    def of(point: Any, name: str) -> Any:
-        return point[name] if isinstance(point, Mapping) else getattr(point, name)
-
-    best: list[Any] = []
-    for point in sorted(points, key=lambda p: (of(p, "cost")[cost], -of(p, "recall"))):
-        if not best or of(point, "recall") > of(best[-1], "recall"):
+def frontier(points: Sequence[AnyPoint], cost: str) -> list[AnyPoint]:
+    """Returns the Pareto-optimal points in recall and cost, by increasing cost."""
+    best: list[AnyPoint] = []
+    for point in sorted(points, key=lambda p: (p.cost[cost], -p.recall)):
+        if not best or point.recall > best[-1].recall:
             best.append(point)
     return best
 

@@ -10,8 +10,7 @@ an image share its a > 0 and b.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,19 +21,36 @@ _LEAST_SLOPE = 0.05  # keeps slopes positive: a slope <= 0 would reverse the ord
 
 
 @dataclass(frozen=True)
-class ScoreCalibration:
-    """Affine calibration of cosines: exit (executed blocks) -> (slope a, offset b); full depth has (1, 0)."""
+class Affine:
+    """The calibrated score of a cosine s is slope s + offset; by default s itself."""
 
-    affine: dict[int, tuple[float, float]]
-    loss_before: float  # in nats, on the calibration images
+    slope: float = 1.0
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Mean cosine of captions with their own image, and with all other images."""
+
+    matching: float
+    other: float
+
+
+@dataclass(frozen=True)
+class ScoreCalibration:
+    """Calibration of cosines.
+
+    exits: exit (executed blocks), shallow to deep -> its map; full depth keeps its cosines.
+    loss_before, loss_after: InfoNCE in nats on the calibration images, without and with the calibration.
+    """
+
+    kind: str = field(default="affine", init=False)
+    exits: dict[int, Affine]
+    loss_before: float
     loss_after: float
 
-    def as_dict(self) -> dict[str, Any]:
-        affine = {str(e): {"slope": a, "offset": b} for e, (a, b) in sorted(self.affine.items())}
-        return {"kind": "affine", "exits": affine, "loss_before": self.loss_before, "loss_after": self.loss_after}
-
-    def images(self, embeddings: np.ndarray, exits: np.ndarray) -> np.ndarray:
-        """Maps embeddings [N, D] from `exits` [N] to float32 [N, D + 1] whose products with `texts` are calibrated scores.
+    def map_images(self, embeddings: np.ndarray, exits: np.ndarray) -> np.ndarray:
+        """Maps embeddings [N, D] from `exits` [N] to float32 [N, D + 1] whose products with `map_texts` are calibrated scores.
 
         Raises ValueError for an exit without calibration.
         """
@@ -42,23 +58,23 @@ class ScoreCalibration:
         return np.concatenate([embeddings.astype(np.float32) * slopes[:, None], offsets[:, None]], axis=1)
 
     @staticmethod
-    def texts(embeddings: np.ndarray) -> np.ndarray:
+    def map_texts(embeddings: np.ndarray) -> np.ndarray:
         """Appends a column of ones to text embeddings: [M, D] -> float32 [M, D + 1]."""
         return np.concatenate([embeddings.astype(np.float32), np.ones((len(embeddings), 1), np.float32)], axis=1)
 
     def _of(self, exits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if unknown := set(np.unique(exits).tolist()) - set(self.affine):
-            raise ValueError(f"no score calibration for exits {sorted(unknown)}; calibrated exits: {sorted(self.affine)}")
+        if unknown := set(np.unique(exits).tolist()) - set(self.exits):
+            raise ValueError(f"no score calibration for exits {sorted(unknown)}; calibrated exits: {sorted(self.exits)}")
         pairs = np.zeros((len(exits), 2), np.float32)
-        for exit, pair in self.affine.items():
-            pairs[exits == exit] = pair
+        for exit, affine in self.exits.items():
+            pairs[exits == exit] = affine.slope, affine.offset
         return pairs[:, 0], pairs[:, 1]
 
 
-def bias(by_exit: Mapping[int, np.ndarray], texts: np.ndarray, caption_image: np.ndarray) -> dict[int, dict[str, float]]:
-    """Returns exit -> {'matching', 'other'}: mean cosine of captions with their own image, and with all other images.
+def bias(by_exit: Mapping[int, np.ndarray], texts: np.ndarray, caption_image: np.ndarray) -> dict[int, Bias]:
+    """Returns the bias of each exit.
 
-    by_exit: exit -> [N, D]; texts: [M, D], unit norm; caption_image: [M]. 'other' is nan for a single image.
+    by_exit: exit -> [N, D]; texts: [M, D], unit norm; caption_image: [M]. `other` is nan for a single image.
     """
     owner = np.asarray(caption_image)
     whole, found = texts.sum(axis=0, dtype=np.float64), {}
@@ -66,7 +82,7 @@ def bias(by_exit: Mapping[int, np.ndarray], texts: np.ndarray, caption_image: np
         own = np.einsum("md,md->m", images[owner], texts, dtype=np.float64)
         others = (len(images) - 1) * len(texts)
         rest = images.sum(axis=0, dtype=np.float64) @ whole - own.sum()
-        found[exit] = {"matching": float(own.mean()), "other": float(rest / others) if others else float("nan")}
+        found[exit] = Bias(float(own.mean()), float(rest / others) if others else float("nan"))
     return found
 
 
@@ -82,10 +98,10 @@ def fit(
     full, owner = max(by_exit), np.asarray(caption_image)
     rows = take_exits(by_exit, exits).astype(np.float32)
     fitted = [e for e in sorted(by_exit) if e != full and np.any(exits == e)]
-    identity = {e: (1.0, 0.0) for e in by_exit}
+    affine = {e: Affine() for e in sorted(by_exit)}
     if not fitted or len(np.unique(exits)) == 1:
         before = _loss(np.zeros(2 * len(fitted)), rows, texts, owner, exits, fitted, scale, [(0.0, 1.0)] * len(fitted))[0]
-        return ScoreCalibration(identity, before, before)
+        return ScoreCalibration(affine, before, before)
     # Standardise cosines, so that steps in slope and in offset move the logits equally.
     spread = [_spread(rows[exits == e], texts) for e in fitted]
     arguments = (rows, texts, owner, exits, fitted, scale, spread)
@@ -97,10 +113,9 @@ def fit(
 
     solved = minimize(_loss, start, arguments, method="L-BFGS-B", jac=True, bounds=bounds)
     before = _loss(start, *arguments)[0]
-    affine = dict(identity)
     for e, (u, v), (mean, deviation) in zip(fitted, solved.x.reshape(-1, 2), spread):
         slope = u / (scale * deviation)
-        affine[e] = (float(1 + slope), float(v / scale - slope * mean))
+        affine[e] = Affine(float(1 + slope), float(v / scale - slope * mean))
     return ScoreCalibration(affine, before, float(solved.fun))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ DECODED = 48  # number of images whose decoding is timed
 REPEATS = 3  # the fastest repetition counts, since other load on the machine only adds time
 COST_REPEATS = 5  # repetitions for costs used to choose thresholds; the median counts
 
+Name = TypeVar("Name", str, int)  # of a timed function, such as a run or an exit
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -33,6 +35,44 @@ class Sample:
 
     clip: np.ndarray
     complexity: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Rows that a router computes only to fill batches.
+
+    rows: their number; share: their fraction of all rows; ms: their time per image, at each exit's time per row.
+    """
+
+    rows: int
+    share: float
+    ms: float
+
+
+@dataclass
+class Timing:
+    """Milliseconds per image of each stage of an evaluation, without compilation.
+
+    images, repeats: timed images, and repetitions, of which the fastest counts.
+    decode_ms, preprocess_ms: reading images, and resizing them for every model, on one thread.
+    tower_ms: exit -> embedding.
+    router_ms: complexity score; None without a router. A head that shares the tower's blocks has no score alone: its time is
+        that of routing, from `measured_costs`.
+    text_ms: embedding, per caption.
+    padding: of the routed images; None without routing.
+    compile_s, programs: seconds to compile all programs, and their number; None until they are known.
+    """
+
+    images: int
+    repeats: int
+    decode_ms: float
+    preprocess_ms: float
+    tower_ms: dict[int, float]
+    router_ms: float | None
+    text_ms: float
+    padding: Padding | None
+    compile_s: float | None = None
+    programs: int | None = None
 
 
 def sample_of(model: Model, source: Source, n: int = SAMPLE, loading: Mapping[str, Any] | None = None) -> Sample:
@@ -50,12 +90,12 @@ def sample_of(model: Model, source: Source, n: int = SAMPLE, loading: Mapping[st
     return Sample(sample["clip"], sample.get(model.scored_on))
 
 
-def warm_up(model: Model) -> dict[str, float]:
-    """Compiles all programs and returns 'compile_s', the seconds it took, and 'programs', their number."""
+def warm_up(model: Model) -> tuple[float, int]:
+    """Compiles all programs and returns the seconds it took and their number."""
     start = time.perf_counter()
     with count_compilations() as compiled:
         model.warm_up()
-        return {"compile_s": time.perf_counter() - start, "programs": compiled()}
+        return time.perf_counter() - start, compiled()
 
 
 def throughput(
@@ -121,43 +161,31 @@ def measured_costs(model: Model, sample: Sample) -> Costs:
     return Costs(exits, max(0.0, median["router"] - exits[model.exits[0]]))
 
 
-def time_breakdown(
-    model: Model, sample: Sample, source: Source, texts: Sequence[str], exits: np.ndarray | None
-) -> dict[str, Any]:
-    """Times each stage of an evaluation separately; compilation is excluded.
-
-    Returns milliseconds per image: 'decode_ms' and 'preprocess_ms' (one thread), 'tower_ms' {exit -> ms} and 'router_ms' (the
-    score alone; None without a router, and for a head that shares the tower, whose cost `measured_costs` gives). Also 'text_ms'
-    per caption, and 'padding' of the routed sample; see `padding`.
-    """
+def time_breakdown(model: Model, sample: Sample, source: Source, texts: Sequence[str], exits: np.ndarray | None) -> Timing:
+    """Times each stage of an evaluation separately. `router_ms` is None for a head that shares the tower."""
     model.warm_up()
-    towers = {str(e): lambda e=e: model.towers[e](sample.clip) for e in model.exits}
-    taken = {name: min(each) for name, each in _interleaved(towers, REPEATS).items()}
-    n = len(sample.clip)
-    found: dict[str, Any] = {"images": n, "repeats": REPEATS}
-    found |= _decoding(model, source)
-    found["tower_ms"] = {name: 1e3 * seconds / n for name, seconds in taken.items()}
-    found["router_ms"] = None
+    towers = {e: lambda e=e: model.towers[e](sample.clip) for e in model.exits}
+    n, taken = len(sample.clip), _interleaved(towers, REPEATS)
+    tower_ms = {e: 1e3 * min(seconds) / n for e, seconds in taken.items()}
+    decode_ms, preprocess_ms = _decoding(model, source)
+    router_ms = None
     if exits is not None and sample.complexity is not None and model.scored_on == "complexity":
         scored = _interleaved({"router": lambda: model.scorer.forward(sample.complexity)}, REPEATS)["router"]
-        found["router_ms"] = 1e3 * min(scored) / len(sample.complexity)
+        router_ms = 1e3 * min(scored) / len(sample.complexity)
     some = list(texts[:SAMPLE])
-    found["text_ms"] = 1e3 * min(_interleaved({"text": lambda: model.encode_text(some)}, REPEATS)["text"]) / len(some)
-    found["padding"] = padding(exits, found["tower_ms"], model.batch_size) if exits is not None else None
-    return found
+    text_ms = 1e3 * min(_interleaved({"text": lambda: model.encode_text(some)}, REPEATS)["text"]) / len(some)
+    padded = padding(exits, tower_ms, model.batch_size) if exits is not None else None
+    return Timing(n, REPEATS, decode_ms, preprocess_ms, tower_ms, router_ms, text_ms, padded)
 
 
-def padding(exits: np.ndarray, tower_ms: Mapping[str, float], batch_size: int) -> dict[str, float]:
-    """Returns the padding that a router computes for images [n] at these exits, because queues end in partial batches.
-
-    'rows': padding rows; 'share': their fraction of all rows; 'ms': their time per image, at each exit's time per row.
-    """
+def padding(exits: np.ndarray, tower_ms: Mapping[int, float], batch_size: int) -> Padding:
+    """Returns the padding that a router computes for images [n] at these exits, because queues end in partial batches."""
     rows, ms = 0, 0.0
     for exit, count in zip(*np.unique(exits, return_counts=True)):
         thrown = sum(bucket - used for _, used, bucket in split_batch(int(count), bucket_sizes(batch_size)))
         rows += thrown
-        ms += thrown * tower_ms[str(exit)]
-    return {"rows": rows, "share": rows / (rows + len(exits)), "ms": ms / len(exits)}
+        ms += thrown * tower_ms[int(exit)]
+    return Padding(rows, rows / (rows + len(exits)), ms / len(exits))
 
 
 def compiler_flops(model: Model, exit: int, *, optimised: bool = False) -> float | None:
@@ -175,7 +203,7 @@ def compiler_flops(model: Model, exit: int, *, optimised: bool = False) -> float
     return float(cost["flops"]) if cost and cost.get("flops", 0) > 0 else None
 
 
-def _decoding(model: Model, source: Source) -> dict[str, float]:
+def _decoding(model: Model, source: Source) -> tuple[float, float]:
     """Returns milliseconds per image for decoding and preprocessing on one thread; unreadable files are skipped."""
     some = np.unique(np.linspace(0, len(source) - 1, min(DECODED, len(source))).astype(int)).tolist()
     decode, prepare, done = 0.0, 0.0, 0
@@ -189,12 +217,12 @@ def _decoding(model: Model, source: Source) -> dict[str, float]:
         for preprocess in model.preprocesses.values():
             preprocess.resize(picture)
         decode, prepare, done = decode + middle - start, prepare + time.perf_counter() - middle, done + 1
-    return {"decode_ms": 1e3 * decode / max(1, done), "preprocess_ms": 1e3 * prepare / max(1, done)}
+    return 1e3 * decode / max(1, done), 1e3 * prepare / max(1, done)
 
 
-def _interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def _interleaved(runs: Mapping[Name, Callable[[], object]], repeats: int) -> dict[Name, list[float]]:
     """Returns the seconds of each repetition. Each round runs in a new random order, so periodic load affects no single run."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
+    taken: dict[Name, list[float]] = {name: [] for name in runs}
     rng = np.random.default_rng(0)
     for _ in range(repeats):
         for name in rng.permutation(list(runs)).tolist():
