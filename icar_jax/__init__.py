@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from icar_jax.version import VERSION
+
 if TYPE_CHECKING:
     from icar_jax.data.images import Preprocess
     from icar_jax.data.tokenizer import Tokenizer
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from icar_jax.models.variants import CLIP as variants
     from icar_jax.models.vision import VisionArch
 
-__version__ = "0.2.0"
+__version__ = VERSION
 __all__ = [
     "Clip", "ClipArch", "ComplexityModel", "IcarError", "Preprocess", "TextArch", "Tokenizer", "VisionArch", "load", "variants",
 ]  # fmt: skip

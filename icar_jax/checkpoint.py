@@ -24,7 +24,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from icar_jax import pytree, tensorfile
+from icar_jax import program_cache, pytree, tensorfile
 from icar_jax.config import not_local
 from icar_jax.errors import IcarError
 
@@ -248,7 +248,7 @@ def read(folder: str | os.PathLike, kind: str) -> Checkpoint:
     for name, expected in description.get("hashes", {}).items():
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} has no {name}; copy the whole folder again")
-        if sha256(folder / name) != expected:
+        if not program_cache.verified(folder / name, expected, sha256):
             raise CheckpointError(f"{folder / name} is damaged: its SHA-256 differs from the one in {DESCRIPTION}")
     try:
         params = pytree.unflatten(load_file(folder / WEIGHTS))

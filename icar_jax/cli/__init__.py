@@ -9,8 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 
-from absl import logging
-
+from icar_jax import program_cache
 from icar_jax.cli import embed, index, routing, score, search, serve, training, weights
 from icar_jax.cli.arguments import require_local_paths
 from icar_jax.cli.errors import user_errors, without_debug
@@ -36,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.overrides = [word for word in rest if word.startswith("--config.")]
     if set(rest) - set(args.overrides) or (rest and "config" not in args):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    from absl import logging  # after --help, which must be quick
+
     logging.set_verbosity(logging.WARNING)
+    program_cache.enable()
     with _cleaning_up(), user_errors("interrupted; nothing was written"):
         require_local_paths(args, words)
         args.run(args)

@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 import icar_jax
 from icar_jax import config as cfg
+from icar_jax import program_cache
 from icar_jax.cli.errors import DEBUG, user_errors, without_debug
 
 
@@ -42,6 +43,7 @@ def run(name: str, argv: Sequence[str] | None = None) -> None:
             logging.set_verbosity(logging.WARNING)
         return rest
 
+    program_cache.enable()
     app.run(program.main, flags_parser=parse)
 
 

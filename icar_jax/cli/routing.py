@@ -6,7 +6,6 @@ import argparse
 import json
 from pathlib import Path
 
-from icar_jax import checkpoint, workdir
 from icar_jax import config as cfg
 from icar_jax.cli.arguments import positive
 
@@ -35,6 +34,7 @@ def _add_bundle(commands) -> None:
 
 
 def _bundle(args: argparse.Namespace) -> None:
+    from icar_jax import checkpoint, workdir
     from icar_jax.data import configured
     from icar_jax.evaluation.routing.calibration import make_bundle
 
@@ -93,6 +93,7 @@ def _add_calibrate(commands) -> None:
 
 
 def _calibrate(args: argparse.Namespace) -> None:
+    from icar_jax import checkpoint
     from icar_jax.data import configured
     from icar_jax.evaluation.report.calibration_table import print_calibration
     from icar_jax.evaluation.report.report_figures import write_budget_search
@@ -118,6 +119,7 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 def _calibration_images(args: argparse.Namespace, folder: Path):
     """(image source, its DataConfig or None, rating boundary of the class 'complex' or None) from the arguments."""
+    from icar_jax import workdir
     from icar_jax.data import configured
     from icar_jax.data.ratings.sources import open_rated
     from icar_jax.data.sources.files import ImageFiles
@@ -169,6 +171,7 @@ def _calibration_images(args: argparse.Namespace, folder: Path):
 
 def _seen_in_training(args: argparse.Namespace, folder: Path, source) -> str:
     """A note if the complexity model was trained on some of the labelled images, according to its workdir; else ''."""
+    from icar_jax import workdir
     from icar_jax.data.records import record_names
 
     for path in {Path(args.checkpoint), folder.parent}:
@@ -193,6 +196,8 @@ def _add_describe(commands) -> None:
 
 
 def _describe(args: argparse.Namespace) -> None:
+    from icar_jax import checkpoint
+
     description = checkpoint.describe(checkpoint.find(args.path))
     if "scores" in description.get("routing", {}):
         description["routing"]["scores"] = "quantiles of the calibration scores, for budgets"

@@ -36,7 +36,7 @@ def add(commands) -> None:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    from icar_jax.search import extra
+    from icar_jax.search import extra, local_socket
 
     for library in ("lancedb", "fastapi", "uvicorn", "python_multipart", "prometheus_client"):
         extra(library)
@@ -58,5 +58,7 @@ def _serve(args: argparse.Namespace) -> None:
         searcher = open_searcher(args.store, args.checkpoint, batch_size=TEXT_BATCH, dtype=args.dtype, progress=True)
         backend = Backend(searcher, own, settings.queue)
         backend.warm_up()
-        serve(backend, settings, bound, lambda line: print(line, flush=True))
+        answer = lambda request: backend.answer_locally(request, args.dtype, settings.timeout_s)
+        with local_socket.listening(own.uri, answer):
+            serve(backend, settings, bound, lambda line: print(line, flush=True))
     print("stopped")

@@ -12,7 +12,6 @@ import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import ftfy
 import numpy as np
 from absl import logging
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -34,7 +33,10 @@ _MIN_TRAINED_VOCAB = 256 + 3
 
 def clean(text: str) -> str:
     """Cleans text as OpenAI's CLIP does: repairs mojibake, unescapes HTML twice, collapses whitespace, lower-cases."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    if not (text.isascii() and text.isprintable() and "&" not in text):  # else neither repairing nor unescaping changes it
+        import ftfy  # slow to import, and most queries do not need it
+
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 

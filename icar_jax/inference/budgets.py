@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.special import softmax
 
 from icar_jax.config import ConfigError
 from icar_jax.errors import DataError
@@ -61,6 +59,9 @@ def shares_for_budget(budget: float, costs: Costs) -> tuple[float, ...]:
             f"depth, including {costs.router / costs.full:.4f} for the complexity model; use a budget of at least "
             f"{np.ceil(costs.lowest_budget * 1e4) / 1e4:g}, an earlier exit or a cheaper complexity model"
         )
+    from scipy.optimize import brentq  # slow to import, and only needed where a budget is solved for
+    from scipy.special import softmax
+
     cost = np.array([costs.exits[e] for e in names])
     depth = (cost - cost[0]) / (cost[-1] - cost[0])
     wanted = (budget * costs.full - costs.router - cost[0]) / (cost[-1] - cost[0])

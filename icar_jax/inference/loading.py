@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from icar_jax import checkpoint
+from icar_jax import checkpoint, program_cache
 from icar_jax.checkpoint import CheckpointError
 from icar_jax.config import ConfigError, MeshConfig
 from icar_jax.inference import pretrained
@@ -40,8 +40,11 @@ def load(
         options: what other libraries' weights do not specify, as the flags of `icar convert`: activation, exits, heads,
             image_size, pool, preprocess, tokenizer.
 
+    Compiled programs are kept for later processes (icar_jax/program_cache.py; ICAR_JAX_CACHE=off switches it off).
+
     Raises CheckpointError or ConvertError, which name what was expected at `path` and what was found.
     """
+    program_cache.enable()
     if options or (Path(path).exists() and not checkpoint.is_own(path)):
         loaded = pretrained.read_pretrained(path, ("clip", "complexity"), **options)
         clip, complexity = (loaded, None) if loaded.kind == "clip" else (None, loaded)

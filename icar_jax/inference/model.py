@@ -55,6 +55,10 @@ class Model(LoadedModel):
             logging.warning("%d of %d texts exceed %d tokens and were truncated.", truncated.sum(), len(texts), length)
         return self._text(tokens) if len(tokens) else np.zeros((0, self.embed_dim), np.float32)
 
+    def is_too_long(self, text: str) -> bool:
+        """Whether `encode_text` truncates a text."""
+        return bool(self.tokenizer.encode([text], self.arch.text.context_length)[1][0])
+
     def encode_image(self, images: Sequence[ImageLike], exit: int | None = None, budget: float | None = None) -> np.ndarray:
         """Image embeddings float32 [N, D], unit norm, of N paths, PIL images or uint8 arrays [H, W, 3], in order.
 

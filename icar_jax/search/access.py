@@ -19,6 +19,10 @@ class StoreError(IcarError, ValueError):
     """A store is missing, damaged, or has another format or model; the message names the store and the fix."""
 
 
+class QueryError(IcarError, ValueError):
+    """An invalid query or filter; the message says why."""
+
+
 class StoreExists(StoreError):
     """A store already exists at the address of a new one."""
 

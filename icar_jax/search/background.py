@@ -20,17 +20,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 from absl import logging
 from tqdm import tqdm
 
-from icar_jax.inference.model import Model
 from icar_jax.search.access import StoreError, store_errors
 from icar_jax.search.plain import PLAIN
 from icar_jax.search.store import KEEP_OF_MANY, KEEP_VERSIONS, Store
 from icar_jax.search.tables import cleanup_age, vector_column
+
+if TYPE_CHECKING:  # JAX is not imported before it is needed
+    from icar_jax.inference.model import Model
+    from icar_jax.search.model_process import ModelProcess
 
 TABLE = "background"
 OWN_CAPTIONS = 128  # captions sampled from the store
@@ -109,7 +113,7 @@ def calibrate(background: Background, nearest: Nearest, progress: bool = True) -
     return Background(background.vectors, background.paths, background.temperature, threshold)
 
 
-def open_background(store: Store, model: Model, nearest: Nearest, progress: bool = True) -> Background:
+def open_background(store: Store, model: Model | ModelProcess, nearest: Nearest, progress: bool = True) -> Background:
     """The background of a store; recomputed and stored if missing, or if the size of the store changed by RESAMPLE_RATIO."""
     images, identity = store.count(), model.identity["clip"]
     rows = _rows(store, identity)
@@ -142,7 +146,7 @@ def sample_captions(store: Store) -> tuple[list[str], list[str]]:
     return [str(text) for text in chosen], [rows[text] for text in chosen]
 
 
-def encode(texts: Sequence[str], model: Model, progress: bool = True) -> np.ndarray:
+def encode(texts: Sequence[str], model: Model | ModelProcess, progress: bool = True) -> np.ndarray:
     """Embeddings float32 [n, D] of n texts, computed in batches."""
     size = model.batch_size
     starts = range(0, len(texts), size)

@@ -5,33 +5,31 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from icar_jax import checkpoint as ckpt
 from icar_jax.checkpoint import CheckpointError
-from icar_jax.data.images import ImageLike
-from icar_jax.errors import IcarError
-from icar_jax.inference.loading import load
-from icar_jax.inference.model import Model
 from icar_jax.search import vector_index
-from icar_jax.search.access import StoreError
+from icar_jax.search.access import QueryError, StoreError
 from icar_jax.search.background import RESAMPLE_RATIO, SEED, TOP, Background, open_background
 from icar_jax.search.opening import open_store
 from icar_jax.search.store import Store
 from icar_jax.search.tables import vectors
 
+if TYPE_CHECKING:  # neither JAX nor Pillow is imported before it is needed
+    from icar_jax.data.images import ImageLike
+    from icar_jax.inference.model import Model
+    from icar_jax.search.model_process import ModelProcess
+
 COLUMNS = ("path", "caption", "exit", "complexity", "sha256")
 # Quoted SQL: strings in ' and names in " or `; a quote inside is doubled.
 _QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|`[^`]*`""")
 IMAGES_COMPARED = 256  # images sampled from the store as the background of image queries
-
-
-class QueryError(IcarError, ValueError):
-    """An invalid query or filter; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class Searcher:
     Raises StoreError if the store was made with another model.
     """
 
-    def __init__(self, store: Store, model: Model, progress: bool = False):
+    def __init__(self, store: Store, model: Model | ModelProcess, progress: bool = False):
         store.require_model(model.identity, getattr(model, "path", "this model"))
         self.store, self.model, self._progress = store, model, progress
         self._background: tuple[int, Background] | None = None  # with the number of images at that time
@@ -121,8 +119,7 @@ class Searcher:
         start = time.perf_counter()
         if embedding is None:
             embedding = self.model.encode_text([text])[0]
-        length = self.model.arch.text.context_length
-        truncated = bool(self.model.tokenizer.encode([text], length)[1][0])
+        truncated = self.model.is_too_long(text)
         encoded = time.perf_counter()
         rows = self._nearest(embedding, max(k, TOP), where, exact, k)
         if not len(rows):
@@ -216,17 +213,20 @@ class Searcher:
 
 def open_searcher(
     uri: str | os.PathLike, checkpoint: str | os.PathLike | None = None, *, batch_size: int = 64, dtype: str = "float32",
-    progress: bool = False,
+    progress: bool = False, load: Callable[..., Model | ModelProcess] | None = None,
 ) -> Searcher:  # fmt: skip
     """Opens a store with the CLIP it was indexed with; the complexity model of a bundle is not loaded.
 
     Args:
-        checkpoint: path of the model, if it has moved since indexing. batch_size, dtype: as for `load`.
+        checkpoint: path of the model, if it has moved since indexing. batch_size, dtype: as for `icar_jax.load`.
         progress: show progress bars; a new store encodes its background captions once.
+        load: loads the model, with these arguments; None is `icar_jax.load`.
 
     Raises:
         StoreError: no store, or its model is missing or differs. CheckpointError: `checkpoint` is not a checkpoint.
     """
+    if load is None:
+        from icar_jax.inference.loading import load
     store = open_store(uri)
     path = store.meta["checkpoint"] if checkpoint is None else checkpoint
     try:

@@ -1,8 +1,10 @@
 """Tokenizers: CLIP's structure from a merges file, training on captions, exact round trips."""
 
 import gzip
+import html
 import pickle
 
+import ftfy
 import numpy as np
 import pytest
 
@@ -135,3 +137,12 @@ def test_round_trips_are_exact(trained, merges_file, tmp_path):
             assert copy.to_json() == tokenizer.to_json()
             assert (copy(CAPTIONS, 16) == tokenizer(CAPTIONS, 16)).all()
             assert (copy.start_id, copy.end_id, copy.pad_id) == (tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id)
+
+
+def test_plain_text_is_cleaned_as_by_the_library_that_it_skips():
+    printable = [chr(c) for c in range(32, 127) if chr(c) != "&"]
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        text = "".join(rng.choice(printable, rng.integers(0, 40)))
+        assert clean(text) == " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower(), repr(text)
+    assert clean("&amp;lt; l\u2019\u00e9t\u00e9") == "< l'\u00e9t\u00e9", "all other text is repaired"

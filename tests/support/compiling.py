@@ -29,6 +29,8 @@ def flags(fast: bool | None = None) -> str:
 def prepare() -> None:
     """Sets the environment of this process and its children; to be called before jax is imported anywhere."""
     global _session
+    os.environ["ICAR_JAX_CACHE"] = "off"  # tests neither read nor write the user's
+    os.environ.pop("XDG_RUNTIME_DIR", None)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # and one device, whatever the machine has
     if flags() not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags()}".strip()

@@ -7,16 +7,18 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from absl import logging
 from PIL import Image
 
+from icar_jax.data.images import ImageError, decode
 from icar_jax.inference.forward import count_compilations
-from icar_jax.search.access import StoreError
-from icar_jax.search.query import QueryError, Result, Searcher
+from icar_jax.search.access import QueryError, StoreError
+from icar_jax.search.local_socket import Answer, Request, Unanswered
+from icar_jax.search.query import Result, Searcher
 from icar_jax.search.server import schemas
 from icar_jax.search.server.errors import RequestError, store_unreadable
 from icar_jax.search.server.metrics import Metrics
@@ -29,12 +31,13 @@ NOTE_EVERY_S = 30.0
 
 @dataclass(frozen=True)
 class TextQuery:
-    """A text query for k hits; `where` is an SQL filter over the store's columns."""
+    """A text query for k hits; `where` is an SQL filter over the store's columns. `note`: count the hits as returned."""
 
     text: str
     k: int
     where: str | None
     exact: bool
+    note: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class ImageQuery:
     k: int
     where: str | None
     exact: bool
+    note: bool = True
 
 
 class Backend:
@@ -150,6 +154,27 @@ class Backend:
         verdict = schemas.Verdict(nothing_here=nothing.verdict, statistic=nothing.statistic, threshold=nothing.threshold)
         return schemas.Answer(hits=hits, verdict=verdict, truncated=found.truncated, latency_ms=latency)
 
+    def answer_locally(self, request: Request, dtype: str, timeout_s: float) -> Answer:
+        """Answers a request of `local_socket.ask`; `dtype` is that of the model, and `timeout_s` the limit of a search.
+
+        Raises QueryError, StoreError, and Unanswered if this server cannot answer.
+        """
+        if request["dtype"] != dtype:
+            raise Unanswered(f"the server computes in {dtype}")
+        options = {name: request[name] for name in ("k", "where", "exact", "note")}
+        with self._lock:
+            uri, images = self._store.uri, self._store.count()
+        if not images:
+            raise StoreError(f"store {uri} is empty; add images with `icar index FOLDER --store {uri}`")
+        try:
+            kind = "text" if request["image"] is None else "image"
+            of = TextQuery(request["text"], **options) if kind == "text" else ImageQuery(decode(request["image"]), **options)
+            return asdict(self.worker.submit(kind, of).future.result(timeout_s))
+        except RequestError as error:
+            raise (QueryError if error.kind == "query" else Unanswered)(error.reason) from error
+        except (TimeoutError, ImageError) as error:
+            raise Unanswered(f"the server failed: {error}") from error
+
     def _handle(self, kind: str, queries: Sequence[TextQuery] | Sequence[ImageQuery]) -> list[Result | Exception]:
         with count_compilations() as compiled:
             encoded = None
@@ -164,7 +189,8 @@ class Backend:
             for found in results:
                 if isinstance(found, Result):
                     found.latency_s["encode"] += encode_s
-        paths = [hit.path for found in results if isinstance(found, Result) for hit in found.hits]
+        noted = [query.note for query in queries]
+        paths = [hit.path for found, note in zip(results, noted) if isinstance(found, Result) and note for hit in found.hits]
         with self._returned_lock:
             self._returned += paths
         return results
