@@ -18,6 +18,8 @@ from icar_jax.evaluation.complexity import agreement, baselines
 from icar_jax.evaluation.complexity.agreement import Predictions
 from icar_jax.evaluation.complexity.evaluate import NUISANCES, evaluate_complexity
 from icar_jax.evaluation.metrics import ratings as m
+from icar_jax.evaluation.records.complexity import Margin
+from icar_jax.evaluation.records.plain import plain
 from icar_jax.evaluation.report import complexity_table
 from icar_jax.models.complexity import ComplexityArch, ComplexityModel
 from icar_jax.models.convnext import ConvNeXtArch
@@ -64,65 +66,64 @@ def known(config):
 
 
 def test_a_regression_is_reported_with_every_baseline(regression):
-    config, folder, metrics = regression
-    assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
-    assert list(metrics["runs"]) == ["model", *baselines.MEASURES, baselines.COMBINED]
+    config, folder, record = regression
+    assert json.loads((folder / "metrics.json").read_text()) == plain(record)
+    assert list(record.runs) == ["model", *baselines.MEASURES, baselines.COMBINED]
     scores = icar_jax.load(folder, batch_size=8).score([r.image() for r in Scenes("val", config.eval.size)])
     for metric in m.OF_RATINGS:
-        found = metrics["runs"]["model"][metric]
-        assert found["value"] == pytest.approx(m.value(metric, scores, known(config)), abs=1e-5)
-        assert found["low"] <= found["value"] <= found["high"]
+        found = record.runs["model"][metric]
+        assert found.value == pytest.approx(m.value(metric, scores, known(config)), abs=1e-5)
+        assert found.low <= found.value <= found.high
     for name in ("scores.png", "nuisance.png"):
         assert Image.open(folder / name).size[0] > 500
 
 
 def test_baselines_are_fitted_on_calibration_images(regression):
-    config, _, metrics = regression
+    config, _, record = regression
     calibration, held_out = Scenes("calibration", 40), Scenes("val", config.eval.size)
     pixels = lambda source: np.stack([baselines.PREPROCESS.resize(r.image()) for r in source])
     measures = [baselines.classical_measures(pixels(source)) for source in (calibration, held_out)]
     fits = baselines.fit_baselines(measures[0], np.array([r.complexity for r in calibration]))
     for name, fit in fits.items():
-        assert metrics["runs"][name]["rmse"]["value"] == pytest.approx(m.rmse(fit(measures[1]), known(config)), abs=1e-5)
+        assert record.runs[name]["rmse"].value == pytest.approx(m.rmse(fit(measures[1]), known(config)), abs=1e-5)
     best = max(fits, key=lambda name: m.pcc(fits[name](measures[1]), known(config)))
-    margin = metrics["margin"]
-    assert margin["over"] == best and margin["metric"] == "pcc"
-    apart = metrics["runs"]["model"]["pcc"]["value"] - metrics["runs"][best]["pcc"]["value"]
-    assert margin["value"] == pytest.approx(apart, abs=1e-6)
+    assert record.margin.over == best and record.margin.metric == "pcc"
+    apart = record.runs["model"]["pcc"].value - record.runs[best]["pcc"].value
+    assert record.margin.value == pytest.approx(apart, abs=1e-6)
 
 
 def test_cost_is_counted_and_timed(regression):
-    metrics = regression[2]
-    arch = icar_jax.load(regression[1]).scorer.complexity.arch
-    cost = metrics["cost"]["model"]
-    assert cost["flops_per_image"] == cost["routing_flops"] == complexity_flops(arch)
-    assert cost["share_of_vit_l14"] == pytest.approx(complexity_flops(arch) / 162.03e9, rel=1e-3)  # from the table in the paper
-    assert all(run["ms_per_image"] > 0 for run in metrics["cost"].values())
+    _, folder, record = regression
+    arch = icar_jax.load(folder).scorer.complexity.arch
+    cost = record.cost["model"]
+    assert cost.flops_per_image == cost.routing_flops == complexity_flops(arch)
+    assert cost.share_of_vit_l14 == pytest.approx(complexity_flops(arch) / 162.03e9, rel=1e-3)  # from the table in the paper
+    assert all(run.ms_per_image > 0 for run in record.cost.values())
 
 
 def test_nuisances_are_split_into_thirds(regression):
-    metrics = regression[2]
-    assert set(metrics["nuisance"]) == set(NUISANCES)
-    for name, levels in metrics["nuisance"].items():
-        assert [part["images"] for part in levels.values()] == [20, 20, 20]
+    record = regression[2]
+    assert set(record.nuisance) == set(NUISANCES)
+    for name, levels in record.nuisance.items():
+        assert [part.images for part in levels.values()] == [20, 20, 20]
         values = np.array([getattr(Scenes("val", 60).scene(i).nuisance, name) for i in range(60)])
-        assert levels["low"]["from"] == values.min() and levels["high"]["to"] == values.max()
-        assert levels["low"]["to"] <= levels["mid"]["from"] <= levels["mid"]["to"] <= levels["high"]["from"]
+        assert levels["low"].from_ == values.min() and levels["high"].to == values.max()
+        assert levels["low"].to <= levels["mid"].from_ <= levels["mid"].to <= levels["high"].from_
 
 
 def test_a_classifier_decides_by_its_stored_threshold(classification):
-    config, folder, metrics = classification
+    config, folder, record = classification
     threshold = checkpoint.describe(folder / "model")["threshold"]
     scores = icar_jax.load(folder, batch_size=8).score([r.image() for r in Scenes("val", config.eval.size)])
     labels = known(config) > config.complexity.threshold
-    assert metrics["threshold"] == threshold
+    assert record.threshold == threshold
     decided = scores > threshold
-    assert metrics["confusion"] == dataclasses.asdict(m.confusion(decided, labels))
+    assert record.confusion == m.confusion(decided, labels)
     for metric in m.OF_DECISIONS:
-        assert metrics["runs"]["model"][metric]["value"] == pytest.approx(m.value(metric, decided, labels))
+        assert record.runs["model"][metric].value == pytest.approx(m.value(metric, decided, labels))
     for metric in m.OF_SCORES:
-        assert metrics["runs"]["model"][metric]["value"] == pytest.approx(m.value(metric, scores, labels), abs=1e-4)
-    assert metrics["margin"]["metric"] == "roc_auc"
+        assert record.runs["model"][metric].value == pytest.approx(m.value(metric, scores, labels), abs=1e-4)
+    assert record.margin.metric == "roc_auc"
 
 
 def test_the_best_model_of_the_run_is_evaluated(tmp_path):
@@ -130,10 +131,10 @@ def test_the_best_model_of_the_run_is_evaluated(tmp_path):
     shifted = checkpoint.read(tmp_path / "model", "complexity")
     shifted.params["head"]["fc3"]["bias"] = shifted.params["head"]["fc3"]["bias"] + 3
     checkpoint.write(tmp_path / "best", "complexity", shifted.description, shifted.params)
-    metrics = evaluate_complexity(config, tmp_path)
+    record = evaluate_complexity(config, tmp_path)
     scores = icar_jax.load(tmp_path / "best", batch_size=8).score([r.image() for r in Scenes("val", config.eval.size)])
-    assert metrics["runs"]["model"]["rmse"]["value"] == pytest.approx(m.rmse(scores, known(config)), abs=1e-5)
-    assert f"model: {tmp_path / 'best'}" in metrics["notes"]
+    assert record.runs["model"]["rmse"].value == pytest.approx(m.rmse(scores, known(config)), abs=1e-5)
+    assert f"model: {tmp_path / 'best'}" in record.notes
 
 
 @pytest.mark.parametrize("part, field, value", [("complexity", "threshold", 0.7), ("data", "calibration_size", 9)])
@@ -163,8 +164,8 @@ def test_the_images_may_move_but_must_be_those_of_the_run(tmp_path):
     moved = then.rename(tmp_path / "now")
     labels = (moved / "labels.json").rename(tmp_path / "elsewhere.json")
     config.data.root, config.data.ratings = str(moved), str(labels)
-    metrics = evaluate_complexity(config, tmp_path / "w")
-    assert metrics["images"] == len(configured.eval_source(config.data, config.eval))
+    record = evaluate_complexity(config, tmp_path / "w")
+    assert record.images == len(configured.eval_source(config.data, config.eval))
     # Names determine the splits, so after renaming some training images are in `test`.
     renamed = {f"new {name}": label for name, label in json.loads(labels.read_text()).items()}
     for name in renamed:
@@ -172,7 +173,7 @@ def test_the_images_may_move_but_must_be_those_of_the_run(tmp_path):
     labels.write_text(json.dumps(renamed))
     with pytest.raises(ConfigError, match="training images changed since .*, or pass --workdir=.*model to evaluate"):
         evaluate_complexity(config, tmp_path / "w")
-    assert evaluate_complexity(config, tmp_path / "w" / "model")["images"] > 0
+    assert evaluate_complexity(config, tmp_path / "w" / "model").images > 0
 
 
 def test_a_clip_is_refused_as_a_complexity_model(tmp_path):
@@ -182,9 +183,9 @@ def test_a_clip_is_refused_as_a_complexity_model(tmp_path):
         evaluate_complexity(tiny_config("complexity"), tmp_path)
 
 
-def printed(metrics):
+def printed(record):
     console = Console(width=124, record=True, file=open("/dev/null", "w"))
-    complexity_table.print_results(metrics, console)
+    complexity_table.print_results(record, console)
     return console.export_text()
 
 
@@ -199,9 +200,8 @@ def test_what_is_printed(regression, classification):
     "low, high, words", [(0.1, 0.3, "the model beats them"), (-0.1, 0.1, "not shown"), (-0.3, -0.1, "numpy do better")]
 )
 def test_verdicts(regression, low, high, words):
-    margin = {**regression[2]["margin"], "value": (low + high) / 2, "low": low, "high": high}
-    margin["includes_zero"] = low <= 0 <= high
-    assert words in complexity_table.verdicts({**regression[2], "margin": margin})[0]
+    margin = Margin("pcc", "jpeg_bytes", (low + high) / 2, low, high, low <= 0 <= high)
+    assert words in complexity_table.verdicts(dataclasses.replace(regression[2], margin=margin))[0]
 
 
 def test_levels_of_a_nuisance_and_undefined_values():
@@ -209,20 +209,20 @@ def test_levels_of_a_nuisance_and_undefined_values():
     same = Predictions(truth.copy())
     only_low = Predictions(np.where(np.arange(30) < 10, truth, 0.5))
     found = agreement.by_level({"same": same, "low": only_low}, truth, {"noise": np.arange(30.0)}, 50)["noise"]
-    assert [found[level]["pcc"]["same"]["value"] for level in agreement.LEVELS] == pytest.approx([1, 1, 1])
-    assert found["low"]["pcc"]["low"]["value"] == pytest.approx(1)
-    assert found["mid"]["pcc"]["low"] is None and found["high"]["pcc"]["low"] is None
+    assert [found[level].pcc["same"].value for level in agreement.LEVELS] == pytest.approx([1, 1, 1])
+    assert found["low"].pcc["low"].value == pytest.approx(1)
+    assert found["mid"].pcc["low"] is None and found["high"].pcc["low"] is None
 
 
 def test_a_row_without_an_interval_keeps_its_value():
     labels = np.array([1] + [0] * 9)
     row = agreement.rows({"a": Predictions(np.linspace(1, 0, 10), 0.5)}, labels, ("roc_auc",), 100)["a"]["roc_auc"]
-    assert row == {"value": 1.0, "low": None, "high": None}
+    assert row == m.Estimate(1.0)
 
 
 def test_a_margin_without_an_interval_keeps_its_value(regression):
     labels = np.array([1] + [0] * 9)
     model, other = Predictions(np.linspace(1, 0, 10), 0.5), Predictions(np.linspace(0, 1, 10), 0.5)
     margin = agreement.margin("roc_auc", model, {"jpeg_bytes": other}, labels, 100)
-    assert (margin["value"], margin["low"], margin["high"], margin["includes_zero"]) == (1.0, None, None, None)
-    assert "too few images" in complexity_table.verdicts({**regression[2], "margin": margin})[0]
+    assert margin == Margin("roc_auc", "jpeg_bytes", 1.0, None, None, None)
+    assert "too few images" in complexity_table.verdicts(dataclasses.replace(regression[2], margin=margin))[0]

@@ -16,6 +16,7 @@ from icar_jax.data.scenes import Scenes
 from icar_jax.evaluation import during_training
 from icar_jax.evaluation.complexity import regret
 from icar_jax.evaluation.complexity.evaluate import evaluate_complexity
+from icar_jax.evaluation.records.plain import plain
 from icar_jax.evaluation.report import complexity_table
 from icar_jax.models.exit_regret import loss_regret
 from icar_jax.training.loop import train
@@ -96,24 +97,24 @@ def test_a_run_is_evaluated_by_the_regrets_of_the_held_out_images(run, clip_fold
 @pytest.mark.check
 def test_evaluate_reports_correlations_and_the_true_complexity(run, clip_folder, tmp_path):
     config, folder = run
-    metrics = evaluate_complexity(config, folder)
-    assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
-    assert list(metrics["runs"])[:2] == ["model", "known_complexity"] and metrics["images"] == 21
+    record = evaluate_complexity(config, folder)
+    assert json.loads((folder / "metrics.json").read_text()) == plain(record)
+    assert list(record.runs)[:2] == ["model", "known_complexity"] and record.images == 21
     source = Scenes("val", 21, image_size=32)
     clip = icar_jax.load(clip_folder, batch_size=8)
-    values = regret.measure_regrets(config, clip, metrics["regret"], source).values
+    values = regret.measure_regrets(config, clip, {"kind": "loss", "exit": 2}, source).values
     scores = icar_jax.load(folder / "model", batch_size=8).score([r.image() for r in source])
     known = np.array([r.complexity for r in source])
-    assert metrics["runs"]["model"]["srcc"]["value"] == pytest.approx(spearmanr(scores, values).statistic, abs=1e-6)
-    assert abs(metrics["runs"]["known_complexity"]["srcc"]["value"]) == pytest.approx(
+    assert record.runs["model"]["srcc"].value == pytest.approx(spearmanr(scores, values).statistic, abs=1e-6)
+    assert abs(record.runs["known_complexity"]["srcc"].value) == pytest.approx(
         abs(spearmanr(known, values).statistic),
         abs=0.05,  # the fitted line is clipped to [0, 1] and may have a negative slope
     )
-    assert metrics["regret"]["pcc"]["model"]["value"] == pytest.approx(np.corrcoef(scores, values)[0, 1], abs=1e-5)
-    assert metrics["regret"]["pcc"]["known_complexity"]["value"] == pytest.approx(np.corrcoef(known, values)[0, 1], abs=1e-5)
-    assert metrics["regret"]["exit"] == 2 and metrics["over_known"]["over"] == "known_complexity"
-    assert metrics["margin"]["over"] != "known_complexity", "that is no classical measure"
-    told = " ".join(complexity_table.verdicts(metrics))
+    assert record.regret.pcc["model"].value == pytest.approx(np.corrcoef(scores, values)[0, 1], abs=1e-5)
+    assert record.regret.pcc["known_complexity"].value == pytest.approx(np.corrcoef(known, values)[0, 1], abs=1e-5)
+    assert record.regret.exit == 2 and record.over_known.over == "known_complexity"
+    assert record.margin.over != "known_complexity", "that is no classical measure"
+    told = " ".join(complexity_table.verdicts(record))
     assert "regret: mean" in told and "known complexity" in told
     assert (folder / "scores.png").is_file() and (folder / "nuisance.png").is_file()
 

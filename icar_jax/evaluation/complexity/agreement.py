@@ -1,18 +1,15 @@
-"""Agreement of complexity predictions with known complexity, as rows of a report computed from arrays.
-
-A row is {metric: {'value', 'low', 'high'}}; low and high are None if there are too few images, or too few of one class.
-"""
+"""Agreement of complexity predictions with known complexity, computed from arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from tqdm import tqdm
 
 from icar_jax.evaluation.metrics import ratings as m
+from icar_jax.evaluation.records.complexity import Margin, NuisanceLevel
 
 LEVELS = ("low", "mid", "high")
 OF_CLASSIFIERS = (*m.OF_DECISIONS, *m.OF_SCORES)
@@ -37,22 +34,21 @@ class Predictions:
 
 def rows(
     predictors: Mapping[str, Predictions], truth: np.ndarray, metrics: tuple[str, ...], n: int
-) -> dict[str, dict[str, Any]]:
-    """Returns {predictor: {metric: interval}} on all images. Raises MetricError if a metric is undefined on all images."""
+) -> dict[str, dict[str, m.Estimate]]:
+    """Returns predictor -> metric -> estimate on all images. Raises MetricError if a metric is undefined on all images."""
     with tqdm(total=len(predictors) * len(metrics), desc="bootstrap", unit="interval") as bar:
 
-        def row(metric: str, predicted: Predictions) -> dict[str, float | None]:
+        def estimate(metric: str, predicted: Predictions) -> m.Estimate:
             bar.update()
-            return _row(metric, predicted, truth, n)
+            return m.estimate(metric, predicted.input_of(metric), truth, n=n)
 
-        return {name: {metric: row(metric, p) for metric in metrics} for name, p in predictors.items()}
+        return {name: {metric: estimate(metric, p) for metric in metrics} for name, p in predictors.items()}
 
 
-def margin(metric: str, model: Predictions, others: Mapping[str, Predictions], truth: np.ndarray, n: int) -> dict[str, Any]:
+def margin(metric: str, model: Predictions, others: Mapping[str, Predictions], truth: np.ndarray, n: int) -> Margin:
     """Returns the model's margin over the best of the others by a metric, with a paired bootstrap interval.
 
-    Returns {'metric', 'over', 'value', 'low', 'high', 'includes_zero'}; the last three are None without an interval. The best
-    is chosen on the same images, which favours it.
+    The best is chosen on the same images, which favours it.
     """
     best = max(others, key=lambda name: m.value(metric, others[name].input_of(metric), truth))
     first, second = model.input_of(metric), others[best].input_of(metric)
@@ -61,44 +57,32 @@ def margin(metric: str, model: Predictions, others: Mapping[str, Predictions], t
     except m.MetricError:
         # Raises again if the metric itself is undefined.
         apart = m.value(metric, first, truth) - m.value(metric, second, truth)
-        return {"metric": metric, "over": best, "value": apart, "low": None, "high": None, "includes_zero": None}
-    return {"metric": metric, "over": best, **asdict(found), "includes_zero": found.includes_zero}
+        return Margin(metric, best, apart, None, None, None)
+    return Margin(metric, best, *astuple(found), found.includes_zero)
 
 
 def by_level(
     predictors: Mapping[str, Predictions], truth: np.ndarray, nuisances: Mapping[str, np.ndarray], n: int
-) -> dict[str, dict[str, Any]]:
-    """Returns the PCC of each predictor on the low, middle and high third of the images by each nuisance.
-
-    nuisances: name -> [N]. Returns {nuisance: {level: {'from', 'to', 'images', 'pcc': {predictor: interval}}}}; an undefined
-    PCC, for example with equal ratings, is None.
-    """
-    result: dict[str, dict[str, Any]] = {}
+) -> dict[str, dict[str, NuisanceLevel]]:
+    """Returns nuisance -> level -> the PCC of each predictor on that third of the images. nuisances: name -> [N]."""
+    result = {}
     for name, values in nuisances.items():
         thirds = np.array_split(np.argsort(values, kind="stable"), len(LEVELS))
         result[name] = {
-            level: {
-                "from": float(values[part].min()),
-                "to": float(values[part].max()),
-                "images": len(part),
-                "pcc": {key: _pcc(p.scores[part], truth[part], n) for key, p in predictors.items()},
-            }
+            level: NuisanceLevel(
+                float(values[part].min()),
+                float(values[part].max()),
+                len(part),
+                {key: _pcc(p.scores[part], truth[part], n) for key, p in predictors.items()},
+            )
             for level, part in zip(LEVELS, thirds)
             if len(part)
         }
     return result
 
 
-def _row(metric: str, predicted: Predictions, truth: np.ndarray, n: int) -> dict[str, float | None]:
+def _pcc(scores: np.ndarray, truth: np.ndarray, n: int) -> m.Estimate | None:
     try:
-        return asdict(m.interval(metric, predicted.input_of(metric), truth, n=n))
-    except m.MetricError:
-        # Raises again if the metric itself is undefined.
-        return {"value": m.value(metric, predicted.input_of(metric), truth), "low": None, "high": None}
-
-
-def _pcc(scores: np.ndarray, truth: np.ndarray, n: int) -> dict[str, float | None] | None:
-    try:
-        return _row("pcc", Predictions(scores), truth, n)
+        return m.estimate("pcc", scores, truth, n=n)
     except m.MetricError:
         return None

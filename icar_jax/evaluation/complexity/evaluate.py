@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from icar_jax.errors import DataError
 from icar_jax.evaluation.complexity import agreement, baselines, regret
 from icar_jax.evaluation.complexity.agreement import Predictions
 from icar_jax.evaluation.metrics import ratings as m
+from icar_jax.evaluation.records.complexity import ComplexityEvaluation, Cost
 from icar_jax.evaluation.report import complexity_figures, complexity_table
 from icar_jax.evaluation.report.table import write_metrics
 from icar_jax.evaluation.routing.calibration import binary_labels
@@ -53,11 +54,10 @@ class ComplexityResult:
     bad: BadFiles
 
 
-def evaluate_complexity(config: ExperimentConfig, workdir: str | Path) -> dict[str, Any]:
+def evaluate_complexity(config: ExperimentConfig, workdir: str | Path) -> ComplexityEvaluation:
     """Evaluates the complexity model in `workdir`; writes metrics.json, scores.png and, for scenes, nuisance.png there.
 
-    Uses WORKDIR/best if the run kept its best model. Returns the metrics documented in
-    evaluation/report/complexity_table.py. Models trained on regret are compared with the ranks of the regrets (see
+    Uses WORKDIR/best if the run kept its best model. Models trained on regret are compared with the ranks of the regrets (see
     evaluation/complexity/regret.py). Raises ConfigError or CheckpointError: a classifier needs a stored threshold, and the data
     must be what the run in `workdir` was started on, otherwise held-out images could include training images.
     """
@@ -77,16 +77,16 @@ def evaluate_complexity(config: ExperimentConfig, workdir: str | Path) -> dict[s
     fit_source, eval_source = (found.as_source() for found in regrets) if regrets else (calibration, source)
     fitted = _score_split(config, None, fit_source, "calibration images")
     measured = _score_split(config, model, eval_source, "score")
-    metrics = _report(config, model, threshold, fitted, measured, source, regrets)
-    metrics["notes"] = _notes(folder, source, calibration, fitted, measured)
+    record = _compare(config, model, threshold, fitted, measured, source, regrets)
+    record.notes = _notes(folder, source, calibration, fitted, measured)
     if threshold is not None:
-        metrics["notes"].append(_decision_note(model.description.get("threshold_found", {}), threshold, source, calibration))
-    write_metrics(metrics, workdir / "metrics.json")
-    complexity_table.print_results(metrics)
-    complexity_figures.scores(measured.scores, measured.complexity, metrics, workdir / "scores.png")
-    if metrics["nuisance"]:
-        complexity_figures.nuisance(metrics, workdir / "nuisance.png")
-    return metrics
+        record.notes.append(_decision_note(model.description.get("threshold_found", {}), threshold, source, calibration))
+    write_metrics(record, workdir / "metrics.json")
+    complexity_table.print_results(record)
+    complexity_figures.scores(measured.scores, measured.complexity, record, workdir / "scores.png")
+    if record.nuisance:
+        complexity_figures.nuisance(record, workdir / "nuisance.png")
+    return record
 
 
 def _stored_threshold(model: Model, folder: Path) -> float | None:
@@ -149,7 +149,7 @@ def _score_split(config: ExperimentConfig, model: Model | None, source: Source, 
     )
 
 
-def _report(
+def _compare(
     config: ExperimentConfig,
     model: Model,
     threshold: float | None,
@@ -157,7 +157,7 @@ def _report(
     measured: ComplexityResult,
     source: Source,
     regrets: tuple[regret.Regrets, ...] | None,
-) -> dict[str, Any]:
+) -> ComplexityEvaluation:
     n, head = config.eval.bootstrap, model.scorer.complexity.arch.head
     fits = baselines.fit_baselines(fitted.measures, fitted.complexity)
     others = {name: Predictions(fit(measured.measures)) for name, fit in fits.items()}
@@ -175,24 +175,23 @@ def _report(
     known = _known(regrets, fitted) if regrets else {}
     predictors = {MODEL: Predictions(measured.scores, threshold), **known, **others}
     nuisances = _nuisances(source, measured.index)
-    metrics = {
-        "task": "complexity",
-        "head": head,
-        "source": source.name,
-        "images": len(truth),
-        "runs": agreement.rows(predictors, truth, names, n),
-        "margin": agreement.margin(ranked_by, predictors[MODEL], others, truth, n),
-        "nuisance": agreement.by_level(predictors, measured.complexity, nuisances, n) if nuisances else {},
-        "cost": _cost(model, measured.sample, known),
-    }
+    record = ComplexityEvaluation(
+        head=head,
+        source=source.name,
+        images=len(truth),
+        runs=agreement.rows(predictors, truth, names, n),
+        margin=agreement.margin(ranked_by, predictors[MODEL], others, truth, n),
+        nuisance=agreement.by_level(predictors, measured.complexity, nuisances, n),
+        cost=_cost(model, measured.sample, known),
+    )
     if regrets:
         rated = regrets[1].known_complexity() if known else None
-        metrics["regret"] = regret.summarise_regrets(regrets[1], model.description["regret"], measured.scores, rated, n)
-        metrics["over_known"] = agreement.margin(ranked_by, predictors[MODEL], known, truth, n) if known else None
+        record.regret = regret.summarise_regrets(regrets[1], model.description["regret"], measured.scores, rated, n)
+        record.over_known = agreement.margin(ranked_by, predictors[MODEL], known, truth, n) if known else None
     if threshold is not None:
-        confusion = asdict(m.confusion(predictors[MODEL].decided, truth))
-        metrics |= {"threshold": threshold, "boundary": boundary, "confusion": confusion}
-    return metrics
+        record.threshold, record.boundary = threshold, boundary
+        record.confusion = m.confusion(predictors[MODEL].decided, truth)
+    return record
 
 
 def _known(regrets: tuple[regret.Regrets, ...], fitted: ComplexityResult) -> dict[str, Predictions]:
@@ -211,29 +210,20 @@ def _nuisances(source: Source, index: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.array([getattr(nuisance, name) for nuisance in found]) for name in NUISANCES}
 
 
-def _cost(model: Model, sample: dict[str, np.ndarray], known: Mapping[str, Predictions]) -> dict[str, dict[str, float | None]]:
+def _cost(model: Model, sample: dict[str, np.ndarray], known: Mapping[str, Predictions]) -> dict[str, Cost]:
     """Returns the cost per image of each predictor, timed on preprocessed pixels, without compilation."""
     arch = model.scorer.complexity.arch
     tower, flops = vision_flops(variants.CLIP[REFERENCE].vision), complexity_flops(arch)
     forward = model.scorer.forward
     forward(sample[MODEL])  # compiles
     seconds = _fastest(lambda: forward(sample[MODEL])) / len(sample[MODEL])
-    none = {"flops_per_image": None, "share_of_vit_l14": None}
-    cost: dict[str, dict[str, float | None]] = {
-        MODEL: {
-            "flops_per_image": flops,
-            "share_of_vit_l14": flops / tower,
-            "routing_flops": router_flops(arch),
-            "ms_per_image": 1e3 * seconds,
-        }
-    }
-    cost |= {name: {**none, "ms_per_image": None} for name in known}
+    cost = {MODEL: Cost(flops, flops / tower, routing_flops=router_flops(arch), ms_per_image=1e3 * seconds)}
+    cost |= {name: Cost() for name in known}
     pictures = sample["classical"]
     for name, function in baselines.MEASURES.items():
         seconds = _fastest(lambda: [function(picture) for picture in pictures]) / len(pictures)
-        cost[name] = {**none, "ms_per_image": 1e3 * seconds}
-    total = sum(cost[name]["ms_per_image"] for name in baselines.MEASURES)
-    cost[baselines.COMBINED] = {**none, "ms_per_image": total}
+        cost[name] = Cost(ms_per_image=1e3 * seconds)
+    cost[baselines.COMBINED] = Cost(ms_per_image=sum(cost[name].ms_per_image for name in baselines.MEASURES))
     return cost
 
 

@@ -18,7 +18,8 @@ from icar_jax.architectures import routed_clip
 from icar_jax.config import ConfigError, ExperimentConfig
 from icar_jax.data import configured
 from icar_jax.data.records import Record, Source
-from icar_jax.evaluation.metrics import ratings as m
+from icar_jax.evaluation.metrics import ratings
+from icar_jax.evaluation.records.complexity import RegretSummary
 from icar_jax.evaluation.routing.gallery import embed_source, full_scale
 from icar_jax.inference.loading import load
 from icar_jax.inference.model import Model
@@ -136,24 +137,25 @@ def fit_line(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 def summarise_regrets(
     found: Regrets, spec: Mapping[str, Any], scores: np.ndarray, known: np.ndarray | None, n: int
-) -> dict[str, Any]:
-    """Returns the 'regret' entry of metrics.json: regret statistics, and Pearson's correlation with the raw regrets.
+) -> RegretSummary:
+    """Returns regret statistics, and Pearson's correlation with the raw regrets.
 
-    scores: [n] of the model; known: [n] known complexity, or None; n: bootstrap resamples.
+    spec: the 'regret' of the model's description; scores: [n] of the model; known: [n] known complexity, or None; n: bootstrap
+    resamples.
     """
     values = found.values
     correlated = {"model": scores} | ({KNOWN: known} if known is not None else {})
-    return {
+    return RegretSummary(
         **spec,
-        "mean": float(values.mean()),
-        "deviation": float(values.std()),
-        "better_early": float(np.mean(values < 0)),
-        "pcc": {name: _interval(predicted, values, n) for name, predicted in correlated.items()},
-    }
+        mean=float(values.mean()),
+        deviation=float(values.std()),
+        better_early=float(np.mean(values < 0)),
+        pcc={name: _pcc(predicted, values, n) for name, predicted in correlated.items()},
+    )
 
 
-def _interval(predicted: np.ndarray, values: np.ndarray, n: int) -> dict[str, float | None]:
+def _pcc(predicted: np.ndarray, values: np.ndarray, n: int) -> ratings.Estimate:
     try:
-        return dataclasses.asdict(m.interval("pcc", predicted, values, n=n))
-    except m.MetricError:  # too few images, or all values equal
-        return {"value": None, "low": None, "high": None}
+        return ratings.Estimate(*dataclasses.astuple(ratings.interval("pcc", predicted, values, n=n)))
+    except ratings.MetricError:  # too few images, or all values equal
+        return ratings.Estimate(None)

@@ -11,7 +11,7 @@ Labels: accuracy, f1, balanced_accuracy, youden for decisions; roc_auc and ece f
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,18 @@ class Confusion:
     false_positive: int
     true_negative: int
     false_negative: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric with the bounds of its bootstrap interval.
+
+    low, high: None where there are too few images for an interval, or too few of one class; value: None where it is undefined.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
 
 
 def pcc(predicted: Any, rated: Any) -> float:
@@ -138,6 +150,15 @@ def interval(metric: str, predicted: Any, truth: Any, *, n: int = RESAMPLES, see
     """
     statistic, images = _statistic(metric, predicted, truth)
     return _interval(metric, statistic, value(metric, predicted, truth), images, n, seed, level)
+
+
+def estimate(metric: str, predicted: Any, truth: Any, *, n: int = RESAMPLES) -> Estimate:
+    """Returns a metric with its interval, or without one where `interval` raises. Raises MetricError if it is undefined."""
+    try:
+        return Estimate(*astuple(interval(metric, predicted, truth, n=n)))
+    except MetricError:
+        # Raises again if the metric itself is undefined.
+        return Estimate(value(metric, predicted, truth))
 
 
 def difference(

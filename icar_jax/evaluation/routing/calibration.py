@@ -136,16 +136,12 @@ def classifier_threshold(
     or all of one class.
     """
     labels = binary_labels(scored.complexity, boundary, scored.source.name)
-    threshold, value = best_threshold(scored.scores, labels, metric)
+    threshold, _ = best_threshold(scored.scores, labels, metric)
     called = scored.scores > np.float32(threshold)
-    try:
-        reached = asdict(ratings.interval(metric, called, labels, n=resamples))
-    except ratings.MetricError:
-        reached = {"value": value, "low": None, "high": None}
     return threshold, {
         "method": "metric",
         "metric": metric,
-        **reached,
+        **asdict(ratings.estimate(metric, called, labels, n=resamples)),
         **({} if boundary is None else {"boundary": boundary}),
         "complex": int(labels.sum()),
         "called_complex": int(called.sum()),
