@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from icar_jax import profiling
 from icar_jax.errors import ModelError
 from icar_jax.inference.fetch_queue import FetchQueue, RoutingStats
 from icar_jax.inference.forward import Forward, PendingBatch, count_compilations, padded_rows
@@ -89,6 +90,10 @@ class RoutingRun:
     def __exit__(self, *error: Any) -> None:
         self._fetches.__exit__(*error)
         self._counter.__exit__(*error)
+        if error[0] is not None:  # `finish` has not added up the towers
+            ended = (future for *_, future in self._towers if not future.cancelled() and future.exception() is None)
+            self.stats.tower_s = sum(future.result()[1] for future in ended)
+        profiling.device_wait(self.stats.wait_s, self.stats.tower_s, self.stats.score_s)
 
     def inputs(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yields the batches and records the time spent waiting for them."""

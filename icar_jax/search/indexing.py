@@ -19,6 +19,7 @@ import jax
 from tqdm import tqdm
 
 from icar_jax import checkpoint as ckpt
+from icar_jax import profiling
 from icar_jax.data.sources.files import STDIN, ImagePaths, NoImages, vanished, walk
 from icar_jax.errors import IcarError
 from icar_jax.inference.files.stream import StreamEncoder, embed_stream
@@ -117,10 +118,12 @@ def index_files(
                 found = iter(writer.take_retries())  # another run removed the row to copy from
         if distributed.is_main():  # folders of patterns and lists
             store.add_roots(map(os.path.abspath, paths.folders))
-        writer.recaption()
+        with profiling.section("saving"):
+            writer.recaption()
         gone = [path for path in scan.gone(roots) if vanished(path)]
         if prune:
-            done.removed += store.delete(gone, unless=lambda path: not vanished(path))
+            with profiling.section("saving"):
+                done.removed += store.delete(gone, unless=lambda path: not vanished(path))
         else:
             done.gone = len(gone)
         # An unreadable folder that was not found again is readable now.
@@ -135,7 +138,8 @@ def index_files(
     if distributed.is_main():
         if done.images:
             store.set_meta(routing=asked)
-        store.compact()
+        with profiling.section("saving"):
+            store.compact()
     done.seconds = time.perf_counter() - start - done.warm_up_s
     done.total, done.duplicates, done.empty = store.count(), paths.duplicates, list(paths.empty)
     if new_captions is not None and not distributed.total([new_captions.used])[0]:
@@ -262,4 +266,5 @@ def _embed_files(encoding: StreamEncoder, found, writer: StoreWriter, bar: tqdm,
             bar.set_postfix_str(writer.done.shares())
 
         embed_stream(encoding, writer.to_embed(images()), commit_rows, write, writer.done, bar.unpause)
-        writer.finish()
+        with profiling.section("saving"):
+            writer.finish()

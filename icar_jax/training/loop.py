@@ -11,6 +11,7 @@ import jax
 from absl import logging
 
 from icar_jax import config as cfg
+from icar_jax import profiling
 from icar_jax.config import ExperimentConfig
 from icar_jax.data import augment, configured
 from icar_jax.data.loader.batches import BadFiles, train_batches
@@ -86,7 +87,13 @@ def _train(run: RunContext, request: StopRequest, stop_after: int, evaluators: t
             state = init_state(task, optimizer, run.mesh, config, params)
         log = open_log(workdir, t.steps, start, t.tensorboard, f"train {config.task}")
         with _batches(run, start, part) as batches, contextlib.closing(log):
-            advance = lambda state, batch: step_fn(state, put_batch(batch, task.fields, run.mesh), frozen)
+
+            def advance(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+                with profiling.section("transfer"):
+                    on_device = profiling.ready(put_batch(batch, task.fields, run.mesh))
+                with profiling.section("step"):
+                    return profiling.ready(step_fn(state, on_device, frozen))
+
             steps = range(start + 1, min(t.steps, stop_after) + 1)
             with _naming_lost_peers(workdir):
                 state, done, stopped = _run(kind, advance, state, batches, steps, store, log, evaluation, request)
@@ -101,7 +108,8 @@ def _train(run: RunContext, request: StopRequest, stop_after: int, evaluators: t
         return workdir
     description = {**task.description, "source": {"trained_with": "icar_jax", "steps": done}}
     text = tokenizer.to_json() if tokenizer else None
-    return write_model(workdir / "model", task.kind, description, model_params(state), text)
+    with profiling.section("saving"):
+        return write_model(workdir / "model", task.kind, description, model_params(state), text)
 
 
 def _run(
@@ -125,13 +133,14 @@ def _run(
     done = saved = steps.start - 1
     stop, stopped = Agreement(request), None
     try:
-        for step in steps:
+        for step in profiling.steps(steps, config.train.batch_size, kind.unit):
             if evaluation is not None and evaluation.exhausted:
                 break
             if stopped := stop(state["step"]):
                 break
             try:
-                batch = next(batches)
+                with profiling.section("input wait"):
+                    batch = next(batches)
             except Exception:
                 # A signal sent to the whole process group has also stopped the data workers.
                 if request.name and jax.process_count() == 1:
@@ -149,16 +158,19 @@ def _run(
             if evaluation is not None and evaluation.due(step):
                 monitor.flush()
                 started = time.perf_counter()
-                log.metrics(step, evaluation(step, model_params(state)))
+                with profiling.section("evaluating"):
+                    log.metrics(step, evaluation(step, model_params(state)))
                 monitor.exclude(time.perf_counter() - started)
             if step % config.train.checkpoint_every == 0:
                 monitor.flush()  # check that the loss is finite before saving
-                store.save(step, state)
+                with profiling.section("saving"):
+                    store.save(step, state)
                 saved = step
         monitor.flush()
-        if saved < done:
-            store.save(done, state)
-        store.wait()
+        with profiling.section("saving"):
+            if saved < done:
+                store.save(done, state)
+            store.wait()
     finally:
         if bad:
             logging.warning("%s", bad.summary())

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from absl import logging
 
+from icar_jax import profiling
 from icar_jax.errors import IcarError
 from icar_jax.parallel import distributed
 from icar_jax.training.logs import RunLog
@@ -54,7 +55,8 @@ class Monitor:
 
     def _take(self) -> None:
         step, metrics, names = self._pending.popleft()
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        with profiling.section("transfer"):
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not all(math.isfinite(value) for value in values.values()):
             distributed.end_together()  # metrics are the same on every process
             raise NonFiniteLoss(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from icar_jax import profiling
 from icar_jax.checkpoint import CheckpointError
 from icar_jax.data.images import Preprocess, decode
 from icar_jax.inference.budgets import ABOVE_ALL
@@ -164,7 +165,8 @@ def embed_stream(
     first = next(images, None)
     if first is None:
         return
-    done.warm_up_s += encoding.warm_up()
+    with profiling.section("starting"):
+        done.warm_up_s += encoding.warm_up()
     compiled()
     images = itertools.chain([first], images)
     while _embed_shard(encoding, images, rows, write, done):
@@ -190,11 +192,13 @@ def _embed_shard(
             taken.extend(ReadImage(image.path, image.sha256, {}, image.seconds) for image in batch)
             yield {name: np.stack([image.pixels[name] for image in batch]) for name in batch[0].pixels}
 
-    routed = encoding.embed_batches(batches())
+    with profiling.section("transfer"):
+        routed = encoding.embed_batches(profiling.batches(batches()))
     if not taken:
         return False
     done.images += len(taken)
     done.exits.update(routed.exits.tolist())
     done.stats.add(routed.stats)
-    write(taken, routed)
+    with profiling.section("saving"):
+        write(taken, routed)
     return True
