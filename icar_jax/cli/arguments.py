@@ -35,6 +35,12 @@ def add_images(p: argparse.ArgumentParser, done: str, batch_size: int, nargs: st
     p.add_argument("--threads", type=positive, default=0, metavar="N", help="decoding threads (one per core, up to 8)")
 
 
+def add_profile(p: argparse.ArgumentParser, default: str) -> None:
+    """Adds --profile; its value is None without the flag and "" without a folder, which `default` describes."""
+    p.add_argument("--profile", nargs="?", const="", metavar="DIR", help="show where the time goes: prints a summary and also "
+                   f"writes it to DIR/summary.json, with a trace of ten batches in DIR/trace ({default})")  # fmt: skip
+
+
 def require_local_paths(args: argparse.Namespace, words: Sequence[str]) -> None:
     """Raises ConfigError if an option for a local path is given an address such as s3://bucket/name.
 

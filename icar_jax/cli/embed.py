@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-from icar_jax.cli.arguments import add_images, positive, stdin_paths
+from icar_jax.cli.arguments import add_images, add_profile, positive, stdin_paths
 from icar_jax.cli.errors import user_errors
 from icar_jax.cli.score import report_bad
 
@@ -30,10 +31,19 @@ def add(commands) -> None:
     how.add_argument("--exit", type=int, metavar="BLOCKS", help="run every image to this depth instead of routing")
     p.add_argument("--shard-rows", type=positive, default=4096, metavar="N", help="images per shard, written atomically (4096)")
     p.add_argument("--sharded", action="store_true", help="shard each batch over all devices of this machine")
+    add_profile(p, "OUT/profile")
     p.set_defaults(run=_embed)
 
 
 def _embed(args: argparse.Namespace) -> None:
+    from icar_jax import profiling
+
+    folder = os.path.join(args.out, "profile") if args.profile == "" else args.profile
+    with profiling.profile(folder, "embed"):
+        _write_corpus(args)
+
+
+def _write_corpus(args: argparse.Namespace) -> None:
     from icar_jax.data.sources.files import ImagePaths
     from icar_jax.inference.files.corpus import BAD
     from icar_jax.inference.files.embedding import embed_files

@@ -6,8 +6,9 @@ import argparse
 import json
 import os
 import sys
+import time
 
-from icar_jax.cli.arguments import add_images, positive, printable, stdin_paths
+from icar_jax.cli.arguments import add_images, add_profile, positive, printable, stdin_paths
 from icar_jax.cli.errors import user_errors
 from icar_jax.cli.score import report_bad
 
@@ -42,6 +43,7 @@ def add(commands) -> None:
                    "PATH, only those at or below it")  # fmt: skip
     p.add_argument("--json", action="store_true", help="with --bad: print JSON")
     p.add_argument("--commit-rows", type=positive, default=1000, metavar="N", help="images per atomic commit (1000)")
+    add_profile(p, "icar_profile in the current folder")
     group = p.add_argument_group("multiple processes, each started with the same command")
     group.add_argument("--coordinator", default="", metavar="HOST:PORT", help="address of process 0")
     group.add_argument("--processes", type=int, default=0, metavar="N", help="number of processes")
@@ -50,6 +52,7 @@ def add(commands) -> None:
 
 
 def _index(args: argparse.Namespace) -> None:
+    since = time.perf_counter()
     from icar_jax.search.indexing import IndexingError
 
     if args.bad:
@@ -67,14 +70,17 @@ def _index(args: argparse.Namespace) -> None:
         if is_wrong:
             raise IndexingError(what)
 
+    from icar_jax import profiling
     from icar_jax.parallel import distributed
 
     with distributed.exit_on_error(), user_errors(f"interrupted; the same command resumes {args.store}"):
         distributed.start(args.coordinator, args.processes, args.process)
-        _update_store(args)
+        with profiling.profile("icar_profile" if args.profile == "" else args.profile, "index", since):
+            _update_store(args)
 
 
 def _update_store(args: argparse.Namespace) -> None:
+    from icar_jax import profiling
     from icar_jax.data.sources.files import ImagePaths
     from icar_jax.inference.loading import load
     from icar_jax.parallel import distributed
@@ -106,7 +112,9 @@ def _update_store(args: argparse.Namespace) -> None:
             print(f"{done.still_bad} images {again}", file=sys.stderr)
         print(done.report())
         print(f"Store: {args.store}: {done.total:,} images")
-        if (work := maintain(open_store(args.store))) is not None:
+        with profiling.section("saving"):
+            work = maintain(open_store(args.store))
+        if work is not None:
             print(work.report())
     if (done.bad or done.still_bad) and not args.skip_bad:
         sys.exit(1)

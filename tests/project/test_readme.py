@@ -27,7 +27,7 @@ RECIPE = (ROOT / "docs" / "recipe.md", PAGES[-1])  # they write fields without `
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 PROGRAMS = {"train", "evaluate"}  # their flags are absl's
-PROGRAM_FLAGS = {"--workdir", "--coordinator", "--processes", "--process", "--start_timeout_s", "--debug"}
+PROGRAM_FLAGS = {"--workdir", "--coordinator", "--processes", "--process", "--start_timeout_s", "--profile", "--debug"}
 
 
 def python_blocks(page) -> list[str]:
