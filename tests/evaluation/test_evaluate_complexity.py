@@ -25,6 +25,7 @@ from icar_jax.models.complexity import ComplexityArch, ComplexityModel
 from icar_jax.models.convnext import ConvNeXtArch
 from icar_jax.models.flops import complexity_flops
 from tests.support import drawn, ratedfiles
+from tests.support.keys import require_known_keys
 from tests.support.runs import tiny_config
 
 
@@ -68,6 +69,7 @@ def known(config):
 def test_a_regression_is_reported_with_every_baseline(regression):
     config, folder, record = regression
     assert json.loads((folder / "metrics.json").read_text()) == plain(record)
+    require_known_keys(plain(record), "complexity")
     assert list(record.runs) == ["model", *baselines.MEASURES, baselines.COMBINED]
     scores = icar_jax.load(folder, batch_size=8).score([r.image() for r in Scenes("val", config.eval.size)])
     for metric in m.OF_RATINGS:
@@ -116,6 +118,7 @@ def test_a_classifier_decides_by_its_stored_threshold(classification):
     threshold = checkpoint.describe(folder / "model")["threshold"]
     scores = icar_jax.load(folder, batch_size=8).score([r.image() for r in Scenes("val", config.eval.size)])
     labels = known(config) > config.complexity.threshold
+    require_known_keys(plain(record), "complexity")
     assert record.threshold == threshold
     decided = scores > threshold
     assert record.confusion == m.confusion(decided, labels)

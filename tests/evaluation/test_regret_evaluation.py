@@ -20,6 +20,7 @@ from icar_jax.evaluation.records.plain import plain
 from icar_jax.evaluation.report import complexity_table
 from icar_jax.models.exit_regret import loss_regret
 from icar_jax.training.loop import train
+from tests.support.keys import require_known_keys
 from tests.support.regret import plain_regret, unit
 from tests.support.runs import metric_lines, regret_config
 
@@ -99,6 +100,7 @@ def test_evaluate_reports_correlations_and_the_true_complexity(run, clip_folder,
     config, folder = run
     record = evaluate_complexity(config, folder)
     assert json.loads((folder / "metrics.json").read_text()) == plain(record)
+    require_known_keys(plain(record), "complexity")
     assert list(record.runs)[:2] == ["model", "known_complexity"] and record.images == 21
     source = Scenes("val", 21, image_size=32)
     clip = icar_jax.load(clip_folder, batch_size=8)

@@ -15,9 +15,11 @@ from icar_jax.config import DistractorConfig
 from icar_jax.data.scenes import Scenes
 from icar_jax.evaluation.evaluate import evaluate
 from icar_jax.evaluation.metrics.retrieval import Distractors, ranks, recall
+from icar_jax.evaluation.records.plain import plain
 from icar_jax.evaluation.routing.assignments import take_exits
 from icar_jax.evaluation.routing.gallery import embed_source
 from icar_jax.evaluation.routing.score_calibration import Affine, ScoreCalibration, bias, fit
+from tests.support.keys import require_known_keys
 from tests.support.runs import tiny_config
 
 
@@ -135,9 +137,10 @@ def test_an_evaluation_ranks_the_routed_gallery_by_calibrated_scores_too(clip_fo
     config.eval.complexity, config.eval.score_calibration = str(complexity_folder), "affine"
     config.eval.distractors = DistractorConfig("scenes", split="test", size=15)
     found = evaluate(config, tmp_path)
-    plain, affine = found.runs["routed"], found.runs["routed_affine"]
+    require_known_keys(plain(found), "retrieval")
+    routed, affine = found.runs["routed"], found.runs["routed_affine"]
     for name in ("flops_per_image", "images_per_s", "share"):
-        assert getattr(affine, name) == getattr(plain, name)
+        assert getattr(affine, name) == getattr(routed, name)
     told = found.score_calibration
     assert told.calibration == "scenes/calibration" and told.images == 40 and told.loss_after <= told.loss_before
     assert told.exits[3] == Affine() and set(told.bias) == {1, 2, 3}

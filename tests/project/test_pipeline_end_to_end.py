@@ -18,6 +18,7 @@ from icar_jax.evaluation.evaluate import evaluate
 from icar_jax.evaluation.metrics.retrieval import ranks
 from icar_jax.evaluation.records.plain import plain
 from icar_jax.training.loop import train
+from tests.support.keys import require_known_keys
 from tests.support.places import ROOT
 from tests.support.runs import tiny_config
 
@@ -66,6 +67,7 @@ def check_schema(metrics, exits, images):
 
 def test_metrics_hold_every_run(metrics):
     check_schema(metrics, (2, 3), 30)
+    require_known_keys(metrics, "retrieval")
     assert "colour histograms alone" in " ".join(metrics["notes"])
 
 
@@ -144,6 +146,7 @@ def test_budgets_and_a_smaller_model_stand_beside_the_rest(bundled, metrics):
     config.eval.budgets = (0.95,)
     config.eval.static = str(bundled / "model")  # the same model: its run must be that of full depth
     found = evaluate(config, bundled)
+    require_known_keys(plain(found), "retrieval")
     assert set(found.runs) == {*metrics["runs"], "budget_0.95", "static"}
     budget, runs = found.runs["budget_0.95"], found.runs
     assert budget.found["calibration"] == "scenes/calibration" and budget.found["cost"] <= 0.95
