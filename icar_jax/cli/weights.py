@@ -12,6 +12,7 @@ def add(commands) -> None:
     """Adds `icar convert`, `icar export` and `icar reference` to the subparsers."""
     _add_convert(commands)
     _add_export(commands)
+    _add_compile(commands)
     _add_reference(commands)
 
 
@@ -87,6 +88,35 @@ def _export(args: argparse.Namespace) -> None:
     for note in written.notes:
         print(f"warning: {note}", file=sys.stderr)
     print(f"Exported: {written.path}: {', '.join(written.files)}")
+
+
+def _add_compile(commands) -> None:
+    p = commands.add_parser(
+        "compile",
+        help="write a model's programs beside it, so that it starts faster",
+        description="Traces every exit, the text tower and the complexity model once and writes them into CHECKPOINT/programs. "
+        "`icar index`, `embed`, `search` and `serve`, and icar_jax.load, then skip this at every start. Programs that do not "
+        "fit the weights, the dtype or the machine are ignored with a note.",
+    )
+    p.add_argument("checkpoint", help="checkpoint, bundle or workdir")
+    p.add_argument("--platforms", nargs="+", default=["cpu", "cuda", "tpu"], metavar="NAME", help="cpu, cuda, rocm, tpu "
+                   "(cpu cuda tpu)")  # fmt: skip
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of activations (float32)")
+    p.set_defaults(run=_compile)
+
+
+def _compile(args: argparse.Namespace) -> None:
+    from icar_jax import checkpoint
+    from icar_jax.inference.ahead import ExportedPrograms
+    from icar_jax.inference.loading import load
+
+    folder, programs = checkpoint.find(args.checkpoint), ExportedPrograms()
+    model = load(folder, dtype=args.dtype, programs=programs)
+    if model.thresholds is not None:
+        _ = model.router  # names its programs when it is made
+    files = programs.write(folder, model.identity, args.dtype, args.platforms, lambda name: print(f"tracing {name}"))
+    size = sum(file.stat().st_size for file in files)
+    print(f"Programs: {files[0].parent}: {len(files) - 1} for {', '.join(args.platforms)}, {size / 1e6:.1f} MB")
 
 
 def _add_reference(commands) -> None:

@@ -18,6 +18,7 @@ from icar_jax.checkpoint import Checkpoint, CheckpointError
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.inference import pretrained
+from icar_jax.inference.ahead import Programs
 from icar_jax.inference.forward import Forward, Placement, bucket_sizes
 from icar_jax.inference.pretrained import Clip
 from icar_jax.inference.scorer import Scorer, require_compatible
@@ -39,8 +40,9 @@ class LoadedModel:
         batch_size: int = 64,
         dtype: str = "float32",
         mesh: Mesh | None = None,
+        programs: Programs = Programs(),
     ):
-        self.description = description
+        self.description, self._programs = description, programs
         self._process = os.getpid()
         self._placement = Placement(mesh)
         self.identity = {part.kind: checkpoint.identity(part.description) for part in (clip, complexity) if part is not None}
@@ -62,7 +64,9 @@ class LoadedModel:
             if clip is not None:
                 require_compatible(clip, self.arch, complexity, arch)
             shares = clip is not None and isinstance(arch, BlocksArch)
-            self.scorer = Scorer(complexity, batch_size, self._dtype, self.params if shares else None, self._placement)
+            self.scorer = Scorer(
+                complexity, batch_size, self._dtype, self.params if shares else None, self._placement, programs
+            )
             if clip is None:
                 self.preprocess = self.scorer.preprocess
         if clip is not None and complexity is not None:
@@ -79,18 +83,23 @@ class LoadedModel:
         self.tokenizer = Tokenizer.from_json(loaded.tokenizer) if loaded.tokenizer is not None else None
         self.exits = arch.vision.all_exits
         self.embed_dim = arch.vision.embed_dim
-        self._set_clip(graph, self._placement.params(loaded.params))
+        self._set_clip(graph, self._placement.params(loaded.params), self._programs)
 
-    def _set_clip(self, graph: Graph[Clip], params: pytree.Tree) -> None:
+    def _set_clip(self, graph: Graph[Clip], params: pytree.Tree, programs: Programs) -> None:
         p, self._graph, self._params = self.preprocess, graph, params
         self.temperature = float(np.exp(jax.device_get(params["logit_scale"])))
 
+        side = p.image_size
+
         def tower(exit: int) -> Forward:
             run = lambda params, images: graph.encode_image(params, normalise(images, p.mean, p.std), exit)
+            run = programs.use(f"image_{exit}", run, params, jax.ShapeDtypeStruct((side, side, 3), jnp.uint8))
             return Forward(run, params, self._buckets, self._placement)
 
         self.towers = {exit: tower(exit) for exit in self.exits}
-        self._text = Forward(graph.encode_text, params, self._buckets, self._placement)
+        tokens = jax.ShapeDtypeStruct((graph.arch.text.context_length,), jnp.int32)
+        encode_text = programs.use("text", graph.encode_text, params, tokens)
+        self._text = Forward(encode_text, params, self._buckets, self._placement)
         self.__dict__.pop("_router", None)
 
     @property
@@ -153,7 +162,7 @@ class LoadedModel:
         if name == "clip":
             if (graph.arch, graph.vision.arch, graph.text.arch) != (self.arch, self.arch.vision, self.arch.text):
                 raise ValueError("model.clip has a tower of a different shape; save it as a new checkpoint and load that")
-            self._set_clip(graph, self._placement.params(params))
+            self._set_clip(graph, self._placement.params(params), Programs())
         else:
             self.scorer.set_weights(graph, self._placement.params(params))
             self.__dict__.pop("_router", None)

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from icar_jax import checkpoint, program_cache
 from icar_jax.checkpoint import CheckpointError
 from icar_jax.config import ConfigError, MeshConfig
-from icar_jax.inference import pretrained
+from icar_jax.inference import ahead, pretrained
+from icar_jax.inference.ahead import Programs
 from icar_jax.inference.model import Model
 from icar_jax.inference.scorer import require_compatible
 from icar_jax.parallel.mesh import batch_shards, make_mesh
@@ -27,8 +28,9 @@ def local_mesh(batch_size: int) -> Mesh:
 
 
 def load(
-    path: str | os.PathLike, *, batch_size: int = 64, dtype: str = "float32", mesh: Mesh | None = None, **options: Any
-) -> Model:
+    path: str | os.PathLike, *, batch_size: int = 64, dtype: str = "float32", mesh: Mesh | None = None,
+    programs: Programs | None = None, **options: Any,
+) -> Model:  # fmt: skip
     """Loads a model from a bundle, a CLIP or complexity checkpoint, a workdir of train.py, or weights of another library.
 
     Args:
@@ -37,6 +39,7 @@ def load(
         dtype: of activations, 'float32' or 'bfloat16'.
         mesh: devices of this process (`icar_jax.parallel.mesh.make_mesh(MeshConfig(data=-1))`): batches are sharded over the
             data axes, which must divide them, and parameters are replicated.
+        programs: where the model takes its programs from; None uses those of `icar compile` if they fit, except on a mesh.
         options: what other libraries' weights do not specify, as the flags of `icar convert`: activation, exits, heads,
             image_size, pool, preprocess, tokenizer.
 
@@ -60,7 +63,10 @@ def load(
     else:
         loaded = checkpoint.read(folder, description["kind"])
         clip, complexity = (loaded, None) if loaded.kind == "clip" else (None, loaded)
-    return Model(clip, complexity, description, batch_size, dtype, mesh)
+    if programs is None:
+        identity = {part.kind: checkpoint.identity(part.description) for part in (clip, complexity) if part is not None}
+        programs = ahead.find(folder, identity, dtype) if mesh is None else ahead.Programs()
+    return Model(clip, complexity, description, batch_size, dtype, mesh, programs)
 
 
 def load_parts(clip: str | os.PathLike, complexity: str | os.PathLike, *, batch_size: int, dtype: str) -> tuple[Model, Model]:

@@ -171,6 +171,7 @@ class Model(LoadedModel):
                     self._buckets,
                     self._dtype,
                     self._placement,
+                    self._programs,
                 ),  # fmt: skip
                 self.thresholds,
             )

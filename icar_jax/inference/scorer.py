@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from icar_jax import pytree
 from icar_jax.checkpoint import Checkpoint, CheckpointError
 from icar_jax.data.images import Preprocess
+from icar_jax.inference.ahead import Programs
 from icar_jax.inference.forward import Forward, Placement, bucket_sizes
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.functional import Graph
@@ -29,6 +31,7 @@ class Scorer:
         dtype: Any,
         clip_params: dict[str, Any] | None = None,
         placement: Placement = Placement(),
+        programs: Programs = Programs(),
     ):
         self.path = loaded.path
         arch = scorer_arch(loaded.description["arch"], f"{loaded.path}: arch")
@@ -40,14 +43,14 @@ class Scorer:
             params = pytree.map_with_path(lambda path, leaf: ours[shared[path]] if path in shared else leaf, params)
         self.preprocess = Preprocess.from_dict(loaded.description["preprocess"])
         self._buckets, self._placement = bucket_sizes(batch_size, placement.shards), placement
-        self.set_weights(self.complexity, placement.params(params))
+        self.set_weights(self.complexity, placement.params(params), programs)
 
-    def set_weights(self, graph: Graph, params: Any) -> None:
+    def set_weights(self, graph: Graph, params: Any, programs: Programs = Programs()) -> None:
         """Replaces the structure and the parameters."""
         p, self.complexity = self.preprocess, graph
-        self.forward = Forward(
-            lambda params, images: graph.score(params, normalise(images, p.mean, p.std)), params, self._buckets, self._placement
-        )
+        run = lambda params, images: graph.score(params, normalise(images, p.mean, p.std))
+        run = programs.use("complexity", run, params, jax.ShapeDtypeStruct((p.image_size, p.image_size, 3), np.uint8))
+        self.forward = Forward(run, params, self._buckets, self._placement)
 
     def warm_up(self) -> None:
         """Compiles the forward pass at every batch shape."""

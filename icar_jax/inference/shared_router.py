@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from icar_jax.data.images import Preprocess
+from icar_jax.inference.ahead import Programs
 from icar_jax.inference.forward import PendingBatch, Placement, split_batch
 from icar_jax.inference.router import SCORES_AHEAD, RoutingResult, RoutingRun, assign, check_thresholds
 from icar_jax.models.clip import Clip
@@ -42,6 +43,7 @@ class SharedTower:
     buckets: tuple[int, ...]
     dtype: Any  # of activations of both models
     placement: Placement = Placement()
+    programs: Programs = Programs()
     _begin: Any = field(init=False, repr=False)
     _rest: dict[int, Any] = field(init=False, repr=False)
 
@@ -54,10 +56,14 @@ class SharedTower:
             tokens = scorer.tokens(params, normalise(pixels, p.mean, p.std))
             return tokens, scorer.score_of_tokens(params, tokens)
 
-        def rest(exit):
-            return jit_for_host(lambda params, tokens: clip.encode_tokens(params, tokens, scorer.arch.blocks, exit))
+        row = Tokens(jax.ShapeDtypeStruct(self.shape, self.dtype), jax.ShapeDtypeStruct(self.shape[:1], jnp.float32))
 
-        self._begin = jit_for_host(begin)
+        def rest(exit):
+            run = lambda params, tokens: clip.encode_tokens(params, tokens, scorer.arch.blocks, exit)
+            return jit_for_host(self.programs.use(f"from_{scorer.arch.blocks}_to_{exit}", run, self.clip_params, row))
+
+        pixels = jax.ShapeDtypeStruct((p.image_size, p.image_size, 3), jnp.uint8)
+        self._begin = jit_for_host(self.programs.use(f"to_{scorer.arch.blocks}", begin, self.scorer_params, pixels))
         self._rest = {exit: rest(exit) for exit in vision.all_exits}
         self._put = jax.jit(_put, donate_argnums=0, out_shardings=self.placement.rows)
         self._take = jax.jit(_take, static_argnums=2, out_shardings=self.placement.rows)

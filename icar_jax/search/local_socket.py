@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from icar_jax import program_cache
+from icar_jax.errors import IcarError
 from icar_jax.search.access import QueryError, StoreError, address
 from icar_jax.version import VERSION
 
@@ -30,7 +31,7 @@ Request = Mapping[str, Any]
 Answer = dict[str, Any]
 
 
-class Unanswered(Exception):
+class Unanswered(IcarError, RuntimeError):
     """The server cannot answer this request, but a search in this process can; the message says why."""
 
 

@@ -1,0 +1,134 @@
+"""Programs traced ahead of time: `icar compile` writes them beside a checkpoint, and `load` uses them.
+
+    CHECKPOINT/programs/
+      programs.json       for which weights, dtype, platforms and version of this package
+      NAME.stablehlo      jax.export's serialised program, for any batch size; weights are an argument
+
+They replace tracing the towers in Python. XLA still compiles them, once for each processor: see icar_jax/program_cache.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+
+from icar_jax.errors import ConfigError
+from icar_jax.models.token_merging import Tokens
+from icar_jax.version import VERSION
+
+FOLDER, ABOUT, SUFFIX = "programs", "programs.json", ".stablehlo"
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+jax.export.register_namedtuple_serialization(Tokens, serialized_name="icar_jax.Tokens")
+
+
+class Programs:
+    """Where a model takes its programs from; this class traces each function."""
+
+    def use(self, name: str, fn: Callable, params: Any, rows: Any) -> Callable:
+        """The program `name`, equal to fn(params, batch); `rows` has the shape and dtype of a row of the batch."""
+        return fn
+
+
+class WrittenPrograms(Programs):
+    """Programs of a folder; a function that is not among them is traced."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def use(self, name: str, fn: Callable, params: Any, rows: Any) -> Callable:
+        file = self._folder / f"{name}{SUFFIX}"
+        if not file.is_file():
+            return fn
+        try:
+            return jax.export.deserialize(bytearray(file.read_bytes())).call
+        except Exception as error:  # damaged, or of a version of JAX that this one cannot read
+            logging.warning("%s is not used: it cannot be read (%s); make it again with `icar compile`", file, error)
+            return fn
+
+
+class ExportedPrograms(Programs):
+    """Collects the functions of a model; `write` exports them."""
+
+    def __init__(self) -> None:
+        self._functions: dict[str, tuple[Callable, Any, Any]] = {}
+
+    def use(self, name: str, fn: Callable, params: Any, rows: Any) -> Callable:
+        self._functions[name] = fn, params, rows
+        return fn
+
+    def write(
+        self, checkpoint: Path, identity: Mapping[str, str], dtype: str, platforms: Sequence[str], say: Callable[[str], None]
+    ) -> list[Path]:
+        """Writes every program, calling `say` with the name of each before, and returns the files.
+
+        identity: Model.identity. Replaces an earlier folder. Raises ConfigError for unknown platforms.
+        """
+        if unknown := sorted(set(platforms) - set(PLATFORMS)):
+            raise ConfigError(f"--platforms {' '.join(unknown)}: expected some of {', '.join(PLATFORMS)}")
+        about = {"version": VERSION, "identity": dict(identity), "dtype": dtype, "platforms": list(platforms)}
+        made = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=checkpoint))
+        try:
+            for name, (fn, params, rows) in self._functions.items():
+                say(name)
+                (made / f"{name}{SUFFIX}").write_bytes(_exported(fn, params, rows, platforms))
+            (made / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            made.chmod(0o755)
+            if (checkpoint / FOLDER).exists():
+                shutil.rmtree(checkpoint / FOLDER)
+            made.rename(checkpoint / FOLDER)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+        return sorted((checkpoint / FOLDER).iterdir())
+
+
+def _exported(fn: Callable, params: Any, rows: Any, platforms: Sequence[str]) -> bytes:
+    (batch,) = jax.export.symbolic_shape("batch")
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    batches = jax.tree.map(lambda row: jax.ShapeDtypeStruct((batch, *row.shape), row.dtype), rows)
+    return bytes(jax.export.export(jax.jit(fn), platforms=tuple(platforms))(shapes, batches).serialize())
+
+
+def find(checkpoint: str | os.PathLike, identity: Mapping[str, str], dtype: str) -> Programs:
+    """The programs beside a checkpoint, or beside the bundle it is part of, for a model with this Model.identity.
+
+    Logs why programs that are there do not fit the model or this machine, and ignores them.
+    """
+    for folder in (Path(checkpoint) / FOLDER, Path(checkpoint).resolve().parent / FOLDER):
+        if (folder / ABOUT).is_file():
+            if (why := _unfit(folder / ABOUT, identity, dtype)) is None:
+                return WrittenPrograms(folder)
+            logging.warning("the programs in %s are not used: %s; `icar compile` makes them again", folder, why)
+    return Programs()
+
+
+def _unfit(file: Path, identity: Mapping[str, str], dtype: str) -> str | None:
+    """Why the programs that `file` describes do not fit; None if they do."""
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        version, made_for, platforms = about["version"], about["identity"], about["platforms"]
+        if version != VERSION:
+            return f"they were made by icar_jax {version}, and this is {VERSION}"
+        if any(made_for.get(part) != one for part, one in identity.items()):
+            return "they were made for other weights"
+        if about["dtype"] != dtype:
+            return f"they compute in {about['dtype']}, not in {dtype}"
+        if (here := _platform()) not in platforms:
+            return f"they were made for {', '.join(platforms)}, and this is {here}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{file.name} cannot be read ({error})"
+    return None
+
+
+def _platform() -> str:
+    """The default backend as jax.export names it."""
+    backend = jax.default_backend()
+    return {"gpu": "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"}.get(backend, backend)
