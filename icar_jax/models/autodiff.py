@@ -31,11 +31,13 @@ class Derivatives:
         tangent: (residuals, tangents, *static) -> tangent of `out`, linear in `tangents`; a tangent is None if its array is
             constant.
         backward: (residuals, cotangent, *static) -> tuple with a cotangent for each array.
+        value: (*arrays, *static) -> out, where nothing is differentiated; None: `forward` without its residuals.
     """
 
     forward: Callable[..., tuple[Array, tuple[Array, ...]]]
     tangent: Callable[..., Array]
     backward: Callable[..., tuple[Array, ...]]
+    value: Callable[..., Array] | None = None
 
 
 def with_derivatives(derivatives: Derivatives, arrays: int) -> Callable[..., Array]:
@@ -45,7 +47,7 @@ def with_derivatives(derivatives: Derivatives, arrays: int) -> Callable[..., Arr
     def of_static(static: tuple) -> Callable[..., Array]:
         @jax.custom_jvp
         def function(*args: Array) -> Array:
-            return derivatives.forward(*args, *static)[0]
+            return derivatives.value(*args, *static) if derivatives.value else derivatives.forward(*args, *static)[0]
 
         def rule(primals: tuple[Array, ...], tangents: tuple) -> tuple[Array, Array]:
             out, residuals = derivatives.forward(*primals, *static)

@@ -55,10 +55,28 @@ def trunk_flops(arch: VisionArch, blocks: int) -> int:
     return 2 * macs
 
 
+def image_flops(arch: VisionArch) -> int:
+    """Returns the forward FLOPs of one image, with the heads of all exits."""
+    return trunk_flops(arch, arch.depth) + sum(head_flops(arch, blocks) for blocks in arch.all_exits)
+
+
 def text_flops(arch: TextArch) -> int:
     """Returns the FLOPs of one caption, padded to the context length."""
     macs = arch.depth * _block_macs(arch.context_length, arch.width, arch.mlp_width)
     return 2 * (macs + arch.width * arch.embed_dim)
+
+
+def recomputed_flops(tower: VisionArch | TextArch, remat: str) -> int:
+    """Returns the FLOPs per image or caption that the backward pass recomputes in the blocks of its tower."""
+    if remat == "none":
+        return 0
+    macs = 0
+    for block in range(1, tower.depth + 1):
+        tokens = tower.tokens_after(block) if isinstance(tower, VisionArch) else tower.context_length
+        macs += 2 * tokens * tokens * tower.width  # q k^T and p v
+        if remat == "full":
+            macs += 4 * tokens * tower.width**2 + tokens * tower.width * tower.mlp_width  # q, k, v, out, first MLP layer
+    return 2 * macs
 
 
 def convnext_flops(arch: ConvNeXtArch, image_size: int) -> int:

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from icar_jax.errors import ModelError
+from icar_jax.models import fused_attention
 from icar_jax.models.autodiff import Derivatives, present_sum, with_derivatives
 
 Array = jax.Array
@@ -172,11 +174,37 @@ def _attention_tangent(residuals: Arrays, tangents: Arrays, causal: bool, dtype:
 _attention = with_derivatives(Derivatives(_attention_forward, _attention_tangent, _attention_backward), arrays=3)
 
 
-def attention(q: Array, k: Array, v: Array, *, causal: bool = False, dtype: DType = None) -> Array:
-    """Scaled dot-product attention; q, k, v [B, L, H, K] -> [B, L, H, K] in `dtype` (None: q's); softmax in float32."""
+def xla_attention(q: Array, k: Array, v: Array, *, causal: bool = False, dtype: DType = None) -> Array:
+    """`attention` in plain operations, on every platform."""
     dtype = jnp.dtype(q.dtype if dtype is None else dtype)
     out = _attention(*(jnp.swapaxes(t.astype(dtype), 1, 2) for t in (q, k, v)), causal, dtype)
     return jnp.swapaxes(out, 1, 2)
+
+
+def _attention_formula(q: Array, k: Array, v: Array, causal: bool) -> Array:
+    return xla_attention(q, k, v, causal=causal)
+
+
+_cudnn_attention = fused_attention.fused(fused_attention.CUDNN, _attention_formula)
+
+
+def cudnn_attention(q: Array, k: Array, v: Array, *, causal: bool = False, dtype: DType = None) -> Array:
+    """`attention` by cuDNN's fused kernel. Raises ModelError where it cannot be used, see `fused_attention.cudnn_obstacle`."""
+    q, k, v = (t.astype(q.dtype if dtype is None else dtype) for t in (q, k, v))
+    if obstacle := fused_attention.cudnn_obstacle_here(q, k, v):
+        raise ModelError(f"cuDNN's attention cannot be used: {obstacle}; use icar_jax.models.ops.xla_attention")
+    return _cudnn_attention(q, k, v, causal)
+
+
+def attention(q: Array, k: Array, v: Array, *, causal: bool = False, dtype: DType = None) -> Array:
+    """Scaled dot-product attention; q, k, v [B, L, H, K] -> [B, L, H, K] in `dtype` (None: q's); softmax in float32.
+
+    `cudnn_attention` where this process has a GPU that can run it, else `xla_attention`. Either can be passed to a tower.
+    """
+    q, k, v = (t.astype(q.dtype if dtype is None else dtype) for t in (q, k, v))
+    if fused_attention.cudnn_obstacle_here(q, k, v):
+        return xla_attention(q, k, v, causal=causal)
+    return _cudnn_attention(q, k, v, causal)
 
 
 def stored(x: Array) -> Array:

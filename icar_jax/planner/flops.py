@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from icar_jax.config import ExperimentConfig
 from icar_jax.models import flops
 from icar_jax.models.clip import ClipArch
-from icar_jax.models.text import TextArch
+from icar_jax.models.flops import image_flops, recomputed_flops
 from icar_jax.models.token_router import ScorerArch
-from icar_jax.models.vision import VisionArch
 from icar_jax.training import init_weights
 from icar_jax.training.tasks import regret
 from icar_jax.training.tasks.kinds import kind_of
@@ -65,24 +64,6 @@ def teacher_flops(config: ExperimentConfig) -> int:
     captions = flops.text_flops(teacher.clip.arch.text) if teacher.reads_captions else 0
     compared = 6 * teacher.negatives * vision.embed_dim  # logits: image at both depths x texts, and text x images
     return flops.trunk_flops(vision, vision.depth) - shared + heads + captions + compared
-
-
-def image_flops(arch: VisionArch) -> int:
-    """Returns the forward FLOPs of one image, with the heads of all exits."""
-    return flops.trunk_flops(arch, arch.depth) + sum(flops.head_flops(arch, blocks) for blocks in arch.all_exits)
-
-
-def recomputed_flops(tower: VisionArch | TextArch, remat: str) -> int:
-    """Returns the FLOPs per image or caption that the backward pass recomputes in the blocks of its tower."""
-    if remat == "none":
-        return 0
-    macs = 0
-    for block in range(1, tower.depth + 1):
-        tokens = tower.tokens_after(block) if isinstance(tower, VisionArch) else tower.context_length
-        macs += 2 * tokens * tokens * tower.width  # q k^T and p v
-        if remat == "full":
-            macs += 4 * tokens * tower.width**2 + tokens * tower.width * tower.mlp_width  # q, k, v, out, first MLP layer
-    return 2 * macs
 
 
 def logit_flops(arch: ClipArch, batch: int) -> int:

@@ -166,3 +166,30 @@ def test_random_boxes_lie_inside(size):
     for _ in range(50):
         left, top, right, bottom = random_box(size, (0.3, 1.0), (3 / 4, 4 / 3), rng)
         assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_is_decoded_at_the_size_that_is_needed(mode, orientation):
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).resize((1600, 1200), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stream = io.BytesIO()
+    picture.convert(mode).save(stream, "JPEG", quality=95, exif=exif)
+    whole = decode(stream.getvalue())
+    assert sorted(whole.size) == [1200, 1600]
+    for preprocess, shorter in ((Preprocess(64), 300), (Preprocess(64, "squash", "bilinear"), 300), (Preprocess(224), 1200)):
+        some = decode(stream.getvalue(), at_least=preprocess.decoded_side)
+        assert min(some.size) == shorter >= preprocess.decoded_side and (some.width < some.height) == (orientation == 6)
+        apart = np.abs(preprocess.resize(some).astype(int) - preprocess.resize(whole))
+        assert apart.max() <= 6 and apart.mean() < 1
+    assert decode(stream.getvalue(), at_least=100).size != whole.size
+
+
+def test_only_files_of_jpegs_are_decoded_smaller():
+    picture = Image.new("RGB", (800, 600), "red")
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    for image in (stream.getvalue(), picture, np.asarray(picture)):
+        assert decode(image, at_least=10).size == (800, 600)

@@ -79,7 +79,7 @@ def score_files(model: Model, paths: Iterable[str | os.PathLike], *, threads: in
 
 def _prepare(path: str, preprocess: Preprocess) -> _Prepared:
     start = time.perf_counter()
-    pixels = preprocess.resize(decode(path))
+    pixels = preprocess.resize(decode(path, at_least=preprocess.decoded_side))
     return _Prepared(path, pixels, time.perf_counter() - start)
 
 

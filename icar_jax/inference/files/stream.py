@@ -46,7 +46,7 @@ def read_image(path: str, preprocesses: Mapping[str, Preprocess], known: Callabl
     sha256 = hashlib.sha256(content).hexdigest()
     pixels = {}
     if not known(sha256):
-        picture = decode(content, path)
+        picture = decode(content, path, at_least=max(p.decoded_side for p in preprocesses.values()))
         pixels = {name: p.resize(picture) for name, p in preprocesses.items()}
     return ReadImage(path, sha256, pixels, time.perf_counter() - start)
 
