@@ -7,7 +7,7 @@
       clip.safetensors, complexity.safetensors, tokenizer.json
 
 A program is called with the weights of its file as a flat dict and one batch. Weights are not part of it, so that five exits of
-a ViT-L/14 do not take five times its 1.2 GB.
+a ViT-L/14 do not take five times its 1.2 GB. Attention is XLA's even if a GPU exports: calls of cuDNN are not stable.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from icar_jax.convert.fields import ConvertError
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.clip import Clip, ClipArch
-from icar_jax.models.ops import normalise
-from icar_jax.models.token_router import scorer_arch, scorer_class
+from icar_jax.models.ops import normalise, xla_attention
+from icar_jax.models.token_router import BlocksArch, scorer_arch, scorer_class
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 DTYPES = ("float32", "bfloat16")
@@ -117,7 +117,7 @@ def export_programs(
 
 def _clip_programs(loaded: Checkpoint, dtype: Any) -> Iterator[_Program]:
     arch = from_dict(loaded.description["arch"], ClipArch, f"{loaded.path}: arch")
-    clip, p = Clip.graph(arch, dtype=dtype), Preprocess.from_dict(loaded.description["preprocess"])
+    clip, p = Clip.graph(arch, dtype=dtype, attention=xla_attention), Preprocess.from_dict(loaded.description["preprocess"])
     pytree.require_same(clip.shapes, loaded.params, str(loaded.path))
     side, output = p.image_size, f"float32 [batch, {arch.vision.embed_dim}], unit norm"
 
@@ -132,7 +132,8 @@ def _clip_programs(loaded: Checkpoint, dtype: Any) -> Iterator[_Program]:
 
 def _complexity_programs(loaded: Checkpoint, dtype: Any) -> Iterator[_Program]:
     arch = scorer_arch(loaded.description["arch"], f"{loaded.path}: arch")
-    scorer = scorer_class(arch).graph(arch, dtype=dtype)
+    attention = {"attention": xla_attention} if isinstance(arch, BlocksArch) else {}
+    scorer = scorer_class(arch).graph(arch, dtype=dtype, **attention)
     pytree.require_same(scorer.shapes, loaded.params, str(loaded.path))
     p = Preprocess.from_dict(loaded.description["preprocess"])
     shape, output = (p.image_size, p.image_size, 3), "float32 [batch], complexity in [0, 1]"

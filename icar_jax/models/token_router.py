@@ -22,6 +22,7 @@ from icar_jax.models.complexity import HEAD_MODULES, HEADS, ComplexityArch, Comp
 from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType
 from icar_jax.models.token_merging import Tokens
+from icar_jax.models.transformer import AttentionFn
 from icar_jax.models.vision import Trunk, VisionArch, run_trunk
 
 Array = jax.Array
@@ -65,15 +66,19 @@ class TokenRouter(Module):
 
     Args:
         arch: architecture.
+        attention: attention function, see `transformer.Attention`; None is `ops.attention`.
         dtype: dtype of activations; parameters are cast to it in each layer.
         param_dtype: dtype of parameters.
         rngs: random keys for initialisation.
     """
 
-    def __init__(self, arch: BlocksArch, *, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32, rngs: nnx.Rngs):
-        types = {"dtype": jnp.dtype(dtype), "param_dtype": param_dtype, "rngs": rngs}
+    def __init__(
+        self, arch: BlocksArch, *, attention: AttentionFn | None = None, dtype: DType = jnp.float32,
+        param_dtype: DType = jnp.float32, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        types: dict[str, Any] = {"dtype": jnp.dtype(dtype), "param_dtype": param_dtype, "rngs": rngs}
         self.arch = arch
-        self.tower = Trunk(arch.vision, arch.blocks, **types)
+        self.tower = Trunk(arch.vision, arch.blocks, attention=attention, **types)
         self.head = HEAD_MODULES[arch.head](arch.features, dropout=arch.dropout, **types)
 
     def __call__(self, images: Array) -> Array:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as wrapper
 
+from icar_jax.convert.stablehlo import export_programs
 from icar_jax.errors import ModelError
 from icar_jax.models import fused_attention, ops
 from icar_jax.models.fused_attention import cudnn_obstacle
@@ -257,3 +258,10 @@ def test_a_symbolic_batch_keeps_xlas_attention(hopper):
     (batch,) = jax.export.symbolic_shape("batch")
     args = [jax.ShapeDtypeStruct((batch, 16, 4, 64), BF16)] * 3
     jax.export.export(jax.jit(ops.attention), platforms=("cpu", "cuda"))(*args)
+
+
+def test_exported_programs_have_xlas_attention(hopper, shared_bundle, tmp_path):
+    """A call of cuDNN has no promise of compatibility, and JAX cannot lower it for several platforms at once."""
+    export_programs(shared_bundle, tmp_path / "out", platforms=("cpu", "cuda"), batch=2, dtype="bfloat16")
+    for file in (tmp_path / "out").glob("*.stablehlo"):
+        assert b"cudnn" not in file.read_bytes(), file.name
