@@ -4,8 +4,8 @@ from __future__ import annotations
 
 # {top-level module: extra of pyproject.toml}
 EXTRAS = {
-    "array_record": "train", "cloudpickle": "train", "grain": "train", "matplotlib": "train", "ml_collections": "train",
-    "optax": "train", "orbax": "train", "tensorflow_datasets": "train",
+    "array_record": "train", "cloudpickle": "train", "grain": "train", "jinja2": "train", "matplotlib": "train",
+    "ml_collections": "train", "optax": "train", "orbax": "train", "tensorflow_datasets": "train",
     "pyarrow": "tables",
     "fastapi": "search", "lancedb": "search", "multipart": "search", "prometheus_client": "search", "uvicorn": "search",
     "tensorboardX": "tensorboard",

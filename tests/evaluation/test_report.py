@@ -1,4 +1,4 @@
-"""The report page is complete, self-contained and escaped, and fits the window of a real browser."""
+"""The report page (page.html.j2, page.css) is complete, self-contained and escaped, and fits the window of a real browser."""
 
 import html
 import io
@@ -28,8 +28,8 @@ from icar_jax.evaluation.records.retrieval import (
     RetrievalEvaluation,
     Run,
 )
-from icar_jax.evaluation.report import page as report_page
 from icar_jax.evaluation.report import report, report_figures
+from icar_jax.evaluation.report.page import RankDrop
 from icar_jax.evaluation.routing import timing
 from icar_jax.evaluation.routing.gallery import Evidence, Gallery
 
@@ -143,7 +143,11 @@ def test_every_run_has_a_row_and_headers_have_scopes(page):
 
 def test_no_external_resources_and_no_unescaped_text(page, made):
     text, reader = page
-    assert "<script" not in text and html.escape(EVIL, quote=True) in text
+    assert "<script" not in text
+    for what in ("run", "pictures", "A note"):  # the title, the source and the notes
+        assert any(f"{what} {EVIL}" in word for word in reader.words), what
+    drops = [attrs["alt"] for tag, attrs in reader.tags if tag == "img" and attrs["alt"].startswith("image ")]
+    assert drops and all(alt.endswith(f"{EVIL}.jpg") for alt in drops)
     for _, attrs in reader.tags:
         for key in ("src", "href", "srcset"):
             assert attrs.get(key, "data:").startswith("data:")
@@ -238,9 +242,10 @@ def test_in_a_real_browser(made, tmp_path, width):
     assert len(papers) == 2, "light and dark look the same"
 
 
-def test_an_unreadable_thumbnail_is_marked():
-    fall = report_page.RankDrop("a", None, "q", 1, 9, 2, None)
-    assert "unreadable" in report_page.rank_drops([fall])
+def test_an_unreadable_thumbnail_is_marked(made):
+    falls = [RankDrop("a", None, "q", 1, 9, 2, None), RankDrop("b", b"JPEG", "q", 1, 9, 2, 0.5)]
+    text = report._page(made[0], [], falls, "run").render()
+    assert text.count("<span>unreadable</span>") == text.count('<img alt="image b"') == 1 and '"image a"' not in text
 
 
 def test_svg_is_the_same_every_time(made):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +15,13 @@ from icar_jax.data.records import Source
 from icar_jax.evaluation.metrics.bootstrap import Interval
 from icar_jax.evaluation.metrics.retrieval import DIRECTIONS, RECALL_AT, Ranks
 from icar_jax.evaluation.records.retrieval import RetrievalEvaluation, Run
-from icar_jax.evaluation.report import page as html
 from icar_jax.evaluation.report import report_figures as drawn
 from icar_jax.evaluation.report import table
 from icar_jax.evaluation.report.figures import exit_label
-from icar_jax.evaluation.report.page import text
+from icar_jax.evaluation.report.page import Page, Picture, RankDrop, Row, Table
 from icar_jax.evaluation.report.verdicts import verdicts
 from icar_jax.evaluation.routing.gallery import Evidence
+from icar_jax.evaluation.routing.timing import Timing
 
 RANK_DROPS = 12  # number of images shown with the largest rank drops
 _THUMBNAIL = (176, 176)  # pixels
@@ -43,44 +43,25 @@ def write_report(record: RetrievalEvaluation, evidence: Evidence, source: Source
     for name, picture, draw in _figures(record, evidence):
         workdir.write_bytes(folder / "figures" / f"{name}.png", drawn.render(draw, drawn.LIGHT, "png"))
         light, dark = (drawn.render(draw, theme, "svg") for theme in (drawn.LIGHT, drawn.DARK))
-        pictures.append(html.Picture(*picture, light, dark))
+        pictures.append(Picture(*picture, light, dark))
     worst = _rank_drops(evidence, source)
-    workdir.write_text(folder / "index.html", _page(record, pictures, worst, title))
+    workdir.write_text(folder / "index.html", _page(record, pictures, worst, title).render())
     return folder / "index.html"
 
 
-def _page(record: RetrievalEvaluation, pictures: Sequence[html.Picture], worst: Sequence[html.RankDrop], title: str) -> str:
-    gallery, queries = record.gallery, record.gallery.queries
-    far = f", {text(gallery.distractors)} as distractors" if gallery.distractors else ""
-    lead = (
-        f"<p>Queries: {queries.images:,} images and {queries.captions:,} captions of "
-        f"{text(gallery.source)}. Gallery: {gallery.images:,} images and {gallery.captions:,} "
-        f"captions{far}.</p>"
-        f"{html.cards(_cards(record))}"
+def _page(record: RetrievalEvaluation, pictures: Sequence[Picture], worst: Sequence[RankDrop], title: str) -> Page:
+    return Page(
+        title=f"Evaluation of {title}",
+        gallery=record.gallery,
+        cards=_cards(record),
+        findings=[*verdicts(record), *record.notes],
+        runs=_runs_table(record),
+        more=_more_tables(record),
+        pictures=pictures,
+        stages=_stages_table(record.timing),
+        stage_notes=_stage_notes(record),
+        rank_drops=worst,
     )
-    sections = [
-        html.section("Findings", html.sentences([*verdicts(record), *record.notes])),
-        html.section(
-            "Runs", html.table(_runs_table(record)) + _more_tables(record),
-            "R@K: percent of queries with a correct item in the top K. R@5 kept: R@5, mean of both directions, in percent of "
-            "full depth, with its 95% interval. Costs are in percent of full depth.",
-        ),
-        html.section(
-            "Retention and cost", html.figures(pictures),
-            "Small dots: a sweep of other thresholds on the evaluated images, for orientation only. The thresholds of the runs "
-            "were chosen on calibration images.",
-        ),
-    ]  # fmt: skip
-    sections.append(html.section("Time per stage", _timing(record)))
-    if worst:
-        sections.append(
-            html.section(
-                "Largest rank drops at early exits", html.rank_drops(worst),
-                "Images that left early and lost the most ranks for one of their queries: rank at full depth, then here.",
-            )
-        )  # fmt: skip
-    foot = "95% bootstrap intervals over images with all their captions, paired between runs. All numbers: metrics.json."
-    return html.page(f"Evaluation of {title}", sections, lead, f"<p>{foot}</p>")
 
 
 def _cards(record: RetrievalEvaluation) -> list[tuple[str, str, str]]:
@@ -108,84 +89,74 @@ def _cards(record: RetrievalEvaluation) -> list[tuple[str, str, str]]:
     return made
 
 
-def _name(name: str) -> str:
-    about = _ABOUT.get(name) or _ABOUT.get(name.partition("_")[0], "")
-    return f"{text(exit_label(name))}<small>{text(about)}</small>"
+def _row(name: str, cells: Sequence[str | Interval | None | Mapping[int, float]]) -> Row:
+    return Row(exit_label(name), _ABOUT.get(name) or _ABOUT.get(name.partition("_")[0], ""), cells)
 
 
-def _runs_table(record: RetrievalEvaluation) -> html.Table:
+def _runs_table(record: RetrievalEvaluation) -> Table:
     runs, rows = record.runs, []
     ks = "/".join(map(str, RECALL_AT))
     for name in table.run_order(runs):
         run = runs[name]
         measured, speed = drawn.share_of_full(runs, name, "measured"), run.images_per_s
-        cells = ["/".join(f"{run.metrics(d)[f'r{k}']:.1f}" for k in RECALL_AT) for d in DIRECTIONS]
-        cells.append(_interval(run.retention))
-        cells.append(f"{100 * drawn.share_of_full(runs, name, 'counted'):.0f}%")
-        cells.append("–" if measured is None else f"{100 * measured:.0f}%")
-        cells.append("–" if speed is None else f"{speed:,.0f}")
-        rows.append((_name(name), [*cells, html.bar(run.share)]))
-    head = ["run", *(f"{_WORDS[d]}<br>R@{ks}, %" for d in DIRECTIONS), "R@5 kept, %", "counted<br>FLOPs", "measured<br>time"]
-    return html.Table("Runs", [*head, "images/s", "blocks: share of images"], rows)
+        recalls = ["/".join(f"{run.metrics(d)[f'r{k}']:.1f}" for k in RECALL_AT) for d in DIRECTIONS]
+        counted = f"{100 * drawn.share_of_full(runs, name, 'counted'):.0f}%"
+        timed = ["–" if measured is None else f"{100 * measured:.0f}%", "–" if speed is None else f"{speed:,.0f}"]
+        rows.append(_row(name, [*recalls, run.retention, counted, *timed, run.share]))
+    head = ["run", *(f"{_WORDS[d]}\nR@{ks}, %" for d in DIRECTIONS), "R@5 kept, %", "counted\nFLOPs", "measured\ntime"]
+    return Table("Runs", [*head, "images/s", "blocks: share of images"], rows)
 
 
-def _more_tables(record: RetrievalEvaluation) -> str:
+def _more_tables(record: RetrievalEvaluation) -> list[tuple[str, list[Table]]]:
+    """Returns tables of ranks and category metrics per direction, and of the retention of every metric."""
     runs = record.runs
     order = table.run_order(runs)
     labelled = [m for m in runs["full"].text_to_image if m.startswith("map")]
-    made = []
     ranked = "Ranks" + (" and category level (mAP, %)" if labelled else "")
     names = {"median_rank": "median rank", "mean_rank": "mean rank"} | {m: _map_name(m) for m in labelled}
+    by_direction = []
     for direction in DIRECTIONS:
-        shown = [m for m in names if m in runs["full"].metrics(direction)]
-        rows = [(_name(n), [f"{runs[n].metrics(direction)[m]:,.1f}" for m in shown]) for n in order]
-        head = [_WORDS[direction], *(names[m] for m in shown)]
-        made.append(html.table(html.Table(f"{ranked}, {_WORDS[direction]}", head, rows)))
-    found = html.details(ranked, "".join(made))
+        rows = [_row(n, [f"{runs[n].metrics(direction)[m]:,.1f}" for m in names]) for n in order]
+        by_direction.append(Table(f"{ranked}, {_WORDS[direction]}", [_WORDS[direction], *names.values()], rows))
     kept = [*(f"r{k}" for k in RECALL_AT), *labelled]
-    rows = [(_name(n), [_kept(runs[n], m) for m in kept]) for n in order]
+    rows = [_row(n, [_kept(runs[n], m) for m in kept]) for n in order]
     head = ["retention, %", *(f"R@{m[1:]}" if m[0] == "r" else _map_name(m) for m in kept)]
-    return found + html.details("Retention of every metric, with intervals", html.table(html.Table("Retention", head, rows)))
+    return [(ranked, by_direction), ("Retention of every metric, with intervals", [Table("Retention", head, rows)])]
 
 
 def _map_name(metric: str) -> str:
     k, _, kind = metric.removeprefix("map").partition("_")
-    return f"mAP@{k}" + (f"<br>{kind}" if kind else "")
+    return f"mAP@{k}" + (f"\n{kind}" if kind else "")
 
 
-def _kept(run: Run, metric: str) -> str:
+def _kept(run: Run, metric: str) -> str | Interval | None:
     found = run.intervals["mean"].get(metric)
-    return _interval(found.retention) if found else "–"
+    return found.retention if found else "–"
 
 
-def _interval(found: Interval | None) -> str:
-    if found is None:
-        return "undefined"
-    return f'{found.value:.1f} <small class="i">[{found.low:.1f}, {found.high:.1f}]</small>'
-
-
-def _timing(record: RetrievalEvaluation) -> str:
-    t, rows = record.timing, []
+def _stages_table(t: Timing) -> Table:
     parts = [
-        ("decode", t.decode_ms, "one thread; for scenes, drawing"),
-        ("preprocessing", t.preprocess_ms, "resizing for every model, one thread"),
-        ("router", t.router_ms, "complexity score"),
-        *((f"tower, {e} blocks", ms, "image embedding") for e, ms in sorted(t.tower_ms.items())),
-        ("padding", t.padding.ms if t.padding else None, "padding rows computed by routing"),
-        ("text, per caption", t.text_ms, "text embedding"),
+        ("decode", "one thread; for scenes, drawing", t.decode_ms),
+        ("preprocessing", "resizing for every model, one thread", t.preprocess_ms),
+        ("router", "complexity score", t.router_ms),
+        *((f"tower, {e} blocks", "image embedding", ms) for e, ms in sorted(t.tower_ms.items())),
+        ("padding", "padding rows computed by routing", t.padding.ms if t.padding else None),
+        ("text, per caption", "text embedding", t.text_ms),
     ]
-    for name, ms, about in parts:
-        if ms is not None:
-            rows.append((f"{text(name)}<small>{text(about)}</small>", [f"{ms:.3g}", f"{1000 / ms:,.0f}" if ms else "–"]))
-    made = html.table(html.Table("Time per stage", ["stage", "ms", "per second"], rows))
+    rows = [Row(name, about, [f"{ms:.3g}", f"{1000 / ms:,.0f}" if ms else "–"]) for name, about, ms in parts if ms is not None]
+    return Table("Time per stage", ["stage", "ms", "per second"], rows)
+
+
+def _stage_notes(record: RetrievalEvaluation) -> list[str]:
+    t, notes = record.timing, []
     if t.compile_s is not None:
-        made += f"<p>Compilation, not included: {t.compile_s:.1f} s for {t.programs} programs.</p>"
+        notes.append(f"Compilation, not included: {t.compile_s:.1f} s for {t.programs} programs.")
     flops = record.flops.exits
     pairs = [f"{e} blocks {f.counted / 1e9:.3g} ({f.compiler / 1e9:.3g})" for e, f in flops.items() if f.compiler]
     if pairs:
         what = "Counted GFLOPs per image (in brackets: XLA's count, which includes norms and softmax)"
-        made += f"<p>{what}: {', '.join(pairs)}.</p>"
-    return made
+        notes.append(f"{what}: {', '.join(pairs)}.")
+    return notes
 
 
 def _figures(record: RetrievalEvaluation, evidence: Evidence):
@@ -250,7 +221,7 @@ def _changes(run: Ranks, full: Ranks, images: np.ndarray) -> np.ndarray:
     ])  # fmt: skip
 
 
-def _rank_drops(evidence: Evidence, source: Source) -> list[html.RankDrop]:
+def _rank_drops(evidence: Evidence, source: Source) -> list[RankDrop]:
     """Returns the images with the largest rank drops at early exits, worst first, each with its worst query."""
     early = [name for name in evidence.ranks if name.startswith("exit_")]
     name = "routed" if "routed" in evidence.ranks else min(early, key=table.exit_depth, default=None)
@@ -274,9 +245,7 @@ def _rank_drops(evidence: Evidence, source: Source) -> list[html.RankDrop]:
         score = float(gallery.scores[i]) if gallery.scores is not None else None
         thumbnail = _thumbnail(source, int(gallery.index[i]))
         found.append(
-            html.RankDrop(
-                gallery.names[i], thumbnail, shown, int(before), int(after), int(evidence.exits[name][i]), score, q < 0
-            )
+            RankDrop(gallery.names[i], thumbnail, shown, int(before), int(after), int(evidence.exits[name][i]), score, q < 0)
         )
     return found
 
