@@ -1,5 +1,6 @@
 """What is kept between runs in the user's folder."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,9 @@ import time
 import pytest
 
 from icar_jax import program_cache
+from tests.support.places import ROOT
+from tests.support.programs import FLAGS
+from tests.support.serverkit import draw
 
 PROGRAM = """
 import sys
@@ -123,3 +127,23 @@ def test_the_users_folder(monkeypatch):
     assert str(program_cache.user_folder()) == "/h/.cache/icar_jax"
     monkeypatch.setenv("ICAR_JAX_CACHE", "OFF")
     assert program_cache.user_folder() is None
+
+
+@pytest.mark.check
+def test_the_second_start_of_a_command_compiles_nothing(tmp_path):
+    gallery = draw(tmp_path / "pictures", 6)[0].parent
+    env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    env["ICAR_JAX_CACHE"] = str(tmp_path / "cache")
+    bundle = ROOT / "tests" / "fixtures" / "format_1" / "bundle_blocks"
+    train = [*FLAGS, "--config.train.steps=2", "--config.train.eval_every=0"]
+    for attempt in ("first", "second"):
+        folder = tmp_path / attempt
+        commands = {
+            "index": ["index", str(gallery), "--store", str(folder / "store"), "--checkpoint", str(bundle)],
+            "train": ["train", *train, f"--workdir={folder / 'run'}"],
+        }
+        for name, words in commands.items():
+            profile = ["--profile", str(folder / name)] if name == "index" else [f"--profile={folder / name}"]
+            subprocess.run([sys.executable, "-m", "icar_jax.cli", *words, *profile], env=env, check=True, timeout=600, cwd=ROOT)
+            found = json.loads((folder / name / "summary.json").read_text())["compile"]
+            assert found["programs"] >= 4 and found["from_cache"] == (found["programs"] if attempt == "second" else 0), name
