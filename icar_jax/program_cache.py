@@ -69,9 +69,7 @@ def enable() -> Path | None:
     """
     if _configured() or _several_cpu_devices():
         return None
-    root = user_folder()
-    folder = root / "programs" / _version() if root is not None else None
-    if folder is None or not is_private(folder):
+    if (root := user_folder()) is None or not is_private(folder := root / "programs" / _version()):
         return None
     _prune(root / "programs")
     settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0}
