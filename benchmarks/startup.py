@@ -1,9 +1,10 @@
 """How long commands take to start, and how much of the towers' speed is left from end to end.
 
-    make demo && python benchmarks/startup.py workdir/demo [--before PYTHON] [--json FILE]
+    make demo && python benchmarks/startup.py workdir/demo [--before PYTHON] [--photos FOLDER --checkpoint C] [--json FILE]
 
 Times whole processes: cold with an empty cache of compiled programs, warm with the one that the cold run has filled. --before
-names the interpreter of another installation of icar_jax, which takes turns with this one in the same run.
+names the interpreter of another installation of icar_jax, which takes turns with this one in the same run. --photos compares
+the speed over files with that of the towers alone on other images than the demo's, with another model.
 """
 
 from __future__ import annotations
@@ -33,21 +34,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demo", type=Path, help="folder of a finished demo")
     parser.add_argument("--before", metavar="PYTHON", help="interpreter of another installation to compare with")
+    parser.add_argument("--photos", type=Path, metavar="FOLDER", help="images of the second measurement (the demo's)")
+    parser.add_argument("--checkpoint", type=Path, metavar="C", help="model of the second measurement (the demo's)")
+    parser.add_argument("--only-speed", action="store_true", help="only the second measurement")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
     args = parser.parse_args()
     pythons = ({"before": args.before} if args.before else {}) | {"now": sys.executable}
     with tempfile.TemporaryDirectory(prefix="icar-startup-") as folder:
         benches = {name: Bench(python, args.demo.resolve(), Path(folder) / name) for name, python in pythons.items()}
         rows = {}
-        for title, run, repeats in CASES:
+        for title, run, repeats in () if args.only_speed else CASES:
             taken: dict[str, list[float]] = {name: [] for name in benches}
             for _ in range(repeats):
                 for name, bench in benches.items():
                     taken[name].append(run(bench))
             rows[title] = {name: statistics.median(seconds) for name, seconds in taken.items()}
             print(title, {name: round(seconds, 2) for name, seconds in rows[title].items()}, file=sys.stderr, flush=True)
-        speed = json.loads(benches["now"].output("-c", SPEED, str(args.demo / "bundle"), str(args.demo / "gallery"), folder))
-    _print(rows, speed)
+        model, photos = args.checkpoint or args.demo / "bundle", args.photos or args.demo / "gallery"
+        speed = json.loads(benches["now"].output("-c", SPEED, str(model.resolve()), str(photos.resolve()), folder))
+    if rows:
+        _print(rows)
+    share = speed["files"] / speed["towers"]
+    print(f"From files: {speed['files']:.1f} images/s, {share:.2f} of the {speed['towers']:.1f} of the towers alone")
     if args.json:
         about = {"benchmark": "startup", "cpus": os.cpu_count(), "seconds": rows, "images_per_s": speed}
         args.json.write_text(json.dumps(about, indent=2) + "\n")
@@ -132,31 +140,29 @@ CASES: Sequence[tuple[str, Any, int]] = (
     ("icar train, one step, warm", Bench.train, 2),
 )
 
-# Images/s of a bundle over images in memory and over files, taking turns; compiled before.
+# Images/s of a model over the first 512 images in memory and over the same files, taking turns; compiled before.
 SPEED = """
 import json, statistics, sys, time
-from pathlib import Path
 import icar_jax
-from icar_jax.data.images import decode
-from icar_jax.inference.files.embedding import embed_files
 from icar_jax.data.sources.files import ImagePaths
+from icar_jax.inference.files.embedding import embed_files
 model = icar_jax.load(sys.argv[1])
-files = [str(file) for file in sorted(Path(sys.argv[2]).rglob("*.png"))]
-model.warm_up()
+files = [path for path, _ in zip(ImagePaths([sys.argv[2]]), range(512))]
+exit = None if model.thresholds else model.exits[-1]
+model.warm_up_embed(exit)
 batches = list(model._prepare(files, model.preprocesses))
 found = {"towers": [], "files": []}
-for i in range(5):
+for i in range(3):
     start = time.perf_counter()
-    model.embed(batches)
+    model.embed(batches, exit=exit)
     found["towers"].append(len(files) / (time.perf_counter() - start))
-    start = time.perf_counter()
-    embed_files(model, ImagePaths([sys.argv[2]]), f"{sys.argv[3]}/corpus{i}")
-    found["files"].append(len(files) / (time.perf_counter() - start))
+    done = embed_files(model, ImagePaths(files), f"{sys.argv[3]}/corpus{i}")
+    found["files"].append(len(files) / done.seconds)
 print(json.dumps({name: statistics.median(values) for name, values in found.items()}))
 """
 
 
-def _print(rows: dict[str, dict[str, float]], speed: dict[str, float]) -> None:
+def _print(rows: dict[str, dict[str, float]]) -> None:
     names = list(next(iter(rows.values())))
     table = Table(title="Seconds from start to end of a process")
     for header in ("", *names, *(["now / before"] if len(names) > 1 else [])):
@@ -165,8 +171,6 @@ def _print(rows: dict[str, dict[str, float]], speed: dict[str, float]) -> None:
         ratio = [f"{taken['now'] / taken['before']:.2f}"] if len(names) > 1 else []
         table.add_row(title, *(f"{taken[name]:.2f}" for name in names), *ratio)
     Console(width=100).print(table)
-    share = speed["files"] / speed["towers"]
-    print(f"From files: {speed['files']:.0f} images/s, {share:.2f} of the {speed['towers']:.0f} of the routed towers alone")
 
 
 if __name__ == "__main__":
