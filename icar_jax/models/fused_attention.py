@@ -127,60 +127,77 @@ def _one_batch(function: Callable[..., Any]) -> Callable[..., Any]:
 
 # --- kernels with a derivative of their own ----------------------------------------------------------------------------------
 
-# (q, k, v, causal, length) -> output; tokens from `length` on are padding, None: there is none.
-Call = Callable[[Array, Array, Array, bool, int | None], Array]
+
+@dataclass(frozen=True)
+class Layout:
+    """How a kernel takes its arrays: `lift` pads and reorders one array [B, L, H, K], `restore` undoes it for L tokens."""
+
+    lift: Callable[[Array], Array]
+    restore: Callable[[Array, int], Array]
+    prepare: Callable[[Array], Array] = lambda q: q  # linear map of q before `lift`
 
 
-def reverse_kernel(platform: str, call: Call, multiple: int) -> Kernel:
-    """Returns the kernel of a `call` that `jax.vjp` can differentiate once, for lengths that are a multiple of `multiple`.
+# (q, k, v, causal, length) -> output, arrays as of `Layout.lift`; tokens from `length` on are padding.
+Call = Callable[..., Array]
 
-    Only training is padded to such a length. The arrays saved for the backward pass are leaves of the function that `jax.vjp`
-    returns, which is a pytree; so the forward pass is not repeated, and no private name of JAX is needed.
+
+def reverse_kernel(platform: str, call: Call, layout: Layout, value: Formula | None = None) -> Kernel:
+    """Returns the kernel of a `call` that `jax.vjp` can differentiate once; undifferentiated it is `value` (None: `call`).
+
+    The arrays saved for the backward pass are leaves of the function that `jax.vjp` returns, which is a pytree; so the forward
+    pass is not repeated, and no private name of JAX is needed.
     """
 
-    def padded(x: Array) -> Array:
-        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)))
+    def lifted(q: Array, k: Array, v: Array) -> Arrays:
+        return layout.lift(layout.prepare(q)), layout.lift(k), layout.lift(v)
 
-    def pulled(q: Array, k: Array, v: Array, causal: bool) -> tuple[Array, list, Any, list[int], list[int]]:
+    def pulled(args: Arrays, causal: bool, length: int) -> tuple[Array, list, Any, list[int], list[int]]:
         """Output, leaves of the backward pass and their structure, places of the output and of other saved floats in them."""
-        length, args = q.shape[1], [padded(x) for x in (q, k, v)]
-        out, pull = jax.vjp(lambda q, k, v: call(q, k, v, causal, length if length % multiple else None), *args)
+        out, pull = jax.vjp(lambda q, k, v: call(q, k, v, causal, length), *args)
         leaves, tree = jax.tree.flatten(pull)
         outs = [i for i, leaf in enumerate(leaves) if leaf is out]
         known = {*outs, *(i for i, leaf in enumerate(leaves) if any(leaf is x for x in args))}
         floats = [i for i, leaf in enumerate(leaves) if leaf.size and jnp.issubdtype(leaf.dtype, jnp.floating)]
         return out, leaves, tree, outs, [i for i in floats if i not in known]
 
-    def value(q: Array, k: Array, v: Array, causal: bool) -> Array:
-        return call(q, k, v, causal, None)
+    def own_value(q: Array, k: Array, v: Array, causal: bool) -> Array:
+        return layout.restore(call(*lifted(q, k, v), causal, q.shape[1]), q.shape[1])
 
     def forward(q: Array, k: Array, v: Array, causal: bool) -> Arrays:
-        out, leaves, _, _, others = pulled(q, k, v, causal)
-        return (out[:, : q.shape[1]], *(leaves[i] for i in others))
+        out, leaves, _, _, others = pulled(lifted(q, k, v), causal, q.shape[1])
+        return (layout.restore(out, q.shape[1]), *(leaves[i] for i in others))
 
     def backward(q: Array, k: Array, v: Array, out: Array, *rest: Array, causal: bool) -> Arrays:
         *saved, g = rest
+        args, pull_lifted = jax.vjp(lifted, q, k, v)
         # The forward pass traced here only gives the structure: everything that it computes is replaced, and so removed.
-        _, leaves, tree, outs, others = pulled(q, k, v, causal)
-        for i, value in (*((i, padded(out)) for i in outs), *zip(others, saved, strict=True)):
-            leaves[i] = value
-        return tuple(x[:, : q.shape[1]] for x in jax.tree.unflatten(tree, leaves)(padded(g)))
+        _, leaves, tree, outs, others = pulled(args, causal, q.shape[1])
+        for i, leaf in (*((i, layout.lift(out)) for i in outs), *zip(others, saved, strict=True)):
+            leaves[i] = leaf
+        return pull_lifted(jax.tree.unflatten(tree, leaves)(layout.lift(g)))
 
-    return Kernel(platform, value, forward, backward)
+    return Kernel(platform, value or own_value, forward, backward)
 
 
 # --- cuDNN -------------------------------------------------------------------------------------------------------------------
 
 
-def _cudnn_call(q: Array, k: Array, v: Array, causal: bool, length: int | None) -> Array:
-    lengths = None if length is None else jnp.full(q.shape[:1], length, jnp.int32)
+def _cudnn_value(q: Array, k: Array, v: Array, causal: bool) -> Array:
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+
+
+def _cudnn_call(q: Array, k: Array, v: Array, causal: bool, length: int) -> Array:
+    if length == q.shape[1]:
+        return _cudnn_value(q, k, v, causal)
+    lengths = jnp.full(q.shape[:1], length, jnp.int32)
     return jax.nn.dot_product_attention(
         q, k, v, is_causal=causal, implementation="cudnn", query_seq_lengths=lengths, key_value_seq_lengths=lengths
     )
 
 
 # JAX (0.10 and 0.11) refuses odd lengths in training, for cuDNN would need even ones if there was a bias.
-CUDNN = reverse_kernel("cuda", _cudnn_call, multiple=2)
+EVEN = Layout(lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))), lambda x, length: x[:, :length])
+CUDNN = reverse_kernel("cuda", _cudnn_call, EVEN, _cudnn_value)
 
 
 def cudnn_obstacle(dtype: Any, head_dim: int, lengths: tuple[int, int], capability: Capability | None) -> str:

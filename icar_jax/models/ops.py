@@ -18,6 +18,7 @@ from jax import lax
 from icar_jax.errors import ModelError
 from icar_jax.models import fused_attention
 from icar_jax.models.autodiff import Derivatives, present_sum, with_derivatives
+from icar_jax.models.splash_attention import splash_kernel
 
 Array = jax.Array
 DType = Any
@@ -181,19 +182,37 @@ def xla_attention(q: Array, k: Array, v: Array, *, causal: bool = False, dtype: 
     return jnp.swapaxes(out, 1, 2)
 
 
-def _attention_formula(q: Array, k: Array, v: Array, causal: bool) -> Array:
+def attention_formula(q: Array, k: Array, v: Array, causal: bool) -> Array:
+    """`xla_attention` as a formula of `fused_attention`."""
     return xla_attention(q, k, v, causal=causal)
 
 
-_cudnn_attention = fused_attention.fused(fused_attention.CUDNN, _attention_formula)
+_cudnn_attention = fused_attention.fused(fused_attention.CUDNN, attention_formula)
+
+
+_splash_attention = fused_attention.fused(splash_kernel(), attention_formula)
 
 
 def cudnn_attention(q: Array, k: Array, v: Array, *, causal: bool = False, dtype: DType = None) -> Array:
-    """`attention` by cuDNN's fused kernel. Raises ModelError where it cannot be used, see `fused_attention.cudnn_obstacle`."""
+    """`attention` by cuDNN's fused kernel; by `xla_attention` where q has another length than k and v, as in attention pools.
+
+    Raises ModelError where cuDNN cannot be used, see `fused_attention.cudnn_obstacle`.
+    """
     q, k, v = (t.astype(q.dtype if dtype is None else dtype) for t in (q, k, v))
+    if q.shape != k.shape:
+        return xla_attention(q, k, v, causal=causal)
     if obstacle := fused_attention.cudnn_obstacle_here(q, k, v):
         raise ModelError(f"cuDNN's attention cannot be used: {obstacle}; use icar_jax.models.ops.xla_attention")
     return _cudnn_attention(q, k, v, causal)
+
+
+def splash_attention(q: Array, k: Array, v: Array, *, causal: bool = False, dtype: DType = None) -> Array:
+    """`attention` by a fused kernel on TPU, also in encoding; by `xla_attention` on other platforms and in attention pools.
+
+    For one chip, or inside `jax.shard_map`: XLA cannot split the kernel over a mesh.
+    """
+    q, k, v = (t.astype(q.dtype if dtype is None else dtype) for t in (q, k, v))
+    return xla_attention(q, k, v, causal=causal) if q.shape != k.shape else _splash_attention(q, k, v, causal)
 
 
 def attention(q: Array, k: Array, v: Array, *, causal: bool = False, dtype: DType = None) -> Array:

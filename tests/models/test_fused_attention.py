@@ -1,6 +1,10 @@
 """Fused attention: every derivative through a kernel that has only reverse mode, the rules of cuDNN, programs for CUDA."""
 
+import importlib.util
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +14,12 @@ from jax._src.cudnn import fused_attention_stablehlo as wrapper
 
 from icar_jax.convert.stablehlo import export_programs
 from icar_jax.errors import ModelError
-from icar_jax.models import fused_attention, ops
-from icar_jax.models.fused_attention import cudnn_obstacle
+from icar_jax.models import fused_attention, ops, splash_attention
+from icar_jax.models.fused_attention import EVEN, cudnn_obstacle
+from icar_jax.models.mesh_attention import attention_on
 from icar_jax.models.transformer import Execution
 from icar_jax.models.vision import VisionArch, VisionTower
+from tests.support.places import ROOT
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 
@@ -26,8 +32,7 @@ def plain(q, k, v, causal, length):
     keep = jnp.ones(scores.shape[-2:], bool)
     if causal:
         keep = jnp.tril(keep)
-    if length is not None:
-        keep = keep & (jnp.arange(keep.shape[1]) < length)[None]
+    keep = keep & (jnp.arange(keep.shape[1]) < length)[None]
     weights = jax.nn.softmax(jnp.where(keep, scores, -1e30))
     return jnp.einsum("bhlm,bmhk->blhk", weights, v, precision="highest"), weights
 
@@ -39,7 +44,7 @@ def opaque(q, k, v, causal, length):
 
     def forward(q, k, v):
         assert even, "as cuDNN's wrapper, training takes only even lengths"
-        lengths = jnp.full(q.shape[:1], q.shape[1] if length is None else length, jnp.int32)
+        lengths = jnp.full(q.shape[:1], length, jnp.int32)
         weights = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1], q.shape[1]), q.dtype)
         run = lambda q, k, v: tuple(map(np.asarray, plain(*map(jnp.asarray, (q, k, v)), causal, length)))
         out, weights = jax.pure_callback(run, (shape, weights), q, k, v)
@@ -66,7 +71,7 @@ def formula(q, k, v, causal):
     return ops.xla_attention(q, k, v, causal=causal)
 
 
-attend = fused_attention.fused(fused_attention.reverse_kernel("cpu", opaque, multiple=2), formula)
+attend = fused_attention.fused(fused_attention.reverse_kernel("cpu", opaque, EVEN), formula)
 
 
 def drawn(shape, count=3, seed=0, dtype=F32):
@@ -123,7 +128,7 @@ def test_the_kernel_runs_once_forward_and_once_backward():
 
 
 def test_programs_for_other_platforms_contain_the_formula():
-    other = fused_attention.fused(fused_attention.reverse_kernel("cuda", opaque, multiple=2), formula)
+    other = fused_attention.fused(fused_attention.reverse_kernel("cuda", opaque, EVEN), formula)
     args = drawn((2, 5, 3, 4))
     close(jax.jit(lambda *a: other(*a, True))(*args), formula(*args, True))
     gradients = lambda function: jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(function(*a, True))), (0, 1, 2)))(*args)
@@ -265,3 +270,84 @@ def test_exported_programs_have_xlas_attention(hopper, shared_bundle, tmp_path):
     export_programs(shared_bundle, tmp_path / "out", platforms=("cpu", "cuda"), batch=2, dtype="bfloat16")
     for file in (tmp_path / "out").glob("*.stablehlo"):
         assert b"cudnn" not in file.read_bytes(), file.name
+
+
+# --- splash, the kernel for TPU ---
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_splash_computes_attention(causal):
+    """In plain operations on the CPU: pallas interprets the kernel."""
+    interpreted = fused_attention.fused(splash_attention.splash_kernel("cpu", interpret=True), formula)
+    args, g = drawn((2, 130, 2, 16)), drawn((2, 130, 2, 16), 1, seed=3)[0]
+    both = lambda function: jax.jit(
+        lambda *a: (lambda out, pull: (out, pull(g)))(*jax.vjp(lambda *a: function(*a, causal), *a))
+    )
+    found, expected = both(interpreted)(*args), both(formula)(*args)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3), found, expected)
+    close(jax.jit(lambda *a: interpreted(*a, causal))(*args), expected[0])
+
+
+@pytest.mark.parametrize("length, padded, block", [(128, 128, 128), (257, 384, 384), (1025, 1152, 384), (4096, 4096, 1024)])
+def test_splash_blocks_divide_the_padded_length(length, padded, block):
+    assert splash_attention.padded_length(length) == padded
+    assert splash_attention._mha(padded, 2, False, False).kwargs["block_sizes"].block_q == block
+
+
+def one_device():
+    """A sharding over batch and heads, on one CPU device."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "tensor"))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None, "tensor"))
+
+
+def test_splash_is_for_long_bidirectional_sequences_in_bf16():
+    place, faster = one_device(), splash_attention.splash_is_faster
+    q = jax.ShapeDtypeStruct((2, 257, 4, 64), BF16)
+    assert faster(q, q, False, place)
+    assert not faster(q, q, True, place)
+    assert not faster(jax.ShapeDtypeStruct((2, 1, 4, 64), BF16), q, False, place)
+    short, full = jax.ShapeDtypeStruct((2, 50, 4, 64), BF16), jax.ShapeDtypeStruct((2, 257, 4, 64), F32)
+    assert not faster(short, short, False, place) and not faster(full, full, False, place)
+
+
+def test_off_tpu_splash_is_xlas_and_a_mesh_changes_nothing():
+    assert attention_on(one_device()) is ops.attention
+    args = drawn((2, 9, 3, 8))
+    close(jax.jit(ops.splash_attention)(*args), ops.xla_attention(*args))
+    query = args[0][:, :1]
+    close(jax.jit(ops.splash_attention)(query, *args[1:]), ops.xla_attention(query, *args[1:]))
+
+
+TPU_PROGRAM = """
+import os, sys
+os.environ.update({"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
+os.environ.update({"TPU_ACCELERATOR_TYPE": "v5litepod-8"})
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from icar_jax.models.mesh_attention import attention_on
+
+devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices)
+mesh = Mesh(devices.reshape(2, 2), ("data", "tensor"))
+place = NamedSharding(mesh, P("data", None, "tensor"))
+attend = attention_on(place)
+loss = lambda q, k, v: attend(q, k, v, causal=False).astype(jnp.float32).sum()
+for length, expected in ((257, 3), (50, 0)):  # forward pass, and two kernels of the backward pass
+    args = [jax.ShapeDtypeStruct((4, length, 4, 64), jnp.bfloat16, sharding=place)] * 3
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*args).compile().as_text()
+    found = text.count('custom_call_target="tpu_custom_call"')
+    assert found == expected, (length, found)
+    assert "all-gather" not in text and "all-to-all" not in text
+    text = jax.jit(loss).lower(*args).compile().as_text()
+    assert "tpu_custom_call" not in text  # encoding
+print("compiled")
+"""
+
+
+@pytest.mark.check
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install libtpu")
+def test_training_programs_for_tpu_contain_splash():
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}  # libtpu does not know the flags of other tests
+    command = [sys.executable, "-c", TPU_PROGRAM]
+    found = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0 and "compiled" in found.stdout, found.stderr[-3000:]

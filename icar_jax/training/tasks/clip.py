@@ -9,16 +9,17 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from icar_jax import architectures, checkpoint, pytree
 from icar_jax.config import ConfigError, ExperimentConfig
 from icar_jax.data.records import Source
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.clip import Clip, ClipArch
+from icar_jax.models.mesh_attention import attention_on
 from icar_jax.models.ops import normalise
 from icar_jax.models.transformer import Execution, block_scales
-from icar_jax.parallel.mesh import batch_sharding
+from icar_jax.parallel.mesh import BATCH_AXES, batch_sharding
 from icar_jax.training import init_weights
 from icar_jax.training.losses import contrastive, ring
 from icar_jax.training.losses import exits as exit_losses
@@ -106,7 +107,9 @@ def _task(config: ExperimentConfig, arch: ClipArch, mesh: Mesh | None) -> Task:
     # Sharding constraint on the residual stream: without it XLA shards its width over fsdp inside a scan.
     sharding = batch_sharding(mesh) if mesh is not None else None
     dtype = jnp.dtype(config.train.dtype)
-    clip = Clip.graph(arch, execution=Execution(config.train.remat, config.train.scan_blocks, sharding), dtype=dtype)
+    attention = None if mesh is None else attention_on(NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, "tensor")))
+    execution = Execution(config.train.remat, config.train.scan_blocks, sharding)
+    clip = Clip.graph(arch, execution=execution, attention=attention, dtype=dtype)
     exits = arch.vision.all_exits
     weights = contrastive.exit_weights(config.loss.exit_weights, exits)
     preprocess = preprocess_of(config, arch.vision.image_size)
