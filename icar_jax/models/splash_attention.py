@@ -16,7 +16,7 @@ from icar_jax.models.fused_attention import Array, Kernel, Layout, reverse_kerne
 
 LANES = 128  # lengths and blocks are multiples of it
 LARGEST_BLOCK = 1024  # scores of one block, float32, must fit on the chip several times
-FASTER_FROM = 197  # tokens of a training step; estimated for v5e, docs/accelerator.md
+FASTER_FROM = 577  # tokens in training; estimated for v5e, docs/accelerator.md
 
 
 def padded_length(length: int) -> int:

@@ -147,7 +147,7 @@ def parse(text: str) -> Module:
     computations: dict[str, Computation] = {}
     entry, current = "", None
     partitions = re.search(r"num_partitions=(\d+)", text[: text.find("\n")])
-    for line in text.splitlines():
+    for line in _whole_lines(text):
         if not line.startswith(" "):
             header = _HEADER.match(line)
             current = Computation(header[2]) if header and not line.startswith("HloModule") else None
@@ -160,6 +160,22 @@ def parse(text: str) -> Module:
     if not entry:
         raise PlanError(f"the compiled program has no entry computation; its text starts with {text[:200]!r}")
     return Module(computations, entry, int(partitions[1]) if partitions else 1)
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """Yields the lines, those of one instruction as one: attributes of kernels contain line breaks."""
+    instruction = ""
+    for line in text.splitlines():
+        if instruction and line and not line.startswith((" ", "%", "ENTRY")) and line.strip() != "}":
+            instruction += line
+            continue
+        if instruction:
+            yield instruction
+        instruction = line if line.startswith(" ") else ""
+        if not instruction:
+            yield line
+    if instruction:
+        yield instruction
 
 
 def _instruction(line: str) -> Instruction:

@@ -74,6 +74,7 @@ class Plan:
     collectives: tuple[Collective, ...] = ()
     traffic_bytes: int = 0  # read from and written to the chip's memory
     cycles: int = 0  # the TPU compiler's estimate for all instructions in sequence; 0 for other compilers
+    kernels: int = 0  # runs of kernels that `cycles` leaves out
     unknown_loops: int = 0  # number of loops with unknown trip count, which are counted once
     error: str = ""  # error message of the compiler if the step does not fit
 
@@ -187,6 +188,7 @@ def _compile(made: Plan, step: Any, arguments: tuple[Any, ...]) -> Plan:
         collectives=cost.collectives(module),
         traffic_bytes=cost.memory_traffic(module),
         cycles=cost.cycles(module) if made.compiler == "TPU" else 0,
+        kernels=cost.kernels_without_estimate(module),
         unknown_loops=len(set(module.unknown_loops)),
     )
 

@@ -117,7 +117,9 @@ def _time_lines(made: Plan) -> list[str]:
         f"  {'bound':<20}{made.roofline_s:12.4f}: at most {made.batch_size / made.roofline_s:,.0f} pairs/s",
     ]
     if made.schedule_s:
-        lines.append(f"  {'compiler':<20}{made.schedule_s:12.4f}: sum of its cycle estimates at {chip.clock_hz / 1e9:g} GHz")
+        without = f", without {made.kernels} runs of attention kernels" if made.kernels else ""
+        estimates = f"sum of its cycle estimates at {chip.clock_hz / 1e9:g} GHz{without}"
+        lines.append(f"  {'compiler':<20}{made.schedule_s:12.4f}: {estimates}")
     return [
         *lines,
         f"ESTIMATE, not a measurement: {made.step_s:.3f} s per step, {made.pairs_per_s:,.0f} pairs/s on {made.devices} chips, "

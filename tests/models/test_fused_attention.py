@@ -302,11 +302,11 @@ def one_device():
 
 def test_splash_is_for_long_bidirectional_sequences_in_bf16():
     place, faster = one_device(), splash_attention.splash_is_faster
-    q = jax.ShapeDtypeStruct((2, 257, 4, 64), BF16)
+    q = jax.ShapeDtypeStruct((2, 577, 4, 64), BF16)
     assert faster(q, q, False, place)
     assert not faster(q, q, True, place)
     assert not faster(jax.ShapeDtypeStruct((2, 1, 4, 64), BF16), q, False, place)
-    short, full = jax.ShapeDtypeStruct((2, 50, 4, 64), BF16), jax.ShapeDtypeStruct((2, 257, 4, 64), F32)
+    short, full = jax.ShapeDtypeStruct((2, 576, 4, 64), BF16), jax.ShapeDtypeStruct((2, 577, 4, 64), F32)
     assert not faster(short, short, False, place) and not faster(full, full, False, place)
 
 
@@ -332,7 +332,7 @@ mesh = Mesh(devices.reshape(2, 2), ("data", "tensor"))
 place = NamedSharding(mesh, P("data", None, "tensor"))
 attend = attention_on(place)
 loss = lambda q, k, v: attend(q, k, v, causal=False).astype(jnp.float32).sum()
-for length, expected in ((257, 3), (50, 0)):  # forward pass, and two kernels of the backward pass
+for length, expected in ((577, 3), (257, 0)):  # forward pass, and two kernels of the backward pass
     args = [jax.ShapeDtypeStruct((4, length, 4, 64), jnp.bfloat16, sharding=place)] * 3
     text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*args).compile().as_text()
     found = text.count('custom_call_target="tpu_custom_call"')

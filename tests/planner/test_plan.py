@@ -180,7 +180,9 @@ def test_the_report_says_what_it_is():
     fits = plan_report.format_plan(made(temporaries=plans.GIB, unknown_loops=2), config_of(exits=(2, 4)))
     assert "total                           7.00 of 15.75 usable: fits" in fits
     assert "ESTIMATE, not a measurement: 1.000 s per step, 1,024 pairs/s on 8 chips, 100% of the bf16 peak" in fits
-    assert "2 loops with unknown trip count" in fits
+    assert "2 loops with unknown trip count" in fits and "cycle estimates" not in fits
+    kernels = plan_report.format_plan(made(cycles=int(6e9), kernels=72), config_of(exits=(2, 4)))
+    assert "4.0000: sum of its cycle estimates at 1.5 GHz, without 72 runs of attention kernels" in kernels
     too_large = plan_report.format_plan(
         made(error="RESOURCE_EXHAUSTED: (33.37G) exceeds", needed=int(33.37 * plans.GIB)), config_of()
     )

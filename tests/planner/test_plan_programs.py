@@ -95,6 +95,23 @@ def test_cycle_estimates_are_summed_over_turns():
     assert cost.cycles(hlo.parse(SCANNED)) == 24 * 1500
 
 
+def test_kernels_are_counted_and_their_line_breaks_end_no_computation():
+    kernel = (
+        'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={\n"xprof_metadata":"{}"\n'
+        '}}, metadata={op_name="splash"}'
+    )
+    module = program(
+        "%x = f32[8]{0} parameter(0)",
+        f"%a = (f32[8]{{0}}, f32[4]{{0}}) custom-call(%x), {kernel}",
+        "%b = f32[8]{0} get-tuple-element(%a), index=0, frontend_attributes={kernel_metadata={\n}}",
+        f"%c = f32[8]{{0}} custom-call(%b), {kernel}",
+        'ROOT %d = f32[8]{0} negate(%c), backend_config={"estimated_cycles":"7"}',
+    )
+    assert cost.kernels_without_estimate(module) == 2
+    assert cost.cycles(module) == 7 and cost.memory_traffic(module) == 4 * (8 + 8 + 4 + 8 + 8 + 8 + 8)
+    assert cost.kernels_without_estimate(hlo.parse(SCANNED)) == 0
+
+
 @pytest.mark.parametrize(
     "groups, size",
     [
