@@ -258,6 +258,12 @@ def read(folder: str | os.PathLike, kind: str) -> Checkpoint:
     return Checkpoint(folder, kind, description, params, tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None)
 
 
+def is_undamaged(folder: str | os.PathLike, description: Mapping[str, Any]) -> bool:
+    """Whether the files of a checkpoint have the hashes of its description."""
+    folder, hashes = Path(folder), description.get("hashes", {})
+    return all((folder / name).is_file() and program_cache.verified(folder / name, hashes[name], sha256) for name in hashes)
+
+
 def identity(description: Mapping[str, Any]) -> str:
     """Returns the hex SHA-256 of everything that determines a model's output: weights, architecture and preprocessing."""
     what = {key: description.get(key) for key in ("kind", "arch", "preprocess")}

@@ -84,6 +84,12 @@ def enable() -> Path | None:
     return folder
 
 
+def file(name: str) -> Path | None:
+    """A file of this version and processor beside the programs; None if nothing is kept."""
+    root = user_folder()
+    return root / "programs" / _version() / name if root is not None and is_private(root / "programs" / _version()) else None
+
+
 def _configured() -> bool:
     """Whether there is a cache already, of the user or from an earlier call."""
     jax = sys.modules.get("jax")

@@ -37,6 +37,10 @@ class Programs:
         """The program `name`, equal to fn(params, batch); `rows` has the shape and dtype of a row of the batch."""
         return fn
 
+    def file(self, name: str) -> Path | None:
+        """The file of a program; None if there is none."""
+        return None
+
 
 class WrittenPrograms(Programs):
     """Programs of a folder; a function that is not among them is traced."""
@@ -45,14 +49,17 @@ class WrittenPrograms(Programs):
         self._folder = folder
 
     def use(self, name: str, fn: Callable, params: Any, rows: Any) -> Callable:
-        file = self._folder / f"{name}{SUFFIX}"
-        if not file.is_file():
+        if (file := self.file(name)) is None:
             return fn
         try:
             return jax.export.deserialize(bytearray(file.read_bytes())).call
         except Exception as error:  # damaged, or of a version of JAX that this one cannot read
             logging.warning("%s is not used: it cannot be read (%s); make it again with `icar compile`", file, error)
             return fn
+
+    def file(self, name: str) -> Path | None:
+        file = self._folder / f"{name}{SUFFIX}"
+        return file if file.is_file() else None
 
 
 class ExportedPrograms(Programs):
@@ -77,9 +84,9 @@ class ExportedPrograms(Programs):
         about = {"version": VERSION, "identity": dict(identity), "dtype": dtype, "platforms": list(platforms)}
         made = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=checkpoint))
         try:
-            for name, (fn, params, rows) in self._functions.items():
+            for name in self._functions:
                 say(name)
-                (made / f"{name}{SUFFIX}").write_bytes(_exported(fn, params, rows, platforms))
+                (made / f"{name}{SUFFIX}").write_bytes(self.exported(name, platforms))
             (made / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
             made.chmod(0o755)
             if (checkpoint / FOLDER).exists():
@@ -89,12 +96,13 @@ class ExportedPrograms(Programs):
             shutil.rmtree(made, ignore_errors=True)
         return sorted((checkpoint / FOLDER).iterdir())
 
-
-def _exported(fn: Callable, params: Any, rows: Any, platforms: Sequence[str]) -> bytes:
-    (batch,) = jax.export.symbolic_shape("batch")
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    batches = jax.tree.map(lambda row: jax.ShapeDtypeStruct((batch, *row.shape), row.dtype), rows)
-    return bytes(jax.export.export(jax.jit(fn), platforms=tuple(platforms))(shapes, batches).serialize())
+    def exported(self, name: str, platforms: Sequence[str]) -> bytes:
+        """The program `name`, serialised for any batch size."""
+        fn, params, rows = self._functions[name]
+        (batch,) = jax.export.symbolic_shape("batch")
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+        batches = jax.tree.map(lambda row: jax.ShapeDtypeStruct((batch, *row.shape), row.dtype), rows)
+        return bytes(jax.export.export(jax.jit(fn), platforms=tuple(platforms))(shapes, batches).serialize())
 
 
 def find(checkpoint: str | os.PathLike, identity: Mapping[str, str], dtype: str) -> Programs:
@@ -121,14 +129,14 @@ def _unfit(file: Path, identity: Mapping[str, str], dtype: str) -> str | None:
             return "they were made for other weights"
         if about["dtype"] != dtype:
             return f"they compute in {about['dtype']}, not in {dtype}"
-        if (here := _platform()) not in platforms:
+        if (here := platform()) not in platforms:
             return f"they were made for {', '.join(platforms)}, and this is {here}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{file.name} cannot be read ({error})"
     return None
 
 
-def _platform() -> str:
+def platform() -> str:
     """The default backend as jax.export names it."""
     backend = jax.default_backend()
     return {"gpu": "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"}.get(backend, backend)

@@ -22,7 +22,7 @@ from icar_jax.inference.ahead import Programs
 from icar_jax.inference.forward import Forward, Placement, bucket_sizes
 from icar_jax.inference.pretrained import Clip
 from icar_jax.inference.scorer import Scorer, require_compatible
-from icar_jax.models.clip import ClipArch
+from icar_jax.models.clip import ClipArch, unit_norm
 from icar_jax.models.complexity import ComplexityModel
 from icar_jax.models.functional import Graph, Module
 from icar_jax.models.ops import normalise
@@ -98,8 +98,10 @@ class LoadedModel:
 
         self.towers = {exit: tower(exit) for exit in self.exits}
         tokens = jax.ShapeDtypeStruct((graph.arch.text.context_length,), jnp.int32)
-        encode_text = programs.use("text", graph.encode_text, params, tokens)
-        self._text = Forward(encode_text, params, self._buckets, self._placement)
+        # With the text tower's parameters alone, so that a search need not load the others (text_model.py).
+        own = {"text": params["text"]}
+        encode_text = programs.use("text", lambda params, tokens: unit_norm(graph.text(params["text"], tokens)), own, tokens)
+        self._text = Forward(encode_text, own, self._buckets, self._placement)
         self.__dict__.pop("_router", None)
 
     @property

@@ -74,15 +74,29 @@ class ModelProcess:
         return found
 
 
+def _whole_model(folder: Path, batch_size: int, dtype: str) -> Any:
+    """The model, as `icar_jax.load` loads it; keeps the program of its text side for the next search."""
+    from icar_jax.inference import text_model
+    from icar_jax.inference.ahead import ExportedPrograms
+    from icar_jax.inference.loading import load
+
+    programs = ExportedPrograms()
+    model = load(folder, batch_size=batch_size, dtype=dtype, programs=programs)
+    text_model.keep(programs, model.identity, dtype)
+    return model
+
+
 def answer(descriptor: int) -> None:
     """Answers the calls of a ModelProcess until its pipe is closed."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C ends the caller, and with it the pipe
     pipe = Connection(descriptor)
-    from icar_jax.inference.loading import load
+    # A search by text, the usual one, needs neither Flax nor the vision tower; importing JAX takes longest.
+    from icar_jax.inference.text_model import TextModel
 
     model: Any = None
+    arguments: dict[str, Any] = {}
     while True:
         try:
             name, args, kwargs = pipe.recv()
@@ -90,9 +104,12 @@ def answer(descriptor: int) -> None:
             return
         try:
             if name == "load":
-                model = load(*args, **kwargs)
+                arguments = {"folder": args[0], **kwargs}
+                model = TextModel.open(**arguments) or _whole_model(**arguments)
                 found = {fact: getattr(model, fact, None) for fact in FACTS}
             else:
+                if not hasattr(model, name):
+                    model = _whole_model(**arguments)
                 found = getattr(model, name)(*args, **kwargs)
             said = (False, found)
         except (IcarError, OSError) as error:

@@ -1,0 +1,94 @@
+"""The text side of a CLIP from its traced program: what one search by text needs, without importing Flax or reading images.
+
+The program is that of `icar compile`, or one that an earlier search has kept in the user's folder (program_cache.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+from absl import logging
+from safetensors import safe_open
+
+from icar_jax import checkpoint, program_cache, pytree
+from icar_jax.data.tokenizer import Tokenizer
+from icar_jax.inference import ahead
+from icar_jax.inference.forward import Forward, bucket_sizes
+
+TEXT = "text"  # name of the program, and of the parameters that it takes
+
+
+class TextModel:
+    """Encodes texts like `icar_jax.inference.model.Model`; the attributes are those of a Model.
+
+    `open` returns None where a whole model must be loaded.
+    """
+
+    def __init__(self, folder: Path, description: dict[str, Any], file: Path, batch_size: int):
+        text, vision = description["arch"]["text"], description["arch"]["vision"]
+        self.path, self.batch_size = folder, batch_size
+        self.identity = {"clip": checkpoint.identity(description)}
+        self.exits = (*vision["exits"], vision["depth"])
+        self.embed_dim, self._length = text["embed_dim"], text["context_length"]
+        call = jax.export.deserialize(bytearray(file.read_bytes())).call
+        with safe_open(folder / checkpoint.WEIGHTS, "np") as weights:
+            names = [name for name in weights.keys() if name.startswith(f"{TEXT}/")]
+            params = pytree.unflatten({name: weights.get_tensor(name) for name in names})
+            self.temperature = float(np.exp(weights.get_tensor("logit_scale")))
+        self._tokenizer = Tokenizer.from_json((folder / checkpoint.TOKENIZER).read_text(encoding="utf-8"))
+        self._forward = Forward(call, jax.device_put(params), bucket_sizes(batch_size))
+
+    @classmethod
+    def open(cls, folder: Path, *, batch_size: int, dtype: str) -> Self | None:
+        """The text side of the CLIP in `folder`; None if its program was not kept, or something about it is unusual.
+
+        Then loading the whole model works, or says what is wrong.
+        """
+        try:
+            description = checkpoint.describe(folder)
+            if description["kind"] != "clip" or not checkpoint.is_undamaged(folder, description):
+                return None
+            identity = {"clip": checkpoint.identity(description)}
+            files = (ahead.find(folder, identity, dtype).file(TEXT), kept_file(identity, dtype))
+            file = next((file for file in files if file is not None and file.is_file()), None)
+            return None if file is None else cls(folder, description, file, batch_size)
+        except Exception as error:  # of several libraries; loading the whole model says it better
+            logging.info("the text tower of %s is not opened alone: %s", folder, error)
+            return None
+
+    def encode_text(self, texts: Sequence[str], warn: bool = True) -> np.ndarray:
+        """Like Model.encode_text."""
+        tokens, truncated = self._tokenizer.encode(texts, self._length)
+        if warn and truncated.any():
+            logging.warning("%d of %d texts exceed %d tokens and were truncated.", truncated.sum(), len(texts), self._length)
+        return self._forward(tokens) if len(tokens) else np.zeros((0, self.embed_dim), np.float32)
+
+    def is_too_long(self, text: str) -> bool:
+        """Like Model.is_too_long."""
+        return bool(self._tokenizer.encode([text], self._length)[1][0])
+
+
+def kept_file(identity: dict[str, str], dtype: str) -> Path | None:
+    """Where the program of a CLIP's text side is kept; None if nothing is kept."""
+    about = json.dumps([identity["clip"], dtype, jax.__version__, ahead.platform()])
+    return program_cache.file(f"text-{hashlib.sha256(about.encode()).hexdigest()[:32]}{ahead.SUFFIX}")
+
+
+def keep(programs: ahead.ExportedPrograms, identity: dict[str, str], dtype: str) -> None:
+    """Keeps the text side's program of a loaded CLIP for later processes."""
+    file = kept_file(identity, dtype)
+    if file is None or file.exists():
+        return
+    made = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        made.write_bytes(programs.exported(TEXT, (ahead.platform(),)))
+        made.replace(file)
+    except OSError:  # no space: the next process traces it again
+        made.unlink(missing_ok=True)
