@@ -19,9 +19,10 @@ def add(commands) -> None:
 def _add_convert(commands) -> None:
     p = commands.add_parser(
         "convert",
-        help="convert PyTorch CLIP, SigLIP, ConvNeXt or ICAR weights to a checkpoint",
-        description="Reads OpenAI, OpenCLIP and Hugging Face CLIP, Hugging Face SigLIP, timm ConvNeXt and ICAR weights; the "
-        "layout, sizes, activation and preprocessing are detected. docs/weights.md lists the files to download.",
+        help="convert PyTorch CLIP, SigLIP, ViT, DINOv2, ConvNeXt or ICAR weights to a checkpoint",
+        description="Reads OpenAI, OpenCLIP and Hugging Face CLIP, Hugging Face SigLIP, Hugging Face and timm ViT and DINOv2, "
+        "timm ConvNeXt and ICAR weights; the layout, sizes, activation and preprocessing are detected. docs/weights.md lists "
+        "the files to download.",
     )
     p.add_argument("source", help="file or folder of weights; or a checkpoint, to replace its tokenizer")
     p.add_argument("dest", help="folder to write")
@@ -29,8 +30,9 @@ def _add_convert(commands) -> None:
     p.add_argument("--preprocess", default="", help="preset or JSON file, if not specified by the source; presets: openai, "
                    "half, siglip, icar, icc, imagenet")  # fmt: skip
     p.add_argument("--exits", type=int, nargs="+", default=[], metavar="BLOCKS", help="add early exits after these blocks")
-    p.add_argument("--pool", default="", help="pooling of the added exits: cls (default), mean or first_patch")
-    p.add_argument("--heads", type=int, nargs=2, default=[], metavar=("VISION", "TEXT"), help="attention heads, if unknown")
+    p.add_argument("--pool", default="", help="pooling of the added exits: cls, mean, first_patch, cls_mean (as full depth)")
+    p.add_argument("--heads", type=int, nargs="+", default=[], metavar="NUMBER", help="attention heads, if unknown: of the "
+                   "vision and the text tower, or of a single tower")  # fmt: skip
     p.add_argument("--image-size", type=int, default=0, metavar="PIXELS", help="resize the position embeddings to this size")
     p.add_argument("--tokenizer", default="", metavar="FILE", help="tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz")
     p.add_argument("--verify", default="", metavar="NPZ", help="compare with this output of `icar reference` before writing")

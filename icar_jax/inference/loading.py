@@ -56,6 +56,10 @@ def load(
     description = checkpoint.describe(folder)
     if description["kind"] == "bundle":
         clip, complexity = checkpoint.read(folder / "clip", "clip"), checkpoint.read(folder / "complexity", "complexity")
+    elif description["kind"] == "vision":
+        raise CheckpointError(
+            f"{folder} is a vision tower, which has no text tower; `icar join` makes a CLIP of it and of a text tower"
+        )
     elif description["kind"] == "convnext":
         raise CheckpointError(
             f"{folder} is a ConvNeXt backbone, which can neither embed nor score images; load a CLIP or a complexity model"

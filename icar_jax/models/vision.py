@@ -92,7 +92,7 @@ class Trunk(Module):
         self.blocks = nnx.List([Block(a.width, a.heads, a.mlp_width, **kind, **types) for _ in range(count)])
         if a.ffn == "swiglu":
             for block in self.blocks:
-                block.mlp = SwiGlu(a.width, a.mlp_width, depth=a.depth, **types)
+                block.mlp = SwiGlu(a.width, a.mlp_width, depth=a.depth, **types)  # type: ignore[assignment]
 
     def embed(self, images: Array) -> Tokens:
         """images float [B, S, S, 3], normalised -> Tokens of [B, L, W] before the first block, in the compute dtype.

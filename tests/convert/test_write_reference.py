@@ -46,7 +46,8 @@ def test_impossible_requests_are_refused(backbone_file, tmp_path, out, options, 
 
 CASES = (
     "hf_quick_gelu", "hf_gelu", "siglip", "open_clip_gelu", "open_clip_custom_text", "openai", "open_clip_resized",
-    "convnext_v1_linear", "convnext_v2_conv_mlp", "icc", "icar",
+    "convnext_v1_linear", "convnext_v2_conv_mlp", "icc", "icar", "hf_dinov2_swiglu", "hf_dinov2_registers", "timm_vit",
+    "timm_dinov2", "timm_registers", "timm_mean", "timm_clip",
 )  # fmt: skip
 ASKED = ("heads", "activation", "image_size")  # options that the library needs too
 
@@ -76,7 +77,8 @@ def test_a_conversion_is_proved_by_the_library_it_comes_from(name, tmp_path):
     assert set(reference.meta["libraries"]) == {"torch", LIBRARIES[case.layout]}
     report = convert(source, tmp_path / "converted", options_of(case, reference), reference=path)
     found = {d.part for d in report.differences}
-    parts = {"clip": {"image", "text", "logit_scale"}, "complexity": {"logits"}, "convnext": {"logits"}}[case.kind]
+    parts = {"clip": {"image", "text", "logit_scale"}, "complexity": {"logits"}, "convnext": {"logits"},
+             "vision": {"image"}}[case.kind]  # fmt: skip
     parts |= {"icar": {"exit 13", "exit_logit_scale/13"}, "siglip": {"logit_bias"}}.get(case.layout, set())
     assert found == parts
     assert all(d.ok and d.largest < 1e-4 for d in report.differences)

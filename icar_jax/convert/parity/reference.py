@@ -20,17 +20,19 @@ import numpy as np
 
 from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.parity import reference_models as models
+from icar_jax.convert.parity import reference_vision as vision
 from icar_jax.convert.parity.reference_inputs import ACTIVATIONS, ReferenceRequest
 from icar_jax.convert.parity.verify import META, weights_sha256
 from icar_jax.convert.source import Source, open_source
 
 LIBRARIES = {
     "openai": "open_clip", "open_clip": "open_clip", "icar": "open_clip", "hf_clip": "transformers", "siglip": "transformers",
-    "timm": "timm", "icc": "timm",
+    "hf_dinov2": "transformers", "hf_vit": "transformers", "timm_vit": "timm", "timm": "timm", "icc": "timm",
 }  # fmt: skip
 _RUN = {
     "openai": models.run_open_clip, "open_clip": models.run_open_clip, "icar": models.run_open_clip,
     "hf_clip": models.run_transformers, "siglip": models.run_transformers, "timm": models.run_timm, "icc": models.run_icc,
+    "hf_dinov2": vision.run_transformers_vision, "hf_vit": vision.run_transformers_vision, "timm_vit": vision.run_timm_vit,
 }  # fmt: skip
 
 
@@ -54,8 +56,8 @@ def write_reference(
         activation: gelu, gelu_tanh or quick_gelu.
         heads: attention heads of the vision and of the text tower.
         exits: executed blocks of an ICAR exit head (one).
-        image_size: pixels. For CLIP layouts of open_clip another size than the source's resizes the position embeddings as
-            open_clip does; for ConvNeXt it is the size of the inputs.
+        image_size: pixels. For CLIP layouts of open_clip and for vision towers another size than the source's resizes the
+            position embeddings as the library does; for ConvNeXt it is the size of the inputs.
         library: checked only: the library that runs this layout.
 
     Raises ConvertError where the library is missing, the source does not specify the model, or the weights do not fit it.

@@ -37,6 +37,7 @@ from icar_jax.convert.fields import ConvertError
 from icar_jax.models import convnext
 from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.complexity import ComplexityArch, ComplexityModel
+from icar_jax.models.vision import VisionArch, VisionTower
 
 TOLERANCE = 1e-4
 META = "meta"
@@ -130,8 +131,8 @@ def weights_sha256(path: str | os.PathLike) -> str:
 def compare(kind: str, arch: Any, params: Mapping[str, Any], reference: Reference, source_sha256: str = "") -> list[Difference]:
     """The differences of our outputs from the reference's: one for each output in the reference, computed in float32.
 
-    `kind` is 'clip', 'complexity' or 'convnext', with the architecture of that kind; `params` are float32 arrays of NumPy or
-    JAX. Exits that the conversion added have no counterpart and are not compared.
+    `kind` is 'clip', 'vision', 'complexity' or 'convnext', with the architecture of that kind; `params` are float32 arrays of
+    NumPy or JAX. Exits that the conversion added have no counterpart and are not compared.
 
     Raises ConvertError where the reference was made from other weights (its SHA-256 is not `source_sha256`), or does not fit
     the architecture: an output is missing, or image size, context length, vocabulary, exits or widths differ.
@@ -142,7 +143,12 @@ def compare(kind: str, arch: Any, params: Mapping[str, Any], reference: Referenc
             f"reference {reference.path} was made from another file: its source {reference.meta.get('file')!r} has the SHA-256 "
             f"{found}, the weights being converted have {source_sha256}; write a reference of this file with `icar reference`"
         )
-    outputs = {"clip": _clip_outputs, "complexity": _complexity_outputs, "convnext": _convnext_outputs}
+    outputs = {
+        "clip": _clip_outputs,
+        "vision": _vision_outputs,
+        "complexity": _complexity_outputs,
+        "convnext": _convnext_outputs,
+    }
     if kind not in outputs:
         raise ConvertError(f"cannot compare a model of kind {kind!r}; expected one of {', '.join(outputs)}")
     with jax.default_matmul_precision("highest"):  # GPUs and TPUs would round the operands of convolutions
@@ -265,6 +271,14 @@ def _require_clip_inputs(arch: ClipArch, reference: Reference) -> None:
         raise _unfit(reference, "exits after blocks", f"some of {exits}", reference.exits)
     if reference.meta["layout"] == "icar" and not reference.exits:
         raise ConvertError(f"reference {reference.path} of an ICAR checkpoint holds no exit_<blocks>; {_REMEDY}")
+
+
+def _vision_outputs(arch: VisionArch, params: Mapping[str, Any], reference: Reference) -> Iterator[Output]:
+    _require(reference, ("images", "features"))
+    _require_size(reference, arch.image_size, arch.patch_size)
+    images = jnp.asarray(reference.arrays["images"], jnp.float32)
+    tower = VisionTower.graph(arch)
+    yield "image", "features", jax.jit(lambda p, x: tower(p, x, (arch.depth,)))(params["vision"], images)[arch.depth]
 
 
 def _complexity_outputs(arch: ComplexityArch, params: Mapping[str, Any], reference: Reference) -> Iterator[Output]:
