@@ -32,6 +32,7 @@ from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.complexity import ComplexityModel
 from icar_jax.models.convnext import ConvNeXt
+from icar_jax.models.text import TextArch, TextTower
 
 _MODULES: dict[str, type[ComplexityModel] | type[ConvNeXt]] = {"complexity": ComplexityModel, "convnext": ConvNeXt}
 
@@ -41,9 +42,9 @@ class ConversionResult:
     """A converted model before it is written; leaves of `params` are lazy."""
 
     kind: str  # of the checkpoint
-    arch: Any  # ClipArch, VisionArch, ComplexityArch or ConvNeXtArch
+    arch: Any  # ClipArch, VisionArch, TextArch, ComplexityArch or ConvNeXtArch
     params: pytree.Tree
-    preprocess: Preprocess
+    preprocess: Preprocess | None  # None for a text tower
     tokenizer: Tokenizer | None = None
     adds_exits: bool = False  # that the source does not have
     origin: dict[str, Any] = field(default_factory=dict)  # what the source was made from, as it states
@@ -68,7 +69,8 @@ class Report:
         lines += [f"  {name}: {_line(part)}" for name, part in d["arch"].items() if isinstance(part, dict)]
         if not any(isinstance(part, dict) for part in d["arch"].values()):
             lines.append(f"  model: {_line(d['arch'])}")
-        lines.append(f"  images: {_line(d['preprocess'])}")
+        if "preprocess" in d:
+            lines.append(f"  images: {_line(d['preprocess'])}")
         lines += [f"  {name}: {d[name]}" for name in ("tokenizer", "threshold") if name in d]
         return "\n".join(lines)
 
@@ -88,6 +90,8 @@ def convert(
     made = read(opened, options)
     checkpoint.require_replaceable(dest, made.kind)
     differences, description = [], _description(opened, made)
+    if reference and made.kind == "text":
+        raise ConvertError("--verify compares CLIPs, vision towers and complexity models, not text towers; leave it out")
     if reference:
         made.params = pytree.map_with_path(lambda _, leaf: np.asarray(leaf, np.float32), made.params)
         loaded = verify.read_reference(reference)
@@ -125,9 +129,10 @@ def in_memory(source: str | os.PathLike, options: Options = Options()) -> Checkp
 def _description(opened: Source, made: ConversionResult) -> dict[str, Any]:
     file = opened.weights.path
     described = {"layout": opened.layout, "file": file.name, "sha256": verify.weights_sha256(file)}
+    pixels = {} if made.preprocess is None else {"preprocess": made.preprocess.to_dict()}
     return {
         "arch": dataclasses.asdict(made.arch),
-        "preprocess": made.preprocess.to_dict(),
+        **pixels,
         "source": described | made.origin,
         **made.extra,
     }
@@ -174,14 +179,30 @@ def read(source: Source, options: Options = Options()) -> ConversionResult:
         if options.heads and len(options.heads) != wanted:
             need = "two numbers, VISION TEXT" if wanted == 2 else "one number, for there is one tower"
             raise ConvertError(f"{source.path} ({source.layout} layout): --heads takes {need}; found {len(options.heads)}")
-    made = {"clip": _read_clip, "vision": _read_vision}.get(layout.kind, _read_convnext)(source, layout, options)
+    made = {"clip": _read_clip, "vision": _read_vision, "text": _read_text}.get(layout.kind, _read_convnext)(
+        source, layout, options
+    )
     return _with_details(made, layout.details(source, options))
 
 
 def _read_clip(source: Source, layout: Layout, options: Options) -> ConversionResult:
     made = _read_vision(source, layout, options)
+    return _with_tokenizer(made, source, layout, options, made.arch.text)
+
+
+def _read_text(source: Source, layout: Layout, options: Options) -> ConversionResult:
+    arch = _architecture(source, layout, options)
+    shapes = {"text": TextTower.graph(arch).shapes}
+    leaves = engine.import_weights(source.tensors, layout.rules(source, arch), shapes, str(source.path))
+    made = ConversionResult(layout.kind, arch, pytree.unflatten(leaves), None)
+    return _with_tokenizer(made, source, layout, options, arch)
+
+
+def _with_tokenizer(
+    made: ConversionResult, source: Source, layout: Layout, options: Options, text: TextArch
+) -> ConversionResult:
     find_tokenizer = layout.tokenizer or vocabulary.find_tokenizer
-    made.tokenizer, origin = find_tokenizer(source, options.tokenizer, made.arch.text)
+    made.tokenizer, origin = find_tokenizer(source, options.tokenizer, text)
     if made.tokenizer is None:
         made.notes.append(origin)
     else:

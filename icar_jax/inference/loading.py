@@ -56,9 +56,10 @@ def load(
     description = checkpoint.describe(folder)
     if description["kind"] == "bundle":
         clip, complexity = checkpoint.read(folder / "clip", "clip"), checkpoint.read(folder / "complexity", "complexity")
-    elif description["kind"] == "vision":
+    elif description["kind"] in ("vision", "text"):
+        other = {"vision": "text", "text": "vision"}[description["kind"]]
         raise CheckpointError(
-            f"{folder} is a vision tower, which has no text tower; `icar join` makes a CLIP of it and of a text tower"
+            f"{folder} is a {description['kind']} tower, which has no {other} tower; `icar join` makes a CLIP of two towers"
         )
     elif description["kind"] == "convnext":
         raise CheckpointError(

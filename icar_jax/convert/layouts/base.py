@@ -20,7 +20,7 @@ from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.text import TextArch
 
-KINDS = ("clip", "vision", "complexity", "convnext")  # of checkpoints that weights are converted to
+KINDS = ("clip", "vision", "text", "complexity", "convnext")  # of checkpoints that weights are converted to
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Options:
     heads: tuple[int, ...] = ()  # attention heads: (vision, text), or of a single tower
     image_size: int = 0  # pixels; another size than the source's resizes the position embeddings
     tokenizer: str = ""  # tokenizer.json or CLIP's merges file
+    context_length: int = 0  # tokens of a text; fewer than the source's keep its first positions
+    text_pool: str = ""  # pooling of a text encoder: first | mean
 
     def given(self) -> set[str]:
         """Names of the fields that were set."""
@@ -139,7 +141,8 @@ class Export:
     holds: Callable[[Any], bool] = lambda arch: True
 
 
-_ALL_OPTIONS = frozenset(f.name for f in dataclasses.fields(Options))
+_OF_TEXT = {"context_length", "text_pool"}  # options of layouts of text encoders
+_ALL_OPTIONS = frozenset(f.name for f in dataclasses.fields(Options)) - _OF_TEXT
 
 
 def no_details(source: Source, options: Options) -> Details:
@@ -162,7 +165,8 @@ class Layout:
     arch: Callable[[Source, Options], Any]  # ClipArch, VisionArch, ComplexityArch or ConvNeXtArch
     # (source, architecture) -> rules. The architecture is None where it cannot be read and unknown names are to be listed.
     rules: Callable[[Source, Any], list[Rule]]
-    preprocess: Callable[[Source, Options, Any], Preprocess]  # (source, options, architecture)
+    # (source, options, architecture) -> preprocessing of images; None for a text tower.
+    preprocess: Callable[[Source, Options, Any], Preprocess | None] = lambda source, options, arch: None
     details: Callable[[Source, Options], Details] = no_details
     # Whether the library antialiases positions for another image size, as OpenCLIP and timm do.
     antialiased: Callable[[Any], bool] = lambda arch: True

@@ -144,7 +144,7 @@ def tower_arch(source: Source, options: Options, config: Fields, mlp: int, eps: 
     eps = config.positive("layer_norm_eps", float, eps)
     return VisionArch(
         patch * side, patch, width, depth, heads, mlp, width, activation, patch_bias=True, pre_norm=False, norm_eps=eps,
-        projection="none", **more,
+        exit_eps=eps, projection="none", **more,
     )  # fmt: skip
 
 

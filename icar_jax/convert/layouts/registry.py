@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from icar_jax.convert.layouts import hf, hf_dinov2, hf_vit, icar, icc, open_clip, openai, siglip, timm, timm_vit
+from icar_jax.convert.layouts import bert, hf, hf_dinov2, hf_vit, icar, icc, open_clip, openai, siglip, timm, timm_vit
 from icar_jax.convert.layouts.base import KINDS, Layout
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -12,6 +12,7 @@ LAYOUTS: tuple[Layout, ...] = (
     siglip.LAYOUT,
     hf_vit.LAYOUT,
     hf_dinov2.LAYOUT,
+    bert.LAYOUT,
     timm_vit.LAYOUT,
     timm.LAYOUT,
     icar.LAYOUT,

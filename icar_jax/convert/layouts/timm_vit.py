@@ -184,7 +184,7 @@ def _arch(source: Source, options: Options) -> VisionArch:
     heads = choose_heads(asked, args.positive("num_heads", int), width, depth, "vision", str(source.path))
     return VisionArch(
         patch * side, patch, width, depth, heads, hidden, width, activation, head=head, class_token=has_class, norm_eps=eps,
-        patch_bias=not pre_norm, pre_norm=pre_norm, registers=registers,
+        patch_bias=not pre_norm, pre_norm=pre_norm, registers=registers, exit_eps=eps,
         ffn="swiglu" if gated else "mlp", projection="none",
     )  # fmt: skip
 
