@@ -50,7 +50,7 @@ class ExitHead(Module):
             self.ln = LayerNorm(arch.width, arch.norm_eps, param_dtype=param_dtype)
             self.map = _attention_pool(arch, attention=attention, **types, rngs=rngs)
         else:
-            self.ln = LayerNorm(arch.width, 1e-5, param_dtype=param_dtype)
+            self.ln = LayerNorm(arch.width, arch.exit_eps, param_dtype=param_dtype)
             _add_projection(self, arch, **types, rngs=rngs)
         make = {
             "linear": lambda: None,

@@ -13,7 +13,7 @@ from icar_jax.models.token_merging import merging_error
 POOLS = ("cls", "mean", "first_patch", "map", "cls_mean")
 HEADS = ("cls", "map", "mean", "cls_mean")
 FFNS = ("mlp", "swiglu")
-EXIT_FIELDS = ("exits", "pool", "exit_head", "exit_sum")  # of VisionArch: those that concern early exits alone
+EXIT_FIELDS = ("exits", "pool", "exit_head", "exit_sum", "exit_eps")  # of VisionArch: those that concern early exits alone
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class VisionArch:
     class_token: bool = True
     patch_bias: bool = False
     pre_norm: bool = True
-    norm_eps: float = 1e-5  # epsilon of the tower's LayerNorms; exit heads without attention pool always use 1e-5
+    norm_eps: float = 1e-5  # epsilon of the tower's LayerNorms
     exit_head: str = "linear"  # residual module of exit heads: linear (none) | adapter | attention (exit_heads.py)
     exit_sum: bool = False  # whether an embedding is the sum of all heads up to its depth instead of its own head alone
     merge: tuple[int, ...] = ()  # entry i: number of patches merged after i + 1 blocks; shorter than the depth
@@ -46,6 +46,7 @@ class VisionArch:
     ffn: str = "mlp"  # mlp | swiglu (silu(a) b, a and b the halves of one product)
     projection: str = "linear"  # of every head: linear | linear_mlp (sum of both) | mlp | none (a bare tower)
     projection_width: int = 0  # hidden channels of the projection's MLP
+    exit_eps: float = 1e-5  # epsilon of the LayerNorms of exit heads without attention pool
 
     def __post_init__(self) -> None:
         if error := next(_errors(self), None):

@@ -77,8 +77,8 @@ def test_the_towers_of_clips_can_be_joined(towers, clip_folder, tmp_path):
 
 
 @pytest.mark.parametrize("joint, options, message", [
-    (Joint(0), {}, "--embed-dim=0"), (Joint(8, "middle"), {}, "cannot be joined so.*middle"), (Joint(8, exits=(3,)), {}, "exits"),
-    (Joint(8, projection="linear_mlp"), {}, "projection_width 0"),
+    (Joint(0), {}, "--embed-dim=0"), (Joint(8, "middle"), {}, "cannot be joined so.*middle"),
+    (Joint(8, exits=(3,)), {}, "exits"), (Joint(8, projection="linear_mlp"), {}, "projection_width 0"),
     (Joint(8), {"image_options": Options(image_size=64)}, "no use for --image-size"),
 ], ids=str)  # fmt: skip
 def test_what_cannot_be_joined_is_named(towers, joint, options, message, tmp_path):
@@ -90,7 +90,8 @@ def test_what_cannot_be_joined_is_named(towers, joint, options, message, tmp_pat
 def test_towers_of_the_wrong_kind(towers, complexity_folder, tmp_path):
     image, text = towers
     for a, b, message in (
-        (text, text, "kind"), (image, image, "kind"), (complexity_folder, text, "kind"), (tmp_path / "no", text, "does not exist"),
+        (text, text, "kind"), (image, image, "kind"), (complexity_folder, text, "kind"),
+        (tmp_path / "no", text, "does not exist"),
     ):  # fmt: skip
         with pytest.raises((ConvertError, checkpoint.CheckpointError), match=message):
             join(a, b, tmp_path / "joined")

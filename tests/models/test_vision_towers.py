@@ -25,7 +25,8 @@ from tests.support import drawn
 from tests.support import reference as ref
 from tests.support.counting import require_counted
 
-BARE = VisionArch(24, 8, 16, 3, 2, 24, 16, patch_bias=True, pre_norm=False, norm_eps=1e-6, registers=2, projection="none")
+BARE = VisionArch(24, 8, 16, 3, 2, 24, 16, patch_bias=True, pre_norm=False, norm_eps=1e-6, registers=2, projection="none",
+    exit_eps=1e-3)  # fmt: skip
 PROJECTIONS = ("linear", "linear_mlp", "none")
 
 
@@ -86,7 +87,7 @@ def headed(x, p, arch, exit):
     """Tokens [L, W] -> the embedding of the head after `exit` blocks, in float64."""
     early = exit != arch.depth
     head, pool = (p["exits"][str(exit)], arch.pool) if early else (p, arch.head)
-    norm = lambda z: ref.layer_norm(z, head["ln" if early else "ln_post"], 1e-5 if early else arch.norm_eps)
+    norm = lambda z: ref.layer_norm(z, head["ln" if early else "ln_post"], arch.exit_eps if early else arch.norm_eps)
     parts = {"cls": x[0], "mean": x[arch.prefix :].mean(0)}
     z = np.concatenate([norm(parts[name]) for name in pool.split("_")])
     if arch.projection == "none":

@@ -149,8 +149,8 @@ def _pool(source: Source, options: Options) -> str:
     pooling = source.config(POOLING)
     if not pooling:
         raise ConvertError(
-            f"{source.path}: nothing beside the weights says how tokens become one embedding; pass --text-pool first (the [CLS] "
-            "token) or --text-pool mean"
+            f"{source.path}: nothing beside the weights says how tokens become one embedding; pass --text-pool first (the "
+            "[CLS] token) or --text-pool mean"
         )
     modes = sorted(name for name in pooling.content if name.startswith("pooling_mode_") and pooling.get(name, bool))
     if len(modes) != 1 or modes[0] not in _POOLS:
