@@ -74,7 +74,7 @@ def read_pretrained(path: str | os.PathLike, kinds: tuple[str, ...], **options: 
 
         loaded = convert.in_memory(path, _options(options))
         if loaded.kind not in kinds:
-            join = "; convert it, and `icar join` makes a CLIP of it and of a text tower" if loaded.kind == "vision" else ""
+            join = "; convert it, and `icar join` makes a CLIP of two towers" if loaded.kind in ("vision", "text") else ""
             raise CheckpointError(f"{path} is a {loaded.kind} model, expected {' or '.join(kinds)}{join}")
         return loaded
     if options:

@@ -227,10 +227,10 @@ def test_a_bare_state_dict_of_timm_needs_the_user(tmp_path):
 
 def test_a_tower_cannot_be_loaded_as_a_model(tmp_path):
     converted("hf_vit", tmp_path)
-    with pytest.raises(CheckpointError, match="is a vision tower, which has no text tower; `icar join` makes a CLIP of it"):
+    with pytest.raises(CheckpointError, match="is a vision tower, which has no text tower; `icar join` makes a CLIP of two"):
         icar_jax.load(tmp_path / "model")
     for opens in (icar_jax.load, icar_jax.Clip.from_pretrained):
-        with pytest.raises(CheckpointError, match="is a vision model, expected clip.*`icar join` makes a CLIP of it"):
+        with pytest.raises(CheckpointError, match="is a vision model, expected clip.*`icar join` makes a CLIP of two towers"):
             opens(tmp_path / "source")
 
 
