@@ -173,8 +173,10 @@ def _add_reference(commands) -> None:
     p.add_argument("--heads", type=int, nargs=2, default=[], metavar=("VISION", "TEXT"), help="attention heads of such weights")
     p.add_argument("--exits", type=int, nargs="+", default=[], metavar="BLOCKS", help="exit of a bare ICAR state dict")
     p.add_argument("--image-size", type=int, default=0, metavar="PIXELS", help="as given to `icar convert`")
+    p.add_argument("--context-length", type=int, default=0, metavar="N", help="of a text encoder, as given to `icar convert`")
+    p.add_argument("--text-pool", default="", help="of a text encoder, as given to `icar convert`: first or mean")
     p.add_argument("--model-name", default="", help="name of the model in the library, if no file next to the weights gives it")
-    p.add_argument("--images", type=int, default=4, help="number of images and captions")
+    p.add_argument("--images", type=int, default=4, help="number of images and texts")
     p.add_argument("--seed", type=int, default=0)
     p.set_defaults(run=_reference)
 
@@ -189,6 +191,8 @@ def _reference(args: argparse.Namespace) -> None:
         heads=args.heads,
         exits=args.exits,
         image_size=args.image_size,
+        context_length=args.context_length,
+        text_pool=args.text_pool,
         model_name=args.model_name,
         images=args.images,
         seed=args.seed,
