@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from icar_jax import pytree
+from icar_jax import checkpoint, pytree
+from icar_jax.data.images import Preprocess
 from icar_jax.errors import ModelError
 from icar_jax.models import flops
 from icar_jax.models.clip import Clip, ClipArch, exit_sources, start_exits_from_final
@@ -21,6 +22,7 @@ from icar_jax.models.transformer import Execution
 from icar_jax.models.vision import ExitHead, VisionArch, VisionTower
 from icar_jax.parallel.rules import RULES, spec_for
 from icar_jax.planner import flops as plan_flops
+from icar_jax.training import init_weights
 from tests.support import drawn
 from tests.support import reference as ref
 from tests.support.counting import require_counted
@@ -255,6 +257,23 @@ def test_a_tower_of_the_clip_kind_keeps_its_parameters():
         *(f"blocks/{i}/{layer}/{leaf}" for i in range(3) for layer in ("attn/qkv", "attn/out", "mlp/fc1", "mlp/fc2")
           for leaf in ("kernel", "bias")),
     }  # fmt: skip
+
+
+def test_a_run_takes_the_tower_from_its_initial_weights(tmp_path):
+    """What no configuration field sets, such as registers and the projection, is that of the checkpoint."""
+    saved = clip_of(with_head("cls_mean", "linear_mlp", exits=(1,), pool="cls_mean", ffn="swiglu"))
+    about = {"arch": dataclasses.asdict(saved), "preprocess": Preprocess(24, resize_to=28).to_dict()}
+    params = drawn.params(Clip.graph(saved).shapes, 0)
+    model = checkpoint.write(tmp_path / "model", "clip", about, params)
+    plain = VisionArch(24, 8, 16, 3, 2, 24, 12, exits=(1, 2))
+    run = init_weights.adopt(clip_of(plain), model)
+    assert run.vision == dataclasses.replace(saved.vision, exits=(1, 2))
+    found, notes = init_weights.load_params(model, "clip", run, Clip.graph(run).shapes), []
+    flat, own = pytree.flatten(found), pytree.flatten(params)
+    np.testing.assert_array_equal(flat["vision/registers"], own["vision/registers"])
+    np.testing.assert_array_equal(flat["vision/exits/2/proj_mlp/fc1/kernel"], own["vision/proj_mlp/fc1/kernel"])
+    init_weights.note_preprocessing(model, "clip", Preprocess(24), notes.append)
+    assert "resize_to 28 in the checkpoint, 0 in the run" in notes[0]
 
 
 @pytest.mark.parametrize(
