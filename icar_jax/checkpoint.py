@@ -30,7 +30,7 @@ from icar_jax.errors import IcarError
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS, TOKENIZER = "icar.json", "params.safetensors", "tokenizer.json"
-KINDS = ("clip", "complexity", "convnext", "bundle")
+KINDS = ("clip", "vision", "text", "complexity", "convnext", "bundle")
 
 
 class CheckpointError(IcarError, ValueError):
@@ -51,7 +51,7 @@ class Checkpoint:
 
     Attributes:
         path: its folder.
-        kind: 'clip', 'complexity' or 'convnext'.
+        kind: 'clip', 'vision' or 'text' (one tower), 'complexity' or 'convnext'.
         description: parsed icar.json.
         params: nested dict of float32 numpy arrays.
         tokenizer: text of tokenizer.json; None if there is none.

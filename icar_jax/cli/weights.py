@@ -1,4 +1,4 @@
-"""The commands `icar convert`, `icar export` and `icar reference`."""
+"""The commands on weights: `icar convert`, `join`, `export`, `compile` and `reference`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 
 def add(commands) -> None:
-    """Adds `icar convert`, `icar export` and `icar reference` to the subparsers."""
+    """Adds `icar convert`, `join`, `export`, `compile` and `reference` to the subparsers."""
     _add_convert(commands)
+    _add_join(commands)
     _add_export(commands)
     _add_compile(commands)
     _add_reference(commands)
@@ -19,9 +20,10 @@ def add(commands) -> None:
 def _add_convert(commands) -> None:
     p = commands.add_parser(
         "convert",
-        help="convert PyTorch CLIP, SigLIP, ConvNeXt or ICAR weights to a checkpoint",
-        description="Reads OpenAI, OpenCLIP and Hugging Face CLIP, Hugging Face SigLIP, timm ConvNeXt and ICAR weights; the "
-        "layout, sizes, activation and preprocessing are detected. docs/weights.md lists the files to download.",
+        help="convert PyTorch CLIP, SigLIP, ViT, DINOv2, ConvNeXt or ICAR weights to a checkpoint",
+        description="Reads OpenAI, OpenCLIP and Hugging Face CLIP, Hugging Face SigLIP, Hugging Face and timm ViT and DINOv2, "
+        "timm ConvNeXt and ICAR weights; the layout, sizes, activation and preprocessing are detected. docs/weights.md lists "
+        "the files to download.",
     )
     p.add_argument("source", help="file or folder of weights; or a checkpoint, to replace its tokenizer")
     p.add_argument("dest", help="folder to write")
@@ -29,10 +31,13 @@ def _add_convert(commands) -> None:
     p.add_argument("--preprocess", default="", help="preset or JSON file, if not specified by the source; presets: openai, "
                    "half, siglip, icar, icc, imagenet")  # fmt: skip
     p.add_argument("--exits", type=int, nargs="+", default=[], metavar="BLOCKS", help="add early exits after these blocks")
-    p.add_argument("--pool", default="", help="pooling of the added exits: cls (default), mean or first_patch")
-    p.add_argument("--heads", type=int, nargs=2, default=[], metavar=("VISION", "TEXT"), help="attention heads, if unknown")
+    p.add_argument("--pool", default="", help="pooling of the added exits: cls, mean, first_patch, cls_mean (as full depth)")
+    p.add_argument("--heads", type=int, nargs="+", default=[], metavar="NUMBER", help="attention heads, if unknown: of the "
+                   "vision and the text tower, or of a single tower")  # fmt: skip
     p.add_argument("--image-size", type=int, default=0, metavar="PIXELS", help="resize the position embeddings to this size")
     p.add_argument("--tokenizer", default="", metavar="FILE", help="tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz")
+    p.add_argument("--context-length", type=int, default=0, metavar="N", help="tokens of a text, for a text encoder")
+    p.add_argument("--text-pool", default="", help="pooling of a text encoder, if unknown: first or mean")
     p.add_argument("--verify", default="", metavar="NPZ", help="compare with this output of `icar reference` before writing")
     p.set_defaults(run=_convert)
 
@@ -42,8 +47,9 @@ def _convert(args: argparse.Namespace) -> None:
     from icar_jax.convert.parity.verify import format_table
 
     options = Options(
-        args.activation, args.preprocess, tuple(args.exits), args.pool, tuple(args.heads), args.image_size, args.tokenizer
-    )
+        args.activation, args.preprocess, tuple(args.exits), args.pool, tuple(args.heads), args.image_size, args.tokenizer,
+        args.context_length, args.text_pool,
+    )  # fmt: skip
     report = convert(args.source, args.dest, options, args.verify)
     print(report.summary())
     if report.differences:
@@ -51,6 +57,42 @@ def _convert(args: argparse.Namespace) -> None:
     for note in report.notes:
         print(f"warning: {note}", file=sys.stderr)
     print(f"Checkpoint: {report.path}")
+
+
+def _add_join(commands) -> None:
+    p = commands.add_parser(
+        "join",
+        help="make a CLIP of an image tower and a text tower",
+        description="Writes a CLIP with the vision tower of one model and the text tower of another, with preprocessing and "
+        "tokenizer. The projections into the common space are drawn at random; training them is the first thing to do "
+        "(configs/lit.py). Both models may be checkpoints, or weights that `icar convert` reads.",
+    )
+    p.add_argument("--image", required=True, metavar="A", help="vision tower: DINOv2, ViT, or a CLIP")
+    p.add_argument("--text", required=True, metavar="B", help="text tower: BERT, RoBERTa, sentence-transformers, or a CLIP")
+    p.add_argument("dest", help="folder to write")
+    p.add_argument("--embed-dim", type=int, default=256, metavar="D", help="dimensions of the common space (256)")
+    p.add_argument("--head", default="cls", choices=("cls", "mean", "cls_mean"), help="what is projected of an image: class "
+                   "token, mean of the patches, or both (cls)")  # fmt: skip
+    p.add_argument("--projection-width", type=int, default=0, metavar="N", help="adds an MLP with N hidden channels to the "
+                   "linear projections")  # fmt: skip
+    p.add_argument("--exits", type=int, nargs="+", default=[], metavar="BLOCKS", help="early exits after these blocks")
+    p.add_argument("--image-size", type=int, default=0, metavar="PIXELS", help="resize the position embeddings to this size")
+    p.add_argument("--preprocess", default="", help="of the images, if the vision tower's files do not say")
+    p.add_argument("--context-length", type=int, default=0, metavar="N", help="tokens of a text (as the text tower says)")
+    p.add_argument("--text-pool", default="", help="pooling of the text tower, if its files do not say: first or mean")
+    p.add_argument("--tokenizer", default="", metavar="FILE", help="tokenizer.json, if not beside the text tower")
+    p.add_argument("--seed", type=int, default=0, help="of the projections (0)")
+    p.set_defaults(run=_join)
+
+
+def _join(args: argparse.Namespace) -> None:
+    from icar_jax.convert.join import Joint, Options, join
+
+    projection = "linear_mlp" if args.projection_width else "linear"
+    joint = Joint(args.embed_dim, args.head, projection, args.projection_width, tuple(args.exits), args.seed)
+    image = Options(image_size=args.image_size, preprocess=args.preprocess)
+    text = Options(context_length=args.context_length, text_pool=args.text_pool, tokenizer=args.tokenizer)
+    print(f"Checkpoint: {join(args.image, args.text, args.dest, joint, image, text)}")
 
 
 def _add_export(commands) -> None:
@@ -131,8 +173,10 @@ def _add_reference(commands) -> None:
     p.add_argument("--heads", type=int, nargs=2, default=[], metavar=("VISION", "TEXT"), help="attention heads of such weights")
     p.add_argument("--exits", type=int, nargs="+", default=[], metavar="BLOCKS", help="exit of a bare ICAR state dict")
     p.add_argument("--image-size", type=int, default=0, metavar="PIXELS", help="as given to `icar convert`")
+    p.add_argument("--context-length", type=int, default=0, metavar="N", help="of a text encoder, as given to `icar convert`")
+    p.add_argument("--text-pool", default="", help="of a text encoder, as given to `icar convert`: first or mean")
     p.add_argument("--model-name", default="", help="name of the model in the library, if no file next to the weights gives it")
-    p.add_argument("--images", type=int, default=4, help="number of images and captions")
+    p.add_argument("--images", type=int, default=4, help="number of images and texts")
     p.add_argument("--seed", type=int, default=0)
     p.set_defaults(run=_reference)
 
@@ -147,6 +191,8 @@ def _reference(args: argparse.Namespace) -> None:
         heads=args.heads,
         exits=args.exits,
         image_size=args.image_size,
+        context_length=args.context_length,
+        text_pool=args.text_pool,
         model_name=args.model_name,
         images=args.images,
         seed=args.seed,

@@ -21,20 +21,18 @@ from icar_jax import checkpoint, pytree
 from icar_jax.checkpoint import Checkpoint
 from icar_jax.config import from_dict
 from icar_jax.convert import rules as engine
-from icar_jax.convert import vocabulary
+from icar_jax.convert import towers, vocabulary
 from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.layouts import registry
 from icar_jax.convert.layouts.base import Details, Layout, Options, Source
 from icar_jax.convert.parity import verify
-from icar_jax.convert.positions import resize_positions
-from icar_jax.convert.rules import Leaf
 from icar_jax.convert.source import open_source
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
-from icar_jax.models.clip import Clip, ClipArch, exit_sources
+from icar_jax.models.clip import ClipArch
 from icar_jax.models.complexity import ComplexityModel
 from icar_jax.models.convnext import ConvNeXt
-from icar_jax.models.vision import POOLS
+from icar_jax.models.text import TextArch, TextTower
 
 _MODULES: dict[str, type[ComplexityModel] | type[ConvNeXt]] = {"complexity": ComplexityModel, "convnext": ConvNeXt}
 
@@ -44,9 +42,9 @@ class ConversionResult:
     """A converted model before it is written; leaves of `params` are lazy."""
 
     kind: str  # of the checkpoint
-    arch: Any  # ClipArch, ComplexityArch or ConvNeXtArch
+    arch: Any  # ClipArch, VisionArch, TextArch, ComplexityArch or ConvNeXtArch
     params: pytree.Tree
-    preprocess: Preprocess
+    preprocess: Preprocess | None  # None for a text tower
     tokenizer: Tokenizer | None = None
     adds_exits: bool = False  # that the source does not have
     origin: dict[str, Any] = field(default_factory=dict)  # what the source was made from, as it states
@@ -71,7 +69,8 @@ class Report:
         lines += [f"  {name}: {_line(part)}" for name, part in d["arch"].items() if isinstance(part, dict)]
         if not any(isinstance(part, dict) for part in d["arch"].values()):
             lines.append(f"  model: {_line(d['arch'])}")
-        lines.append(f"  images: {_line(d['preprocess'])}")
+        if "preprocess" in d:
+            lines.append(f"  images: {_line(d['preprocess'])}")
         lines += [f"  {name}: {d[name]}" for name in ("tokenizer", "threshold") if name in d]
         return "\n".join(lines)
 
@@ -128,9 +127,10 @@ def in_memory(source: str | os.PathLike, options: Options = Options()) -> Checkp
 def _description(opened: Source, made: ConversionResult) -> dict[str, Any]:
     file = opened.weights.path
     described = {"layout": opened.layout, "file": file.name, "sha256": verify.weights_sha256(file)}
+    pixels = {} if made.preprocess is None else {"preprocess": made.preprocess.to_dict()}
     return {
         "arch": dataclasses.asdict(made.arch),
-        "preprocess": made.preprocess.to_dict(),
+        **pixels,
         "source": described | made.origin,
         **made.extra,
     }
@@ -173,34 +173,60 @@ def read(source: Source, options: Options = Options()) -> ConversionResult:
         raise ConvertError(f"--pool={options.pool} says what added exits read; pass --exits with it, or leave it out")
     if options.image_size < 0:
         raise ConvertError(f"--image-size={options.image_size} must be a positive number of pixels")
-    return _read_clip(source, layout, options) if layout.kind == "clip" else _read_convnext(source, layout, options)
+    if wanted := {"clip": 2, "vision": 1}.get(layout.kind, 0):
+        if options.heads and len(options.heads) != wanted:
+            need = "two numbers, VISION TEXT" if wanted == 2 else "one number, for there is one tower"
+            raise ConvertError(f"{source.path} ({source.layout} layout): --heads takes {need}; found {len(options.heads)}")
+    made = {"clip": _read_clip, "vision": _read_vision, "text": _read_text}.get(layout.kind, _read_convnext)(
+        source, layout, options
+    )
+    return _with_details(made, layout.details(source, options))
 
 
 def _read_clip(source: Source, layout: Layout, options: Options) -> ConversionResult:
+    made = _read_vision(source, layout, options)
+    return _with_tokenizer(made, source, layout, options, made.arch.text)
+
+
+def _read_text(source: Source, layout: Layout, options: Options) -> ConversionResult:
     arch = _architecture(source, layout, options)
-    preprocess = layout.preprocess(source, options, arch)
-    leaves = engine.import_weights(source.tensors, layout.rules(source, arch), Clip.graph(arch).shapes, str(source.path))
-    arch, leaves = _resize(arch, leaves, options.image_size)
-    adds_exits = bool(options.exits) and not arch.vision.exits
-    if adds_exits:
-        arch, leaves = _add_exits(arch, leaves, options)
+    shapes = {"text": TextTower.graph(arch).shapes}
+    leaves = engine.import_weights(source.tensors, layout.rules(source, arch), shapes, str(source.path))
+    made = ConversionResult(layout.kind, arch, pytree.unflatten(leaves), None)
+    return _with_tokenizer(made, source, layout, options, arch)
+
+
+def _with_tokenizer(
+    made: ConversionResult, source: Source, layout: Layout, options: Options, text: TextArch
+) -> ConversionResult:
     find_tokenizer = layout.tokenizer or vocabulary.find_tokenizer
-    tokenizer, origin = find_tokenizer(source, options.tokenizer, arch.text)
-    made = ConversionResult(layout.kind, arch, pytree.unflatten(leaves), preprocess, tokenizer, adds_exits=adds_exits)
-    if tokenizer is None:
+    made.tokenizer, origin = find_tokenizer(source, options.tokenizer, text)
+    if made.tokenizer is None:
         made.notes.append(origin)
     else:
         made.extra["tokenizer"] = origin
-    return _with_details(made, layout.details(source, options))
+    return made
+
+
+def _read_vision(source: Source, layout: Layout, options: Options) -> ConversionResult:
+    """A vision tower, alone or with the rest of its CLIP."""
+    arch = _architecture(source, layout, options)
+    preprocess = layout.preprocess(source, options, arch)
+    leaves = engine.import_weights(source.tensors, layout.rules(source, arch), towers.shapes_of(arch), str(source.path))
+    arch, leaves, origin = towers.resize(arch, leaves, options.image_size, layout.antialiased(arch))
+    adds_exits = bool(options.exits) and not towers.vision_of(arch).exits
+    if adds_exits:
+        arch, leaves = towers.add_exits(arch, leaves, options.exits, options.pool)
+    return ConversionResult(
+        layout.kind, arch, pytree.unflatten(leaves), preprocess, adds_exits=adds_exits, origin=dict(origin)
+    )  # fmt: skip
 
 
 def _read_convnext(source: Source, layout: Layout, options: Options) -> ConversionResult:
     arch = layout.arch(source, options)
     shapes = _MODULES[layout.kind].graph(arch).shapes
     leaves = engine.import_weights(source.tensors, layout.rules(source, arch), shapes, str(source.path))
-    preprocess = layout.preprocess(source, options, arch)
-    made = ConversionResult(layout.kind, arch, pytree.unflatten(leaves), preprocess)
-    return _with_details(made, layout.details(source, options))
+    return ConversionResult(layout.kind, arch, pytree.unflatten(leaves), layout.preprocess(source, options, arch))
 
 
 def _with_details(made: ConversionResult, details: Details) -> ConversionResult:
@@ -210,7 +236,7 @@ def _with_details(made: ConversionResult, details: Details) -> ConversionResult:
     return made
 
 
-def _architecture(source: Source, layout: Layout, options: Options) -> ClipArch:
+def _architecture(source: Source, layout: Layout, options: Options) -> Any:
     """The architecture; where it cannot be read, the error also lists names that no rule matches, such as renamed tensors."""
     try:
         return layout.arch(source, options)
@@ -219,36 +245,6 @@ def _architecture(source: Source, layout: Layout, options: Options) -> ClipArch:
         if lines:
             raise ConvertError("\n  ".join([str(error), *lines[:10]])) from error
         raise
-
-
-def _resize(arch: ClipArch, leaves: dict[str, Leaf], image_size: int) -> tuple[ClipArch, dict[str, Leaf]]:
-    vision = arch.vision
-    if not image_size or image_size == vision.image_size:
-        return arch, leaves
-    if image_size < vision.patch_size or image_size % vision.patch_size:
-        raise ConvertError(f"--image-size={image_size} is not a multiple of the patch size {vision.patch_size}")
-    grid = image_size // vision.patch_size
-    old = leaves["vision/pos"]
-    new = Leaf(
-        (grid * grid + vision.class_token, vision.width),
-        old.sources,
-        lambda: resize_positions(np.asarray(old), grid, vision.class_token),
-    )
-    return dataclasses.replace(arch, vision=dataclasses.replace(vision, image_size=image_size)), {**leaves, "vision/pos": new}
-
-
-def _add_exits(arch: ClipArch, leaves: dict[str, Leaf], options: Options) -> tuple[ClipArch, dict[str, Leaf]]:
-    """Exit heads that are initialised from the head of the full tower, each with its own temperature."""
-    pool = options.pool or ("map" if arch.vision.head == "map" else "cls")
-    if pool not in POOLS:
-        raise ConvertError(f"--pool={pool} must be one of {', '.join(POOLS)}")
-    try:
-        vision = dataclasses.replace(arch.vision, exits=tuple(sorted(options.exits)), pool=pool)
-    except ValueError as error:
-        raise ConvertError(f"--exits {' '.join(map(str, options.exits))}: {error}") from error
-    arch = dataclasses.replace(arch, vision=vision)
-    sources = exit_sources(Clip.graph(arch).shapes)
-    return arch, {**leaves, **{path: leaves[full] for path, full in sources.items()}}
 
 
 def _retokenize(source: Path, dest: Path, options: Options, reference: str | os.PathLike) -> Report:

@@ -26,9 +26,11 @@ from icar_jax.convert.layouts.base import Export, ExportFiles, ExportSource, Lay
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.convnext import ConvNeXtArch
 from icar_jax.models.token_router import scorer_arch
+from icar_jax.models.vision import VisionArch
 
 _ARCHS: dict[str, Callable[[dict[str, Any], str], Any]] = {
     "clip": lambda values, where: from_dict(values, ClipArch, where),
+    "vision": lambda values, where: from_dict(values, VisionArch, where),
     "complexity": scorer_arch,
     "convnext": lambda values, where: from_dict(values, ConvNeXtArch, where),
 }
@@ -85,8 +87,10 @@ def _open(source: Path, layouts: Sequence[Layout]) -> ExportSource:
 
 
 def _choose(source: ExportSource, layouts: Sequence[Layout]) -> Export:
-    """Of layouts that share a name in --to, the one that holds this model."""
-    candidates = [layout.export for layout in layouts if layout.export and layout.kind == source.loaded.kind]
+    """Of layouts that share a name in --to, the one that holds this model; the one it came from is asked first."""
+    origin = source.description.get("source", {}).get("layout")
+    fitting = [layout for layout in layouts if layout.export and layout.kind == source.loaded.kind]
+    candidates = [layout.export for layout in sorted(fitting, key=lambda layout: layout.name != origin)]
     for export in candidates:
         if export.holds(source.arch):
             return export

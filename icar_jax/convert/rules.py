@@ -38,24 +38,35 @@ TRANSPOSE = _one(lambda a: a.T, lambda a: a.T)  # torch Linear [out, in] <-> ker
 CONV = _one(lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1))  # [O, I, H, W] <-> [H, W, I, O]
 POINTWISE = _one(lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None])  # 1x1 convolution <-> kernel [in, out]
 ROW = _one(lambda a: a.reshape(a.shape[-1]), lambda a: a[None, None])  # [1, 1, W] <-> [W]
+ROWS = _one(lambda a: a.reshape(a.shape[1:]), lambda a: a[None])  # [1, N, W] <-> [N, W]
 SCALAR = _one(lambda a: a.reshape(()), lambda a: a)  # [] or [1] -> []
 VECTOR = _one(lambda a: a.reshape(()), lambda a: a[None])  # [1] <-> []
 # three matrices q, k, v <-> one matrix in that order
 QKV_WEIGHT = Transform(lambda arrays: np.concatenate(arrays).T, lambda a: np.split(a.T, 3))
 QKV_BIAS = Transform(np.concatenate, lambda a: np.split(a, 3))
+# a layer and the scale of each of its outputs (LayerScale) <-> the scaled layer; backwards the scales are 1
+SCALED_WEIGHT = Transform(lambda arrays: (arrays[0] * arrays[1][:, None]).T, lambda a: [a.T, np.ones_like(a[0])])
+SCALED_BIAS = Transform(lambda arrays: arrays[0] * arrays[1], lambda a: [a, np.ones_like(a)])
 
 
 @dataclass(frozen=True)
 class Rule:
     """Maps the source keys `sources` to the parameter path `target`; '{}' matches a number, equal on both sides, in order.
 
-    A rule without target drops a tensor that holds no weights; `why` says what it is.
+    A rule without target drops a tensor that holds no weights; `why` says what it is. `shared` are keys that other rules read
+    too; the transform gets them after the sources.
     """
 
     sources: tuple[str, ...]
     target: str = ""
     transform: Transform = SAME
     why: str = ""
+    shared: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All source keys, in the order of the transform's arrays."""
+        return (*self.sources, *self.shared)
 
 
 def rule(source: str | Sequence[str], target: str, transform: Transform = SAME) -> Rule:
@@ -74,6 +85,14 @@ def linear(source: str, target: str, bias: bool = True) -> list[Rule]:
     return rules + ([rule(f"{source}.bias", f"{target}/bias")] if bias else [])
 
 
+def scaled(source: str, target: str, scale: str) -> list[Rule]:
+    """Rules for the weight and bias of a torch Linear whose outputs are multiplied by the vector `scale`."""
+    return [
+        Rule((f"{source}.weight",), f"{target}/kernel", SCALED_WEIGHT, shared=(scale,)),
+        Rule((f"{source}.bias",), f"{target}/bias", SCALED_BIAS, shared=(scale,)),
+    ]
+
+
 def norm(source: str, target: str) -> list[Rule]:
     """Rules for the weight and bias of a torch LayerNorm."""
     return [rule(f"{source}.weight", f"{target}/scale"), rule(f"{source}.bias", f"{target}/bias")]
@@ -81,9 +100,8 @@ def norm(source: str, target: str) -> list[Rule]:
 
 def prefixed(rules: Iterable[Rule], source: str = "", target: str = "") -> list[Rule]:
     """The same rules with a prefix before every source key and every target."""
-    return [
-        Rule(tuple(source + s for s in r.sources), target + r.target if r.target else "", r.transform, r.why) for r in rules
-    ]
+    add = lambda keys: tuple(source + key for key in keys)
+    return [Rule(add(r.sources), target + r.target if r.target else "", r.transform, r.why, add(r.shared)) for r in rules]
 
 
 @dataclass(frozen=True)
@@ -140,7 +158,7 @@ def import_weights(
 
 def unknown_keys(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> list[str]:
     """One line for each source key that no rule matches."""
-    patterns = [_pattern(source) for r in rules for source in r.sources]
+    patterns = [_pattern(source) for r in rules for source in r.keys]
     return [
         f"unknown in the source: {key} {t.shape}" for key, t in tensors.items() if not any(p.fullmatch(key) for p in patterns)
     ]
@@ -156,7 +174,7 @@ def export_weights(params: Mapping[str, Any], rules: Sequence[Rule], where: str)
             raise ConvertError(f"{where}: {path} matches {len(matches)} rules of the layout, expected one")
         chosen, match = matches[0]
         stand_in = chosen.transform.backward(np.broadcast_to(np.float32(0), tuple(array.shape)))
-        for i, (name, part) in enumerate(zip(chosen.sources, stand_in, strict=True)):
+        for i, (name, part) in enumerate(zip(chosen.keys, stand_in, strict=True)):
             read = lambda chosen=chosen, array=array, i=i: chosen.transform.backward(np.asarray(array, np.float32))[i]
             out[_fill(name, match.groups())] = Leaf(tuple(part.shape), (path,), read)
     return out
@@ -180,20 +198,24 @@ def _fill(text: str, numbers: Sequence[str]) -> str:
 def _claims(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> tuple[dict[str, tuple[Rule, list[str]]], list[str]]:
     """{target: (rule, its source keys)} for every target that a key maps to, and the faults of the keys."""
     patterns = [(r, _pattern(source)) for r in rules for source in r.sources]
+    shared = [_pattern(source) for r in rules for source in r.shared]
     claims: dict[str, tuple[Rule, list[str]]] = {}
-    faults = []
+    faults, waiting = [], []
     for key, tensor in tensors.items():
         matches = [(r, match.groups()) for r, regex in patterns if (match := regex.fullmatch(key))]
-        if not matches:
+        if not matches and any(regex.fullmatch(key) for regex in shared):
+            waiting.append(key)
+        elif not matches:
             faults.append(f"unknown in the source: {key} {tensor.shape}")
         elif len(matches) > 1:
             faults.append(f"claimed by {len(matches)} rules: {key}")
         elif matches[0][0].target:
             chosen, numbers = matches[0]
             target = _fill(chosen.target, numbers)
-            if claims.setdefault(target, (chosen, [_fill(s, numbers) for s in chosen.sources]))[0] is not chosen:
+            if claims.setdefault(target, (chosen, [_fill(s, numbers) for s in chosen.keys]))[0] is not chosen:
                 faults.append(f"filled twice: {target} (again by {key})")
-    return claims, faults
+    read = {key for _, keys in claims.values() for key in keys}
+    return claims, faults + [f"unknown in the source: {key} {tensors[key].shape}" for key in waiting if key not in read]
 
 
 def _faults_of(target: str, wanted: tuple[int, ...], chosen: Rule, parts: Sequence[Tensor]) -> list[str]:
@@ -225,5 +247,5 @@ def _expected_sources(rules: Sequence[Rule], targets: Iterable[str]) -> dict[str
     for path in targets:
         for r in rules:
             if r.target and (match := _pattern(r.target).fullmatch(path)):
-                found[path] = ", ".join(_fill(source, match.groups()) for source in r.sources)
+                found[path] = ", ".join(_fill(source, match.groups()) for source in r.keys)
     return found

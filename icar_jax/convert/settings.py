@@ -6,6 +6,7 @@ choices are listed, because a wrong setting spoils every embedding without an er
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ ACTIVATIONS = {
 RESAMPLING = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}
 # Heads of the published CLIP towers, by (width, blocks); a tower of another size may have any number.
 _HEADS = {
-    "vision": {(384, 12): 6, (512, 12): 8, (768, 12): 12, (896, 12): 14, (1024, 24): 16, (1280, 32): 16, (1408, 40): 16,
-               (1664, 48): 16, (1792, 56): 16},
+    "vision": {(192, 12): 3, (384, 12): 6, (512, 12): 8, (768, 12): 12, (896, 12): 14, (1024, 24): 16, (1280, 32): 16,
+               (1408, 40): 16, (1536, 40): 24, (1664, 48): 16, (1792, 56): 16},
     "text": {(256, 10): 4, (384, 12): 6, (512, 12): 8, (640, 12): 10, (768, 12): 12, (1024, 24): 16, (1280, 24): 20,
              (1280, 32): 20, (1280, 36): 20},
 }  # fmt: skip
@@ -91,8 +92,9 @@ def choose_preprocess(asked: str, found: Preprocess | None, image_size: int, whe
 
 
 def resized(preprocess: Preprocess, image_size: int) -> Preprocess:
-    """The same preprocessing at `image_size` pixels."""
-    return Preprocess(image_size, preprocess.resize_mode, preprocess.interpolation, preprocess.mean, preprocess.std)
+    """The same preprocessing at `image_size` pixels, with the same ratio of the crop."""
+    resize_to = round(preprocess.resize_to * image_size / preprocess.image_size)
+    return dataclasses.replace(preprocess, image_size=image_size, resize_to=resize_to)
 
 
 def hf_preprocess(config: Fields) -> Preprocess:
@@ -112,14 +114,15 @@ def hf_preprocess(config: Fields) -> Preprocess:
         "do_rescale": not c.get("do_rescale", bool, True),
         "rescale_factor": abs(c.get("rescale_factor", float, 1 / 255) * 255 - 1) > 1e-3,
         "resample": not isinstance(resample, int | str) or resample not in RESAMPLING,
-        "crop_size": target not in (None, side),
+        "crop_size": target is not None and (target != side if squash else target > side),
         "do_center_crop": not crop and not squash,
     }
     if any(wrong.values()):
         bad = ", ".join(f"{k}={c.content.get(k)!r}" for k, is_wrong in wrong.items() if is_wrong)
         raise ConvertError(f"{c.where}: cannot prepare images that way: {bad}; pass --preprocess to say what to do instead")
     mean, std = c.get("image_mean", list, OPENAI_MEAN), c.get("image_std", list, OPENAI_STD)
-    return checked_preprocess(side, "squash" if squash else "crop", RESAMPLING[resample], mean, std, c.where)
+    mode, resize_to = ("squash", 0) if squash else ("crop", side)
+    return checked_preprocess(target or side, mode, RESAMPLING[resample], mean, std, c.where, resize_to)
 
 
 def _side(config: Fields, name: str, default: int | None) -> int | None:
@@ -134,10 +137,12 @@ def _side(config: Fields, name: str, default: int | None) -> int | None:
     return side
 
 
-def checked_preprocess(size: int, mode: str, interpolation: str, mean: Any, std: Any, where: str) -> Preprocess:
+def checked_preprocess(
+    size: int, mode: str, interpolation: str, mean: Any, std: Any, where: str, resize_to: int = 0
+) -> Preprocess:
     """A Preprocess from values of a configuration file. Raises ConvertError, naming `where`, for impossible ones."""
     try:
-        return Preprocess(size, mode, interpolation, mean, std)
+        return Preprocess(size, mode, interpolation, mean, std, resize_to)
     except ValueError as error:
         raise ConvertError(f"{where}: {error}") from error
 
@@ -154,7 +159,7 @@ def choose_heads(asked: int, said: int | None, width: int, depth: int, tower: st
     if not heads and not asked and said is None:
         raise ConvertError(
             f"{where} does not say how many attention heads the {tower} tower of width {width} and {depth} blocks has, and no "
-            "published tower has that size; pass --heads VISION TEXT"
+            "published tower has that size; pass --heads VISION TEXT, or --heads NUMBER for a tower alone"
         )
     if heads < 1 or width % heads:
         raise ConvertError(f"{where}: {heads} heads do not divide the {tower} tower's width of {width}")

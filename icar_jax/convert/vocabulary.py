@@ -46,11 +46,14 @@ def open_tokenizer(file: Path, text: TextArch) -> Tokenizer:
     if siglip != (text.pool == "last"):
         has, needs = ("no", "one") if siglip else ("a", "none")
         raise ConvertError(f"{file} is not this model's tokenizer: it has {has} start token, the text tower expects {needs}")
-    fits = tokenizer.vocab_size <= text.vocabulary if siglip else tokenizer.vocab_size == text.vocabulary
+    # The embeddings of SigLIP and of text encoders may have more rows than there are tokens.
+    fits = tokenizer.vocab_size <= text.vocabulary if siglip or text.post_norm else tokenizer.vocab_size == text.vocabulary
     if not fits:
         raise ConvertError(
             f"{file} is not this model's tokenizer: it has {tokenizer.vocab_size} tokens, the text tower {text.vocabulary}"
         )
+    if text.pad_id >= 0 and tokenizer.pad_id != text.pad_id:
+        raise ConvertError(f"{file} pads with token {tokenizer.pad_id}, the text tower masks token {text.pad_id}")
     if text.pool == "end" and tokenizer.end_id != text.end_id:
         raise ConvertError(f"{file} ends a text with token {tokenizer.end_id}, the text tower pools token {text.end_id}")
     return tokenizer

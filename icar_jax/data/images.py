@@ -133,10 +133,11 @@ class Preprocess:
 
     Attributes:
         image_size: side S of the square input, in pixels.
-        resize: 'squash' resizes to S x S regardless of aspect ratio; 'crop' resizes the shortest side to S and crops the
-            centre, with torchvision's rounding.
+        resize_mode: 'squash' resizes to S x S regardless of aspect ratio; 'crop' resizes the shortest side to S, or to
+            `resize_to`, and crops the centre, with torchvision's rounding.
         interpolation: 'bicubic' or 'bilinear', both antialiased (Pillow).
         mean, std: per RGB channel, for pixels scaled to [0, 1]; applied on the device as (x / 255 - mean) / std.
+        resize_to: shortest side before the crop, in pixels, at least S; 0 is S, and S becomes 0. Only with 'crop'.
     """
 
     image_size: int
@@ -144,12 +145,21 @@ class Preprocess:
     interpolation: str = "bicubic"
     mean: tuple[float, float, float] = OPENAI_MEAN
     std: tuple[float, float, float] = OPENAI_STD
+    resize_to: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.image_size, int) or isinstance(self.image_size, bool) or self.image_size < 1:
             raise ConfigError(f"preprocess.image_size must be a positive integer (pixels), got {self.image_size!r}")
         check_choice("preprocess.resize_mode", self.resize_mode, RESIZES)
         check_choice("preprocess.interpolation", self.interpolation, tuple(INTERPOLATIONS))
+        whole = isinstance(self.resize_to, int) and not isinstance(self.resize_to, bool)
+        if not whole or (self.resize_to and (self.resize_mode != "crop" or self.resize_to < self.image_size)):
+            raise ConfigError(
+                f"preprocess.resize_to must be 0 or, with resize_mode 'crop', at least image_size={self.image_size} pixels, "
+                f"got {self.resize_to!r} with {self.resize_mode!r}"
+            )
+        if self.resize_to == self.image_size:
+            object.__setattr__(self, "resize_to", 0)
         for field in ("mean", "std"):
             value = getattr(self, field)
             try:
@@ -164,7 +174,12 @@ class Preprocess:
     @property
     def decoded_side(self) -> int:
         """Pixels that the shorter side of a decoded image needs; see `decode`."""
-        return _GAP * self.image_size
+        return _GAP * self.shortest_side
+
+    @property
+    def shortest_side(self) -> int:
+        """Shortest side of an image after resizing and before the crop, in pixels."""
+        return self.resize_to or self.image_size
 
     def resize(self, image: Image.Image) -> np.ndarray:
         """Resizes an RGB image to uint8 [S, S, 3]."""
@@ -172,24 +187,29 @@ class Preprocess:
         if self.resize_mode == "squash":
             return np.array(image.resize((size, size), resample))
         image = _limit_aspect(image)
-        width, height = image.size
+        (width, height), short = image.size, self.shortest_side
         if width <= height:
-            new_width, new_height = size, int(size * height / width)
+            new_width, new_height = short, int(short * height / width)
         else:
-            new_width, new_height = int(size * width / height), size
+            new_width, new_height = int(short * width / height), short
         image = image.resize((new_width, new_height), resample)
         left, top = round((new_width - size) / 2), round((new_height - size) / 2)
         return np.array(image.crop((left, top, left + size, top + size)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON-ready dict; `from_dict` restores it exactly."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """Returns a JSON-ready dict; `from_dict` restores it exactly. `resize_to` is left out if it is 0."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return values if self.resize_to else {k: v for k, v in values.items() if k != "resize_to"}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
-        """Inverse of `to_dict`; every field must be present. Raises ConfigError naming missing and unknown fields."""
-        expected = {f.name for f in fields(cls)}
-        missing, unknown = sorted(expected - set(values)), sorted(set(values) - expected)
+        """Inverse of `to_dict`; every field but `resize_to` must be present.
+
+        Raises ConfigError naming missing and unknown fields.
+        """
+        known = {f.name for f in fields(cls)}
+        expected = known - {"resize_to"}
+        missing, unknown = sorted(expected - set(values)), sorted(set(values) - known)
         if missing or unknown:
             raise ConfigError(f"preprocess: missing fields {missing}, unknown fields {unknown}; expected {sorted(expected)}")
         return cls(**values)

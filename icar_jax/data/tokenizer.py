@@ -1,8 +1,9 @@
-"""Tokenizers based on the `tokenizers` library: CLIP's vocabulary, one trained on the captions, or SigLIP's.
+"""Tokenizers based on the `tokenizers` library: CLIP's vocabulary, one trained on the captions, SigLIP's, or a text encoder's.
 
 CLIP and trained tokenizers clean text as OpenAI's CLIP does and encode a caption as [start, tokens..., end, pad...]. The end
 token has the highest id in both vocabularies, so the first end token and the argmax of the ids are the same position. SigLIP's
-has no start token ([tokens..., end, pad...]) and cleans text by the rules in its own file.
+has no start token ([tokens..., end, pad...]). Those of BERT, RoBERTa and their kin have one ([CLS] or <s>). Both kinds clean
+text by the rules in their own files.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ CLIP_END_ID = CLIP_VOCAB_SIZE - 1
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 # Names of (start, end) that published CLIP vocabularies use.
 _SPECIAL_PAIRS = ((START, END), ("<start_of_text>", "<end_of_text>"))
+# (start, end, pad) of text encoders: WordPiece of BERT; byte-level BPE and SentencePiece of RoBERTa and XLM-R.
+_ENCODERS = (("[CLS]", "[SEP]", "[PAD]"), ("<s>", "</s>", "<pad>"))
 _SIGLIP = {"</s>": "</s>", "<eos>": "<pad>"}  # end token -> pad token of SigLIP and of SigLIP 2
 _CLIP_WORDS = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+)"""
 _CLIP_MERGES = CLIP_VOCAB_SIZE - 2 * 256 - 2
@@ -59,14 +62,16 @@ class Tokenizer:
         padding = backend.padding
         backend.no_truncation()
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
-        self._backend = backend
+        self._backend, self._cleans = backend, True
         self.start_id: int | None = None
         for start, end in _SPECIAL_PAIRS:
             if backend.token_to_id(start) is not None and backend.token_to_id(end) is not None:
                 self.start_id, self.end_id = backend.token_to_id(start), backend.token_to_id(end)
                 break
         else:
-            self._open_siglip(padding, where)
+            self._cleans = False
+            if not self._open_encoder():
+                self._open_siglip(padding, where)
             return
         backend.no_padding()
         pad_id = backend.token_to_id(PAD)
@@ -76,6 +81,16 @@ class Tokenizer:
                 f"{where}: the end token has id {self.end_id}, expected the highest id, {self.vocab_size - 1}, because"
                 " pooling finds the end token by the argmax of the ids. Remove tokens that were added after it."
             )
+
+    def _open_encoder(self) -> bool:
+        """Whether this is the vocabulary of a text encoder; sets its special tokens."""
+        for names in _ENCODERS:
+            ids = [self._backend.token_to_id(name) for name in names]
+            if None not in ids:
+                self.start_id, self.end_id, self.pad_id = ids
+                self._backend.no_padding()
+                return True
+        return False
 
     def _open_siglip(self, padding: dict | None, where: str) -> None:
         backend = self._backend
@@ -189,7 +204,7 @@ class Tokenizer:
 
     def _bodies(self, texts: list[str]) -> list[list[int]]:
         """Returns token ids of each text without special tokens and padding."""
-        if self.start_id is not None:
+        if self._cleans:
             texts = [clean(text) for text in texts]
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         if self.start_id is not None:

@@ -107,7 +107,7 @@ def seen_box(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int, i
     width, height = size
     if preprocess.resize_mode == "squash":
         return 0, 0, width, height
-    side = min(size)
+    side = round(min(size) * preprocess.image_size / preprocess.shortest_side)
     left, top = round((width - side) / 2), round((height - side) / 2)
     return left, top, left + side, top + side
 

@@ -56,6 +56,11 @@ def load(
     description = checkpoint.describe(folder)
     if description["kind"] == "bundle":
         clip, complexity = checkpoint.read(folder / "clip", "clip"), checkpoint.read(folder / "complexity", "complexity")
+    elif description["kind"] in ("vision", "text"):
+        other = {"vision": "text", "text": "vision"}[description["kind"]]
+        raise CheckpointError(
+            f"{folder} is a {description['kind']} tower, which has no {other} tower; `icar join` makes a CLIP of two towers"
+        )
     elif description["kind"] == "convnext":
         raise CheckpointError(
             f"{folder} is a ConvNeXt backbone, which can neither embed nor score images; load a CLIP or a complexity model"

@@ -74,7 +74,8 @@ def read_pretrained(path: str | os.PathLike, kinds: tuple[str, ...], **options: 
 
         loaded = convert.in_memory(path, _options(options))
         if loaded.kind not in kinds:
-            raise CheckpointError(f"{path} is a {loaded.kind} model, expected {' or '.join(kinds)}")
+            join = "; convert it, and `icar join` makes a CLIP of two towers" if loaded.kind in ("vision", "text") else ""
+            raise CheckpointError(f"{path} is a {loaded.kind} model, expected {' or '.join(kinds)}{join}")
         return loaded
     if options:
         raise CheckpointError(f"{path} is an icar_jax checkpoint and needs no options; leave out {', '.join(options)}")

@@ -77,7 +77,7 @@ def require_compatible(clip: Checkpoint, clip_arch: ClipArch, scorer: Checkpoint
             f"{where}, but {clip.path} has an exit after block {first}, where images would leave before they are scored; "
             f"train the complexity model with --config.complexity.blocks={first} or less, or the CLIP with later exits"
         )
-    names = ("image_size", "patch_size", "heads", "activation", "norm_eps", "pre_norm")
+    names = ("image_size", "patch_size", "heads", "activation", "norm_eps", "pre_norm", "ffn", "registers")
     ours, theirs = (
         {name: getattr(v, name) for name in names} | {"merge": v.merge_before(arch.blocks)}
         for v in (arch.vision, clip_arch.vision)

@@ -8,20 +8,26 @@ from __future__ import annotations
 from icar_jax.models.complexity import ComplexityArch
 from icar_jax.models.convnext import ConvNeXtArch
 from icar_jax.models.exit_heads import adapter_width
+from icar_jax.models.projection import projection_macs
 from icar_jax.models.text import TextArch
 from icar_jax.models.token_router import BlocksArch
 from icar_jax.models.vision import VisionArch
 
 
-def _block_macs(tokens: int, width: int, mlp_width: int) -> int:
+def _block_macs(tokens: int, width: int, mlp_width: int, ffn: str = "mlp") -> int:
     projections = 4 * tokens * width * width  # q, k, v, out
     mixing = 2 * tokens * tokens * width  # q k^T and p v
-    return projections + mixing + 2 * tokens * width * mlp_width
+    return projections + mixing + (_first_columns(ffn) + 1) * tokens * width * mlp_width
+
+
+def _first_columns(ffn: str) -> int:
+    """Columns of the first matrix of a feed-forward part, as a multiple of its hidden channels."""
+    return 2 if ffn == "swiglu" else 1
 
 
 def _merging_macs(arch: VisionArch, blocks_run: int) -> int:
     """Multiply-accumulates of the pairwise similarities and of the weighted sums of one merging step."""
-    patches = arch.tokens_after(blocks_run) - arch.class_token
+    patches = arch.tokens_after(blocks_run) - arch.prefix
     seekers, others = patches - patches // 2, patches // 2
     return seekers * (others + patches - arch.merge[blocks_run - 1]) * arch.width
 
@@ -43,14 +49,15 @@ def head_flops(arch: VisionArch, blocks_run: int | None = None) -> int:
     if arch.head == "map":
         return 2 * (probe + 2 * arch.width * arch.mlp_width)
     added = {"linear": 0, "adapter": 2 * arch.width * adapter_width(arch.width), "attention": probe}[arch.exit_head]
-    return 2 * (arch.width * arch.embed_dim + (added if early else 0))
+    projection = projection_macs(arch.projection, arch.projection_width, arch.pooled_width, arch.embed_dim)
+    return 2 * (projection + (added if early else 0))
 
 
 def trunk_flops(arch: VisionArch, blocks: int) -> int:
     """Returns the FLOPs of one image through the patch embedding and the first `blocks` blocks, without a head."""
-    patches = arch.tokens - arch.class_token
+    patches = arch.tokens - arch.prefix
     macs = patches * 3 * arch.patch_size**2 * arch.width
-    macs += sum(_block_macs(arch.tokens_after(n), arch.width, arch.mlp_width) for n in range(1, blocks + 1))
+    macs += sum(_block_macs(arch.tokens_after(n), arch.width, arch.mlp_width, arch.ffn) for n in range(1, blocks + 1))
     macs += sum(_merging_macs(arch, n) for n, count in enumerate(arch.merge, 1) if count and n < blocks)
     return 2 * macs
 
@@ -63,7 +70,7 @@ def image_flops(arch: VisionArch) -> int:
 def text_flops(arch: TextArch) -> int:
     """Returns the FLOPs of one caption, padded to the context length."""
     macs = arch.depth * _block_macs(arch.context_length, arch.width, arch.mlp_width)
-    return 2 * (macs + arch.width * arch.embed_dim)
+    return 2 * (macs + projection_macs(arch.projection, arch.projection_width, arch.width, arch.embed_dim))
 
 
 def recomputed_flops(tower: VisionArch | TextArch, remat: str) -> int:
@@ -73,9 +80,11 @@ def recomputed_flops(tower: VisionArch | TextArch, remat: str) -> int:
     macs = 0
     for block in range(1, tower.depth + 1):
         tokens = tower.tokens_after(block) if isinstance(tower, VisionArch) else tower.context_length
+        columns = _first_columns(tower.ffn) if isinstance(tower, VisionArch) else 1
         macs += 2 * tokens * tokens * tower.width  # q k^T and p v
         if remat == "full":
-            macs += 4 * tokens * tower.width**2 + tokens * tower.width * tower.mlp_width  # q, k, v, out, first MLP layer
+            # q, k, v, out, and the first layer of the feed-forward part
+            macs += 4 * tokens * tower.width**2 + columns * tokens * tower.width * tower.mlp_width
     return 2 * macs
 
 

@@ -1,4 +1,5 @@
-"""Text transformer: causal and pooled at the end token (CLIP), or bidirectional and pooled at the last position (SigLIP)."""
+"""Text transformer: causal and pooled at the end token (CLIP), bidirectional and pooled at the last position (SigLIP), or
+post-norm with masked padding, pooled at the first token or over the mean (BERT, RoBERTa, sentence-transformers)."""
 
 from __future__ import annotations
 
@@ -11,11 +12,13 @@ from flax import nnx
 
 from icar_jax.errors import ModelError
 from icar_jax.models.functional import Module
-from icar_jax.models.layers import DType, LayerNorm, Linear, draw
-from icar_jax.models.transformer import AttentionFn, Block, Execution, require_blocks, run_blocks
+from icar_jax.models.layers import DType, LayerNorm, draw
+from icar_jax.models.projection import add_projection, project, projection_error
+from icar_jax.models.transformer import AttentionFn, Block, Execution, PostNormBlock, require_blocks, run_blocks
 
 Array = jax.Array
-POOLS = ("end", "argmax", "last")
+POOLS = ("end", "argmax", "last", "first", "mean")
+MASKED = -5000.0  # added to the scores of padding: exp gives 0, and float16 can hold it
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class TextArch:
     """Architecture of a text tower.
 
     `pool`: 'end' pools the first `end_id`; 'argmax' the highest id, which is the same if the end token has the highest id;
-    'last' the last position.
+    'last' the last position; 'first' the first; 'mean' averages all tokens but the padding.
     """
 
     context_length: int
@@ -39,10 +42,18 @@ class TextArch:
     causal: bool = True
     proj_bias: bool = False
     norm_eps: float = 1e-5
+    post_norm: bool = False  # norms after the embeddings and after each residual, none at the end (BERT)
+    pad_id: int = -1  # padding after the last other token is masked; -1: nothing is masked
+    projection: str = "linear"  # linear | linear_mlp (sum of both) | mlp | none (a bare tower)
+    projection_width: int = 0  # hidden channels of the MLP
 
     def __post_init__(self) -> None:
         if self.pool not in POOLS:
             raise ModelError(f"text pool {self.pool!r} must be one of {POOLS}")
+        if wrong := projection_error(self.projection, self.projection_width, self.width, self.embed_dim):
+            raise ModelError(f"text tower: {wrong}")
+        if not -1 <= self.pad_id < self.vocabulary:
+            raise ModelError(f"padding {self.pad_id} lies outside the vocabulary of {self.vocabulary}")
         if not 0 <= self.end_id < self.vocabulary:
             raise ModelError(f"end token {self.end_id} lies outside the vocabulary of {self.vocabulary}")
 
@@ -66,9 +77,12 @@ class TextTower(Module):
             "causal": a.causal,
             "attention": attention,
         }
-        self.blocks = nnx.List([Block(a.width, a.heads, a.mlp_width, **kind, **types) for _ in range(a.depth)])
-        self.ln_final = LayerNorm(a.width, a.norm_eps, param_dtype=param_dtype)
-        self.proj = Linear(a.width, a.embed_dim, std=a.width**-0.5, bias=a.proj_bias, **types)
+        norm = lambda wanted: nnx.data(LayerNorm(a.width, a.norm_eps, param_dtype=param_dtype) if wanted else None)
+        self.ln_embed = norm(a.post_norm)
+        block = PostNormBlock if a.post_norm else Block
+        self.blocks = nnx.List([block(a.width, a.heads, a.mlp_width, **kind, **types) for _ in range(a.depth)])
+        self.ln_final = norm(not a.post_norm)
+        add_projection(self, a.projection, a.projection_width, a.width, a.embed_dim, bias=a.proj_bias, **types)
 
     def __call__(self, tokens: Array) -> Array:
         """tokens int [B, L], L at most the context length -> [B, D] before normalisation, float32.
@@ -90,12 +104,26 @@ class TextTower(Module):
             raise TypeError(f"tokens must be integer ids, got {tokens.dtype}")
         length, depth = tokens.shape[1], self.arch.depth
         x = (self.embed[...][tokens] + self.pos[...][None, :length]).astype(self.dtype)
-        x = run_blocks(self.blocks, x, (depth,), execution=self.execution)[depth]
-        return self.proj(self.ln_final(self._pool(x, tokens))).astype(jnp.float32)
+        if self.ln_embed is not None:
+            x = self.ln_embed(x)
+        key_bias = None if self.arch.pad_id < 0 else jnp.where(self._is_text(tokens), 0.0, MASKED)
+        x = run_blocks(self.blocks, x, (depth,), execution=self.execution, key_bias=key_bias)[depth]
+        pooled = self._pool(x, tokens)
+        return project(self, pooled if self.ln_final is None else self.ln_final(pooled)).astype(jnp.float32)
+
+    def _is_text(self, tokens: Array) -> Array:
+        """bool [B, L]: False for the padding at the end. The padding's id within a text is a token like others."""
+        last = jnp.max(jnp.where(tokens != self.arch.pad_id, jnp.arange(tokens.shape[1])[None], 0), axis=1)
+        return jnp.arange(tokens.shape[1])[None] <= last[:, None]
 
     def _pool(self, x: Array, tokens: Array) -> Array:
         if self.arch.pool == "last":
             return x[:, -1]
+        if self.arch.pool == "first":
+            return x[:, 0]
+        if self.arch.pool == "mean":
+            weight = self._is_text(tokens).astype(jnp.float32)[:, :, None]
+            return ((x.astype(jnp.float32) * weight).sum(1) / weight.sum(1)).astype(x.dtype)
         # argmax returns the first match, so padding with the end token is harmless.
         place = jnp.argmax(tokens == self.arch.end_id if self.arch.pool == "end" else tokens, axis=1)
         return jnp.take_along_axis(x, place[:, None, None], axis=1)[:, 0]

@@ -15,19 +15,21 @@ class Tokens(NamedTuple):
     """Tokens of a vision tower: `values` [B, L, W], and `sizes` float32 [B, L], the number of patches merged into each."""
 
     values: Array
-    sizes: Array  # 1 for the class token and for unmerged patches
+    sizes: Array  # 1 for the class token, registers and unmerged patches
 
 
-def merge_similar(tokens: Tokens, count: int, class_token: bool) -> Tokens:
+def merge_similar(tokens: Tokens, count: int, prefix: int) -> Tokens:
     """Tokens of [B, L, W] -> Tokens of [B, L - count, W]: merges `count` patches into similar ones.
 
+    The first `prefix` tokens, class token and registers, are no patches and stay as they are.
+
     Bipartite matching of ToMe (Bolya et al. 2023, arXiv:2210.09461): every second patch is matched with the most similar of
-    the other patches, and the `count` most similar pairs are averaged, weighted by size. Order of the result: class token,
+    the other patches, and the `count` most similar pairs are averaged, weighted by size. Order of the result: prefix,
     unmerged patches of the first set, patches of the second set. Two differences from ToMe: similarity is the cosine of the
     centred tokens and not of the keys, and later attention is not proportional to token size, because the tower is trained
     without that.
     """
-    (x, sizes), first = tokens, int(class_token)
+    (x, sizes), first = tokens, int(prefix)
     # Highest precision: reduced precision could reorder pairs, and would round the tokens in the sums below.
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     seeker, other = (x[:, first + start :: 2].astype(jnp.float32) for start in (0, 1))

@@ -93,7 +93,7 @@ class TokenRouter(Module):
 
     def logits_of_tokens(self, tokens: Tokens, dropout_key: Array | None = None) -> Array:
         """Tokens of [B, L, W], as of `tokens` -> logits [B, 2] (classification) or [B, 1] (regression), float32."""
-        pooled = pool_tokens(tokens, self.arch.vision.class_token)
+        pooled = pool_tokens(tokens, self.arch.vision.class_token, self.arch.vision.registers)
         if self.arch.norm_parts:
             parts = pooled.reshape(len(pooled), -1, self.arch.vision.width)
             parts = parts - parts.mean(axis=-1, keepdims=True)
@@ -136,18 +136,19 @@ class TokenRouter(Module):
 
         odds, pull_back = jax.vjp(odds_of, tokens.values)
         (gradient,) = pull_back(jnp.ones_like(odds))
-        each = jnp.sum(tokens.values.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)[:, int(vision.class_token) :]
+        each = jnp.sum(tokens.values.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)[:, vision.prefix :]
         return jax.nn.sigmoid(odds), each.reshape(-1, vision.grid, vision.grid) * vision.grid**2
 
 
-def pool_tokens(tokens: Tokens, class_token: bool) -> Array:
+def pool_tokens(tokens: Tokens, class_token: bool, registers: int = 0) -> Array:
     """Tokens of [B, L, W] -> float32 [B, 3 W] or, without class token, [B, 2 W].
 
     Concatenates the class token, and mean and standard deviation over the patches, weighted by the sizes of merged tokens.
+    Registers, which follow the class token, are left out.
     """
     x, part = tokens.values.astype(jnp.float32), jnp.asarray(tokens.sizes)
-    if class_token:
-        part = part.at[:, 0].set(0)
+    if prefix := int(class_token) + registers:
+        part = part.at[:, :prefix].set(0)
     part = part / part.sum(axis=1, keepdims=True)
 
     def mean_of(values: Array) -> Array:  # as a matrix product: twice as fast on CPU as a weighted sum

@@ -21,6 +21,7 @@ Array = jax.Array
 Activation = Callable[[Array], Array]
 AttentionFn = Callable[..., Array]  # (q, k, v, *, causal), [B, L, H, K] each -> [B, L, H, K]
 REMAT = get_args(Remat)
+BIAS_CHANNELS = 8  # added to each head to carry a bias of the keys
 # Checkpoint names of the outputs of linear layers, for remat 'dots'. The last linear layer is not included, because the
 # backward pass of a block does not need its output.
 _PRODUCTS = ("qkv", "attn_out", "mlp_hidden")
@@ -78,11 +79,15 @@ class Attention(Module):
         self.qkv = Linear(width, 3 * width, std=width**-0.5, **types)
         self.out = Linear(width, width, std=(2 * depth * width) ** -0.5, **types)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, key_bias: Array | None = None) -> Array:
+        """`key_bias` float32 [B, L] is added to the scaled scores of each token as a key; None is 0."""
         qkv = checkpoint_name(self.qkv(x), "qkv")
         # split, not slices: the gradient of split is one concatenation, that of slices a sum of padded arrays.
         q, k, v = map(self._by_head, jnp.split(qkv, 3, axis=-1))
-        y = self.attention(q, k, v, causal=self.causal)
+        if key_bias is None:
+            y = self.attention(q, k, v, causal=self.causal)
+        else:
+            y = self.attention(*biased(q, k, v, key_bias), causal=self.causal)[..., : q.shape[-1]]
         return checkpoint_name(self.out(y.reshape(x.shape)), "attn_out")
 
     def read(self, query: Array, x: Array) -> Array:
@@ -93,6 +98,21 @@ class Attention(Module):
 
     def _by_head(self, x: Array) -> Array:
         return x.reshape(*x.shape[:-1], self.heads, self.width // self.heads)
+
+
+def biased(q: Array, k: Array, v: Array, key_bias: Array) -> tuple[Array, Array, Array]:
+    """q, k, v [B, L, H, K] and a bias of the keys [B, L] -> arrays [B, L, H, K + 8] whose attention has that bias.
+
+    One more channel carries the bias, so that every attention function, fused kernels included, can have one; they take heads
+    of a multiple of 8 channels. The first K channels of the result are the attention.
+    """
+    kept = q.shape[-1]
+    wider = kept + BIAS_CHANNELS  # attention divides the scores by its square root
+    spread = [(0, 0)] * 3 + [(0, BIAS_CHANNELS - 1)]
+    shift = jnp.broadcast_to((wider**0.5 * key_bias)[:, :, None, None], (*k.shape[:-1], 1)).astype(k.dtype)
+    q = jnp.concatenate([q * (wider / kept) ** 0.5, jnp.pad(jnp.ones((*q.shape[:-1], 1), q.dtype), spread)], axis=-1)
+    k = jnp.concatenate([k, jnp.pad(shift, spread)], axis=-1)
+    return q.astype(k.dtype), k, jnp.pad(v, [(0, 0)] * 3 + [(0, BIAS_CHANNELS)])
 
 
 class Mlp(Module):
@@ -131,10 +151,24 @@ class Block(Module):
         self.ln2 = LayerNorm(width, eps, param_dtype=param_dtype)
         self.mlp = Mlp(width, hidden, depth=depth, activation=activation, **types, rngs=rngs)
 
-    def __call__(self, x: Array, scale: Array | None = None) -> Array:
-        """`scale` float32 [B] multiplies both residuals of each image (0 skips the block); None is 1."""
-        x = x + _scaled(self.attn(self.ln1(x)), scale)
+    def __call__(self, x: Array, scale: Array | None = None, key_bias: Array | None = None) -> Array:
+        """`scale` float32 [B] multiplies both residuals of each image (0 skips the block); `key_bias` as of Attention."""
+        x = x + _scaled(self.attn(self.ln1(x), **_given(key_bias)), scale)
         return x + _scaled(self.mlp(self.ln2(x)), scale)
+
+
+class PostNormBlock(Block):
+    """Post-norm block of BERT, with the parameters of Block: x = ln1(x + attn(x)), then ln2(x + mlp(x))."""
+
+    def __call__(self, x: Array, scale: Array | None = None, key_bias: Array | None = None) -> Array:
+        """Arguments as of Block."""
+        x = self.ln1(x + _scaled(self.attn(x, **_given(key_bias)), scale))
+        return self.ln2(x + _scaled(self.mlp(x), scale))
+
+
+def _given(key_bias: Array | None) -> dict[str, Array]:
+    """The argument `key_bias`, left out where there is none: an attention module of the user need not know it."""
+    return {} if key_bias is None else {"key_bias": key_bias}
 
 
 def _scaled(residual: Array, scale: Array | None) -> Array:
@@ -160,6 +194,7 @@ def run_blocks(
     execution: Execution,
     start: int = 0,
     scales: Array | None = None,
+    key_bias: Array | None = None,
 ) -> dict[int, Array]:
     """Runs the blocks up to max(wanted): x [B, L, W] -> {executed blocks: [B, L, W]} for each of `wanted`.
 
@@ -169,6 +204,7 @@ def run_blocks(
         execution: remat, scan and sharding.
         start: blocks executed already.
         scales: float32 [B, blocks], multiplies the residuals of each image in each block; None is 1.
+        key_bias: float32 [B, L], passed to every block; None is 0.
 
     Raises ValueError if `execution` scans over blocks that differ, or uses scan or remat with blocks that have non-parameter
     state.
@@ -176,15 +212,18 @@ def run_blocks(
     taps = {}
     for stop in sorted(set(wanted)):
         own = None if scales is None else scales[:, start:stop].T
-        x = taps[stop] = _run(blocks[start:stop], x, own, execution, start)
+        x = taps[stop] = _run(blocks[start:stop], x, own, execution, start, key_bias)
         start = stop
     return taps
 
 
-def _run(blocks: Sequence[nnx.Module], x: Array, scales: Array | None, execution: Execution, first: int) -> Array:
+def _run(
+    blocks: Sequence[nnx.Module], x: Array, scales: Array | None, execution: Execution, first: int, key_bias: Array | None
+) -> Array:
     """Runs all of `blocks` on x; `first` is the index of the first one in the tower; scales [blocks, B]."""
     place = lambda x: x if execution.sharding is None else jax.lax.with_sharding_constraint(x, execution.sharding)
-    run = lambda block, x, scale: place(block(place(x)) if scale is None else block(place(x), scale))
+    bias = _given(key_bias)
+    run = lambda block, x, scale: place(block(place(x), **bias) if scale is None else block(place(x), scale, **bias))
     scan = execution.scan and len(blocks) > 1
     if not scan and execution.remat == "none":
         for i, block in enumerate(blocks):

@@ -19,7 +19,10 @@ from icar_jax.models.token_router import ScorerArch
 # _SIZES are set by the variant. MANNERS are read from the checkpoint: parameter shapes do not show them and no config field
 # sets them.
 _SIZES = ("width", "depth", "mlp_width", "embed_dim", "patch_size")
-MANNERS = ("activation", "heads", "norm_eps", "head", "class_token", "patch_bias", "pre_norm", "causal", "proj_bias")
+MANNERS = (
+    "activation", "heads", "norm_eps", "head", "class_token", "patch_bias", "pre_norm", "causal", "proj_bias", "registers",
+    "ffn", "projection", "projection_width", "exit_eps",
+)  # fmt: skip
 RESIDUAL = re.compile(r"vision/exits/\d+/residual/")
 
 

@@ -57,8 +57,8 @@ def adopt(arch: Any, path: str | os.PathLike) -> Any:
             f"{saved.vision.exit_sum}, or train without config.train.init"
         )
     vision = {name: getattr(saved.vision, name) for name in init_errors.MANNERS if hasattr(saved.vision, name)}
-    if saved.vision.head == "map":
-        vision["pool"] = "map"  # required to copy its head to the exits
+    if saved.vision.head in ("map", "cls_mean"):
+        vision["pool"] = saved.vision.head  # required to copy its head to the exits
     text = {name: getattr(saved.text, name) for name in (*init_errors.MANNERS, "pool") if hasattr(saved.text, name)}
     if saved.text.pool != "end":
         text["end_id"] = saved.text.end_id  # unused by these pools
@@ -87,7 +87,7 @@ def note_preprocessing(path: str | os.PathLike, kind: str, preprocess: Preproces
         theirs = checkpoint.describe(find(path, kind)).get("preprocess", {})
     except CheckpointError as error:
         raise _error(path, error) from error
-    ours = preprocess.to_dict()
+    ours = {"resize_to": 0, **preprocess.to_dict()}
     shared = [name for name in theirs if name in ours and name != "image_size" and theirs[name] != ours[name]]
     differing = [f"{name} {theirs[name]!r} in the checkpoint, {ours[name]!r} in the run" for name in shared]
     if differing:

@@ -17,7 +17,7 @@ from icar_jax.convert.fields import ConvertError, Fields
 from icar_jax.convert.files.tensors import Tensor
 from icar_jax.convert.positions import resize_positions
 from icar_jax.convert.rules import dropped, import_weights, rule
-from icar_jax.convert.settings import PRESETS, choose_heads, hf_preprocess
+from icar_jax.convert.settings import PRESETS, choose_heads, hf_preprocess, resized
 from icar_jax.convert.source import open_source
 from icar_jax.data.images import Preprocess
 from icar_jax.models.clip import ClipArch
@@ -93,7 +93,15 @@ def test_a_key_that_two_rules_claim_is_a_fault_of_the_table():
 @pytest.mark.parametrize("name", [n for n in dir(engine) if isinstance(getattr(engine, n), engine.Transform)])
 def test_transforms_go_there_and_back(name):
     transform = getattr(engine, name)
-    target = {"CONV": (2, 2, 3, 4), "SAME": (4, 6), "SCALAR": (), "VECTOR": (), "ROW": (6,), "QKV_BIAS": (6,)}.get(name, (4, 6))
+    target = {
+        "CONV": (2, 2, 3, 4),
+        "SAME": (4, 6),
+        "SCALAR": (),
+        "VECTOR": (),
+        "ROW": (6,),
+        "QKV_BIAS": (6,),
+        "SCALED_BIAS": (6,),
+    }.get(name, (4, 6))
     array = np.random.default_rng(0).standard_normal(target)
     np.testing.assert_array_equal(transform.forward(transform.backward(array)), array)
 
@@ -171,10 +179,13 @@ def test_hugging_face_preprocessors():
     assert hf_preprocess(Fields("x", {"image_processor": squash})) == Preprocess(
         384, "squash", "bilinear", (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     )
+    smaller = hf_preprocess(Fields("x", {**crop, "crop_size": {"height": 200, "width": 200}}))
+    assert (smaller.image_size, smaller.resize_to) == (200, 224)
+    assert [resized(smaller, side).resize_to for side in (100, 150, 168)] == [112, 168, 188]
     for change in (
         {"resample": 1},
         {"do_normalize": False},
-        {"crop_size": {"height": 200, "width": 200}},
+        {"crop_size": {"height": 240, "width": 240}},
         {"rescale_factor": 1.0},
     ):
         with pytest.raises(ConvertError, match=next(iter(change))):
@@ -191,6 +202,7 @@ def test_unknown_layouts_and_places_are_explained(tmp_path):
         (["resnet.conv1.weight"], "unknown layout; expected the names of one of openai, open_clip, hf_clip"),
         (["visual.trunk.blocks.0.weight"], "timm model"),
         (["downsample_layers.0.0.weight"], "original ConvNeXt layout"),
+        (["downsample_layers.0.0.weight", "stages.0.0.dwconv.weight"], "original ConvNeXt layout"),
     ):
         save_file({n: np.zeros(2, np.float32) for n in names}, tmp_path / "w.safetensors")
         with pytest.raises(ConvertError, match=message):

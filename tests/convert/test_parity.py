@@ -21,12 +21,16 @@ from icar_jax.convert.positions import resize_positions
 from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.complexity import ComplexityArch, ComplexityModel
 from icar_jax.models.convnext import ConvNeXt, ConvNeXtArch
-from icar_jax.models.text import TextTower
-from icar_jax.models.vision import VisionTower
+from icar_jax.models.text import TextArch, TextTower
+from icar_jax.models.vision import VisionArch, VisionTower
 from tests.support import parity_cases as cases
 
 LIVE_SEED = 7
-ARCHS = {"clip": ClipArch, "complexity": ComplexityArch, "convnext": ConvNeXtArch}
+HF_POSITIONS = "embeddings.position_embeddings"
+POSITIONS, TYPES = f"{HF_POSITIONS}.weight", "embeddings.token_type_embeddings.weight"
+ARCHS = {
+    "clip": ClipArch, "vision": VisionArch, "text": TextArch, "complexity": ComplexityArch, "convnext": ConvNeXtArch,
+}  # fmt: skip
 SEEDS = [pytest.param(None, id="golden"), pytest.param(LIVE_SEED, id="live", marks=pytest.mark.parity)]
 SOURCES = [
     pytest.param((name, *seed.values), id=f"{name}-{seed.id}", marks=seed.marks) for seed in SEEDS for name in cases.names()
@@ -75,6 +79,10 @@ def test_towers(model):
         found["text_embeds"] = jax.jit(clip.encode_text)(model.params, case.inputs["tokens"])
     elif case.kind == "complexity":
         found["logits"] = jax.jit(ComplexityModel.graph(model.arch).logits)(model.params, case.images)
+    elif case.kind == "vision":
+        found = tower_outputs(model)
+    elif case.kind == "text":
+        found["features"] = jax.jit(TextTower.graph(model.arch))(model.params["text"], case.inputs["tokens"])
     else:
         name = "logits" if model.arch.num_classes else "features"
         found[name] = jax.jit(ConvNeXt.graph(model.arch))(model.params, case.images)
@@ -83,6 +91,18 @@ def test_towers(model):
     assert set(found) == expected
     for name in expected:
         np.testing.assert_allclose(found[name], outputs[name], rtol=0, atol=1e-4, err_msg=name)
+
+
+def tower_outputs(model):
+    """The tower's output, and all tokens after the last norm where the library norms them before it pools."""
+    tower, depth = VisionTower.graph(model.arch), model.arch.depth
+
+    def run(params, images):
+        made, tokens = tower(params, images, (depth,), intermediates=True)
+        normed = tower.merge(params).ln_post(tokens[f"blocks/{depth - 1}"])
+        return {"features": made[depth]} | ({"features_tokens": normed} if model.arch.head == "cls" else {})
+
+    return jax.jit(run)(model.params["vision"], model.case.images)
 
 
 def test_layers(model):
@@ -100,7 +120,9 @@ def run_layers(model):
 
 def run_layer(arch, kind, path, params, x):
     root, rest = ("", path) if kind == "convnext" else path.split("/", 1)
-    graph = ConvNeXt.graph(arch.backbone if kind == "complexity" else arch) if kind != "clip" else None
+    graph = ConvNeXt.graph(arch.backbone if kind == "complexity" else arch) if kind in ("complexity", "convnext") else None
+    if kind in ("vision", "text"):
+        graph = (VisionTower if kind == "vision" else TextTower).graph(arch)
     if kind == "clip":
         graph = VisionTower.graph(arch.vision) if root == "vision" else TextTower.graph(arch.text)
     layer = graph.merge(params[root] if root else params)
@@ -114,10 +136,17 @@ def test_every_value_arrives_once_and_unrounded(model):
     case, flat = model.case, pytree.flatten(model.params)
     if model.case.options.get("exits"):
         flat = {path: leaf for path, leaf in flat.items() if "/exits/" not in path and not path.startswith("exit_logit_scale")}
-    kept = {name: array for name, array in case.weights.items() if array.dtype.kind == "f" and name != "temp_clamp"}
+    if any("layer_scale" in name or ".ls1." in name for name in case.weights):
+        pytest.skip("LayerScale is multiplied into other weights, which test_vision_layouts.py compares")
+    left_out = ("temp_clamp", "head.weight", "head.bias", "classifier.weight", "classifier.bias")
+    kept = {name: array for name, array in case.weights.items() if array.dtype.kind == "f" and name not in left_out}
     if "image_size" in case.options:  # resized, and compared in test_resized_positions
-        kept.pop("visual.positional_embedding")
+        kept = {n: array for n, array in kept.items() if n not in ("visual.positional_embedding", f"vit.{HF_POSITIONS}")}
         flat.pop("vision/pos")
+    if case.kind == "text":  # positions are a sum, compared in test_positions_of_text_encoders
+        beside = ("pooler.", "lm_head.", POSITIONS, TYPES)
+        kept = {n: array for n, array in kept.items() if not n.removeprefix("roberta.").startswith(beside)}
+        flat.pop("text/pos")
     expected = np.sort(np.concatenate([array.astype(np.float32).ravel() for array in kept.values()]))
     np.testing.assert_array_equal(np.sort(np.concatenate([np.ravel(leaf) for leaf in flat.values()])), expected)
 
@@ -145,6 +174,14 @@ def test_resized_positions(seed):
         positions, expected = case.inputs[f"positions/{old}"], case.outputs[f"positions/{old}/{new}"]
         close(resize_positions(positions, int(new), class_token=True), expected)
         close(resize_positions(positions[1:], int(new), class_token=False), expected[1:])
+
+
+@pytest.mark.parametrize("name, prefix, first", [("bert", "", 0), ("roberta", "roberta.", 2)])
+def test_positions_of_text_encoders(name, prefix, first, tmp_path):
+    model = golden_model(name, tmp_path)
+    weights, length = model.case.weights, model.arch.context_length
+    expected = weights[prefix + POSITIONS][first : first + length] + weights[prefix + TYPES][0]
+    np.testing.assert_array_equal(model.params["text"]["pos"], expected)
 
 
 # --- what the cases cover --------------------------------------------------------------------------------------------------
@@ -175,6 +212,9 @@ def test_architectures_are_read(tmp_path):
     assert (icar.depth, icar.exits, icar.pool, read["icar"].temperature) == (14, (13,), "first_patch", "own")
     convnexts = {name[9:]: (arch.version, arch.num_classes) for name, arch in read.items() if name.startswith("convnext_")}
     assert convnexts == {"v1_linear": (1, 10), "v1_conv_mlp": (1, 0), "v2_linear": (2, 0), "v2_conv_mlp": (2, 7)}
+    encoders = {name: arch for name, arch in read.items() if isinstance(arch, TextArch)}
+    found = {name: (arch.context_length, arch.pool, arch.pad_id, arch.norm_eps) for name, arch in encoders.items()}
+    assert found == {"bert": (12, "mean", 0, 1e-12), "roberta": (10, "first", 1, 1e-5)}
     assert read["icc"].head == "classification" and read["icc"].backbone.dims == (8, 12, 16, 24)
 
 

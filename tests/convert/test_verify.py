@@ -24,7 +24,7 @@ from icar_jax.models import convnext
 from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.complexity import ComplexityArch, ComplexityModel
 from icar_jax.models.convnext import ConvNeXtArch
-from icar_jax.models.text import TextArch
+from icar_jax.models.text import TextArch, TextTower
 from icar_jax.models.vision import VisionArch
 from tests.support import reference as ref
 
@@ -228,6 +228,28 @@ def test_inputs_of_another_model(clip, tmp_path, change, message):
     reference = read_reference(write(tmp_path / "r.npz", "icar", **{**arrays, **change}))
     with pytest.raises(ConvertError, match=message):
         compare("clip", CLIP, params, reference)
+
+
+def test_a_text_encoder_is_compared_by_its_features(tmp_path):
+    arch = TextArch(6, 40, 16, 2, 2, 32, 16, end_id=0, pool="mean", causal=False, post_norm=True, pad_id=0, projection="none")
+    tower = TextTower.graph(arch)
+    params = {"text": random_params(tower.shapes, 3)}
+    tokens = np.array([[4, 9, 3, 0, 0, 0], [5, 7, 30, 2, 8, 1]], np.int32)
+    arrays = {"tokens": tokens, "features": np.asarray(tower(params["text"], tokens))}
+    reference = read_reference(write(tmp_path / "r.npz", "bert", **arrays))
+    found = compare("text", arch, params, reference)
+    assert [(d.part, d.ok) for d in found] == [("text", True)]
+    wrong = compare("text", dataclasses.replace(arch, pool="first"), params, reference)
+    with pytest.raises(ConvertError, match="pooled token"):
+        require_equal(wrong)
+    with pytest.raises(ConvertError, match="context length: expected 7, found 6"):
+        compare("text", dataclasses.replace(arch, context_length=7), params, reference)
+    with pytest.raises(ConvertError, match="token ids: expected 0 to 29, found 0 to 30"):
+        compare("text", dataclasses.replace(arch, vocabulary=30), params, reference)
+    with pytest.raises(ConvertError, match="features: expected 2 rows, one for each of tokens, found 1"):
+        read_reference(write(tmp_path / "r.npz", "bert", **{**arrays, "features": arrays["features"][:1]}))
+    with pytest.raises(ConvertError, match="images: missing"):
+        read_reference(write(tmp_path / "r.npz", "bert", tokens=tokens))
 
 
 @pytest.mark.parametrize("missing", ["tokens", "image_embeds", "text_embeds", "exit_2"])

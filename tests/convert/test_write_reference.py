@@ -35,6 +35,9 @@ def test_without_torch_the_message_says_what_to_install(backbone_file, tmp_path,
         ("out.npz", {"heads": (2,)}, "two numbers of heads"),
         ("out.npz", {"activation": "relu"}, "gelu, gelu_tanh, quick_gelu"),
         ("out.npz", {"library": "transformers"}, "timm runs, not 'transformers'"),
+        ("out.npz", {"text_pool": "max"}, "text_pool 'max' must be one of first, mean"),
+        ("out.npz", {"text_pool": "mean"}, "text_pool cannot be given for this source: it is no text encoder"),
+        ("out.npz", {"context_length": 8}, "context_length cannot be given"),
     ],
 )
 def test_impossible_requests_are_refused(backbone_file, tmp_path, out, options, message):
@@ -46,9 +49,10 @@ def test_impossible_requests_are_refused(backbone_file, tmp_path, out, options, 
 
 CASES = (
     "hf_quick_gelu", "hf_gelu", "siglip", "open_clip_gelu", "open_clip_custom_text", "openai", "open_clip_resized",
-    "convnext_v1_linear", "convnext_v2_conv_mlp", "icc", "icar",
+    "convnext_v1_linear", "convnext_v2_conv_mlp", "icc", "icar", "hf_dinov2_swiglu", "hf_dinov2_registers", "timm_vit",
+    "timm_dinov2", "timm_registers", "timm_mean", "timm_clip", "bert", "roberta",
 )  # fmt: skip
-ASKED = ("heads", "activation", "image_size")  # options that the library needs too
+ASKED = ("heads", "activation", "image_size", "context_length", "text_pool")  # options that the library needs too
 
 
 def live_source(name, folder):
@@ -76,7 +80,8 @@ def test_a_conversion_is_proved_by_the_library_it_comes_from(name, tmp_path):
     assert set(reference.meta["libraries"]) == {"torch", LIBRARIES[case.layout]}
     report = convert(source, tmp_path / "converted", options_of(case, reference), reference=path)
     found = {d.part for d in report.differences}
-    parts = {"clip": {"image", "text", "logit_scale"}, "complexity": {"logits"}, "convnext": {"logits"}}[case.kind]
+    parts = {"clip": {"image", "text", "logit_scale"}, "complexity": {"logits"}, "convnext": {"logits"},
+             "vision": {"image"}, "text": {"text"}}[case.kind]  # fmt: skip
     parts |= {"icar": {"exit 13", "exit_logit_scale/13"}, "siglip": {"logit_bias"}}.get(case.layout, set())
     assert found == parts
     assert all(d.ok and d.largest < 1e-4 for d in report.differences)
@@ -167,3 +172,39 @@ def test_weights_that_the_library_would_fill_at_random_are_refused(tmp_path):
     source = parity_cases.write_source(dataclasses.replace(case, weights=weights), tmp_path / "part")
     with pytest.raises(ConvertError, match="visual_projection.weight"):
         write_reference(source, tmp_path / "r.npz")
+
+
+@pytest.mark.parity
+def test_other_poolings_and_fewer_tokens_of_a_text_encoder(tmp_path):
+    _, source = live_source("bert", tmp_path)
+    for name, asked in (("stated", {}), ("first", {"text_pool": "first"}), ("short", {"context_length": 6})):
+        path = write_reference(source, tmp_path / f"{name}.npz", **asked)
+        report = convert(source, tmp_path / name, Options(**asked), reference=path)
+        assert all(d.ok and d.largest < 1e-4 for d in report.differences)
+        wrong = Options(context_length=6, text_pool="first") if name == "short" else Options(context_length=6)
+        with pytest.raises(ConvertError, match="text .*pooled token" if name == "short" else "context length: expected 6"):
+            convert(source, tmp_path / "no", wrong, reference=path)
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("name", "change", "asked", "message"),
+    [
+        ("roberta", {}, {}, "how its tokens become one embedding.*first, mean as text_pool"),
+        ("roberta", {}, {"text_pool": "mean", "heads": (3, 3)}, "heads cannot be given for this source"),
+        ("roberta", {}, {"text_pool": "mean", "context_length": 11}, "11 tokens: this encoder has positions for 2 to 10"),
+        ("roberta", {"model_type": "camembert"}, {"text_pool": "mean"}, "describes a 'camembert' model"),
+        ("roberta", {"num_hidden_layers": 3}, {"text_pool": "mean"}, "missing .*layer.2"),
+        ("bert", {"pooling_mode_mean_tokens": False}, {}, "no mode is not supported"),
+        ("bert", {"pooling_mode_max_tokens": True}, {}, "pooling_mode_max_tokens, pooling_mode_mean_tokens is not supported"),
+    ],
+)
+def test_text_encoders_that_cannot_be_run_are_refused(name, change, asked, message, tmp_path):
+    pytest.importorskip("torch")
+    case, file = parity_cases.load(name), "1_Pooling/config.json" if name == "bert" else "config.json"
+    files = {**case.files, file: {**case.files[file], **change}}
+    source = parity_cases.write_source(dataclasses.replace(case, files=files), tmp_path / "source")
+    with pytest.raises(ConvertError, match=message):
+        write_reference(source, tmp_path / "r.npz", **asked)
+    assert not (tmp_path / "r.npz").exists()

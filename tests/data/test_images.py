@@ -8,6 +8,7 @@ from PIL import Image
 
 from icar_jax.data.augment import Augment, random_box
 from icar_jax.data.images import ImageError, Preprocess, decode
+from icar_jax.errors import ConfigError
 
 
 def gradient(width, height):
@@ -193,3 +194,18 @@ def test_only_files_of_jpegs_are_decoded_smaller():
     picture.save(stream, "PNG")
     for image in (stream.getvalue(), picture, np.asarray(picture)):
         assert decode(image, at_least=10).size == (800, 600)
+
+
+def test_a_crop_may_resize_to_more_pixels_than_it_keeps():
+    wide = Image.fromarray(gradient(120, 60))
+    plain, larger = Preprocess(24), Preprocess(24, resize_to=40)
+    whole = Preprocess(40).resize(Image.fromarray(gradient(60, 60)))
+    assert (larger.resize(Image.fromarray(gradient(60, 60))) == whole[8:32, 8:32]).all()
+    assert larger.resize(wide).shape == (24, 24, 3) and (larger.resize(wide) != plain.resize(wide)).any()
+    assert (larger.decoded_side, plain.decoded_side) == (120, 72)
+    assert Preprocess.from_dict(larger.to_dict()) == larger and larger.to_dict()["resize_to"] == 40
+    # Descriptions without it stay what they were, and so do the identities made from them.
+    assert "resize_to" not in plain.to_dict() and Preprocess(24, resize_to=24) == plain
+    for wrong in ({"resize_to": 23}, {"resize_to": -1}, {"resize_to": 40, "resize_mode": "squash"}, {"resize_to": True}):
+        with pytest.raises(ConfigError, match="preprocess.resize_to must be 0"):
+            Preprocess(24, **wrong)

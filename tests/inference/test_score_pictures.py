@@ -86,6 +86,7 @@ def test_the_seen_box_of_a_crop_is_what_the_preprocessing_keeps():
     left, top, right, bottom = seen_box((120, 40), Preprocess(40, "crop"))
     array[top:bottom, left:right] = 255
     assert (Preprocess(40, "crop").resize(Image.fromarray(array)) == 255).all()
+    assert seen_box((120, 40), Preprocess(20, "crop", resize_to=40)) == (50, 10, 70, 30)
 
 
 def test_the_most_complex_come_first_and_names_do_not_collide(explainer, pictures, tmp_path):

@@ -38,9 +38,8 @@ def _images(n=3):
     return np.random.default_rng(1).standard_normal((n, 32, 32, 3)).astype(np.float32)
 
 
-def by_hand(x, sizes, count, class_token):
-    """One image, patch by patch: tokens [L, W] and sizes [L] -> the same with `count` fewer."""
-    first = int(class_token)
+def by_hand(x, sizes, count, first):
+    """One image, patch by patch: tokens [L, W] and sizes [L] -> the same with `count` fewer; `first` tokens are no patches."""
     patches = [(v.astype(np.float64), s) for v, s in zip(x[first:], sizes[first:])]
     seekers, others = patches[::2], patches[1::2]
     cosine = lambda a, b: np.dot(a - a.mean(), b - b.mean()) / np.linalg.norm(a - a.mean()) / np.linalg.norm(b - b.mean())
@@ -58,15 +57,16 @@ def by_hand(x, sizes, count, class_token):
     return np.stack(tokens), np.array([*sizes[:first], *(s for _, s in stay + merged)])
 
 
-@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("prefix", [1, 0, 5])
 @pytest.mark.parametrize("patches,count", [(2, 1), (5, 2), (16, 3), (16, 8), (9, 4), (9, 0)])
-def test_the_closest_pairs_become_their_weighted_mean(patches, count, class_token):
+def test_the_closest_pairs_become_their_weighted_mean(patches, count, prefix):
     rng = np.random.default_rng(patches + count)
-    x = rng.standard_normal((3, patches + class_token, 6)).astype(np.float32)
+    x = rng.standard_normal((3, patches + prefix, 6)).astype(np.float32)
     sizes = rng.integers(1, 4, x.shape[:2]).astype(np.float32)
-    tokens, total = merge(x, sizes, count, class_token)
+    tokens, total = merge(x, sizes, count, prefix)
+    np.testing.assert_array_equal(tokens[:, :prefix], x[:, :prefix])
     for image in range(3):
-        expected, stands_for = by_hand(x[image], sizes[image], count, class_token)
+        expected, stands_for = by_hand(x[image], sizes[image], count, prefix)
         np.testing.assert_allclose(tokens[image], expected, atol=1e-5)
         np.testing.assert_allclose(total[image], stands_for)
     np.testing.assert_allclose(total.sum(1), sizes.sum(1))
@@ -75,8 +75,8 @@ def test_the_closest_pairs_become_their_weighted_mean(patches, count, class_toke
 @pytest.mark.parametrize("offset", [0.0, 10.0, -100.0])
 def test_a_common_offset_changes_no_match(offset):
     x = np.random.default_rng(3).standard_normal((3, 17, 64)).astype(np.float32)
-    plain, sizes = merge(x, np.ones((3, 17), np.float32), 5, True)
-    moved, others = merge(x + np.float32(offset), np.ones((3, 17), np.float32), 5, True)
+    plain, sizes = merge(x, np.ones((3, 17), np.float32), 5, 1)
+    moved, others = merge(x + np.float32(offset), np.ones((3, 17), np.float32), 5, 1)
     np.testing.assert_array_equal(others, sizes)
     np.testing.assert_allclose(moved - offset, plain, atol=3e-5)
 
@@ -87,7 +87,7 @@ def test_a_constant_patch_is_like_no_other(constant):
     x = np.random.default_rng(4).standard_normal((1, 9, 64)).astype(np.float32)
     x[0, 1] = constant  # the first patch, a seeker
     x[0, 4] = x[0, 3]  # a pair that is equal
-    tokens, sizes = merge(x, np.ones((1, 9), np.float32), 1, True)
+    tokens, sizes = merge(x, np.ones((1, 9), np.float32), 1, 1)
     assert np.all(np.isfinite(tokens))
     merged = tokens[0][np.asarray(sizes[0]) == 2]
     np.testing.assert_allclose(merged, x[:1, 3], atol=1e-6)
@@ -95,7 +95,7 @@ def test_a_constant_patch_is_like_no_other(constant):
 
 def test_equal_patches_merge_without_loss():
     x = np.random.default_rng(0).standard_normal((1, 4, 6)).astype(np.float32)
-    tokens, sizes = merge(np.concatenate([x, x[:, 3:]], 1), np.ones((1, 5), np.float32), 1, True)
+    tokens, sizes = merge(np.concatenate([x, x[:, 3:]], 1), np.ones((1, 5), np.float32), 1, 1)
     assert sorted(sizes[0].tolist()) == [1, 1, 1, 2]
     np.testing.assert_allclose(np.sort(tokens, axis=1), np.sort(x, axis=1), atol=1e-6)
 
@@ -111,10 +111,10 @@ def test_heads_up_to_the_merging_read_all_tokens_and_later_ones_what_is_left():
     sizes = np.ones(x.shape[:2])
     # The rest of the tower, block by block and image by image.
     for block, count in ((3, 3), (4, 2)):
-        each = [by_hand(np.asarray(one), own, count, True) for one, own in zip(x, sizes)]
+        each = [by_hand(np.asarray(one), own, count, 1) for one, own in zip(x, sizes)]
         x, sizes = (np.stack(part).astype(np.float32) for part in zip(*each))
         x = jax.jit(lambda p, x, n=block: whole(p).blocks[n - 1](x))(params, x)
-        head = jax.jit(lambda p, x, n=block: whole(p)._embed(x, n))
+        head = jax.jit(lambda p, x, n=block: whole(p)._embed(Tokens(x, jnp.ones(x.shape[:2])), n))
         np.testing.assert_allclose(found[block], head(params, x), atol=1e-4)
         assert np.abs(found[block] - without[block]).max() > 1e-3
     assert {e: ARCH.tokens_after(e) for e in ARCH.all_exits} == {1: 17, 2: 17, 3: 14, 4: 12}
@@ -168,12 +168,12 @@ def test_what_merging_cannot_go_with():
     ):
         with pytest.raises(ConfigError, match=message):
             architectures.clip_arch(dataclasses.replace(demo, merge=merge))
-    for pool in ("mean", "first_patch"):
-        with pytest.raises(ConfigError, match=f"config.clip: pool '{pool}' does not work at exits .2,. after token"):
-            architectures.clip_arch(dataclasses.replace(demo, merge=(1,), pool=pool))
-        with pytest.raises(ValueError, match=f"pool '{pool}' does not work at exits .2, 3."):
-            dataclasses.replace(ARCH, pool=pool, merge=(1,))
-        architectures.clip_arch(dataclasses.replace(demo, merge=(0, 1), pool=pool))
+    with pytest.raises(ConfigError, match="config.clip: pool 'first_patch' does not work at exits .2,. after token"):
+        architectures.clip_arch(dataclasses.replace(demo, merge=(1,), pool="first_patch"))
+    with pytest.raises(ValueError, match="pool 'first_patch' does not work at exits .2, 3."):
+        dataclasses.replace(ARCH, pool="first_patch", merge=(1,))
+    architectures.clip_arch(dataclasses.replace(demo, merge=(0, 1), pool="first_patch"))
+    architectures.clip_arch(dataclasses.replace(demo, merge=(1,), pool="mean"))  # weighted by the sizes of patches
     with pytest.raises(ValueError, match="has 4 entries"):
         dataclasses.replace(ARCH, merge=(0, 0, 0, 1))
 

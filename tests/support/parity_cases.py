@@ -40,7 +40,7 @@ class Case:
 
     name: str
     layout: str
-    kind: str  # of the checkpoint it becomes: clip | complexity | convnext
+    kind: str  # of the checkpoint it becomes: clip | vision | text | complexity | convnext
     weights: dict[str, np.ndarray]
     weights_file: str
     files: dict[str, Any] = field(default_factory=dict)
@@ -80,9 +80,10 @@ def save(case: Case, file: Path) -> None:
         if case.compact and array.dtype.kind == "f":
             array, steps[name] = to_int8(name, array)
         tensors[f"weights/{name}"] = array
-    side = case.inputs["images"].shape[1] // case.repeat
     tensors |= {f"inputs/{name}": array for name, array in case.inputs.items()}
-    tensors["inputs/images"] = case.inputs["images"][:, :side, :side]
+    if "images" in case.inputs:
+        side = case.inputs["images"].shape[1] // case.repeat
+        tensors["inputs/images"] = case.inputs["images"][:, :side, :side]
     tensors |= {f"outputs/{name}": array for name, array in case.outputs.items()}
     meta = {name: getattr(case, name) for name in TEXT_FIELDS} | {"dtypes": dtypes, "steps": steps}
     tensors = {name: np.asarray(array, order="C") for name, array in tensors.items()}
@@ -113,7 +114,8 @@ def load(name: str) -> Case:
         key: (groups["weights"][key] * np.float32(steps.get(key, 1)) if key in steps else groups["weights"][key]).astype(dtype)
         for key, dtype in dtypes.items()
     }
-    groups["inputs"]["images"] = np.tile(groups["inputs"]["images"], (1, meta["repeat"], meta["repeat"], 1))
+    if "images" in groups["inputs"]:
+        groups["inputs"]["images"] = np.tile(groups["inputs"]["images"], (1, meta["repeat"], meta["repeat"], 1))
     return Case(**meta, **groups)
 
 
@@ -134,6 +136,7 @@ def write_source(case: Case, folder: Path) -> Path:
     else:
         write_torch(file, {**case.extra, case.state_key: case.weights} if case.state_key else case.weights)
     for name, content in case.files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
     return folder if case.files else file
 

@@ -9,7 +9,9 @@ from jax.sharding import PartitionSpec as P
 from icar_jax import architectures, pytree
 from icar_jax.config import ClipConfig
 from icar_jax.models import variants
-from icar_jax.models.clip import Clip
+from icar_jax.models.clip import Clip, ClipArch
+from icar_jax.models.text import TextArch
+from icar_jax.models.vision import VisionArch
 from icar_jax.parallel.rules import RULES, spec_for
 from icar_jax.training.loop import train
 from tests.support import programs
@@ -27,6 +29,8 @@ SHAPE = {"data": 2, "fsdp": 2, "tensor": 2}
         ("text/blocks/0/mlp/fc1/bias", (256,), P("tensor")),
         ("vision/exits/3/proj/kernel", (64, 33), P("fsdp", None)),
         ("vision/blocks/3/ln1/scale", (64,), P()),
+        ("text/proj_mlp/fc1/kernel", (64, 32), P("fsdp", "tensor")),
+        ("vision/exits/3/proj_mlp/fc2/kernel", (32, 16), P("tensor", "fsdp")),
         ("logit_scale", (), P()),
         ("exit_logit_scale/3", (), P()),
         ("vision/blocks/3/attn/qkv/kernel", (63, 192), P(None, "tensor")),  # an axis that does not divide stays whole
@@ -50,6 +54,16 @@ def test_no_leaf_of_the_large_model_is_unmatched():
     arch = architectures.clip_arch(ClipConfig(variant="vit_l14", exits=(6, 12)))
     paths = list(pytree.flatten(Clip.graph(dataclasses.replace(arch, logit_bias=True)).shapes))
     assert len(paths) > 400 and [p for p in paths if not any(re.search(pattern, p) for pattern, _ in RULES)] == []
+
+
+def test_no_leaf_of_joined_towers_is_unmatched():
+    """A text tower after BERT, registers and SwiGLU in the vision tower, and projections with an MLP."""
+    space = {"projection": "linear_mlp", "projection_width": 32}
+    text = TextArch(20, 90, 24, 2, 3, 40, 16, end_id=0, pool="mean", causal=False, post_norm=True, pad_id=0, **space)
+    vision = VisionArch(16, 8, 24, 2, 2, 40, 16, exits=(1,), registers=2, ffn="swiglu", **space)
+    paths = list(pytree.flatten(Clip.graph(ClipArch(vision, text)).shapes))
+    assert {"text/ln_embed/scale", "text/proj_mlp/fc1/kernel", "vision/exits/1/proj_mlp/fc2/kernel"} <= set(paths)
+    assert [p for p in paths if not any(re.search(pattern, p) for pattern, _ in RULES)] == []
 
 
 def test_every_rule_is_used():

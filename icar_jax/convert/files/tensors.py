@@ -23,7 +23,7 @@ from icar_jax.convert.files import safetensors_reader, torch_reader
 from icar_jax.convert.files.torch_pickle import StoredTensor
 
 READERS = ("auto", "torch", "own")
-STATE_KEYS = ("model_state_dict", "state_dict", "model")
+STATE_KEYS = ("model_state_dict", "state_dict", "model", "state_dict_ema", "teacher")
 _OTHER = {
     b"\x1f\x8b": "gzip; unpack it first",
     b"\x93NUMPY": "a numpy array; expected weights of a whole model",

@@ -20,7 +20,7 @@ from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.text import TextArch
 
-KINDS = ("clip", "complexity", "convnext")  # of checkpoints that weights are converted to
+KINDS = ("clip", "vision", "text", "complexity", "convnext")  # of checkpoints that weights are converted to
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,12 @@ class Options:
     activation: str = ""  # gelu | gelu_tanh | quick_gelu
     preprocess: str = ""  # preset of settings.PRESETS, or a JSON file
     exits: tuple[int, ...] = ()  # numbers of blocks; a plain CLIP gets new exits, initialised from the final head
-    pool: str = ""  # token that new exits read; empty: cls, or map for SigLIP
-    heads: tuple[int, ...] = ()  # (vision, text) attention heads
+    pool: str = ""  # token that new exits read; empty: that of full depth
+    heads: tuple[int, ...] = ()  # attention heads: (vision, text), or of a single tower
     image_size: int = 0  # pixels; another size than the source's resizes the position embeddings
     tokenizer: str = ""  # tokenizer.json or CLIP's merges file
+    context_length: int = 0  # tokens of a text; fewer than the source's keep its first positions
+    text_pool: str = ""  # pooling of a text encoder: first | mean
 
     def given(self) -> set[str]:
         """Names of the fields that were set."""
@@ -85,7 +87,7 @@ class ExportSource:
     """A checkpoint of this library that is written in another layout."""
 
     loaded: Checkpoint
-    arch: Any  # ClipArch, ComplexityArch, BlocksArch or ConvNeXtArch
+    arch: Any  # ClipArch, VisionArch, ComplexityArch, BlocksArch or ConvNeXtArch
 
     @property
     def where(self) -> str:
@@ -129,8 +131,9 @@ class ExportFiles:
 class Export:
     """How a model is written in a layout.
 
-    `to` is the name in `icar export --to`. Layouts may share one: the first whose checkpoint kind fits and whose `holds` is
-    true of the architecture writes the model. `files` raises ConvertError for a model that the layout cannot express.
+    `to` is the name in `icar export --to`. Layouts may share one: of those whose checkpoint kind fits and whose `holds` is true
+    of the architecture, the one that the checkpoint came from writes the model, else the first. `files` raises ConvertError for
+    a model that the layout cannot express.
     """
 
     to: str
@@ -138,7 +141,8 @@ class Export:
     holds: Callable[[Any], bool] = lambda arch: True
 
 
-_ALL_OPTIONS = frozenset(f.name for f in dataclasses.fields(Options))
+_OF_TEXT = {"context_length", "text_pool"}  # options of layouts of text encoders
+_ALL_OPTIONS = frozenset(f.name for f in dataclasses.fields(Options)) - _OF_TEXT
 
 
 def no_details(source: Source, options: Options) -> Details:
@@ -158,11 +162,14 @@ class Layout:
     kind: str  # of the checkpoint: one of KINDS
     # From names of tensors and configs; names come without `prefixes`. Raises for a known variant that is not supported.
     detect: Callable[[Source], bool]
-    arch: Callable[[Source, Options], Any]  # ClipArch, ComplexityArch or ConvNeXtArch
+    arch: Callable[[Source, Options], Any]  # ClipArch, VisionArch, ComplexityArch or ConvNeXtArch
     # (source, architecture) -> rules. The architecture is None where it cannot be read and unknown names are to be listed.
     rules: Callable[[Source, Any], list[Rule]]
-    preprocess: Callable[[Source, Options, Any], Preprocess]  # (source, options, architecture)
+    # (source, options, architecture) -> preprocessing of images; None for a text tower.
+    preprocess: Callable[[Source, Options, Any], Preprocess | None] = lambda source, options, arch: None
     details: Callable[[Source, Options], Details] = no_details
+    # Whether the library antialiases positions for another image size, as OpenCLIP and timm do.
+    antialiased: Callable[[Any], bool] = lambda arch: True
     # (source, the user's file or "", text tower) -> (tokenizer, its origin) or (None, a warning). For CLIPs alone.
     # Without one, vocabulary.find_tokenizer.
     tokenizer: Callable[[Source, str, TextArch], tuple[Tokenizer | None, str]] | None = None

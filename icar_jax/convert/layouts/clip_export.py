@@ -15,6 +15,7 @@ from icar_jax.convert.rules import Leaf, Rule
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.text import TextArch
+from icar_jax.models.vision import VisionArch
 
 NO_TOKENIZER = "the checkpoint holds no tokenizer, so none was written"
 
@@ -37,6 +38,26 @@ def beyond_clip(arch: ClipArch) -> dict[str, bool]:
         "its text projection has a bias": t.proj_bias,
         "its embeddings are sums over the heads of its exits (exit_sum)": v.exit_sum,
         f"it merges patch tokens between blocks (merge={v.merge})": any(v.merge),
+        **beyond_vit(v),
+        f"its image tower pools {v.head!r}": v.head not in ("cls", "map"),
+        f"its image tower has the projection {v.projection!r}": v.projection != "linear",
+    }
+
+
+def beyond_vit(vision: VisionArch) -> dict[str, bool]:
+    """{difference from the blocks and tokens of a plain vision transformer: whether this tower has it}."""
+    return {
+        f"its image tower has {vision.registers} registers": vision.registers > 0,
+        f"its image tower has another feed-forward part ({vision.ffn})": vision.ffn != "mlp",
+    }
+
+
+def beyond_tower(vision: VisionArch) -> dict[str, bool]:
+    """{what was added to a bare tower: whether this one has it}."""
+    return {
+        f"it has early exits, after {', '.join(map(str, vision.exits))} blocks": bool(vision.exits),
+        f"it has a projection ({vision.projection})": vision.projection != "none",
+        f"it merges patch tokens between blocks (merge={vision.merge})": any(vision.merge),
     }
 
 

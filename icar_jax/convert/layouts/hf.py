@@ -39,7 +39,7 @@ BLOCK: list[Rule] = [
     *linear("mlp.fc1", "mlp/fc1"),
     *linear("mlp.fc2", "mlp/fc2"),
 ]
-_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 # The library's defaults for fields that a config lacks.
 _CLIP_TEXT = {"num_attention_heads": 8, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 _CLIP_VISION = {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
@@ -177,9 +177,9 @@ def read_towers(
 def _activation(section: Fields) -> str:
     """`hidden_act` by our name. Raises ConvertError for one that no tower here has."""
     name = section.get("hidden_act", str)
-    if name not in _ACTIVATIONS:
-        raise ConvertError(f"{section.where}: hidden_act {name!r} is not supported; expected one of {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
+    if name not in ACTIVATIONS:
+        raise ConvertError(f"{section.where}: hidden_act {name!r} is not supported; expected one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
 
 
 def _section(config: Fields, name: str, defaults: Mapping[str, Any]) -> Fields:

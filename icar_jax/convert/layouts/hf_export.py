@@ -26,7 +26,7 @@ def export_files(
     files: dict[str, Any] = {
         "model.safetensors": leaves,
         "config.json": config,
-        "preprocessor_config.json": _preprocessor(source.preprocess, processor),
+        "preprocessor_config.json": preprocessor(source.preprocess, processor),
     }
     if source.tokenizer is None:
         return ExportFiles(files, [*notes, NO_TOKENIZER])
@@ -53,15 +53,15 @@ def text_config(text: TextArch) -> dict[str, Any]:
     return {"vocab_size": text.vocabulary, "max_position_embeddings": text.context_length}
 
 
-def _preprocessor(preprocess: Preprocess, processor: str) -> dict[str, Any]:
-    """preprocessor_config.json."""
+def preprocessor(preprocess: Preprocess, processor: str, cropping: str = "CLIPImageProcessor") -> dict[str, Any]:
+    """preprocessor_config.json; `cropping` is the image processor for cropped images, `processor` for others."""
     side = preprocess.image_size
     square = {"height": side, "width": side}
     crop = preprocess.resize_mode == "crop"
     return {
-        "image_processor_type": "CLIPImageProcessor" if crop else processor,
+        "image_processor_type": cropping if crop else processor,
         "do_resize": True,
-        "size": {"shortest_edge": side} if crop else square,
+        "size": {"shortest_edge": preprocess.shortest_side} if crop else square,
         "resample": _RESAMPLING[preprocess.interpolation],
         "do_center_crop": crop,
         **({"crop_size": square} if crop else {}),

@@ -256,7 +256,10 @@ def _config(arch: ClipArch, preprocess: Preprocess, params: Mapping[str, Any]) -
     """open_clip_config.json. Raises ConvertError for a model that OpenCLIP's own towers cannot express."""
     v, t = arch.vision, arch.text
     quick = {"quick_gelu" == a for a in (v.activation, t.activation)}
-    refuse("open_clip", {**beyond_clip(arch), "only one of its towers has quick_gelu": len(quick) > 1})
+    refuse("open_clip", {
+        **beyond_clip(arch), "only one of its towers has quick_gelu": len(quick) > 1,
+        f"it resizes images to {preprocess.resize_to} pixels before the crop": preprocess.resize_to > 0,
+    })  # fmt: skip
     model: dict[str, Any] = {
         "embed_dim": v.embed_dim,
         "quick_gelu": v.activation == "quick_gelu",

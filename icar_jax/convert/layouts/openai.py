@@ -39,7 +39,7 @@ def _export(source: ExportSource) -> ExportFiles:
 def _require_openai(arch: ClipArch, preprocess: Preprocess) -> None:
     """Raises ConvertError where OpenAI's code, which reads everything from shapes, would compute another result."""
     v, t = arch.vision, arch.text
-    prepared = (preprocess.resize_mode, preprocess.interpolation, preprocess.mean, preprocess.std)
+    prepared = (preprocess.resize_mode, preprocess.interpolation, preprocess.mean, preprocess.std, preprocess.resize_to)
     refuse(
         "openai",
         {
@@ -52,7 +52,7 @@ def _require_openai(arch: ClipArch, preprocess: Preprocess) -> None:
             "its text tower is not causal": not t.causal,
             "it does not pool the highest token id": pools_other_than_highest(t),
             "it has a logit bias": arch.logit_bias,
-            f"it prepares images otherwise ({preprocess})": prepared != ("crop", "bicubic", OPENAI_MEAN, OPENAI_STD),
+            f"it prepares images otherwise ({preprocess})": prepared != ("crop", "bicubic", OPENAI_MEAN, OPENAI_STD, 0),
         },
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from icar_jax.convert.layouts import hf, icar, icc, open_clip, openai, siglip, timm
+from icar_jax.convert.layouts import bert, hf, hf_dinov2, hf_vit, icar, icc, open_clip, openai, siglip, timm, timm_vit
 from icar_jax.convert.layouts.base import KINDS, Layout
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -10,6 +10,10 @@ LAYOUTS: tuple[Layout, ...] = (
     open_clip.LAYOUT,
     hf.LAYOUT,
     siglip.LAYOUT,
+    hf_vit.LAYOUT,
+    hf_dinov2.LAYOUT,
+    bert.LAYOUT,
+    timm_vit.LAYOUT,
     timm.LAYOUT,
     icar.LAYOUT,
     icc.LAYOUT,

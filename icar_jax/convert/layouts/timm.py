@@ -71,7 +71,7 @@ def convnext_arch(source: Source, prefix: str = "") -> ConvNeXtArch:
 
 
 def _detect(source: Source) -> bool:
-    if source.has("downsample_layers.") and not source.has("stages."):
+    if source.has("downsample_layers."):
         raise ConvertError(f"{source.path}: this is the original ConvNeXt layout; load it with timm and save its state dict")
     return source.has("stages.")
 

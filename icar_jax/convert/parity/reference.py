@@ -20,17 +20,23 @@ import numpy as np
 
 from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.parity import reference_models as models
-from icar_jax.convert.parity.reference_inputs import ACTIVATIONS, ReferenceRequest
+from icar_jax.convert.parity import reference_text as text
+from icar_jax.convert.parity import reference_vision as vision
+from icar_jax.convert.parity.reference_inputs import ACTIVATIONS, TEXT_POOLS, ReferenceRequest
+from icar_jax.convert.parity.reference_reading import refuse_options
 from icar_jax.convert.parity.verify import META, weights_sha256
 from icar_jax.convert.source import Source, open_source
 
 LIBRARIES = {
     "openai": "open_clip", "open_clip": "open_clip", "icar": "open_clip", "hf_clip": "transformers", "siglip": "transformers",
-    "timm": "timm", "icc": "timm",
+    "hf_dinov2": "transformers", "hf_vit": "transformers", "bert": "transformers", "timm_vit": "timm", "timm": "timm",
+    "icc": "timm",
 }  # fmt: skip
 _RUN = {
     "openai": models.run_open_clip, "open_clip": models.run_open_clip, "icar": models.run_open_clip,
     "hf_clip": models.run_transformers, "siglip": models.run_transformers, "timm": models.run_timm, "icc": models.run_icc,
+    "hf_dinov2": vision.run_transformers_vision, "hf_vit": vision.run_transformers_vision, "timm_vit": vision.run_timm_vit,
+    "bert": text.run_transformers_text,
 }  # fmt: skip
 
 
@@ -44,18 +50,22 @@ def write_reference(
     heads: Sequence[int] = (),
     exits: Sequence[int] = (),
     image_size: int = 0,
+    context_length: int = 0,
+    text_pool: str = "",
     images: int = 4,
     seed: int = 0,
 ) -> Path:
-    """Runs the weights at `source_path` on `images` seeded random images and captions, in float32 on the CPU, and writes `out`.
+    """Runs the weights at `source_path` on `images` seeded random images or texts or both, in float32 on the CPU, and
+    writes `out`.
 
     `verify.read_reference` reads the file. Sources without a configuration file may need:
         model_name: a model of open_clip or timm, such as 'ViT-L-14' or 'convnextv2_tiny'.
         activation: gelu, gelu_tanh or quick_gelu.
         heads: attention heads of the vision and of the text tower.
         exits: executed blocks of an ICAR exit head (one).
-        image_size: pixels. For CLIP layouts of open_clip another size than the source's resizes the position embeddings as
-            open_clip does; for ConvNeXt it is the size of the inputs.
+        image_size: pixels. For CLIP layouts of open_clip and for vision towers another size than the source's resizes the
+            position embeddings as the library does; for ConvNeXt it is the size of the inputs.
+        context_length, text_pool: of a text encoder, as in `Options`: tokens of a text, and 'first' or 'mean'.
         library: checked only: the library that runs this layout.
 
     Raises ConvertError where the library is missing, the source does not specify the model, or the weights do not fit it.
@@ -68,14 +78,20 @@ def write_reference(
             "reference: expected at least one image, two numbers of heads (vision, text) or none, and an activation among "
             f"{', '.join(ACTIVATIONS)}; found {images}, {tuple(heads)} and {activation!r}"
         )
+    if text_pool and text_pool not in TEXT_POOLS:
+        raise ConvertError(f"reference: text_pool {text_pool!r} must be one of {', '.join(TEXT_POOLS)}")
     source = open_source(source_path)
     if source.layout not in LIBRARIES:
         raise ConvertError(f"{source.path} has the layout {source.layout!r}; references exist for {', '.join(LIBRARIES)}")
     needed = LIBRARIES[source.layout]
     if library and library != needed:
         raise ConvertError(f"{source.path} has the layout {source.layout!r}, which {needed} runs, not {library!r}")
+    asked = ReferenceRequest(
+        model_name, activation, tuple(heads), tuple(exits), image_size, images, seed, context_length, text_pool
+    )
+    if _RUN[source.layout] is not text.run_transformers_text:
+        refuse_options(source, asked, "it is no text encoder", "context_length", "text_pool")
     torch, module = _import("torch", source), _import(needed, source)
-    asked = ReferenceRequest(model_name, activation, tuple(heads), tuple(exits), image_size, images, seed)
     with torch.inference_mode():
         arrays, built = _RUN[source.layout](torch, module, source, asked)
     meta = {

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+TEXT_POOLS = ("first", "mean")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class ReferenceRequest:
     image_size: int
     images: int
     seed: int
+    context_length: int = 0
+    text_pool: str = ""
 
 
 def noise(asked: ReferenceRequest, size: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Any
 
 from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.parity.reference_inputs import ACTIVATIONS, ReferenceRequest, captions, nchw, noise
+from icar_jax.convert.parity.reference_reading import load_strictly, read_state_dict, refuse_options, require_stated, strip
 from icar_jax.convert.source import Source
 
 Run = tuple[dict[str, Any], dict[str, Any]]
@@ -23,7 +24,9 @@ _EXIT_KEYS = ("early_temp", "temp_clamp", "early_ln.weight", "early_ln.bias", "e
 
 
 def run_transformers(torch: ModuleType, transformers: ModuleType, source: Source, asked: ReferenceRequest) -> Run:
-    _refuse(source, asked, "transformers reads config.json and offers no other size", "model_name", "exits", "image_size")
+    refuse_options(
+        source, asked, "transformers reads config.json and offers no other size", "model_name", "exits", "image_size"
+    )
     folder = source.path if source.path.is_dir() else source.path.parent
     wanted, cls = ("clip", transformers.CLIPModel) if source.layout == "hf_clip" else ("siglip", transformers.SiglipModel)
     stated = source.configs.get("config.json", {}).get("model_type", wanted)
@@ -44,7 +47,7 @@ def run_transformers(torch: ModuleType, transformers: ModuleType, source: Source
     model = model.float().eval()
     vision, text = model.config.vision_config, model.config.text_config
     stated = {"gelu_pytorch_tanh": "gelu_tanh"}.get(vision.hidden_act, vision.hidden_act)
-    _require_stated(source, asked, "config.json", stated, (vision.num_attention_heads, text.num_attention_heads))
+    require_stated(source, asked, "config.json", stated, (vision.num_attention_heads, text.num_attention_heads))
     vocabulary = text.vocab_size
     if source.layout == "siglip":
         known = [i for i in (text.eos_token_id, text.pad_token_id) if i is not None and 0 <= i < vocabulary] or [1]
@@ -69,7 +72,7 @@ def run_transformers(torch: ModuleType, transformers: ModuleType, source: Source
 
 
 def run_open_clip(torch: ModuleType, open_clip: ModuleType, source: Source, asked: ReferenceRequest) -> Run:
-    whole, extra = _state_dict(torch, source)
+    whole, extra = read_state_dict(torch, source)
     icar = source.layout == "icar"
     state = {k.removeprefix("clip.") if icar else k: v for k, v in whole.items() if not (icar and k in _EXIT_KEYS)}
     state = {k: v for k, v in state.items() if k not in (*_OPENAI_SIZES, "attn_mask")}
@@ -82,7 +85,7 @@ def run_open_clip(torch: ModuleType, open_clip: ModuleType, source: Source, aske
         open_clip.model.resize_pos_embed(state, model)
     # Some checkpoints store the temperature as a vector of one.
     state |= {name: state[name].reshape(getattr(model, name).shape) for name in ("logit_scale", "logit_bias") if name in state}
-    model = _load(model, state, source, "open_clip")
+    model = load_strictly(model, state, source, "open_clip")
     text = model.text if custom else None
     pool = text.pool_type if custom else model.text_pool_type
     end = (text.eos_id if custom else model.text_eos_id) if pool == "eos" else model.vocab_size - 1
@@ -120,7 +123,9 @@ def _icar_exit(
     width, embed_dim = model.visual.transformer.width, model.visual.output_dim
     norm, proj = torch.nn.LayerNorm(width), torch.nn.Linear(width, embed_dim, bias=False)
     for part, name in ((norm, "early_ln."), (proj, "early_proj.")):
-        _load(part, {k.removeprefix(name): v for k, v in state.items() if k.startswith(name)}, source, f"the exit head {name}")
+        load_strictly(
+            part, {k.removeprefix(name): v for k, v in state.items() if k.startswith(name)}, source, f"the exit head {name}"
+        )
     # Row 0 is the first patch: this output has no class token.
     taps = model.visual.forward_intermediates(pixels, [blocks - 1], stop_early=True, intermediates_only=True, output_fmt="NLC")
     embeds = torch.nn.functional.normalize(proj(norm(taps["image_intermediates"][0][:, 0])), dim=-1)
@@ -135,14 +140,14 @@ def _clip_config(
     names, settings = open_clip.list_models(), _settings(extra)
     name, shapes = settings.get("model_name"), _clip_shapes(source, state)
     if "open_clip_config.json" in source.configs:
-        _refuse(source, asked, "open_clip_config.json describes the model", "model_name")
+        refuse_options(source, asked, "open_clip_config.json describes the model", "model_name")
         config, built = source.configs["open_clip_config.json"].get("model_cfg", {}), "open_clip_config.json"
         if missing := [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]:
             raise ConvertError(f"{source.path}: open_clip_config.json lacks model_cfg.{', model_cfg.'.join(missing)}")
         # act_kwargs set an activation that has no name here.
         plain = not (config["vision_cfg"].get("act_kwargs") or config["text_cfg"].get("act_kwargs"))
         stated = "quick_gelu" if config.get("quick_gelu") else "gelu" if plain else asked.activation
-        _require_stated(source, asked, built, stated, _heads(config))
+        require_stated(source, asked, built, stated, _heads(config))
     elif asked.model_name:
         if asked.model_name not in names:
             raise ConvertError(f"open_clip has no model {asked.model_name!r}; found for example {', '.join(names[:8])}")
@@ -230,24 +235,24 @@ def _set_heads(open_clip: ModuleType, config: dict[str, Any], source: Source, as
 
 
 def run_timm(torch: ModuleType, timm: ModuleType, source: Source, asked: ReferenceRequest) -> Run:
-    _refuse(source, asked, "a ConvNeXt has none", "activation", "heads", "exits")
-    state, _ = _state_dict(torch, source)
+    refuse_options(source, asked, "a ConvNeXt has none", "activation", "heads", "exits")
+    state, _ = read_state_dict(torch, source)
     model, built = _convnext(timm, source, state, asked, {})
-    model = _load(model, state, source, "timm")
+    model = load_strictly(model, state, source, "timm")
     images = noise(asked, _convnet_size(asked, source))
     return {"images": images, "logits" if model.num_classes else "features": model(nchw(torch, images))}, built
 
 
 def run_icc(torch: ModuleType, timm: ModuleType, source: Source, asked: ReferenceRequest) -> Run:
-    _refuse(source, asked, "a complexity classifier has none", "activation", "heads", "exits")
-    whole, extra = _state_dict(torch, source)
-    whole = _strip(_strip(whole, "model."), "net.")
+    refuse_options(source, asked, "a complexity classifier has none", "activation", "heads", "exits")
+    whole, extra = read_state_dict(torch, source)
+    whole = strip(strip(whole, "model."), "net.")
     state = {k.removeprefix("backbone."): v for k, v in whole.items() if k.startswith("backbone.")}
     backbone, built = _convnext(timm, source, state, asked, extra.get("hparams", {}))
     width = backbone.num_features
     head = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, 2))
     model = torch.nn.ModuleDict({"backbone": backbone, "classifier": head})
-    model = _load(model, whole, source, "timm")
+    model = load_strictly(model, whole, source, "timm")
     images = noise(asked, _convnet_size(asked, source))
     return {"images": images, "logits": head(backbone(nchw(torch, images)))}, built
 
@@ -283,57 +288,6 @@ def _convnet_size(asked: ReferenceRequest, source: Source) -> int:
     return asked.image_size or pretrained.get("input_size", (3, 224, 224))[-1]
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------------
-
-
-def _state_dict(torch: ModuleType, source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tensors as float32 by name, and the rest of the file, read by torch's or safetensors' own reader."""
-    path, kind = source.weights.path, source.weights.kind
-    try:
-        if kind == "safetensors":
-            from safetensors.torch import load_file
-
-            found = load_file(path)
-        elif kind == "torchscript":
-            found = dict(torch.jit.load(path, map_location="cpu").state_dict())
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader has its own errors for a damaged or refused file
-        raise ConvertError(f"{path}: torch cannot read it: {error}") from error
-    keys = [key for key in ("state_dict", "model_state_dict", "model") if isinstance(found.get(key), Mapping)]
-    extra = {key: value for key, value in found.items() if key not in keys} if keys else {}
-    state = _strip(dict(found[keys[0]] if keys else found), "module.")
-    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}, extra
-
-
-def _strip(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The tensors with `prefix` removed from their names, where every name has it."""
-    return {k.removeprefix(prefix): v for k, v in state.items()} if all(k.startswith(prefix) for k in state) else dict(state)
-
-
 def _settings(extra: Mapping[str, Any]) -> Mapping[str, Any]:
     config = extra.get("config")
     return config if isinstance(config, Mapping) else {}
-
-
-def _load(model: Any, state: Mapping[str, Any], source: Source, what: str) -> Any:
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise ConvertError(f"{source.path}: the weights do not fit the model of {what}: {error}") from error
-    return model.float().eval()
-
-
-def _refuse(source: Source, asked: ReferenceRequest, why: str, *names: str) -> None:
-    """Raises ConvertError for an option that has no effect on this source."""
-    given = [name for name in names if getattr(asked, name)]
-    if given:
-        raise ConvertError(f"{source.path}: {', '.join(given)} cannot be given for this source: {why}")
-
-
-def _require_stated(source: Source, asked: ReferenceRequest, file: str, activation: str, heads: tuple[int, int]) -> None:
-    """Raises ConvertError where the user contradicts a configuration file."""
-    pairs = (("activation", asked.activation, activation), ("heads", asked.heads, heads))
-    wrong = [f"{name} is {said}, not {given}" for name, given, said in pairs if given and given != said]
-    if wrong:
-        raise ConvertError(f"{source.path}: {file} says otherwise: {', '.join(wrong)}; leave the option out")

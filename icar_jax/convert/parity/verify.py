@@ -3,13 +3,13 @@
 A reference is an .npz file that `icar_jax.convert.parity.reference` writes with PyTorch. It holds inputs and the original
 weights' outputs:
 
-    images                 float32 [N, S, S, 3], normalised
-    tokens                 int32 [M, L]                                  clip only
+    images                 float32 [N, S, S, 3], normalised              all but text
+    tokens                 int32 [M, L]                                  clip and text
     image_embeds           float32 [N, D], unit norm                     clip only
     text_embeds            float32 [M, D], unit norm                     clip only
     exit_<blocks>          float32 [N, D], unit norm, after that many blocks
     logit_scale, logit_bias, exit_<blocks>_logit_scale                   scalars, where the source has them
-    logits | features      float32 [N, classes] | [N, C]                 classifiers | backbones without classes
+    logits | features      float32 [N, classes] | [N, C]                 classifiers | backbones and towers without classes
     meta                   JSON text: layout, libraries, seed, file, sha256, model
 
 The comparison needs no torch.
@@ -37,6 +37,8 @@ from icar_jax.convert.fields import ConvertError
 from icar_jax.models import convnext
 from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.complexity import ComplexityArch, ComplexityModel
+from icar_jax.models.text import TextArch, TextTower
+from icar_jax.models.vision import VisionArch, VisionTower
 
 TOLERANCE = 1e-4
 META = "meta"
@@ -108,7 +110,7 @@ def read_reference(path: str | os.PathLike) -> Reference:
         raise ConvertError(f"reference {path}: expected an .npz of plain arrays ({error}); {_REMEDY}") from error
     meta = _parse_meta(path, arrays.pop(META, None))
     faults = [line for name, array in arrays.items() for line in _array_faults(name, array)]
-    if "images" not in arrays:
+    if "images" not in arrays and not {"tokens", "features"} <= arrays.keys():  # the latter of a text encoder
         faults.append("images: missing")
     elif not faults:
         faults = _row_faults(arrays)
@@ -130,8 +132,8 @@ def weights_sha256(path: str | os.PathLike) -> str:
 def compare(kind: str, arch: Any, params: Mapping[str, Any], reference: Reference, source_sha256: str = "") -> list[Difference]:
     """The differences of our outputs from the reference's: one for each output in the reference, computed in float32.
 
-    `kind` is 'clip', 'complexity' or 'convnext', with the architecture of that kind; `params` are float32 arrays of NumPy or
-    JAX. Exits that the conversion added have no counterpart and are not compared.
+    `kind` is 'clip', 'vision', 'text', 'complexity' or 'convnext', with the architecture of that kind; `params` are float32
+    arrays of NumPy or JAX. Exits that the conversion added have no counterpart and are not compared.
 
     Raises ConvertError where the reference was made from other weights (its SHA-256 is not `source_sha256`), or does not fit
     the architecture: an output is missing, or image size, context length, vocabulary, exits or widths differ.
@@ -142,7 +144,13 @@ def compare(kind: str, arch: Any, params: Mapping[str, Any], reference: Referenc
             f"reference {reference.path} was made from another file: its source {reference.meta.get('file')!r} has the SHA-256 "
             f"{found}, the weights being converted have {source_sha256}; write a reference of this file with `icar reference`"
         )
-    outputs = {"clip": _clip_outputs, "complexity": _complexity_outputs, "convnext": _convnext_outputs}
+    outputs = {
+        "clip": _clip_outputs,
+        "vision": _vision_outputs,
+        "text": _text_outputs,
+        "complexity": _complexity_outputs,
+        "convnext": _convnext_outputs,
+    }
     if kind not in outputs:
         raise ConvertError(f"cannot compare a model of kind {kind!r}; expected one of {', '.join(outputs)}")
     with jax.default_matmul_precision("highest"):  # GPUs and TPUs would round the operands of convolutions
@@ -186,7 +194,7 @@ def _hint(part: str) -> str:
     if part in ("image", "text"):
         return (
             "image, text: usually another activation (gelu, gelu_tanh or quick_gelu: --activation), another number of heads "
-            "(head width 64, 80, 88 or 104), resized positions, or for text another end token."
+            "(head width 64, 80, 88 or 104), resized positions, or for text another pooled token."
         )
     if part.startswith("exit"):
         return "exits: usually another pooled token (cls, mean, first_patch), or one block more or less than the head expects."
@@ -218,14 +226,14 @@ def _array_faults(name: str, array: np.ndarray) -> list[str]:
 
 
 def _row_faults(arrays: Mapping[str, np.ndarray]) -> list[str]:
-    images = arrays["images"]
+    images = arrays.get("images")
     faults = []
-    if images.shape[1] != images.shape[2] or images.shape[3] != 3:
+    if images is not None and (images.shape[1] != images.shape[2] or images.shape[3] != 3):
         faults.append(f"images: expected [N, S, S, 3], found shape {images.shape}")
     for name, array in arrays.items():
         if array.ndim != 2 or name == "tokens":
             continue
-        source = "tokens" if name == "text_embeds" else "images"
+        source = "tokens" if name == "text_embeds" or images is None else "images"
         rows = len(arrays[source]) if source in arrays else 0
         if len(array) != rows:
             faults.append(f"{name}: expected {rows} rows, one for each of {source}, found {len(array)}")
@@ -254,17 +262,29 @@ def _clip_outputs(arch: ClipArch, params: Mapping[str, Any], reference: Referenc
 
 
 def _require_clip_inputs(arch: ClipArch, reference: Reference) -> None:
-    text, tokens, exits = arch.text, reference.arrays["tokens"], arch.vision.all_exits
+    exits = arch.vision.all_exits
     # An image may have rows beyond the last whole patch, which the patch embedding drops.
     _require_size(reference, arch.vision.image_size, arch.vision.patch_size)
-    if tokens.shape[1] != text.context_length:
-        raise _unfit(reference, "context length", text.context_length, tokens.shape[1])
-    if tokens.min() < 0 or tokens.max() >= text.vocabulary:
-        raise _unfit(reference, "token ids", f"0 to {text.vocabulary - 1}", f"{tokens.min()} to {tokens.max()}")
+    _require_tokens(reference, arch.text)
     if not set(reference.exits) <= set(exits):
         raise _unfit(reference, "exits after blocks", f"some of {exits}", reference.exits)
     if reference.meta["layout"] == "icar" and not reference.exits:
         raise ConvertError(f"reference {reference.path} of an ICAR checkpoint holds no exit_<blocks>; {_REMEDY}")
+
+
+def _vision_outputs(arch: VisionArch, params: Mapping[str, Any], reference: Reference) -> Iterator[Output]:
+    _require(reference, ("images", "features"))
+    _require_size(reference, arch.image_size, arch.patch_size)
+    images = jnp.asarray(reference.arrays["images"], jnp.float32)
+    tower = VisionTower.graph(arch)
+    yield "image", "features", jax.jit(lambda p, x: tower(p, x, (arch.depth,)))(params["vision"], images)[arch.depth]
+
+
+def _text_outputs(arch: TextArch, params: Mapping[str, Any], reference: Reference) -> Iterator[Output]:
+    _require(reference, ("tokens", "features"))
+    _require_tokens(reference, arch)
+    tokens = jnp.asarray(reference.arrays["tokens"], jnp.int32)
+    yield "text", "features", jax.jit(TextTower.graph(arch))(params["text"], tokens)
 
 
 def _complexity_outputs(arch: ComplexityArch, params: Mapping[str, Any], reference: Reference) -> Iterator[Output]:
@@ -318,6 +338,14 @@ def _require_size(reference: Reference, size: int, patch: int = 1) -> None:
     found = reference.arrays["images"].shape[1]
     if found // patch != size // patch:
         raise _unfit(reference, "image size", size, found)
+
+
+def _require_tokens(reference: Reference, text: TextArch) -> None:
+    tokens = reference.arrays["tokens"]
+    if tokens.shape[1] != text.context_length:
+        raise _unfit(reference, "context length", text.context_length, tokens.shape[1])
+    if tokens.min() < 0 or tokens.max() >= text.vocabulary:
+        raise _unfit(reference, "token ids", f"0 to {text.vocabulary - 1}", f"{tokens.min()} to {tokens.max()}")
 
 
 def _unfit(reference: Reference, what: str, expected: Any, found: Any) -> ConvertError:

@@ -1,0 +1,94 @@
+"""Runs text encoders in PyTorch, as transformers builds them; functions as of `reference_models`.
+
+`features` are the last hidden states, pooled as sentence-transformers pools them: the first token's, or the mean of all tokens
+but the padding.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from icar_jax.convert.fields import ConvertError
+from icar_jax.convert.parity.reference_inputs import ReferenceRequest, captions
+from icar_jax.convert.parity.reference_models import Run
+from icar_jax.convert.parity.reference_reading import refuse_options
+from icar_jax.convert.source import Source
+
+_CLASSES = {"bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel"}
+_MODES = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mean"}
+_POOLING, _SENTENCE = "1_Pooling/config.json", "sentence_bert_config.json"
+_MAY_LACK = ("pooler.", "position_ids", "token_type_ids")  # parts of the library's models that no output here depends on
+
+
+def run_transformers_text(torch: ModuleType, transformers: ModuleType, source: Source, asked: ReferenceRequest) -> Run:
+    refuse_options(
+        source, asked, "config.json describes the encoder", "model_name", "activation", "heads", "exits", "image_size"
+    )
+    folder, safe = source.folder, ".safetensors" in source.weights.path.name
+    kind = source.configs.get("config.json", {}).get("model_type")
+    if kind not in _CLASSES:
+        raise ConvertError(f"{folder}: config.json describes a {kind!r} model; expected {', '.join(_CLASSES)}")
+    pool = _pool(source, asked)
+    cls = getattr(transformers, _CLASSES[kind])
+    try:
+        model, info = cls.from_pretrained(folder, local_files_only=True, use_safetensors=safe, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ConvertError(f"{folder}: transformers cannot load it as {cls.__name__}: {error}") from error
+    # transformers initialises tensors that the file lacks at random, with only a warning.
+    missing = [name for name in map(str, info["missing_keys"]) if not any(part in name for part in _MAY_LACK)]
+    if missing or info["mismatched_keys"]:
+        raise ConvertError(
+            f"{folder}: the weights are not those of the {cls.__name__} in config.json: missing {missing}, mismatched "
+            f"{sorted(map(str, info['mismatched_keys']))}"
+        )
+    model = model.float().eval()
+    tokens, mask = _texts(source, model.config, asked)
+    hidden = model(
+        input_ids=torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(mask).long()
+    ).last_hidden_state  # fmt: skip
+    weight = torch.from_numpy(mask).float()[..., None]
+    features = hidden[:, 0] if pool == "first" else (hidden * weight).sum(1) / weight.sum(1)
+    built = {"class": cls.__name__, "activation": model.config.hidden_act, "pool": pool}
+    return {"tokens": tokens, "features": features}, built
+
+
+def _texts(source: Source, config: Any, asked: ReferenceRequest) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32 [N, L] and which of them are none of the padding at the end of a row, bool [N, L]."""
+    vocabulary, pad = config.vocab_size, config.pad_token_id
+    if not isinstance(pad, int) or not 0 <= pad < vocabulary:
+        raise ConvertError(f"{source.folder}/config.json: pad_token_id is {pad}, expected an id below {vocabulary}")
+    # RoBERTa's first position is the one after its padding's id.
+    positions = config.max_position_embeddings - (0 if config.model_type == "bert" else pad + 1)
+    stated = source.configs.get(_SENTENCE, {}).get("max_seq_length")
+    context = asked.context_length or stated or positions
+    if not isinstance(context, int) or not 2 <= context <= positions:
+        raise ConvertError(f"{source.path}: a text of {context} tokens: this encoder has positions for 2 to {positions}")
+    known = [i for i in (config.eos_token_id, vocabulary - 1, vocabulary - 2) if _is_word(i, vocabulary, pad)]
+    start = config.bos_token_id if _is_word(config.bos_token_id, vocabulary, pad) else None
+    tokens = captions(asked, context, vocabulary, start=start, end=known[0], pad=pad, highest=False)
+    return tokens, tokens != pad  # no text contains the padding's id
+
+
+def _is_word(token: Any, vocabulary: int, pad: int) -> bool:
+    return isinstance(token, int) and 0 <= token < vocabulary and token != pad
+
+
+def _pool(source: Source, asked: ReferenceRequest) -> str:
+    """The user's pooling, else that of sentence-transformers. Raises ConvertError where it is unknown or unsupported."""
+    if asked.text_pool:
+        return asked.text_pool
+    content = source.configs.get(_POOLING)
+    if content is None:
+        raise ConvertError(
+            f"{source.path} does not say how its tokens become one embedding (no {_POOLING}); give one of "
+            f"{', '.join(_MODES.values())} as text_pool"
+        )
+    modes = sorted(name for name, value in content.items() if name.startswith("pooling_mode_") and value is True)
+    if len(modes) != 1 or modes[0] not in _MODES:
+        raise ConvertError(
+            f"{source.folder}/{_POOLING}: {', '.join(modes) or 'no mode'} is not supported; expected {' or '.join(_MODES)}"
+        )
+    return _MODES[modes[0]]
