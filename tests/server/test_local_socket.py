@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -19,9 +21,10 @@ STORE = "/a/store"
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("ICAR_JAX_CACHE", str(tmp_path / "c"))
-    return tmp_path / "c"
+def home(monkeypatch):
+    with tempfile.TemporaryDirectory() as folder:  # the path of a socket must be short
+        monkeypatch.setenv("ICAR_JAX_CACHE", folder)
+        yield Path(folder)
 
 
 def test_no_server_no_answer(home):
@@ -64,13 +67,14 @@ def test_a_socket_left_by_a_killed_server_is_replaced_and_one_in_use_is_kept(hom
         assert local_socket.ask(STORE, {}) == {"by": 1}
 
 
-def test_there_is_none_without_a_private_folder(tmp_path, monkeypatch):
-    assert local_socket.place(STORE) is None, "switched off in tests"
+def test_there_is_none_without_a_private_folder(home, monkeypatch):
+    monkeypatch.setenv("ICAR_JAX_CACHE", "off")
+    assert local_socket.place(STORE) is None, "switched off"
     monkeypatch.setenv("ICAR_JAX_CACHE", "/" + "x" * 200)
     assert local_socket.place(STORE) is None, "too long a path"
-    monkeypatch.setenv("ICAR_JAX_CACHE", str(tmp_path))
-    (tmp_path / "servers").mkdir()
-    (tmp_path / "servers").chmod(0o777)
+    monkeypatch.setenv("ICAR_JAX_CACHE", str(home))
+    (home / "servers").mkdir()
+    (home / "servers").chmod(0o777)
     with local_socket.listening(STORE, dict) as path:
         assert path is None
 
