@@ -6,6 +6,7 @@ each. Asking takes a few milliseconds and imports neither JAX nor LanceDB.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -117,20 +118,24 @@ class _Handler(socketserver.StreamRequestHandler):
     timeout = _ANSWER_S
 
     def handle(self) -> None:
+        with contextlib.suppress(OSError):  # the client left
+            if line := self.rfile.readline(_MOST_BYTES):
+                self.wfile.write(json.dumps(self._answer(line)).encode() + b"\n")
+
+    def _answer(self, line: bytes) -> Answer:
         try:
-            request = json.loads(self.rfile.readline(_MOST_BYTES))
+            request = json.loads(line)
             if request.pop("version") != VERSION:
                 raise Unanswered(f"the server runs icar_jax {VERSION}")
-            answer: Answer = {"result": self.server.answer(request)}
+            return {"result": self.server.answer(request)}
         except QueryError as error:
-            answer = {"error": "query", "message": str(error)}
+            return {"error": "query", "message": str(error)}
         except StoreError as error:
-            answer = {"error": "store", "message": str(error)}
+            return {"error": "store", "message": str(error)}
         except Unanswered as error:
-            answer = {"error": "unanswered", "message": str(error)}
+            return {"error": "unanswered", "message": str(error)}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            answer = {"error": "unanswered", "message": f"the server did not understand the request: {error}"}
-        self.wfile.write(json.dumps(answer).encode() + b"\n")
+            return {"error": "unanswered", "message": f"the server did not understand the request: {error}"}
 
 
 def _is_own(path: Path) -> bool:
