@@ -11,6 +11,7 @@ only used if nobody else can write to it, and has one subfolder for each process
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -28,6 +29,8 @@ from icar_jax.version import VERSION
 VARIABLE = "ICAR_JAX_CACHE"
 MOST_BYTES = 2_000_000_000  # of all subfolders; the least recently used programs are removed at the next start
 _OFF = ("off", "0", "no", "none", "false")
+_FOLDER = "-jaxlib"  # in the names of the subfolders
+_SUFFIXES = ("-cache", "-atime", ".stablehlo")
 _SETTLED_S = 3.0  # a file changed again within the clock's tick would keep its times
 _CPUINFO_BYTES = 16_384  # contains the first processor
 _DEVICES = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
@@ -39,7 +42,7 @@ def user_folder() -> Path | None:
     if given.lower() in _OFF:
         return None
     if given:
-        return Path(given).expanduser().absolute()
+        return Path(os.path.abspath(os.path.expanduser(given)))
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(home, "icar_jax") if os.path.isabs(home) else None
 
@@ -58,7 +61,8 @@ def verified(file: Path, sha256: str, check: Callable[[Path], str]) -> bool:
     if check(file) != sha256:
         return False
     if mark is not None and time.time() - found.st_ctime > _SETTLED_S and is_private(mark.parent):
-        mark.touch()
+        with contextlib.suppress(OSError):  # no space
+            mark.touch()
     return True
 
 
@@ -107,7 +111,7 @@ def _several_cpu_devices() -> bool:
 
 @functools.cache
 def _version() -> str:
-    return f"{VERSION}-jaxlib{importlib.metadata.version('jaxlib')}-{_processor()}"
+    return f"{VERSION}{_FOLDER}{importlib.metadata.version('jaxlib')}-{_processor()}"
 
 
 def _processor() -> str:
@@ -123,27 +127,48 @@ def _processor() -> str:
 
 
 def is_private(folder: Path) -> bool:
-    """Creates the folder for this user alone; False if it cannot be written, or others can write to it."""
+    """Creates a folder below `user_folder` for this user alone; False if it cannot be written, or others can write to it.
+
+    The same holds for every folder between the two: who can rename one can replace what is in it.
+    """
+    root = user_folder()
+    levels = [folder, *(parent for parent in folder.parents if root is not None and parent.is_relative_to(root))]
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
+        for level in reversed(levels):
+            level.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = level.stat()
+            mine = not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
+            if not mine or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                return False
     except OSError:
         return False
-    mine = not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
-    return mine and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and os.access(folder, os.W_OK)
+    return os.access(folder, os.W_OK)
 
 
 def _prune(root: Path) -> None:
-    """Removes the programs used longest ago until the folder is below MOST_BYTES, and empty files of killed runs."""
+    """Removes the programs used longest ago until those kept have MOST_BYTES, and empty files of killed runs.
+
+    Only files that JAX or this package writes, in folders that this package names, are touched.
+    """
     entries = []
-    for entry in (entry for sub in os.scandir(root) if sub.is_dir(follow_symlinks=False) for entry in os.scandir(sub.path)):
-        try:
-            found = entry.stat(follow_symlinks=False)
-        except OSError:  # another process removed it
-            continue
-        entries.append((max(found.st_atime, found.st_mtime), found.st_size, entry.path))
+    for sub in _entries(root):
+        for entry in _entries(Path(sub.path)) if _FOLDER in sub.name else ():
+            with contextlib.suppress(OSError):  # another process removed it
+                found = entry.stat(follow_symlinks=False)
+                if stat.S_ISREG(found.st_mode) and (entry.name.endswith(_SUFFIXES) or entry.name.startswith(".text-")):
+                    entries.append((max(found.st_atime, found.st_mtime), found.st_size, entry.path))
     left = sum(size for _, size, _ in entries)
     for _, size, path in sorted(entries):
         if left > MOST_BYTES or not size:
             left -= size
-            Path(path).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    """What is in a folder; nothing if it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError:
+        return []

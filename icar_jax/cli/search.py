@@ -45,6 +45,8 @@ def _search(args: argparse.Namespace) -> None:
     if args.query is not None and not args.query.strip():
         raise QueryError("the query is empty; describe the image in a few words")
     image = None if args.image is None else str(Path(args.image).absolute())
+    if image is not None and not Path(image).is_file():
+        raise FileNotFoundError(f"{args.image}: no such image file")
     query = {"text": args.query, "image": image, "k": args.k, "where": args.where, "exact": args.exact}
     found = None
     if args.checkpoint is None:

@@ -59,6 +59,10 @@ def _serve(args: argparse.Namespace) -> None:
         backend = Backend(searcher, own, settings.queue)
         backend.warm_up()
         answer = lambda request: backend.answer_locally(request, args.dtype, settings.timeout_s)
-        with local_socket.listening(own.uri, answer):
+        with local_socket.listening(own.uri, answer) as path:
+            if path is None:
+                print(
+                    "`icar search` will not ask this server: another one does, or there is no private folder (docs/startup.md)"
+                )
             serve(backend, settings, bound, lambda line: print(line, flush=True))
     print("stopped")

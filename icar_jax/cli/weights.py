@@ -141,8 +141,8 @@ def _add_compile(commands) -> None:
         "fit the weights, the dtype or the machine are ignored with a note.",
     )
     p.add_argument("checkpoint", help="checkpoint, bundle or workdir")
-    p.add_argument("--platforms", nargs="+", default=["cpu", "cuda", "tpu"], metavar="NAME", help="cpu, cuda, rocm, tpu "
-                   "(cpu cuda tpu)")  # fmt: skip
+    p.add_argument("--platforms", nargs="+", default=["cpu", "cuda", "tpu"], metavar="NAME", help="after CHECKPOINT: "
+                   "cpu, cuda, rocm, tpu (cpu cuda tpu)")  # fmt: skip
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of activations (float32)")
     p.set_defaults(run=_compile)
 

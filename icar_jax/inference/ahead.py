@@ -9,6 +9,8 @@ They replace tracing the towers in Python. XLA still compiles them, once for eac
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
 import shutil
@@ -20,6 +22,8 @@ from typing import Any
 import jax
 from absl import logging
 
+import icar_jax.models
+from icar_jax.checkpoint import DESCRIPTION
 from icar_jax.errors import ConfigError
 from icar_jax.models.token_merging import Tokens
 from icar_jax.version import VERSION
@@ -52,7 +56,9 @@ class WrittenPrograms(Programs):
         if (file := self.file(name)) is None:
             return fn
         try:
-            return jax.export.deserialize(bytearray(file.read_bytes())).call
+            exported = jax.export.deserialize(bytearray(file.read_bytes()))
+            exported.mlir_module()  # parses it
+            return exported.call
         except Exception as error:  # damaged, or of a version of JAX that this one cannot read
             logging.warning("%s is not used: it cannot be read (%s); make it again with `icar compile`", file, error)
             return fn
@@ -81,7 +87,9 @@ class ExportedPrograms(Programs):
         """
         if unknown := sorted(set(platforms) - set(PLATFORMS)):
             raise ConfigError(f"--platforms {' '.join(unknown)}: expected some of {', '.join(PLATFORMS)}")
-        about = {"version": VERSION, "identity": dict(identity), "dtype": dtype, "platforms": list(platforms)}
+        about = {
+            "version": VERSION, "code": code(), "identity": dict(identity), "dtype": dtype, "platforms": list(platforms),
+        }  # fmt: skip
         made = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=checkpoint))
         try:
             for name in self._functions:
@@ -110,7 +118,8 @@ def find(checkpoint: str | os.PathLike, identity: Mapping[str, str], dtype: str)
 
     Logs why programs that are there do not fit the model or this machine, and ignores them.
     """
-    for folder in (Path(checkpoint) / FOLDER, Path(checkpoint).resolve().parent / FOLDER):
+    beside, outer = Path(checkpoint), Path(checkpoint).resolve().parent
+    for folder in (beside / FOLDER, *([outer / FOLDER] if _is_bundle(outer) else [])):
         if (folder / ABOUT).is_file():
             if (why := _unfit(folder / ABOUT, identity, dtype)) is None:
                 return WrittenPrograms(folder)
@@ -125,6 +134,8 @@ def _unfit(file: Path, identity: Mapping[str, str], dtype: str) -> str | None:
         version, made_for, platforms = about["version"], about["identity"], about["platforms"]
         if version != VERSION:
             return f"they were made by icar_jax {version}, and this is {VERSION}"
+        if about["code"] != code():
+            return "they were traced with other code of icar_jax or other settings of JAX"
         if any(made_for.get(part) != one for part, one in identity.items()):
             return "they were made for other weights"
         if about["dtype"] != dtype:
@@ -134,6 +145,26 @@ def _unfit(file: Path, identity: Mapping[str, str], dtype: str) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{file.name} cannot be read ({error})"
     return None
+
+
+def _is_bundle(folder: Path) -> bool:
+    try:
+        return json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")).get("kind") == "bundle"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+@functools.cache
+def _sources() -> str:
+    package = Path(icar_jax.models.__path__[0]).parent
+    files = [*sorted((package / "models").glob("*.py")), *sorted((package / "inference").glob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def code() -> str:
+    """A hash of what tracing depends on besides the model: the code of the towers, and settings of JAX."""
+    settings = [str(getattr(jax.config, name)) for name in ("jax_default_matmul_precision", "jax_enable_x64")]
+    return hashlib.sha256(json.dumps([_sources(), *settings]).encode()).hexdigest()[:32]
 
 
 def platform() -> str:

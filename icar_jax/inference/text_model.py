@@ -5,6 +5,7 @@ The program is that of `icar compile`, or one that an earlier search has kept in
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -55,12 +56,16 @@ class TextModel:
             description = checkpoint.describe(folder)
             if description["kind"] != "clip" or not checkpoint.is_undamaged(folder, description):
                 return None
-            identity = {"clip": checkpoint.identity(description)}
-            files = (ahead.find(folder, identity, dtype).file(TEXT), kept_file(identity, dtype))
-            file = next((file for file in files if file is not None and file.is_file()), None)
-            return None if file is None else cls(folder, description, file, batch_size)
+            if (file := program_file(folder, dtype)) is None:
+                return None
+            model = cls(folder, description, file, batch_size)
+            model.encode_text([""])  # a damaged program fails when it is compiled
+            return model
         except Exception as error:  # of several libraries; loading the whole model says it better
             logging.info("the text tower of %s is not opened alone: %s", folder, error)
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                if (kept := kept_file({"clip": checkpoint.identity(checkpoint.describe(folder))}, dtype)) is not None:
+                    kept.unlink(missing_ok=True)  # the next search writes it again
             return None
 
     def encode_text(self, texts: Sequence[str], warn: bool = True) -> np.ndarray:
@@ -75,9 +80,16 @@ class TextModel:
         return bool(self._tokenizer.encode([text], self._length)[1][0])
 
 
+def program_file(folder: Path, dtype: str) -> Path | None:
+    """The program of the text side of the CLIP in `folder`, of `icar compile` or kept; None if there is none."""
+    identity = {"clip": checkpoint.identity(checkpoint.describe(folder))}
+    files = (ahead.find(folder, identity, dtype).file(TEXT), kept_file(identity, dtype))
+    return next((file for file in files if file is not None and file.is_file()), None)
+
+
 def kept_file(identity: dict[str, str], dtype: str) -> Path | None:
     """Where the program of a CLIP's text side is kept; None if nothing is kept."""
-    about = json.dumps([identity["clip"], dtype, jax.__version__, ahead.platform()])
+    about = json.dumps([identity["clip"], dtype, jax.__version__, ahead.platform(), ahead.code()])
     return program_cache.file(f"text-{hashlib.sha256(about.encode()).hexdigest()[:32]}{ahead.SUFFIX}")
 
 

@@ -25,7 +25,7 @@ from icar_jax.search.access import QueryError, StoreError, address
 from icar_jax.version import VERSION
 
 _PATH_BYTES = 100  # the limit of the operating systems is 104 or 108
-_CONNECT_S, _ANSWER_S = 1.0, 60.0
+_CONNECT_S, _ANSWER_S = 1.0, 3600.0  # the server has a limit of its own
 _MOST_BYTES = 1_000_000  # of a request
 
 Request = Mapping[str, Any]
@@ -119,8 +119,11 @@ class _Handler(socketserver.StreamRequestHandler):
 
     def handle(self) -> None:
         with contextlib.suppress(OSError):  # the client left
-            if line := self.rfile.readline(_MOST_BYTES):
-                self.wfile.write(json.dumps(self._answer(line)).encode() + b"\n")
+            line = self.rfile.readline(_MOST_BYTES)
+        answer = self._answer(line) if line else None
+        with contextlib.suppress(OSError):
+            if answer is not None:
+                self.wfile.write(json.dumps(answer).encode() + b"\n")
 
     def _answer(self, line: bytes) -> Answer:
         try:
@@ -134,6 +137,8 @@ class _Handler(socketserver.StreamRequestHandler):
             return {"error": "store", "message": str(error)}
         except Unanswered as error:
             return {"error": "unanswered", "message": str(error)}
+        except OSError as error:
+            return {"error": "unanswered", "message": f"the server failed: {error}"}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return {"error": "unanswered", "message": f"the server did not understand the request: {error}"}
 

@@ -31,8 +31,10 @@ class ModelProcess:
 
     def __init__(self) -> None:
         self._pipe, theirs = Pipe()
-        code = f"from {__name__} import answer; answer({theirs.fileno()})"
-        self._process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        # With the path of this process: `python -c` would import modules from the current folder.
+        code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import answer; answer({theirs.fileno()})"
+        command = [sys.executable, "-P", "-c", code]
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
 
     def __enter__(self) -> Self:
@@ -80,6 +82,8 @@ def _whole_model(folder: Path, batch_size: int, dtype: str) -> Any:
     from icar_jax.inference.ahead import ExportedPrograms
     from icar_jax.inference.loading import load
 
+    if text_model.program_file(folder, dtype) is not None:  # an image came, or the program is of no use
+        return load(folder, batch_size=batch_size, dtype=dtype)
     programs = ExportedPrograms()
     model = load(folder, batch_size=batch_size, dtype=dtype, programs=programs)
     text_model.keep(programs, model.identity, dtype)

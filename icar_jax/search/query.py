@@ -203,11 +203,11 @@ class Searcher:
         return vectors(rows["vector"]), rows["path"].to_pylist()
 
     def _image_background(self) -> Background:
-        count = self._count()
-        if self._images is None or self._images[0] != count:
+        version = self.store.version()
+        if self._images is None or self._images[0] != version:
             rows = self.store.sample(IMAGES_COMPARED, SEED, ["path", "vector"])
             paths = np.array(rows["path"].to_pylist(), object)
-            self._images = count, Background(vectors(rows["vector"]).astype(np.float32), paths, self.model.temperature)
+            self._images = version, Background(vectors(rows["vector"]).astype(np.float32), paths, self.model.temperature)
         return self._images[1]
 
 

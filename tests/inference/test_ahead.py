@@ -65,7 +65,8 @@ def test_the_clip_of_a_bundle_uses_the_programs_of_the_bundle(written, monkeypat
 
 @pytest.mark.parametrize("change, why", [
     ({"version": "0.0.1"}, "made by icar_jax 0.0.1"), ({"identity": {"clip": "x"}}, "made for other weights"),
-    ({"dtype": "bfloat16"}, "compute in bfloat16, not in float32"), ({"platforms": ["tpu"]}, "made for tpu, and this is cpu"),
+    ({"code": "x"}, "traced with other code"), ({"dtype": "bfloat16"}, "compute in bfloat16, not in float32"),
+    ({"platforms": ["tpu"]}, "made for tpu, and this is cpu"),
     ({"platforms": None}, "cannot be read"), ([], "cannot be read"),
 ])  # fmt: skip
 def test_programs_that_do_not_fit_are_ignored_with_a_note(copy, change, why, caplog):

@@ -11,6 +11,7 @@ import pytest
 
 import icar_jax
 from icar_jax import cli, program_cache
+from icar_jax.inference import ahead
 from icar_jax.inference.text_model import TextModel
 from icar_jax.search.model_process import FACTS, ModelProcess
 
@@ -56,6 +57,24 @@ def test_one_search_keeps_the_program_for_the_next(clip_folder, cache, monkeypat
         process.load(clip_folder, batch_size=4, dtype="float32")
         expected = icar_jax.load(clip_folder, batch_size=4).encode_image([image], exit=3)
         np.testing.assert_allclose(process.encode_image([image], exit=3), expected, atol=1e-6)
+
+
+def test_a_kept_program_is_replaced_where_it_is_damaged_or_the_code_has_changed(clip_folder, cache, monkeypatch):
+    def search():
+        with ModelProcess() as process:
+            return process.load(clip_folder, batch_size=4, dtype="float32").encode_text(TEXTS, warn=False)
+
+    expected = search()
+    (kept,) = (cache / "programs").glob("*/text-*.stablehlo")
+    content = kept.read_bytes()
+    middle = len(content) // 2
+    for damaged in (content[:middle] + bytes(60) + content[middle + 60 :], b"nothing", b""):
+        kept.write_bytes(damaged)
+        np.testing.assert_allclose(search(), expected, atol=1e-6)
+        assert kept.read_bytes() != damaged, "the next search has a good one"
+        assert TextModel.open(clip_folder, batch_size=4, dtype="float32") is not None
+    monkeypatch.setattr(ahead, "_sources", lambda: "other code")
+    assert TextModel.open(clip_folder, batch_size=4, dtype="float32") is None
 
 
 def test_the_program_of_icar_compile_is_used(clip_folder, tmp_path):

@@ -72,21 +72,31 @@ def test_a_folder_that_others_can_write_is_not_used(cache):
     assert program_cache.is_private(folder)
     folder.chmod(0o770)
     assert not program_cache.is_private(folder)
+    folder.chmod(0o700)
+    (cache / "programs").chmod(0o770)
+    assert not program_cache.is_private(folder), "who can rename it can replace it"
+    (cache / "programs").chmod(0o700)
+    assert program_cache.is_private(folder)
     (cache / "file").write_text("")
     assert not program_cache.is_private(cache / "file" / "below")
 
 
 def test_the_least_recently_used_programs_go_first(cache, monkeypatch):
-    folder = cache / "programs" / "a version"
+    folder = cache / "programs" / "0-jaxlib1-x"
     folder.mkdir(parents=True)
-    for i, name in enumerate(["new", "old", "middle"]):
+    (cache / "programs" / "mine").mkdir()
+    (cache / "programs" / "mine" / "empty-cache").touch()
+    (folder / "mine.py").touch()
+    for i, name in enumerate(["new-cache", "old-cache", "middle.stablehlo"]):
         (folder / name).write_bytes(b"x" * 100)
         at = time.time() - [0, 1000, 500][i]
         os.utime(folder / name, (at, at))
-    (folder / "empty").touch()
+    (folder / "empty-cache").touch()
     monkeypatch.setattr(program_cache, "MOST_BYTES", 250)
     program_cache._prune(cache / "programs")
-    assert sorted(file.name for file in folder.iterdir()) == ["middle", "new"]
+    assert sorted(file.name for file in folder.iterdir()) == ["middle.stablehlo", "mine.py", "new-cache"]
+    assert (cache / "programs" / "mine" / "empty-cache").exists(), "a folder of somebody else"
+    program_cache._prune(cache / "no such folder")
 
 
 def test_another_processor_has_another_folder(monkeypatch):
@@ -125,6 +135,8 @@ def test_the_users_folder(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/h")
     assert str(program_cache.user_folder()) == "/h/.cache/icar_jax"
+    monkeypatch.setenv("ICAR_JAX_CACHE", "~no-such-user/x")
+    assert program_cache.user_folder().name == "x"
     monkeypatch.setenv("ICAR_JAX_CACHE", "OFF")
     assert program_cache.user_folder() is None
 

@@ -52,3 +52,10 @@ def test_it_ends_with_its_caller():
         child = process._process
         assert child.poll() is None
     assert child.poll() is not None
+
+
+def test_it_imports_nothing_from_the_current_folder(clip_folder, tmp_path, monkeypatch):
+    (tmp_path / "numpy.py").write_text("raise SystemExit('the current folder')")
+    monkeypatch.chdir(tmp_path)
+    with ModelProcess() as process:
+        assert process.load(clip_folder, batch_size=4, dtype="float32").exits == (1, 2, 3)

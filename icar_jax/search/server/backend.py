@@ -169,7 +169,11 @@ class Backend:
         try:
             kind = "text" if request["image"] is None else "image"
             of = TextQuery(request["text"], **options) if kind == "text" else ImageQuery(decode(request["image"]), **options)
-            return asdict(self.worker.submit(kind, of).future.result(timeout_s))
+            job = self.worker.submit(kind, of)
+            try:
+                return asdict(job.future.result(timeout_s))
+            finally:
+                job.future.cancel()  # a search that still waits never runs
         except RequestError as error:
             raise (QueryError if error.kind == "query" else Unanswered)(error.reason) from error
         except (TimeoutError, ImageError) as error:
