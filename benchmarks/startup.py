@@ -10,6 +10,7 @@ the speed over files with that of the towers alone on other images than the demo
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
@@ -23,8 +24,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
+
+from icar_jax.data.images import Preprocess, decode
 
 QUERY = "A small red circle on a yellow background."
 REPEATS = 3  # of everything but cold runs; the median counts
@@ -54,6 +58,10 @@ def main() -> None:
         speed = json.loads(benches["now"].output("-c", SPEED, str(model.resolve()), str(photos.resolve()), folder))
     if rows:
         _print(rows)
+    whole, reduced, apart = _decoding(photos)
+    print(
+        f"A JPEG of 12 megapixels for 224 pixels: {whole:.0f} ms whole, {reduced:.0f} ms reduced, at most {apart} of 255 apart"
+    )
     share = speed["files"] / speed["towers"]
     print(f"From files: {speed['files']:.1f} images/s, {share:.2f} of the {speed['towers']:.1f} of the towers alone")
     if args.json:
@@ -160,6 +168,23 @@ for i in range(3):
     found["files"].append(len(files) / done.seconds)
 print(json.dumps({name: statistics.median(values) for name, values in found.items()}))
 """
+
+
+def _decoding(photos: Path) -> tuple[float, float, int]:
+    """Milliseconds to decode and resize a JPEG of 12 megapixels, whole and reduced, and the largest difference of a value."""
+    picture = Image.new("RGB", (4000, 3000))
+    for i, file in zip(range(16), sorted(file for file in photos.rglob("*") if file.suffix in (".jpg", ".png"))):
+        picture.paste(Image.open(file).convert("RGB").resize((1000, 750)), (i % 4 * 1000, i // 4 * 750))
+    stream, preprocess = io.BytesIO(), Preprocess(224)
+    picture.save(stream, "JPEG", quality=90)
+    made, taken = [], []
+    for at_least in (0, preprocess.decoded_side):
+        start = time.perf_counter()
+        for _ in range(REPEATS):
+            pixels = preprocess.resize(decode(stream.getvalue(), at_least=at_least))
+        taken.append(1000 * (time.perf_counter() - start) / REPEATS)
+        made.append(pixels.astype(int))
+    return taken[0], taken[1], int(abs(made[0] - made[1]).max())
 
 
 def _print(rows: dict[str, dict[str, float]]) -> None:

@@ -245,11 +245,7 @@ def read(folder: str | os.PathLike, kind: str) -> Checkpoint:
     description = describe(folder)
     if description["kind"] != kind:
         raise CheckpointError(f"{folder} is of kind {description['kind']!r}, expected {kind!r}")
-    for name, expected in description.get("hashes", {}).items():
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} has no {name}; copy the whole folder again")
-        if not program_cache.verified(folder / name, expected, sha256):
-            raise CheckpointError(f"{folder / name} is damaged: its SHA-256 differs from the one in {DESCRIPTION}")
+    require_undamaged(folder, description)
     try:
         params = pytree.unflatten(load_file(folder / WEIGHTS))
     except (OSError, SafetensorError) as error:
@@ -258,10 +254,13 @@ def read(folder: str | os.PathLike, kind: str) -> Checkpoint:
     return Checkpoint(folder, kind, description, params, tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None)
 
 
-def is_undamaged(folder: str | os.PathLike, description: Mapping[str, Any]) -> bool:
-    """Whether the files of a checkpoint have the hashes of its description."""
-    folder, hashes = Path(folder), description.get("hashes", {})
-    return all((folder / name).is_file() and program_cache.verified(folder / name, hashes[name], sha256) for name in hashes)
+def require_undamaged(folder: Path, description: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless the files of a checkpoint have the hashes of its description."""
+    for name, expected in description.get("hashes", {}).items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} has no {name}; copy the whole folder again")
+        if not program_cache.verified(folder / name, expected, sha256):
+            raise CheckpointError(f"{folder / name} is damaged: its SHA-256 differs from the one in {DESCRIPTION}")
 
 
 def identity(description: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ from icar_jax.version import VERSION
 VARIABLE = "ICAR_JAX_CACHE"
 MOST_BYTES = 2_000_000_000  # of all subfolders; the least recently used programs are removed at the next start
 _OFF = ("off", "0", "no", "none", "false")
-_FOLDER = "-jaxlib"  # in the names of the subfolders
+_MARK = "-jaxlib"  # in the names of the subfolders
 _SUFFIXES = ("-cache", "-atime", ".stablehlo")
 _SETTLED_S = 3.0  # a file changed again within the clock's tick would keep its times
 _CPUINFO_BYTES = 16_384  # contains the first processor
@@ -73,9 +73,9 @@ def enable() -> Path | None:
     """
     if _configured() or _several_cpu_devices():
         return None
-    if (root := user_folder()) is None or not is_private(folder := root / "programs" / _version()):
+    if (folder := _folder()) is None:
         return None
-    _prune(root / "programs")
+    _prune(folder.parent)
     settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0}
     if (jax := sys.modules.get("jax")) is not None and hasattr(jax, "config"):
         from jax.experimental.compilation_cache import compilation_cache
@@ -90,18 +90,21 @@ def enable() -> Path | None:
 
 def file(name: str) -> Path | None:
     """A file of this version and processor beside the programs; None if nothing is kept."""
+    folder = _folder()
+    return folder / name if folder is not None else None
+
+
+def _folder() -> Path | None:
+    """The folder of programs of this version and processor, made if needed; None if nothing is kept."""
     root = user_folder()
-    return root / "programs" / _version() / name if root is not None and is_private(root / "programs" / _version()) else None
+    folder = root / "programs" / _version() if root is not None else None
+    return folder if folder is not None and is_private(folder) else None
 
 
 def _configured() -> bool:
     """Whether there is a cache already, of the user or from an earlier call."""
-    jax = sys.modules.get("jax")
-    return bool(os.environ.get("JAX_COMPILATION_CACHE_DIR")) or bool(getattr(jax, "config", None) and _folder_of(jax))
-
-
-def _folder_of(jax) -> str | None:
-    return jax.config.jax_compilation_cache_dir
+    config = getattr(sys.modules.get("jax"), "config", None)
+    return bool(os.environ.get("JAX_COMPILATION_CACHE_DIR") or getattr(config, "jax_compilation_cache_dir", None))
 
 
 def _several_cpu_devices() -> bool:
@@ -111,7 +114,7 @@ def _several_cpu_devices() -> bool:
 
 @functools.cache
 def _version() -> str:
-    return f"{VERSION}{_FOLDER}{importlib.metadata.version('jaxlib')}-{_processor()}"
+    return f"{VERSION}{_MARK}{importlib.metadata.version('jaxlib')}-{_processor()}"
 
 
 def _processor() -> str:
@@ -152,7 +155,7 @@ def _prune(root: Path) -> None:
     """
     entries = []
     for sub in _entries(root):
-        for entry in _entries(Path(sub.path)) if _FOLDER in sub.name else ():
+        for entry in _entries(Path(sub.path)) if _MARK in sub.name else ():
             with contextlib.suppress(OSError):  # another process removed it
                 found = entry.stat(follow_symlinks=False)
                 if stat.S_ISREG(found.st_mode) and (entry.name.endswith(_SUFFIXES) or entry.name.startswith(".text-")):

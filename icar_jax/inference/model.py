@@ -10,7 +10,6 @@ from functools import cached_property
 from itertools import islice
 
 import numpy as np
-from absl import logging
 from PIL import Image
 
 from icar_jax.checkpoint import CheckpointError
@@ -20,6 +19,7 @@ from icar_jax.inference.loaded import LoadedModel
 from icar_jax.inference.reading import map_ordered
 from icar_jax.inference.router import OneExit, Router, RoutingResult
 from icar_jax.inference.shared_router import SharedRouter, SharedTower
+from icar_jax.inference.text_model import tokens_of
 
 
 class Model(LoadedModel):
@@ -49,10 +49,7 @@ class Model(LoadedModel):
                 f"{self.path} has no tokenizer, so it cannot encode text; add one with "
                 f"`icar convert {path} {path} --tokenizer FILE` (a tokenizer.json, or CLIP's merges file)"
             )
-        length = self.arch.text.context_length
-        tokens, truncated = self.tokenizer.encode(texts, length)
-        if warn and truncated.any():
-            logging.warning("%d of %d texts exceed %d tokens and were truncated.", truncated.sum(), len(texts), length)
+        tokens = tokens_of(self.tokenizer, texts, self.arch.text.context_length, warn)
         return self._text(tokens) if len(tokens) else np.zeros((0, self.embed_dim), np.float32)
 
     def is_too_long(self, text: str) -> bool:

@@ -54,25 +54,29 @@ class TextModel:
         """
         try:
             description = checkpoint.describe(folder)
-            if description["kind"] != "clip" or not checkpoint.is_undamaged(folder, description):
-                return None
-            if (file := program_file(folder, dtype)) is None:
-                return None
-            model = cls(folder, description, file, batch_size)
-            model.encode_text([""])  # a damaged program fails when it is compiled
-            return model
-        except Exception as error:  # of several libraries; loading the whole model says it better
-            logging.info("the text tower of %s is not opened alone: %s", folder, error)
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                if (kept := kept_file({"clip": checkpoint.identity(checkpoint.describe(folder))}, dtype)) is not None:
-                    kept.unlink(missing_ok=True)  # the next search writes it again
+            checkpoint.require_undamaged(folder, description)
+            identity = {"clip": checkpoint.identity(description)}
+            kept = kept_file(identity, dtype)
+            files = [ahead.find(folder, identity, dtype).file(TEXT), kept] if description["kind"] == "clip" else []
+        except (OSError, ValueError, KeyError):
             return None
+        for file in files:
+            if file is None or not file.is_file():
+                continue
+            try:
+                model = cls(folder, description, file, batch_size)
+                model.encode_text([""])  # a damaged program fails when it is compiled
+                return model
+            except Exception as error:  # of several libraries
+                logging.info("the program %s of the text tower is not used: %s", file, error)
+                if file == kept:
+                    with contextlib.suppress(OSError):
+                        file.unlink(missing_ok=True)  # `keep` writes it again
+        return None
 
     def encode_text(self, texts: Sequence[str], warn: bool = True) -> np.ndarray:
         """Like Model.encode_text."""
-        tokens, truncated = self._tokenizer.encode(texts, self._length)
-        if warn and truncated.any():
-            logging.warning("%d of %d texts exceed %d tokens and were truncated.", truncated.sum(), len(texts), self._length)
+        tokens = tokens_of(self._tokenizer, texts, self._length, warn)
         return self._forward(tokens) if len(tokens) else np.zeros((0, self.embed_dim), np.float32)
 
     def is_too_long(self, text: str) -> bool:
@@ -80,11 +84,12 @@ class TextModel:
         return bool(self._tokenizer.encode([text], self._length)[1][0])
 
 
-def program_file(folder: Path, dtype: str) -> Path | None:
-    """The program of the text side of the CLIP in `folder`, of `icar compile` or kept; None if there is none."""
-    identity = {"clip": checkpoint.identity(checkpoint.describe(folder))}
-    files = (ahead.find(folder, identity, dtype).file(TEXT), kept_file(identity, dtype))
-    return next((file for file in files if file is not None and file.is_file()), None)
+def tokens_of(tokenizer: Tokenizer, texts: Sequence[str], length: int, warn: bool) -> np.ndarray:
+    """Token ids int32 [N, length] of N texts. Long texts are truncated, with a warning if `warn`."""
+    tokens, truncated = tokenizer.encode(texts, length)
+    if warn and truncated.any():
+        logging.warning("%d of %d texts exceed %d tokens and were truncated.", truncated.sum(), len(texts), length)
+    return tokens
 
 
 def kept_file(identity: dict[str, str], dtype: str) -> Path | None:

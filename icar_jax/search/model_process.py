@@ -76,14 +76,12 @@ class ModelProcess:
         return found
 
 
-def _whole_model(folder: Path, batch_size: int, dtype: str) -> Any:
-    """The model, as `icar_jax.load` loads it; keeps the program of its text side for the next search."""
+def _traced_model(folder: Path, batch_size: int, dtype: str) -> Any:
+    """The whole model, traced; keeps the program of its text side for the next search."""
     from icar_jax.inference import text_model
     from icar_jax.inference.ahead import ExportedPrograms
     from icar_jax.inference.loading import load
 
-    if text_model.program_file(folder, dtype) is not None:  # an image came, or the program is of no use
-        return load(folder, batch_size=batch_size, dtype=dtype)
     programs = ExportedPrograms()
     model = load(folder, batch_size=batch_size, dtype=dtype, programs=programs)
     text_model.keep(programs, model.identity, dtype)
@@ -109,11 +107,13 @@ def answer(descriptor: int) -> None:
         try:
             if name == "load":
                 arguments = {"folder": args[0], **kwargs}
-                model = TextModel.open(**arguments) or _whole_model(**arguments)
+                model = TextModel.open(**arguments) or _traced_model(**arguments)
                 found = {fact: getattr(model, fact, None) for fact in FACTS}
             else:
-                if not hasattr(model, name):
-                    model = _whole_model(**arguments)
+                if not hasattr(model, name):  # an image came
+                    from icar_jax.inference.loading import load
+
+                    model = load(arguments.pop("folder"), **arguments)
                 found = getattr(model, name)(*args, **kwargs)
             said = (False, found)
         except (IcarError, OSError) as error:

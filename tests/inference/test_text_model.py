@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import icar_jax
-from icar_jax import cli, program_cache
+from icar_jax import cli
 from icar_jax.inference import ahead
 from icar_jax.inference.text_model import TextModel
 from icar_jax.search.model_process import FACTS, ModelProcess
@@ -102,4 +102,3 @@ def test_what_is_unusual_is_left_to_the_whole_model(damage, clip_folder, complex
         weights = folder / "params.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
     assert TextModel.open(folder, batch_size=4, dtype="float32") is None
-    assert program_cache.user_folder() is not None

@@ -42,7 +42,7 @@ ALLOWED = {
 SUBLAYERS = {
     "convert/files": set(),
     "convert/layouts": {"files"},
-    "convert/parity": {"files"},
+    "convert/parity": {"files", "layouts"},
     "data/loader": {"sources"},
     "data/ratings": {"sources"},
     "data/scenes": set(),

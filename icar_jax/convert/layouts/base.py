@@ -20,6 +20,8 @@ from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.text import TextArch
 
+WRAPPERS = ("model.", "net.", "teacher.", "backbone.")  # that a training program may put before every name
+TOWER_OPTIONS = frozenset({"activation", "preprocess", "exits", "pool", "heads", "image_size"})  # of vision towers
 KINDS = ("clip", "vision", "text", "complexity", "convnext")  # of checkpoints that weights are converted to
 
 

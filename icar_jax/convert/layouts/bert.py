@@ -37,7 +37,7 @@ _LANGUAGE_HEADS = [
                  "cls.seq_relationship", "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder")
     for kind in ("weight", "bias")
 ] + ["cls.predictions.bias", "lm_head.bias"]  # fmt: skip
-_POOLS = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mean"}
+POOLS = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mean"}
 
 
 def detect(source: Source) -> bool:
@@ -143,8 +143,8 @@ def _pool(source: Source, options: Options) -> str:
     if strangers:
         raise ConvertError(f"{source.path}: the modules {', '.join(strangers)} after the pooling are not supported")
     if options.text_pool:
-        if options.text_pool not in _POOLS.values():
-            raise ConvertError(f"--text-pool={options.text_pool} must be one of {', '.join(_POOLS.values())}")
+        if options.text_pool not in POOLS.values():
+            raise ConvertError(f"--text-pool={options.text_pool} must be one of {', '.join(POOLS.values())}")
         return options.text_pool
     pooling = source.config(POOLING)
     if not pooling:
@@ -153,11 +153,11 @@ def _pool(source: Source, options: Options) -> str:
             "[CLS] token) or --text-pool mean"
         )
     modes = sorted(name for name in pooling.content if name.startswith("pooling_mode_") and pooling.get(name, bool))
-    if len(modes) != 1 or modes[0] not in _POOLS:
-        raise ConvertError(f"{pooling.where}: {', '.join(modes) or 'no mode'} is not supported; expected {' or '.join(_POOLS)}")
+    if len(modes) != 1 or modes[0] not in POOLS:
+        raise ConvertError(f"{pooling.where}: {', '.join(modes) or 'no mode'} is not supported; expected {' or '.join(POOLS)}")
     if pooling.get("include_prompt", bool, True) is False:
         raise ConvertError(f"{pooling.where}: include_prompt false is not supported")
-    return _POOLS[modes[0]]
+    return POOLS[modes[0]]
 
 
 def _details(source: Source, options: Options) -> Details:

@@ -9,6 +9,8 @@ import numpy as np
 
 from icar_jax.convert.layouts import hf_vit
 from icar_jax.convert.layouts.base import (
+    TOWER_OPTIONS,
+    WRAPPERS,
     Export,
     ExportFiles,
     ExportSource,
@@ -105,8 +107,8 @@ LAYOUT = Layout(
     # transformers resizes the positions of the two models differently.
     antialiased=lambda arch: arch.registers > 0,
     export=Export("hf", _export),
-    options=hf_vit.OPTIONS,
-    prefixes=hf_vit.WRAPPERS,
+    options=TOWER_OPTIONS,
+    prefixes=WRAPPERS,
     config_files=(hf_vit.CONFIG, *hf_vit.PREPROCESSORS),
     precedence=2,
 )

@@ -9,6 +9,8 @@ from typing import Any
 from icar_jax.convert import rules as engine
 from icar_jax.convert.fields import ConvertError, Fields
 from icar_jax.convert.layouts.base import (
+    TOWER_OPTIONS,
+    WRAPPERS,
     Details,
     Export,
     ExportFiles,
@@ -29,8 +31,6 @@ from icar_jax.data.images import Preprocess
 from icar_jax.models.vision import VisionArch
 
 PATCHES = "embeddings.patch_embeddings.projection.weight"
-WRAPPERS = ("model.", "net.", "teacher.", "backbone.")  # that a training program may put before every name
-OPTIONS = frozenset({"activation", "preprocess", "exits", "pool", "heads", "image_size"})
 _PREFIXES = ("", "vit.", "dinov2.", "dinov2_with_registers.")  # of the tower below a classifier
 ATTENTION: list[Rule] = [
     rule([f"attention.attention.{part}.weight" for part in ("query", "key", "value")], "attn/qkv/kernel", QKV_WEIGHT),
@@ -212,7 +212,7 @@ LAYOUT = Layout(
     details=details,
     antialiased=lambda arch: False,
     export=Export("hf", _export, holds=lambda arch: not arch.registers and arch.ffn == "mlp"),
-    options=OPTIONS,
+    options=TOWER_OPTIONS,
     prefixes=WRAPPERS,
     config_files=(CONFIG, *PREPROCESSORS),
     precedence=2,

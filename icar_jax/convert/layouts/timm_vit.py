@@ -15,6 +15,8 @@ import numpy as np
 from icar_jax.convert import rules as engine
 from icar_jax.convert.fields import ConvertError, Fields
 from icar_jax.convert.layouts.base import (
+    TOWER_OPTIONS,
+    WRAPPERS,
     Details,
     Export,
     ExportFiles,
@@ -305,8 +307,8 @@ LAYOUT = Layout(
     preprocess=_preprocess,
     details=_details,
     export=Export("timm", _export),
-    options=frozenset({"activation", "preprocess", "exits", "pool", "heads", "image_size"}),
-    prefixes=("model.", "net.", "teacher.", "backbone."),
+    options=TOWER_OPTIONS,
+    prefixes=WRAPPERS,
     config_files=(_CONFIG,),
     precedence=1,
 )

@@ -45,6 +45,35 @@ def load_strictly(model: Any, state: Mapping[str, Any], source: Source, what: st
     return model.float().eval()
 
 
+def class_of(source: Source, classes: Mapping[str, str]) -> str:
+    """The model_type in config.json. Raises ConvertError for one that is not among `classes`, {model_type: class}."""
+    kind = source.configs.get("config.json", {}).get("model_type")
+    if kind not in classes:
+        raise ConvertError(f"{source.folder}: config.json describes a {kind!r} model; expected {', '.join(classes)}")
+    return kind
+
+
+def load_transformers(transformers: ModuleType, source: Source, classes: Mapping[str, str], may_lack: tuple[str, ...]) -> Any:
+    """The model of transformers in float32; tensors whose names contain one of `may_lack` may be missing.
+
+    Raises ConvertError where the library cannot load it, or lacks other tensors.
+    """
+    folder, safe = source.folder, ".safetensors" in source.weights.path.name
+    cls = getattr(transformers, classes[class_of(source, classes)])
+    try:
+        model, info = cls.from_pretrained(folder, local_files_only=True, use_safetensors=safe, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ConvertError(f"{folder}: transformers cannot load it as {cls.__name__}: {error}") from error
+    # transformers initialises tensors that the file lacks at random, with only a warning.
+    missing = [name for name in map(str, info["missing_keys"]) if not any(part in name for part in may_lack)]
+    if missing or info["mismatched_keys"]:
+        raise ConvertError(
+            f"{folder}: the weights are not those of the {cls.__name__} in config.json: missing {missing}, mismatched "
+            f"{sorted(map(str, info['mismatched_keys']))}"
+        )
+    return model.float().eval()
+
+
 def refuse_options(source: Source, asked: ReferenceRequest, why: str, *names: str) -> None:
     """Raises ConvertError for an option that has no effect on this source."""
     given = [name for name in names if getattr(asked, name)]

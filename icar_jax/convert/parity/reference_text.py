@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 
 from icar_jax.convert.fields import ConvertError
+from icar_jax.convert.layouts.bert import POOLING, POOLS, SENTENCE
 from icar_jax.convert.parity.reference_inputs import ReferenceRequest, captions
 from icar_jax.convert.parity.reference_models import Run
-from icar_jax.convert.parity.reference_reading import refuse_options
+from icar_jax.convert.parity.reference_reading import class_of, load_transformers, refuse_options
 from icar_jax.convert.source import Source
 
 _CLASSES = {"bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel"}
-_MODES = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mean"}
-_POOLING, _SENTENCE = "1_Pooling/config.json", "sentence_bert_config.json"
 _MAY_LACK = ("pooler.", "position_ids", "token_type_ids")  # parts of the library's models that no output here depends on
 
 
@@ -27,31 +26,16 @@ def run_transformers_text(torch: ModuleType, transformers: ModuleType, source: S
     refuse_options(
         source, asked, "config.json describes the encoder", "model_name", "activation", "heads", "exits", "image_size"
     )
-    folder, safe = source.folder, ".safetensors" in source.weights.path.name
-    kind = source.configs.get("config.json", {}).get("model_type")
-    if kind not in _CLASSES:
-        raise ConvertError(f"{folder}: config.json describes a {kind!r} model; expected {', '.join(_CLASSES)}")
+    class_of(source, _CLASSES)
     pool = _pool(source, asked)
-    cls = getattr(transformers, _CLASSES[kind])
-    try:
-        model, info = cls.from_pretrained(folder, local_files_only=True, use_safetensors=safe, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ConvertError(f"{folder}: transformers cannot load it as {cls.__name__}: {error}") from error
-    # transformers initialises tensors that the file lacks at random, with only a warning.
-    missing = [name for name in map(str, info["missing_keys"]) if not any(part in name for part in _MAY_LACK)]
-    if missing or info["mismatched_keys"]:
-        raise ConvertError(
-            f"{folder}: the weights are not those of the {cls.__name__} in config.json: missing {missing}, mismatched "
-            f"{sorted(map(str, info['mismatched_keys']))}"
-        )
-    model = model.float().eval()
+    model = load_transformers(transformers, source, _CLASSES, _MAY_LACK)
     tokens, mask = _texts(source, model.config, asked)
     hidden = model(
         input_ids=torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(mask).long()
     ).last_hidden_state  # fmt: skip
     weight = torch.from_numpy(mask).float()[..., None]
     features = hidden[:, 0] if pool == "first" else (hidden * weight).sum(1) / weight.sum(1)
-    built = {"class": cls.__name__, "activation": model.config.hidden_act, "pool": pool}
+    built = {"class": type(model).__name__, "activation": model.config.hidden_act, "pool": pool}
     return {"tokens": tokens, "features": features}, built
 
 
@@ -62,7 +46,7 @@ def _texts(source: Source, config: Any, asked: ReferenceRequest) -> tuple[np.nda
         raise ConvertError(f"{source.folder}/config.json: pad_token_id is {pad}, expected an id below {vocabulary}")
     # RoBERTa's first position is the one after its padding's id.
     positions = config.max_position_embeddings - (0 if config.model_type == "bert" else pad + 1)
-    stated = source.configs.get(_SENTENCE, {}).get("max_seq_length")
+    stated = source.configs.get(SENTENCE, {}).get("max_seq_length")
     context = asked.context_length or stated or positions
     if not isinstance(context, int) or not 2 <= context <= positions:
         raise ConvertError(f"{source.path}: a text of {context} tokens: this encoder has positions for 2 to {positions}")
@@ -80,15 +64,15 @@ def _pool(source: Source, asked: ReferenceRequest) -> str:
     """The user's pooling, else that of sentence-transformers. Raises ConvertError where it is unknown or unsupported."""
     if asked.text_pool:
         return asked.text_pool
-    content = source.configs.get(_POOLING)
+    content = source.configs.get(POOLING)
     if content is None:
         raise ConvertError(
-            f"{source.path} does not say how its tokens become one embedding (no {_POOLING}); give one of "
-            f"{', '.join(_MODES.values())} as text_pool"
+            f"{source.path} does not say how its tokens become one embedding (no {POOLING}); give one of "
+            f"{', '.join(POOLS.values())} as text_pool"
         )
     modes = sorted(name for name, value in content.items() if name.startswith("pooling_mode_") and value is True)
-    if len(modes) != 1 or modes[0] not in _MODES:
+    if len(modes) != 1 or modes[0] not in POOLS:
         raise ConvertError(
-            f"{source.folder}/{_POOLING}: {', '.join(modes) or 'no mode'} is not supported; expected {' or '.join(_MODES)}"
+            f"{source.folder}/{POOLING}: {', '.join(modes) or 'no mode'} is not supported; expected {' or '.join(POOLS)}"
         )
-    return _MODES[modes[0]]
+    return POOLS[modes[0]]

@@ -10,47 +10,41 @@ from types import ModuleType
 from typing import Any
 
 from icar_jax.convert.fields import ConvertError
+from icar_jax.convert.layouts.base import WRAPPERS
 from icar_jax.convert.parity.reference_inputs import ReferenceRequest, nchw, noise
 from icar_jax.convert.parity.reference_models import Run
-from icar_jax.convert.parity.reference_reading import load_strictly, read_state_dict, refuse_options, require_stated, strip
+from icar_jax.convert.parity.reference_reading import (
+    class_of,
+    load_strictly,
+    load_transformers,
+    read_state_dict,
+    refuse_options,
+    require_stated,
+    strip,
+)
 from icar_jax.convert.source import Source
 
 _CLASSES = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel", "vit": "ViTModel"}
-_WRAPPERS = ("model.", "net.", "teacher.", "backbone.")  # that a training program put before every name
 _MAY_LACK = ("pooler.", "mask_token")  # parts of the library's models that no output here depends on
 
 
 def run_transformers_vision(torch: ModuleType, transformers: ModuleType, source: Source, asked: ReferenceRequest) -> Run:
     refuse_options(source, asked, "config.json describes the tower", "model_name", "exits", "heads")
-    folder, safe = source.folder, ".safetensors" in source.weights.path.name
-    kind = source.configs.get("config.json", {}).get("model_type")
-    if kind not in _CLASSES:
-        raise ConvertError(f"{folder}: config.json describes a {kind!r} model; expected {', '.join(_CLASSES)}")
-    cls = getattr(transformers, _CLASSES[kind])
-    try:
-        model, info = cls.from_pretrained(folder, local_files_only=True, use_safetensors=safe, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ConvertError(f"{folder}: transformers cannot load it as {cls.__name__}: {error}") from error
-    # transformers initialises tensors that the file lacks at random, with only a warning.
-    missing = [name for name in map(str, info["missing_keys"]) if not any(part in name for part in _MAY_LACK)]
-    if missing or info["mismatched_keys"]:
-        raise ConvertError(
-            f"{folder}: the weights are not those of the {cls.__name__} in config.json: missing {missing}, mismatched "
-            f"{sorted(map(str, info['mismatched_keys']))}"
-        )
-    model, config = model.float().eval(), model.config
+    kind = class_of(source, _CLASSES)
+    model = load_transformers(transformers, source, _CLASSES, _MAY_LACK)
+    config = model.config
     stated = {"gelu_pytorch_tanh": "gelu_tanh"}.get(config.hidden_act, config.hidden_act)
     require_stated(source, asked, "config.json", stated, ())
     images = noise(asked, asked.image_size or config.image_size)
     more = {"interpolate_pos_encoding": True} if kind == "vit" else {}  # the others always resize positions
     tokens = model(pixel_values=nchw(torch, images), **more).last_hidden_state
-    return {"images": images, "features": tokens[:, 0]}, {"class": cls.__name__, "activation": config.hidden_act}
+    return {"images": images, "features": tokens[:, 0]}, {"class": type(model).__name__, "activation": config.hidden_act}
 
 
 def run_timm_vit(torch: ModuleType, timm: ModuleType, source: Source, asked: ReferenceRequest) -> Run:
     refuse_options(source, asked, "timm knows its models by name", "exits", "heads", "activation")
     state, _ = read_state_dict(torch, source)
-    for wrapper in _WRAPPERS:
+    for wrapper in WRAPPERS:
         state = strip(state, wrapper)
     config = source.configs.get("config.json", {})
     name = asked.model_name or config.get("architecture", "")
