@@ -9,6 +9,8 @@ from icar_jax import checkpoint
 from icar_jax import config as cfg
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.complexity import ComplexityArch
+from icar_jax.models.reduction_plan import reduced_text, reduced_vision
+from icar_jax.models.text import TextArch
 from icar_jax.models.token_router import BlocksArch, ScorerArch
 from icar_jax.models.variants import BLOCKS, CLIP, CONVNEXT
 from icar_jax.models.vision import EXIT_FIELDS, VisionArch
@@ -46,15 +48,26 @@ def clip_arch(config: cfg.ClipConfig, vocabulary: int | None = None, end_id: int
             exit_sum=config.exit_sum,
             merge=tuple(config.merge),
         )
+        text = dataclasses.replace(
+            base.text,
+            context_length=config.context_length or base.text.context_length,
+            vocabulary=base.text.vocabulary if vocabulary is None else vocabulary,
+            end_id=base.text.end_id if end_id is None else end_id,
+        )
+        return ClipArch(*_reduced(config, vision, text), config.temperature)
     except ValueError as error:
         raise cfg.ConfigError(f"config.clip: {error}") from error
-    text = dataclasses.replace(
-        base.text,
-        context_length=config.context_length or base.text.context_length,
-        vocabulary=base.text.vocabulary if vocabulary is None else vocabulary,
-        end_id=base.text.end_id if end_id is None else end_id,
-    )
-    return ClipArch(vision, text, config.temperature)
+
+
+def _reduced(config: cfg.ClipConfig, vision: VisionArch, text: TextArch) -> tuple[VisionArch, TextArch]:
+    """The towers with the token reduction that `config.clip` asks for."""
+    if config.reduce == "none":
+        return vision, text
+    vision = reduced_vision(
+        vision, config.reduce, tuple(config.reduce_r), config.reduce_to, config.reduce_after, config.reduce_proportional,
+        config.reduce_routes,
+    )  # fmt: skip
+    return vision, reduced_text(text, tuple(config.reduce_text)) if config.reduce == "crossget" else text
 
 
 def complexity_arch(config: cfg.ComplexityConfig) -> ScorerArch:
@@ -94,7 +107,7 @@ def _blocks_arch(config: cfg.ComplexityConfig) -> BlocksArch:
             f"{config.clip}: an image that leaves there has to be scored before"
         )
     plain = {name: getattr(VisionArch, name) for name in EXIT_FIELDS}  # the trunk has no exits
-    vision = dataclasses.replace(clip.vision, **plain, merge=clip.vision.merge_before(config.blocks))
+    vision = dataclasses.replace(clip.vision, **plain, **clip.vision.reduction_until(config.blocks), schedules=(), routes=())
     return BlocksArch(vision, config.blocks, config.head, config.dropout, config.pooled_norm == "parts")
 
 

@@ -13,6 +13,8 @@ ExitPool = Literal["cls", "mean", "first_patch"]
 ExitStart = Literal["final", "random"]
 ExitHeadName = Literal["linear", "adapter", "attention"]
 Temperature = Literal["own", "shared"]
+ReductionName = Literal["none", "tome", "pitome", "crossget", "drop"]
+CrossLossName = Literal["crossget", "jensen_shannon"]
 
 ScorerHead = Literal["regression", "classification"]
 ClassWeights = Literal["none", "balanced"]

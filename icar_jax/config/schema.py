@@ -27,7 +27,17 @@ class ClipConfig:
     # Before an exit's projection: linear (nothing) | adapter (small MLP) | attention (all tokens).
     exit_head: str = setting("linear", OneOf(choices.ExitHeadName))
     exit_sum: bool = False  # an embedding is the sum of all heads up to its depth: each head corrects those before
-    merge: tuple[int, ...] = ()  # tokens merged into similar ones (ToMe) after the first block, the second, ...
+    merge: tuple[int, ...] = ()  # patches merged into similar ones after the first block, the second, ...; or `reduce`
+    # Token reduction: ToMe, PiToMe, CrossGET (both towers), or drop (HiRED).
+    reduce: str = setting("none", OneOf(choices.ReductionName))
+    # Tokens of an image that each block merges: one number for all blocks, or one for each. drop: patches dropped.
+    reduce_r: tuple[int, ...] = ()
+    reduce_to: float = setting(0.0, Within("[0, 1)", "0 leaves it to reduce_r"))  # share of the image tower's FLOPs, in place of reduce_r
+    reduce_after: int = setting(0, AtLeast(0, "0 is a third of the depth"))  # drop: blocks before patches are dropped
+    reduce_text: tuple[int, ...] = ()  # crossget: as reduce_r, of a text
+    reduce_proportional: bool = True  # attention proportional to the sizes of merged tokens
+    # More schedules, as shares of FLOPs: routes beside the exits. Training draws one schedule a step.
+    reduce_routes: tuple[float, ...] = setting((), Shares())
     temperature: str = setting("own", OneOf(choices.Temperature))  # each exit has its own logit scale, or all share one
     depth: int = setting(0, _KEEPS)  # blocks of the vision tower; 0 keeps the variant's
     image_size: int = setting(0, _KEEPS)  # pixels; 0 keeps the variant's
@@ -135,6 +145,9 @@ class LossConfig:
     distill_kl: float = setting(0.0, _WEIGHT, task="clip")
     distill_init: float = setting(0.0, _WEIGHT, task="clip")
     mixed: float = setting(0.0, _WEIGHT, task="clip")  # weight of the loss of a gallery whose images take random exits
+    cross: float = setting(0.0, _WEIGHT, task="clip")  # weight of CrossGET's loss between the cross tokens of both towers
+    cross_form: str = setting("crossget", OneOf(choices.CrossLossName))  # as its code computes it, or Jensen-Shannon
+    image_ids: bool = setting(False, task="clip")  # softmax: captions of one image in a batch share its target
     # Texts that a device scores at once while they pass round the ring of devices; 0 forms all logits at once.
     chunk: int = setting(0, AtLeast(0, "0 forms all logits at once"), task="clip")
 
