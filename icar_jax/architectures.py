@@ -10,7 +10,6 @@ from icar_jax import config as cfg
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.complexity import ComplexityArch
 from icar_jax.models.reduction_plan import reduced_text, reduced_vision
-from icar_jax.models.text import TextArch
 from icar_jax.models.token_router import BlocksArch, ScorerArch
 from icar_jax.models.variants import BLOCKS, CLIP, CONVNEXT
 from icar_jax.models.vision import EXIT_FIELDS, VisionArch
@@ -54,20 +53,25 @@ def clip_arch(config: cfg.ClipConfig, vocabulary: int | None = None, end_id: int
             vocabulary=base.text.vocabulary if vocabulary is None else vocabulary,
             end_id=base.text.end_id if end_id is None else end_id,
         )
-        return ClipArch(*_reduced(config, vision, text), config.temperature)
+        plain = ClipArch(vision, text, config.temperature)
     except ValueError as error:
         raise cfg.ConfigError(f"config.clip: {error}") from error
+    return reduced_clip(config, plain)
 
 
-def _reduced(config: cfg.ClipConfig, vision: VisionArch, text: TextArch) -> tuple[VisionArch, TextArch]:
-    """The towers with the token reduction that `config.clip` asks for."""
+def reduced_clip(config: cfg.ClipConfig, arch: ClipArch) -> ClipArch:
+    """`arch`, which removes no tokens, with the token reduction that `config.clip` asks for. Raises ConfigError."""
     if config.reduce == "none":
-        return vision, text
-    vision = reduced_vision(
-        vision, config.reduce, tuple(config.reduce_r), config.reduce_to, config.reduce_after, config.reduce_proportional,
-        config.reduce_routes,
-    )  # fmt: skip
-    return vision, reduced_text(text, tuple(config.reduce_text)) if config.reduce == "crossget" else text
+        return arch
+    try:
+        vision = reduced_vision(
+            arch.vision, config.reduce, tuple(config.reduce_r), config.reduce_to, config.reduce_after,
+            config.reduce_proportional, config.reduce_routes,
+        )  # fmt: skip
+        text = reduced_text(arch.text, tuple(config.reduce_text)) if config.reduce == "crossget" else arch.text
+        return dataclasses.replace(arch, vision=vision, text=text)
+    except ValueError as error:
+        raise cfg.ConfigError(f"config.clip.reduce={config.reduce!r}: {error}") from error
 
 
 def complexity_arch(config: cfg.ComplexityConfig) -> ScorerArch:

@@ -5,6 +5,7 @@ import typing
 from typing import Any
 
 from icar_jax.config import choices
+from icar_jax.config.reduction import validate_reduction
 from icar_jax.config.rules import RULE, TASK, AtLeast, OneOf
 from icar_jax.config.schema import MIN_VOCABULARY, ExperimentConfig
 from icar_jax.errors import ConfigError
@@ -60,6 +61,7 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     _validate_data(c)
     _validate_training(c)
     _validate_exit_options(c)
+    validate_reduction(c)
     _validate_distractors(c)
     if c.task == "clip":
         _validate_shares(c)

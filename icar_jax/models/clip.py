@@ -165,21 +165,25 @@ class Clip(Module):
                 raise ValueError(f"tokens after {start} blocks come too late for exit {blocks_run}, which reads block {first}")
         return {blocks_run: unit_norm(z) for blocks_run, z in self.vision.resume(tokens, start, exits).items()}
 
-    def encode_with_cross(
-        self, images: Array, tokens: Array, exits: Sequence[int], scales: Array | None = None
-    ) -> tuple[dict[int, Array], Array, tuple[Array, Array]]:
-        """`encode_image_exits` and `encode_text`, and the cross tokens of paired blocks (CrossGET).
+    def encode_image_with_cross(
+        self, images: Array, exits: Sequence[int], scales: Array | None = None
+    ) -> tuple[dict[int, Array], Array]:
+        """`encode_image_exits`, and the cross tokens of the blocks that CrossGET's cross loss pairs.
 
-        Returns ({executed blocks: [B, D]}, [B, D], (image, text)), where image and text are float32 [B, pairs, D] in the
-        embedding space, not normalised. Full depth must be among `exits`.
+        Returns ({executed blocks: [B, D]}, float32 [B, pairs, D] in the embedding space, not normalised). Full depth must be
+        among `exits`.
         """
-        image, of_image = self.vision.with_cross_embeddings(images, exits, scales)
-        text, of_text = self.text.with_cross_embeddings(tokens)
+        found, cross = self.vision.with_cross_embeddings(images, exits, scales)
+        return {e: unit_norm(z) for e, z in found.items()}, self._paired(cross, 0)
+
+    def encode_text_with_cross(self, tokens: Array) -> tuple[Array, Array]:
+        """`encode_text`, and the cross tokens float32 [B, pairs, D] as of `encode_image_with_cross`."""
+        found, cross = self.text.with_cross_embeddings(tokens)
+        return unit_norm(found), self._paired(cross, 1)
+
+    def _paired(self, cross: Array, tower: int) -> Array:
         pairs = paired_blocks(self.arch.vision.depth, self.arch.text.depth)
-        chosen = (
-            jnp.stack([cross[pair[tower]] for pair in pairs], axis=1) for tower, cross in enumerate((of_image, of_text))
-        )
-        return {e: unit_norm(z) for e, z in image.items()}, unit_norm(text), tuple(chosen)
+        return jnp.stack([cross[pair[tower]] for pair in pairs], axis=1)
 
     def encode_text(self, tokens: Array) -> Array:
         """tokens int [B, L] -> float32 [B, D], unit norm."""

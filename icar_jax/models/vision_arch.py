@@ -137,10 +137,14 @@ class VisionArch:
     def at_route(self, exit: int) -> tuple[VisionArch, int]:
         """Returns (the architecture with the schedule of that exit as its only one, executed blocks)."""
         blocks_run, number = split_route(exit)
-        schedule = self.schedules[number - 1] if number else self.schedule
+        return self.with_schedule(number), blocks_run
+
+    def with_schedule(self, number: int) -> VisionArch:
+        """Returns the architecture with that schedule (0 is `schedule`, n the nth of `schedules`) as its only one."""
         if not (self.schedules or self.routes):
-            return self, blocks_run
-        return dataclasses.replace(self, schedule=schedule, schedules=(), routes=()), blocks_run
+            return self
+        schedule = self.schedules[number - 1] if number else self.schedule
+        return dataclasses.replace(self, schedule=schedule, schedules=(), routes=())
 
     def heads_of(self, blocks_run: int) -> tuple[int, ...]:
         """Returns the depths of the heads that the embedding after `blocks_run` blocks uses, ascending; see `exit_sum`."""

@@ -266,6 +266,18 @@ def _fit_clip(
             note(f"{where}exits {exits_of(random)} are initialised randomly (config.clip.exit_start)")
         if residuals:
             note(f"{where}exits {exits_of(residuals)} get a residual ({new.exit_head}), which starts at zero")
+    for tower in ("vision", "text"):
+        name = f"{tower}/cross"
+        if name in leaves and name not in wanted:
+            del leaves[name]
+            note(f"{where}the cross tokens of its {tower} tower are dropped (config.clip.reduce)")
+        elif name in wanted and name not in leaves:
+            shape = wanted[name].shape
+            leaves[name] = Leaf(shape, (), functools.partial(np.zeros, shape, np.float32))
+            note(f"{where}the cross tokens of the {tower} tower start at zero (config.clip.reduce)")
+    if (new.reduce, new.schedule) != (old.reduce, old.schedule):
+        shown = lambda v: v.reduce if v.reduce == "none" else f"{v.reduce} {v.schedule}"
+        note(f"{where}token reduction {shown(old)} in the checkpoint, {shown(new)} here (config.clip.reduce)")
     if new.merge != old.merge:
         note(f"{where}token merging {old.merge or 'none'} in the checkpoint, {new.merge or 'none'} here (config.clip.merge)")
     return leaves
