@@ -16,9 +16,9 @@ from icar_jax import pytree
 from icar_jax.errors import ModelError
 from icar_jax.models.functional import Module, Params
 from icar_jax.models.layers import DType
-from icar_jax.models.text import TextArch, TextTower
 from icar_jax.models.reduction.routes import split_route
 from icar_jax.models.reduction.tokens import Tokens
+from icar_jax.models.text import TextArch, TextTower
 from icar_jax.models.transformer import AttentionFn, Execution
 from icar_jax.models.vision import VisionArch, VisionTower
 

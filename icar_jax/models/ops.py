@@ -125,9 +125,7 @@ def linear(x: Array, kernel: Array, bias: Array | None = None, *, dtype: DType) 
 # --- attention -------------------------------------------------------------------------------------------------------------
 
 
-def _attend(
-    q: Array, k: Array, v: Array, causal: bool, dtype: DType, bias: Array | None = None
-) -> tuple[Array, Array, Array]:
+def _attend(q: Array, k: Array, v: Array, causal: bool, dtype: DType, bias: Array | None = None) -> tuple[Array, Array, Array]:
     """q, k, v [B, H, L, K] -> output [B, H, L, K] and unnormalised weights [B, H, L, L] in `dtype`, their sums in float32.
 
     `bias` float32 [B, L] is added to the scaled scores of each key.

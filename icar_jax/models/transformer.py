@@ -155,9 +155,7 @@ class Block(Module):
         x = x + _scaled(self.attn(self.ln1(x), **_given(key_bias)), scale)
         return x + _scaled(self.mlp(self.ln2(x)), scale)
 
-    def reduced(
-        self, x: Array, reduce: Reduce, scale: Array | None = None, key_bias: Array | None = None
-    ) -> tuple[Array, Any]:
+    def reduced(self, x: Array, reduce: Reduce, scale: Array | None = None, key_bias: Array | None = None) -> tuple[Array, Any]:
         """`__call__` with fewer tokens after the attention: `reduce(x, queries, keys)` -> (x [B, M, W], anything).
 
         Returns (x [B, M, W], what `reduce` returned besides).
@@ -175,9 +173,7 @@ class PostNormBlock(Block):
         x = self.ln1(x + _scaled(self.attn(x, **_given(key_bias)), scale))
         return self.ln2(x + _scaled(self.mlp(x), scale))
 
-    def reduced(
-        self, x: Array, reduce: Reduce, scale: Array | None = None, key_bias: Array | None = None
-    ) -> tuple[Array, Any]:
+    def reduced(self, x: Array, reduce: Reduce, scale: Array | None = None, key_bias: Array | None = None) -> tuple[Array, Any]:
         """As of Block."""
         y, q, k = self.attn.with_keys(x, key_bias)
         x, rest = reduce(self.ln1(x + _scaled(y, scale)), q, k)

@@ -21,10 +21,10 @@ from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType, LayerNorm, PatchConv, draw
 from icar_jax.models.ops import require_floats
 from icar_jax.models.projection import add_projection, embed_cross, project
-from icar_jax.models.swiglu import SwiGlu
 from icar_jax.models.reduction.image_blocks import append_cross, log_sizes, run_reduced
 from icar_jax.models.reduction.routes import split_route
 from icar_jax.models.reduction.tokens import Tokens
+from icar_jax.models.swiglu import SwiGlu
 from icar_jax.models.transformer import AttentionFn, AttentionPool, Block, Execution, require_blocks
 from icar_jax.models.vision_arch import EXIT_FIELDS, POOLS, VisionArch
 
@@ -266,7 +266,9 @@ class VisionTower(Trunk):
         """
         cross: list[Array] = []
         found = self._resume(self.embed(images), 0, exits, scales, cross)
-        return found, embed_cross(self, self.ln_post if self.ln_pre is None else self.ln_pre, cross, self.arch.head == "cls_mean")
+        return found, embed_cross(
+            self, self.ln_post if self.ln_pre is None else self.ln_pre, cross, self.arch.head == "cls_mean"
+        )
 
 
 def _attention_pool(arch: VisionArch, **kwargs: Any) -> AttentionPool:

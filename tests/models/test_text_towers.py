@@ -11,8 +11,8 @@ from flax import nnx
 from icar_jax.errors import ModelError
 from icar_jax.models import ops
 from icar_jax.models.flops import text_flops
-from icar_jax.models.text import TextArch, TextTower
 from icar_jax.models.key_bias import biased
+from icar_jax.models.text import TextArch, TextTower
 from icar_jax.models.transformer import Attention, Execution
 
 BERT = TextArch(

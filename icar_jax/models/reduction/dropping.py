@@ -16,7 +16,9 @@ def class_attention(queries: Array, keys: Array, heads: int) -> Array:
     """queries, keys [B, N, W] -> float32 [B, N]: attention of token 0 on every token, summed over the heads. No gradient."""
     queries, keys = jax.lax.stop_gradient((queries[:, 0], keys))
     by_head = lambda x: x.reshape(*x.shape[:-1], heads, -1)
-    scores = jnp.einsum("bhd,bnhd->bhn", by_head(queries), by_head(keys), preferred_element_type=jnp.float32, precision="highest")
+    scores = jnp.einsum(
+        "bhd,bnhd->bhn", by_head(queries), by_head(keys), preferred_element_type=jnp.float32, precision="highest"
+    )
     return jax.nn.softmax(scores * (queries.shape[-1] // heads) ** -0.5, axis=-1).sum(1)
 
 

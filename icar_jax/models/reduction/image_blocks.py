@@ -73,9 +73,7 @@ def run_reduced(
                 break
             stop += 1
         reads = [e for e in wanted if done < e <= stop]
-        found = run_blocks(
-            trunk.blocks, tokens.values, {*reads, stop}, execution=trunk.execution, start=done, scales=scales
-        )
+        found = run_blocks(trunk.blocks, tokens.values, {*reads, stop}, execution=trunk.execution, start=done, scales=scales)
         taps |= {e: Tokens(found[e], tokens.sizes) for e in reads}
         tokens, done = Tokens(found[stop], tokens.sizes), stop
     return {e: taps[e] for e in wanted}
@@ -129,4 +127,3 @@ def reduce_image(x: Array, sizes: Array, q: Array, k: Array, count: int, arch: V
         return merge(x, sizes, matching, count, importance)
     method = {"tome": tome, "pitome": pitome}[arch.reduce]
     return merge(x, sizes, method(mean_over_heads(k, arch.heads), count, arch.protected), count)
-

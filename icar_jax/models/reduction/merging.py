@@ -13,9 +13,7 @@ from icar_jax.models.reduction.matching import Matching
 Array = jax.Array
 
 
-def merge(
-    values: Array, sizes: Array, matching: Matching, count: int, importance: Array | None = None
-) -> tuple[Array, Array]:
+def merge(values: Array, sizes: Array, matching: Matching, count: int, importance: Array | None = None) -> tuple[Array, Array]:
     """values [B, N, W], sizes float32 [B, N] -> the same with N - count tokens.
 
     The result is the mean of what merges, weighted by size. With `importance` float32 [B, N] source and target of a pair are

@@ -6,6 +6,7 @@ A variant of ToMe for towers that are trained with it, with class token, metric 
 from __future__ import annotations
 
 import functools
+
 import jax
 import jax.numpy as jnp
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from icar_jax.models.mesh_attention import attention_on
 from icar_jax.models.ops import normalise
 from icar_jax.models.transformer import Execution, block_scales
 from icar_jax.parallel.mesh import BATCH_AXES, batch_sharding
-from icar_jax.training import init_weights
+from icar_jax.training import init_weights, start
 from icar_jax.training.losses import contrastive, ring
 from icar_jax.training.losses import exits as exit_losses
 from icar_jax.training.losses.crossget import cross_loss
@@ -45,22 +46,30 @@ class ClipRun(RunKind):
         return "recall"
 
     def check_architecture(self) -> None:
-        architectures.clip_arch(self.config.clip)
+        architectures.clip_arch(self.config.clip, start=self._start_arch())
 
     def arch(self, tokenizer: Tokenizer | None) -> ClipArch:
         """Returns the variant with the tokenizer's vocabulary, and a logit bias for the sigmoid loss."""
-        config = self.config
-        sizes = (tokenizer.vocab_size, tokenizer.end_id) if tokenizer is not None else ()
-        arch = architectures.clip_arch(config.clip, *sizes)
-        if config.train.init:  # a share of FLOPs is solved for the tower that is trained
-            plain = architectures.clip_arch(dataclasses.replace(config.clip, reduce="none"), *sizes)
-            arch = architectures.reduced_clip(config.clip, init_weights.adopt(plain, config.train.init))
+        config, base = self.config, self._start_arch()
+        plain = dataclasses.replace(config.clip, reduce="none")  # a share of FLOPs is solved for the tower that is trained
+        if config.clip.variant == architectures.INIT:
+            arch = architectures.clip_arch(plain, start=base)
+        else:
+            sizes = (tokenizer.vocab_size, tokenizer.end_id) if tokenizer is not None else ()
+            arch = architectures.clip_arch(plain, *sizes)
+        if self.start is not None:
+            arch = init_weights.adopt(arch, self.start)
+        arch = architectures.reduced_clip(config.clip, arch)
         return dataclasses.replace(arch, logit_bias=config.loss.kind == "sigmoid")
+
+    def _start_arch(self) -> ClipArch | None:
+        return None if self.start is None else init_weights.saved_clip(self.start)
 
     def task(
         self, tokenizer: Tokenizer | None = None, mesh: Mesh | None = None, class_counts: tuple[int, int] = (1, 1)
     ) -> Task:
-        return _task(self.config, self.arch(tokenizer), mesh)
+        described = {} if self.start is None else start.describe(self.start, "clip")
+        return _task(self.config, self.arch(tokenizer), mesh, described.get("preprocess", {}))
 
     def tokenizer(self, source: Source, resumed: Path | None) -> Tokenizer:
         return tokenizer_of(self.config, source, resumed)
@@ -77,28 +86,29 @@ class ClipRun(RunKind):
 
 
 def tokenizer_of(config: ExperimentConfig, source: Source, resumed: Path | None) -> Tokenizer:
-    """Returns the tokenizer of a resumed run, the configured one, that of config.train.init, or one trained on the captions.
+    """Returns the tokenizer of a resumed run, the configured one, that of the start, or one trained on the captions.
 
-    Raises ConfigError if the configured tokenizer does not match config.train.init, or if none would match.
+    Raises ConfigError if the configured tokenizer does not match that of the start, or if none would match.
     """
     if resumed is not None:
         return Tokenizer.from_file(resumed / checkpoint.TOKENIZER)
-    init, file = config.train.init, config.data.tokenizer
-    kept = init_weights.load_tokenizer(init) if init else None
-    theirs = Tokenizer.from_json(kept, f"the tokenizer of {init}") if kept is not None else None
+    init, file = start.start_of(config), config.data.tokenizer
+    named = "" if init is None else start.named(init)
+    kept = None if init is None else start.load_tokenizer(init)
+    theirs = Tokenizer.from_json(kept, f"the tokenizer of {named}") if kept is not None else None
     if file:
         given = Tokenizer.from_file(file)
         if theirs is not None and not given.same_ids(theirs):
             raise ConfigError(
                 f"config.data.tokenizer={file} gives other ids than the tokenizer that the text tower of "
-                f"config.train.init={init} was trained with; leave config.data.tokenizer empty to use that one"
+                f"{named} was trained with; leave config.data.tokenizer empty to use that one"
             )
         return given
     if theirs is not None:
         return theirs
-    if init:
+    if init is not None:
         raise ConfigError(
-            f"config.train.init={init} has no tokenizer, and one trained on the captions would not match its text tower; pass "
+            f"{named} has no tokenizer, and one trained on the captions would not match its text tower; pass "
             "the one it was trained with: --config.data.tokenizer=PATH"
         )
     count = min(len(source), CAPTIONS_FOR_TOKENIZER)
@@ -106,7 +116,7 @@ def tokenizer_of(config: ExperimentConfig, source: Source, resumed: Path | None)
     return Tokenizer.train(captions, config.data.vocabulary)
 
 
-def _task(config: ExperimentConfig, arch: ClipArch, mesh: Mesh | None) -> Task:
+def _task(config: ExperimentConfig, arch: ClipArch, mesh: Mesh | None, start_preprocess: Mapping[str, Any]) -> Task:
     # Sharding constraint on the residual stream: without it XLA shards its width over fsdp inside a scan.
     sharding = batch_sharding(mesh) if mesh is not None else None
     dtype = jnp.dtype(config.train.dtype)
@@ -119,7 +129,7 @@ def _task(config: ExperimentConfig, arch: ClipArch, mesh: Mesh | None) -> Task:
     clips = [Clip.graph(own, execution=execution, attention=attention, dtype=dtype) for own in each]
     clip, crossed = clips[0], bool(config.loss.cross)
     weights = contrastive.exit_weights(config.loss.exit_weights, exits)
-    preprocess = preprocess_of(config, arch.vision.image_size)
+    preprocess = preprocess_of(config, arch.vision.image_size, start_preprocess)
 
     form = {"kind": config.loss.kind, "direction": config.loss.direction}
     compare = partial(contrastive.per_exit, **form)
