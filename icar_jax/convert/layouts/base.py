@@ -38,6 +38,9 @@ class Options:
     tokenizer: str = ""  # tokenizer.json or CLIP's merges file
     context_length: int = 0  # tokens of a text; fewer than the source's keep its first positions
     text_pool: str = ""  # pooling of a text encoder: first | mean
+    reduce: str = ""  # of CrossGET's checkpoints: crossget | none
+    image_r: int = -1  # tokens that each block of the vision tower merges; -1: not given
+    text_r: int = -1  # the same of the text tower
 
     def given(self) -> set[str]:
         """Names of the fields that were set."""
@@ -144,7 +147,8 @@ class Export:
 
 
 _OF_TEXT = {"context_length", "text_pool"}  # options of layouts of text encoders
-_ALL_OPTIONS = frozenset(f.name for f in dataclasses.fields(Options)) - _OF_TEXT
+_OF_CROSSGET = {"reduce", "image_r", "text_r"}  # options of CrossGET's checkpoints
+_ALL_OPTIONS = frozenset(f.name for f in dataclasses.fields(Options)) - _OF_TEXT - _OF_CROSSGET
 
 
 def no_details(source: Source, options: Options) -> Details:

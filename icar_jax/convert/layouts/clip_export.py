@@ -17,6 +17,7 @@ from icar_jax.models.clip import ClipArch
 from icar_jax.models.text import TextArch
 from icar_jax.models.vision import VisionArch
 
+HEAD_WIDTH = 64  # of every tower in OpenAI's code
 NO_TOKENIZER = "the checkpoint holds no tokenizer, so none was written"
 
 
@@ -37,7 +38,6 @@ def beyond_clip(arch: ClipArch) -> dict[str, bool]:
         "its image tower has no norm before the blocks": not v.pre_norm,
         "its text projection has a bias": t.proj_bias,
         "its embeddings are sums over the heads of its exits (exit_sum)": v.exit_sum,
-        f"it merges patch tokens between blocks (merge={v.merge})": any(v.merge),
         **beyond_vit(v),
         f"its image tower pools {v.head!r}": v.head not in ("cls", "map"),
         f"its image tower has the projection {v.projection!r}": v.projection != "linear",
@@ -49,6 +49,7 @@ def beyond_vit(vision: VisionArch) -> dict[str, bool]:
     return {
         f"its image tower has {vision.registers} registers": vision.registers > 0,
         f"its image tower has another feed-forward part ({vision.ffn})": vision.ffn != "mlp",
+        **_reduces(vision),
     }
 
 
@@ -57,7 +58,14 @@ def beyond_tower(vision: VisionArch) -> dict[str, bool]:
     return {
         f"it has early exits, after {', '.join(map(str, vision.exits))} blocks": bool(vision.exits),
         f"it has a projection ({vision.projection})": vision.projection != "none",
+        **_reduces(vision),
+    }
+
+
+def _reduces(vision: VisionArch) -> dict[str, bool]:
+    return {
         f"it merges patch tokens between blocks (merge={vision.merge})": any(vision.merge),
+        f"it reduces tokens by {vision.reduce!r} (schedule {vision.schedule})": vision.reduce != "none",
     }
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from icar_jax.convert.layouts import bert, hf, hf_dinov2, hf_vit, icar, icc, open_clip, openai, siglip, timm, timm_vit
+from icar_jax.convert.layouts import bert, crossget, hf, hf_dinov2, hf_vit, icar, icc, open_clip, openai, siglip, timm, timm_vit
 from icar_jax.convert.layouts.base import KINDS, Layout
 
 LAYOUTS: tuple[Layout, ...] = (
     openai.LAYOUT,
+    crossget.LAYOUT,
     open_clip.LAYOUT,
     hf.LAYOUT,
     siglip.LAYOUT,

@@ -42,8 +42,8 @@ def schedule_error(name: str, schedule: Schedule, depth: int, tokens: int, prote
         most = most_removed(tokens, protected)
         if not 0 <= count <= most:
             return (
-                f"{name}={schedule}: block {block} has {tokens} tokens, {protected} of them protected, and can merge 0 to {most} "
-                f"of them, not {count}"
+                f"{name}={schedule}: block {block} has {tokens} tokens, {protected} of them protected, and can merge 0 to "
+                f"{most} of them, not {count}"
             )
         tokens -= count
     return None
