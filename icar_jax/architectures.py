@@ -134,9 +134,9 @@ def _blocks_arch(config: cfg.ComplexityConfig) -> BlocksArch:
         )
     folder = routed_clip(config)
     clip = cfg.from_dict(checkpoint.describe(folder)["arch"], ClipArch, f"{folder}: arch")
-    if not 1 <= config.blocks <= clip.vision.all_exits[0]:
+    if not 1 <= config.blocks <= clip.vision.depths[0]:
         raise cfg.ConfigError(
-            f"config.complexity.blocks={config.blocks} must lie in 1 to {clip.vision.all_exits[0]}, the first exit of "
+            f"config.complexity.blocks={config.blocks} must lie in 1 to {clip.vision.depths[0]}, the first exit of "
             f"{config.clip}: an image that leaves there has to be scored before"
         )
     plain = {name: getattr(VisionArch, name) for name in EXIT_FIELDS}  # the trunk has no exits

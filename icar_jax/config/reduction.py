@@ -34,10 +34,6 @@ def validate_reduction(c: ExperimentConfig) -> None:
         raise ConfigError(
             f"config.clip.reduce_text={clip.reduce_text} is for config.clip.reduce='crossget' only, found {clip.reduce!r}"
         )
-    if clip.reduce_after and clip.reduce != "drop":
-        raise ConfigError(
-            f"config.clip.reduce_after={clip.reduce_after} is for config.clip.reduce='drop', found {clip.reduce!r}"
-        )
     if loss.cross and clip.reduce != "crossget":
         raise ConfigError(
             f"config.loss.cross={loss.cross} compares cross tokens, which only config.clip.reduce='crossget' has, found "

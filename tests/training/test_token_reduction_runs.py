@@ -65,7 +65,6 @@ def config_of(loss=(), train=(), **clip):
         (config_of(reduce="none", reduce_to=0.6), "config.clip.reduce_to=0.6 needs a method"),
         (config_of(reduce_r=(1,), reduce_to=0.6), r"config.clip.reduce_r=\(1,\) and config.clip.reduce_to=0.6 both set"),
         (config_of(reduce="tome", reduce_text=(1,)), r"config.clip.reduce_text=\(1,\) is for config.clip.reduce='crossget'"),
-        (config_of(reduce="tome", reduce_after=2), "config.clip.reduce_after=2 is for config.clip.reduce='drop'"),
         (config_of({"cross": 1.0}, reduce="tome"), "config.loss.cross=1.0 compares cross tokens.*found 'tome'"),
         (config_of({"cross_form": "js"}), "config.loss.cross_form='js'.*jensen_shannon"),
         (config_of({"image_ids": True, "chunk": 8}), "config.loss.image_ids=True .*config.loss.chunk=8"),
@@ -92,6 +91,10 @@ def test_what_does_not_go_together_is_named(config, message):
             r"'first_patch' does not work at exits",
         ),
         ({"reduce": "tome", "reduce_to": 0.1}, r"reduce_to=0.1: with 'tome' the tower costs at least 0\.\d+ of its FLOPs"),
+        (
+            {"reduce": "tome", "reduce_r": (1,), "reduce_after": 6},
+            "reduce_after=6 leaves none of the 6 blocks to remove tokens",
+        ),
         ({"depth": 4}, "4 image blocks and 3 text blocks, and 3 does not divide 4"),
         ({"reduce_text": (40,)}, "text schedule=.*: block 1 has 78 tokens, 3 of them protected, and can merge 0 to 37"),
         (
