@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from icar_jax.errors import ModelError
 from icar_jax.models.flops import vision_flops
 from icar_jax.models.reduction.routes import route
-from icar_jax.models.reduction.schedule import WITHIN, Schedule, most_removed, stripped
+from icar_jax.models.reduction.schedule import WITHIN, Schedule, constant, constant_error, most_removed, stripped
+from icar_jax.models.reduction.text_blocks import PROTECTED
 from icar_jax.models.text import TextArch
 from icar_jax.models.vision_arch import VisionArch
 
@@ -49,7 +50,7 @@ def reduced_vision(
     elif method == "drop" and len(removed) == 1:
         schedule = (0,) * (after - 1) + removed
     elif len(removed) == 1:
-        schedule = (0,) * after + removed * (arch.depth - after)
+        schedule = _constant("reduce_r", removed[0], arch.depth, *_counts(tower), after)
     else:
         schedule = removed
     tower = dataclasses.replace(tower, schedule=stripped(schedule) if len(schedule) <= arch.depth else schedule)
@@ -71,8 +72,21 @@ def reduced_vision(
 
 def reduced_text(arch: TextArch, removed: Schedule = ()) -> TextArch:
     """Returns the text tower with CrossGET's reduction; `removed` as of `reduced_vision`. Raises ModelError."""
-    schedule = removed * arch.depth if len(removed) == 1 else removed
-    return dataclasses.replace(arch, reduce="crossget", schedule=schedule)
+    arch = dataclasses.replace(arch, reduce="crossget")
+    one = len(removed) == 1
+    schedule = _constant("reduce_text", removed[0], arch.depth, arch.tokens, PROTECTED) if one else removed
+    return dataclasses.replace(arch, schedule=schedule)
+
+
+def _constant(name: str, removed: int, depth: int, tokens: int, protected: int, after: int = 0) -> Schedule:
+    if wrong := constant_error(name, removed, depth, tokens, protected, after):
+        raise ModelError(wrong)
+    return constant(removed, depth, tokens, protected, after)
+
+
+def _counts(tower: VisionArch) -> tuple[int, int]:
+    """(tokens before the first block, those of them that never merge)."""
+    return tower.tokens + tower.has_cross, tower.protected + tower.has_cross
 
 
 def _solved(tower: VisionArch, share: float, full: int, after: int) -> Schedule:
@@ -80,7 +94,7 @@ def _solved(tower: VisionArch, share: float, full: int, after: int) -> Schedule:
     tower = dataclasses.replace(tower, schedule=(), schedules=(), routes=())
     cost = lambda schedule: vision_flops(dataclasses.replace(tower, schedule=schedule))
     if tower.reduce in WITHIN:
-        most = tower.depth * most_removed(tower.tokens + tower.has_cross, tower.protected + tower.has_cross)
+        most = tower.depth * most_removed(*_counts(tower))
         made = lambda total: _even(tower, total, after)
     else:
         most = tower.grid**2 - 1
@@ -102,7 +116,7 @@ def _even(tower: VisionArch, total: int, after: int) -> Schedule:
 
     The first of them remove one more.
     """
-    tokens, protected, schedule = tower.tokens + tower.has_cross, tower.protected + tower.has_cross, [0] * after
+    (tokens, protected), schedule = _counts(tower), [0] * after
     for block in range(tower.depth - after):
         wanted = total // (tower.depth - after) + (block < total % (tower.depth - after))
         schedule.append(min(wanted, most_removed(tokens, protected)))

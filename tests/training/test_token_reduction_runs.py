@@ -82,7 +82,7 @@ def test_what_does_not_go_together_is_named(config, message):
     [
         (
             {"reduce": "tome", "reduce_r": (4,)},
-            r"block 4 has 5 tokens, 1 of them protected, and can merge 0 to 2 of them, not 4",
+            r"reduce_r=4 in each of 6 blocks asks for 24 tokens, and 16 of 17 can merge .1 are protected.; use 0 to 2",
         ),
         ({"reduce": "tome", "reduce_r": (0,) * 7}, "has 7 entries, but the tower has 6 blocks"),
         ({"reduce": "drop", "reduce_r": (16,)}, "after block 2 there are 16 patches, and 0 to 15 can be dropped"),
@@ -96,7 +96,7 @@ def test_what_does_not_go_together_is_named(config, message):
             "reduce_after=6 leaves none of the 6 blocks to remove tokens",
         ),
         ({"depth": 4}, "4 image blocks and 3 text blocks, and 3 does not divide 4"),
-        ({"reduce_text": (40,)}, "text schedule=.*: block 1 has 78 tokens, 3 of them protected, and can merge 0 to 37"),
+        ({"reduce_text": (40,)}, "reduce_text=40 in each of 3 blocks asks for 120 tokens, and 75 of 78 can merge"),
         (
             {"reduce": "tome", "reduce_to": 0.7, "reduce_routes": (0.9,)},
             "a route costs 0.87.* of full depth, more than the tower",
