@@ -15,7 +15,7 @@ from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType, LayerNorm, draw
 from icar_jax.models.projection import add_projection, embed_cross, project, projection_error
 from icar_jax.models.reduction.schedule import Schedule, schedule_error
-from icar_jax.models.reduction.text_blocks import PROTECTED, TextTokens, is_text, run_reduced_text
+from icar_jax.models.reduced_text import PROTECTED, TextTokens, is_text, run_reduced_text
 from icar_jax.models.transformer import AttentionFn, Block, Execution, PostNormBlock, require_blocks, run_blocks
 
 Array = jax.Array

@@ -21,7 +21,7 @@ from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType, LayerNorm, PatchConv, draw
 from icar_jax.models.ops import require_floats
 from icar_jax.models.projection import add_projection, embed_cross, project
-from icar_jax.models.reduction.image_blocks import append_cross, log_sizes, run_reduced
+from icar_jax.models.reduced_image import append_cross, log_sizes, run_reduced
 from icar_jax.models.reduction.routes import split_route
 from icar_jax.models.reduction.tokens import Tokens
 from icar_jax.models.swiglu import SwiGlu

@@ -1,5 +1,6 @@
 """Routes: complexity chooses the blocks and the schedule of token reduction, in a shared tower and with budgets."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -55,6 +56,27 @@ def test_dropping_after_the_blocks_that_are_shared(folder):
     for exit in (3, 4):
         here = routed.exits == exit
         np.testing.assert_allclose(routed.embeddings[here], model.encode_image(images, exit=exit)[here], atol=2e-5)
+
+
+def test_a_router_leaves_the_cross_token_out(folder):
+    crossget = {"reduce": "crossget", "reduce_r": (2,), "reduce_text": (1,), "exits": (2,), "merge": (), "depth": 3}
+    model = bundle(folder, "crossget", crossget)
+    images = pictures(12, seed=3)
+    routed = model.route(images)
+    for exit in (2, 3):
+        here = routed.exits == exit
+        np.testing.assert_allclose(routed.embeddings[here], model.encode_image(images, exit=exit)[here], atol=2e-5)
+    scorer, params = model.scorer.complexity, model.scorer.forward.params
+    x = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype(np.float32)
+    scores, maps = jax.jit(scorer.score_and_map)(params, x)
+    assert maps.shape == (2, 4, 4)
+    tokens = jax.jit(scorer.tokens)(params, x)
+    assert tokens.values.shape[1] == 18 - 4
+    changed = tokens._replace(values=tokens.values.at[:, -1].add(1.0))
+    np.testing.assert_array_equal(
+        jax.jit(scorer.score_of_tokens)(params, changed), jax.jit(scorer.score_of_tokens)(params, tokens)
+    )
+    np.testing.assert_allclose(jax.jit(scorer.score_of_tokens)(params, tokens), scores, atol=1e-6)
 
 
 def test_routes_that_part_before_the_score_are_refused(folder):

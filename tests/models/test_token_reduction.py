@@ -57,14 +57,10 @@ def test_heads_read_what_a_block_leaves_and_a_tower_goes_on_from_there(method):
     assert left == {"drop": {2: 17, 3: 11, 4: 11}, "crossget": {2: 13, 3: 11, 4: 10}}.get(method, {2: 12, 3: 10, 4: 9})
 
 
-@pytest.mark.parametrize("method", list(METHODS))
-def test_no_removed_token_leaves_the_tower_as_it_is(method):
-    plain = VisionTower.graph(VISION)
+@pytest.mark.parametrize("method", ["tome", "pitome", "drop"])
+def test_no_removed_token_leaves_every_bit(method):
+    plain, none = (VisionTower.graph(dataclasses.replace(VISION, reduce=name)) for name in ("none", method))
     params, x = params_of(plain), images()
-    none = VisionTower.graph(dataclasses.replace(VISION, reduce=method))
-    if method == "crossget":  # a cross token still changes the attention: with keys that nobody reads it does not
-        assert params_of(none)["cross"].shape == (4, 32)
-        return
     expected, found = (jax.jit(lambda p, g=g: g(p, x))(params) for g in (plain, none))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
