@@ -116,7 +116,7 @@ class TextTower(Module):
 
         Raises ValueError for other shapes, and TypeError for floats.
         """
-        return self._run(tokens)[0]
+        return self.of_pooled(self._run(tokens)[0])
 
     def with_cross_embeddings(self, tokens: Array) -> tuple[Array, Array]:
         """`__call__`, and the cross tokens in the embedding space, float32 [blocks, B, D], for CrossGET's cross loss.
@@ -124,11 +124,11 @@ class TextTower(Module):
         The cross tokens of all blocks, normalised by `ln_final` where there is one and projected. Norm and projection get no
         gradient from them.
         """
-        embeddings, cross = self._run(tokens)
-        return embeddings, embed_cross(self, self.ln_final, cross)
+        pooled, cross = self._run(tokens)
+        return self.of_pooled(pooled), embed_cross(self, self.ln_final, cross)
 
     def _run(self, tokens: Array) -> tuple[Array, list[Array]]:
-        """tokens int [B, L] -> ([B, D], cross token [B, W] of each block)."""
+        """tokens int [B, L] -> (pooled token [B, W], cross token [B, W] of each block)."""
         self._require_tokens(tokens)
         length, depth, a = tokens.shape[1], self.arch.depth, self.arch
         x = (self.embed[...][tokens] + self.pos[...][None, :length]).astype(self.dtype)
@@ -146,7 +146,15 @@ class TextTower(Module):
             key_bias = None if a.pad_id < 0 else jnp.where(self._is_text(tokens), 0.0, MASKED)
             x = run_blocks(self.blocks, x, (depth,), execution=self.execution, key_bias=key_bias)[depth]
             pooled = self._pool(x, tokens)
-        return project(self, pooled if self.ln_final is None else self.ln_final(pooled)).astype(jnp.float32), cross
+        return pooled, cross
+
+    def pooled(self, tokens: Array) -> Array:
+        """tokens int [B, L] -> [B, W], what the head reads; `of_pooled` makes the embeddings of it."""
+        return self._run(tokens)[0]
+
+    def of_pooled(self, pooled: Array) -> Array:
+        """Outputs of `pooled` [B, W] -> [B, D] before normalisation, float32."""
+        return project(self, pooled if self.ln_final is None else self.ln_final(pooled)).astype(jnp.float32)
 
     def _require_tokens(self, tokens: Array) -> None:
         context = self.arch.context_length
