@@ -21,15 +21,15 @@ from icar_jax import checkpoint, pytree
 from icar_jax.checkpoint import Checkpoint
 from icar_jax.config import from_dict
 from icar_jax.convert import rules as engine
-from icar_jax.convert import towers, vocabulary
+from icar_jax.convert import towers
 from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.layouts import registry
 from icar_jax.convert.layouts.base import Details, Layout, Options, Source
 from icar_jax.convert.parity import verify
 from icar_jax.convert.source import open_source
+from icar_jax.convert.tokenizers import find as vocabulary
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
-from icar_jax.models.clip import ClipArch
 from icar_jax.models.complexity import ComplexityModel
 from icar_jax.models.convnext import ConvNeXt
 from icar_jax.models.text import TextArch, TextTower
@@ -203,6 +203,8 @@ def _with_tokenizer(
     made.tokenizer, origin = find_tokenizer(source, options.tokenizer, text)
     if made.tokenizer is None:
         made.notes.append(origin)
+        if cleaning := vocabulary.stated_cleaning(source):  # for the tokenizer that is added later
+            made.origin["cleaning"] = cleaning
     else:
         made.extra["tokenizer"] = origin
     return made
@@ -255,10 +257,13 @@ def _retokenize(source: Path, dest: Path, options: Options, reference: str | os.
     if folder.resolve() != source.resolve() or checkpoint.describe(folder)["kind"] == "bundle":
         inner = folder / "clip" if checkpoint.describe(folder)["kind"] == "bundle" else folder
         raise ConvertError(f"{source} holds its CLIP in {inner}; name that folder, as source and as destination")
-    loaded = checkpoint.read(folder, "clip")
-    arch = from_dict(loaded.description["arch"], ClipArch, f"{source}: arch")
-    tokenizer = vocabulary.open_tokenizer(Path(options.tokenizer), arch.text)
+    kind = checkpoint.describe(folder)["kind"]
+    loaded = checkpoint.read(folder, "text" if kind == "text" else "clip")
+    arch = loaded.description["arch"]["text"] if kind == "clip" else loaded.description["arch"]
+    text = from_dict(arch, TextArch, f"{source}: arch")
+    cleaning = loaded.description.get("source", {}).get("cleaning")
+    tokenizer = vocabulary.open_tokenizer(Path(options.tokenizer), text, cleaning)
     kept = {k: v for k, v in loaded.description.items() if k not in ("format", "kind", "hashes")}
     description = {**kept, "tokenizer": options.tokenizer}
-    checkpoint.write(dest, "clip", description, loaded.params, tokenizer.to_json())
+    checkpoint.write(dest, loaded.kind, description, loaded.params, tokenizer.to_json())
     return Report(dest, "icar_jax", checkpoint.describe(dest), pytree.count(loaded.params), [], [])

@@ -69,7 +69,7 @@ def image_flops(arch: VisionArch) -> int:
 
 def text_flops(arch: TextArch) -> int:
     """Returns the FLOPs of one caption, padded to the context length."""
-    macs = arch.depth * _block_macs(arch.context_length, arch.width, arch.mlp_width)
+    macs = arch.depth * _block_macs(arch.context_length, arch.width, arch.mlp_width) + arch.pooler * arch.width**2
     return 2 * (macs + projection_macs(arch.projection, arch.projection_width, arch.width, arch.embed_dim))
 
 

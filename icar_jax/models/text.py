@@ -12,7 +12,7 @@ from flax import nnx
 
 from icar_jax.errors import ModelError
 from icar_jax.models.functional import Module
-from icar_jax.models.layers import DType, LayerNorm, draw
+from icar_jax.models.layers import DType, LayerNorm, Linear, draw
 from icar_jax.models.projection import add_projection, project, projection_error
 from icar_jax.models.transformer import AttentionFn, Block, Execution, PostNormBlock, require_blocks, run_blocks
 
@@ -38,7 +38,7 @@ class TextArch:
     embed_dim: int
     activation: str = "gelu"
     end_id: int = 49407
-    pool: str = "end"  # end | argmax | last
+    pool: str = "end"  # end | argmax | last | first | mean
     causal: bool = True
     proj_bias: bool = False
     norm_eps: float = 1e-5
@@ -46,6 +46,7 @@ class TextArch:
     pad_id: int = -1  # padding after the last other token is masked; -1: nothing is masked
     projection: str = "linear"  # linear | linear_mlp (sum of both) | mlp | none (a bare tower)
     projection_width: int = 0  # hidden channels of the MLP
+    pooler: bool = False  # a linear layer and tanh between the pooled token and the projection (BERT's pooler)
 
     def __post_init__(self) -> None:
         if self.pool not in POOLS:
@@ -82,6 +83,7 @@ class TextTower(Module):
         block = PostNormBlock if a.post_norm else Block
         self.blocks = nnx.List([block(a.width, a.heads, a.mlp_width, **kind, **types) for _ in range(a.depth)])
         self.ln_final = norm(not a.post_norm)
+        self.pooler = nnx.data(Linear(a.width, a.width, std=0.02, **types) if a.pooler else None)
         add_projection(self, a.projection, a.projection_width, a.width, a.embed_dim, bias=a.proj_bias, **types)
 
     def __call__(self, tokens: Array) -> Array:
@@ -109,7 +111,11 @@ class TextTower(Module):
         key_bias = None if self.arch.pad_id < 0 else jnp.where(self._is_text(tokens), 0.0, MASKED)
         x = run_blocks(self.blocks, x, (depth,), execution=self.execution, key_bias=key_bias)[depth]
         pooled = self._pool(x, tokens)
-        return project(self, pooled if self.ln_final is None else self.ln_final(pooled)).astype(jnp.float32)
+        if self.ln_final is not None:
+            pooled = self.ln_final(pooled)
+        if self.pooler is not None:
+            pooled = jnp.tanh(self.pooler(pooled))
+        return project(self, pooled).astype(jnp.float32)
 
     def _is_text(self, tokens: Array) -> Array:
         """bool [B, L]: False for the padding at the end. The padding's id within a text is a token like others."""

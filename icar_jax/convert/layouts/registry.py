@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from icar_jax.convert.layouts import bert, hf, hf_dinov2, hf_vit, icar, icc, open_clip, openai, siglip, timm, timm_vit
+from icar_jax.convert.layouts import (
+    bert,
+    hf,
+    hf_dinov2,
+    hf_vit,
+    icar,
+    icc,
+    open_clip,
+    open_clip_encoder,
+    openai,
+    siglip,
+    timm,
+    timm_vit,
+)  # fmt: skip
 from icar_jax.convert.layouts.base import KINDS, Layout
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -13,6 +26,7 @@ LAYOUTS: tuple[Layout, ...] = (
     hf_vit.LAYOUT,
     hf_dinov2.LAYOUT,
     bert.LAYOUT,
+    open_clip_encoder.LAYOUT,
     timm_vit.LAYOUT,
     timm.LAYOUT,
     icar.LAYOUT,

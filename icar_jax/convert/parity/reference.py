@@ -28,13 +28,15 @@ from icar_jax.convert.parity.verify import META, weights_sha256
 from icar_jax.convert.source import Source, open_source
 
 LIBRARIES = {
-    "openai": "open_clip", "open_clip": "open_clip", "icar": "open_clip", "hf_clip": "transformers", "siglip": "transformers",
+    "openai": "open_clip", "open_clip": "open_clip", "open_clip_encoder": "open_clip",
+    "icar": "open_clip", "hf_clip": "transformers", "siglip": "transformers",
     "hf_dinov2": "transformers", "hf_vit": "transformers", "bert": "transformers", "timm_vit": "timm", "timm": "timm",
     "icc": "timm",
 }  # fmt: skip
 _RUN = {
     "openai": models.run_open_clip, "open_clip": models.run_open_clip, "icar": models.run_open_clip,
-    "hf_clip": models.run_transformers, "siglip": models.run_transformers, "timm": models.run_timm, "icc": models.run_icc,
+    "open_clip_encoder": models.run_open_clip, "hf_clip": models.run_transformers, "siglip": models.run_transformers,
+    "timm": models.run_timm, "icc": models.run_icc,
     "hf_dinov2": vision.run_transformers_vision, "hf_vit": vision.run_transformers_vision, "timm_vit": vision.run_timm_vit,
     "bert": text.run_transformers_text,
 }  # fmt: skip
@@ -90,7 +92,8 @@ def write_reference(
         model_name, activation, tuple(heads), tuple(exits), image_size, images, seed, context_length, text_pool
     )
     if _RUN[source.layout] is not text.run_transformers_text:
-        refuse_options(source, asked, "it is no text encoder", "context_length", "text_pool")
+        given = ("text_pool",) if source.layout == "open_clip_encoder" else ("context_length", "text_pool")
+        refuse_options(source, asked, "it is no text encoder", *given)
     torch, module = _import("torch", source), _import(needed, source)
     with torch.inference_mode():
         arrays, built = _RUN[source.layout](torch, module, source, asked)
