@@ -178,3 +178,22 @@ def test_exported_tokenizer_files_encode_alike_in_transformers(tmp_path):
         for ours, row in zip(tokenizer(CAPTIONS, 77).tolist(), rows, strict=True):
             length = ours.index(tokenizer.end_id) + 1  # behind the first end token nothing counts
             assert row[:length] == ours[:length] and row.index(tokenizer.end_id) == length - 1
+
+
+@pytest.mark.parametrize("name", ["hf_vision_clip", "hf_vision_siglip", "hf_text_clip"])
+def test_a_tower_alone(name, tmp_path):
+    import torch
+
+    library("torchvision")
+    import transformers
+
+    case, folder = exported(name, "hf", tmp_path)
+    cls = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
+    model, loading = cls.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    given = (
+        {"pixel_values": pictures(case)} if "vision" in name else {"input_ids": torch.from_numpy(case.inputs["tokens"]).long()}
+    )
+    out = model.eval()(**given)
+    found = next(getattr(out, key) for key in ("image_embeds", "text_embeds", "pooler_output") if hasattr(out, key))
+    np.testing.assert_allclose(found.detach().numpy(), case.outputs["features"], atol=1e-4)

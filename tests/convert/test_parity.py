@@ -100,7 +100,7 @@ def tower_outputs(model):
     def run(params, images):
         made, tokens = tower(params, images, (depth,), intermediates=True)
         normed = tower.merge(params).ln_post(tokens[f"blocks/{depth - 1}"])
-        return {"features": made[depth]} | ({"features_tokens": normed} if model.arch.head == "cls" else {})
+        return {"features": made[depth]} | ({"features_tokens": normed} if "features_tokens" in model.case.outputs else {})
 
     return jax.jit(run)(model.params["vision"], model.case.images)
 

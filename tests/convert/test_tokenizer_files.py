@@ -5,12 +5,16 @@ import itertools
 import json
 import struct
 
+import jax
 import numpy as np
 import pytest
 
+from icar_jax import checkpoint
 from icar_jax.convert.convert import Options, convert
+from icar_jax.convert.export import export
 from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.layouts.open_clip_encoder import LAYOUT as ENCODER_LAYOUT
+from icar_jax.convert.source import open_source
 from icar_jax.convert.tokenizers import sentencepiece
 from icar_jax.convert.tokenizers.find import find_tokenizer, open_tokenizer
 from icar_jax.convert.tokenizers.hf_json import tokenizer_json
@@ -260,3 +264,33 @@ def test_a_published_encoder_needs_no_config(tmp_path):
     assert report.description["source"]["text_encoder"]["name"] == "encoders/tiny"
     assert "the files of" not in " ".join(report.notes) and "sentencepiece.bpe.model" in " ".join(report.notes)
     assert ENCODER_LAYOUT.name == report.layout and np.isfinite(report.parameters)
+
+
+@pytest.mark.parametrize("name", ["open_clip_xlm_roberta", "open_clip_bert"])
+def test_an_encoder_goes_back_where_it_came_from(name, tmp_path):
+    """Positions beyond the context are zero afterwards, and the type of tokens is part of the others; all else is the same."""
+    case = parity_cases.load(name)
+    source = parity_cases.write_source(case, tmp_path / "source")
+    convert(source, tmp_path / "model")
+    made = export(tmp_path / "model", tmp_path / "out", "open_clip")
+    config = json.loads((made.path / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
+    original = case.files["open_clip_config.json"]["model_cfg"]["text_cfg"]
+    assert {key: config[key] for key in original} == original
+    assert ("beyond 10 tokens are zero" in " ".join(made.notes)) == (name == "open_clip_xlm_roberta")
+    (made.path / "config.json").write_text(json.dumps(case.files["config.json"]))
+    convert(made.path, tmp_path / "again")
+    first, second = (checkpoint.read(tmp_path / folder, "clip") for folder in ("model", "again"))
+    assert first.description["arch"] == second.description["arch"]
+    jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+    shapes = {key: array.shape for key, array in case.weights.items()}
+    assert {key: tensor.shape for key, tensor in open_source(made.path).tensors.items()} == shapes
+
+
+def test_an_encoder_without_a_known_name_is_not_exported(tmp_path):
+    convert(parity_cases.write_source(parity_cases.load("open_clip_bert"), tmp_path / "source"), tmp_path / "model")
+    checkpoint.amend(tmp_path / "model", {"source": {}})
+    with pytest.raises(ConvertError, match="names a text encoder of transformers, and none is known that has the sizes"):
+        export(tmp_path / "model", tmp_path / "out", "open_clip")
+    for layout in ("hf", "openai", "icar"):
+        with pytest.raises(ConvertError, match="its text tower is a BERT"):
+            export(tmp_path / "model", tmp_path / "out", layout)

@@ -30,7 +30,8 @@ from icar_jax.convert.source import Source, open_source
 LIBRARIES = {
     "openai": "open_clip", "open_clip": "open_clip", "open_clip_encoder": "open_clip",
     "icar": "open_clip", "hf_clip": "transformers", "siglip": "transformers",
-    "hf_dinov2": "transformers", "hf_vit": "transformers", "bert": "transformers", "timm_vit": "timm", "timm": "timm",
+    "hf_dinov2": "transformers", "hf_vit": "transformers", "bert": "transformers",
+    "hf_vision": "transformers", "hf_text": "transformers", "timm_vit": "timm", "timm": "timm",
     "icc": "timm",
 }  # fmt: skip
 _RUN = {
@@ -38,7 +39,7 @@ _RUN = {
     "open_clip_encoder": models.run_open_clip, "hf_clip": models.run_transformers, "siglip": models.run_transformers,
     "timm": models.run_timm, "icc": models.run_icc,
     "hf_dinov2": vision.run_transformers_vision, "hf_vit": vision.run_transformers_vision, "timm_vit": vision.run_timm_vit,
-    "bert": text.run_transformers_text,
+    "bert": text.run_transformers_text, "hf_vision": vision.run_lone_vision, "hf_text": text.run_lone_text,
 }  # fmt: skip
 
 

@@ -41,6 +41,22 @@ def run_transformers_vision(torch: ModuleType, transformers: ModuleType, source:
     return {"images": images, "features": tokens[:, 0]}, {"class": type(model).__name__, "activation": config.hidden_act}
 
 
+def run_lone_vision(torch: ModuleType, transformers: ModuleType, source: Source, asked: ReferenceRequest) -> Run:
+    """The vision tower of a CLIP or a SigLIP alone."""
+    refuse_options(source, asked, "config.json describes the tower", "model_name", "exits", "heads")
+    projected = "visual_projection.weight" in source.tensors
+    classes = {
+        "clip_vision_model": "CLIPVisionModelWithProjection" if projected else "CLIPVisionModel",
+        "siglip_vision_model": "SiglipVisionModel",
+    }
+    model = load_transformers(transformers, source, classes, ("position_ids",))
+    images = noise(asked, asked.image_size or model.config.image_size)
+    more = {"interpolate_pos_encoding": True} if asked.image_size else {}
+    out = model(pixel_values=nchw(torch, images), **more)
+    features = out.image_embeds if projected else out.pooler_output
+    return {"images": images, "features": features}, {"class": type(model).__name__, "activation": model.config.hidden_act}
+
+
 def run_timm_vit(torch: ModuleType, timm: ModuleType, source: Source, asked: ReferenceRequest) -> Run:
     refuse_options(source, asked, "timm knows its models by name", "exits", "heads", "activation")
     state, _ = read_state_dict(torch, source)
