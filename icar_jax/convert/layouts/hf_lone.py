@@ -10,7 +10,6 @@ from icar_jax.convert.fields import ConvertError, Fields
 from icar_jax.convert.layouts import hf, siglip
 from icar_jax.convert.layouts.base import (
     TOWER_OPTIONS,
-    WRAPPERS,
     Export,
     ExportFiles,
     ExportSource,
@@ -175,7 +174,6 @@ VISION = Layout(
     antialiased=lambda arch: False,
     export=Export("hf", _export_vision, holds=_holds_vision),
     options=TOWER_OPTIONS,
-    prefixes=WRAPPERS,
     config_files=(hf.CONFIG, *hf.PREPROCESSORS),
     precedence=4,
 )
@@ -187,7 +185,6 @@ TEXT = Layout(
     rules=_text_rules,
     export=Export("hf", _export_text),
     options=frozenset({"activation", "tokenizer"}),
-    prefixes=WRAPPERS,
     config_files=(hf.CONFIG,),
     precedence=4,
 )

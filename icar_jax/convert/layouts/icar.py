@@ -127,7 +127,7 @@ def _require_icar(arch: ClipArch) -> None:
 LAYOUT = Layout(
     name="icar",
     kind="clip",
-    detect=lambda source: source.has("early_proj.", "early_ln.", "clip.visual."),
+    detect=lambda source: source.has("early_proj.", "early_ln."),
     arch=arch,
     rules=_rules,
     preprocess=_preprocess,

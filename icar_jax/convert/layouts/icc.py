@@ -70,6 +70,5 @@ LAYOUT = Layout(
     details=_details,
     export=Export("icar", _export),
     options=frozenset({"preprocess", "image_size"}),
-    prefixes=("model.", "net."),
     precedence=1,
 )

@@ -84,6 +84,8 @@ def write_reference(
     if text_pool and text_pool not in TEXT_POOLS:
         raise ConvertError(f"reference: text_pool {text_pool!r} must be one of {', '.join(TEXT_POOLS)}")
     source = open_source(source_path)
+    if source.adapter is not None:
+        raise ConvertError(f"{source.path} holds a LoRA adapter, which references do not cover; merge it with peft first")
     if source.layout not in LIBRARIES:
         raise ConvertError(f"{source.path} has the layout {source.layout!r}; references exist for {', '.join(LIBRARIES)}")
     needed = LIBRARIES[source.layout]

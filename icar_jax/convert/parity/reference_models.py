@@ -12,7 +12,7 @@ from typing import Any
 
 from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.parity.reference_inputs import ACTIVATIONS, ReferenceRequest, captions, nchw, noise
-from icar_jax.convert.parity.reference_reading import load_strictly, read_state_dict, refuse_options, require_stated, strip
+from icar_jax.convert.parity.reference_reading import load_strictly, read_state_dict, refuse_options, require_stated
 from icar_jax.convert.source import Source
 
 Run = tuple[dict[str, Any], dict[str, Any]]
@@ -264,7 +264,6 @@ def run_timm(torch: ModuleType, timm: ModuleType, source: Source, asked: Referen
 def run_icc(torch: ModuleType, timm: ModuleType, source: Source, asked: ReferenceRequest) -> Run:
     refuse_options(source, asked, "a complexity classifier has none", "activation", "heads", "exits")
     whole, extra = read_state_dict(torch, source)
-    whole = strip(strip(whole, "model."), "net.")
     state = {k.removeprefix("backbone."): v for k, v in whole.items() if k.startswith("backbone.")}
     backbone, built = _convnext(timm, source, state, asked, extra.get("hparams", {}))
     width = backbone.num_features

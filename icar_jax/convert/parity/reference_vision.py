@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import Any
 
 from icar_jax.convert.fields import ConvertError
-from icar_jax.convert.layouts.base import WRAPPERS
 from icar_jax.convert.parity.reference_inputs import ReferenceRequest, nchw, noise
 from icar_jax.convert.parity.reference_models import Run
 from icar_jax.convert.parity.reference_reading import (
@@ -20,7 +19,6 @@ from icar_jax.convert.parity.reference_reading import (
     read_state_dict,
     refuse_options,
     require_stated,
-    strip,
 )
 from icar_jax.convert.source import Source
 
@@ -60,8 +58,6 @@ def run_lone_vision(torch: ModuleType, transformers: ModuleType, source: Source,
 def run_timm_vit(torch: ModuleType, timm: ModuleType, source: Source, asked: ReferenceRequest) -> Run:
     refuse_options(source, asked, "timm knows its models by name", "exits", "heads", "activation")
     state, _ = read_state_dict(torch, source)
-    for wrapper in WRAPPERS:
-        state = strip(state, wrapper)
     config = source.configs.get("config.json", {})
     name = asked.model_name or config.get("architecture", "")
     if not timm.is_model(name):
