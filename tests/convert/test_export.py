@@ -79,7 +79,7 @@ def test_a_tokenizer_beside_the_weights_is_taken_and_one_that_does_not_fit_is_re
 
 BACK = {
     "hf_quick_gelu": "hf", "hf_gelu": "hf", "siglip": "hf", "open_clip_gelu": "open_clip", "open_clip_custom_text": "open_clip",
-    "hf_vision_clip": "hf", "hf_text_clip": "hf", "icar": "icar", "icc": "icar",
+    "hf_vision_clip": "hf", "hf_text_clip": "hf", "icar": "icar", "icc": "icar", "ic9600": "icar",
     "convnext_v1_linear": "timm", "convnext_v2_conv_mlp": "timm",
 }  # fmt: skip
 

@@ -174,7 +174,7 @@ def test_the_order_of_detection():
     assert [layout.name for layout in registry.by_precedence()] == [
         "hf_vision", "hf_text", "hf_clip", "siglip", "hf_vit", "hf_dinov2", "bert",
         "open_clip_encoder", "icar", "openai", "open_clip",
-        "timm_vit", "icc", "timm",
+        "timm_vit", "icc", "ic9600", "timm",
     ]  # fmt: skip
 
 

@@ -34,6 +34,7 @@ LAYOUTS: tuple[Layout, ...] = (
     timm.LAYOUT,
     icar.LAYOUT,
     icc.LAYOUT,
+    icc.REGRESSOR,
 )
 
 

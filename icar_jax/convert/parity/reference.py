@@ -32,12 +32,12 @@ LIBRARIES = {
     "icar": "open_clip", "hf_clip": "transformers", "siglip": "transformers",
     "hf_dinov2": "transformers", "hf_vit": "transformers", "bert": "transformers",
     "hf_vision": "transformers", "hf_text": "transformers", "timm_vit": "timm", "timm": "timm",
-    "icc": "timm",
+    "icc": "timm", "ic9600": "timm",
 }  # fmt: skip
 _RUN = {
     "openai": models.run_open_clip, "open_clip": models.run_open_clip, "icar": models.run_open_clip,
     "open_clip_encoder": models.run_open_clip, "hf_clip": models.run_transformers, "siglip": models.run_transformers,
-    "timm": models.run_timm, "icc": models.run_icc,
+    "timm": models.run_timm, "icc": models.run_icc, "ic9600": models.run_ic9600,
     "hf_dinov2": vision.run_transformers_vision, "hf_vit": vision.run_transformers_vision, "timm_vit": vision.run_timm_vit,
     "bert": text.run_transformers_text, "hf_vision": vision.run_lone_vision, "hf_text": text.run_lone_text,
 }  # fmt: skip

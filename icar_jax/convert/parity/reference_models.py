@@ -262,16 +262,27 @@ def run_timm(torch: ModuleType, timm: ModuleType, source: Source, asked: Referen
 
 
 def run_icc(torch: ModuleType, timm: ModuleType, source: Source, asked: ReferenceRequest) -> Run:
-    refuse_options(source, asked, "a complexity classifier has none", "activation", "heads", "exits")
+    return _run_scorer(torch, timm, source, asked, "classifier", lambda nn, width: [nn.LayerNorm(width), nn.Linear(width, 2)])
+
+
+def run_ic9600(torch: ModuleType, timm: ModuleType, source: Source, asked: ReferenceRequest) -> Run:
+    def layers(nn: Any, width: int) -> list[Any]:
+        first = [nn.LayerNorm(width), nn.Linear(width, 512), nn.ReLU(), nn.Dropout(0.2)]
+        return [*first, nn.Linear(512, 256), nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, 1)]
+
+    return _run_scorer(torch, timm, source, asked, "regressor", layers)
+
+
+def _run_scorer(torch: ModuleType, timm: ModuleType, source: Source, asked: ReferenceRequest, name: str, layers: Any) -> Run:
+    """A complexity model whose head is called `name`: its backbone's features, and these `layers`."""
+    refuse_options(source, asked, "a complexity model has none", "activation", "heads", "exits")
     whole, extra = read_state_dict(torch, source)
     state = {k.removeprefix("backbone."): v for k, v in whole.items() if k.startswith("backbone.")}
     backbone, built = _convnext(timm, source, state, asked, extra.get("hparams", {}))
-    width = backbone.num_features
-    head = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, 2))
-    model = torch.nn.ModuleDict({"backbone": backbone, "classifier": head})
-    model = load_strictly(model, whole, source, "timm")
+    head = torch.nn.Sequential(*layers(torch.nn, backbone.num_features))
+    model = load_strictly(torch.nn.ModuleDict({"backbone": backbone, name: head}), whole, source, "timm")
     images = noise(asked, _convnet_size(asked, source))
-    return {"images": images, "logits": head(backbone(nchw(torch, images)))}, built
+    return {"images": images, "logits": model[name](model["backbone"](nchw(torch, images)))}, built
 
 
 def _convnext(timm: ModuleType, source: Source, state: Mapping[str, Any], asked: ReferenceRequest, hparams: Mapping[str, Any]):
