@@ -21,14 +21,13 @@ from icar_jax import checkpoint, pytree
 from icar_jax.checkpoint import Checkpoint
 from icar_jax.config import from_dict
 from icar_jax.convert import rules as engine
-from icar_jax.convert import towers
+from icar_jax.convert import towers, vocabulary
 from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.files.tensors import EMA_KEYS, PLAIN_KEYS
 from icar_jax.convert.layouts import registry
 from icar_jax.convert.layouts.base import OF_SOURCES, Details, Layout, Options, Source
 from icar_jax.convert.parity import verify
 from icar_jax.convert.source import open_source
-from icar_jax.convert.tokenizers import find as vocabulary
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.complexity import ComplexityModel

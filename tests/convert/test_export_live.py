@@ -151,7 +151,7 @@ def test_icar_and_icc_files_hold_what_the_official_code_reads(tmp_path):
 
 def clip_merges():
     library("open_clip")
-    from icar_jax.convert.tokenizers.find import _installed_merges
+    from icar_jax.convert.vocabulary import _installed_merges
 
     return _installed_merges()
 

@@ -16,8 +16,8 @@ from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.layouts.open_clip_encoder import LAYOUT as ENCODER_LAYOUT
 from icar_jax.convert.source import open_source
 from icar_jax.convert.tokenizers import sentencepiece
-from icar_jax.convert.tokenizers.find import find_tokenizer, open_tokenizer
 from icar_jax.convert.tokenizers.hf_json import tokenizer_json
+from icar_jax.convert.vocabulary import find_tokenizer, open_tokenizer
 from icar_jax.data.cleaning import clean
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.text import TextArch

@@ -10,8 +10,8 @@ import pytest
 from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.parity.reference import declare_torchvision_operators
 from icar_jax.convert.tokenizers import sentencepiece as ours
-from icar_jax.convert.tokenizers.find import find_tokenizer, open_tokenizer
 from icar_jax.convert.tokenizers.hf_json import tokenizer_config, tokenizer_json
+from icar_jax.convert.vocabulary import find_tokenizer, open_tokenizer
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.text import TextArch
 from tests.support.texts import HARD, LETTERS, WORDS
