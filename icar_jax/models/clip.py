@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,9 +14,10 @@ from flax import nnx
 
 from icar_jax import pytree
 from icar_jax.errors import ModelError
-from icar_jax.models.encoders import ImageEncoder, TextEncoder
+from icar_jax.models.encoders import ImageEncoder, TextEncoder, unit_norm
 from icar_jax.models.functional import Params
 from icar_jax.models.layers import DType
+from icar_jax.models.reduction.routes import split_route
 from icar_jax.models.text import TextArch, TextTower
 from icar_jax.models.transformer import AttentionFn, Execution
 from icar_jax.models.vision import VisionArch, VisionTower
@@ -41,6 +42,30 @@ class ClipArch:
             raise ModelError(
                 f"embed_dim of both towers must be equal, got vision {self.vision.embed_dim} and text {self.text.embed_dim}"
             )
+        if self.vision.has_cross != self.text.has_cross:
+            raise ModelError(
+                f"CrossGET guides both towers by cross tokens, but reduce is {self.vision.reduce!r} in the image tower and "
+                f"{self.text.reduce!r} in the text tower; use 'crossget' in both (a schedule may be empty) or in none"
+            )
+        if self.vision.has_cross:
+            paired_blocks(self.vision.depth, self.text.depth)
+
+
+def paired_blocks(vision: int, text: int) -> list[tuple[int, int]]:
+    """Returns the pairs (image block, text block), from 0, whose cross tokens CrossGET's cross loss compares.
+
+    Each block of the shallower tower is compared with the last one of its share of the deeper tower. Raises ModelError if the
+    depths do not divide.
+    """
+    few, many = sorted((vision, text))
+    if many % few:
+        raise ModelError(
+            f"the towers cannot be paired block by block: {vision} image blocks and {text} text blocks, and {few} does not "
+            f"divide {many}; use a tower of another depth (config.clip.depth)"
+        )
+    step = many // few
+    each = lambda depth, j: j if depth == few else (j + 1) * step - 1
+    return [(each(vision, j), each(text, j)) for j in range(few)]
 
 
 class ClipOutput(NamedTuple):
@@ -102,6 +127,26 @@ class Clip(ImageEncoder, TextEncoder):
         biases = self.logit_biases() if self.arch.logit_bias else {}
         return ClipOutput(self.encode_image_exits(images), self.encode_text(tokens), self.logit_scales(), biases)
 
+    def encode_image_with_cross(
+        self, images: Array, exits: Sequence[int], scales: Array | None = None
+    ) -> tuple[dict[int, Array], Array]:
+        """`encode_image_exits`, and the cross tokens of the blocks that CrossGET's cross loss pairs.
+
+        Returns ({executed blocks: [B, D]}, float32 [B, pairs, D] in the embedding space, not normalised). Full depth must be
+        among `exits`.
+        """
+        found, cross = self.vision.with_cross_embeddings(images, exits, scales)
+        return {e: unit_norm(z) for e, z in found.items()}, self._paired(cross, 0)
+
+    def encode_text_with_cross(self, tokens: Array) -> tuple[Array, Array]:
+        """`encode_text`, and the cross tokens float32 [B, pairs, D] as of `encode_image_with_cross`."""
+        found, cross = self.text.with_cross_embeddings(tokens)
+        return unit_norm(found), self._paired(cross, 1)
+
+    def _paired(self, cross: Array, tower: int) -> Array:
+        pairs = paired_blocks(self.arch.vision.depth, self.arch.text.depth)
+        return jnp.stack([cross[pair[tower]] for pair in pairs], axis=1)
+
     def logit_scales(self) -> dict[int, Array]:
         """Returns {executed blocks: scalar scale}, full depth included; clipped at 100 as in CLIP, unbounded as in SigLIP."""
         limit = jnp.inf if self.arch.logit_bias else LOGIT_SCALE_MAX
@@ -115,7 +160,8 @@ class Clip(ImageEncoder, TextEncoder):
     def _own_or_shared(self, shared: nnx.Param, own: nnx.Dict) -> dict[int, Array]:
         early = self.arch.vision.exits if self.arch.temperature == "own" else ()
         values = {e: own[str(e)][...] for e in early}
-        return {e: values.get(e, shared[...]) for e in self.arch.vision.all_exits}
+        every = dict.fromkeys((*self.arch.vision.all_exits, *self.arch.vision.depths))
+        return {e: values.get(split_route(e)[0], shared[...]) for e in every}
 
 
 def start_exits_from_final(params: pytree.Tree) -> pytree.Tree:

@@ -13,8 +13,9 @@ from flax import nnx
 from icar_jax.errors import ModelError
 from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType
+from icar_jax.models.reduction.routes import split_route
+from icar_jax.models.reduction.tokens import Tokens
 from icar_jax.models.text import TextArch, TextTower
-from icar_jax.models.token_merging import Tokens
 from icar_jax.models.transformer import AttentionFn, Execution
 from icar_jax.models.vision import VisionArch, VisionTower
 
@@ -72,7 +73,7 @@ class ImageEncoder(Module):
         Raises ModelError if there is no such exit, ValueError if one lies before `start`.
         """
         for blocks_run in exits:
-            first = self.arch.vision.heads_of(self.arch.vision.check_exit(blocks_run))[0]
+            first = self.arch.vision.heads_of(split_route(self.arch.vision.check_exit(blocks_run))[0])[0]
             if start > first:
                 raise ValueError(f"tokens after {start} blocks come too late for exit {blocks_run}, which reads block {first}")
         return {blocks_run: unit_norm(z) for blocks_run, z in self.vision.resume(tokens, start, exits).items()}
