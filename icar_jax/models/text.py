@@ -12,7 +12,7 @@ from flax import nnx
 
 from icar_jax.errors import ModelError
 from icar_jax.models.functional import Module
-from icar_jax.models.layers import DType, LayerNorm, draw
+from icar_jax.models.layers import DType, LayerNorm, Linear, draw
 from icar_jax.models.projection import add_projection, embed_cross, project, projection_error
 from icar_jax.models.reduction.schedule import Schedule, schedule_error
 from icar_jax.models.reduction.text_blocks import PROTECTED, TextTokens, is_text, run_reduced_text
@@ -41,7 +41,7 @@ class TextArch:
     embed_dim: int
     activation: str = "gelu"
     end_id: int = 49407
-    pool: str = "end"  # end | argmax | last
+    pool: str = "end"  # end | argmax | last | first | mean
     causal: bool = True
     proj_bias: bool = False
     norm_eps: float = 1e-5
@@ -49,6 +49,7 @@ class TextArch:
     pad_id: int = -1  # padding after the last other token is masked; -1: nothing is masked
     projection: str = "linear"  # linear | linear_mlp (sum of both) | mlp | none (a bare tower)
     projection_width: int = 0  # hidden channels of the MLP
+    pooler: bool = False  # a linear layer and tanh between the pooled token and the projection (BERT's pooler)
     reduce: str = "none"  # token reduction: none | crossget (models/reduction)
     schedule: Schedule = ()  # entry i: number of tokens that block i + 1 merges
     pads_apart: bool = False  # whether padding only merges into padding; always so where it is masked
@@ -109,6 +110,7 @@ class TextTower(Module):
         self.blocks = nnx.List([block(a.width, a.heads, a.mlp_width, **kind, **types) for _ in range(a.depth)])
         self.cross = nnx.Param(jnp.zeros((a.depth, a.width), param_dtype)) if a.has_cross else None
         self.ln_final = norm(not a.post_norm)
+        self.pooler = nnx.data(Linear(a.width, a.width, std=0.02, **types) if a.pooler else None)
         add_projection(self, a.projection, a.projection_width, a.width, a.embed_dim, bias=a.proj_bias, **types)
 
     def __call__(self, tokens: Array) -> Array:
@@ -154,7 +156,11 @@ class TextTower(Module):
 
     def of_pooled(self, pooled: Array) -> Array:
         """Outputs of `pooled` [B, W] -> [B, D] before normalisation, float32."""
-        return project(self, pooled if self.ln_final is None else self.ln_final(pooled)).astype(jnp.float32)
+        if self.ln_final is not None:
+            pooled = self.ln_final(pooled)
+        if self.pooler is not None:
+            pooled = jnp.tanh(self.pooler(pooled))
+        return project(self, pooled).astype(jnp.float32)
 
     def _require_tokens(self, tokens: Array) -> None:
         context = self.arch.context_length

@@ -82,9 +82,9 @@ def test_towers_of_the_wrong_kind(towers, complexity_folder, tmp_path):
     bare = checkpoint.write(tmp_path / "bare", "text", {"arch": dataclasses.asdict(TEXT)}, checkpoint.read(text, "text").params)
     with pytest.raises(ConvertError, match="has no tokenizer"):
         join(image, bare, tmp_path / "joined")
-    for tower in towers:
-        with pytest.raises(checkpoint.CheckpointError, match="`icar join` makes a CLIP of two towers"):
-            icar_jax.load(tower)
+    for tower, encode in zip(towers, ("encode_text", "encode_image"), strict=True):
+        with pytest.raises(checkpoint.CheckpointError, match="tower alone; `icar join` makes a CLIP of two towers"):
+            getattr(icar_jax.load(tower), encode)([])
 
 
 def test_the_command(towers, tmp_path, capsys):
