@@ -196,6 +196,8 @@ class TrainConfig:
     init_text: str = setting("", LocalPath(), task="clip")
     # Compute the outputs of a frozen trunk once, when nothing augments the images, and keep them on disk for all runs.
     cache_frozen: bool = setting(False, task="clip")
+    # Augmented views of each image that are kept, of which every epoch draws one; 1 without augmentation.
+    cache_views: int = setting(1, AtLeast(1), task="clip")
     cache_folder: str = setting("", LocalPath())  # of cache_frozen; empty: ~/.cache/icar_jax/outputs
     cache_gb: float = setting(20.0, Within("(0, inf)", "gigabytes"))  # largest size of that folder; the oldest outputs go
     # Steps between evaluations while training.

@@ -104,6 +104,10 @@ class ExportedPrograms(Programs):
             shutil.rmtree(made, ignore_errors=True)
         return sorted((checkpoint / FOLDER).iterdir())
 
+    def has(self, name: str) -> bool:
+        """Whether the model has this function: a tower alone has those of the other one not."""
+        return name in self._functions
+
     def exported(self, name: str, platforms: Sequence[str]) -> bytes:
         """The program `name`, serialised for any batch size."""
         fn, params, rows = self._functions[name]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from icar_jax.errors import ModelError
 from icar_jax.models.flops import vision_flops
+from icar_jax.models.reduced_text import PROTECTED
 from icar_jax.models.reduction.routes import route
 from icar_jax.models.reduction.schedule import WITHIN, Schedule, constant, constant_error, most_removed, stripped
-from icar_jax.models.reduced_text import PROTECTED
 from icar_jax.models.text import TextArch
 from icar_jax.models.vision_arch import VisionArch
 

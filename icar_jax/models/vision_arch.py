@@ -77,6 +77,11 @@ class VisionArch:
         return self.grid**2 + self.prefix
 
     @property
+    def reads_pooled(self) -> bool:
+        """Whether every head reads nothing but its pooled token, so that outputs of a frozen tower can be kept."""
+        return "map" not in (self.head, self.pool if self.exits else "") and (self.exit_head == "linear" or not self.exits)
+
+    @property
     def pooled_width(self) -> int:
         """Channels of a pooled token, which the projection reads."""
         return self.width * (2 if self.head == "cls_mean" else 1)

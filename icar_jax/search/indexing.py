@@ -168,6 +168,7 @@ def open_or_create(
         if not opening.store_exists(uri):
             before_creating()
             made = model()
+            made.fixed_exit(None)  # raises for a model that cannot embed images
             try:
                 return opening.create_store(uri, made.identity, made.embed_dim, made.exits, str(Path(where).absolute()))
             except StoreExists:

@@ -150,11 +150,12 @@ class Searcher:
 
     def warm_up(self, images: bool = True) -> None:
         """Compiles what a query runs and opens the background, so that the first search is as fast as later ones."""
-        self.model.encode_text(["warm up"])
+        if self.model.encodes_text:
+            self.model.encode_text(["warm up"])
         if images:
             side = self.model.preprocess.image_size
             self.model.encode_image([np.zeros((side, side, 3), np.uint8)], exit=self.model.exits[-1])
-        if self.store.count():
+        if self.model.encodes_text and self.store.count():
             self._text_background()
 
     def _nearest(self, embedding: np.ndarray, n: int, where: str | None, exact: bool, k: int) -> pa.Table:

@@ -172,7 +172,9 @@ def test_every_layout_has_a_golden_case_and_what_it_needs():
 def test_the_order_of_detection():
     """Where names of several layouts occur in one file, the more special one is taken."""
     assert [layout.name for layout in registry.by_precedence()] == [
-        "hf_clip", "siglip", "hf_vit", "hf_dinov2", "bert", "icar", "openai", "open_clip", "timm_vit", "icc", "timm",
+        "hf_vision", "hf_text", "hf_clip", "siglip", "hf_vit", "hf_dinov2", "bert",
+        "open_clip_encoder", "icar", "openai", "open_clip",
+        "timm_vit", "icc", "ic9600", "timm",
     ]  # fmt: skip
 
 

@@ -41,8 +41,9 @@ ALLOWED = {
 # Which folders of its own package a folder imports; files that lie beside folders may lie above or below them.
 SUBLAYERS = {
     "convert/files": set(),
-    "convert/layouts": {"files"},
+    "convert/layouts": {"files", "tokenizers"},
     "convert/parity": {"files", "layouts"},
+    "convert/tokenizers": set(),
     "data/loader": {"sources"},
     "data/ratings": {"sources"},
     "data/scenes": set(),

@@ -14,8 +14,8 @@ from icar_jax.convert.layouts.base import Details, Layout, Options, Source
 from icar_jax.convert.layouts.clip_export import HEAD_WIDTH
 from icar_jax.convert.rules import ROWS, Rule, dropped, rule
 from icar_jax.models.clip import ClipArch
-from icar_jax.models.reduction.schedule import constant
 from icar_jax.models.reduced_text import PROTECTED
+from icar_jax.models.reduction.schedule import constant
 
 _TABLES = {"visual.transformer.cross_image": "vision/cross", "transformer.cross_text": "text/cross"}
 _METHODS = ("crossget", "none")

@@ -31,7 +31,7 @@ def _export(source: ExportSource) -> ExportFiles:
         "vocab_size": arch.text.vocabulary,
     }
     state: dict[str, Any] = leaves | {name: np.array(size, np.int64) for name, size in sizes.items()}
-    words, more_notes = tokenizer_files(source.tokenizer)
+    words, more_notes = tokenizer_files(source, arch.text)
     return ExportFiles({"model.pt": state, **words}, notes + more_notes)
 
 

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from icar_jax.convert.layouts import bert, crossget, hf, hf_dinov2, hf_vit, icar, icc, open_clip, openai, siglip, timm, timm_vit
+from icar_jax.convert.layouts import (
+    bert,
+    crossget,
+    hf,
+    hf_dinov2,
+    hf_lone,
+    hf_vit,
+    icar,
+    icc,
+    open_clip,
+    open_clip_encoder,
+    openai,
+    siglip,
+    timm,
+    timm_vit,
+)  # fmt: skip
 from icar_jax.convert.layouts.base import KINDS, Layout
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -11,13 +26,17 @@ LAYOUTS: tuple[Layout, ...] = (
     open_clip.LAYOUT,
     hf.LAYOUT,
     siglip.LAYOUT,
+    hf_lone.VISION,
+    hf_lone.TEXT,
     hf_vit.LAYOUT,
     hf_dinov2.LAYOUT,
     bert.LAYOUT,
+    open_clip_encoder.LAYOUT,
     timm_vit.LAYOUT,
     timm.LAYOUT,
     icar.LAYOUT,
     icc.LAYOUT,
+    icc.REGRESSOR,
 )
 
 
