@@ -1,6 +1,7 @@
 """Training with token reduction: CrossGET's losses against the official code, options, schedules, meshes and real runs."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from icar_jax.config import ClipConfig, ConfigError, ExperimentConfig, LossConfi
 from icar_jax.convert.convert import in_memory
 from icar_jax.convert.layouts.base import Options
 from icar_jax.data.tokenizer import Tokenizer
+from icar_jax.evaluation.evaluate import evaluate
 from icar_jax.models import flops
 from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.reduction.routes import route
@@ -181,6 +183,23 @@ def test_a_trained_model_starts_runs_with_and_without_reduction(tmp_path):
         kind.initial_params(task, notes[name].append)
     assert any("the cross tokens of its vision tower are dropped" in line for line in notes["tome"])
     assert not any("cross tokens" in line for line in notes["again"])
+
+
+@pytest.mark.check
+def test_a_run_with_routes_is_evaluated_with_its_router(tmp_path):
+    config = tiny_config(steps=3)
+    config.clip = dataclasses.replace(
+        config.clip, exits=(1,), patch_size=16, reduce="tome", reduce_after=1, reduce_routes=(0.85,)
+    )
+    train(config, tmp_path)
+    router = tiny_config("complexity", steps=3)
+    router.complexity = dataclasses.replace(router.complexity, variant="blocks", clip=str(tmp_path), blocks=1)
+    train(router, tmp_path / "router")
+    config.eval = dataclasses.replace(config.eval, complexity=str(tmp_path / "router"), budgets=(0.95,))
+    evaluate(config, tmp_path)
+    record = json.loads((tmp_path / "metrics.json").read_text())
+    runs = {run: found for run, found in record["runs"].items()}
+    assert {"full", "exit_1", "exit_1003", "routed", "budget_0.95"} <= set(runs)
 
 
 def eight_against_one() -> dict:
