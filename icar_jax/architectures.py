@@ -68,8 +68,9 @@ def complexity_arch(config: cfg.ComplexityConfig) -> ScorerArch:
         raise cfg.ConfigError(f"config.complexity.dropout={config.dropout} must lie in [0, 1)")
     if config.variant == BLOCKS:
         return _blocks_arch(config)
+    readout = _readout(config)
     for name, off in (("clip", ""), ("blocks", 0), ("pooled_norm", "whole")):
-        if getattr(config, name) != off and not (name == "clip" and config.target == "regret"):
+        if getattr(config, name) != off and not (name == "clip" and (config.target == "regret" or config.fit == "ridge")):
             where = " or target='regret'" if name == "clip" else ""
             raise cfg.ConfigError(
                 f"config.complexity.{name}={getattr(config, name)!r} is for config.complexity.variant='{BLOCKS}'{where} only, "
@@ -77,7 +78,14 @@ def complexity_arch(config: cfg.ComplexityConfig) -> ScorerArch:
             )
     if config.image_size < 32:
         raise cfg.ConfigError(f"config.complexity.image_size={config.image_size} must be at least 32 pixels")
-    return ComplexityArch(CONVNEXT[config.variant], config.head, config.image_size, config.dropout)
+    backbone = CONVNEXT[config.variant]
+    return ComplexityArch(backbone, config.head, config.image_size, config.dropout, config.pool, readout)
+
+
+def _readout(config: cfg.ComplexityConfig) -> str:
+    if config.fit == "ridge" and config.head != "regression":
+        raise cfg.ConfigError(f"config.complexity.fit='ridge' needs config.complexity.head='regression', not {config.head!r}")
+    return "linear" if config.fit == "ridge" else "mlp"
 
 
 def _blocks_arch(config: cfg.ComplexityConfig) -> BlocksArch:
