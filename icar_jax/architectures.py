@@ -95,20 +95,29 @@ def _blocks_arch(config: cfg.ComplexityConfig) -> BlocksArch:
             "name its checkpoint or workdir"
         )
     folder = routed_clip(config)
-    clip = cfg.from_dict(checkpoint.describe(folder)["arch"], ClipArch, f"{folder}: arch")
-    if not 1 <= config.blocks <= clip.vision.all_exits[0]:
+    tower = vision_of(folder)
+    if not 1 <= config.blocks <= tower.all_exits[0]:
         raise cfg.ConfigError(
-            f"config.complexity.blocks={config.blocks} must lie in 1 to {clip.vision.all_exits[0]}, the first exit of "
+            f"config.complexity.blocks={config.blocks} must lie in 1 to {tower.all_exits[0]}, the first exit of "
             f"{config.clip}: an image that leaves there has to be scored before"
         )
     plain = {name: getattr(VisionArch, name) for name in EXIT_FIELDS}  # the trunk has no exits
-    vision = dataclasses.replace(clip.vision, **plain, merge=clip.vision.merge_before(config.blocks))
-    return BlocksArch(vision, config.blocks, config.head, config.dropout, config.pooled_norm == "parts")
+    vision = dataclasses.replace(tower, **plain, merge=tower.merge_before(config.blocks))
+    norm_parts = config.pooled_norm == "parts"
+    return BlocksArch(vision, config.blocks, config.head, config.dropout, norm_parts, _readout(config))
+
+
+def vision_of(folder: Path) -> VisionArch:
+    """The architecture of the vision tower of a CLIP's checkpoint, or of a tower alone. Raises ConfigError."""
+    about = checkpoint.describe(folder)
+    if about["kind"] == "vision":
+        return cfg.from_dict(about["arch"], VisionArch, f"{folder}: arch")
+    return cfg.from_dict(about["arch"], ClipArch, f"{folder}: arch").vision
 
 
 def routed_clip(config: cfg.ComplexityConfig) -> Path:
-    """The folder of the CLIP checkpoint that config.complexity.clip names. Raises ConfigError."""
+    """The folder of the checkpoint that config.complexity.clip names: a CLIP or, for ratings, a vision tower. Raises ConfigError."""
     try:
-        return checkpoint.find(config.clip, ("clip",))
+        return checkpoint.find(config.clip, ("clip",) if config.target == "regret" else ("clip", "vision"))
     except checkpoint.CheckpointError as error:
         raise cfg.ConfigError(f"config.complexity.clip={config.clip}: {error}") from error

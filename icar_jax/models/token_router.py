@@ -109,6 +109,11 @@ class TokenRouter(Module):
         """images float [B, S, S, 3], normalised -> the features that the head reads, float32 [B, arch.features]."""
         return self.pooled_tokens(self.tokens(images))
 
+    def pooled_after(self, images: Array, depths: tuple[int, ...]) -> Array:
+        """images float [B, S, S, 3], normalised -> `pooled` after each of `depths` blocks, float32 [B, len(depths), features]."""
+        tokens = run_trunk(self.tower, self.tower.embed(images), depths)
+        return jnp.stack([self.pooled_tokens(tokens[depth]) for depth in depths], axis=1)
+
     def logits(self, images: Array, dropout_key: Array | None = None) -> Array:
         """images float [B, S, S, 3], normalised -> logits [B, 2] (classification) or [B, 1] (regression), float32."""
         return self.logits_of_tokens(self.tokens(images), dropout_key)
