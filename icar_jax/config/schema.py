@@ -77,7 +77,7 @@ class DataConfig:
     # folder; webdataset, parquet: folder, glob or {000..123} of the shards; tfds: data_dir; unused by scenes
     root: str = setting("", LocalPath())
     train_split: str = "train"  # folder, tfds: name of the split; webdataset, parquet: subfolder of root, or . for root itself
-    # Complexity: file of scores (.txt .json .csv .parquet); empty: ROOT/train.txt and test.txt (IC9600).
+    # Complexity: file of scores (.txt .json .csv .parquet); empty: ROOT/train.txt and test.txt (IC9600) or ROOT/ratings.csv.
     ratings: str = setting("", LocalPath())
     # Complexity: categories of the images, from the column `category` or from their names (ad/003.jpg or ad_003.jpg).
     categories: str = setting("column", OneOf(choices.Categories))

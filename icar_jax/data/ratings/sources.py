@@ -33,6 +33,7 @@ from icar_jax.data.sources.webdataset import WebDataset
 
 SPLITS = ("train", "val", "test")
 SHARES = {"train": 0.70, "val": 0.15, "test": 0.15}
+TABLE = "ratings.csv"  # in the root; read if neither config.data.ratings nor a train.txt says otherwise
 VAL_OF_TRAIN = 0.10  # fraction of train.txt used as val if there is no val.txt
 
 
@@ -113,6 +114,8 @@ def open_rated(data: DataConfig) -> RatedSource:
     if data.source in ("webdataset", "parquet"):
         return _sharded(data)
     root = existing_folder(data.root)
+    if not data.ratings and (root / TABLE).is_file() and not (root / "train.txt").is_file():
+        data = dataclasses.replace(data, ratings=str(root / TABLE))
     if not data.ratings:
         return _own_splits(root, data.bad_share)
     images = _image_folder(root)
@@ -141,7 +144,7 @@ def _own_splits(root: Path, bad_share: float) -> RatedSource:
     files = {split: root / f"{split}.txt" for split in SPLITS if (root / f"{split}.txt").is_file()}
     if "train" not in files:
         raise ConfigError(
-            f"config.data.ratings='' and {root} has no train.txt (IC9600: train.txt, test.txt, images/); "
+            f"config.data.ratings='' and {root} has no {TABLE} and no train.txt (IC9600: train.txt, test.txt, images/); "
             "pass --config.data.ratings=FILE (.txt, .json, .csv or .parquet)"
         )
     images = _image_folder(root)
