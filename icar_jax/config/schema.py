@@ -63,7 +63,7 @@ class ComplexityConfig:
     pool: str = setting("mean", OneOf(choices.ComplexityPool))
     # ridge: a linear head in closed form on all rated images, within their categories; `icar evaluate` cross-validates.
     fit: str = setting("sgd", OneOf(choices.Fit))
-    # ridge: penalties that cross-validation chooses from, as shares of the features' variance; larger shrinks more.
+    # ridge: penalties to choose from, as shares of the features' variance; a larger one shrinks more.
     penalties: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     depths: tuple[int, ...] = (2, 4, 6, 8)  # ridge: blocks of `clip` whose heads the cross-validation compares
     folds: int = setting(5, AtLeast(2))  # ridge: of the cross-validation

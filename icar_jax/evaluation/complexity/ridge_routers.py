@@ -30,8 +30,7 @@ from icar_jax.data.ratings.sources import RatedFolder
 from icar_jax.data.records import Source, name_hash
 from icar_jax.errors import DataError
 from icar_jax.evaluation.complexity import classical
-from icar_jax.evaluation.metrics.ridge import RidgeFit, choose_penalty
-from icar_jax.evaluation.metrics.ridge import Ridge as PreparedRidge
+from icar_jax.evaluation.metrics.ridge import Ridge, RidgeFit
 from icar_jax.evaluation.metrics.within import indices, mean_within, standardised
 from icar_jax.inference.forward import Forward, bucket_sizes
 from icar_jax.models.complexity import ComplexityArch
@@ -156,10 +155,10 @@ class Rated:
         return standardised(self.scores, self.categories)
 
     def take(self, rows: np.ndarray) -> Rated:
-        """Returns the images at the given rows or where a mask is true, with folds of their own."""
+        """Returns the images at the given rows, or where a mask is true."""
         at = np.arange(len(self.names))[rows]
         names, categories = tuple(self.names[i] for i in at), tuple(self.categories[i] for i in at)
-        return Rated(names, self.scores[at], categories, stratified(names, categories, len(np.unique(self.folds))))
+        return Rated(names, self.scores[at], categories, self.folds[at])
 
 
 def rated_images(config: ExperimentConfig, source: Source, index: np.ndarray) -> Rated:
@@ -260,10 +259,9 @@ def _save(file: Path, key: str, index: np.ndarray, values: np.ndarray) -> None:
 
 
 def fit_head(config: ExperimentConfig, features: np.ndarray, rated: Rated, groups: Sequence[int] = ()) -> RidgeFit:
-    """Fits features [N, F] to the standardised ratings; the penalty is chosen by cross-validation within these images."""
+    """Fits features [N, F] to the standardised ratings; the penalty is the best for images left out one by one."""
     quality = lambda predicted: mean_within("pcc", predicted, rated.scores, rated.categories)
-    penalty = choose_penalty(features, rated.targets, rated.folds, config.complexity.penalties, quality, groups)
-    return PreparedRidge(features, rated.targets, groups).fit(penalty)
+    return Ridge(features, rated.targets, groups).best(config.complexity.penalties, quality)
 
 
 def fit_router(config: ExperimentConfig, workdir: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""Ridge regression in closed form, with the penalty chosen by cross-validation."""
+"""Ridge regression in closed form, with the penalty chosen by the predictions of left-out images."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ class Ridge:
         self.deviation = np.where(self.deviation > 1e-9, self.deviation, 1.0)
         self._x = (x - self.mean) / self.deviation * self._weight
         self.constant = float(y.mean())
+        self._targets = y
         gram = self._x @ self._x.T
         self._scale = np.trace(gram) / len(x) or 1.0
         self._values, self._vectors = np.linalg.eigh(gram)
@@ -54,16 +55,12 @@ class Ridge:
         dual = self._vectors @ (self._turned / (np.maximum(self._values, 0) + penalty * self._scale))
         return RidgeFit(self.mean, self.deviation, self._x.T @ dual * self._weight, self.constant, penalty)
 
+    def left_out(self, penalty: float) -> np.ndarray:
+        """Returns the prediction [N] of each target by the fit on all others, for the standardisation of all."""
+        inverse = 1 / (np.maximum(self._values, 0) + penalty * self._scale)
+        dual = self._vectors @ (self._turned * inverse)
+        return self._targets - dual / (np.square(self._vectors) @ inverse)
 
-def choose_penalty(
-    features: np.ndarray, targets: np.ndarray, folds: np.ndarray, penalties: Sequence[float],
-    quality: Callable[[np.ndarray], float], groups: Sequence[int] = (),
-) -> float:  # fmt: skip
-    """Returns the penalty whose cross-validated predictions [N] have the highest `quality`. folds: int [N]."""
-    predicted = np.zeros((len(penalties), len(targets)))
-    for fold in np.unique(folds):
-        rest, held = folds != fold, folds == fold
-        prepared = Ridge(features[rest], targets[rest], groups)
-        for row, penalty in zip(predicted, penalties, strict=True):
-            row[held] = prepared.fit(penalty)(features[held])
-    return penalties[int(np.argmax([quality(row) for row in predicted]))]
+    def best(self, penalties: Sequence[float], quality: Callable[[np.ndarray], float]) -> RidgeFit:
+        """Returns the fit with the penalty whose left-out predictions [N] have the highest `quality`."""
+        return self.fit(penalties[int(np.argmax([quality(self.left_out(penalty)) for penalty in penalties]))])
