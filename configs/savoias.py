@@ -19,7 +19,9 @@ from icar_jax.config import ComplexityConfig, ConfigError, DataConfig, Experimen
 
 def get_config(argument: str = "6") -> ExperimentConfig:
     if argument != "convnext" and not (argument.isdecimal() and int(argument)):
-        raise ConfigError(f"configs/savoias.py:{argument}: unknown; use convnext, or the number of blocks below the head, such as 6")
+        raise ConfigError(
+            f"configs/savoias.py:{argument}: unknown; use convnext, or the number of blocks below the head, such as 6"
+        )
     if argument == "convnext":
         scorer = ComplexityConfig(variant="convnextv2_micro", image_size=224, pool="statistics", fit="ridge")
     else:

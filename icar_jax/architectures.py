@@ -67,6 +67,11 @@ def complexity_arch(config: cfg.ComplexityConfig) -> ScorerArch:
     if not 0 <= config.dropout < 1:
         raise cfg.ConfigError(f"config.complexity.dropout={config.dropout} must lie in [0, 1)")
     if config.variant == BLOCKS:
+        if config.pool != "mean":
+            raise cfg.ConfigError(
+                f"config.complexity.pool={config.pool!r} is for a ConvNeXt; a head on blocks reads class token, mean and "
+                "deviation: leave it 'mean'"
+            )
         return _blocks_arch(config)
     readout = _readout(config)
     for name, off in (("clip", ""), ("blocks", 0), ("pooled_norm", "whole")):
@@ -116,7 +121,7 @@ def vision_of(folder: Path) -> VisionArch:
 
 
 def routed_clip(config: cfg.ComplexityConfig) -> Path:
-    """The folder of the checkpoint that config.complexity.clip names: a CLIP or, for ratings, a vision tower. Raises ConfigError."""
+    """The checkpoint that config.complexity.clip names: a CLIP or, for ratings, a vision tower. Raises ConfigError."""
     try:
         return checkpoint.find(config.clip, ("clip",) if config.target == "regret" else ("clip", "vision"))
     except checkpoint.CheckpointError as error:

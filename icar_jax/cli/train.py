@@ -48,8 +48,8 @@ def main(argv):
     from icar_jax import config as cfg
     from icar_jax import profiling
     from icar_jax.evaluation import during_training
-    from icar_jax.parallel import distributed
     from icar_jax.evaluation.complexity.ridge_routers import fit_router
+    from icar_jax.parallel import distributed
     from icar_jax.training.loop import train
 
     with distributed.exit_on_error(), user_errors():

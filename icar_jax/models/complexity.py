@@ -91,7 +91,7 @@ class RegressionHead(nnx.Module):
         return self.fc3(x).astype(jnp.float32)
 
 
-READOUTS = {"mlp": RegressionHead, "linear": LinearHead}
+READOUTS: dict[str, type[RegressionHead | LinearHead]] = {"mlp": RegressionHead, "linear": LinearHead}
 
 
 def require_head(head: str, readout: str) -> None:
@@ -188,9 +188,9 @@ class ComplexityModel(Module):
         images float [B, S, S, 3], normalised -> (complexity [B], as `score`; map [B, h, w], float32), with h = w = S // stride
         and stride 8, 16, 32 after stage 2, 3, 4. Positive values raise the score, negative values lower it; the mean of a map
         is its contribution to the log odds to first order. The two LayerNorms before the head are invariant to a common scale
-        of all channels, so after stage 4 the mean is close to 0 and the map is relative to the rest of the same image. With pool
-        'statistics' every layer is read, and each cell sums the contributions of the stem's output there; `stage` only sets the
-        size of the cells.
+        of all channels, so after stage 4 the mean is close to 0 and the map is relative to the rest of the same image.
+        With pool 'statistics' every layer is read: each cell sums the contributions of the stem's output there, and `stage`
+        only sets the size of the cells.
         Raises ModelError if `stage` is not in MAP_STAGES.
         """
         if stage not in MAP_STAGES:

@@ -19,7 +19,7 @@ from icar_jax.models.convnext import ConvNeXtArch
 
 Array = jax.Array
 _CONSTANT = 3.0  # value of the constant channel; the others have about 1
-_OPPONENT = np.array([[1, 1, 1], [1, -1, 0], [0.5, 0.5, -1]]) / np.sqrt([[3], [2], [1.5]])
+_OPPONENT = np.array([[1, 1, 1], [1, -1, 0], [0.5, 0.5, -1]]) / np.sqrt(np.array([3, 2, 1.5]))[:, None]
 _HAAR = np.array([[[1, 1], [-1, -1]], [[1, -1], [1, -1]], [[1, -1], [-1, 1]]]) / 4
 _GAIN = 1.3  # of a downsampling: averages of natural images vary less than their pixels
 _RESIDUAL = 0.1  # of an MLP's output, so that the filters of all stages see the image

@@ -110,7 +110,7 @@ class TokenRouter(Module):
         return self.pooled_tokens(self.tokens(images))
 
     def pooled_after(self, images: Array, depths: tuple[int, ...]) -> Array:
-        """images float [B, S, S, 3], normalised -> `pooled` after each of `depths` blocks, float32 [B, len(depths), features]."""
+        """images float [B, S, S, 3], normalised -> `pooled` after each of `depths` blocks, float32 [B, depths, features]."""
         tokens = run_trunk(self.tower, self.tower.embed(images), depths)
         return jnp.stack([self.pooled_tokens(tokens[depth]) for depth in depths], axis=1)
 

@@ -1,6 +1,7 @@
 """Registry of named architectures: CLIP and CONVNEXT.
 
-Sizes follow OpenAI and OpenCLIP for CLIP and timm for ConvNeXt; vit_tiny and the `demo` and `micro` entries are specific to this project.
+Sizes follow OpenAI and OpenCLIP for CLIP and timm for ConvNeXt; vit_tiny and the `demo` and `micro` entries are
+specific to this project.
 """
 
 from __future__ import annotations

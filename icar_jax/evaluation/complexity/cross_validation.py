@@ -16,10 +16,19 @@ from tqdm import tqdm
 from icar_jax import config as cfg
 from icar_jax import pytree
 from icar_jax.config import ConfigError, ExperimentConfig
-from icar_jax.data.records import Source
+from icar_jax.data.records import Source, Subset
 from icar_jax.evaluation.complexity import classical
 from icar_jax.evaluation.complexity.ridge_routers import (
-    CLASSICAL, FEATURES, Rated, Router, all_rated, blocks_router, convnext_router, fit_head, measure, rated_images,
+    CLASSICAL,
+    FEATURES,
+    Rated,
+    Router,
+    all_rated,
+    blocks_router,
+    convnext_router,
+    fit_head,
+    measure,
+    rated_images,
 )  # fmt: skip
 from icar_jax.evaluation.metrics import within
 from icar_jax.evaluation.records.cross_validation import CrossValidation, MethodCost, MethodResult
@@ -89,13 +98,16 @@ def _routers(config: ExperimentConfig) -> dict[str, Router]:
         depths = tuple(sorted({*c.depths, *((c.blocks,) if c.blocks else ())}))
         if not depths or depths[0] < 1:
             raise ConfigError(f"config.complexity.depths={c.depths} must be numbers of blocks, at least 1")
-        found[HEADS] = blocks_router(config, depths)
+        heads = config if c.variant == BLOCKS else dataclasses.replace(config, complexity=dataclasses.replace(c, pool="mean"))
+        found[HEADS] = blocks_router(heads, depths)
     elif c.variant == BLOCKS:
         blocks_router(config, (max(c.blocks, 1),))  # raises: a head needs config.complexity.clip
     return found
 
 
-def _learned(routers: Mapping[str, Router], features: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, tuple[int, ...]]]:
+def _learned(
+    routers: Mapping[str, Router], features: Mapping[str, np.ndarray]
+) -> dict[str, tuple[np.ndarray, tuple[int, ...]]]:
     found = {}
     for name, router in routers.items():
         if router.depths:
@@ -111,7 +123,7 @@ def head(depth: int) -> str:
 
 
 def _record(
-    config: ExperimentConfig, source: Source, rated: Rated, scores: Mapping[str, np.ndarray],
+    config: ExperimentConfig, source: Subset, rated: Rated, scores: Mapping[str, np.ndarray],
     penalties: Mapping[str, tuple[float, ...]], costs: Mapping[str, MethodCost],
 ) -> CrossValidation:  # fmt: skip
     n, truth, categories = config.eval.bootstrap, rated.scores, rated.categories
@@ -130,7 +142,7 @@ def _record(
     return CrossValidation(
         source.source.name, len(truth), config.complexity.folds, counts, methods, best, margins, published, _processor(),
         notes=[
-            f"{config.complexity.folds} folds by category; each score is by a fit on the other folds, with the penalty chosen there",
+            f"{config.complexity.folds} folds by category; each score is by a fit on the others, penalty included",
             "classical measures are not fitted; all_measures is a ridge regression on them",
         ],
     )  # fmt: skip
@@ -176,7 +188,13 @@ def _tower(config: ExperimentConfig, router: Router, costs: Mapping[str, MethodC
     first, last = router.depths[0], router.depths[-1]
     depth = router.arch.vision.depth
     low, high = costs[head(first)].ms, costs[head(last)].ms
-    ms = high if last == depth else high + (high - low) / (last - first) * (depth - last) if last > first else high * depth / last
+    ms = (
+        high
+        if last == depth
+        else high + (high - low) / (last - first) * (depth - last)
+        if last > first
+        else high * depth / last
+    )
     return {"name": config.complexity.clip, "blocks": depth, "flops": vision_flops_of(router), "ms": ms}
 
 

@@ -27,7 +27,7 @@ from icar_jax.data import configured
 from icar_jax.data.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from icar_jax.data.loader.batches import BadFiles, eval_batches
 from icar_jax.data.ratings.sources import RatedFolder
-from icar_jax.data.records import Source, name_hash
+from icar_jax.data.records import Source, Subset, name_hash
 from icar_jax.errors import DataError
 from icar_jax.evaluation.complexity import classical
 from icar_jax.evaluation.metrics.ridge import Ridge, RidgeFit
@@ -126,7 +126,7 @@ def _pretrained(config: ExperimentConfig) -> tuple[ConvNeXtArch, pytree.Tree]:
 
 def blocks_router(config: ExperimentConfig, depths: Sequence[int]) -> Router:
     """Returns a head on the vision tower in config.complexity.clip, with the features after each of `depths` blocks."""
-    last = dataclasses.replace(config.complexity, variant=BLOCKS, blocks=max(depths), pool="mean", fit="ridge")
+    last = dataclasses.replace(config.complexity, variant=BLOCKS, blocks=max(depths))
     arch, folder = architectures.complexity_arch(last), architectures.routed_clip(last)
     assert isinstance(arch, BlocksArch)
     loaded = checkpoint.read(folder, checkpoint.describe(folder)["kind"])
@@ -161,7 +161,7 @@ class Rated:
         return Rated(names, self.scores[at], categories, self.folds[at])
 
 
-def rated_images(config: ExperimentConfig, source: Source, index: np.ndarray) -> Rated:
+def rated_images(config: ExperimentConfig, source: Subset, index: np.ndarray) -> Rated:
     """Returns the ratings of the records of a source that `index` lists.
 
     Raises ConfigError for a category with fewer images than twice the folds, or with equal ratings.
@@ -191,7 +191,7 @@ def stratified(names: Sequence[str], categories: Sequence[str], folds: int) -> n
     return found
 
 
-def all_rated(config: ExperimentConfig) -> Source:
+def all_rated(config: ExperimentConfig) -> Subset:
     """Returns all rated images of config.data, whatever their split. Raises ConfigError, RatingsError, OSError."""
     rated = configured.rated(config.data)
     if rated is None:

@@ -12,7 +12,9 @@ from icar_jax.evaluation.metrics.ratings import MAX_UNDEFINED, Estimate, estimat
 MEAN = "mean"  # of the categories, unweighted
 
 
-def within(metric: str, predicted: np.ndarray, rated: np.ndarray, categories: Sequence[str], n: int = RESAMPLES) -> dict[str, Estimate]:
+def within(
+    metric: str, predicted: np.ndarray, rated: np.ndarray, categories: Sequence[str], n: int = RESAMPLES
+) -> dict[str, Estimate]:
     """Returns category -> a metric of `ratings.OF_RATINGS` with its interval, and 'mean' over the categories.
 
     predicted, rated: [N]. Images are resampled within each category. Raises MetricError if a category has equal ratings or
