@@ -19,6 +19,8 @@ from icar_jax.evaluation.complexity import cross_validation, ridge_routers
 from icar_jax.evaluation.complexity.cross_validation import PUBLISHED, cross_validate, head
 from icar_jax.evaluation.metrics.within import MEAN
 from icar_jax.evaluation.routing.calibration import make_bundle
+from icar_jax.models import variants
+from icar_jax.models.convnext import ConvNeXt
 from icar_jax.models.vision_arch import VisionArch
 from tests.support.runs import random_clip, tiny_config
 from tests.training.test_complexity_runs import config_file
@@ -154,6 +156,25 @@ def test_cross_validation_compares_all_methods_and_resumes(folder, clip, tmp_pat
 def test_too_few_images_of_a_category(folder, clip, tmp_path):
     with pytest.raises(ConfigError, match="category 'ad' has 12 images with ratings from 0.4 to .* at least 14"):
         ridge_routers.fit_router(settings(folder, clip, folds=7), tmp_path)
+
+
+def test_a_backbone_from_elsewhere_keeps_its_weights(folder, clip, fitted, tmp_path):
+    arch = dataclasses.replace(variants.CONVNEXT["convnextv2_tests"], depths=(1, 1, 2, 1))
+    params = jax.device_get(ConvNeXt.init(jax.random.key(5), arch))
+    checkpoint.write(tmp_path / "nano", "convnext", {"arch": dataclasses.asdict(arch)}, params)
+    config = settings(folder)
+    config.train.init = str(tmp_path / "nano")
+    router = ridge_routers.convnext_router(config)
+    assert router.arch.backbone == arch and router.groups == (16, 16, 32, 32, 32)
+    jax.tree.map(np.testing.assert_array_equal, router.params["backbone"], params)
+    config.train.init = str(clip)
+    with pytest.raises(ConfigError, match="config.train.init=.*no checkpoint of kind convnext or complexity"):
+        ridge_routers.convnext_router(config)
+    _, workdir = fitted
+    config.train.init = str(workdir)
+    if "backbone" not in checkpoint.describe(workdir / "model")["arch"]:
+        with pytest.raises(ConfigError, match="is a head on a vision tower; expected a ConvNeXt"):
+            ridge_routers.convnext_router(config)
 
 
 def test_settings_that_exclude_each_other(folder, clip, tmp_path):
