@@ -180,7 +180,7 @@ def _costs(config: ExperimentConfig, source: Source, routers: Mapping[str, Route
 def vision_flops_of(router: Router) -> int:
     """Returns the FLOPs of one image through all blocks of the tower of a head."""
     assert isinstance(router.arch, BlocksArch)
-    return trunk_flops(dataclasses.replace(router.arch.vision, merge=()), router.arch.vision.depth)
+    return trunk_flops(router.arch.vision, router.arch.vision.depth)
 
 
 def _tower(config: ExperimentConfig, router: Router, costs: Mapping[str, MethodCost]) -> dict[str, float | str]:
