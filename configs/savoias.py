@@ -11,13 +11,13 @@ The folder contains images/ and ratings.csv with the columns file, score in [0, 
 in closed form, evaluate.py cross-validates all methods.
 
 Arguments: a number of blocks of the vision tower below the head (a CLIP's or a tower's alone), or `convnext`, a ConvNeXt of 1.4
-million parameters that needs no other model.
+million parameters that needs no other model; the default.
 """
 
 from icar_jax.config import ComplexityConfig, ConfigError, DataConfig, ExperimentConfig
 
 
-def get_config(argument: str = "6") -> ExperimentConfig:
+def get_config(argument: str = "convnext") -> ExperimentConfig:
     if argument != "convnext" and not (argument.isdecimal() and int(argument)):
         raise ConfigError(
             f"configs/savoias.py:{argument}: unknown; use convnext, or the number of blocks below the head, such as 6"
