@@ -104,7 +104,7 @@ def kept_outputs(
         about = {
             "arch": _trunk_fields(vision), "params": _digest(params["vision"], "image_trunk"), "views": views,
             "preprocess": preprocess.to_dict(), "images": _image_digest(source), "dtype": config.train.dtype,
-            "augment": [dataclasses.asdict(_augment(config)), config.train.seed] if views > 1 else None,
+            "augment": _drawn(config) if views > 1 else None,
         }  # fmt: skip
         found["image"] = KeptRows(_folder(root, "image", about), shape, dtype, views)
     if text:
@@ -347,6 +347,12 @@ def _make_room(root: Path, keep: list[Path], size: int, gigabytes: float) -> Non
 
 
 # --- what outputs depend on --------------------------------------------------------------------------------------------------
+
+
+def _drawn(config: ExperimentConfig) -> list[Any]:
+    """The augmentation, and the seed if it draws anything; views that are only mirrored are the same for all seeds."""
+    how = _augment(config)
+    return [dataclasses.asdict(how), config.train.seed if dataclasses.replace(how, flip=False).random else None]
 
 
 def _trunk_fields(arch: VisionArch | TextArch) -> dict[str, Any]:
