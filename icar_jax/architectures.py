@@ -147,9 +147,9 @@ def _blocks_arch(config: cfg.ComplexityConfig) -> BlocksArch:
         )
     folder = routed_clip(config)
     tower = vision_of(folder)
-    if not 1 <= config.blocks <= tower.all_exits[0]:
+    if not 1 <= config.blocks <= tower.depths[0]:
         raise cfg.ConfigError(
-            f"config.complexity.blocks={config.blocks} must lie in 1 to {tower.all_exits[0]}, the first exit of "
+            f"config.complexity.blocks={config.blocks} must lie in 1 to {tower.depths[0]}, the first exit of "
             f"{config.clip}: an image that leaves there has to be scored before"
         )
     plain = {name: getattr(VisionArch, name) for name in EXIT_FIELDS}  # the trunk has no exits

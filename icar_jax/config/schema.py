@@ -36,7 +36,8 @@ class ClipConfig:
     reduce_to: float = setting(
         0.0, Within("[0, 1)", "0 leaves it to reduce_r")
     )  # share of the image tower's FLOPs, in place of reduce_r
-    reduce_after: int = setting(0, AtLeast(0, "0 is a third of the depth"))  # drop: blocks before patches are dropped
+    # Blocks before tokens are removed, which all routes share; drop: 0 is a third of the depth.
+    reduce_after: int = setting(0, AtLeast(0, "use zero or a number of blocks"))
     reduce_text: tuple[int, ...] = ()  # crossget: as reduce_r, of a text
     reduce_proportional: bool = True  # attention proportional to the sizes of merged tokens
     # More schedules, as shares of FLOPs: routes beside the exits. Training draws one schedule a step.

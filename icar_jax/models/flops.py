@@ -89,8 +89,9 @@ def _image_block_macs(arch: VisionArch, block: int) -> int:
 
 
 def image_flops(arch: VisionArch) -> int:
-    """Returns the forward FLOPs of one image, with the heads of all exits."""
-    return trunk_flops(arch, arch.depth) + sum(head_flops(arch, blocks) for blocks in arch.depths)
+    """Returns the forward FLOPs of one image, with the heads of all exits; with several schedules, their mean."""
+    each = [arch.with_schedule(number) for number in range(len(arch.schedules) + 1)]
+    return sum(trunk_flops(a, a.depth) + sum(head_flops(a, blocks) for blocks in a.depths) for a in each) // len(each)
 
 
 def text_flops(arch: TextArch) -> int:
