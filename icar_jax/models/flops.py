@@ -140,13 +140,16 @@ def complexity_flops(arch: ComplexityArch | BlocksArch) -> int:
     """Returns the FLOPs of one score computed alone: backbone or tower blocks, and head."""
     if isinstance(arch, BlocksArch):
         return trunk_flops(arch.vision, arch.blocks) + router_flops(arch)
-    return convnext_flops(arch.backbone, arch.image_size) + _head_flops(arch.head, arch.backbone.dims[3])
+    return convnext_flops(arch.backbone, arch.image_size) + _head_flops(arch)
 
 
 def router_flops(arch: ComplexityArch | BlocksArch) -> int:
     """Returns the additional FLOPs of one score when routing: a head on the CLIP's blocks shares them and costs only itself."""
-    return _head_flops(arch.head, arch.features) if isinstance(arch, BlocksArch) else complexity_flops(arch)
+    return _head_flops(arch) if isinstance(arch, BlocksArch) else complexity_flops(arch)
 
 
-def _head_flops(head: str, width: int) -> int:
-    return 2 * (width * 2 if head == "classification" else width * 512 + 512 * 256 + 256)
+def _head_flops(arch: ComplexityArch | BlocksArch) -> int:
+    width = arch.features
+    if arch.readout == "linear":
+        return 2 * width
+    return 2 * (width * 2 if arch.head == "classification" else width * 512 + 512 * 256 + 256)

@@ -265,8 +265,8 @@ class VisionTower(Trunk):
     def pooled(self, images: Array) -> dict[int, Array]:
         """images float [B, S, S, 3], normalised -> {executed blocks: [B, W] or [B, 2, W]}, what each head reads.
 
-        `of_pooled` makes the embeddings of it: where the tower is frozen, this part need not run again. Only for heads that read
-        pooled tokens alone (`arch.reads_pooled`).
+        `of_pooled` makes the embeddings of it: where the tower is frozen, this part need not run again. Only for heads that
+        read pooled tokens alone (`arch.reads_pooled`).
         """
         a = self.arch
         taps = run_trunk(self, self.embed(images), a.all_exits)
