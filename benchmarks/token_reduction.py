@@ -1,7 +1,7 @@
 """Images per second of image towers with token reduction, against what the counted FLOPs allow, beside PyTorch in one run.
 
     python benchmarks/token_reduction.py [--quick] [--towers vit_b16 vit_l14] [--removed 8 16] [--dtype f32] [--batch 8]
-        [--repeats 5] [--json docs/results/token_reduction.json]
+        [--repeats 5] [--no-torch] [--json docs/results/token_reduction.json]
 
 Rows are ToMe, CrossGET (image tower) and dropping, each removing so many tokens a block; dropping removes as many in all, after
 a third of the blocks. ViT-L/14 has twice the blocks, so it removes half as many a block. `allowed` is the speed-up if time were
@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=sorted(inference.DTYPES), default="f32", help="of activations (f32)")
     parser.add_argument("--batch", type=int, help="images per batch; 8 on CPU, else 128")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds (5)")
+    parser.add_argument("--no-torch", action="store_true", help="without the PyTorch rows")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
     on_cpu = jax.default_backend() == "cpu"
@@ -167,8 +168,8 @@ def main() -> None:
         args.towers, args.removed, args.batch, args.repeats = ["vit_b32"], [2], 2, 1
     if args.batch < 1 or args.repeats < 1 or min(args.removed) < 1:
         parser.error(f"--batch {args.batch}, --repeats {args.repeats} and --removed {args.removed} must be at least 1")
-    with_torch = on_cpu and find_spec("torch") is not None
-    if on_cpu and not with_torch:
+    with_torch = on_cpu and not args.no_torch and find_spec("torch") is not None
+    if on_cpu and not (with_torch or args.no_torch):
         print("without the PyTorch rows: they need torch")
     versions = {name: version(name) for name in ("jax", "torch") if name == "jax" or with_torch}
     about = {"benchmark": "token_reduction", "device": inference.device(), "versions": versions, "batch": args.batch}
@@ -178,9 +179,9 @@ def main() -> None:
         own = benchmark_tower(tower, args, with_torch)
         print_table(own)
         rows += own
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n", encoding="utf-8")
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
