@@ -1,7 +1,7 @@
 """The bounds of every reader, in one place; docs/files.md lists them for users.
 
-A bound is far above what good files need and far below what exhausts a machine. A reader that meets one refuses the file with the
-bound, the value found and the fix. Names say the unit.
+A bound is far above what good files need and far below what exhausts a machine. A reader that meets one refuses the file with
+the bound and the value found. Names say the unit.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 # Images.
 IMAGE_BYTES = 1 << 29  # of an image file; it is held in memory while it is hashed and decoded
 IMAGE_PIXELS = 178_956_970  # where Pillow refuses an image by default; a photograph of 150 megapixels passes
-DECODED_BYTES = 1_500_000_000  # most memory of decoding one image at full size, beyond the bytes of its file
-REDUCED_BYTES = 800_000_000  # the same where a reduced size is asked for, as all programs but training do
-LARGE_PIXELS = 1 << 25  # images of more pixels are decoded one at a time in each process
+DECODED_BYTES = 1_500_000_000  # most memory of decoding one image, beyond the bytes of its file
+REDUCED_FROM_PIXELS = 1 << 24  # images above may be reduced while they are converted, where few pixels are asked for
+LARGE_BYTES = 1 << 28  # images that take more than this are decoded one at a time in each process
 IMAGE_SCANS = 100  # of a JPEG; progressive files of cameras and encoders have about ten
-METADATA_BYTES = 1 << 20  # of an EXIF or XMP block that is searched for the orientation
+IMAGE_PARTS = 100_000  # segments of a JPEG, chunks of a PNG, blocks of a GIF before its first frame
+XMP_BYTES = 1 << 20  # of a block that is searched for the orientation
 
 # Text and structured files.
 JSON_BYTES = 1 << 28  # of a JSON file of captions; descriptions of models are smaller

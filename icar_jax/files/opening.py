@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 _KINDS = {
-    stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
 }  # fmt: skip
 
 
@@ -66,7 +67,7 @@ def open_regular(path: str | os.PathLike, most: int | None = None) -> Iterator[B
 
 
 def read_regular(path: str | os.PathLike, most: int) -> bytes:
-    """The bytes of a regular file. Raises OSError as `open_regular`, also for a file that grows beyond `most` while it is read."""
+    """The bytes of a regular file. Raises OSError as `open_regular`, also if it grows beyond `most` while it is read."""
     with open_regular(path, most) as file:
         data = file.read(os.fstat(file.fileno()).st_size + 1)
         if more := file.read(1):  # it grew; pages of memory are only taken for what is there
