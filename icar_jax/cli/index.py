@@ -100,8 +100,9 @@ def _update_store(args: argparse.Namespace) -> None:
     else:
         done = index_files(
             args.store, ImagePaths(args.paths, stdin_paths(), args.exclude), args.checkpoint, model, exit=args.exit,
-            budget=args.budget, cheap=args.stage == "cheap", prune=args.prune, prune_missing=args.prune_missing, rehash=args.rehash,
-            retry_bad=args.retry_bad, captions=args.captions, commit_rows=args.commit_rows, threads=args.threads,
+            budget=args.budget, cheap=args.stage == "cheap", prune=args.prune, prune_missing=args.prune_missing,
+            rehash=args.rehash, retry_bad=args.retry_bad, captions=args.captions, commit_rows=args.commit_rows,
+            threads=args.threads,
         )  # fmt: skip
     main = distributed.is_main()
     distributed.leave()  # building a large vector index takes one process hours

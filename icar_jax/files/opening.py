@@ -77,13 +77,14 @@ def read_regular(path: str | os.PathLike, most: int) -> bytes:
     return data
 
 
-def make_staging(target: Path, name: str | None = None) -> Path:
+def make_staging(target: Path) -> Path:
     """Makes and returns a new hidden folder in `target`'s folder, to be filled and moved to `target`.
 
     Its permissions are those of any new folder (the umask applies), unlike those of `tempfile.mkdtemp`.
     """
+    name = os.fsdecode(os.fsencode(target.name)[:200])
     while True:
-        folder = target.parent / f".{(name or target.name)[:100]}.{secrets.token_hex(4)}"
+        folder = target.parent / f".{name}.{secrets.token_hex(4)}"
         try:
             folder.mkdir()
             return folder

@@ -86,7 +86,7 @@ class Explainer:
         return rows[:, 0], rows[:, 1:].reshape(-1, *self._shape)
 
     def explain(self, images: Sequence[ImageLike]) -> list[Explanation]:
-        """Explanations of N paths, PIL images or arrays, all kept in memory; the pictures of large files are reduced, to no side
+        """Explanations of N paths, PIL images or arrays, all kept in memory; pictures of large files are reduced, to no side
         below three times the model's. Raises as `icar_jax.data.images.decode`."""
         pictures = [decode(image, at_least=self.preprocess.decoded_side) for image in images]
         side = self.preprocess.image_size
