@@ -149,6 +149,9 @@ def _decode_file(file: BinaryIO, name: str, at_least: int, max_pixels: int) -> I
         raise
     except Irregular as error:
         raise ImageError(f"{name}: cannot decode image: {error}") from None
+    except Image.DecompressionBombError as error:
+        limit = f"the limit of {max_pixels:,} pixels or that of Pillow, PIL.Image.MAX_IMAGE_PIXELS"
+        raise TooManyPixels(f"{name}: its pixels exceed {limit} ({error})") from None
     except Exception as error:
         raise _image_error(name, error) from error
 
@@ -253,8 +256,6 @@ def _tiff_orientation(opened: Any) -> int:
 
 
 def _image_error(name: str, error: Exception) -> ImageError:
-    if isinstance(error, Image.DecompressionBombError):
-        return TooManyPixels(f"{name}: too many pixels to decode ({error}, PIL.Image.MAX_IMAGE_PIXELS); shrink the file")
     if isinstance(error, Image.UnidentifiedImageError):
         return ImageError(f"{name}: not an image file of a format that is read here: {', '.join(formats())}")
     return ImageError(f"{name}: cannot decode image: {error or type(error).__name__}")

@@ -9,8 +9,6 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,9 +42,8 @@ def unusable_name(path: str | os.PathLike) -> str | None:
     return None
 
 
-@contextmanager
-def open_regular(path: str | os.PathLike, most: int | None = None) -> Iterator[BinaryIO]:
-    """Context with a regular file opened for reading; links are followed.
+def open_regular(path: str | os.PathLike, most: int | None = None) -> BinaryIO:
+    """A regular file, opened for reading; links are followed.
 
     Raises OSError: as `open`, NotRegular, and TooLarge for more than `most` bytes.
     """
@@ -56,14 +53,17 @@ def open_regular(path: str | os.PathLike, most: int | None = None) -> Iterator[B
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         raise NotRegular(path, mode)
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    with open(descriptor, "rb") as file:
+    file = open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY), "rb")
+    try:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise NotRegular(path, status.st_mode)
         if most is not None and status.st_size > most:
             raise TooLarge(path, status.st_size, most)
-        yield file
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def read_regular(path: str | os.PathLike, most: int) -> bytes:

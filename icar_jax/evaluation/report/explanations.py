@@ -51,8 +51,8 @@ def write_explanations(
     number of images written.
 
     Images are sorted by descending score; ties keep the order of `files`. Files of equal name in several folders become
-    name-2.png and so on; names beyond 200 bytes are shortened. With `npy`, FOLDER/<name>.npy holds the map: float32 [h, w] over the square seen by the model. Files
-    that can no longer be read are skipped. Each file is written atomically.
+    name-2.png and so on; names beyond 200 bytes are shortened. With `npy`, FOLDER/<name>.npy holds the map: float32 [h, w] over
+    the square seen by the model. Files that can no longer be read are skipped. Each file is written atomically.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
