@@ -124,9 +124,9 @@ def formats() -> tuple[str, ...]:
 def _decode_file(file: BinaryIO, name: str, at_least: int, max_pixels: int) -> Image.Image:
     # Pillow's plugins raise many exception types on damaged files (SyntaxError, struct.error, KeyError, ...).
     try:
-        file, extra = _checked(file)
-        opened = _open(file)
-        with opened:
+        file, extra, exif = _checked(file)
+        with _open(file) as opened:
+            opened.info |= {"exif": exif} if exif else {}
             if opened.width * opened.height > max_pixels:
                 raise TooManyPixels(f"{name}: {opened.width} x {opened.height} exceed the limit of {max_pixels:,} pixels")
             if at_least:
@@ -156,16 +156,20 @@ def _decode_file(file: BinaryIO, name: str, at_least: int, max_pixels: int) -> I
         raise _image_error(name, error) from error
 
 
-def _checked(file: BinaryIO) -> tuple[BinaryIO, int]:
-    """(the file to give to Pillow, bytes that its decoder needs beyond the pixels). Raises Irregular."""
+def _checked(file: BinaryIO) -> tuple[BinaryIO, int, bytes]:
+    """(the file to give to Pillow, bytes that its decoder needs beyond the pixels, EXIF that is withheld from it).
+
+    Raises Irregular.
+    """
     file.seek(0)
-    head, extra = file.read(8), 0
+    head, extra, exif = file.read(8), 0, b""
     if head[:2] == b"\xff\xd8":
         file.seek(0)
         data = file.read()
         found = inspect_jpeg(data)
         extra = found.coefficient_bytes
-        file = io.BytesIO(without(data, found.bad_exif)) if found.bad_exif else file
+        if found.bad_exif:
+            file, exif = io.BytesIO(without(data, found.bad_exif)), found.exif
     elif head == b"\x89PNG\r\n\x1a\n":
         check_png(file)
     elif head[:4] == b"GIF8":
@@ -173,7 +177,7 @@ def _checked(file: BinaryIO) -> tuple[BinaryIO, int]:
     elif head[:2] in (b"II", b"MM"):
         check_tiff(file)
     file.seek(0)
-    return file, extra
+    return file, extra, exif
 
 
 def _open(file: BinaryIO) -> ImageFile.ImageFile:
