@@ -8,10 +8,10 @@ other values, and floating point, have no defined range and are refused.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 _BAND_PIXELS = 1 << 22
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_MAXIMUM = 258, 262, 281
@@ -35,7 +35,7 @@ def is_transparent(image: Image.Image) -> bool:
     return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
 
 
-def low_bytes(image: Image.Image, file: BinaryIO) -> Image.Image | None:
+def low_bytes(image: ImageFile.ImageFile, file: BinaryIO) -> Image.Image | None:
     """The low bytes of a 16-bit RGB PNG that declares a transparent colour, as an RGB image that is not loaded yet; else None.
 
     Only all 16 bits tell the transparent colour from its neighbours.
@@ -102,7 +102,7 @@ def _without_colour(high: Image.Image, low: Image.Image, colour: tuple[int, int,
     return Image.fromarray(pixels)
 
 
-def _grey16(image: Image.Image) -> Callable[[Image.Image, tuple], Image.Image]:
+def _grey16(image: Any) -> Callable[[Image.Image, tuple], Image.Image]:
     bits, inverted, clear = 16, False, image.info.get("transparency")
     if image.format == "TIFF":
         tags = image.tag_v2

@@ -181,8 +181,10 @@ def test_integers_without_a_range():
 # Bounds
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 5}, {"restart_marker_blocks": 3},
-                                     {"optimize": True, "quality": 1}])  # fmt: skip
+@pytest.mark.parametrize("options", [
+    {}, {"progressive": True}, {"subsampling": 0}, {"quality": 5}, {"restart_marker_blocks": 3},
+    {"optimize": True, "quality": 1},
+])  # fmt: skip
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (17, 33), (300, 200)])
 def test_no_whole_jpeg_counts_as_truncated(options, mode, size):
@@ -257,3 +259,13 @@ def test_peak_memory_and_time_of_large_and_hostile_files():
     done = subprocess.run([sys.executable, "benchmarks/image_files.py"], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("\n| ") > 15
+
+
+def test_heic_is_read_where_its_reader_is_installed():
+    heif = pytest.importorskip("pillow_heif")
+    image = Image.new("RGB", (64, 48), (200, 30, 60))
+    heif.register_heif_opener()
+    data = odd.saved(image, "HEIF", quality=95, exif=odd.exif_block([odd.turned(6)]))
+    found = pixels(data)
+    assert found.shape == (64, 48, 3) and np.abs(found.astype(int) - (200, 30, 60)).max() < 8
+    assert ".heic" in IMAGE_SUFFIXES

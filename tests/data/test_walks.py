@@ -211,7 +211,8 @@ def test_half_a_character_becomes_the_replacement_character(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("text, why", [
-    ("[]", "expected Karpathy's JSON"), ('{"images": 3}', "expected Karpathy's JSON"), ("[" * 100_000, "expected Karpathy's JSON"),
+    ("[]", "expected Karpathy's JSON"), ('{"images": 3}', "expected Karpathy's JSON"),
+    ("[" * 100_000, "expected Karpathy's JSON"),
     ('{"images": [3]}', r"images\[0\]: expected `filename`"), ('{"images": {"a": 1}}', r"images\[0\]: expected `filename`"),
     ('{"images": [{"filename": "a", "sentences": 3}]}', r"images\[0\]: expected `filename`"),
 ])  # fmt: skip

@@ -38,7 +38,7 @@ class Connection(H11Protocol):
         self._idle_timer: asyncio.TimerHandle | None = None
         self._stalled_timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         if len(self.connections) > self.limits.connections and not self._make_room():
             transport.write(_REFUSAL)
