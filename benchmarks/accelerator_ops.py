@@ -22,7 +22,8 @@ from icar_jax.models import ops
 from icar_jax.models.clip import unit_norm
 from icar_jax.models.depthwise import depthwise_conv
 from icar_jax.models.fused_attention import cudnn_obstacle_here
-from icar_jax.models.token_merging import Tokens, merge_similar
+from icar_jax.models.reduction.similar import merge_similar
+from icar_jax.models.reduction.tokens import Tokens
 from icar_jax.parallel.mesh import make_mesh
 from icar_jax.training.losses import contrastive, ring
 

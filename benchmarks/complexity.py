@@ -27,7 +27,7 @@ from icar_jax.models import variants
 from icar_jax.models.clip import Clip
 from icar_jax.models.complexity import ComplexityArch, ComplexityModel
 from icar_jax.models.flops import router_flops, vision_flops
-from icar_jax.models.token_merging import Tokens
+from icar_jax.models.reduction.tokens import Tokens
 from icar_jax.models.token_router import BlocksArch, TokenRouter
 from icar_jax.models.xla_options import jit_for_host
 

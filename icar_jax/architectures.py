@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from icar_jax import checkpoint
 from icar_jax import config as cfg
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.complexity import ComplexityArch
+from icar_jax.models.reduction_plan import reduced_text, reduced_vision
 from icar_jax.models.token_router import BlocksArch, ScorerArch
 from icar_jax.models.variants import BLOCKS, CLIP, CONVNEXT
 from icar_jax.models.vision import EXIT_FIELDS, VisionArch
 
+INIT = "init"  # the variant that takes the architecture of the weights that a run starts from
 
-def clip_arch(config: cfg.ClipConfig, vocabulary: int | None = None, end_id: int | None = None) -> ClipArch:
+
+def clip_arch(
+    config: cfg.ClipConfig, vocabulary: int | None = None, end_id: int | None = None, start: ClipArch | None = None
+) -> ClipArch:
     """The architecture that `config.clip` asks for; the tokenizer's size and end token replace CLIP's where given.
 
-    Raises ConfigError for an unknown variant, exits beyond the depth, or an image size off the patch grid.
+    `start` is that of variant 'init'. Raises ConfigError for an unknown variant, exits beyond the depth, or an image size off
+    the patch grid.
     """
-    if config.variant not in CLIP:
-        raise cfg.unknown("config.clip.variant", config.variant, CLIP)
-    base = CLIP[config.variant]
+    if config.variant == INIT:
+        if start is None:
+            raise cfg.ConfigError(
+                "config.clip.variant='init' is the architecture of the weights that a run starts from; name them with "
+                "config.train.init, or with config.train.init_image and config.train.init_text"
+            )
+        base = start
+    elif config.variant in CLIP:
+        base = CLIP[config.variant]
+    else:
+        raise cfg.unknown("config.clip.variant", config.variant, (*CLIP, INIT))
     depth = config.depth or base.vision.depth
     cfg.validate_depth(config.exits, depth)
     size = config.image_size or base.vision.image_size
@@ -34,27 +49,58 @@ def clip_arch(config: cfg.ClipConfig, vocabulary: int | None = None, end_id: int
         )
     if config.context_length < 0 or config.context_length == 1:
         raise cfg.ConfigError(f"config.clip.context_length={config.context_length} must be 0 or at least 2")
+    head = config.head or base.vision.head
+    space: dict[str, Any] = {
+        "embed_dim": config.embed_dim or base.vision.embed_dim,
+        "projection": config.projection or base.vision.projection,
+        "projection_width": config.projection_width or base.vision.projection_width,
+    }
     try:
         vision = dataclasses.replace(
             base.vision,
+            **space,
+            head=head,
             depth=depth,
             image_size=size,
             patch_size=patch,
             exits=tuple(config.exits),
-            pool=config.pool,
+            pool=head if head in ("map", "cls_mean") else config.pool,  # its heads read other channels than these pools
             exit_head=config.exit_head,
             exit_sum=config.exit_sum,
             merge=tuple(config.merge),
+            reduce="none",
+            schedule=(),
+            schedules=(),
+            routes=(),
         )
+        text = dataclasses.replace(
+            base.text,
+            **space,
+            reduce="none",
+            schedule=(),
+            context_length=config.context_length or base.text.context_length,
+            vocabulary=base.text.vocabulary if vocabulary is None else vocabulary,
+            end_id=base.text.end_id if end_id is None else end_id,
+        )
+        plain = ClipArch(vision, text, config.temperature)
     except ValueError as error:
         raise cfg.ConfigError(f"config.clip: {error}") from error
-    text = dataclasses.replace(
-        base.text,
-        context_length=config.context_length or base.text.context_length,
-        vocabulary=base.text.vocabulary if vocabulary is None else vocabulary,
-        end_id=base.text.end_id if end_id is None else end_id,
-    )
-    return ClipArch(vision, text, config.temperature)
+    return reduced_clip(config, plain)
+
+
+def reduced_clip(config: cfg.ClipConfig, arch: ClipArch) -> ClipArch:
+    """`arch`, which removes no tokens, with the token reduction that `config.clip` asks for. Raises ConfigError."""
+    if config.reduce == "none":
+        return arch
+    try:
+        vision = reduced_vision(
+            arch.vision, config.reduce, tuple(config.reduce_r), config.reduce_to, config.reduce_after,
+            config.reduce_proportional, config.reduce_routes,
+        )  # fmt: skip
+        text = reduced_text(arch.text, tuple(config.reduce_text)) if config.reduce == "crossget" else arch.text
+        return dataclasses.replace(arch, vision=vision, text=text)
+    except ValueError as error:
+        raise cfg.ConfigError(f"config.clip.reduce={config.reduce!r}: {error}") from error
 
 
 def complexity_arch(config: cfg.ComplexityConfig) -> ScorerArch:
@@ -94,7 +140,7 @@ def _blocks_arch(config: cfg.ComplexityConfig) -> BlocksArch:
             f"{config.clip}: an image that leaves there has to be scored before"
         )
     plain = {name: getattr(VisionArch, name) for name in EXIT_FIELDS}  # the trunk has no exits
-    vision = dataclasses.replace(clip.vision, **plain, merge=clip.vision.merge_before(config.blocks))
+    vision = dataclasses.replace(clip.vision, **plain, **clip.vision.reduction_until(config.blocks), schedules=(), routes=())
     return BlocksArch(vision, config.blocks, config.head, config.dropout, config.pooled_norm == "parts")
 
 

@@ -5,6 +5,7 @@ import typing
 from typing import Any
 
 from icar_jax.config import choices
+from icar_jax.config.reduction import validate_reduction
 from icar_jax.config.rules import RULE, TASK, AtLeast, OneOf
 from icar_jax.config.schema import MIN_VOCABULARY, ExperimentConfig
 from icar_jax.errors import ConfigError
@@ -60,6 +61,7 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     _validate_data(c)
     _validate_training(c)
     _validate_exit_options(c)
+    validate_reduction(c)
     _validate_distractors(c)
     if c.task == "clip":
         _validate_shares(c)
@@ -100,7 +102,7 @@ def _validate_training(c: ExperimentConfig) -> None:
         raise ConfigError(
             f"config.train.accumulate={t.accumulate} does not divide config.train.batch_size={t.batch_size}; choose a divisor"
         )
-    if set(t.freeze) >= set(typing.get_args(choices.FreezeGroup)):
+    if set(t.freeze) >= {"image", "text", "exits", "temperature"}:
         raise ConfigError(f"config.train.freeze={t.freeze} leaves nothing to train; take one of its groups out")
     if t.keep_best and not t.eval_every:
         raise ConfigError("config.train.keep_best=True needs evaluations: set config.train.eval_every to a number of steps")
@@ -115,6 +117,13 @@ def _validate_training(c: ExperimentConfig) -> None:
             f"{evaluated}={split!r} is not held out: {', '.join(sorted(shared))} is used for training, and "
             f"config.train.eval_every={t.eval_every} evaluates on it; choose another split"
         )
+    if bool(t.init_image) != bool(t.init_text):
+        given, other = ("init_image", "init_text") if t.init_image else ("init_text", "init_image")
+        raise ConfigError(f"config.train.{given} names one tower of a CLIP; name the other with config.train.{other}")
+    if t.init_image and (t.init or c.clip.variant != "init"):
+        wrong = f"config.train.init={t.init!r}" if t.init else f"config.clip.variant={c.clip.variant!r}"
+        right = "leave it empty" if t.init else "use 'init'"
+        raise ConfigError(f"config.train.init_image and init_text set the towers and their sizes, so {wrong} cannot; {right}")
     if c.loss.kind == "sigmoid" and c.loss.direction != "symmetric":
         raise ConfigError(
             f"config.loss.direction={c.loss.direction!r} has no meaning with config.loss.kind='sigmoid'; leave it 'symmetric'"
@@ -232,7 +241,7 @@ def _validate_exit_options(c: ExperimentConfig) -> None:
     for name in ("distill_cosine", "distill_kl", "distill_init", "mixed"):
         value = getattr(loss, name)
         if name == "distill_init":
-            if value and c.task == "clip" and not c.train.init:
+            if value and c.task == "clip" and not (c.train.init or c.train.init_image):
                 raise ConfigError(
                     f"config.loss.distill_init={value} aims at the embeddings of the weights that the run starts from, and "
                     "config.train.init='' names none; name a checkpoint, or leave it 0"

@@ -7,12 +7,16 @@ SourceName = Literal["scenes", "folder", "webdataset", "parquet", "tfds", "ratin
 DistractorSource = Literal["scenes", "folder", "webdataset", "parquet"]
 Dtype = Literal["bfloat16", "float32"]
 Remat = Literal["none", "dots", "full"]  # from the fastest step to the smallest
-FreezeGroup = Literal["image", "text", "exits", "temperature"]
+FreezeGroup = Literal["image", "image_trunk", "text", "text_trunk", "exits", "temperature"]
 
-ExitPool = Literal["cls", "mean", "first_patch"]
+ExitPool = Literal["cls", "mean", "first_patch", "cls_mean"]
+Head = Literal["", "cls", "mean", "cls_mean"]
+Projection = Literal["", "linear", "linear_mlp", "mlp"]
 ExitStart = Literal["final", "random"]
 ExitHeadName = Literal["linear", "adapter", "attention"]
 Temperature = Literal["own", "shared"]
+ReductionName = Literal["none", "tome", "pitome", "crossget", "drop"]
+CrossLossName = Literal["crossget", "jensen_shannon"]
 
 ScorerHead = Literal["regression", "classification"]
 ClassWeights = Literal["none", "balanced"]
@@ -20,9 +24,9 @@ Target = Literal["rating", "regret"]
 RegretName = Literal["loss", "kl", "cosine"]
 PooledNorm = Literal["whole", "parts"]
 
-Resize = Literal["squash", "crop"]
-Interpolation = Literal["bicubic", "bilinear"]
-Normalise = Literal["half", "openai", "imagenet"]
+Resize = Literal["squash", "crop", "init"]
+Interpolation = Literal["bicubic", "bilinear", "init"]
+Normalise = Literal["half", "openai", "imagenet", "init"]
 
 Optimizer = Literal["adamw", "muon"]
 Direction = Literal["symmetric", "image_to_text"]

@@ -20,15 +20,33 @@ _KEEPS = AtLeast(0, "0 keeps the variant's")
 class ClipConfig:
     """The CLIP model that is trained when task is 'clip'."""
 
-    variant: str = "vit_b32"  # named architecture of models/variants.py
+    # Named architecture of models/variants.py, or init: that of config.train.init, or of init_image and init_text.
+    variant: str = "vit_b32"
     exits: tuple[int, ...] = setting((), Ascending())  # early exits as executed blocks, each below the tower's depth
     pool: str = setting("cls", OneOf(choices.ExitPool))  # token pooled at the exits
     exit_start: str = setting("final", OneOf(choices.ExitStart))  # exit heads start from ln_post and proj, or at random
     # Before an exit's projection: linear (nothing) | adapter (small MLP) | attention (all tokens).
     exit_head: str = setting("linear", OneOf(choices.ExitHeadName))
     exit_sum: bool = False  # an embedding is the sum of all heads up to its depth: each head corrects those before
-    merge: tuple[int, ...] = ()  # tokens merged into similar ones (ToMe) after the first block, the second, ...
+    merge: tuple[int, ...] = ()  # patches merged into similar ones after the first block, the second, ...; or `reduce`
+    # Token reduction: ToMe, PiToMe, CrossGET (both towers), or drop (HiRED).
+    reduce: str = setting("none", OneOf(choices.ReductionName))
+    # Tokens of an image that each block merges: one number for all blocks, or one for each. drop: patches dropped.
+    reduce_r: tuple[int, ...] = ()
+    reduce_to: float = setting(
+        0.0, Within("[0, 1)", "0 leaves it to reduce_r")
+    )  # share of the image tower's FLOPs, in place of reduce_r
+    reduce_after: int = setting(0, AtLeast(0, "0 is a third of the depth"))  # drop: blocks before patches are dropped
+    reduce_text: tuple[int, ...] = ()  # crossget: as reduce_r, of a text
+    reduce_proportional: bool = True  # attention proportional to the sizes of merged tokens
+    # More schedules, as shares of FLOPs: routes beside the exits. Training draws one schedule a step.
+    reduce_routes: tuple[float, ...] = setting((), Shares())
     temperature: str = setting("own", OneOf(choices.Temperature))  # each exit has its own logit scale, or all share one
+    head: str = setting("", OneOf(choices.Head))  # token that full depth projects; empty keeps the variant's
+    # To the embedding space: linear | linear_mlp (sum of both) | mlp; empty and 0 keep the variant's.
+    projection: str = setting("", OneOf(choices.Projection))
+    projection_width: int = setting(0, _KEEPS)  # hidden channels of the projection's MLP
+    embed_dim: int = setting(0, _KEEPS)  # of the embedding space; 0 keeps the variant's
     depth: int = setting(0, _KEEPS)  # blocks of the vision tower; 0 keeps the variant's
     image_size: int = setting(0, _KEEPS)  # pixels; 0 keeps the variant's
     patch_size: int = setting(0, _KEEPS)  # pixels; 0 keeps the variant's
@@ -80,7 +98,8 @@ class DataConfig:
     scenes_size: int = setting(200_000, AtLeast(1))  # scenes: images in the training split
     scenes_pixels: int = setting(64, Within("[32, 512]"))  # scenes: side they are drawn at
     scenes_kept: str = setting("", LocalPath())  # scenes: folder that caches drawn training images, 12 kB each at 64 pixels
-    resize: str = setting("squash", OneOf(choices.Resize))  # crop: shortest side, then centre
+    # crop: shortest side, then centre. For this and the next two, init takes that of the weights the run starts from.
+    resize: str = setting("squash", OneOf(choices.Resize))
     interpolation: str = setting("bicubic", OneOf(choices.Interpolation))  # antialiased
     normalise: str = setting("half", OneOf(choices.Normalise))  # mean and std of the pixels
     # Training: smallest share of the image that a random crop keeps; 1 means no crop.
@@ -109,6 +128,8 @@ class OptimConfig:
     lr: float = setting(1e-3, _ZERO_OR_MORE)  # towers
     exit_lr: float = setting(1e-3, _ZERO_OR_MORE)  # exit heads
     temperature_lr: float = setting(1e-3, _ZERO_OR_MORE)  # logit scales (never decayed)
+    # Each block's rate is this share of the next one's, from the last block of a tower down; 1 gives all the same.
+    layer_decay: float = setting(1.0, Within("(0, 1]", "1 switches it off"), task="clip")
     # 'REGEX=SHARE' of the rate for parameters whose path the pattern is found in; the first match counts.
     rates: tuple[str, ...] = setting((), Rates())
     weight_decay: float = setting(0.05, _ZERO_OR_MORE)  # matrices and embeddings only
@@ -135,6 +156,9 @@ class LossConfig:
     distill_kl: float = setting(0.0, _WEIGHT, task="clip")
     distill_init: float = setting(0.0, _WEIGHT, task="clip")
     mixed: float = setting(0.0, _WEIGHT, task="clip")  # weight of the loss of a gallery whose images take random exits
+    cross: float = setting(0.0, _WEIGHT, task="clip")  # weight of CrossGET's loss between the cross tokens of both towers
+    cross_form: str = setting("crossget", OneOf(choices.CrossLossName))  # as its code computes it, or Jensen-Shannon
+    image_ids: bool = setting(False, task="clip")  # softmax: captions of one image in a batch share its target
     # Texts that a device scores at once while they pass round the ring of devices; 0 forms all logits at once.
     chunk: int = setting(0, AtLeast(0, "0 forms all logits at once"), task="clip")
 
@@ -160,11 +184,19 @@ class TrainConfig:
     scan_blocks: bool = setting(False, task="clip")
     # Chance that an image skips the last vision block in training, falling to 0 at the first block.
     layer_dropout: float = setting(0.0, _ONE_OFF, task="clip")
-    # Frozen parameters: groups (image | text | exits | temperature; ('image',) is LiT) and regular expressions that are
-    # searched for in the paths of parameters, such as 'vision/blocks/[0-5]/'.
+    # Frozen parameters: groups (image | text | exits | temperature; ('image',) is LiT; image_trunk and text_trunk leave the
+    # heads to learn) and regular expressions that are searched for in paths of parameters, such as 'vision/blocks/[0-5]/'.
     freeze: tuple[str, ...] = setting((), GroupsOrPatterns(), task="clip")
     # Checkpoint or workdir that the run is initialised from; exits it lacks start from its final head.
     init: str = setting("", LocalPath())
+    # Or its towers: vision tower and text tower, as checkpoints or weights that `icar convert` reads. Both, with
+    # config.clip.variant=init; the projections are drawn at random.
+    init_image: str = setting("", LocalPath(), task="clip")
+    init_text: str = setting("", LocalPath(), task="clip")
+    # Compute the outputs of a frozen trunk once, when nothing augments the images, and keep them on disk for all runs.
+    cache_frozen: bool = setting(False, task="clip")
+    cache_folder: str = setting("", LocalPath())  # of cache_frozen; empty: ~/.cache/icar_jax/outputs
+    cache_gb: float = setting(20.0, Within("(0, inf)", "gigabytes"))  # largest size of that folder; the oldest outputs go
     # Steps between evaluations while training.
     eval_every: int = setting(0, AtLeast(-1, "0 evaluates only with evaluate.py, -1 once an epoch"))
     eval_split: str = ""  # split of these evaluations; empty: config.eval.split

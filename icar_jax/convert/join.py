@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -51,14 +52,24 @@ def join(
     image: str | os.PathLike, text: str | os.PathLike, dest: str | os.PathLike, joint: Joint = Joint(),
     image_options: Options = Options(), text_options: Options = Options(),
 ) -> Path:  # fmt: skip
-    """Writes the checkpoint of a CLIP with the vision tower of `image` and the text tower of `text`; returns `dest`.
+    """Writes the CLIP of `in_memory` as a checkpoint; returns `dest`. Raises ConvertError and CheckpointError."""
+    checkpoint.require_replaceable(dest, "clip")
+    made = in_memory(image, text, joint, image_options, text_options)
+    about = {name: made.description[name] for name in ("arch", "preprocess", "source")}
+    return checkpoint.write(dest, "clip", about, made.params, made.tokenizer)
+
+
+def in_memory(
+    image: str | os.PathLike, text: str | os.PathLike, joint: Joint = Joint(), image_options: Options = Options(),
+    text_options: Options = Options(),
+) -> Checkpoint:  # fmt: skip
+    """Returns the checkpoint of a CLIP with the vision tower of `image` and the text tower of `text`; leaves are float32 numpy.
 
     Both are checkpoints of this library or weights that `icar convert` reads: a tower alone, or a CLIP, whose projections are
     left out. Preprocessing and tokenizer come along. Options are those of `icar convert` for weights of other libraries.
     Raises ConvertError for towers that cannot be joined, and CheckpointError.
     """
     parts = _read(image, image_options, "vision"), _read(text, text_options, "text")
-    checkpoint.require_replaceable(dest, "clip")
     arch = _arch(parts, joint)
     params = pytree.flatten(jax.tree.map(np.asarray, Clip.init(jax.random.key(joint.seed), arch)))
     copied = {path: leaf for part in parts for path, leaf in pytree.flatten(part.params).items() if not _HEADS.fullmatch(path)}
@@ -70,12 +81,16 @@ def join(
     tokenizer = parts[1].tokenizer
     if tokenizer is None:
         raise ConvertError(f"{text} has no tokenizer, without which the CLIP cannot encode text; pass --tokenizer FILE")
-    about = {
+    origins = {part.kind: _origin(part) for part in parts}
+    description = {
+        "format": checkpoint.FORMAT,
+        "kind": "clip",
         "arch": dataclasses.asdict(arch),
         "preprocess": parts[0].description["preprocess"],
-        "source": {"joined": {part.kind: _origin(part) for part in parts}, "seed": joint.seed},
+        "source": {"joined": origins, "seed": joint.seed},
+        "hashes": {checkpoint.WEIGHTS: f"{json.dumps([part.description['hashes'] for part in parts])} {joint}"},
     }
-    return checkpoint.write(dest, "clip", about, pytree.unflatten(params), tokenizer)
+    return Checkpoint(Path(f"{image} + {text}"), "clip", description, pytree.unflatten(params), tokenizer)
 
 
 def _read(path: str | os.PathLike, options: Options, tower: str) -> Checkpoint:

@@ -25,7 +25,7 @@ import icar_jax.models
 from icar_jax.checkpoint import DESCRIPTION
 from icar_jax.errors import ConfigError
 from icar_jax.files.opening import make_staging
-from icar_jax.models.token_merging import Tokens
+from icar_jax.models.reduction.tokens import Tokens
 from icar_jax.version import VERSION
 
 FOLDER, ABOUT, SUFFIX = "programs", "programs.json", ".stablehlo"

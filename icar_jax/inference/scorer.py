@@ -77,10 +77,20 @@ def require_compatible(clip: Checkpoint, clip_arch: ClipArch, scorer: Checkpoint
             f"{where}, but {clip.path} has an exit after block {first}, where images would leave before they are scored; "
             f"train the complexity model with --config.complexity.blocks={first} or less, or the CLIP with later exits"
         )
-    names = ("image_size", "patch_size", "heads", "activation", "norm_eps", "pre_norm", "ffn", "registers")
+    names = (
+        "image_size",
+        "patch_size",
+        "heads",
+        "activation",
+        "norm_eps",
+        "pre_norm",
+        "ffn",
+        "registers",
+        "reduce",
+        "proportional",
+    )
     ours, theirs = (
-        {name: getattr(v, name) for name in names} | {"merge": v.merge_before(arch.blocks)}
-        for v in (arch.vision, clip_arch.vision)
+        {name: getattr(v, name) for name in names} | v.reduction_until(arch.blocks) for v in (arch.vision, clip_arch.vision)
     )
     apart = [f"{name} {theirs[name]!r} instead of {value!r}" for name, value in ours.items() if value != theirs[name]]
     if Preprocess.from_dict(clip.description["preprocess"]) != Preprocess.from_dict(scorer.description["preprocess"]):

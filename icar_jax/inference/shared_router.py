@@ -23,7 +23,7 @@ from icar_jax.inference.router import SCORES_AHEAD, RoutingResult, RoutingRun, a
 from icar_jax.models.clip import Clip
 from icar_jax.models.functional import Graph
 from icar_jax.models.ops import normalise
-from icar_jax.models.token_merging import Tokens
+from icar_jax.models.reduction.tokens import Tokens
 from icar_jax.models.token_router import TokenRouter
 from icar_jax.models.xla_options import jit_for_host
 

@@ -16,8 +16,9 @@ from icar_jax import pytree
 from icar_jax.errors import ModelError
 from icar_jax.models.functional import Module, Params
 from icar_jax.models.layers import DType
+from icar_jax.models.reduction.routes import split_route
+from icar_jax.models.reduction.tokens import Tokens
 from icar_jax.models.text import TextArch, TextTower
-from icar_jax.models.token_merging import Tokens
 from icar_jax.models.transformer import AttentionFn, Execution
 from icar_jax.models.vision import VisionArch, VisionTower
 
@@ -41,6 +42,30 @@ class ClipArch:
             raise ModelError(
                 f"embed_dim of both towers must be equal, got vision {self.vision.embed_dim} and text {self.text.embed_dim}"
             )
+        if self.vision.has_cross != self.text.has_cross:
+            raise ModelError(
+                f"CrossGET guides both towers by cross tokens, but reduce is {self.vision.reduce!r} in the image tower and "
+                f"{self.text.reduce!r} in the text tower; use 'crossget' in both (a schedule may be empty) or in none"
+            )
+        if self.vision.has_cross:
+            paired_blocks(self.vision.depth, self.text.depth)
+
+
+def paired_blocks(vision: int, text: int) -> list[tuple[int, int]]:
+    """Returns the pairs (image block, text block), from 0, whose cross tokens CrossGET's cross loss compares.
+
+    Each block of the shallower tower is compared with the last one of its share of the deeper tower. Raises ModelError if the
+    depths do not divide.
+    """
+    few, many = sorted((vision, text))
+    if many % few:
+        raise ModelError(
+            f"the towers cannot be paired block by block: {vision} image blocks and {text} text blocks, and {few} does not "
+            f"divide {many}; use a tower of another depth (config.clip.depth)"
+        )
+    step = many // few
+    each = lambda depth, j: j if depth == few else (j + 1) * step - 1
+    return [(each(vision, j), each(text, j)) for j in range(few)]
 
 
 class ClipOutput(NamedTuple):
@@ -135,10 +160,30 @@ class Clip(Module):
         Raises ModelError if there is no such exit, ValueError if one lies before `start`.
         """
         for blocks_run in exits:
-            first = self.arch.vision.heads_of(self.arch.vision.check_exit(blocks_run))[0]
+            first = self.arch.vision.heads_of(split_route(self.arch.vision.check_exit(blocks_run))[0])[0]
             if start > first:
                 raise ValueError(f"tokens after {start} blocks come too late for exit {blocks_run}, which reads block {first}")
         return {blocks_run: unit_norm(z) for blocks_run, z in self.vision.resume(tokens, start, exits).items()}
+
+    def encode_image_with_cross(
+        self, images: Array, exits: Sequence[int], scales: Array | None = None
+    ) -> tuple[dict[int, Array], Array]:
+        """`encode_image_exits`, and the cross tokens of the blocks that CrossGET's cross loss pairs.
+
+        Returns ({executed blocks: [B, D]}, float32 [B, pairs, D] in the embedding space, not normalised). Full depth must be
+        among `exits`.
+        """
+        found, cross = self.vision.with_cross_embeddings(images, exits, scales)
+        return {e: unit_norm(z) for e, z in found.items()}, self._paired(cross, 0)
+
+    def encode_text_with_cross(self, tokens: Array) -> tuple[Array, Array]:
+        """`encode_text`, and the cross tokens float32 [B, pairs, D] as of `encode_image_with_cross`."""
+        found, cross = self.text.with_cross_embeddings(tokens)
+        return unit_norm(found), self._paired(cross, 1)
+
+    def _paired(self, cross: Array, tower: int) -> Array:
+        pairs = paired_blocks(self.arch.vision.depth, self.arch.text.depth)
+        return jnp.stack([cross[pair[tower]] for pair in pairs], axis=1)
 
     def encode_text(self, tokens: Array) -> Array:
         """tokens int [B, L] -> float32 [B, D], unit norm."""
@@ -157,7 +202,8 @@ class Clip(Module):
     def _own_or_shared(self, shared: nnx.Param, own: nnx.Dict) -> dict[int, Array]:
         early = self.arch.vision.exits if self.arch.temperature == "own" else ()
         values = {e: own[str(e)][...] for e in early}
-        return {e: values.get(e, shared[...]) for e in self.arch.vision.all_exits}
+        every = dict.fromkeys((*self.arch.vision.all_exits, *self.arch.vision.depths))
+        return {e: values.get(split_route(e)[0], shared[...]) for e in every}
 
 
 def unit_norm(z: Array) -> Array:

@@ -38,7 +38,7 @@ class Adapter(Module):
         self.mlp = Mlp(width, hidden, activation=activation, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.mlp.fc2.kernel = nnx.Param(jnp.zeros((hidden, width), param_dtype))
 
-    def __call__(self, x: Array, pooled: Array) -> Array:
+    def __call__(self, x: Array, pooled: Array, key_bias: Array | None = None) -> Array:
         return self.mlp(self.ln(pooled))
 
 
@@ -55,6 +55,7 @@ class TokenAttention(Module):
         self.attn = Attention(width, heads, attention=attention, **types)
         self.attn.out = Linear(width, width, std=0.0, **types)
 
-    def __call__(self, x: Array, pooled: Array) -> Array:
+    def __call__(self, x: Array, pooled: Array, key_bias: Array | None = None) -> Array:
+        """`key_bias` float32 [B, L]: the logarithms of the sizes of merged tokens; None is 0."""
         probe = jnp.broadcast_to(self.probe[...], (x.shape[0], 1, x.shape[2]))
-        return self.attn.read(probe, self.ln(x))[:, 0]
+        return self.attn.read(probe, self.ln(x), key_bias)[:, 0]

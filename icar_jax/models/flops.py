@@ -14,10 +14,27 @@ from icar_jax.models.token_router import BlocksArch
 from icar_jax.models.vision import VisionArch
 
 
-def _block_macs(tokens: int, width: int, mlp_width: int, ffn: str = "mlp") -> int:
+def _block_macs(tokens: int, width: int, mlp_width: int, ffn: str = "mlp", left: int | None = None) -> int:
+    """Multiply-accumulates of a block; `left` is the number of tokens in the feed-forward part, None: `tokens`."""
+    left = tokens if left is None else left
     projections = 4 * tokens * width * width  # q, k, v, out
     mixing = 2 * tokens * tokens * width  # q k^T and p v
-    return projections + mixing + (_first_columns(ffn) + 1) * tokens * width * mlp_width
+    return projections + mixing + (_first_columns(ffn) + 1) * left * width * mlp_width
+
+
+def _reduction_macs(method: str, tokens: int, removed: int, width: int, heads: int) -> int:
+    """Multiply-accumulates of one reduction: similarities or scores, and the weighted sum of sources."""
+    if not removed or method == "none":
+        return 0
+    if method == "drop":
+        return tokens * width
+    half = tokens // 2
+    similar = {
+        "crossget": tokens * tokens * width + tokens * width,
+        "tome": (tokens - half) * half * (width // heads),
+        "pitome": tokens * tokens * (width // heads),
+    }[method]
+    return similar + (tokens - removed) * removed * width
 
 
 def _first_columns(ffn: str) -> int:
@@ -37,14 +54,14 @@ def vision_flops(arch: VisionArch, blocks_run: int | None = None) -> int:
 
     Raises ModelError if there is no exit after `blocks_run` blocks.
     """
-    blocks = arch.check_exit(blocks_run)
-    return trunk_flops(arch, blocks) + sum(head_flops(arch, e) for e in arch.heads_of(blocks))
+    own, blocks = arch.at_route(arch.check_exit(blocks_run))
+    return trunk_flops(own, blocks) + sum(head_flops(own, e) for e in own.heads_of(blocks))
 
 
 def head_flops(arch: VisionArch, blocks_run: int | None = None) -> int:
     """Returns the FLOPs of one image in the head after `blocks_run` blocks (None: full depth). Raises ModelError."""
-    blocks = arch.check_exit(blocks_run)
-    early, tokens = blocks != arch.depth, arch.tokens_after(blocks)
+    arch, blocks = arch.at_route(arch.check_exit(blocks_run))
+    early, tokens = blocks != arch.depth, arch.tokens_after(blocks) - arch.has_cross
     probe = 2 * (tokens + 1) * arch.width**2 + 2 * tokens * arch.width  # k and v of all tokens, q and output of one, mixing
     if arch.head == "map":
         return 2 * (probe + 2 * arch.width * arch.mlp_width)
@@ -57,19 +74,32 @@ def trunk_flops(arch: VisionArch, blocks: int) -> int:
     """Returns the FLOPs of one image through the patch embedding and the first `blocks` blocks, without a head."""
     patches = arch.tokens - arch.prefix
     macs = patches * 3 * arch.patch_size**2 * arch.width
-    macs += sum(_block_macs(arch.tokens_after(n), arch.width, arch.mlp_width, arch.ffn) for n in range(1, blocks + 1))
+    macs += sum(_image_block_macs(arch, n) for n in range(1, blocks + 1))
     macs += sum(_merging_macs(arch, n) for n, count in enumerate(arch.merge, 1) if count and n < blocks)
     return 2 * macs
 
 
+def _image_block_macs(arch: VisionArch, block: int) -> int:
+    """Multiply-accumulates of a block, counted from 1, with its reduction."""
+    removed = sum(arch.schedule[block - 1 : block])
+    left = arch.tokens_after(block)
+    tokens = left + removed if arch.merges_within else left
+    own = _block_macs(tokens, arch.width, arch.mlp_width, arch.ffn, left)
+    return own + _reduction_macs(arch.reduce, tokens, removed, arch.width, arch.heads)
+
+
 def image_flops(arch: VisionArch) -> int:
     """Returns the forward FLOPs of one image, with the heads of all exits."""
-    return trunk_flops(arch, arch.depth) + sum(head_flops(arch, blocks) for blocks in arch.all_exits)
+    return trunk_flops(arch, arch.depth) + sum(head_flops(arch, blocks) for blocks in arch.depths)
 
 
 def text_flops(arch: TextArch) -> int:
     """Returns the FLOPs of one caption, padded to the context length."""
-    macs = arch.depth * _block_macs(arch.context_length, arch.width, arch.mlp_width)
+    macs = 0
+    for block in range(1, arch.depth + 1):
+        tokens, left = arch.tokens_after(block - 1), arch.tokens_after(block)
+        macs += _block_macs(tokens, arch.width, arch.mlp_width, left=left)
+        macs += _reduction_macs(arch.reduce, tokens, tokens - left, arch.width, arch.heads)
     return 2 * (macs + projection_macs(arch.projection, arch.projection_width, arch.width, arch.embed_dim))
 
 
@@ -79,12 +109,16 @@ def recomputed_flops(tower: VisionArch | TextArch, remat: str) -> int:
         return 0
     macs = 0
     for block in range(1, tower.depth + 1):
-        tokens = tower.tokens_after(block) if isinstance(tower, VisionArch) else tower.context_length
+        left = tower.tokens_after(block)
+        within = isinstance(tower, TextArch) or tower.merges_within
+        removed = sum(tower.schedule[block - 1 : block])
+        tokens = left + removed if within else left
         columns = _first_columns(tower.ffn) if isinstance(tower, VisionArch) else 1
         macs += 2 * tokens * tokens * tower.width  # q k^T and p v
+        macs += _reduction_macs(tower.reduce, tokens, removed, tower.width, tower.heads)
         if remat == "full":
             # q, k, v, out, and the first layer of the feed-forward part
-            macs += 4 * tokens * tower.width**2 + columns * tokens * tower.width * tower.mlp_width
+            macs += 4 * tokens * tower.width**2 + columns * left * tower.width * tower.mlp_width
     return 2 * macs
 
 

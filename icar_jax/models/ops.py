@@ -125,13 +125,17 @@ def linear(x: Array, kernel: Array, bias: Array | None = None, *, dtype: DType) 
 # --- attention -------------------------------------------------------------------------------------------------------------
 
 
-def _attend(q: Array, k: Array, v: Array, causal: bool, dtype: DType) -> tuple[Array, Array, Array]:
+def _attend(q: Array, k: Array, v: Array, causal: bool, dtype: DType, bias: Array | None = None) -> tuple[Array, Array, Array]:
     """q, k, v [B, H, L, K] -> output [B, H, L, K] and unnormalised weights [B, H, L, L] in `dtype`, their sums in float32.
+
+    `bias` float32 [B, L] is added to the scaled scores of each key.
 
     Dividing by the sum after the second product touches [L, K] values instead of [L, L], and prevents XLA on CPU from fusing
     both products and the softmax into one slow kernel.
     """
     scores = dot_t(q, k, dtype)
+    if bias is not None:
+        scores = scores + (q.shape[-1] ** 0.5 * bias)[:, None, None]
     if causal:
         keep = jnp.tril(jnp.ones(scores.shape[-2:], bool))
         scores = jnp.where(keep, scores, -jnp.inf)
@@ -141,12 +145,14 @@ def _attend(q: Array, k: Array, v: Array, causal: bool, dtype: DType) -> tuple[A
     return (dot(weights, v, dtype) / total).astype(dtype), weights, total
 
 
-def _attention_forward(q: Array, k: Array, v: Array, causal: bool, dtype: DType) -> Saved:
-    out, weights, total = _attend(q, k, v, causal, dtype)
+def attention_forward(q: Array, k: Array, v: Array, causal: bool, dtype: DType, bias: Array | None = None) -> Saved:
+    """`_attend` and what `attention_backward` and `attention_tangent` need of it."""
+    out, weights, total = _attend(q, k, v, causal, dtype, bias)
     return out, (q, k, v, weights, total, out)
 
 
-def _attention_backward(residuals: Arrays, g: Array, causal: bool, dtype: DType) -> Arrays:
+def attention_backward(residuals: Arrays, g: Array, causal: bool, dtype: DType) -> Arrays:
+    """Cotangents of q, k and v."""
     # With p = weights / total: dv = p^T g, dp = g v^T and ds = p (dp - rowsum(p dp)), where rowsum(p dp) = rowsum(g out).
     # g is divided by total once, so that the unnormalised weights serve as p.
     q, k, v, weights, total, out = residuals
@@ -160,7 +166,8 @@ def _attention_backward(residuals: Arrays, g: Array, causal: bool, dtype: DType)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-def _attention_tangent(residuals: Arrays, tangents: Arrays, causal: bool, dtype: DType) -> Array:
+def attention_tangent(residuals: Arrays, tangents: Arrays, causal: bool, dtype: DType) -> Array:
+    """Tangent of the output; `tangents` of q, k and v, None where constant."""
     # With p = weights / total and the scores' tangent ds: dp = p (ds - rowsum(p ds)); masked positions have p = 0.
     q, k, v, weights, total, _ = residuals
     dq, dk, dv = tangents
@@ -172,7 +179,7 @@ def _attention_tangent(residuals: Arrays, tangents: Arrays, causal: bool, dtype:
     return present_sum(out, None if dv is None else dot(p, dv, dtype)).astype(dtype)
 
 
-_attention = with_derivatives(Derivatives(_attention_forward, _attention_tangent, _attention_backward), arrays=3)
+_attention = with_derivatives(Derivatives(attention_forward, attention_tangent, attention_backward), arrays=3)
 
 
 def xla_attention(q: Array, k: Array, v: Array, *, causal: bool = False, dtype: DType = None) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -60,6 +61,26 @@ def project(module: Any, z: Array) -> Array:
     """z [B, P] -> [B, D] by the projection of `module`; the parts are added."""
     parts = [part(z) for part in (module.proj, module.proj_mlp) if part is not None]
     return sum(parts[1:], parts[0]) if parts else z
+
+
+def embed_cross(tower: Any, norm: nnx.Module | None, cross: Sequence[Array], twice: bool = False) -> Array:
+    """Cross tokens [B, W] of each block -> float32 [blocks, B, D], by `norm` and the projection of a tower.
+
+    Neither gets a gradient. `twice`: the projection reads the token twice, in place of class token and mean.
+    """
+    parts = {"norm": norm, "proj": getattr(tower, "proj", None), "proj_mlp": getattr(tower, "proj_mlp", None)}
+
+    def frozen(module: nnx.Module) -> Any:
+        graph, state = nnx.split(module)
+        return nnx.merge(graph, jax.tree.map(jax.lax.stop_gradient, state))
+
+    own = {name: frozen(module) for name, module in parts.items() if module is not None}
+    z = jnp.concatenate(list(cross))
+    z = own.pop("norm")(z) if "norm" in own else z
+    z = jnp.concatenate([z, z], axis=-1) if twice else z
+    made = [part(z) for part in own.values()]
+    z = (sum(made[1:], made[0]) if made else z).astype(jnp.float32)
+    return z.reshape(len(cross), -1, z.shape[-1])
 
 
 def projection_macs(projection: str, hidden: int, pooled: int, embed_dim: int) -> int:

@@ -13,11 +13,14 @@ from flax import nnx
 from icar_jax.errors import ModelError
 from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType, LayerNorm, draw
-from icar_jax.models.projection import add_projection, project, projection_error
+from icar_jax.models.projection import add_projection, embed_cross, project, projection_error
+from icar_jax.models.reduction.schedule import Schedule, schedule_error
+from icar_jax.models.reduction.text_blocks import PROTECTED, TextTokens, is_text, run_reduced_text
 from icar_jax.models.transformer import AttentionFn, Block, Execution, PostNormBlock, require_blocks, run_blocks
 
 Array = jax.Array
 POOLS = ("end", "argmax", "last", "first", "mean")
+REDUCTIONS = ("none", "crossget")
 MASKED = -5000.0  # added to the scores of padding: exp gives 0, and float16 can hold it
 
 
@@ -46,6 +49,9 @@ class TextArch:
     pad_id: int = -1  # padding after the last other token is masked; -1: nothing is masked
     projection: str = "linear"  # linear | linear_mlp (sum of both) | mlp | none (a bare tower)
     projection_width: int = 0  # hidden channels of the MLP
+    reduce: str = "none"  # token reduction: none | crossget (models/reduction)
+    schedule: Schedule = ()  # entry i: number of tokens that block i + 1 merges
+    pads_apart: bool = False  # whether padding only merges into padding; always so where it is masked
 
     def __post_init__(self) -> None:
         if self.pool not in POOLS:
@@ -56,6 +62,26 @@ class TextArch:
             raise ModelError(f"padding {self.pad_id} lies outside the vocabulary of {self.vocabulary}")
         if not 0 <= self.end_id < self.vocabulary:
             raise ModelError(f"end token {self.end_id} lies outside the vocabulary of {self.vocabulary}")
+        if self.reduce not in REDUCTIONS:
+            raise ModelError(f"reduce {self.reduce!r} of a text tower must be one of {REDUCTIONS}")
+        if self.reduce == "none" and self.schedule:
+            raise ModelError(f"text schedule={self.schedule} needs reduce 'crossget'; a text tower without it merges no tokens")
+        if wrong := schedule_error("text schedule", self.schedule, self.depth, self.tokens, PROTECTED):
+            raise ModelError(wrong)
+
+    @property
+    def has_cross(self) -> bool:
+        """Whether a cross token follows the text (CrossGET)."""
+        return self.reduce == "crossget"
+
+    @property
+    def tokens(self) -> int:
+        """Sequence length before the first block: the context, and a cross token if there is one."""
+        return self.context_length + self.has_cross
+
+    def tokens_after(self, blocks_run: int) -> int:
+        """Returns the sequence length after `blocks_run` blocks."""
+        return self.tokens - sum(self.schedule[:blocks_run])
 
 
 class TextTower(Module):
@@ -81,6 +107,7 @@ class TextTower(Module):
         self.ln_embed = norm(a.post_norm)
         block = PostNormBlock if a.post_norm else Block
         self.blocks = nnx.List([block(a.width, a.heads, a.mlp_width, **kind, **types) for _ in range(a.depth)])
+        self.cross = nnx.Param(jnp.zeros((a.depth, a.width), param_dtype)) if a.has_cross else None
         self.ln_final = norm(not a.post_norm)
         add_projection(self, a.projection, a.projection_width, a.width, a.embed_dim, bias=a.proj_bias, **types)
 
@@ -89,6 +116,39 @@ class TextTower(Module):
 
         Raises ValueError for other shapes, and TypeError for floats.
         """
+        return self._run(tokens)[0]
+
+    def with_cross_embeddings(self, tokens: Array) -> tuple[Array, Array]:
+        """`__call__`, and the cross tokens in the embedding space, float32 [blocks, B, D], for CrossGET's cross loss.
+
+        The cross tokens of all blocks, normalised by `ln_final` where there is one and projected. Norm and projection get no
+        gradient from them.
+        """
+        embeddings, cross = self._run(tokens)
+        return embeddings, embed_cross(self, self.ln_final, cross)
+
+    def _run(self, tokens: Array) -> tuple[Array, list[Array]]:
+        """tokens int [B, L] -> ([B, D], cross token [B, W] of each block)."""
+        self._require_tokens(tokens)
+        length, depth, a = tokens.shape[1], self.arch.depth, self.arch
+        x = (self.embed[...][tokens] + self.pos[...][None, :length]).astype(self.dtype)
+        if self.ln_embed is not None:
+            x = self.ln_embed(x)
+        cross: list[Array] = []
+        if a.has_cross:
+            mask = None if a.pad_id < 0 else MASKED
+            count = self._text_length(tokens)
+            left, cross = run_reduced_text(
+                self, x, self._place(tokens), count, a.schedule, mask, a.pads_apart or mask is not None
+            )
+            pooled = self._pool_reduced(left)
+        else:
+            key_bias = None if a.pad_id < 0 else jnp.where(self._is_text(tokens), 0.0, MASKED)
+            x = run_blocks(self.blocks, x, (depth,), execution=self.execution, key_bias=key_bias)[depth]
+            pooled = self._pool(x, tokens)
+        return project(self, pooled if self.ln_final is None else self.ln_final(pooled)).astype(jnp.float32), cross
+
+    def _require_tokens(self, tokens: Array) -> None:
         context = self.arch.context_length
         if not hasattr(tokens, "ndim"):
             raise TypeError(
@@ -102,19 +162,26 @@ class TextTower(Module):
             )
         if not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise TypeError(f"tokens must be integer ids, got {tokens.dtype}")
-        length, depth = tokens.shape[1], self.arch.depth
-        x = (self.embed[...][tokens] + self.pos[...][None, :length]).astype(self.dtype)
-        if self.ln_embed is not None:
-            x = self.ln_embed(x)
-        key_bias = None if self.arch.pad_id < 0 else jnp.where(self._is_text(tokens), 0.0, MASKED)
-        x = run_blocks(self.blocks, x, (depth,), execution=self.execution, key_bias=key_bias)[depth]
-        pooled = self._pool(x, tokens)
-        return project(self, pooled if self.ln_final is None else self.ln_final(pooled)).astype(jnp.float32)
 
     def _is_text(self, tokens: Array) -> Array:
         """bool [B, L]: False for the padding at the end. The padding's id within a text is a token like others."""
         last = jnp.max(jnp.where(tokens != self.arch.pad_id, jnp.arange(tokens.shape[1])[None], 0), axis=1)
         return jnp.arange(tokens.shape[1])[None] <= last[:, None]
+
+    def _text_length(self, tokens: Array) -> Array:
+        """int [B]: number of tokens before the padding, which begins after the end token where no id says so."""
+        if self.arch.pad_id >= 0:
+            return self._is_text(tokens).sum(1)
+        return self._place(tokens) + 1 if self.arch.pool in ("end", "argmax") else jnp.full(len(tokens), tokens.shape[1])
+
+    def _place(self, tokens: Array) -> Array:
+        """int [B]: place of the token that is pooled; the first one for a mean."""
+        if self.arch.pool in ("first", "mean"):
+            return jnp.zeros(len(tokens), jnp.int32)
+        if self.arch.pool == "last":
+            return jnp.full(len(tokens), tokens.shape[1] - 1)
+        # argmax returns the first match, so padding with the end token is harmless.
+        return jnp.argmax(tokens == self.arch.end_id if self.arch.pool == "end" else tokens, axis=1)
 
     def _pool(self, x: Array, tokens: Array) -> Array:
         if self.arch.pool == "last":
@@ -124,6 +191,11 @@ class TextTower(Module):
         if self.arch.pool == "mean":
             weight = self._is_text(tokens).astype(jnp.float32)[:, :, None]
             return ((x.astype(jnp.float32) * weight).sum(1) / weight.sum(1)).astype(x.dtype)
-        # argmax returns the first match, so padding with the end token is harmless.
-        place = jnp.argmax(tokens == self.arch.end_id if self.arch.pool == "end" else tokens, axis=1)
-        return jnp.take_along_axis(x, place[:, None, None], axis=1)[:, 0]
+        return jnp.take_along_axis(x, self._place(tokens)[:, None, None], axis=1)[:, 0]
+
+    def _pool_reduced(self, tokens: TextTokens) -> Array:
+        x = tokens.values
+        if self.arch.pool == "mean":
+            weight = (tokens.sizes * is_text(tokens))[:, :-1, None]
+            return ((x[:, :-1].astype(jnp.float32) * weight).sum(1) / weight.sum(1)).astype(x.dtype)
+        return jnp.take_along_axis(x, tokens.anchor[:, None, None], axis=1)[:, 0]

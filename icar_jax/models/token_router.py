@@ -21,7 +21,7 @@ from icar_jax.errors import ModelError
 from icar_jax.models.complexity import HEAD_MODULES, HEADS, ComplexityArch, ComplexityModel, log_odds
 from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType
-from icar_jax.models.token_merging import Tokens
+from icar_jax.models.reduction.tokens import Tokens
 from icar_jax.models.transformer import AttentionFn
 from icar_jax.models.vision import Trunk, VisionArch, run_trunk
 
@@ -93,6 +93,8 @@ class TokenRouter(Module):
 
     def logits_of_tokens(self, tokens: Tokens, dropout_key: Array | None = None) -> Array:
         """Tokens of [B, L, W], as of `tokens` -> logits [B, 2] (classification) or [B, 1] (regression), float32."""
+        if self.arch.vision.has_cross:  # it stands for no part of the image
+            tokens = Tokens(tokens.values[:, :-1], tokens.sizes[:, :-1])
         pooled = pool_tokens(tokens, self.arch.vision.class_token, self.arch.vision.registers)
         if self.arch.norm_parts:
             parts = pooled.reshape(len(pooled), -1, self.arch.vision.width)
@@ -136,7 +138,8 @@ class TokenRouter(Module):
 
         odds, pull_back = jax.vjp(odds_of, tokens.values)
         (gradient,) = pull_back(jnp.ones_like(odds))
-        each = jnp.sum(tokens.values.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)[:, vision.prefix :]
+        each = jnp.sum(tokens.values.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)
+        each = each[:, vision.prefix : vision.prefix + vision.grid**2]
         return jax.nn.sigmoid(odds), each.reshape(-1, vision.grid, vision.grid) * vision.grid**2
 
 

@@ -15,13 +15,14 @@ from icar_jax.config.choices import Remat
 from icar_jax.errors import ModelError
 from icar_jax.models import ops
 from icar_jax.models.functional import Module, state_besides_parameters
+from icar_jax.models.key_bias import attend, attend_by_channels
 from icar_jax.models.layers import ACTIVATIONS, DType, LayerNorm, Linear, columns, draw
 
 Array = jax.Array
 Activation = Callable[[Array], Array]
 AttentionFn = Callable[..., Array]  # (q, k, v, *, causal), [B, L, H, K] each -> [B, L, H, K]
+Reduce = Callable[[Array, Array, Array], tuple[Array, Any]]  # (x, queries, keys), [B, L, W] each -> (fewer tokens, anything)
 REMAT = get_args(Remat)
-BIAS_CHANNELS = 8  # added to each head to carry a bias of the keys
 # Checkpoint names of the outputs of linear layers, for remat 'dots'. The last linear layer is not included, because the
 # backward pass of a block does not need its output.
 _PRODUCTS = ("qkv", "attn_out", "mlp_hidden")
@@ -87,32 +88,30 @@ class Attention(Module):
         if key_bias is None:
             y = self.attention(q, k, v, causal=self.causal)
         else:
-            y = self.attention(*biased(q, k, v, key_bias), causal=self.causal)[..., : q.shape[-1]]
+            y = attend_by_channels(self.attention, q, k, v, key_bias, self.causal)
         return checkpoint_name(self.out(y.reshape(x.shape)), "attn_out")
 
-    def read(self, query: Array, x: Array) -> Array:
-        """Cross-attention with the same parameters: query [B, M, W] over x [B, L, W] -> [B, M, W]."""
+    def with_keys(self, x: Array, key_bias: Array | None = None) -> tuple[Array, Array, Array]:
+        """`__call__`, and the projected queries and keys [B, L, W] of full width, before heads are split.
+
+        Used where tokens are reduced; no gradient flows to `key_bias`.
+        """
+        q, k, v = jnp.split(checkpoint_name(self.qkv(x), "qkv"), 3, axis=-1)
+        heads = map(self._by_head, (q, k, v))
+        y = self.attention(*heads, causal=self.causal) if key_bias is None else attend(
+            self.attention, *heads, key_bias, self.causal
+        )  # fmt: skip
+        return checkpoint_name(self.out(y.reshape(x.shape)), "attn_out"), q, k
+
+    def read(self, query: Array, x: Array, key_bias: Array | None = None) -> Array:
+        """Cross-attention with the same parameters: query [B, M, W] over x [B, L, W] -> [B, M, W]; `key_bias` as above."""
         q, kv = columns(self.qkv, query, 0, self.width), columns(self.qkv, x, self.width, None)
-        y = self.attention(*map(self._by_head, (q, *jnp.split(kv, 2, axis=-1))), causal=False)
+        heads = map(self._by_head, (q, *jnp.split(kv, 2, axis=-1)))
+        y = self.attention(*heads, causal=False) if key_bias is None else attend(self.attention, *heads, key_bias, False)
         return self.out(y.reshape(query.shape))
 
     def _by_head(self, x: Array) -> Array:
         return x.reshape(*x.shape[:-1], self.heads, self.width // self.heads)
-
-
-def biased(q: Array, k: Array, v: Array, key_bias: Array) -> tuple[Array, Array, Array]:
-    """q, k, v [B, L, H, K] and a bias of the keys [B, L] -> arrays [B, L, H, K + 8] whose attention has that bias.
-
-    One more channel carries the bias, so that every attention function, fused kernels included, can have one; they take heads
-    of a multiple of 8 channels. The first K channels of the result are the attention.
-    """
-    kept = q.shape[-1]
-    wider = kept + BIAS_CHANNELS  # attention divides the scores by its square root
-    spread = [(0, 0)] * 3 + [(0, BIAS_CHANNELS - 1)]
-    shift = jnp.broadcast_to((wider**0.5 * key_bias)[:, :, None, None], (*k.shape[:-1], 1)).astype(k.dtype)
-    q = jnp.concatenate([q * (wider / kept) ** 0.5, jnp.pad(jnp.ones((*q.shape[:-1], 1), q.dtype), spread)], axis=-1)
-    k = jnp.concatenate([k, jnp.pad(shift, spread)], axis=-1)
-    return q.astype(k.dtype), k, jnp.pad(v, [(0, 0)] * 3 + [(0, BIAS_CHANNELS)])
 
 
 class Mlp(Module):
@@ -156,6 +155,15 @@ class Block(Module):
         x = x + _scaled(self.attn(self.ln1(x), **_given(key_bias)), scale)
         return x + _scaled(self.mlp(self.ln2(x)), scale)
 
+    def reduced(self, x: Array, reduce: Reduce, scale: Array | None = None, key_bias: Array | None = None) -> tuple[Array, Any]:
+        """`__call__` with fewer tokens after the attention: `reduce(x, queries, keys)` -> (x [B, M, W], anything).
+
+        Returns (x [B, M, W], what `reduce` returned besides).
+        """
+        y, q, k = self.attn.with_keys(self.ln1(x), key_bias)
+        x, rest = reduce(x + _scaled(y, scale), q, k)
+        return x + _scaled(self.mlp(self.ln2(x)), scale), rest
+
 
 class PostNormBlock(Block):
     """Post-norm block of BERT, with the parameters of Block: x = ln1(x + attn(x)), then ln2(x + mlp(x))."""
@@ -164,6 +172,12 @@ class PostNormBlock(Block):
         """Arguments as of Block."""
         x = self.ln1(x + _scaled(self.attn(x, **_given(key_bias)), scale))
         return self.ln2(x + _scaled(self.mlp(x), scale))
+
+    def reduced(self, x: Array, reduce: Reduce, scale: Array | None = None, key_bias: Array | None = None) -> tuple[Array, Any]:
+        """As of Block."""
+        y, q, k = self.attn.with_keys(x, key_bias)
+        x, rest = reduce(self.ln1(x + _scaled(y, scale)), q, k)
+        return self.ln2(x + _scaled(self.mlp(x), scale)), rest
 
 
 def _given(key_bias: Array | None) -> dict[str, Array]:
@@ -221,7 +235,7 @@ def _run(
     blocks: Sequence[nnx.Module], x: Array, scales: Array | None, execution: Execution, first: int, key_bias: Array | None
 ) -> Array:
     """Runs all of `blocks` on x; `first` is the index of the first one in the tower; scales [blocks, B]."""
-    place = lambda x: x if execution.sharding is None else jax.lax.with_sharding_constraint(x, execution.sharding)
+    place = lambda x: placed(x, execution)
     bias = _given(key_bias)
     run = lambda block, x, scale: place(block(place(x), **bias) if scale is None else block(place(x), scale, **bias))
     scan = execution.scan and len(blocks) > 1
@@ -260,6 +274,30 @@ def _run(
     stacked = jax.tree_util.tree_map_with_path(stack, *params)
     one = one_of(0)
     return jax.lax.scan(lambda x, each: (one(x, *each), None), x, (stacked, scales))[0]
+
+
+def run_one(block: nnx.Module, number: int, call: Callable, state: Any, execution: Execution) -> Any:
+    """call(block, state) -> new state, trees of arrays, for one block that changes more than x; with the remat of `execution`.
+
+    Raises ValueError if the block has non-parameter state, which remat would lose.
+    """
+    if execution.remat == "none":
+        return call(block, state)
+    _require_parameters_only(block, number, execution)
+    graph, params = nnx.split(block)
+
+    def pure(state: Any, p: Any) -> Any:
+        made = nnx.merge(graph, p)
+        new = call(made, state)
+        _require_parameters_only(made, number, execution)
+        return new
+
+    return _rematerialised(pure, execution.remat, False)(state, nnx.to_pure_dict(params))
+
+
+def placed(x: Array, execution: Execution) -> Array:
+    """x [B, L, W] with the sharding constraint of `execution`."""
+    return x if execution.sharding is None else jax.lax.with_sharding_constraint(x, execution.sharding)
 
 
 def require_blocks(blocks: Sequence, depth: int) -> None:
@@ -311,6 +349,7 @@ class AttentionPool(Module):
         self.ln = LayerNorm(width, eps, param_dtype=param_dtype)
         self.mlp = Mlp(width, hidden, activation=activation, **types, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
-        y = self.attn.read(jnp.broadcast_to(self.probe[...], (x.shape[0], 1, x.shape[2])), x)
+    def __call__(self, x: Array, key_bias: Array | None = None) -> Array:
+        """`key_bias` float32 [B, L]: the logarithms of the sizes of merged tokens; None is 0."""
+        y = self.attn.read(jnp.broadcast_to(self.probe[...], (x.shape[0], 1, x.shape[2])), x, key_bias)
         return (y + self.mlp(self.ln(y)))[:, 0]

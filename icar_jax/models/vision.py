@@ -20,10 +20,12 @@ from icar_jax.models.exit_heads import Adapter, TokenAttention
 from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType, LayerNorm, PatchConv, draw
 from icar_jax.models.ops import require_floats
-from icar_jax.models.projection import add_projection, project
+from icar_jax.models.projection import add_projection, embed_cross, project
+from icar_jax.models.reduction.image_blocks import append_cross, log_sizes, run_reduced
+from icar_jax.models.reduction.routes import split_route
+from icar_jax.models.reduction.tokens import Tokens
 from icar_jax.models.swiglu import SwiGlu
-from icar_jax.models.token_merging import Tokens, merge_similar
-from icar_jax.models.transformer import AttentionFn, AttentionPool, Block, Execution, require_blocks, run_blocks
+from icar_jax.models.transformer import AttentionFn, AttentionPool, Block, Execution, require_blocks
 from icar_jax.models.vision_arch import EXIT_FIELDS, POOLS, VisionArch
 
 __all__ = ["EXIT_FIELDS", "POOLS", "ExitHead", "Trunk", "VisionArch", "VisionTower", "run_trunk"]
@@ -59,12 +61,14 @@ class ExitHead(Module):
         }
         self.residual = nnx.data(make[arch.exit_head]())  # data, so that another module can replace it
 
-    def __call__(self, x: Array, sizes: Array | None = None) -> Array:
+    def __call__(self, x: Array, sizes: Array | None = None, key_bias: Array | None = None) -> Array:
+        """`key_bias` float32 [B, L] biases the tokens as keys of an attention, for merged patches; None is 0."""
+        bias = {} if key_bias is None else {"key_bias": key_bias}
         if self.pool == "map":
-            return self.map(self.ln(x))
+            return self.map(self.ln(x), **bias)
         pooled = _pool(x, self.pool, self.prefix, sizes)
         if self.residual is not None:
-            pooled = pooled + self.residual(x, pooled)
+            pooled = pooled + self.residual(x, pooled, **bias)
         return project(self, _flat(self.ln(pooled)))
 
 
@@ -90,6 +94,7 @@ class Trunk(Module):
         kind: dict[str, Any] = {"depth": a.depth, "activation": a.activation, "eps": a.norm_eps, "attention": attention}
         self.depth = count = a.depth if blocks is None else blocks
         self.blocks = nnx.List([Block(a.width, a.heads, a.mlp_width, **kind, **types) for _ in range(count)])
+        self.cross = nnx.Param(jnp.zeros((a.depth, a.width), param_dtype)) if a.has_cross else None
         if a.ffn == "swiglu":
             for block in self.blocks:
                 block.mlp = SwiGlu(a.width, a.mlp_width, depth=a.depth, **types)  # type: ignore[assignment]
@@ -117,34 +122,34 @@ class Trunk(Module):
             registers = jnp.broadcast_to(self.registers[...].astype(self.dtype), (b, *self.registers.shape))
             first = int(self.arch.class_token)
             x = jnp.concatenate([x[:, :first], registers, x[:, first:]], axis=1)
-        return Tokens(x if self.ln_pre is None else self.ln_pre(x), jnp.ones(x.shape[:2], jnp.float32))
+        tokens = Tokens(x if self.ln_pre is None else self.ln_pre(x), jnp.ones(x.shape[:2], jnp.float32))
+        return append_cross(tokens) if self.arch.has_cross else tokens
 
     def run(self, tokens: Tokens, wanted: Iterable[int], start: int = 0, scales: Array | None = None) -> dict[int, Tokens]:
         """Tokens of [B, L, W] after `start` blocks -> {executed blocks: Tokens} for each of `wanted`.
 
-        At a depth where patches are merged, both the given and the returned tokens are those before merging. `scales` float32
-        [B, depth] multiplies the residuals of each image in each block; None is 1.
+        At a depth after which patches are merged (`merge`) or dropped, both the given and the returned tokens are those before.
+        `scales` float32 [B, depth] multiplies the residuals of each image in each block; None is 1.
         """
         return run_trunk(self, tokens, wanted, start, scales)
 
 
 def run_trunk(
-    trunk: Trunk, tokens: Tokens, wanted: Iterable[int], start: int = 0, scales: Array | None = None
+    trunk: Trunk,
+    tokens: Tokens,
+    wanted: Iterable[int],
+    start: int = 0,
+    scales: Array | None = None,
+    arch: VisionArch | None = None,
+    cross: list[Array] | None = None,
 ) -> dict[int, Tokens]:
-    """Same as `Trunk.run`; modules call this, because nnx.tabulate traces all arguments of methods and some are no arrays."""
+    """Same as `Trunk.run`; modules call this, because nnx.tabulate traces all arguments of methods and some are no arrays.
+
+    `arch` has the schedule of token reduction, None is the trunk's own; `cross` receives the cross tokens (`run_reduced`).
+    """
     require_blocks(trunk.blocks, trunk.depth)
 
-    def part(tokens: Tokens, wanted: set[int], start: int) -> dict[int, Tokens]:
-        found = run_blocks(trunk.blocks, tokens.values, wanted, execution=trunk.execution, start=start, scales=scales)
-        return {blocks_run: Tokens(x, tokens.sizes) for blocks_run, x in found.items()}
-
-    wanted, taps = set(wanted), dict[int, Tokens]()
-    for stop, count in enumerate(trunk.arch.merge, 1):
-        if count and start <= stop < max(wanted):
-            taps |= part(tokens, {e for e in wanted if e < stop} - taps.keys() | {stop}, start)
-            tokens, start = merge_similar(taps[stop], count, trunk.arch.prefix), stop
-    taps |= part(tokens, wanted - taps.keys(), start)
-    return {e: taps[e] for e in sorted(wanted)}
+    return run_reduced(trunk, tokens, wanted, start, scales, trunk.arch if arch is None else arch, cross)
 
 
 class VisionTower(Trunk):
@@ -207,37 +212,63 @@ class VisionTower(Trunk):
         tokens = self.embed(images)
         if not intermediates:
             return self._resume(tokens, 0, exits, scales)
-        taps = run_trunk(self, tokens, range(1, max(exits) + 1), 0, scales)
+        arch, _ = self.arch.at_route(exits[0])
+        taps = run_trunk(self, tokens, range(1, max(split_route(e)[0] for e in exits) + 1), 0, scales, arch)
         named = {"embed": tokens.values} | {f"blocks/{n - 1}": tap.values for n, tap in taps.items()}
-        return self._heads(taps, exits), named
+        return self._heads(taps, exits, arch), named
 
     def resume(self, tokens: Tokens, start: int, exits: Sequence[int], scales: Array | None = None) -> dict[int, Array]:
         """Resumes `__call__` from Tokens of [B, L, W] after `start` blocks; `exits` must not lie before `start`."""
         return self._resume(tokens, start, exits, scales)
 
-    def _resume(self, tokens: Tokens, start: int, exits: Sequence[int], scales: Array | None) -> dict[int, Array]:
-        wanted = {e for exit in exits for e in self.arch.heads_of(exit)}
-        return self._heads(run_trunk(self, tokens, wanted, start, scales), exits)
+    def _resume(
+        self, tokens: Tokens, start: int, exits: Sequence[int], scales: Array | None, cross: list[Array] | None = None
+    ) -> dict[int, Array]:
+        found: dict[int, Array] = {}
+        for number in dict.fromkeys(split_route(exit)[1] for exit in exits):  # one run for each schedule
+            own = [exit for exit in exits if split_route(exit)[1] == number]
+            arch, _ = self.arch.at_route(own[0])
+            wanted = {e for exit in own for e in arch.heads_of(split_route(exit)[0])}
+            found |= self._heads(run_trunk(self, tokens, wanted, start, scales, arch, cross), own, arch)
+        return {exit: found[exit] for exit in sorted(found)}  # ascending by depth
 
-    def _heads(self, taps: dict[int, Tokens], exits: Sequence[int]) -> dict[int, Array]:
-        parts = {exit: self.arch.heads_of(exit) for exit in exits}
+    def _heads(self, taps: dict[int, Tokens], exits: Sequence[int], arch: VisionArch) -> dict[int, Array]:
+        parts = {exit: arch.heads_of(split_route(exit)[0]) for exit in exits}
         heads = sorted({e for each in parts.values() for e in each})
-        each = {e: self._embed(taps[e], e).astype(jnp.float32) for e in heads}
-        # Ascending by depth.
+        each = {e: self._embed(taps[e], e, arch).astype(jnp.float32) for e in heads}
         return {exit: reduce(operator.add, (each[e] for e in parts[exit])) for exit in sorted(parts)}
 
-    def _embed(self, tokens: Tokens, blocks_run: int) -> Array:
-        x, a = tokens.values, self.arch
+    def _embed(self, tokens: Tokens, blocks_run: int, arch: VisionArch) -> Array:
+        a = arch
         early = blocks_run != a.depth
-        # Only a mean needs the sizes: a head of the user need not know them.
-        weighted = blocks_run > a.first_merging and (a.pool if early else a.head) in ("mean", "cls_mean")
+        if a.has_cross:  # it only guides
+            tokens = Tokens(tokens.values[:, :-1], tokens.sizes[:, :-1])
+        x, merged, pool = tokens.values, blocks_run > a.first_merging, a.pool if early else a.head
+        # Only a mean needs the sizes, only attention their logarithms: a head of the user need not know them.
+        weighted = merged and pool in ("mean", "cls_mean")
+        attends = merged and (pool == "map" or (early and a.exit_head == "attention"))
+        bias = {"key_bias": log} if attends and (log := log_sizes(tokens, a)) is not None else {}
         if early:
             head = self.exits[str(blocks_run)]
-            return head(x, tokens.sizes) if weighted else head(x)
+            return head(x, tokens.sizes if weighted else None, **bias) if weighted or bias else head(x)
         if a.head == "map":
-            return self.map(self.ln_post(x))
+            return self.map(self.ln_post(x), **bias)
         pooled = _pool(x, a.head, a.prefix, tokens.sizes if weighted else None)
         return project(self, _flat(self.ln_post(pooled)))
+
+    def with_cross_embeddings(
+        self, images: Array, exits: Sequence[int], scales: Array | None = None
+    ) -> tuple[dict[int, Array], Array]:
+        """`__call__` and the cross tokens in the embedding space, float32 [blocks, B, D], for CrossGET's cross loss.
+
+        The cross tokens of all blocks that run, normalised by `ln_pre` (`ln_post` where there is none) and projected. Their
+        norm and projection get no gradient.
+        """
+        cross: list[Array] = []
+        found = self._resume(self.embed(images), 0, exits, scales, cross)
+        return found, embed_cross(
+            self, self.ln_post if self.ln_pre is None else self.ln_pre, cross, self.arch.head == "cls_mean"
+        )
 
 
 def _attention_pool(arch: VisionArch, **kwargs: Any) -> AttentionPool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from icar_jax.errors import ModelError
 from icar_jax.models.exit_heads import EXIT_HEADS
 from icar_jax.models.projection import projection_error
-from icar_jax.models.token_merging import merging_error
+from icar_jax.models.reduction.routes import route_errors, split_route
+from icar_jax.models.reduction.schedule import REDUCTIONS, WITHIN, Schedule, drop_error, schedule_error, stripped
+from icar_jax.models.reduction.similar import merging_error
 
 POOLS = ("cls", "mean", "first_patch", "map", "cls_mean")
 HEADS = ("cls", "map", "mean", "cls_mean")
@@ -47,8 +50,14 @@ class VisionArch:
     projection: str = "linear"  # of every head: linear | linear_mlp (sum of both) | mlp | none (a bare tower)
     projection_width: int = 0  # hidden channels of the projection's MLP
     exit_eps: float = 1e-5  # epsilon of the LayerNorms of exit heads without attention pool
+    reduce: str = "none"  # token reduction: none | tome | pitome | crossget | drop (models/reduction)
+    schedule: Schedule = ()  # entry i: number of tokens that block i + 1 merges, or that are dropped after it
+    proportional: bool = True  # whether attention is proportional to the sizes of merged tokens
+    schedules: tuple[Schedule, ...] = ()  # more schedules of the same weights; schedule n is the nth of them, 0 is `schedule`
+    routes: tuple[int, ...] = ()  # pairs of blocks and schedule (reduction/routes.py), ascending in cost; empty: the exits
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "schedules", tuple(tuple(each) for each in self.schedules))  # JSON has lists
         if error := next(_errors(self), None):
             raise ModelError(error)
 
@@ -72,33 +81,74 @@ class VisionArch:
         """Channels of a pooled token, which the projection reads."""
         return self.width * (2 if self.head == "cls_mean" else 1)
 
+    @property
+    def has_cross(self) -> bool:
+        """Whether a cross token follows the patches (CrossGET)."""
+        return self.reduce == "crossget"
+
+    @property
+    def protected(self) -> int:
+        """Number of first tokens that are never merged: class token, registers, and the patch that an exit pools."""
+        return self.prefix + (self.pool == "first_patch" and bool(self.exits))
+
+    @property
+    def removed(self) -> Schedule:
+        """Entry i: number of tokens removed in block i + 1, or after it; see `merges_within`."""
+        return self.merge or self.schedule
+
+    @property
+    def merges_within(self) -> bool:
+        """Whether tokens are removed within a block, so that a head after it reads what is left; else after it."""
+        return self.reduce in WITHIN
+
     def tokens_after(self, blocks_run: int) -> int:
-        """Returns the sequence length at a head after `blocks_run` blocks; heads read tokens before the merging there."""
-        return self.tokens - sum(self.merge[: max(blocks_run - 1, 0)])
+        """Returns the sequence length at a head after `blocks_run` blocks.
+
+        Heads read tokens before a merging or dropping after their block.
+        """
+        done = blocks_run if self.merges_within else max(blocks_run - 1, 0)
+        return self.tokens + self.has_cross - sum(self.removed[:done])
 
     @property
     def first_merging(self) -> int:
-        """Number of blocks before the first merging; the depth if there is none."""
-        return next((i for i, count in enumerate(self.merge, 1) if count), self.depth)
+        """Number of blocks after which the tokens are still those before the first merging; the depth if there is none."""
+        first = next((i for i, count in enumerate(self.removed, 1) if count), None)
+        return self.depth if first is None else first - self.merges_within
 
-    def merge_before(self, blocks_run: int) -> tuple[int, ...]:
-        """Returns the part of `merge` that affects tokens read after `blocks_run` blocks, without trailing zeros."""
-        before = self.merge[: blocks_run - 1]
-        return before[: max((i for i, count in enumerate(before, 1) if count), default=0)]
+    def reduction_until(self, blocks_run: int) -> dict[str, Schedule]:
+        """Returns the fields `merge` and `schedule` that affect tokens read after `blocks_run` blocks."""
+        return {"merge": stripped(self.merge[: blocks_run - 1]), "schedule": stripped(self.schedule[:blocks_run])}
 
     @property
     def exits_after_merging(self) -> tuple[int, ...]:
-        """Early exits after the first merging; their heads read merged patches."""
+        """Early exits after the first merging; their heads read merged or fewer patches."""
         return tuple(e for e in self.exits if e > self.first_merging)
 
     @property
-    def all_exits(self) -> tuple[int, ...]:
+    def depths(self) -> tuple[int, ...]:
         """All depths with a head, ascending; full depth is last."""
         return (*self.exits, self.depth)
 
+    @property
+    def all_exits(self) -> tuple[int, ...]:
+        """All exits, ascending in cost; full depth is last. They are depths, or `routes` where the tower has these."""
+        return self.routes or self.depths
+
+    def at_route(self, exit: int) -> tuple[VisionArch, int]:
+        """Returns (the architecture with the schedule of that exit as its only one, executed blocks)."""
+        blocks_run, number = split_route(exit)
+        return self.with_schedule(number), blocks_run
+
+    def with_schedule(self, number: int) -> VisionArch:
+        """Returns the architecture with that schedule (0 is `schedule`, n the nth of `schedules`) as its only one."""
+        if not (self.schedules or self.routes):
+            return self
+        schedule = self.schedules[number - 1] if number else self.schedule
+        return dataclasses.replace(self, schedule=schedule, schedules=(), routes=())
+
     def heads_of(self, blocks_run: int) -> tuple[int, ...]:
         """Returns the depths of the heads that the embedding after `blocks_run` blocks uses, ascending; see `exit_sum`."""
-        return tuple(e for e in self.all_exits if e <= blocks_run) if self.exit_sum else (blocks_run,)
+        return tuple(e for e in self.depths if e <= blocks_run) if self.exit_sum else (blocks_run,)
 
     def check_exit(self, exit: int | None) -> int:
         """Returns `exit`, or the depth if it is None. Raises ModelError if there is no head after `exit` blocks."""
@@ -117,8 +167,10 @@ def _errors(a: VisionArch) -> Iterator[str]:
         yield f"exits {a.exits} must be ascending block counts from 1 to {a.depth - 1}"
     if wrong := merging_error(a.merge, a.depth, a.grid**2):
         yield wrong
-    if a.pool == "first_patch" and (late := a.exits_after_merging):
-        yield f"pool {a.pool!r} does not work at exits {late} after token merging {a.merge}; use 'cls' or 'mean'"
+    yield from _reduction_errors(a)
+    if a.pool == "first_patch" and not a.merges_within and (late := a.exits_after_merging):
+        what = f"dropping patches {a.schedule}" if a.schedule else f"token merging {a.merge}"
+        yield f"pool {a.pool!r} does not work at exits {late} after {what}; use 'cls' or 'mean'"
     if a.pool not in POOLS or a.head not in HEADS:
         yield f"pool {a.pool!r} must be one of {POOLS} and head {a.head!r} one of {HEADS}"
     if a.exit_head not in EXIT_HEADS:
@@ -131,6 +183,26 @@ def _errors(a: VisionArch) -> Iterator[str]:
         if not a.class_token and pool in ("cls", "cls_mean"):
             yield f"a tower without a class token cannot pool {pool!r}"
     yield from _head_errors(a)
+
+
+def _reduction_errors(a: VisionArch) -> Iterator[str]:
+    if a.reduce not in REDUCTIONS:
+        yield f"reduce {a.reduce!r} must be one of {REDUCTIONS}"
+    if a.reduce == "none" and (a.schedule or a.schedules):
+        yield f"schedule={a.schedule or a.schedules[0]} needs a reduction: reduce 'none' removes no tokens; use one of {REDUCTIONS[1:]}"
+    if a.reduce != "none" and a.merge:
+        yield f"merge={a.merge} and reduce={a.reduce!r} both remove tokens; use one of them"
+    if a.reduce in ("crossget", "drop") and not a.class_token:
+        yield f"reduce {a.reduce!r} is guided by the class token, and this tower has none; use 'tome' or 'pitome'"
+    for number, schedule in enumerate((a.schedule, *a.schedules)):
+        name = f"schedules[{number - 1}]" if number else "schedule"
+        if a.reduce == "drop":
+            wrong = drop_error(name, schedule, a.depth, a.grid**2)
+        else:
+            wrong = schedule_error(name, schedule, a.depth, a.tokens + a.has_cross, a.protected + a.has_cross)
+        if wrong:
+            yield wrong
+    yield from route_errors(a.routes, a.depths, len(a.schedules))
 
 
 def _head_errors(a: VisionArch) -> Iterator[str]:

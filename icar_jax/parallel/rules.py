@@ -28,7 +28,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"text/embed$", P("tensor", "fsdp")),
     (r"(^|/)proj/kernel$", P("fsdp", None)),
     (r"patch/kernel$", P(None, None, None, "fsdp")),
-    (r"(^|/)(bias|scale|gamma|beta|cls|pos|registers|probe|logit_scale|logit_bias)$", P()),
+    (r"(^|/)(bias|scale|gamma|beta|cls|pos|registers|cross|probe|logit_scale|logit_bias)$", P()),
     (r"^exit_logit_(scale|bias)/\d+$", P()),
 )
 FSDP_FALLBACK_SIZE = 1 << 16  # scalars; smaller unmatched leaves are replicated

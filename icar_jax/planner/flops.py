@@ -10,6 +10,7 @@ from icar_jax.models.clip import ClipArch
 from icar_jax.models.flops import image_flops, recomputed_flops
 from icar_jax.models.token_router import ScorerArch
 from icar_jax.training import init_weights
+from icar_jax.training.start import start_of
 from icar_jax.training.tasks import regret
 from icar_jax.training.tasks.kinds import kind_of
 
@@ -44,11 +45,11 @@ def step_flops(config: ExperimentConfig, arch: ClipArch | ScorerArch) -> StepFlo
     if config.loss.distill_kl:  # the logits exist already; only images of early exits get a gradient
         model += matrix * len(arch.vision.exits)
     if config.loss.distill_init:
-        model += batch * flops.vision_flops(init_weights.saved_clip(config.train.init).vision)
+        model += batch * flops.vision_flops(init_weights.saved_clip(start_of(config)).vision)
     heads_learn = bool(arch.vision.exits) and "exits" not in train.freeze
     for name, tower in (("image", arch.vision), ("text", arch.text)):
         forward = batch * (image_flops(tower) if name == "image" else flops.text_flops(tower))
-        learns = name not in train.freeze
+        learns = not {name, f"{name}_trunk"} & {*train.freeze}  # heads alone cost next to nothing
         model += forward * (3 if learns else 1)
         again += batch * recomputed_flops(tower, train.remat) if learns else 0
         again += forward if train.accumulate > 1 and (learns or (name == "image" and heads_learn)) else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -26,12 +25,15 @@ MANNERS = (
 RESIDUAL = re.compile(r"vision/exits/\d+/residual/")
 
 
-def refusal(path: str | os.PathLike, lines: Iterable[str], hints: Iterable[str]) -> ConfigError:
-    """Returns the error that lists every difference in `lines` and below them the flags in `hints` that fix them."""
+def refusal(start: str, lines: Iterable[str], hints: Iterable[str]) -> ConfigError:
+    """Returns the error about `start` (config.train.init=PATH) that lists every difference in `lines`.
+
+    Below them come the flags in `hints` that fix them.
+    """
     listed = "\n  ".join(lines)
     fixes = "\n  ".join(dict.fromkeys(hint for hint in hints if hint))
     return ConfigError(
-        f"config.train.init={os.fspath(path)} does not fit the model that the configuration describes:\n  {listed}"
+        f"{start} does not fit the model that the configuration describes:\n  {listed}"
         + (f"\nTo start from these weights:\n  {fixes}" if fixes else "")
     )
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from icar_jax import checkpoint, pytree
-from icar_jax.checkpoint import CheckpointError
+from icar_jax.checkpoint import Checkpoint, CheckpointError
 from icar_jax.config import ConfigError, from_dict
 from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.files.tensors import read_weights
@@ -31,28 +29,28 @@ from icar_jax.models.clip import LOGIT_BIAS_START, SIGMOID_SCALE_START, ClipArch
 from icar_jax.models.convnext import ConvNeXtArch
 from icar_jax.models.token_router import ScorerArch, scorer_arch
 from icar_jax.training import init_errors
+from icar_jax.training.start import Start, describe, find, init_error, named
 
 _OF_AN_EXIT = ("vision/exits", "exit_logit_scale", "exit_logit_bias")
-KINDS = {"clip": ("clip",), "complexity": ("complexity", "convnext")}
 _SUMMED = {False: "one head each", True: "summed heads (exit_sum)"}
 _SHOWN = 20  # maximum number of differing parameters in an error message
 
 
-def adopt(arch: Any, path: str | os.PathLike) -> Any:
-    """Returns the run's architecture with the settings that no config field sets taken from the checkpoint at `path`.
+def adopt(arch: Any, start: Start) -> Any:
+    """Returns the run's architecture with the settings that no config field sets taken from the checkpoint `start`.
 
     These are the activation, the number of heads and so on, in which OpenAI's and SigLIP's weights differ from the variants
     in models/variants.py. Reads only icar.json. Raises ConfigError if the sizes of the towers differ.
     """
     if not isinstance(arch, ClipArch):
         return arch
-    saved = saved_clip(path)
+    saved = saved_clip(start)
     lines = init_errors.size_differences(arch, saved)
     if lines:
-        raise init_errors.refusal(path, lines, [init_errors.clip_variant(saved)])
+        raise init_errors.refusal(named(start), lines, [init_errors.clip_variant(saved)])
     if arch.vision.exit_sum != saved.vision.exit_sum:
         raise ConfigError(
-            f"config.train.init={os.fspath(path)}: the checkpoint was trained with {_SUMMED[saved.vision.exit_sum]}; "
+            f"{named(start)}: the checkpoint was trained with {_SUMMED[saved.vision.exit_sum]}; "
             f"config.clip.exit_sum={arch.vision.exit_sum} would change its full-depth embeddings. Set it to "
             f"{saved.vision.exit_sum}, or train without config.train.init"
         )
@@ -69,33 +67,24 @@ def adopt(arch: Any, path: str | os.PathLike) -> Any:
             arch, vision=dataclasses.replace(arch.vision, **vision), text=dataclasses.replace(arch.text, **text)
         )
     except ValueError as error:
-        raise ConfigError(f"config.train.init={os.fspath(path)}: {error}") from error
+        raise init_error(start, error) from error
 
 
-def load_tokenizer(path: str | os.PathLike) -> str | None:
-    """Returns the text of tokenizer.json of the CLIP checkpoint at `path`, None if it has none. Raises ConfigError."""
-    file = find(path, "clip") / checkpoint.TOKENIZER
-    return file.read_text(encoding="utf-8") if file.is_file() else None
-
-
-def note_preprocessing(path: str | os.PathLike, kind: str, preprocess: Preprocess, note: Callable[[str], None]) -> None:
-    """Calls `note` if the preprocessing differs from that of the checkpoint at `path`, except in image size.
+def note_preprocessing(start: Start, kind: str, preprocess: Preprocess, note: Callable[[str], None]) -> None:
+    """Calls `note` if the preprocessing differs from that of the checkpoint `start`, except in image size.
 
     Raises ConfigError if the checkpoint cannot be read.
     """
-    try:
-        theirs = checkpoint.describe(find(path, kind)).get("preprocess", {})
-    except CheckpointError as error:
-        raise _error(path, error) from error
+    theirs = describe(start, kind).get("preprocess", {})
     ours = {"resize_to": 0, **preprocess.to_dict()}
     shared = [name for name in theirs if name in ours and name != "image_size" and theirs[name] != ours[name]]
     differing = [f"{name} {theirs[name]!r} in the checkpoint, {ours[name]!r} in the run" for name in shared]
     if differing:
-        note(f"{os.fspath(path)}: image preprocessing differs: {'; '.join(differing)} (config.data)")
+        note(f"{named(start)}: image preprocessing differs: {'; '.join(differing)} (config.data)")
 
 
 def load_params(
-    path: str | os.PathLike,
+    start: Start,
     kind: str,
     arch: Any,
     shapes: pytree.Tree,
@@ -103,9 +92,9 @@ def load_params(
     note: Callable[[str], None] = logging.info,
     exit_start: str = "final",
 ) -> pytree.Tree:
-    """Returns parameters with the paths and shapes of `shapes`, read from the checkpoint, bundle or workdir at `path`.
+    """Returns parameters with the paths and shapes of `shapes`, read from `start`.
 
-    Leaves are float32 and are read lazily.
+    Leaves are float32; those of files are read lazily.
 
     Args:
         kind: 'clip' or 'complexity'.
@@ -117,30 +106,24 @@ def load_params(
 
     Raises ConfigError naming config.train.init and every difference that cannot be adapted.
     """
-    folder = find(path, kind)
-    description = _checked(path, folder)
-    try:
-        tensors = read_weights(folder / checkpoint.WEIGHTS).tensors
-    except ConvertError as error:
-        raise _error(path, error) from error
-    leaves = {name: Leaf(tensor.shape, (name,), tensor.load) for name, tensor in tensors.items()}
+    description, leaves = _opened(start, kind)
     if kind == "clip":
-        saved = _saved_arch(path, folder, ClipArch)
-        leaves = _fit_clip(path, arch, saved, leaves, shapes, fresh, note, exit_start)
+        saved = _saved_arch(start, description, ClipArch)
+        leaves = _fit_clip(start, arch, saved, leaves, shapes, fresh, note, exit_start)
         lines = init_errors.size_differences(arch, saved) + init_errors.manner_differences(arch, saved)
         hints = lambda: init_errors.clip_hints(arch, saved, leaves, shapes)
     elif description["kind"] == "convnext":
-        saved = _saved_arch(path, folder, ConvNeXtArch)
+        saved = _saved_arch(start, description, ConvNeXtArch)
         leaves = _fit_backbone(leaves, fresh, note)
         lines, hints = [], lambda: [init_errors.backbone_variant(saved)]
     else:
-        saved = _saved_arch(path, folder, ScorerArch)
+        saved = _saved_arch(start, description, ScorerArch)
         lines, hints = [], lambda: init_errors.complexity_hints(arch, saved)
     found = pytree.unflatten(leaves)
     differing = pytree.differences(shapes, found)
     if lines or differing:
         more = [f"... and {len(differing) - _SHOWN} more parameters"] if len(differing) > _SHOWN else []
-        raise init_errors.refusal(path, [*lines, *differing[:_SHOWN], *more], hints())
+        raise init_errors.refusal(named(start), [*lines, *differing[:_SHOWN], *more], hints())
     return found
 
 
@@ -166,59 +149,39 @@ def place(params: Mapping[str, Any], shardings: Mapping[str, Any]) -> pytree.Tre
 # --- reading -----------------------------------------------------------------------------------------------------------------
 
 
-def _error(path: str | os.PathLike, error: Exception) -> ConfigError:
-    return ConfigError(f"config.train.init={os.fspath(path)}: {error}")
-
-
-def find(path: str | os.PathLike, task: str) -> Path:
-    """Returns the checkpoint folder to initialise `task` from: `path` itself, a workdir's model, or a part of a bundle.
-
-    Raises ConfigError if there is none.
-    """
-    kinds = KINDS[task]
+def _opened(start: Start, kind: str) -> tuple[dict[str, Any], dict[str, Leaf]]:
+    """The description and the parameters of a start; the files of a checkpoint are checked against their hashes first."""
+    if isinstance(start, Checkpoint):
+        held = pytree.flatten(start.params)
+        return start.description, {name: Leaf(value.shape, (name,), lambda value=value: value) for name, value in held.items()}
+    folder, description = find(start, kind), describe(start, kind)
     try:
-        try:
-            return checkpoint.find(path, kinds)
-        except CheckpointError:
-            if Path(path).is_dir() and (Path(path) / kinds[0] / checkpoint.DESCRIPTION).is_file():
-                return checkpoint.find(Path(path) / kinds[0], kinds)
-            raise
-    except CheckpointError as error:
-        raise _error(path, error) from error
+        checkpoint.require_undamaged(folder, description)
+        tensors = read_weights(folder / checkpoint.WEIGHTS).tensors
+    except (CheckpointError, ConvertError) as error:
+        raise init_error(start, error) from error
+    return description, {name: Leaf(tensor.shape, (name,), tensor.load) for name, tensor in tensors.items()}
 
 
-def _checked(path: str | os.PathLike, folder: Path) -> dict[str, Any]:
-    """The description of the checkpoint, after its files have been checked against their hashes."""
+def saved_clip(start: Start) -> ClipArch:
+    """Returns the architecture of the CLIP `start`. Raises ConfigError naming it."""
+    return _saved_arch(start, describe(start, "clip"), ClipArch)
+
+
+def _saved_arch(start: Start, description: Mapping[str, Any], arch: type) -> Any:
+    where = f"{named(start)}: arch"
     try:
-        description = checkpoint.describe(folder)
-    except CheckpointError as error:
-        raise _error(path, error) from error
-    for name, expected in description.get("hashes", {}).items():
-        if not (folder / name).is_file():
-            raise _error(path, CheckpointError(f"{folder} has no {name}; copy the whole folder again"))
-        if checkpoint.sha256(folder / name) != expected:
-            raise _error(path, CheckpointError(f"{folder / name} is damaged (its SHA-256 differs); copy it again"))
-    return description
-
-
-def saved_clip(path: str | os.PathLike) -> ClipArch:
-    """Returns the architecture of the CLIP at `path`, a checkpoint or workdir. Raises ConfigError naming config.train.init."""
-    return _saved_arch(path, find(path, "clip"), ClipArch)
-
-
-def _saved_arch(path: str | os.PathLike, folder: Path, arch: type) -> Any:
-    try:
-        values = checkpoint.describe(folder)["arch"]
-        return scorer_arch(values, f"{folder}: arch") if arch is ScorerArch else from_dict(values, arch, f"{folder}: arch")
-    except (CheckpointError, KeyError, TypeError, ValueError) as error:
-        raise _error(path, error) from error
+        values = description["arch"]
+        return scorer_arch(values, where) if arch is ScorerArch else from_dict(values, arch, where)
+    except (KeyError, TypeError, ValueError) as error:
+        raise init_error(start, error) from error
 
 
 # --- adapting ----------------------------------------------------------------------------------------------------------------
 
 
 def _fit_clip(
-    path: str | os.PathLike,
+    start: Start,
     arch: ClipArch,
     saved: ClipArch,
     leaves: dict[str, Leaf],
@@ -229,7 +192,7 @@ def _fit_clip(
 ) -> dict[str, Any]:
     """`leaves` with position embeddings of the run's sizes, exactly the run's exits, and any logit biases the run needs."""
     wanted, old, new = pytree.flatten(shapes), saved.vision, arch.vision
-    where = f"{os.fspath(path)}: "
+    where = f"{named(start)}: "
     left = () if old.exit_sum else sorted({*old.exits} - {*new.exits})  # with exit_sum full depth needs every head
     theirs = tuple(f"{part}/{exit}/" for exit in left for part in _OF_AN_EXIT)
     leaves = {name: leaf for name, leaf in leaves.items() if not f"{name}/".startswith(theirs)}
@@ -266,6 +229,18 @@ def _fit_clip(
             note(f"{where}exits {exits_of(random)} are initialised randomly (config.clip.exit_start)")
         if residuals:
             note(f"{where}exits {exits_of(residuals)} get a residual ({new.exit_head}), which starts at zero")
+    for tower in ("vision", "text"):
+        name = f"{tower}/cross"
+        if name in leaves and name not in wanted:
+            del leaves[name]
+            note(f"{where}the cross tokens of its {tower} tower are dropped (config.clip.reduce)")
+        elif name in wanted and name not in leaves:
+            shape = wanted[name].shape
+            leaves[name] = Leaf(shape, (), functools.partial(np.zeros, shape, np.float32))
+            note(f"{where}the cross tokens of the {tower} tower start at zero (config.clip.reduce)")
+    if (new.reduce, new.schedule) != (old.reduce, old.schedule):
+        shown = lambda v: v.reduce if v.reduce == "none" else f"{v.reduce} {v.schedule}"
+        note(f"{where}token reduction {shown(old)} in the checkpoint, {shown(new)} here (config.clip.reduce)")
     if new.merge != old.merge:
         note(f"{where}token merging {old.merge or 'none'} in the checkpoint, {new.merge or 'none'} here (config.clip.merge)")
     return leaves

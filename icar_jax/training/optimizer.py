@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +37,12 @@ FREEZE_GROUPS: tuple[tuple[str, str], ...] = (
 )
 
 
-_GROUP_NAMES = frozenset(name for _, name in FREEZE_GROUPS)
+# Parts of a group: a tower without its heads, so that LiT's heads learn.
+TRUNKS = {
+    "image_trunk": r"^vision/(patch|cls|pos|registers|ln_pre|blocks)(/|$)",
+    "text_trunk": r"^text/(embed|pos|ln_embed|blocks)(/|$)",
+}
+_GROUP_NAMES = frozenset({*(name for _, name in FREEZE_GROUPS), *TRUNKS})
 
 
 def group(path: str) -> str:
@@ -52,10 +57,12 @@ def _first(groups: Sequence[tuple[str, str]], path: str) -> str:
 def trainable(path: str, freeze: tuple[str, ...]) -> bool:
     """Returns whether the parameter at `path` is trained.
 
-    `freeze` lists groups (image, text, exits, temperature) and regular expressions of paths. 'image' is the vision tower with
-    its full-depth head (ln_post, proj), 'exits' are the heads of its early exits.
+    `freeze` lists groups (image, text, exits, temperature, image_trunk, text_trunk) and regular expressions of paths. 'image'
+    is the vision tower with its full-depth head (ln_post, proj), 'exits' are the heads of its early exits, and a trunk is a
+    tower without heads.
     """
-    frozen = any(re.search(entry, path) for entry in freeze if entry not in _GROUP_NAMES)
+    patterns = [TRUNKS.get(entry, entry) for entry in freeze if entry in TRUNKS or entry not in _GROUP_NAMES]
+    frozen = any(re.search(pattern, path) for pattern in patterns)
     return not frozen and _first(FREEZE_GROUPS, path) not in freeze
 
 
@@ -71,6 +78,7 @@ def require_matches(freeze: tuple[str, ...], rates: Sequence[str], shapes: pytre
     """Raises ConfigError if a group or regular expression matches no parameter, or if every parameter is frozen."""
     paths = list(pytree.flatten(shapes))
     groups = {_first(FREEZE_GROUPS, path) for path in paths}
+    groups |= {name for name, pattern in TRUNKS.items() if any(re.search(pattern, path) for path in paths)}
     if idle := [entry for entry in freeze if entry in _GROUP_NAMES - groups]:
         raise ConfigError(f"config.train.freeze contains {idle[0]!r}, but this model has no such parameters; remove it")
     patterns = [("config.train.freeze", entry) for entry in freeze if entry not in _GROUP_NAMES]
@@ -180,13 +188,40 @@ def _stay() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), still)
 
 
+_BLOCK = re.compile(r"^(vision|text)/blocks/(\d+)/")
+_BELOW_BLOCKS = re.compile(r"^(vision|text)/(patch|cls|pos|registers|ln_pre|embed|ln_embed)(/|$)")
+
+
+def layer_share(path: str, depths: Mapping[str, int], decay: float) -> float:
+    """Returns the factor of layer-wise decay on the learning rate of a parameter.
+
+    It is decay^(depth - i) for block i (from 0) of a tower, decay^(depth + 1) for what lies below the blocks, and 1 for heads.
+
+    Args:
+        depths: {'vision', 'text': number of blocks}.
+        decay: config.optim.layer_decay.
+    """
+    if found := _BLOCK.match(path):
+        return decay ** (depths[found[1]] - int(found[2]))
+    if found := _BELOW_BLOCKS.match(path):
+        return decay ** (depths.get(found[1], 0) + 1)
+    return 1.0
+
+
+def _depths(paths: Iterable[str]) -> dict[str, int]:
+    depths: dict[str, int] = {}
+    for found in filter(None, map(_BLOCK.match, paths)):
+        depths[found[1]] = max(depths.get(found[1], 0), int(found[2]) + 1)
+    return depths
+
+
 def _scale_by_group(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     groups = {"backbone": config.lr, "exit": config.exit_lr, "temperature": config.temperature_lr}
     share = schedule(config, steps)
 
     def update(updates: Any, state: optax.ScaleByScheduleState, params: Any = None):
-        now = share(state.count)
-        rate = lambda path: groups[group(path)] * rate_share(path, config.rates)
+        now, depths = share(state.count), _depths(pytree.flatten(updates))
+        rate = lambda path: groups[group(path)] * rate_share(path, config.rates) * layer_share(path, depths, config.layer_decay)
         scaled = pytree.map_with_path(lambda path, u: u if isinstance(u, optax.MaskedNode) else -rate(path) * now * u, updates)
         return scaled, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
 

@@ -11,8 +11,9 @@ from flax import nnx
 from icar_jax.errors import ModelError
 from icar_jax.models import ops
 from icar_jax.models.flops import text_flops
+from icar_jax.models.key_bias import biased
 from icar_jax.models.text import TextArch, TextTower
-from icar_jax.models.transformer import Attention, Execution, biased
+from icar_jax.models.transformer import Attention, Execution
 
 BERT = TextArch(
     context_length=12, vocabulary=50, width=16, depth=3, heads=2, mlp_width=32, embed_dim=16, norm_eps=1e-12, end_id=2,

@@ -12,7 +12,8 @@ from icar_jax.config import ClipConfig, ComplexityConfig, ConfigError
 from icar_jax.data.images import Preprocess
 from icar_jax.models.clip import Clip
 from icar_jax.models.flops import trunk_flops
-from icar_jax.models.token_merging import Tokens, merge_similar
+from icar_jax.models.reduction.similar import merge_similar
+from icar_jax.models.reduction.tokens import Tokens
 from icar_jax.models.transformer import Execution
 from icar_jax.models.vision import VisionArch, VisionTower
 from icar_jax.planner import flops
@@ -31,7 +32,7 @@ def _embed(arch, params, exits, images):
     return jax.jit(lambda p, x: _tower(arch)(p, x, exits))(params, images)
 
 
-merge = jax.jit(lambda x, sizes, *how: merge_similar(Tokens(x, sizes), *how), static_argnums=(2, 3))
+merge = jax.jit(lambda x, sizes, *how: merge_similar(Tokens(x, sizes), *how)[:2], static_argnums=(2, 3))
 
 
 def _images(n=3):
@@ -114,7 +115,7 @@ def test_heads_up_to_the_merging_read_all_tokens_and_later_ones_what_is_left():
         each = [by_hand(np.asarray(one), own, count, 1) for one, own in zip(x, sizes)]
         x, sizes = (np.stack(part).astype(np.float32) for part in zip(*each))
         x = jax.jit(lambda p, x, n=block: whole(p).blocks[n - 1](x))(params, x)
-        head = jax.jit(lambda p, x, n=block: whole(p)._embed(Tokens(x, jnp.ones(x.shape[:2])), n))
+        head = jax.jit(lambda p, x, n=block: whole(p)._embed(Tokens(x, jnp.ones(x.shape[:2])), n, plain))
         np.testing.assert_allclose(found[block], head(params, x), atol=1e-4)
         assert np.abs(found[block] - without[block]).max() > 1e-3
     assert {e: ARCH.tokens_after(e) for e in ARCH.all_exits} == {1: 17, 2: 17, 3: 14, 4: 12}
@@ -186,7 +187,7 @@ def test_a_router_reads_what_the_tower_has_merged_by_then(tmp_path):
     assert architectures.complexity_arch(config).vision.merge == ()
     later = architectures.complexity_arch(dataclasses.replace(config, blocks=3))
     assert later.vision.merge == (0, 2) and later.vision.exits == ()
-    assert dataclasses.replace(arch.vision, merge=(0, 2, 0, 1)).merge_before(4) == (0, 2)
+    assert dataclasses.replace(arch.vision, merge=(0, 2, 0, 1)).reduction_until(4)["merge"] == (0, 2)
     assert trunk_flops(later.vision, 3) == trunk_flops(arch.vision, 3)
     with pytest.raises(ConfigError, match="config.complexity.blocks=4 must lie in 1 to 3, the first exit"):
         architectures.complexity_arch(dataclasses.replace(config, blocks=4))

@@ -27,7 +27,7 @@ from icar_jax.inference.shared_router import SharedRouter
 from icar_jax.models import variants
 from icar_jax.models.complexity import ComplexityArch, ComplexityModel
 from icar_jax.models.flops import complexity_flops, router_flops, trunk_flops, vision_flops
-from icar_jax.models.token_merging import Tokens
+from icar_jax.models.reduction.tokens import Tokens
 from icar_jax.models.token_router import BlocksArch, TokenRouter, pool_tokens, scorer_arch, scorer_class, shared_paths
 from icar_jax.training.loop import train
 from tests.support import drawn

@@ -14,9 +14,10 @@ from icar_jax.data.images import Preprocess
 from icar_jax.errors import ModelError
 from icar_jax.models import flops
 from icar_jax.models.clip import Clip, ClipArch, exit_sources, start_exits_from_final
+from icar_jax.models.reduction.similar import merge_similar
+from icar_jax.models.reduction.tokens import Tokens
 from icar_jax.models.swiglu import SwiGlu
 from icar_jax.models.text import TextArch
-from icar_jax.models.token_merging import Tokens, merge_similar
 from icar_jax.models.token_router import BlocksArch, TokenRouter, pool_tokens
 from icar_jax.models.transformer import Execution
 from icar_jax.models.vision import ExitHead, VisionArch, VisionTower

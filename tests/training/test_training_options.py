@@ -22,7 +22,7 @@ from icar_jax.models.transformer import Execution
 from icar_jax.models.vision import VisionArch
 from icar_jax.parallel.mesh import make_mesh, replicated
 from icar_jax.parallel.rules import shardings
-from icar_jax.training import init_weights
+from icar_jax.training import init_weights, start
 from icar_jax.training.optimizer import ema_init, ema_update, make_optimizer, state_like, trainable
 from tests.support import parity_cases
 from tests.support.jaxprs import equations
@@ -339,7 +339,7 @@ def test_bundles_workdirs_and_what_is_not_there(tmp_path, clip_folder, complexit
     arch = from_dict(checkpoint.describe(clip_folder)["arch"], ClipArch)
     bundle = checkpoint.write_bundle(tmp_path / "bundle", {}, clip_folder, complexity_folder)
     assert load(bundle, arch).keys() == load(clip_folder.parent, arch).keys() == load(clip_folder, arch).keys()
-    assert init_weights.load_tokenizer(bundle) == (clip_folder / "tokenizer.json").read_text()
+    assert start.load_tokenizer(bundle) == (clip_folder / "tokenizer.json").read_text()
     with pytest.raises(ConfigError, match=r"config.train.init=.*no checkpoint of kind clip"):
         load(complexity_folder, arch)
     with pytest.raises(ConfigError, match=r"config.train.init=.*does not exist"):

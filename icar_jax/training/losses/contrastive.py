@@ -13,14 +13,23 @@ from icar_jax.config import unknown
 Array = jax.Array
 
 
-def contrastive(image: Array, text: Array, scale: Array, direction: str = "symmetric") -> Array:
+def contrastive(
+    image: Array, text: Array, scale: Array, direction: str = "symmetric", ids: Array | None = None
+) -> Array:  # fmt: skip
     """Returns the scalar InfoNCE loss (CLIP, Radford et al. 2021) over the global batch.
 
     image, text: [B, D], unit norm; row i of one is paired with row i of the other. scale: scalar.
     `direction`: 'symmetric' averages both directions, 'image_to_text' uses only the softmax over texts.
+    `ids` int [B]: rows of the same image; the target of a row is spread evenly over all rows with its id (CrossGET).
     """
     logits = scale * cosines(image, text)
-    diagonal = jnp.diagonal(logits)
+    if ids is None:
+        diagonal = jnp.diagonal(logits)
+    else:
+        same = (ids[:, None] == ids[None]).astype(jnp.float32)
+        diagonal = (logits * same).sum(1) / same.sum(1)  # the targets are symmetric: rows and columns share their mean
+        if direction == "symmetric":
+            diagonal = (diagonal + (logits * same).sum(0) / same.sum(0)) / 2
     image_to_text = jnp.mean(jax.nn.logsumexp(logits, axis=1) - diagonal)
     if direction == "image_to_text":
         return image_to_text
@@ -46,14 +55,15 @@ def per_exit(
     *,
     kind: str,
     direction: str,
+    ids: Array | None = None,
 ) -> dict[int, Array]:
     """Returns {executed blocks: scalar loss} of the images [B, D] of each exit against the same text [B, D].
 
-    `kind`: 'softmax' (CLIP) or 'sigmoid' (SigLIP). Only softmax uses `direction`, only sigmoid uses `biases`. Raises
-    ConfigError for another kind.
+    `kind`: 'softmax' (CLIP) or 'sigmoid' (SigLIP). Only softmax uses `direction` and `ids`, only sigmoid uses `biases`.
+    `ids` as of `contrastive`. Raises ConfigError for another kind.
     """
     if kind == "softmax":
-        return {e: contrastive(image, text, scales[e], direction) for e, image in images.items()}
+        return {e: contrastive(image, text, scales[e], direction, ids) for e, image in images.items()}
     if kind == "sigmoid":
         assert biases is not None, "the sigmoid loss needs a bias for each exit"
         return {e: sigmoid(image, text, scales[e], biases[e]) for e, image in images.items()}

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from icar_jax import pytree
-from icar_jax.config import ExperimentConfig
+from icar_jax.config import ConfigError, ExperimentConfig
 from icar_jax.data import images
 from icar_jax.data.images import Preprocess
 
@@ -21,6 +21,7 @@ NORMALISE = {
     "imagenet": (images.IMAGENET_MEAN, images.IMAGENET_STD),
 }
 NOTHING: Frozen = {}
+INIT = "init"  # a setting that takes the value of the weights that the run starts from
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,24 @@ class Task:
     others: dict[str, Preprocess] = field(default_factory=dict)
 
 
-def preprocess_of(config: ExperimentConfig, image_size: int) -> Preprocess:
-    """Returns the preprocessing described by `config.data`, to `image_size` pixels."""
-    mean, std = NORMALISE[config.data.normalise]
-    return Preprocess(image_size, config.data.resize, config.data.interpolation, mean, std)
+def preprocess_of(config: ExperimentConfig, image_size: int, start: Mapping[str, Any] = NOTHING) -> Preprocess:
+    """Returns the preprocessing described by `config.data`, to `image_size` pixels.
+
+    start: the preprocessing of the weights that the run starts from, for settings of value 'init'. Raises ConfigError if these
+    are needed and absent.
+    """
+    data = config.data
+    for name in ("resize", "interpolation", "normalise"):
+        if getattr(data, name) == INIT and not start:
+            raise ConfigError(
+                f"config.data.{name}='init' takes the preprocessing of the weights that a run starts from, and this run starts "
+                f"from none; name them with config.train.init, or use another value"
+            )
+    taken = Preprocess.from_dict(dict(start)) if start else None
+    mean, std = (taken.mean, taken.std) if taken and data.normalise == INIT else NORMALISE[data.normalise]
+    interpolation = taken.interpolation if taken and data.interpolation == INIT else data.interpolation
+    if not taken or data.resize != INIT:
+        return Preprocess(image_size, data.resize, interpolation, mean, std)
+    # The same part of the image at another size.
+    shortest = round(taken.resize_to * image_size / taken.image_size)
+    return Preprocess(image_size, taken.resize_mode, interpolation, mean, std, shortest)

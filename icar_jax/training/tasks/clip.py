@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +21,18 @@ from icar_jax.models.mesh_attention import attention_on
 from icar_jax.models.ops import normalise
 from icar_jax.models.transformer import Execution, block_scales
 from icar_jax.parallel.mesh import BATCH_AXES, batch_sharding
-from icar_jax.training import init_weights
+from icar_jax.training import init_weights, start
 from icar_jax.training.losses import contrastive, ring
 from icar_jax.training.losses import exits as exit_losses
+from icar_jax.training.losses.crossget import cross_loss
 from icar_jax.training.losses.exits import MIXED
 from icar_jax.training.tasks import init_teacher
 from icar_jax.training.tasks.base import NOTHING, Task, preprocess_of
 from icar_jax.training.tasks.kind import RunKind, described
 
+IMAGE_IDS = "index"  # entry of the batch: number of the image in its source
 CAPTIONS_FOR_TOKENIZER = 20_000  # maximum number of images whose captions a tokenizer is trained on
-_LAYERS, _MIXED_EXITS = 0, 1  # folded into the key of a step for each random draw
+_LAYERS, _MIXED_EXITS, _SCHEDULE = 0, 1, 2  # folded into the key of a step for each random draw
 
 
 class ClipRun(RunKind):
@@ -43,21 +46,30 @@ class ClipRun(RunKind):
         return "recall"
 
     def check_architecture(self) -> None:
-        architectures.clip_arch(self.config.clip)
+        architectures.clip_arch(self.config.clip, start=self._start_arch())
 
     def arch(self, tokenizer: Tokenizer | None) -> ClipArch:
         """Returns the variant with the tokenizer's vocabulary, and a logit bias for the sigmoid loss."""
-        config = self.config
-        sizes = (tokenizer.vocab_size, tokenizer.end_id) if tokenizer is not None else ()
-        arch = architectures.clip_arch(config.clip, *sizes)
-        if config.train.init:
-            arch = init_weights.adopt(arch, config.train.init)
+        config, base = self.config, self._start_arch()
+        plain = dataclasses.replace(config.clip, reduce="none")  # a share of FLOPs is solved for the tower that is trained
+        if config.clip.variant == architectures.INIT:
+            arch = architectures.clip_arch(plain, start=base)
+        else:
+            sizes = (tokenizer.vocab_size, tokenizer.end_id) if tokenizer is not None else ()
+            arch = architectures.clip_arch(plain, *sizes)
+        if self.start is not None:
+            arch = init_weights.adopt(arch, self.start)
+        arch = architectures.reduced_clip(config.clip, arch)
         return dataclasses.replace(arch, logit_bias=config.loss.kind == "sigmoid")
+
+    def _start_arch(self) -> ClipArch | None:
+        return None if self.start is None else init_weights.saved_clip(self.start)
 
     def task(
         self, tokenizer: Tokenizer | None = None, mesh: Mesh | None = None, class_counts: tuple[int, int] = (1, 1)
     ) -> Task:
-        return _task(self.config, self.arch(tokenizer), mesh)
+        described = {} if self.start is None else start.describe(self.start, "clip")
+        return _task(self.config, self.arch(tokenizer), mesh, described.get("preprocess", {}))
 
     def tokenizer(self, source: Source, resumed: Path | None) -> Tokenizer:
         return tokenizer_of(self.config, source, resumed)
@@ -74,28 +86,29 @@ class ClipRun(RunKind):
 
 
 def tokenizer_of(config: ExperimentConfig, source: Source, resumed: Path | None) -> Tokenizer:
-    """Returns the tokenizer of a resumed run, the configured one, that of config.train.init, or one trained on the captions.
+    """Returns the tokenizer of a resumed run, the configured one, that of the start, or one trained on the captions.
 
-    Raises ConfigError if the configured tokenizer does not match config.train.init, or if none would match.
+    Raises ConfigError if the configured tokenizer does not match that of the start, or if none would match.
     """
     if resumed is not None:
         return Tokenizer.from_file(resumed / checkpoint.TOKENIZER)
-    init, file = config.train.init, config.data.tokenizer
-    kept = init_weights.load_tokenizer(init) if init else None
-    theirs = Tokenizer.from_json(kept, f"the tokenizer of {init}") if kept is not None else None
+    init, file = start.start_of(config), config.data.tokenizer
+    named = "" if init is None else start.named(init)
+    kept = None if init is None else start.load_tokenizer(init)
+    theirs = Tokenizer.from_json(kept, f"the tokenizer of {named}") if kept is not None else None
     if file:
         given = Tokenizer.from_file(file)
         if theirs is not None and not given.same_ids(theirs):
             raise ConfigError(
                 f"config.data.tokenizer={file} gives other ids than the tokenizer that the text tower of "
-                f"config.train.init={init} was trained with; leave config.data.tokenizer empty to use that one"
+                f"{named} was trained with; leave config.data.tokenizer empty to use that one"
             )
         return given
     if theirs is not None:
         return theirs
-    if init:
+    if init is not None:
         raise ConfigError(
-            f"config.train.init={init} has no tokenizer, and one trained on the captions would not match its text tower; pass "
+            f"{named} has no tokenizer, and one trained on the captions would not match its text tower; pass "
             "the one it was trained with: --config.data.tokenizer=PATH"
         )
     count = min(len(source), CAPTIONS_FOR_TOKENIZER)
@@ -103,16 +116,20 @@ def tokenizer_of(config: ExperimentConfig, source: Source, resumed: Path | None)
     return Tokenizer.train(captions, config.data.vocabulary)
 
 
-def _task(config: ExperimentConfig, arch: ClipArch, mesh: Mesh | None) -> Task:
+def _task(config: ExperimentConfig, arch: ClipArch, mesh: Mesh | None, start_preprocess: Mapping[str, Any]) -> Task:
     # Sharding constraint on the residual stream: without it XLA shards its width over fsdp inside a scan.
     sharding = batch_sharding(mesh) if mesh is not None else None
     dtype = jnp.dtype(config.train.dtype)
     attention = None if mesh is None else attention_on(NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, "tensor")))
     execution = Execution(config.train.remat, config.train.scan_blocks, sharding)
-    clip = Clip.graph(arch, execution=execution, attention=attention, dtype=dtype)
-    exits = arch.vision.all_exits
+    exits = arch.vision.depths
+    # One structure for each schedule of token reduction; all have the same parameters.
+    numbers = range(len(arch.vision.schedules) + 1)
+    each = [dataclasses.replace(arch, vision=arch.vision.with_schedule(number)) for number in numbers]
+    clips = [Clip.graph(own, execution=execution, attention=attention, dtype=dtype) for own in each]
+    clip, crossed = clips[0], bool(config.loss.cross)
     weights = contrastive.exit_weights(config.loss.exit_weights, exits)
-    preprocess = preprocess_of(config, arch.vision.image_size)
+    preprocess = preprocess_of(config, arch.vision.image_size, start_preprocess)
 
     form = {"kind": config.loss.kind, "direction": config.loss.direction}
     compare = partial(contrastive.per_exit, **form)
@@ -127,6 +144,9 @@ def _task(config: ExperimentConfig, arch: ClipArch, mesh: Mesh | None) -> Task:
 
     def draw(batch, key, frozen=NOTHING):
         batch = batch if teacher is None else {**batch, init_teacher.IMAGE: teacher.embed(frozen, batch["image"])}
+        if len(clips) > 1:
+            drawn = jax.random.randint(jax.random.fold_in(key, _SCHEDULE), (), 0, len(clips))
+            batch = {**batch, "schedule": jnp.broadcast_to(drawn, len(batch["image"]))}
         if not dropout:
             return batch
         scales = block_scales(jax.random.fold_in(key, _LAYERS), len(batch["image"]), arch.vision.depth, dropout)
@@ -134,26 +154,43 @@ def _task(config: ExperimentConfig, arch: ClipArch, mesh: Mesh | None) -> Task:
 
     def embed(params, batch):
         pixels = normalise(batch["image"], preprocess.mean, preprocess.std)
-        image = clip.encode_image_exits(params, pixels, scales=batch.get("block_scales"))
+        scales = batch.get("block_scales")
+
+        def encode_image(own):
+            if crossed:
+                return lambda p, x: own.encode_image_with_cross(p, x, exits, scales)
+            return lambda p, x: (own.encode_image_exits(p, x, None, scales), ())
+
+        ways = [encode_image(own) for own in clips]
+        image, cross = ways[0](params, pixels) if len(ways) == 1 else jax.lax.switch(batch["schedule"][0], ways, params, pixels)
+        text = clip.encode_text_with_cross(params, batch["tokens"]) if crossed else (clip.encode_text(params, batch["tokens"]),)
         # String keys: JAX sorts the keys of a dict and cannot sort integers with strings.
-        found = {"image": {str(e): z for e, z in image.items()}, "text": clip.encode_text(params, batch["tokens"])}
+        found = {"image": {str(e): z for e, z in image.items()}, "text": text[0]}
+        if crossed:
+            found["cross"] = (cross, text[1])
+        if IMAGE_IDS in batch:
+            found[IMAGE_IDS] = batch[IMAGE_IDS]
         return found if teacher is None else {**found, init_teacher.IMAGE: batch[init_teacher.IMAGE]}
 
     def contrast(params, embeddings, key):
         image, text, full = {e: embeddings["image"][str(e)] for e in exits}, embeddings["text"], arch.vision.depth
         scales = clip.logit_scales(params)
         biases = clip.logit_biases(params) if arch.logit_bias else None
+        ids = {"ids": embeddings[IMAGE_IDS]} if IMAGE_IDS in embeddings else {}
         if config.loss.mixed:  # one more set of images, with full depth's temperature and bias
             compared = image | {MIXED: exit_losses.mixed_images(image, jax.random.fold_in(key, _MIXED_EXITS))}
-            per_exit = compare(compared, text, *({**own, MIXED: own[full]} if own else None for own in (scales, biases)))
+            per_exit = compare(compared, text, *({**own, MIXED: own[full]} if own else None for own in (scales, biases)), **ids)
         else:
-            per_exit = compare(image, text, scales, biases)
+            per_exit = compare(image, text, scales, biases, **ids)
         metrics = {f"loss_{e}": per_exit[e] for e in exits}
         metrics |= {f"scale_{e}": scales[e] for e in exits}
         total = sum(weights[e] * per_exit[e] for e in exits)
         if config.loss.mixed:
             metrics["loss_mixed"] = per_exit[MIXED]
             total = total + config.loss.mixed * per_exit[MIXED]
+        if crossed:
+            metrics["loss_cross"] = cross_loss(*embeddings["cross"], config.loss.cross_form)
+            total = total + config.loss.cross * metrics["loss_cross"]
         if config.loss.distill_cosine:
             metrics["distill_cosine"] = exit_losses.distill_cosine(image, full)
             total = total + config.loss.distill_cosine * metrics["distill_cosine"]
@@ -175,7 +212,7 @@ def _task(config: ExperimentConfig, arch: ClipArch, mesh: Mesh | None) -> Task:
         lambda key: Clip.init(key, arch, config.clip.exit_start),
         loss,
         preprocess,
-        ("image", "tokens"),
+        ("image", "tokens", *((IMAGE_IDS,) if config.loss.image_ids else ())),
         {"arch": dataclasses.asdict(arch), "preprocess": preprocess.to_dict()},
         arch.text.context_length,
         draw,

@@ -24,6 +24,7 @@ from icar_jax.models.ops import normalise
 from icar_jax.models.transformer import Execution
 from icar_jax.models.vision import VisionTower
 from icar_jax.training import init_weights
+from icar_jax.training.start import Start, describe, named, start_of
 
 PARAMS = "init"  # entry of the frozen arrays: {'vision': parameters of the tower}
 IMAGE = "init_image"  # entry of a batch: the teacher's embeddings [B, D]
@@ -56,21 +57,21 @@ def teacher(config: ExperimentConfig, preprocess: Preprocess, execution: Executi
     try:
         found = Preprocess.from_dict(_describe(config)["preprocess"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"config.train.init={config.train.init} has no valid image preprocessing: {error}") from error
+        raise ConfigError(f"{_named(config)} has no valid image preprocessing: {error}") from error
     if found.image_size != preprocess.image_size:
         raise ConfigError(
-            f"config.loss.distill_init={config.loss.distill_init} needs the image size of config.train.init="
-            f"{config.train.init}, {found.image_size} pixels, but this run has {preprocess.image_size}; set "
+            f"config.loss.distill_init={config.loss.distill_init} needs the image size of "
+            f"{_named(config)}, {found.image_size} pixels, but this run has {preprocess.image_size}; set "
             f"config.clip.image_size={found.image_size}, or config.loss.distill_init=0"
         )
-    arch = init_weights.saved_clip(config.train.init).vision
+    arch = init_weights.saved_clip(_start(config)).vision
     return InitTeacher(VisionTower.graph(arch, execution=execution, dtype=dtype), found)
 
 
 def params(config: ExperimentConfig) -> pytree.Tree:
     """Returns the teacher's parameters, read lazily. Raises ConfigError if they are damaged or do not match the description."""
-    saved = init_weights.saved_clip(config.train.init)
-    return {"vision": init_weights.load_params(config.train.init, config.task, saved, Clip.graph(saved).shapes)["vision"]}
+    saved = init_weights.saved_clip(_start(config))
+    return {"vision": init_weights.load_params(_start(config), config.task, saved, Clip.graph(saved).shapes)["vision"]}
 
 
 def require_same(config: ExperimentConfig, kept: Path, workdir: Path) -> None:
@@ -84,13 +85,23 @@ def require_same(config: ExperimentConfig, kept: Path, workdir: Path) -> None:
     try:
         now, began = _describe(config), json.loads(kept.read_text(encoding="utf-8"))
     except ValueError as error:  # ConfigError and damaged JSON
-        raise ConfigError(f"{workdir} was initialised from config.train.init={config.train.init}, {why}: {error}") from error
+        raise ConfigError(f"{workdir} was initialised from {_named(config)}, {why}: {error}") from error
     if checkpoint.identity(now) != checkpoint.identity(began):
         raise ConfigError(
-            f"config.train.init={config.train.init} differs from the model that {workdir} was initialised from, {why}; restore "
+            f"{_named(config)} differs from the model that {workdir} was initialised from, {why}; restore "
             "the original one, or use another --workdir"
         )
 
 
+def _start(config: ExperimentConfig) -> Start:
+    found = start_of(config)
+    assert found is not None, "config.loss.distill_init needs weights to start from"
+    return found
+
+
+def _named(config: ExperimentConfig) -> str:
+    return named(_start(config))
+
+
 def _describe(config: ExperimentConfig) -> dict[str, Any]:
-    return checkpoint.describe(init_weights.find(config.train.init, config.task))
+    return describe(_start(config), config.task)

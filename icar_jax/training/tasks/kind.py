@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from icar_jax.data.records import Source
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.training import init_weights
 from icar_jax.training.preemption import StopRequest
+from icar_jax.training.start import Start, describe, start_of
 from icar_jax.training.tasks.base import Frozen, Task
 
 START = "start"  # folder in a workdir: the description of the checkpoint that the run is initialised from
@@ -70,25 +72,29 @@ class RunKind:
 
     # --- initial weights ---
 
-    def initialised_from(self) -> Path | None:
-        """Returns the checkpoint that the run is initialised from; None for random weights. Raises ConfigError."""
-        init = self.config.train.init
-        return init_weights.find(init, self.config.task) if init else None
+    @property
+    def start(self) -> Start | None:
+        """The checkpoint that the run is initialised from; None for random weights. Raises ConfigError."""
+        return start_of(self.config)
+
+    def start_description(self) -> dict[str, Any] | None:
+        """Returns the description (icar.json) of `start`; None for random weights. Raises ConfigError."""
+        return None if self.start is None else describe(self.start, self.config.task)
 
     @property
     def starts_from_weights(self) -> bool:
-        return bool(self.config.train.init)
+        return bool(self.config.train.init or self.config.train.init_image)
 
     def initial_params(self, task: Task, note: Callable[[str], None]) -> Mapping[str, Any]:
         """Returns the initial parameters of a run with `starts_from_weights`; leaves are read lazily.
 
         Raises ConfigError if they are incompatible with the task's model.
         """
-        c = self.config
-        init_weights.note_preprocessing(c.train.init, task.kind, task.preprocess, note)
-        return init_weights.load_params(
-            c.train.init, task.kind, task.arch, task.shapes, self.random_params(task), note, c.clip.exit_start
-        )
+        start = self.start
+        assert start is not None, "random weights"
+        init_weights.note_preprocessing(start, task.kind, task.preprocess, note)
+        random, exit_start = self.random_params(task), self.config.clip.exit_start
+        return init_weights.load_params(start, task.kind, task.arch, task.shapes, random, note, exit_start)
 
     def random_params(self, task: Task) -> Callable[[], pytree.Tree]:
         """Returns a function that draws random parameters from config.train.seed, as host arrays."""
@@ -107,8 +113,9 @@ class RunKind:
         if not (files.has_checkpoint(workdir) and described(workdir).is_file()):
             return self.config
         train = self.config.train
-        if train.init and not self.still_needs_init and not Path(train.init).exists():
-            train = dataclasses.replace(train, init=str(workdir / START))
+        sources = [path for path in (train.init, train.init_image, train.init_text) if path]
+        if not self.still_needs_init and not all(Path(path).exists() for path in sources):
+            train = dataclasses.replace(train, init=str(workdir / START), init_image="", init_text="")
         return dataclasses.replace(self.config, train=train)
 
     def remember(self, workdir: Path) -> None:
@@ -119,8 +126,8 @@ class RunKind:
         copy = described(workdir)
         if files.has_checkpoint(workdir) and copy.is_file():
             return
-        if (origin := self.initialised_from()) is not None:
-            files.write_text(copy, (origin / checkpoint.DESCRIPTION).read_text(encoding="utf-8"))
+        if (description := self.start_description()) is not None:
+            files.write_text(copy, json.dumps(description, indent=2) + "\n")
 
     def require_same(self, workdir: Path) -> None:
         """Raises ConfigError if a resumed run would learn from another frozen model than before."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from icar_jax import architectures
+from icar_jax import architectures, checkpoint
 from icar_jax import workdir as files
 from icar_jax.config import ConfigError, ExperimentConfig
 from icar_jax.data import configured
@@ -68,8 +68,8 @@ class ScorerRun(RunKind):
     def check_architecture(self) -> None:
         architectures.complexity_arch(self.config.complexity)
 
-    def initialised_from(self) -> Path | None:
-        return frozen_trunk.folder(self.config) if self.on_trunk else super().initialised_from()
+    def start_description(self) -> dict[str, Any] | None:
+        return checkpoint.describe(frozen_trunk.folder(self.config)) if self.on_trunk else super().start_description()
 
     @property
     def starts_from_weights(self) -> bool:

@@ -24,7 +24,7 @@ from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.exit_regret import ExtraNegatives, cosine_regret, loss_regret, unit_ranks
 from icar_jax.models.functional import Graph
 from icar_jax.models.ops import normalise
-from icar_jax.models.token_merging import Tokens
+from icar_jax.models.reduction.tokens import Tokens
 from icar_jax.training.losses import contrastive
 from icar_jax.training.preemption import StopRequest
 from icar_jax.training.tasks import extra_negatives, frozen_trunk

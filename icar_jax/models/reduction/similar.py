@@ -1,21 +1,18 @@
-"""Token merging (ToMe): similar patch tokens are averaged between blocks, so later blocks process fewer."""
+"""Merging between blocks (`merge`): similar patch tokens are averaged, so later blocks process fewer.
+
+A variant of ToMe for towers that are trained with it, with class token, metric and place of their own; `matching.tome` is ToMe.
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from icar_jax.models.reduction.tokens import Tokens
+
 Array = jax.Array
-
-
-class Tokens(NamedTuple):
-    """Tokens of a vision tower: `values` [B, L, W], and `sizes` float32 [B, L], the number of patches merged into each."""
-
-    values: Array
-    sizes: Array  # 1 for the class token, registers and unmerged patches
 
 
 def merge_similar(tokens: Tokens, count: int, prefix: int) -> Tokens:
@@ -29,7 +26,7 @@ def merge_similar(tokens: Tokens, count: int, prefix: int) -> Tokens:
     centred tokens and not of the keys, and later attention is not proportional to token size, because the tower is trained
     without that.
     """
-    (x, sizes), first = tokens, int(prefix)
+    (x, sizes, _), first = tokens, int(prefix)
     # Highest precision: reduced precision could reorder pairs, and would round the tokens in the sums below.
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     seeker, other = (x[:, first + start :: 2].astype(jnp.float32) for start in (0, 1))
