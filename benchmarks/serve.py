@@ -60,7 +60,11 @@ def server(store: str, checkpoint: str | None, queue: int, about: dict | None = 
         yield found[1]
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            print("the server did not end within 60 s of SIGTERM", file=sys.stderr)
+            process.kill()
 
 
 def measure_latency(
@@ -190,7 +194,7 @@ def memory_of(process: int) -> tuple[float, float]:
 
 def hostile(store: str, checkpoint: str | None, seconds: float) -> list[dict]:
     """Rows of the table of an ordinary client beside hostile ones."""
-    sys.path.append(str(ROOT))
+    sys.path.insert(0, str(ROOT))  # for the images of the tests
     from PIL import Image
 
     from tests.support import odd_images as odd

@@ -13,12 +13,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageFile
 
+from icar_jax.errors import DataError
+
 _BAND_PIXELS = 1 << 22
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_MAXIMUM = 258, 262, 281
 _DEEP_RGB = "RGB;16B"  # Pillow keeps the high bytes of 16-bit RGB
 
 
-class NoRange(Exception):
+class NoRange(DataError):
     """Pixels without a defined range; the message says which and what to do."""
 
 

@@ -13,6 +13,7 @@ import struct
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from icar_jax.errors import DataError
 from icar_jax.files import limits
 
 ORIENTATION = 0x0112
@@ -22,7 +23,7 @@ _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _EXIF = b"Exif\0\0"
 
 
-class Irregular(Exception):
+class Irregular(DataError):
     """A file exceeds a bound or contradicts itself; the message says which."""
 
 

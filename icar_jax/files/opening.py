@@ -12,13 +12,15 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from icar_jax.errors import IcarError
+
 _KINDS = {
     stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
 }  # fmt: skip
 
 
-class NotRegular(OSError):
+class NotRegular(IcarError, OSError):
     """A path leads to something other than a regular file."""
 
     def __init__(self, path: str | os.PathLike, mode: int):
@@ -27,7 +29,7 @@ class NotRegular(OSError):
         super().__init__(kind, f"expected a regular file, found {what}", os.fspath(path))
 
 
-class TooLarge(OSError):
+class TooLarge(IcarError, OSError):
     """A file has more bytes than its reader takes."""
 
     def __init__(self, path: str | os.PathLike, found: int, most: int):

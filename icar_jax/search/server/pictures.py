@@ -191,26 +191,18 @@ class FileStream(Response):
             async with asyncio.timeout(self._stall_s + self._size / _LEAST_RATE):
                 left = self._size
                 while left and not gone.done():
-                    part = await asyncio.to_thread(self._read)
+                    part = await asyncio.to_thread(self._file.read, _CHUNK)
+                    if not part or _state(self._file) != self._before:
+                        return  # uvicorn closes a connection whose response is incomplete
                     left -= len(part)
                     await send({"type": "http.response.body", "body": part, "more_body": left > 0})
             if not self._size:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except (TimeoutError, _Changed):
-            pass  # uvicorn closes a connection whose response is incomplete
+        except TimeoutError:
+            pass  # as above
         finally:
             gone.cancel()
             self._file.close()
-
-    def _read(self) -> bytes:
-        part = self._file.read(_CHUNK)
-        if not part or _state(self._file) != self._before:
-            raise _Changed
-        return part
-
-
-class _Changed(Exception):
-    """A file was written to while it was sent."""
 
 
 def _state(file: BinaryIO) -> tuple[int, int, int]:
