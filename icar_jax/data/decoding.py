@@ -9,6 +9,7 @@ import io
 import os
 import re
 import threading
+import warnings
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -42,12 +43,20 @@ _TURNS = {
 _DECODER_BYTES = {"WEBP": 12, "AVIF": 10, "HEIF": 10}
 _TIFF_BITS, _TIFF_ROWS = 258, 278
 
+# Pillow warns from half of its limit on; the limits here take its place.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 _one_at_a_time = threading.Lock()
 
 
 def _unlocked_after_fork() -> None:
     global _one_at_a_time
-    _one_at_a_time = threading.Lock()
+    # Pillow warns from half of its limit on; the limits here take its place.
+
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+_one_at_a_time = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_unlocked_after_fork)
