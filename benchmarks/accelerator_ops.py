@@ -19,8 +19,8 @@ from jax.extend.backend import get_backend
 
 from icar_jax.config import MeshConfig
 from icar_jax.models import ops
-from icar_jax.models.clip import unit_norm
 from icar_jax.models.depthwise import depthwise_conv
+from icar_jax.models.encoders import unit_norm
 from icar_jax.models.fused_attention import cudnn_obstacle_here
 from icar_jax.models.reduction.similar import merge_similar
 from icar_jax.models.reduction.tokens import Tokens

@@ -41,8 +41,8 @@ from icar_jax.config.schema import ClipConfig
 from icar_jax.inference.forward import Forward
 from icar_jax.inference.router import OneExit, Router
 from icar_jax.models import variants
-from icar_jax.models.clip import unit_norm
 from icar_jax.models.complexity import ComplexityArch, ComplexityModel
+from icar_jax.models.encoders import unit_norm
 from icar_jax.models.flops import router_flops, vision_flops
 from icar_jax.models.functional import Graph
 from icar_jax.models.ops import normalise

@@ -31,7 +31,8 @@ from icar_jax.files.opening import make_staging
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS, TOKENIZER = "icar.json", "params.safetensors", "tokenizer.json"
-KINDS = ("clip", "vision", "text", "complexity", "convnext", "bundle")
+TOWERS = ("clip", "vision", "text")  # kinds that embed images, texts or both
+KINDS = (*TOWERS, "complexity", "convnext", "bundle")
 
 
 class CheckpointError(IcarError, ValueError):
@@ -270,14 +271,19 @@ def identity(description: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
+def role(kind: str) -> str:
+    """Returns what a checkpoint of this kind does in a model: 'clip' embeds (a tower alone too), 'complexity' scores."""
+    return "clip" if kind in TOWERS else kind
+
+
 def identities(path: str | os.PathLike) -> dict[str, str]:
-    """Returns {'clip' or 'complexity': identity} of the checkpoint or bundle at `path`, read from icar.json only.
+    """Returns {role: identity} of the checkpoint or the parts of the bundle at `path`, read from icar.json only.
 
     Raises CheckpointError if there is none.
     """
     folder = find(path)
     kind = describe(folder)["kind"]
-    parts = {"clip": folder / "clip", "complexity": folder / "complexity"} if kind == "bundle" else {kind: folder}
+    parts = {"clip": folder / "clip", "complexity": folder / "complexity"} if kind == "bundle" else {role(kind): folder}
     return {kind: identity(describe(part)) for kind, part in parts.items()}
 
 

@@ -23,13 +23,13 @@ from icar_jax.config import from_dict
 from icar_jax.convert import rules as engine
 from icar_jax.convert import towers, vocabulary
 from icar_jax.convert.fields import ConvertError
+from icar_jax.convert.files.tensors import EMA_KEYS, PLAIN_KEYS
 from icar_jax.convert.layouts import registry
-from icar_jax.convert.layouts.base import Details, Layout, Options, Source
+from icar_jax.convert.layouts.base import OF_SOURCES, Details, Layout, Options, Source
 from icar_jax.convert.parity import verify
 from icar_jax.convert.source import open_source
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
-from icar_jax.models.clip import ClipArch
 from icar_jax.models.complexity import ComplexityModel
 from icar_jax.models.convnext import ConvNeXt
 from icar_jax.models.text import TextArch, TextTower
@@ -86,7 +86,7 @@ def convert(
     """
     if checkpoint.is_own(source):
         return _retokenize(Path(source), Path(dest), options, reference)
-    opened = open_source(source)
+    opened = open_source(source, options.base, options.weights)
     made = read(opened, options)
     checkpoint.require_replaceable(dest, made.kind)
     differences, description = [], _description(opened, made)
@@ -109,7 +109,7 @@ def in_memory(source: str | os.PathLike, options: Options = Options()) -> Checkp
 
     Raises ConvertError for anything that does not fit.
     """
-    opened = open_source(source)
+    opened = open_source(source, options.base, options.weights)
     made = read(opened, options)
     for note in made.notes:
         logging.warning("%s: %s", source, note)
@@ -119,7 +119,8 @@ def in_memory(source: str | os.PathLike, options: Options = Options()) -> Checkp
         raise _not_finite(made, bad)
     description = {"format": checkpoint.FORMAT, "kind": made.kind, **_description(opened, made)}
     given = {name: getattr(options, name) for name in sorted(options.given())}
-    description["hashes"] = {checkpoint.WEIGHTS: f"{description['source']['sha256']} {given}"}
+    read_from = [part["sha256"] for part in (description["source"], description["source"].get("adapter")) if part]
+    description["hashes"] = {checkpoint.WEIGHTS: f"{' '.join(read_from)} {given}"}
     tokenizer = made.tokenizer.to_json() if made.tokenizer else None
     return Checkpoint(Path(source), made.kind, description, params, tokenizer)
 
@@ -165,7 +166,7 @@ def read(source: Source, options: Options = Options()) -> ConversionResult:
     Raises ConvertError for options without effect and for weights that do not fit the architecture, listing all faults.
     """
     layout = registry.named(source.layout)
-    idle = options.given() - layout.options
+    idle = options.given() - layout.options - OF_SOURCES
     if idle:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(idle))
         raise ConvertError(f"{source.path} ({source.layout} layout) has no use for {flags}; leave it out")
@@ -180,7 +181,24 @@ def read(source: Source, options: Options = Options()) -> ConversionResult:
     made = {"clip": _read_clip, "vision": _read_vision, "text": _read_text}.get(layout.kind, _read_convnext)(
         source, layout, options
     )
-    return _with_details(made, layout.details(source, options))
+    return _with_details(_with_details(made, _of_files(source)), layout.details(source, options))
+
+
+def _of_files(source: Source) -> Details:
+    """What was read of several state dicts, and the adapter that was merged."""
+    weights, adapter, notes, origin = source.weights, source.adapter, [], {}
+    if weights.others:
+        origin["state_dict"] = weights.key
+        kinds = {"--weights ema": EMA_KEYS, "--weights plain": PLAIN_KEYS}
+        other = [flag for flag, keys in kinds.items() if weights.key not in keys and set(keys) & set(weights.others)]
+        how = f" ({other[0]} takes the others)" if other else ""
+        notes.append(
+            f"{weights.path.name} holds several state dicts: {weights.key} was taken, not {', '.join(weights.others)}{how}"
+        )
+    if adapter is not None:
+        origin["adapter"] = {"file": adapter.path.name, "sha256": verify.weights_sha256(adapter.path), "rank": adapter.rank}
+        notes.append(f"merged the LoRA adapter {adapter.path.name} of rank {adapter.rank} into {adapter.changed} tensors")
+    return Details(origin=origin, notes=notes)
 
 
 def _read_clip(source: Source, layout: Layout, options: Options) -> ConversionResult:
@@ -203,6 +221,8 @@ def _with_tokenizer(
     made.tokenizer, origin = find_tokenizer(source, options.tokenizer, text)
     if made.tokenizer is None:
         made.notes.append(origin)
+        if cleaning := vocabulary.stated_cleaning(source):  # for the tokenizer that is added later
+            made.origin["cleaning"] = cleaning
     else:
         made.extra["tokenizer"] = origin
     return made
@@ -255,10 +275,13 @@ def _retokenize(source: Path, dest: Path, options: Options, reference: str | os.
     if folder.resolve() != source.resolve() or checkpoint.describe(folder)["kind"] == "bundle":
         inner = folder / "clip" if checkpoint.describe(folder)["kind"] == "bundle" else folder
         raise ConvertError(f"{source} holds its CLIP in {inner}; name that folder, as source and as destination")
-    loaded = checkpoint.read(folder, "clip")
-    arch = from_dict(loaded.description["arch"], ClipArch, f"{source}: arch")
-    tokenizer = vocabulary.open_tokenizer(Path(options.tokenizer), arch.text)
+    kind = checkpoint.describe(folder)["kind"]
+    loaded = checkpoint.read(folder, "text" if kind == "text" else "clip")
+    arch = loaded.description["arch"]["text"] if kind == "clip" else loaded.description["arch"]
+    text = from_dict(arch, TextArch, f"{source}: arch")
+    cleaning = loaded.description.get("source", {}).get("cleaning")
+    tokenizer = vocabulary.open_tokenizer(Path(options.tokenizer), text, cleaning)
     kept = {k: v for k, v in loaded.description.items() if k not in ("format", "kind", "hashes")}
     description = {**kept, "tokenizer": options.tokenizer}
-    checkpoint.write(dest, "clip", description, loaded.params, tokenizer.to_json())
+    checkpoint.write(dest, loaded.kind, description, loaded.params, tokenizer.to_json())
     return Report(dest, "icar_jax", checkpoint.describe(dest), pytree.count(loaded.params), [], [])

@@ -25,12 +25,14 @@ from icar_jax.convert.layouts.base import Export, ExportFiles, ExportSource, Lay
 from icar_jax.files.opening import make_staging
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.convnext import ConvNeXtArch
+from icar_jax.models.text import TextArch
 from icar_jax.models.token_router import scorer_arch
 from icar_jax.models.vision import VisionArch
 
 _ARCHS: dict[str, Callable[[dict[str, Any], str], Any]] = {
     "clip": lambda values, where: from_dict(values, ClipArch, where),
     "vision": lambda values, where: from_dict(values, VisionArch, where),
+    "text": lambda values, where: from_dict(values, TextArch, where),
     "complexity": scorer_arch,
     "convnext": lambda values, where: from_dict(values, ConvNeXtArch, where),
 }

@@ -24,7 +24,7 @@ from icar_jax.models.text import TextArch
 from icar_jax.models.vision import VisionArch
 
 # Parameters of a tower that lead into its embedding space; a joined CLIP has its own.
-_HEADS = re.compile(r"(vision|text)/(proj|proj_mlp|map|exits)/.*")
+_HEADS = re.compile(r"(vision|text)/(proj|proj_mlp|pooler|map|exits)/.*")
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _arch(parts: tuple[Checkpoint, Checkpoint], joint: Joint) -> ClipArch:
         raise ConvertError(f"--embed-dim={joint.embed_dim} must be at least 1")
     try:
         vision = dataclasses.replace(image, head=joint.head, pool=joint.head, exits=tuple(sorted(joint.exits)), **space)
-        return ClipArch(vision, dataclasses.replace(text, proj_bias=False, **space))
+        return ClipArch(vision, dataclasses.replace(text, proj_bias=False, pooler=False, **space))
     except ValueError as error:
         raise ConvertError(f"{parts[0].path} and {parts[1].path} cannot be joined so: {error}") from error
 

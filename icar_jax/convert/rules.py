@@ -159,9 +159,12 @@ def import_weights(
 def unknown_keys(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> list[str]:
     """One line for each source key that no rule matches."""
     patterns = [_pattern(source) for r in rules for source in r.keys]
-    return [
-        f"unknown in the source: {key} {t.shape}" for key, t in tensors.items() if not any(p.fullmatch(key) for p in patterns)
-    ]
+    return [_unknown(key, t) for key, t in tensors.items() if not any(p.fullmatch(key) for p in patterns)]
+
+
+def _unknown(key: str, tensor: Tensor) -> str:
+    """A line for a key without a rule, by its name in the file, which may begin with a wrapper's prefix."""
+    return f"unknown in the source: {tensor.name or key} {tensor.shape}"
 
 
 def export_weights(params: Mapping[str, Any], rules: Sequence[Rule], where: str) -> dict[str, Leaf]:
@@ -206,7 +209,7 @@ def _claims(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> tuple[dict[
         if not matches and any(regex.fullmatch(key) for regex in shared):
             waiting.append(key)
         elif not matches:
-            faults.append(f"unknown in the source: {key} {tensor.shape}")
+            faults.append(_unknown(key, tensor))
         elif len(matches) > 1:
             faults.append(f"claimed by {len(matches)} rules: {key}")
         elif matches[0][0].target:
@@ -215,7 +218,7 @@ def _claims(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> tuple[dict[
             if claims.setdefault(target, (chosen, [_fill(s, numbers) for s in chosen.keys]))[0] is not chosen:
                 faults.append(f"filled twice: {target} (again by {key})")
     read = {key for _, keys in claims.values() for key in keys}
-    return claims, faults + [f"unknown in the source: {key} {tensors[key].shape}" for key in waiting if key not in read]
+    return claims, faults + [_unknown(key, tensors[key]) for key in waiting if key not in read]
 
 
 def _faults_of(target: str, wanted: tuple[int, ...], chosen: Rule, parts: Sequence[Tensor]) -> list[str]:

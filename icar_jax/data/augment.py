@@ -59,6 +59,12 @@ class Augment:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"augment.{name} must lie in [0, 1], got {getattr(self, name)}")
 
+    @property
+    def random(self) -> bool:
+        """Whether anything is drawn at random."""
+        jitter = self.brightness or self.contrast or self.saturation
+        return self.kind != "none" or self.flip or bool(self.rotate or self.translate or jitter)
+
     def resize(self, image: Image.Image, preprocess: Preprocess, rng: np.random.Generator) -> np.ndarray:
         """Augments and resizes an RGB image to uint8 [S, S, 3]."""
         pixels = self._cropped(image, preprocess, rng)

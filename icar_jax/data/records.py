@@ -68,6 +68,10 @@ class Source(abc.ABC):
         """Returns the URL of every record, or None if the source has no URLs. Reads the source."""
         return None
 
+    def files(self) -> list[str] | None:
+        """Returns the path of every image file, or None if the images do not lie in files of their own."""
+        return None
+
     def overlaps(self, other: Source) -> bool:
         """Whether another split of the same kind of source shares records, where the names of splits do not tell."""
         return False
@@ -141,6 +145,10 @@ class Subset(Source):
     def urls(self) -> list[str | None] | None:
         urls = self.source.urls()
         return None if urls is None else [urls[i] for i in self.indices.tolist()]
+
+    def files(self) -> list[str] | None:
+        files = self.source.files()
+        return None if files is None else [files[i] for i in self.indices.tolist()]
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -3,13 +3,13 @@
 CLIP and trained tokenizers clean text as OpenAI's CLIP does and encode a caption as [start, tokens..., end, pad...]. The end
 token has the highest id in both vocabularies, so the first end token and the argmax of the ids are the same position. SigLIP's
 has no start token ([tokens..., end, pad...]). Those of BERT, RoBERTa and their kin have one ([CLS] or <s>). Both kinds clean
-text by the rules in their own files.
+text by the rules in their own files alone, unless a `cleaning` is given, as OpenCLIP does with them.
 """
 
 from __future__ import annotations
 
 import gzip
-import html
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from absl import logging
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as _Backend
 
+from icar_jax.data.cleaning import CLEANINGS, clean
 from icar_jax.errors import DataError
 
 CLIP_CONTEXT_LENGTH = 77
@@ -32,15 +33,8 @@ _SIGLIP = {"</s>": "</s>", "<eos>": "<pad>"}  # end token -> pad token of SigLIP
 _CLIP_WORDS = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+)"""
 _CLIP_MERGES = CLIP_VOCAB_SIZE - 2 * 256 - 2
 _MIN_TRAINED_VOCAB = 256 + 3
-
-
-def clean(text: str) -> str:
-    """Cleans text as OpenAI's CLIP does: repairs mojibake, unescapes HTML twice, collapses whitespace, lower-cases."""
-    if not (text.isascii() and text.isprintable() and "&" not in text):  # else neither repairing nor unescaping changes it
-        import ftfy  # slow to import, and most queries do not need it
-
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+# How a JSON text begins whose tokenizer cleans otherwise than its vocabulary says; the rest is a tokenizer.json.
+_CLEANING = re.compile(r'\{"cleaning": "(\w*)", ')
 
 
 class Tokenizer:
@@ -51,27 +45,36 @@ class Tokenizer:
         pad_id: padding. In CLIP's vocabulary it is 0, also an ordinary token ('!'), and in SigLIP's (version 1) it is the end
             token, so find a caption's length by its first end token, never by the padding.
         vocab_size: number of ids, special tokens included.
+        cleaning: of a text before the rules of the vocabulary apply; see `data.cleaning.clean`.
     """
 
-    def __init__(self, backend: _Backend, where: str = "tokenizer"):
+    def __init__(self, backend: _Backend, where: str = "tokenizer", cleaning: str | None = None):
         """Wraps a `tokenizers.Tokenizer`; prefer `from_file`, `from_json` and `train`.
+
+        `cleaning` None: 'lower' for vocabularies of CLIP and those trained here, none for others.
 
         Raises:
             ValueError: the vocabulary has no known start and end token.
         """
+        if cleaning is not None and cleaning not in CLEANINGS:
+            raise DataError(f"{where}: cleaning {cleaning!r} must be one of {CLEANINGS}")
         padding = backend.padding
         backend.no_truncation()
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
-        self._backend, self._cleans = backend, True
+        self._backend = backend
+        self._usual = self.cleaning = "lower"
         self.start_id: int | None = None
         for start, end in _SPECIAL_PAIRS:
             if backend.token_to_id(start) is not None and backend.token_to_id(end) is not None:
                 self.start_id, self.end_id = backend.token_to_id(start), backend.token_to_id(end)
                 break
         else:
-            self._cleans = False
+            self._usual = self.cleaning = ""
             if not self._open_encoder():
                 self._open_siglip(padding, where)
+        if cleaning is not None:
+            self.cleaning = cleaning
+        if self._usual != "lower":
             return
         backend.no_padding()
         pad_id = backend.token_to_id(PAD)
@@ -108,10 +111,11 @@ class Tokenizer:
         backend.enable_padding(pad_id=self.pad_id, pad_token=pad, length=1)
 
     @classmethod
-    def from_file(cls, path: str | Path, pad_token: str = "") -> Tokenizer:
+    def from_file(cls, path: str | Path, pad_token: str = "", cleaning: str | None = None) -> Tokenizer:
         """Reads a `tokenizer.json`, or CLIP's merges file (`bpe_simple_vocab_16e6.txt`, optionally gzipped).
 
         pad_token: for a SigLIP tokenizer.json that does not name its pad token.
+        cleaning: as of the class; None is what the file says, or the vocabulary.
 
         Raises:
             FileNotFoundError, ValueError: with the path, what was expected and what was found.
@@ -127,17 +131,19 @@ class Tokenizer:
         except (OSError, EOFError, UnicodeDecodeError) as error:
             raise DataError(f"tokenizer file {path}: not readable as (gzipped) UTF-8 text: {error}") from error
         if text.lstrip().startswith("{"):
-            return cls.from_json(text, where=f"tokenizer file {path}", pad_token=pad_token)
-        return cls(_clip_backend(text, str(path)), where=f"tokenizer file {path}")
+            return cls.from_json(text, f"tokenizer file {path}", pad_token, cleaning)
+        return cls(_clip_backend(text, str(path)), f"tokenizer file {path}", cleaning)
 
     @classmethod
-    def from_json(cls, text: str, where: str = "tokenizer JSON", pad_token: str = "") -> Tokenizer:
+    def from_json(cls, text: str, where: str = "tokenizer JSON", pad_token: str = "", cleaning: str | None = None) -> Tokenizer:
         """Restores a tokenizer from `to_json` exactly; the text has the layout of a Hugging Face tokenizer.json."""
+        if own := _CLEANING.match(text):
+            cleaning, text = own[1] if cleaning is None else cleaning, "{" + text[own.end() :]
         try:
             backend = _Backend.from_str(text)
             if backend.padding is None and backend.token_to_id(pad_token) is not None:
                 backend.enable_padding(pad_id=backend.token_to_id(pad_token), pad_token=pad_token)
-            return cls(backend, where=where)
+            return cls(backend, where, cleaning)
         except ValueError:
             raise
         except Exception as error:  # the library raises bare Exception on malformed JSON
@@ -204,8 +210,8 @@ class Tokenizer:
 
     def _bodies(self, texts: list[str]) -> list[list[int]]:
         """Returns token ids of each text without special tokens and padding."""
-        if self._cleans:
-            texts = [clean(text) for text in texts]
+        if self.cleaning:
+            texts = [clean(text, self.cleaning) for text in texts]
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         if self.start_id is not None:
             return [encoding.ids for encoding in encodings]
@@ -230,14 +236,22 @@ class Tokenizer:
             {i: token for token, i in t._backend.get_vocab(with_added_tokens=True).items() if i not in (t.start_id, t.end_id)}
             for t in (self, other)
         ]
-        return special[0] == special[1] and words[0] == words[1]
+        return special[0] == special[1] and words[0] == words[1] and self.cleaning == other.cleaning
 
     def token(self, id: int) -> str:
         """Returns the token with this id, as spelled in the vocabulary."""
         return self._backend.id_to_token(id)
 
     def to_json(self) -> str:
-        """Returns the complete tokenizer as JSON text; `from_json` restores it exactly."""
+        """Returns the complete tokenizer as JSON text; `from_json` restores it exactly.
+
+        It is a Hugging Face tokenizer.json, with a field `cleaning` first where that is not the vocabulary's usual one.
+        """
+        text = self.backend_json()
+        return text if self.cleaning == self._usual else f'{{"cleaning": "{self.cleaning}", {text[1:]}'
+
+    def backend_json(self) -> str:
+        """Returns the tokenizer without its cleaning as a Hugging Face tokenizer.json."""
         return self._backend.to_str()
 
     def save(self, path: str | Path) -> None:

@@ -103,6 +103,10 @@ class ExportedPrograms(Programs):
             shutil.rmtree(made, ignore_errors=True)
         return sorted((checkpoint / FOLDER).iterdir())
 
+    def has(self, name: str) -> bool:
+        """Whether the model has this function: a tower alone has those of the other one not."""
+        return name in self._functions
+
     def exported(self, name: str, platforms: Sequence[str]) -> bytes:
         """The program `name`, serialised for any batch size."""
         fn, params, rows = self._functions[name]
@@ -156,7 +160,7 @@ def _is_bundle(folder: Path) -> bool:
 @functools.cache
 def _sources() -> str:
     package = Path(icar_jax.models.__path__[0]).parent
-    files = [*sorted((package / "models").glob("*.py")), *sorted((package / "inference").glob("*.py"))]
+    files = [*sorted((package / "models").rglob("*.py")), *sorted((package / "inference").glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -22,8 +22,9 @@ from icar_jax.inference.ahead import Programs
 from icar_jax.inference.forward import Forward, Placement, bucket_sizes
 from icar_jax.inference.pretrained import Clip
 from icar_jax.inference.scorer import Scorer, require_compatible
-from icar_jax.models.clip import ClipArch, unit_norm
+from icar_jax.models.clip import LOGIT_SCALE_START, ClipArch
 from icar_jax.models.complexity import ComplexityModel
+from icar_jax.models.encoders import LoneArch, TextModel, VisionModel, unit_norm
 from icar_jax.models.functional import Graph, Module
 from icar_jax.models.ops import normalise
 from icar_jax.models.token_router import BlocksArch, TokenRouter, scorer_arch, scorer_class
@@ -45,19 +46,20 @@ class LoadedModel:
         self.description, self._programs = description, programs
         self._process = os.getpid()
         self._placement = Placement(mesh)
-        self.identity = {part.kind: checkpoint.identity(part.description) for part in (clip, complexity) if part is not None}
+        parts = [part for part in (clip, complexity) if part is not None]
+        self.identity = {checkpoint.role(part.kind): checkpoint.identity(part.description) for part in parts}
         self.batch_size = batch_size
         self._dtype = jnp.dtype(dtype)
         self.exits: tuple[int, ...] = ()
         self.thresholds: tuple[float, ...] | None = None
-        self.arch: ClipArch | None = None
+        self.arch: ClipArch | LoneArch | None = None
         self.tokenizer: Tokenizer | None = None
         self._lock = threading.RLock()
         self._applied: dict[str, tuple[Graph, pytree.Tree]] = {}
         self._modules: dict[str, Module] = {}  # returned by `clip` and `complexity`; users may modify them
         self._sources = [None if part is None else dataclasses.replace(part, params={}) for part in (clip, complexity)]
         if clip is not None:
-            self._open_clip(clip)
+            self._open_towers(clip)
         self.scorer: Scorer | None = None
         if complexity is not None:
             arch = scorer_arch(complexity.description["arch"], f"{complexity.path}: arch")
@@ -75,48 +77,55 @@ class LoadedModel:
             if exits != self.exits:
                 raise CheckpointError(f"the bundle routes to exits {exits}, but its CLIP has {self.exits}; bundle it again")
 
-    def _open_clip(self, loaded: Checkpoint) -> None:
-        graph = pretrained.clip_graph(loaded, self._dtype)
+    def _open_towers(self, loaded: Checkpoint) -> None:
+        graph = pretrained.tower_graph(loaded, self._dtype)
         self.arch = arch = graph.arch
         self.path = loaded.path
-        self.preprocess = Preprocess.from_dict(loaded.description["preprocess"])
+        if arch.vision is not None:
+            self.preprocess = Preprocess.from_dict(loaded.description["preprocess"])
+            self.exits = arch.vision.all_exits
         self.tokenizer = Tokenizer.from_json(loaded.tokenizer) if loaded.tokenizer is not None else None
-        self.exits = arch.vision.all_exits
-        self.embed_dim = arch.vision.embed_dim
-        self._set_clip(graph, self._placement.params(loaded.params), self._programs)
+        self.embed_dim = (arch.vision or arch.text).embed_dim
+        self._set_towers(graph, self._placement.params(loaded.params), self._programs)
 
-    def _set_clip(self, graph: Graph[Clip], params: pytree.Tree, programs: Programs) -> None:
-        p, self._graph, self._params = self.preprocess, graph, params
-        self.temperature = float(np.exp(jax.device_get(params["logit_scale"])))
-
-        side = p.image_size
-
-        def tower(exit: int) -> Forward:
-            run = lambda params, images: graph.encode_image(params, normalise(images, p.mean, p.std), exit)
-            run = programs.use(f"image_{exit}", run, params, jax.ShapeDtypeStruct((side, side, 3), jnp.uint8))
-            return Forward(run, params, self._buckets, self._placement)
-
-        self.towers = {exit: tower(exit) for exit in self.exits}
-        tokens = jax.ShapeDtypeStruct((graph.arch.text.context_length,), jnp.int32)
-        # With the text tower's parameters alone, so that a search need not load the others (text_model.py).
-        own = {"text": params["text"]}
-        encode_text = programs.use("text", lambda params, tokens: unit_norm(graph.text(params["text"], tokens)), own, tokens)
-        self._text = Forward(encode_text, own, self._buckets, self._placement)
+    def _set_towers(self, graph: Graph, params: pytree.Tree, programs: Programs) -> None:
+        self._graph, self._params = graph, params
+        self.temperature = float(np.exp(jax.device_get(params.get("logit_scale", LOGIT_SCALE_START))))
+        self.towers = {}
+        if graph.arch.vision is not None:
+            self.towers = {exit: self._image_forward(graph, params, programs, exit) for exit in self.exits}
+        if graph.arch.text is not None:
+            tokens = jax.ShapeDtypeStruct((graph.arch.text.context_length,), jnp.int32)
+            # With the text tower's parameters alone, so that a search need not load the others (text_model.py).
+            own = {"text": params["text"]}
+            encode_text = programs.use(
+                "text", lambda params, tokens: unit_norm(graph.text(params["text"], tokens)), own, tokens
+            )
+            self._text = Forward(encode_text, own, self._buckets, self._placement)
         self.__dict__.pop("_router", None)
 
+    def _image_forward(self, graph: Graph, params: pytree.Tree, programs: Programs, exit: int) -> Forward:
+        p = self.preprocess
+        run = lambda params, images: graph.encode_image(params, normalise(images, p.mean, p.std), exit)
+        run = programs.use(f"image_{exit}", run, params, jax.ShapeDtypeStruct((p.image_size, p.image_size, 3), jnp.uint8))
+        return Forward(run, params, self._buckets, self._placement)
+
     @property
-    def graph(self) -> Graph[Clip] | None:
-        """The CLIP's structure without weights, as from `clip.split()`; None without a CLIP."""
+    def graph(self) -> Graph | None:
+        """The structure of the CLIP or of its only tower without weights, as from `clip.split()`; None without one."""
         return getattr(self, "_graph", None)
 
     @property
     def params(self) -> pytree.Tree | None:
-        """The CLIP's parameters as a nested dict; None without a CLIP. Change them with nnx.update(model.clip, ...)."""
+        """Parameters of `graph` as a nested dict; None without one. Change them with nnx.update(model.clip, ...)."""
         return getattr(self, "_params", None)
 
     @property
-    def clip(self) -> Clip | None:
-        """The CLIP as a module with weights; None without one. Changes to it apply from the next call of this model."""
+    def clip(self) -> Clip | VisionModel | TextModel | None:
+        """The CLIP, or a tower alone, as a module with weights; None without one.
+
+        Changes to it apply from the next call of this model.
+        """
         if self.arch is None:
             return None
         return self._module("clip")
@@ -162,9 +171,10 @@ class LoadedModel:
                 "one would not change the other; call the modules directly, or bundle the modified CLIP"
             )
         if name == "clip":
-            if (graph.arch, graph.vision.arch, graph.text.arch) != (self.arch, self.arch.vision, self.arch.text):
+            towers = {name: getattr(graph, name).arch for name in ("vision", "text") if getattr(self.arch, name) is not None}
+            if graph.arch != self.arch or any(arch != getattr(self.arch, name) for name, arch in towers.items()):
                 raise ValueError("model.clip has a tower of a different shape; save it as a new checkpoint and load that")
-            self._set_clip(graph, self._placement.params(params), Programs())
+            self._set_towers(graph, self._placement.params(params), Programs())
         else:
             self.scorer.set_weights(graph, self._placement.params(params))
             self.__dict__.pop("_router", None)
@@ -182,7 +192,7 @@ class LoadedModel:
                 parts.append(None)
                 continue
             graph, params = self._current(name)
-            module = Clip if name == "clip" else scorer_class(graph.arch)
+            module = pretrained.MODULES[source.kind] if name == "clip" else scorer_class(graph.arch)
             if graph != module.graph(graph.arch, dtype=self._dtype):
                 raise TypeError(f"model.{name} no longer has the structure of its checkpoint; pickle model.{name} itself")
             parts.append(dataclasses.replace(source, params=jax.tree.map(np.asarray, params)))

@@ -31,10 +31,12 @@ def load(
     path: str | os.PathLike, *, batch_size: int = 64, dtype: str = "float32", mesh: Mesh | None = None,
     programs: Programs | None = None, **options: Any,
 ) -> Model:  # fmt: skip
-    """Loads a model from a bundle, a CLIP or complexity checkpoint, a workdir of train.py, or weights of another library.
+    """Loads a model from a bundle, a checkpoint, a workdir of train.py, or weights of another library.
+
+    A vision tower alone embeds images, a text tower alone embeds texts.
 
     Args:
-        path: weights of Hugging Face, OpenCLIP, OpenAI or ICAR (a folder or file) are converted in memory.
+        path: weights of other libraries (a folder or file) are converted in memory.
         batch_size: the largest static batch.
         dtype: of activations, 'float32' or 'bfloat16'.
         mesh: devices of this process (`icar_jax.parallel.mesh.make_mesh(MeshConfig(data=-1))`): batches are sharded over the
@@ -49,27 +51,23 @@ def load(
     """
     program_cache.enable()
     if options or (Path(path).exists() and not checkpoint.is_own(path)):
-        loaded = pretrained.read_pretrained(path, ("clip", "complexity"), **options)
-        clip, complexity = (loaded, None) if loaded.kind == "clip" else (None, loaded)
+        loaded = pretrained.read_pretrained(path, (*checkpoint.TOWERS, "complexity"), **options)
+        clip, complexity = (loaded, None) if loaded.kind in checkpoint.TOWERS else (None, loaded)
         return Model(clip, complexity, loaded.description, batch_size, dtype, mesh)
     folder = checkpoint.find(path)
     description = checkpoint.describe(folder)
     if description["kind"] == "bundle":
         clip, complexity = checkpoint.read(folder / "clip", "clip"), checkpoint.read(folder / "complexity", "complexity")
-    elif description["kind"] in ("vision", "text"):
-        other = {"vision": "text", "text": "vision"}[description["kind"]]
-        raise CheckpointError(
-            f"{folder} is a {description['kind']} tower, which has no {other} tower; `icar join` makes a CLIP of two towers"
-        )
     elif description["kind"] == "convnext":
         raise CheckpointError(
             f"{folder} is a ConvNeXt backbone, which can neither embed nor score images; load a CLIP or a complexity model"
         )
     else:
         loaded = checkpoint.read(folder, description["kind"])
-        clip, complexity = (loaded, None) if loaded.kind == "clip" else (None, loaded)
+        clip, complexity = (loaded, None) if loaded.kind in checkpoint.TOWERS else (None, loaded)
     if programs is None:
-        identity = {part.kind: checkpoint.identity(part.description) for part in (clip, complexity) if part is not None}
+        parts = [part for part in (clip, complexity) if part is not None]
+        identity = {checkpoint.role(part.kind): checkpoint.identity(part.description) for part in parts}
         programs = ahead.find(folder, identity, dtype) if mesh is None else ahead.Programs()
     return Model(clip, complexity, description, batch_size, dtype, mesh, programs)
 

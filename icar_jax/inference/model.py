@@ -23,16 +23,17 @@ from icar_jax.inference.text_model import tokens_of
 
 
 class Model(LoadedModel):
-    """A CLIP, a complexity model, or a bundle of both; created by `load`.
+    """A CLIP or one of its towers, a complexity model, or a bundle of both; created by `load`.
 
     Attributes:
-        exits: depths of image embeddings in executed blocks, ascending, full depth last; empty without a CLIP.
+        exits: depths of image embeddings in executed blocks, ascending, full depth last; empty without a vision tower.
         thresholds: an image runs past exits[i] if its complexity exceeds thresholds[i]; None without calibration.
         embed_dim: embedding width D.
-        arch: ClipArch of the CLIP; None without one.
+        arch: ClipArch of the CLIP, LoneArch of a tower alone; None without one.
         preprocess: image preprocessing of the CLIP, or of the complexity model without a CLIP.
         tokenizer: of the CLIP; None if the checkpoint has none.
-        temperature: exp(logit_scale) of the CLIP, the factor applied to cosines before the softmax.
+        temperature: exp(logit_scale) of the CLIP, the factor applied to cosines before the softmax; of a tower alone, which has
+            learned none, the 1 / 0.07 with which CLIP starts.
         description: contents of the checkpoint's icar.json.
         identity: {'clip', 'complexity': SHA-256 of weights, architecture and preprocessing}; models with the same identity
             give the same embeddings and scores.
@@ -40,7 +41,7 @@ class Model(LoadedModel):
 
     def encode_text(self, texts: Sequence[str], warn: bool = True) -> np.ndarray:
         """Text embeddings float32 [N, D], unit norm, of N strings. Long texts are truncated, with a warning if `warn`."""
-        self._require_clip("encode_text")
+        self._require("text", "encode_text")
         if isinstance(texts, str):
             raise TypeError("encode_text expects a list of strings; call encode_text([text])")
         if self.tokenizer is None:
@@ -63,7 +64,7 @@ class Model(LoadedModel):
         checkpoint runs full depth. `budget` routes with `thresholds_for(budget)` instead of the bundle's thresholds.
         Raises ValueError if both are given, ConfigError for a budget that cannot be met, and CheckpointError without a CLIP.
         """
-        self._require_clip("encode_image")
+        self._require("vision", "encode_image")
         if exit is not None and budget is not None:
             raise ValueError("exit and budget exclude each other: a budget routes images, an exit applies to every image")
         if budget is not None:
@@ -86,7 +87,7 @@ class Model(LoadedModel):
 
     def fixed_exit(self, exit: int | None) -> int | None:
         """The depth of every image: `exit` after validation, or full depth without a router; None if images are routed."""
-        self._require_clip("embedding images")
+        self._require("vision", "embedding images")
         return None if exit is None and self.thresholds is not None else self.arch.vision.check_exit(exit)
 
     def route(self, images: Sequence[ImageLike], budget: float | None = None) -> RoutingResult:
@@ -122,7 +123,7 @@ class Model(LoadedModel):
         are nan. Raises CheckpointError if the model cannot do this.
         """
         if exit is not None:
-            self._require_clip("embed")
+            self._require("vision", "embed")
             exit = self.arch.vision.check_exit(exit)
             return OneExit(exit, self.towers[exit]).embed_batches(((b["clip"], None) for b in batches), self.embed_dim)
         self._require_bundle()
@@ -144,7 +145,7 @@ class Model(LoadedModel):
     @property
     def preprocesses(self) -> dict[str, Preprocess]:
         """Preprocessing per input: 'clip', and 'complexity' if the complexity model needs separate pixels."""
-        made = {"clip": self.preprocess} if self.arch is not None else {}
+        made = {"clip": self.preprocess} if self.exits else {}
         return made | ({"complexity": self.scorer.preprocess} if self.scored_on == "complexity" else {})
 
     @property
@@ -183,7 +184,7 @@ class Model(LoadedModel):
             self.warm_up_embed()
         if self.scorer is not None:
             self.scorer.warm_up()
-        if self.arch is not None:
+        if self.encodes_text:
             self._text.warm_up((self.arch.text.context_length,), np.int32)
 
     def warm_up_embed(self, exit: int | None = None) -> None:
@@ -204,9 +205,19 @@ class Model(LoadedModel):
             raise CheckpointError("routing needs thresholds; make a bundle with `icar bundle` and load that")
         self.apply_changes()
 
-    def _require_clip(self, what: str) -> None:
+    @property
+    def encodes_text(self) -> bool:
+        """Whether there is a text tower."""
+        return self.arch is not None and self.arch.text is not None
+
+    def _require(self, tower: str, what: str) -> None:
         if self.arch is None:
             raise CheckpointError(f"{what} needs a CLIP; this is a complexity checkpoint, which can only score")
+        if getattr(self.arch, tower) is None:
+            there, lacking = ("a text", "an image") if tower == "vision" else ("an image", "a text")
+            raise CheckpointError(
+                f"{what} needs {lacking} tower, and {self.path} is {there} tower alone; `icar join` makes a CLIP of two towers"
+            )
         self.apply_changes()
 
     def _prepare(self, images: Iterable[ImageLike], preprocess: dict[str, Preprocess]) -> Iterator[dict[str, np.ndarray]]:

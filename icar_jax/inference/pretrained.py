@@ -17,7 +17,10 @@ from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models import clip as clip_module
 from icar_jax.models.clip import ClipArch
+from icar_jax.models.encoders import LoneArch, TextModel, VisionModel
 from icar_jax.models.functional import Graph
+from icar_jax.models.text import TextArch
+from icar_jax.models.vision import VisionArch
 
 
 class Clip(clip_module.Clip):
@@ -95,6 +98,21 @@ def _options(given: dict[str, Any]) -> Any:
 
 def clip_graph(loaded: Checkpoint, dtype: Any, module: type[Clip] = Clip) -> Graph[Clip]:
     """The structure that a checkpoint describes. Raises CheckpointError if its parameters do not match."""
-    graph = module.graph(from_dict(loaded.description["arch"], ClipArch, f"{loaded.path}: arch"), dtype=dtype)
+    return _checked(module.graph(from_dict(loaded.description["arch"], ClipArch, f"{loaded.path}: arch"), dtype=dtype), loaded)
+
+
+def tower_graph(loaded: Checkpoint, dtype: Any) -> Graph:
+    """As `clip_graph`, also for a tower alone."""
+    if loaded.kind == "clip":
+        return clip_graph(loaded, dtype)
+    kind = {"vision": VisionArch, "text": TextArch}[loaded.kind]
+    arch = LoneArch(**{loaded.kind: from_dict(loaded.description["arch"], kind, f"{loaded.path}: arch")})
+    return _checked(MODULES[loaded.kind].graph(arch, dtype=dtype), loaded)
+
+
+def _checked(graph: Graph, loaded: Checkpoint) -> Graph:
     pytree.require_same(graph.shapes, loaded.params, str(loaded.path))
     return graph
+
+
+MODULES: dict[str, type[Clip] | type[VisionModel] | type[TextModel]] = {"clip": Clip, "vision": VisionModel, "text": TextModel}

@@ -101,7 +101,7 @@ def kept_file(identity: dict[str, str], dtype: str) -> Path | None:
 def keep(programs: ahead.ExportedPrograms, identity: dict[str, str], dtype: str) -> None:
     """Keeps the text side's program of a loaded CLIP for later processes."""
     file = kept_file(identity, dtype)
-    if file is None or file.exists():
+    if file is None or file.exists() or not programs.has(TEXT):
         return
     made = file.with_name(f".{file.name}.{os.getpid()}")
     try:

@@ -14,10 +14,10 @@ from flax import nnx
 
 from icar_jax import pytree
 from icar_jax.errors import ModelError
-from icar_jax.models.functional import Module, Params
+from icar_jax.models.encoders import ImageEncoder, TextEncoder, unit_norm
+from icar_jax.models.functional import Params
 from icar_jax.models.layers import DType
 from icar_jax.models.reduction.routes import split_route
-from icar_jax.models.reduction.tokens import Tokens
 from icar_jax.models.text import TextArch, TextTower
 from icar_jax.models.transformer import AttentionFn, Execution
 from icar_jax.models.vision import VisionArch, VisionTower
@@ -77,7 +77,7 @@ class ClipOutput(NamedTuple):
     logit_bias: dict[int, Array]  # float32 scalars; empty if the model has no biases
 
 
-class Clip(Module):
+class Clip(ImageEncoder, TextEncoder):
     """CLIP (Radford et al. 2021) with early exits in the vision tower; embeddings are float32 with unit norm.
 
     Args:
@@ -127,44 +127,6 @@ class Clip(Module):
         biases = self.logit_biases() if self.arch.logit_bias else {}
         return ClipOutput(self.encode_image_exits(images), self.encode_text(tokens), self.logit_scales(), biases)
 
-    def encode_image(self, images: Array, exit: int | None = None) -> Array:
-        """images float [B, S, S, 3], normalised -> float32 [B, D], unit norm.
-
-        `exit` counts executed blocks; None is full depth. Raises ModelError if there is no such exit.
-        """
-        blocks_run = self.arch.vision.check_exit(exit)
-        return self.encode_image_exits(images, (blocks_run,))[blocks_run]
-
-    def encode_image_exits(
-        self, images: Array, exits: Sequence[int] | None = None, scales: Array | None = None
-    ) -> dict[int, Array]:
-        """images float [B, S, S, 3], normalised -> {executed blocks: float32 [B, D], unit norm}, in one forward pass.
-
-        `exits` counts executed blocks; None is every exit. `scales` float32 [B, depth] multiplies the residuals of each image
-        in each block (layer dropout in training); None is 1. Raises ModelError if there is no such exit.
-        """
-        given = () if exits is None and scales is None else (exits, scales)
-        return {blocks_run: unit_norm(z) for blocks_run, z in self.vision(images, *given).items()}
-
-    def encode_tokens(self, tokens: Tokens, start: int, exit: int | None = None) -> Array:
-        """Resumes `encode_image` from Tokens of [B, L, W] after `start` blocks -> float32 [B, D], unit norm.
-
-        Raises ModelError if there is no such exit, ValueError if it lies before `start`.
-        """
-        blocks_run = self.arch.vision.check_exit(exit)
-        return self.encode_tokens_exits(tokens, start, (blocks_run,))[blocks_run]
-
-    def encode_tokens_exits(self, tokens: Tokens, start: int, exits: Sequence[int]) -> dict[int, Array]:
-        """Resumes `encode_image_exits` from Tokens of [B, L, W] after `start` blocks -> {executed blocks: float32 [B, D]}.
-
-        Raises ModelError if there is no such exit, ValueError if one lies before `start`.
-        """
-        for blocks_run in exits:
-            first = self.arch.vision.heads_of(split_route(self.arch.vision.check_exit(blocks_run))[0])[0]
-            if start > first:
-                raise ValueError(f"tokens after {start} blocks come too late for exit {blocks_run}, which reads block {first}")
-        return {blocks_run: unit_norm(z) for blocks_run, z in self.vision.resume(tokens, start, exits).items()}
-
     def encode_image_with_cross(
         self, images: Array, exits: Sequence[int], scales: Array | None = None
     ) -> tuple[dict[int, Array], Array]:
@@ -185,10 +147,6 @@ class Clip(Module):
         pairs = paired_blocks(self.arch.vision.depth, self.arch.text.depth)
         return jnp.stack([cross[pair[tower]] for pair in pairs], axis=1)
 
-    def encode_text(self, tokens: Array) -> Array:
-        """tokens int [B, L] -> float32 [B, D], unit norm."""
-        return unit_norm(self.text(tokens))
-
     def logit_scales(self) -> dict[int, Array]:
         """Returns {executed blocks: scalar scale}, full depth included; clipped at 100 as in CLIP, unbounded as in SigLIP."""
         limit = jnp.inf if self.arch.logit_bias else LOGIT_SCALE_MAX
@@ -204,11 +162,6 @@ class Clip(Module):
         values = {e: own[str(e)][...] for e in early}
         every = dict.fromkeys((*self.arch.vision.all_exits, *self.arch.vision.depths))
         return {e: values.get(split_route(e)[0], shared[...]) for e in every}
-
-
-def unit_norm(z: Array) -> Array:
-    """z [B, D] -> z / |z|, [B, D]; a zero vector stays zero."""
-    return z * jax.lax.rsqrt(jnp.maximum(jnp.sum(z * z, axis=-1, keepdims=True), 1e-24))
 
 
 def start_exits_from_final(params: pytree.Tree) -> pytree.Tree:

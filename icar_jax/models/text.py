@@ -12,10 +12,10 @@ from flax import nnx
 
 from icar_jax.errors import ModelError
 from icar_jax.models.functional import Module
-from icar_jax.models.layers import DType, LayerNorm, draw
+from icar_jax.models.layers import DType, LayerNorm, Linear, draw
 from icar_jax.models.projection import add_projection, embed_cross, project, projection_error
+from icar_jax.models.reduced_text import PROTECTED, TextTokens, is_text, run_reduced_text
 from icar_jax.models.reduction.schedule import Schedule, schedule_error
-from icar_jax.models.reduction.text_blocks import PROTECTED, TextTokens, is_text, run_reduced_text
 from icar_jax.models.transformer import AttentionFn, Block, Execution, PostNormBlock, require_blocks, run_blocks
 
 Array = jax.Array
@@ -41,7 +41,7 @@ class TextArch:
     embed_dim: int
     activation: str = "gelu"
     end_id: int = 49407
-    pool: str = "end"  # end | argmax | last
+    pool: str = "end"  # end | argmax | last | first | mean
     causal: bool = True
     proj_bias: bool = False
     norm_eps: float = 1e-5
@@ -49,6 +49,7 @@ class TextArch:
     pad_id: int = -1  # padding after the last other token is masked; -1: nothing is masked
     projection: str = "linear"  # linear | linear_mlp (sum of both) | mlp | none (a bare tower)
     projection_width: int = 0  # hidden channels of the MLP
+    pooler: bool = False  # a linear layer and tanh between the pooled token and the projection (BERT's pooler)
     reduce: str = "none"  # token reduction: none | crossget (models/reduction)
     schedule: Schedule = ()  # entry i: number of tokens that block i + 1 merges
     pads_apart: bool = False  # whether padding only merges into padding; always so where it is masked
@@ -109,6 +110,7 @@ class TextTower(Module):
         self.blocks = nnx.List([block(a.width, a.heads, a.mlp_width, **kind, **types) for _ in range(a.depth)])
         self.cross = nnx.Param(jnp.zeros((a.depth, a.width), param_dtype)) if a.has_cross else None
         self.ln_final = norm(not a.post_norm)
+        self.pooler = nnx.data(Linear(a.width, a.width, std=0.02, **types) if a.pooler else None)
         add_projection(self, a.projection, a.projection_width, a.width, a.embed_dim, bias=a.proj_bias, **types)
 
     def __call__(self, tokens: Array) -> Array:
@@ -116,7 +118,7 @@ class TextTower(Module):
 
         Raises ValueError for other shapes, and TypeError for floats.
         """
-        return self._run(tokens)[0]
+        return self.of_pooled(self._run(tokens)[0])
 
     def with_cross_embeddings(self, tokens: Array) -> tuple[Array, Array]:
         """`__call__`, and the cross tokens in the embedding space, float32 [blocks, B, D], for CrossGET's cross loss.
@@ -124,11 +126,11 @@ class TextTower(Module):
         The cross tokens of all blocks, normalised by `ln_final` where there is one and projected. Norm and projection get no
         gradient from them.
         """
-        embeddings, cross = self._run(tokens)
-        return embeddings, embed_cross(self, self.ln_final, cross)
+        pooled, cross = self._run(tokens)
+        return self.of_pooled(pooled), embed_cross(self, self.ln_final, cross)
 
     def _run(self, tokens: Array) -> tuple[Array, list[Array]]:
-        """tokens int [B, L] -> ([B, D], cross token [B, W] of each block)."""
+        """tokens int [B, L] -> (pooled token [B, W], cross token [B, W] of each block)."""
         self._require_tokens(tokens)
         length, depth, a = tokens.shape[1], self.arch.depth, self.arch
         x = (self.embed[...][tokens] + self.pos[...][None, :length]).astype(self.dtype)
@@ -146,7 +148,19 @@ class TextTower(Module):
             key_bias = None if a.pad_id < 0 else jnp.where(self._is_text(tokens), 0.0, MASKED)
             x = run_blocks(self.blocks, x, (depth,), execution=self.execution, key_bias=key_bias)[depth]
             pooled = self._pool(x, tokens)
-        return project(self, pooled if self.ln_final is None else self.ln_final(pooled)).astype(jnp.float32), cross
+        return pooled, cross
+
+    def pooled(self, tokens: Array) -> Array:
+        """tokens int [B, L] -> [B, W], what the head reads; `of_pooled` makes the embeddings of it."""
+        return self._run(tokens)[0]
+
+    def of_pooled(self, pooled: Array) -> Array:
+        """Outputs of `pooled` [B, W] -> [B, D] before normalisation, float32."""
+        if self.ln_final is not None:
+            pooled = self.ln_final(pooled)
+        if self.pooler is not None:
+            pooled = jnp.tanh(self.pooler(pooled))
+        return project(self, pooled).astype(jnp.float32)
 
     def _require_tokens(self, tokens: Array) -> None:
         context = self.arch.context_length
@@ -172,14 +186,14 @@ class TextTower(Module):
         """int [B]: number of tokens before the padding, which begins after the end token where no id says so."""
         if self.arch.pad_id >= 0:
             return self._is_text(tokens).sum(1)
-        return self._place(tokens) + 1 if self.arch.pool in ("end", "argmax") else jnp.full(len(tokens), tokens.shape[1])
+        return self._place(tokens) + 1 if self.arch.pool in ("end", "argmax") else jnp.full(tokens.shape[:1], tokens.shape[1])
 
     def _place(self, tokens: Array) -> Array:
         """int [B]: place of the token that is pooled; the first one for a mean."""
         if self.arch.pool in ("first", "mean"):
-            return jnp.zeros(len(tokens), jnp.int32)
+            return jnp.zeros(tokens.shape[:1], jnp.int32)
         if self.arch.pool == "last":
-            return jnp.full(len(tokens), tokens.shape[1] - 1)
+            return jnp.full(tokens.shape[:1], tokens.shape[1] - 1)
         # argmax returns the first match, so padding with the end token is harmless.
         return jnp.argmax(tokens == self.arch.end_id if self.arch.pool == "end" else tokens, axis=1)
 

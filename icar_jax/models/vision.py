@@ -8,7 +8,7 @@ embedding space of the full tower and the text tower. Full depth is always an ex
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any, Literal, overload
 
@@ -21,7 +21,7 @@ from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType, LayerNorm, PatchConv, draw
 from icar_jax.models.ops import require_floats
 from icar_jax.models.projection import add_projection, embed_cross, project
-from icar_jax.models.reduction.image_blocks import append_cross, log_sizes, run_reduced
+from icar_jax.models.reduced_image import append_cross, log_sizes, run_reduced
 from icar_jax.models.reduction.routes import split_route
 from icar_jax.models.reduction.tokens import Tokens
 from icar_jax.models.swiglu import SwiGlu
@@ -69,6 +69,10 @@ class ExitHead(Module):
         pooled = _pool(x, self.pool, self.prefix, sizes)
         if self.residual is not None:
             pooled = pooled + self.residual(x, pooled, **bias)
+        return self.of_pooled(pooled)
+
+    def of_pooled(self, pooled: Array) -> Array:
+        """Pooled tokens [B, W], or [B, 2, W] of pool 'cls_mean' -> [B, D], without the residual."""
         return project(self, _flat(self.ln(pooled)))
 
 
@@ -253,8 +257,32 @@ class VisionTower(Trunk):
             return head(x, tokens.sizes if weighted else None, **bias) if weighted or bias else head(x)
         if a.head == "map":
             return self.map(self.ln_post(x), **bias)
-        pooled = _pool(x, a.head, a.prefix, tokens.sizes if weighted else None)
+        return self._full_of_pooled(_pool(x, a.head, a.prefix, tokens.sizes if weighted else None))
+
+    def _full_of_pooled(self, pooled: Array) -> Array:
         return project(self, _flat(self.ln_post(pooled)))
+
+    def pooled(self, images: Array) -> dict[int, Array]:
+        """images float [B, S, S, 3], normalised -> {executed blocks: [B, W] or [B, 2, W]}, what each head reads.
+
+        `of_pooled` makes the embeddings of it: where the tower is frozen, this part need not run again. Only for heads that
+        read pooled tokens alone (`arch.reads_pooled`).
+        """
+        a = self.arch
+        taps = run_trunk(self, self.embed(images), a.all_exits)
+        found = {}
+        for e, tokens in taps.items():
+            stop = -1 if a.has_cross else None  # a cross token only guides
+            sizes = tokens.sizes[:, :stop] if e > a.first_merging else None
+            found[e] = _pool(tokens.values[:, :stop], a.head if e == a.depth else a.pool, a.prefix, sizes)
+        return found
+
+    def of_pooled(self, pooled: Mapping[int, Array]) -> dict[int, Array]:
+        """Outputs of `pooled` for every exit -> {executed blocks: float32 [B, D], not normalised}, as of `__call__`."""
+        a = self.arch
+        one = lambda e: self._full_of_pooled(pooled[e]) if e == a.depth else self.exits[str(e)].of_pooled(pooled[e])
+        each = {e: one(e).astype(jnp.float32) for e in a.all_exits}
+        return {e: reduce(operator.add, (each[part] for part in a.heads_of(e))) for e in a.all_exits}
 
     def with_cross_embeddings(
         self, images: Array, exits: Sequence[int], scales: Array | None = None

@@ -77,6 +77,11 @@ class VisionArch:
         return self.grid**2 + self.prefix
 
     @property
+    def reads_pooled(self) -> bool:
+        """Whether every head reads nothing but its pooled token, so that outputs of a frozen tower can be kept."""
+        return "map" not in (self.head, self.pool if self.exits else "") and (self.exit_head == "linear" or not self.exits)
+
+    @property
     def pooled_width(self) -> int:
         """Channels of a pooled token, which the projection reads."""
         return self.width * (2 if self.head == "cls_mean" else 1)
@@ -189,7 +194,7 @@ def _reduction_errors(a: VisionArch) -> Iterator[str]:
     if a.reduce not in REDUCTIONS:
         yield f"reduce {a.reduce!r} must be one of {REDUCTIONS}"
     if a.reduce == "none" and (a.schedule or a.schedules):
-        yield f"schedule={a.schedule or a.schedules[0]} needs a reduction: reduce 'none' removes no tokens; use one of {REDUCTIONS[1:]}"
+        yield f"schedule={a.schedule or a.schedules[0]} needs a reduction, one of {REDUCTIONS[1:]}; 'none' removes no tokens"
     if a.reduce != "none" and a.merge:
         yield f"merge={a.merge} and reduce={a.reduce!r} both remove tokens; use one of them"
     if a.reduce in ("crossget", "drop") and not a.class_token:

@@ -48,7 +48,8 @@ def adopt(arch: Any, start: Start) -> Any:
     lines = init_errors.size_differences(arch, saved)
     if lines:
         raise init_errors.refusal(named(start), lines, [init_errors.clip_variant(saved)])
-    if arch.vision.exit_sum != saved.vision.exit_sum:
+    joined = isinstance(start, Checkpoint)  # its heads are drawn at random, so no trained embedding changes
+    if arch.vision.exit_sum != saved.vision.exit_sum and not joined:
         raise ConfigError(
             f"{named(start)}: the checkpoint was trained with {_SUMMED[saved.vision.exit_sum]}; "
             f"config.clip.exit_sum={arch.vision.exit_sum} would change its full-depth embeddings. Set it to "

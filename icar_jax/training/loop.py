@@ -16,6 +16,7 @@ from icar_jax.config import ExperimentConfig
 from icar_jax.data import augment, configured
 from icar_jax.data.loader.batches import BadFiles, train_batches
 from icar_jax.data.loader.iterator import Batch, BatchIterator
+from icar_jax.data.loader.kept import KeptOutputs
 from icar_jax.parallel import distributed
 from icar_jax.parallel.mesh import batch_sharding, batch_shards
 from icar_jax.parallel.rules import shardings
@@ -26,6 +27,7 @@ from icar_jax.training.logs import RunLog, SilentLog, open_log
 from icar_jax.training.monitor import CutCaptions, Monitor, NonFiniteLoss
 from icar_jax.training.preemption import Agreement, StopRequest
 from icar_jax.training.setup import RunContext, open_run, optimizer_of, say
+from icar_jax.training.start import forget
 from icar_jax.training.step import State, abstract_state, init_state, make_step, model_params, put_batch
 from icar_jax.training.tasks.kind import RunKind
 
@@ -85,8 +87,11 @@ def _train(run: RunContext, request: StopRequest, stop_after: int, evaluators: t
             weights = kind.initial_params(task, say) if kind.starts_from_weights else None
             params = place(weights, shardings(task.shapes, run.mesh)) if weights is not None else None
             state = init_state(task, optimizer, run.mesh, config, params)
+        forget()
+        kept = kind.kept_outputs(task, run.source, run.tokenizer, state["params"], run.mesh, request)
+        kept = KeptOutputs() if kept is None else kept  # None: a stop signal arrived, so no step will run
         log = open_log(workdir, t.steps, start, t.tensorboard, f"train {config.task}")
-        with _batches(run, start, part) as batches, contextlib.closing(log):
+        with _batches(run, start, part, kept) as batches, contextlib.closing(log):
 
             def advance(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
                 with profiling.section("transfer"):
@@ -178,7 +183,7 @@ def _run(
     return state, done, stopped
 
 
-def _batches(run: RunContext, start: int, part: tuple[int, int]) -> BatchIterator:
+def _batches(run: RunContext, start: int, part: tuple[int, int], kept: KeptOutputs) -> BatchIterator:
     """This process's part of each batch, starting after `start` steps."""
     data, t = run.config.data, run.config.train
     return train_batches(
@@ -194,6 +199,7 @@ def _batches(run: RunContext, start: int, part: tuple[int, int]) -> BatchIterato
         process_count=part[1],
         with_complexity="complexity" in run.task.fields,
         others=run.task.others,
+        kept=kept,
         **configured.loading(data),
     )
 

@@ -82,6 +82,23 @@ def test_open_clip(name, tmp_path):
     assert list(preprocess.transforms[-1].mean) == pytest.approx(ours["mean"])
 
 
+@pytest.mark.parametrize("name", ["open_clip_xlm_roberta", "open_clip_bert"])
+def test_open_clip_with_an_encoder(name, tmp_path):
+    """The encoder's config is read by the name that the export writes: here a folder."""
+    import torch
+
+    open_clip = library("open_clip")
+    case, folder = exported(name, "open_clip", tmp_path)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    text = config["model_cfg"]["text_cfg"]
+    assert text["hf_model_name"] == "tiny-encoder" and text["context_length"] == case.inputs["tokens"].shape[1]
+    text["hf_model_name"] = str(tmp_path / "source")
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    model = open_clip.create_model(f"local-dir:{folder}").eval()
+    close(model.encode_image(pictures(case)), case.outputs["image_embeds"])
+    close(model.encode_text(torch.from_numpy(case.inputs["tokens"].astype(np.int64))), case.outputs["text_embeds"])
+
+
 def test_openai(tmp_path):
     """OpenAI's own loader reads sizes from the state dict; open_clip carries the same reading."""
     import torch
@@ -149,16 +166,34 @@ def test_the_installed_merges_encode_as_open_clip_does():
 def test_exported_tokenizer_files_encode_alike_in_transformers(tmp_path):
     from transformers import AutoTokenizer
 
-    from icar_jax.convert.layouts.clip_export import tokenizer_json
-    from icar_jax.convert.layouts.hf_export import tokenizer_config
+    from icar_jax.convert.tokenizers.hf_json import tokenizer_config, tokenizer_json
     from icar_jax.models.variants import CLIP
 
     for tokenizer in (Tokenizer.from_file(clip_merges()), Tokenizer.train(CAPTIONS, 300)):
         (tmp_path / "tokenizer.json").write_text(tokenizer_json(tokenizer))
-        config = tokenizer_config(tokenizer, CLIP["vit_b32"])
+        config = tokenizer_config(tokenizer, CLIP["vit_b32"].text)
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         theirs = AutoTokenizer.from_pretrained(tmp_path)
         rows = theirs(CAPTIONS, padding="max_length", truncation=True, max_length=77)["input_ids"]
         for ours, row in zip(tokenizer(CAPTIONS, 77).tolist(), rows, strict=True):
             length = ours.index(tokenizer.end_id) + 1  # behind the first end token nothing counts
             assert row[:length] == ours[:length] and row.index(tokenizer.end_id) == length - 1
+
+
+@pytest.mark.parametrize("name", ["hf_vision_clip", "hf_vision_siglip", "hf_text_clip"])
+def test_a_tower_alone(name, tmp_path):
+    import torch
+
+    library("torchvision")
+    import transformers
+
+    case, folder = exported(name, "hf", tmp_path)
+    cls = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
+    model, loading = cls.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    given = (
+        {"pixel_values": pictures(case)} if "vision" in name else {"input_ids": torch.from_numpy(case.inputs["tokens"]).long()}
+    )
+    out = model.eval()(**given)
+    found = next(getattr(out, key) for key in ("image_embeds", "text_embeds", "pooler_output") if hasattr(out, key))
+    np.testing.assert_allclose(found.detach().numpy(), case.outputs["features"], atol=1e-4)

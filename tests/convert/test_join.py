@@ -11,30 +11,14 @@ from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.join import Joint, join
 from icar_jax.convert.layouts.base import Options
 from icar_jax.data.images import Preprocess
-from icar_jax.data.tokenizer import Tokenizer
-from icar_jax.models.text import TextArch, TextTower
-from icar_jax.models.vision import VisionArch, VisionTower
-from tests.support import drawn
-
-TOKENIZER = Tokenizer.train(["a red ball", "two blue dogs"] * 3, 280)
-VISION = VisionArch(32, 8, 24, 3, 2, 48, 24, pre_norm=False, patch_bias=True, projection="none", registers=1)
-TEXT = TextArch(
-    12, TOKENIZER.vocab_size, 16, 2, 2, 32, 16, end_id=TOKENIZER.end_id, pool="mean", causal=False, post_norm=True,
-    pad_id=TOKENIZER.pad_id, projection="none",
-)  # fmt: skip
+from tests.support import small_towers
+from tests.support.small_towers import TEXT
 
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory):
     """Folders of a vision tower and of a text tower."""
-    root = tmp_path_factory.mktemp("towers")
-    vision = {"vision": drawn.params(VisionTower.graph(VISION).shapes, 1)}
-    about = {"arch": dataclasses.asdict(VISION), "preprocess": Preprocess(32).to_dict()}
-    text = {"text": drawn.params(TextTower.graph(TEXT).shapes, 2)}
-    return (
-        checkpoint.write(root / "image", "vision", about, vision),
-        checkpoint.write(root / "text", "text", {"arch": dataclasses.asdict(TEXT)}, text, TOKENIZER.to_json()),
-    )
+    return small_towers.write(tmp_path_factory.mktemp("towers"))
 
 
 def trunk(folder, part, tower):
@@ -98,9 +82,9 @@ def test_towers_of_the_wrong_kind(towers, complexity_folder, tmp_path):
     bare = checkpoint.write(tmp_path / "bare", "text", {"arch": dataclasses.asdict(TEXT)}, checkpoint.read(text, "text").params)
     with pytest.raises(ConvertError, match="has no tokenizer"):
         join(image, bare, tmp_path / "joined")
-    for tower in towers:
-        with pytest.raises(checkpoint.CheckpointError, match="`icar join` makes a CLIP of two towers"):
-            icar_jax.load(tower)
+    for tower, encode in zip(towers, ("encode_text", "encode_image"), strict=True):
+        with pytest.raises(checkpoint.CheckpointError, match="tower alone; `icar join` makes a CLIP of two towers"):
+            getattr(icar_jax.load(tower), encode)([])
 
 
 def test_the_command(towers, tmp_path, capsys):

@@ -100,7 +100,7 @@ def tower_outputs(model):
     def run(params, images):
         made, tokens = tower(params, images, (depth,), intermediates=True)
         normed = tower.merge(params).ln_post(tokens[f"blocks/{depth - 1}"])
-        return {"features": made[depth]} | ({"features_tokens": normed} if model.arch.head == "cls" else {})
+        return {"features": made[depth]} | ({"features_tokens": normed} if "features_tokens" in model.case.outputs else {})
 
     return jax.jit(run)(model.params["vision"], model.case.images)
 
@@ -143,9 +143,10 @@ def test_every_value_arrives_once_and_unrounded(model):
     if "image_size" in case.options:  # resized, and compared in test_resized_positions
         kept = {n: array for n, array in kept.items() if n not in ("visual.positional_embedding", f"vit.{HF_POSITIONS}")}
         flat.pop("vision/pos")
-    if case.kind == "text":  # positions are a sum, compared in test_positions_of_text_encoders
-        beside = ("pooler.", "lm_head.", POSITIONS, TYPES)
-        kept = {n: array for n, array in kept.items() if not n.removeprefix("roberta.").startswith(beside)}
+    if case.layout in ("bert", "open_clip_encoder"):  # positions are a sum, compared in test_positions_of_text_encoders
+        prefix = "text.transformer." if case.layout == "open_clip_encoder" else "roberta."
+        beside = (POSITIONS, TYPES, "lm_head.", *(("pooler.",) if case.kind == "text" else ()))
+        kept = {n: array for n, array in kept.items() if not n.removeprefix(prefix).startswith(beside)}
         flat.pop("text/pos")
     expected = np.sort(np.concatenate([array.astype(np.float32).ravel() for array in kept.values()]))
     np.testing.assert_array_equal(np.sort(np.concatenate([np.ravel(leaf) for leaf in flat.values()])), expected)
@@ -176,10 +177,12 @@ def test_resized_positions(seed):
         close(resize_positions(positions[1:], int(new), class_token=False), expected[1:])
 
 
-@pytest.mark.parametrize("name, prefix, first", [("bert", "", 0), ("roberta", "roberta.", 2)])
+@pytest.mark.parametrize("name, prefix, first", [
+    ("bert", "", 0), ("roberta", "roberta.", 2), ("open_clip_xlm_roberta", "text.transformer.", 2),
+])  # fmt: skip
 def test_positions_of_text_encoders(name, prefix, first, tmp_path):
     model = golden_model(name, tmp_path)
-    weights, length = model.case.weights, model.arch.context_length
+    weights, length = model.case.weights, getattr(model.arch, "text", model.arch).context_length
     expected = weights[prefix + POSITIONS][first : first + length] + weights[prefix + TYPES][0]
     np.testing.assert_array_equal(model.params["text"]["pos"], expected)
 
@@ -188,7 +191,7 @@ def test_positions_of_text_encoders(name, prefix, first, tmp_path):
 
 
 def test_golden_files_are_small():
-    assert sum(file.stat().st_size for file in cases.GOLDEN.iterdir()) < 3_000_000
+    assert sum(file.stat().st_size for file in cases.GOLDEN.iterdir()) < 3_300_000
 
 
 def golden_model(name, folder, **options):

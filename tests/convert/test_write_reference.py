@@ -51,6 +51,7 @@ CASES = (
     "hf_quick_gelu", "hf_gelu", "siglip", "open_clip_gelu", "open_clip_custom_text", "openai", "open_clip_resized",
     "convnext_v1_linear", "convnext_v2_conv_mlp", "icc", "icar", "hf_dinov2_swiglu", "hf_dinov2_registers", "timm_vit",
     "timm_dinov2", "timm_registers", "timm_mean", "timm_clip", "bert", "roberta",
+    "open_clip_xlm_roberta", "open_clip_bert", "hf_vision_clip", "hf_vision_siglip", "hf_text_clip", "ic9600",
 )  # fmt: skip
 ASKED = ("heads", "activation", "image_size", "context_length", "text_pool")  # options that the library needs too
 

@@ -8,7 +8,8 @@ import ftfy
 import numpy as np
 import pytest
 
-from icar_jax.data.tokenizer import END, START, Tokenizer, clean
+from icar_jax.data.cleaning import clean
+from icar_jax.data.tokenizer import END, START, Tokenizer
 
 CAPTIONS = ["A red ball on a table .", "Two dogs play with a red ball.", "a dog on a table", "The table is red"] * 3
 MERGES = ["t h", "th e</w>", "c a", "ca t</w>", "Ã ©</w>", "r e", "re d</w>"]

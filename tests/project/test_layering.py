@@ -31,7 +31,7 @@ ALLOWED = {
     "architectures": {"config", "checkpoint", "models"},
     "convert": LIBRARY | {"tensorfile"},
     "inference": LIBRARY | {"program_cache", "workdir", "profiling"},
-    "training": LIBRARY | {"workdir", "profiling", "architectures"},
+    "training": LIBRARY | {"program_cache", "workdir", "profiling", "architectures"},
     "planner": LIBRARY | {"architectures", "training"},
     "evaluation": LIBRARY | {"workdir", "architectures", "inference"},
     "search": LIBRARY | {"extras", "program_cache", "workdir", "profiling", "inference", "evaluation"},
@@ -42,8 +42,9 @@ ALLOWED = {
 # Which folders of its own package a folder imports; files that lie beside folders may lie above or below them.
 SUBLAYERS = {
     "convert/files": set(),
-    "convert/layouts": {"files"},
+    "convert/layouts": {"files", "tokenizers"},
     "convert/parity": {"files", "layouts"},
+    "convert/tokenizers": set(),
     "data/loader": {"sources"},
     "data/ratings": {"sources"},
     "data/scenes": set(),
@@ -54,6 +55,7 @@ SUBLAYERS = {
     "evaluation/report": {"metrics", "routing", "records"},
     "evaluation/routing": {"metrics"},
     "inference/files": set(),
+    "models/reduction": set(),
     "search/server": set(),
     "training/losses": set(),
     "training/tasks": {"losses"},

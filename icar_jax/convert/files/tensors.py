@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,9 @@ from icar_jax.convert.files import safetensors_reader, torch_reader
 from icar_jax.convert.files.torch_pickle import StoredTensor
 
 READERS = ("auto", "torch", "own")
-STATE_KEYS = ("model_state_dict", "state_dict", "model", "state_dict_ema", "teacher")
+PLAIN_KEYS = ("model_state_dict", "state_dict", "model", "module")  # of state dicts; the last is DeepSpeed's
+EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "teacher")  # of weights averaged over training
+STATE_KEYS = (*PLAIN_KEYS, *EMA_KEYS)
 _OTHER = {
     b"\x1f\x8b": "gzip; unpack it first",
     b"\x93NUMPY": "a numpy array; expected weights of a whole model",
@@ -57,13 +59,16 @@ class Weights:
     kind: str
     tensors: dict[str, Tensor]
     extra: dict[str, Any]
+    key: str = ""  # that the state dict stands under; '' at the top
+    others: tuple[str, ...] = ()  # keys of further state dicts, which were not read
 
 
-def read_weights(path: str | os.PathLike, reader: str = "auto") -> Weights:
+def read_weights(path: str | os.PathLike, reader: str = "auto", chosen: str = "") -> Weights:
     """The tensors of a weight file or of a Hugging Face index of shards; values are read when a tensor's `load` is called.
 
     `kind` of the result is 'safetensors', 'torch' or 'torchscript'. The prefix 'module.' is removed where every name has it.
     `reader` of PyTorch files: 'torch' (weights_only), 'own' (needs no torch) or 'auto' (torch where it is installed).
+    `chosen`: 'ema' or 'plain' weights of a file that may hold both; '' takes the plain ones where there are any.
     Raises ConvertError for a file that is missing, damaged, not weights, or that holds more than tensors and plain values.
     """
     if reader not in READERS:
@@ -72,13 +77,15 @@ def read_weights(path: str | os.PathLike, reader: str = "auto") -> Weights:
     head = _head(path)
     # The header of a safetensors file can begin like JSON: a length of 31,520 bytes reads ' {'.
     index = _is_json(head) and not safetensors_reader.matches(head)
-    kind, tensors, extra = _read_index(path, reader) if index else _read_file(path, head, reader)
+    if index and chosen:
+        raise ConvertError(f"{path} is an index of shards, which hold one state dict; leave --weights {chosen} out")
+    kind, tensors, read = _read_index(path, reader) if index else _read_file(path, head, reader, chosen)
     if not tensors:
         raise ConvertError(f"{path} holds no tensors; expected the weights of a model")
     if all(name.startswith("module.") and name != "module." for name in tensors):
         short = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
         tensors = {name: replace(tensor, name=name) for name, tensor in short.items()}
-    return Weights(path, kind, tensors, extra)
+    return Weights(path, kind, tensors, read.extra, read.key, read.others)
 
 
 def _head(path: Path) -> bytes:
@@ -100,25 +107,36 @@ def _is_json(head: bytes) -> bool:
     return head.lstrip()[:1] in (b"{", b"[")
 
 
-def _read_file(path: Path, head: bytes, reader: str) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+class _State(NamedTuple):
+    """A state dict of a file, the plain values beside it, the key it stands under, and the keys of other state dicts."""
+
+    tensors: dict[str, Any]
+    extra: dict[str, Any] = {}
+    key: str = ""
+    others: tuple[str, ...] = ()
+
+
+def _read_file(path: Path, head: bytes, reader: str, chosen: str = "") -> tuple[str, dict[str, Tensor], _State]:
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         archive = torch_reader.open_archive(path)
         if archive.script:
             if reader == "torch":
                 raise ConvertError(f"{path} is TorchScript: torch would run the code inside; use reader 'own' or 'auto'")
-            return "torchscript", *_from_own(torch_reader.read_archive(archive), path)
+            return "torchscript", *_from_own(torch_reader.read_archive(archive), path, chosen)
         if _use_torch(reader):
             # torch would take the compressed bytes of a mapped file for weights.
             compressed = any(region.member for region in archive.members.values())
-            return "torch", *_from_torch(path, mapped=not compressed)
-        return "torch", *_from_own(torch_reader.read_archive(archive), path)
+            return "torch", *_from_torch(path, not compressed, chosen)
+        return "torch", *_from_own(torch_reader.read_archive(archive), path, chosen)
     if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5") and head[8:9] != b"{":
         if _use_torch(reader):
-            return "torch", *_from_torch(path, mapped=False)
-        return "torch", *_from_own(torch_reader.read_legacy(path), path)
+            return "torch", *_from_torch(path, False, chosen)
+        return "torch", *_from_own(torch_reader.read_legacy(path), path, chosen)
     if safetensors_reader.matches(head):
+        if chosen:
+            raise ConvertError(f"{path} is a safetensors file, which holds one state dict; leave --weights {chosen} out")
         entries = safetensors_reader.read(path)
-        return "safetensors", {name: Tensor(name, *entry) for name, entry in entries.items()}, {}
+        return "safetensors", {name: Tensor(name, *entry) for name, entry in entries.items()}, _State({})
     raise ConvertError(f"{path} is {_other_kind(path, head)}")
 
 
@@ -143,7 +161,7 @@ def _use_torch(reader: str) -> bool:
     return installed and reader != "own"
 
 
-def _read_index(path: Path, reader: str) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+def _read_index(path: Path, reader: str) -> tuple[str, dict[str, Tensor], _State]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=safetensors_reader.without_duplicates)
     except (OSError, ValueError, RecursionError) as error:
@@ -168,37 +186,39 @@ def _read_index(path: Path, reader: str) -> tuple[str, dict[str, Tensor], dict[s
     if faults:
         more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise ConvertError(f"{path} and its shards disagree: {'; '.join(faults[:10])}{more}; get the missing files again")
-    return kinds.pop(), {name: found[name] for name in listed}, {}
+    return kinds.pop(), {name: found[name] for name in listed}, _State({})
 
 
-def _from_own(file: torch_reader.TorchFile, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    state, extra = _locate(file.tree, lambda value: isinstance(value, StoredTensor), path)
+def _from_own(file: torch_reader.TorchFile, path: Path, chosen: str) -> tuple[dict[str, Tensor], _State]:
+    located = _locate(file.tree, lambda value: isinstance(value, StoredTensor), path, chosen)
+    state = located.tensors
     loads = {name: torch_reader.loader(file, name, stored) for name, stored in state.items()}
-    return {name: Tensor(name, stored.shape, stored.dtype, loads[name]) for name, stored in state.items()}, extra
+    return {name: Tensor(name, stored.shape, stored.dtype, loads[name]) for name, stored in state.items()}, located
 
 
-def _from_torch(path: Path, mapped: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _from_torch(path: Path, mapped: bool, chosen: str) -> tuple[dict[str, Tensor], _State]:
     import torch
 
     def is_tensor(value: Any) -> bool:
         return isinstance(value, torch.Tensor)
 
-    def open_state() -> tuple[dict[str, Any], dict[str, Any]]:
+    def open_state() -> _State:
         try:
             tree = torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
         # torch raises RuntimeError, UnpicklingError, KeyError, EOFError and more, by what is wrong with the file.
         except Exception as error:
             raise ConvertError(_torch_fault(path, str(error))) from error
-        return _locate(tree, is_tensor, path)
+        return _locate(tree, is_tensor, path, chosen)
 
-    state, extra = open_state()
+    located = open_state()
+    state = located.tensors
     opened, read = [state], [0]
 
     def loader(name: str, tensor: Tensor) -> Callable[[], np.ndarray]:
         def load() -> np.ndarray:
             if mapped and read[0] > _REMAP_AFTER:
                 opened[0], read[0] = {}, 0
-                opened[0] = open_state()[0]
+                opened[0] = open_state().tensors
             found = opened[0].get(name)
             if found is None or (tuple(found.shape), _torch_dtype(found)) != (tensor.shape, tensor.dtype):
                 raise ConvertError(f"{path}: tensor {name!r} has changed since the file was opened")
@@ -216,7 +236,7 @@ def _from_torch(path: Path, mapped: bool) -> tuple[dict[str, Tensor], dict[str, 
         entry = Tensor(name, tuple(tensor.shape), dtype, np.zeros)
         torch_reader.size_of(entry.shape, where, torch_reader.DTYPES[dtype], tensor.untyped_storage().nbytes())
         tensors[name] = replace(entry, load=loader(name, entry))
-    return tensors, extra
+    return tensors, located
 
 
 def _torch_dtype(tensor: Any) -> str:
@@ -246,8 +266,8 @@ def _torch_fault(path: Path, text: str) -> str:
     return f"{path} cannot be read by torch's weights_only reader: {text[:300]}; get the file again"
 
 
-def _locate(tree: Any, is_tensor: Callable[[Any], bool], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tensors of the state dict (the whole tree, or one of STATE_KEYS in it), and the plain values of the rest."""
+def _locate(tree: Any, is_tensor: Callable[[Any], bool], path: Path, chosen: str) -> _State:
+    """The state dict: the whole tree, or the one under a key of the `chosen` kind ('ema' or 'plain'; '' plain before EMA)."""
     if not isinstance(tree, dict):
         raise ConvertError(f"{path} holds a {type(tree).__name__}; expected a state dict, or one under {_names(STATE_KEYS)}")
 
@@ -255,7 +275,13 @@ def _locate(tree: Any, is_tensor: Callable[[Any], bool], path: Path) -> tuple[di
         return isinstance(value, dict) and any(map(is_tensor, value.values()))
 
     bare = bool(tree) and all(map(is_tensor, tree.values()))
-    key = None if bare else next((name for name in STATE_KEYS if holds_tensors(tree.get(name))), None)
+    there = [] if bare else [name for name in STATE_KEYS if holds_tensors(tree.get(name))]
+    wanted = {"": STATE_KEYS, "plain": PLAIN_KEYS, "ema": EMA_KEYS}[chosen]
+    key = next((name for name in there if name in wanted), None)
+    if chosen and key is None:
+        raise ConvertError(
+            f"{path} holds no {chosen} weights: expected tensors under {_names(wanted)}, found {_names(there) or 'others'}"
+        )
     if key is None and not holds_tensors(tree):
         raise ConvertError(
             f"{path} holds no state dict: expected tensors at its top or under {_names(STATE_KEYS)}, found the keys "
@@ -266,7 +292,8 @@ def _locate(tree: Any, is_tensor: Callable[[Any], bool], path: Path) -> tuple[di
     if wrong:
         raise ConvertError(f"{path}: {key or 'the state dict'} holds more than named tensors: {_names(map(str, wrong))}")
     rest = {name: value for name, value in tree.items() if name != key and not str(name).startswith("optimizer")}
-    return {name: value for name, value in state.items() if is_tensor(value)}, _plain(rest, path)
+    others = tuple(name for name in there if name != key)
+    return _State({name: value for name, value in state.items() if is_tensor(value)}, _plain(rest, path), key or "", others)
 
 
 def _names(names: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from icar_jax import pytree
 from icar_jax.checkpoint import Checkpoint
+from icar_jax.convert.adapters import Adapter
 from icar_jax.convert.fields import ConvertError, Fields
 from icar_jax.convert.files.tensors import Tensor, Weights
 from icar_jax.convert.rules import Rule
@@ -20,7 +21,6 @@ from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.text import TextArch
 
-WRAPPERS = ("model.", "net.", "teacher.", "backbone.")  # that a training program may put before every name
 TOWER_OPTIONS = frozenset({"activation", "preprocess", "exits", "pool", "heads", "image_size"})  # of vision towers
 KINDS = ("clip", "vision", "text", "complexity", "convnext")  # of checkpoints that weights are converted to
 
@@ -38,6 +38,11 @@ class Options:
     tokenizer: str = ""  # tokenizer.json or CLIP's merges file
     context_length: int = 0  # tokens of a text; fewer than the source's keep its first positions
     text_pool: str = ""  # pooling of a text encoder: first | mean
+    base: str = ""  # base weights of a source that is a LoRA adapter alone
+    weights: str = ""  # ema | plain, of a file that holds averaged weights beside the others
+    reduce: str = ""  # of CrossGET's checkpoints: crossget | none
+    image_r: int = -1  # tokens that each block of the vision tower merges; -1: not given
+    text_r: int = -1  # the same of the text tower
 
     def given(self) -> set[str]:
         """Names of the fields that were set."""
@@ -55,6 +60,7 @@ class Source:
     layout: str
     weights: Weights
     configs: dict[str, dict[str, Any]]
+    adapter: Adapter | None = None  # that was merged into the weights
 
     @property
     def folder(self) -> Path:
@@ -144,7 +150,9 @@ class Export:
 
 
 _OF_TEXT = {"context_length", "text_pool"}  # options of layouts of text encoders
-_ALL_OPTIONS = frozenset(f.name for f in dataclasses.fields(Options)) - _OF_TEXT
+OF_SOURCES = {"base", "weights"}  # options that say what is read, whatever its layout
+_OF_CROSSGET = {"reduce", "image_r", "text_r"}  # options of CrossGET's checkpoints
+_ALL_OPTIONS = frozenset(f.name for f in dataclasses.fields(Options)) - _OF_TEXT - _OF_CROSSGET
 
 
 def no_details(source: Source, options: Options) -> Details:
@@ -162,7 +170,7 @@ class Layout:
 
     name: str  # as printed, and as stored in icar.json
     kind: str  # of the checkpoint: one of KINDS
-    # From names of tensors and configs; names come without `prefixes`. Raises for a known variant that is not supported.
+    # From names of tensors and configs; names come without wrappers (source.py). Raises for a variant that is not supported.
     detect: Callable[[Source], bool]
     arch: Callable[[Source, Options], Any]  # ClipArch, VisionArch, ComplexityArch or ConvNeXtArch
     # (source, architecture) -> rules. The architecture is None where it cannot be read and unknown names are to be listed.
@@ -177,7 +185,6 @@ class Layout:
     tokenizer: Callable[[Source, str, TextArch], tuple[Tokenizer | None, str]] | None = None
     export: Export | None = None  # None: `icar export` does not write this layout
     options: frozenset[str] = _ALL_OPTIONS  # fields of Options that have an effect; others are refused
-    prefixes: tuple[str, ...] = ()  # removed in this order, each where all names begin with it
     weight_files: tuple[str, ...] = ()  # names of weight files besides source.WEIGHT_FILES, tried in a folder
     config_files: tuple[str, ...] = ()  # JSON files to read beside the weights
     precedence: int = 0  # layouts of a higher one are tried first

@@ -11,7 +11,7 @@ import re
 import numpy as np
 
 from icar_jax.convert import rules
-from icar_jax.convert.fields import ConvertError
+from icar_jax.convert.fields import ConvertError, Fields
 from icar_jax.convert.layouts.base import Details, Layout, Options, Source, require_agreement, shape_of
 from icar_jax.convert.layouts.hf import CONFIG
 from icar_jax.convert.rules import QKV_BIAS, QKV_WEIGHT, Rule, Transform, dropped, linear, norm, prefixed, rule
@@ -49,12 +49,24 @@ def arch(source: Source, options: Options) -> TextArch:
     """The architecture. Raises ConvertError where something is missing, contradictory or unsupported."""
     if CONFIG not in source.configs:
         raise ConvertError(f"{source.path}: there is no config.json, so heads and epsilon are unknown; copy the whole folder")
-    config, prefix = source.config(CONFIG), _prefix(source)
+    stated = source.config(SENTENCE).positive("max_seq_length", int)
+    where = f"{SENTENCE}: max_seq_length"
+    return encoder_arch(source, source.config(CONFIG), _prefix(source), options, _pool(source, options), stated, where)
+
+
+def encoder_arch(
+    source: Source, config: Fields, prefix: str, options: Options, pool: str, stated: int | None, where: str
+) -> TextArch:
+    """The architecture of an encoder whose names begin with `prefix` and whose configuration is `config`.
+
+    `stated` is the number of tokens of a text that `where` says. Raises ConvertError where something is missing, contradictory
+    or unsupported.
+    """
     kind = config.get("model_type", str, "")
     if kind not in _TYPES:
         raise ConvertError(
-            f"{source.path}: config.json describes a {kind!r} model, whose encoder may compute otherwise under the same names; "
-            f"supported are {', '.join(_TYPES)}"
+            f"{source.path}: {config.where} describes a {kind!r} model, whose encoder may compute otherwise under the same "
+            f"names; supported are {', '.join(_TYPES)}"
         )
     refused = {
         "position_embedding_type": (config.get("position_embedding_type", str, "absolute"), "absolute"),
@@ -69,7 +81,7 @@ def arch(source: Source, options: Options) -> TextArch:
     positions = shape_of(source, f"{prefix}embeddings.position_embeddings.weight", 2)[0]
     mlp = shape_of(source, f"{prefix}encoder.layer.0.intermediate.dense.weight", 2)[0]
     depth = rules.count(source.tensors, f"{prefix}encoder.layer.{{}}")
-    require_agreement(source, CONFIG, {
+    require_agreement(source, config.where, {
         "vocab_size": (config.get("vocab_size", int), vocabulary), "hidden_size": (config.get("hidden_size", int), width),
         "max_position_embeddings": (config.get("max_position_embeddings", int), positions),
         "num_hidden_layers": (config.get("num_hidden_layers", int), depth),
@@ -79,57 +91,72 @@ def arch(source: Source, options: Options) -> TextArch:
     if not 0 <= pad < vocabulary:
         raise ConvertError(f"{config.where}: pad_token_id {pad} lies outside the vocabulary of {vocabulary}")
     return TextArch(
-        context_length=_context(source, options, positions - _offset(source)), vocabulary=vocabulary, width=width, depth=depth,
-        heads=choose_heads(0, config.positive("num_attention_heads", int), width, depth, "text", config.where), mlp_width=mlp,
-        embed_dim=width, norm_eps=config.positive("layer_norm_eps", float, 1e-12 if kind == "bert" else 1e-5), end_id=0,
-        pool=_pool(source, options), causal=False, post_norm=True, pad_id=pad, projection="none",
+        context_length=_context(source, options, positions - offset_of(config), stated, where), vocabulary=vocabulary,
+        width=width, depth=depth, mlp_width=mlp, embed_dim=width,
+        heads=choose_heads(
+            options.heads[-1] if options.heads else 0, config.positive("num_attention_heads", int), width, depth, "text",
+            config.where,
+        ),
+        norm_eps=config.positive("layer_norm_eps", float, 1e-12 if kind == "bert" else 1e-5), end_id=0, pool=pool,
+        causal=False, post_norm=True, pad_id=pad, projection="none",
     )  # fmt: skip
 
 
 def text_rules(source: Source, arch: TextArch | None) -> list[Rule]:
     """Rules for the names of a BertModel or a RobertaModel, alone or inside a pretraining model."""
-    prefix, offset = _prefix(source), _offset(source)
-    context = arch.context_length if arch is not None else 0
     encoder = [
+        *encoder_rules(offset_of(source.config(CONFIG)), arch.context_length if arch is not None else 0),
+        *(dropped(f"pooler.dense.{kind}", "the head for pairs of sentences") for kind in ("weight", "bias")),
+    ]
+    return [*prefixed(encoder, _prefix(source)), *(dropped(name, "a head of pretraining") for name in _LANGUAGE_HEADS)]
+
+
+def encoder_rules(offset: int, context: int, positions: int = 0, types: int = 1) -> list[Rule]:
+    """Rules for the names of an encoder of `context` tokens whose positions begin at row `offset`.
+
+    Backwards there are `positions` rows, those after the context zero (0: as few as there can be), and `types` types of tokens,
+    all zero, for theirs is in the positions.
+    """
+    return [
         rule("embeddings.word_embeddings.weight", "text/embed"),
         rule(
             ["embeddings.position_embeddings.weight", "embeddings.token_type_embeddings.weight"], "text/pos",
-            _positions(offset, context),
+            _positions(offset, context, positions, types),
         ),
         *norm("embeddings.LayerNorm", "text/ln_embed"),
         *prefixed(_BLOCK, "encoder.layer.{}.", "text/blocks/{}/"),
         dropped("embeddings.position_ids", "0, 1, 2, ..."),
         dropped("embeddings.token_type_ids", "zeros"),
-        *(dropped(f"pooler.dense.{kind}", "the head for pairs of sentences") for kind in ("weight", "bias")),
     ]  # fmt: skip
-    return [*prefixed(encoder, prefix), *(dropped(name, "a head of pretraining") for name in _LANGUAGE_HEADS)]
 
 
-def _positions(offset: int, context: int) -> Transform:
+def _positions(offset: int, context: int, positions: int, types: int) -> Transform:
     """Position embeddings of `context` tokens from row `offset` on, plus the embedding of the only type of token."""
 
     def forward(arrays: list[np.ndarray]) -> np.ndarray:
         return arrays[0][offset : offset + context] + arrays[1][:1]
 
-    return Transform(forward, lambda a: [np.pad(a, ((offset, 0), (0, 0))), np.zeros_like(a[:1])])
+    def backward(a: np.ndarray) -> list[np.ndarray]:
+        after = max(positions - offset - len(a), 0)
+        return [np.pad(a, ((offset, after), (0, 0))), np.zeros((types, a.shape[1]), a.dtype)]
+
+    return Transform(forward, backward)
 
 
 def _prefix(source: Source) -> str:
     return next((prefix for prefix in _PREFIXES if source.has(f"{prefix}embeddings.word_embeddings")), "")
 
 
-def _offset(source: Source) -> int:
+def offset_of(config: Fields) -> int:
     """Number of position embeddings before the first token's."""
-    config = source.config(CONFIG)
     return 0 if config.get("model_type", str, "") == "bert" else config.get("pad_token_id", int, 1) + 1
 
 
-def _context(source: Source, options: Options, positions: int) -> int:
-    """Tokens of a text: the user's number, else the one of sentence-transformers, else that of the positions."""
-    stated = source.config(SENTENCE).positive("max_seq_length", int)
+def _context(source: Source, options: Options, positions: int, stated: int | None, where: str) -> int:
+    """Tokens of a text: the user's number, else the stated one, else that of the positions."""
     wanted = options.context_length or stated or positions
     if not 2 <= wanted <= positions:
-        asked = f"--context-length={wanted}" if options.context_length else f"{SENTENCE}: max_seq_length {wanted}"
+        asked = f"--context-length={wanted}" if options.context_length else f"{where} {wanted}"
         raise ConvertError(f"{source.path}: {asked} must lie in 2 to {positions}, the positions of this encoder")
     return wanted
 

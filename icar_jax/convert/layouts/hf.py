@@ -41,8 +41,8 @@ BLOCK: list[Rule] = [
 ]
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 # The library's defaults for fields that a config lacks.
-_CLIP_TEXT = {"num_attention_heads": 8, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-_CLIP_VISION = {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+CLIP_TEXT = {"num_attention_heads": 8, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+CLIP_VISION = {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 
 
 def is_siglip(source: Source) -> bool:
@@ -51,32 +51,48 @@ def is_siglip(source: Source) -> bool:
 
 
 def has_towers(source: Source) -> bool:
-    """Whether the names are those of a CLIPModel or a SiglipModel."""
-    return source.has("text_model.", "vision_model.")
+    """Whether the names are those of a CLIPModel or a SiglipModel; a tower alone has no temperature."""
+    found = [source.has(f"{tower}_model.") for tower in ("vision", "text")]
+    return all(found) or (any(found) and "logit_scale" in source.tensors)
 
 
 def tower_rules() -> list[Rule]:
     """Rules for the names that CLIPModel and SiglipModel share."""
+    return [*prefixed(vision_rules(), "vision_model."), *prefixed(text_rules(), "text_model.")]
+
+
+def vision_rules() -> list[Rule]:
+    """Rules for the names, without a prefix, that the vision towers of CLIP and SigLIP share."""
     return [
-        rule("vision_model.embeddings.patch_embedding.weight", "vision/patch/kernel", CONV),
-        rule("vision_model.embeddings.position_embedding.weight", "vision/pos"),
-        *prefixed(BLOCK, "vision_model.encoder.layers.{}.", "vision/blocks/{}/"),
-        *norm("vision_model.post_layernorm", "vision/ln_post"),
-        rule("text_model.embeddings.token_embedding.weight", "text/embed"),
-        rule("text_model.embeddings.position_embedding.weight", "text/pos"),
-        *prefixed(BLOCK, "text_model.encoder.layers.{}.", "text/blocks/{}/"),
-        *norm("text_model.final_layer_norm", "text/ln_final"),
-        dropped("text_model.embeddings.position_ids", "0, 1, 2, ..."),
-        dropped("vision_model.embeddings.position_ids", "0, 1, 2, ..."),
+        rule("embeddings.patch_embedding.weight", "vision/patch/kernel", CONV),
+        rule("embeddings.position_embedding.weight", "vision/pos"),
+        *prefixed(BLOCK, "encoder.layers.{}.", "vision/blocks/{}/"),
+        *norm("post_layernorm", "vision/ln_post"),
+        dropped("embeddings.position_ids", "0, 1, 2, ..."),
     ]
+
+
+def text_rules() -> list[Rule]:
+    """Rules for the names, without a prefix, that the text towers of CLIP and SigLIP share."""
+    return [
+        rule("embeddings.token_embedding.weight", "text/embed"),
+        rule("embeddings.position_embedding.weight", "text/pos"),
+        *prefixed(BLOCK, "encoder.layers.{}.", "text/blocks/{}/"),
+        *norm("final_layer_norm", "text/ln_final"),
+        dropped("embeddings.position_ids", "0, 1, 2, ..."),
+    ]
+
+
+def clip_vision_rules() -> list[Rule]:
+    """Rules for the names, without a prefix, of CLIP's vision tower."""
+    return [*vision_rules(), rule("embeddings.class_embedding", "vision/cls"), *norm("pre_layrnorm", "vision/ln_pre")]
 
 
 def clip_rules() -> list[Rule]:
     """Rules for the names of a CLIPModel."""
     return [
-        *tower_rules(),
-        rule("vision_model.embeddings.class_embedding", "vision/cls"),
-        *norm("vision_model.pre_layrnorm", "vision/ln_pre"),
+        *prefixed(clip_vision_rules(), "vision_model."),
+        *prefixed(text_rules(), "text_model."),
         *linear("visual_projection", "vision/proj", bias=False),
         *linear("text_projection", "text/proj", bias=False),
         rule("logit_scale", "logit_scale", SCALAR),
@@ -89,9 +105,7 @@ class Towers:
 
     vision: dict[str, Any]  # arguments of VisionArch
     text: dict[str, Any]  # arguments of TextArch
-    vision_fields: Fields
     text_fields: Fields
-    pixels: int | None  # image size that the config states
 
 
 def config_fields(source: Source, model_type: str) -> Fields:
@@ -127,51 +141,70 @@ def read_towers(
     Raises ConvertError where something is missing, of a wrong type, contradictory or unsupported.
     """
     config = config_fields(source, model_type)
-    vision, text = (_section(config, name, d) for name, d in zip(("vision_config", "text_config"), defaults))
-    acts = []
-    for section in (vision, text):
-        acts.append(_activation(section))
-        choose_activation(options.activation, acts[-1], section.where)
-    width, _, patch, _ = shape_of(source, "vision_model.embeddings.patch_embedding.weight", 4)
-    positions = shape_of(source, "vision_model.embeddings.position_embedding.weight", 2)[0]
-    side = square_side(source, "vision_model.embeddings.position_embedding.weight", positions - class_token)
-    vocabulary, text_width = shape_of(source, "text_model.embeddings.token_embedding.weight", 2)
-    context = shape_of(source, "text_model.embeddings.position_embedding.weight", 2)[0]
+    vision, text = (section(config, name, d) for name, d in zip(("vision_config", "text_config"), defaults))
     embed_dim = shape_of(source, embed, 2)[0]
-    depths, mlps = [], []
-    for tower in ("vision", "text"):
-        depths.append(rules.count(source.tensors, f"{tower}_model.encoder.layers.{{}}"))
-        mlps.append(shape_of(source, f"{tower}_model.encoder.layers.0.mlp.fc1.weight", 2)[0])
-    pixels = vision.positive("image_size", int)
-    pairs = {
-        "vision_config.patch_size": (vision.get("patch_size", int), patch),
-        # A picture that is no multiple of the patch loses its last rows: SigLIP's 384 pixels are 27 patches of 14.
-        "vision_config.image_size // patch_size": (pixels and pixels // patch, side),
-        "text_config.max_position_embeddings": (text.get("max_position_embeddings", int), context),
-        "text_config.vocab_size": (text.get("vocab_size", int), vocabulary),
-    }
-    for name, section, w, i in (("vision", vision, width, 0), ("text", text, text_width, 1)):
-        pairs[f"{name}_config.hidden_size"] = (section.get("hidden_size", int), w)
-        pairs[f"{name}_config.num_hidden_layers"] = (section.get("num_hidden_layers", int), depths[i])
-        pairs[f"{name}_config.intermediate_size"] = (section.get("intermediate_size", int), mlps[i])
-    require_agreement(source, CONFIG, pairs)
     asked = options.heads or (0, 0)
-    heads = [
-        choose_heads(asked[i], section.positive("num_attention_heads", int), w, depths[i], name, section.where)
-        for i, (name, section, w) in enumerate((("vision", vision, width), ("text", text, text_width)))
-    ]
-    shared = [
-        {"width": w, "depth": depths[i], "heads": heads[i], "mlp_width": mlps[i], "embed_dim": embed_dim, "activation": acts[i],
-         "norm_eps": section.positive("layer_norm_eps", float)}
-        for i, (section, w) in enumerate(((vision, width), (text, text_width)))
-    ]  # fmt: skip
     return Towers(
-        {"image_size": patch * side, "patch_size": patch, **shared[0]},
-        {"context_length": context, "vocabulary": vocabulary, **shared[1]},
-        vision,
+        {**vision_sizes(source, options, vision, "vision_model.", class_token, asked[0]), "embed_dim": embed_dim},
+        {**text_sizes(source, options, text, "text_model.", asked[1]), "embed_dim": embed_dim},
         text,
-        pixels,
     )
+
+
+def vision_sizes(
+    source: Source, options: Options, config: Fields, prefix: str, class_token: bool, heads: int
+) -> dict[str, Any]:
+    """Arguments of VisionArch but `embed_dim`, for names that begin with `prefix`; `config` is the tower's configuration.
+
+    Raises ConvertError where something is missing, of a wrong type, contradictory or unsupported.
+    """
+    width, _, patch, _ = shape_of(source, f"{prefix}embeddings.patch_embedding.weight", 4)
+    positions = shape_of(source, f"{prefix}embeddings.position_embedding.weight", 2)[0]
+    side = square_side(source, f"{prefix}embeddings.position_embedding.weight", positions - class_token)
+    pixels = config.positive("image_size", int)
+    sizes = {
+        "patch_size": (config.get("patch_size", int), patch),
+        # A picture that is no multiple of the patch loses its last rows: SigLIP's 384 pixels are 27 patches of 14.
+        "image_size // patch_size": (pixels and pixels // patch, side),
+    }
+    blocks = _block_sizes(source, options, config, prefix, width, ("vision", heads), sizes)
+    return {"image_size": patch * side, "patch_size": patch, **blocks}
+
+
+def text_sizes(source: Source, options: Options, config: Fields, prefix: str, heads: int) -> dict[str, Any]:
+    """Arguments of TextArch but `embed_dim` and the pooling; as `vision_sizes`."""
+    vocabulary, width = shape_of(source, f"{prefix}embeddings.token_embedding.weight", 2)
+    context = shape_of(source, f"{prefix}embeddings.position_embedding.weight", 2)[0]
+    sizes = {
+        "max_position_embeddings": (config.get("max_position_embeddings", int), context),
+        "vocab_size": (config.get("vocab_size", int), vocabulary),
+    }
+    blocks = _block_sizes(source, options, config, prefix, width, ("text", heads), sizes)
+    return {"context_length": context, "vocabulary": vocabulary, **blocks}
+
+
+def _block_sizes(
+    source: Source, options: Options, config: Fields, prefix: str, width: int, tower: tuple[str, int],
+    sizes: dict[str, tuple[Any, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments that both towers have; `tower` is its name and the number of heads that the user gives."""
+    activation = _activation(config)
+    choose_activation(options.activation, activation, config.where)
+    depth = rules.count(source.tensors, f"{prefix}encoder.layers.{{}}")
+    mlp = shape_of(source, f"{prefix}encoder.layers.0.mlp.fc1.weight", 2)[0]
+    sizes |= {
+        "hidden_size": (config.get("hidden_size", int), width),
+        "num_hidden_layers": (config.get("num_hidden_layers", int), depth),
+        "intermediate_size": (config.get("intermediate_size", int), mlp),
+    }  # fmt: skip
+    place = config.where.removeprefix(CONFIG).removeprefix(": ")
+    require_agreement(source, CONFIG, {f"{place}.{name}" if place else name: pair for name, pair in sizes.items()})
+    name, asked = tower
+    heads = choose_heads(asked, config.positive("num_attention_heads", int), width, depth, name, config.where)
+    return {
+        "width": width, "depth": depth, "heads": heads, "mlp_width": mlp, "activation": activation,
+        "norm_eps": config.positive("layer_norm_eps", float),
+    }  # fmt: skip
 
 
 def _activation(section: Fields) -> str:
@@ -182,7 +215,7 @@ def _activation(section: Fields) -> str:
     return ACTIVATIONS[name]
 
 
-def _section(config: Fields, name: str, defaults: Mapping[str, Any]) -> Fields:
+def section(config: Fields, name: str, defaults: Mapping[str, Any]) -> Fields:
     """One tower's configuration: `defaults`, overridden by `name`, overridden by the older `name_dict` with its defaults."""
     old, new = config.section(f"{name}_dict"), config.section(name)
     known = lambda fields: {key: value for key, value in fields.content.items() if value is not None}
@@ -193,32 +226,34 @@ def _section(config: Fields, name: str, defaults: Mapping[str, Any]) -> Fields:
 def clip_arch(source: Source, options: Options) -> ClipArch:
     """The architecture of a CLIPModel. Raises ConvertError where something is missing, contradictory or unsupported."""
     towers = read_towers(
-        source, options, "clip", class_token=True, embed="visual_projection.weight", defaults=(_CLIP_VISION, _CLIP_TEXT)
+        source, options, "clip", class_token=True, embed="visual_projection.weight", defaults=(CLIP_VISION, CLIP_TEXT)
     )
-    end = _end_token(towers.text_fields)
-    # The first configs have 2 here, before the field was used; the library then pools the highest id.
-    legacy = end == 2
-    vocabulary = towers.text["vocabulary"]
-    if not legacy and not 0 <= end < vocabulary:
-        raise ConvertError(f"{towers.text_fields.where}: eos_token_id {end} lies outside the vocabulary of {vocabulary}")
-    text = TextArch(**towers.text, end_id=vocabulary - 1 if legacy else end, pool="argmax" if legacy else "end")
+    text = TextArch(**towers.text, **end_token(towers.text_fields, towers.text["vocabulary"]))
     return ClipArch(VisionArch(**towers.vision), text)
 
 
-def _end_token(text: Fields) -> int:
+def end_token(text: Fields, vocabulary: int) -> dict[str, Any]:
+    """The arguments `end_id` and `pool` of a TextArch. Raises ConvertError for a token outside the vocabulary."""
     value = text.content.get("eos_token_id")
     if isinstance(value, list) and len(value) == 1:
-        return Fields(text.where, {"eos_token_id": value[0]}).get("eos_token_id", int)
-    return text.get("eos_token_id", int, CLIP_END_ID)
+        end = Fields(text.where, {"eos_token_id": value[0]}).get("eos_token_id", int)
+    else:
+        end = text.get("eos_token_id", int, CLIP_END_ID)
+    if end == 2:  # the first configs have 2 here, before the field was used; the library then pools the highest id
+        return {"end_id": vocabulary - 1, "pool": "argmax"}
+    if not 0 <= end < vocabulary:
+        raise ConvertError(f"{text.where}: eos_token_id {end} lies outside the vocabulary of {vocabulary}")
+    return {"end_id": end, "pool": "end"}
 
 
-def preprocess(source: Source, options: Options, arch: ClipArch) -> Preprocess:
+def preprocess(source: Source, options: Options, arch: ClipArch | VisionArch) -> Preprocess:
     """The preprocessing: the user's, else that of preprocessor_config.json (or processor_config.json).
 
     Raises ConvertError where neither is given, and for steps that are not supported.
     """
-    size = options.image_size or arch.vision.image_size
-    pixels = _section(source.config(CONFIG), "vision_config", {}).positive("image_size", int)
+    size = options.image_size or getattr(arch, "vision", arch).image_size
+    config = source.config(CONFIG)
+    pixels = (section(config, "vision_config", {}) or config).positive("image_size", int)
     if pixels and not options.image_size:
         size = pixels  # SigLIP at 384 pixels with patches of 14: the convolution leaves the last 6 out
     # A preprocessing that is not supported must not prevent --preprocess.

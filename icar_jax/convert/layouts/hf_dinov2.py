@@ -10,7 +10,6 @@ import numpy as np
 from icar_jax.convert.layouts import hf_vit
 from icar_jax.convert.layouts.base import (
     TOWER_OPTIONS,
-    WRAPPERS,
     Export,
     ExportFiles,
     ExportSource,
@@ -108,7 +107,6 @@ LAYOUT = Layout(
     antialiased=lambda arch: arch.registers > 0,
     export=Export("hf", _export),
     options=TOWER_OPTIONS,
-    prefixes=WRAPPERS,
     config_files=(hf_vit.CONFIG, *hf_vit.PREPROCESSORS),
     precedence=2,
 )

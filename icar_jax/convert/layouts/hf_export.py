@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from icar_jax.convert.layouts.base import ExportFiles, ExportSource
-from icar_jax.convert.layouts.clip_export import NO_TOKENIZER, tokenizer_json, weights_without_exits
+from icar_jax.convert.layouts.clip_export import tokenizer_files, weights_without_exits
 from icar_jax.convert.rules import Rule
 from icar_jax.data.images import Preprocess
-from icar_jax.data.tokenizer import PAD, Tokenizer
-from icar_jax.models.clip import ClipArch
 from icar_jax.models.text import TextArch
 from icar_jax.models.vision import VisionArch
 
@@ -28,11 +26,8 @@ def export_files(
         "config.json": config,
         "preprocessor_config.json": preprocessor(source.preprocess, processor),
     }
-    if source.tokenizer is None:
-        return ExportFiles(files, [*notes, NO_TOKENIZER])
-    files["tokenizer.json"] = tokenizer_json(source.tokenizer)
-    files["tokenizer_config.json"] = tokenizer_config(source.tokenizer, source.arch)
-    return ExportFiles(files, notes)
+    words, more_notes = tokenizer_files(source, source.arch.text, config=True)
+    return ExportFiles(files | words, notes + more_notes)
 
 
 def tower_config(model_type: str, tower: VisionArch | TextArch) -> dict[str, Any]:
@@ -72,20 +67,3 @@ def preprocessor(preprocess: Preprocess, processor: str, cropping: str = "CLIPIm
         "image_std": list(preprocess.std),
         "do_convert_rgb": True,
     }
-
-
-def tokenizer_config(tokenizer: Tokenizer, arch: ClipArch) -> dict[str, Any]:
-    """tokenizer_config.json for the plain class, which reads everything else from tokenizer.json."""
-    pad = tokenizer.token(tokenizer.pad_id)
-    end = tokenizer.token(tokenizer.end_id)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": arch.text.context_length,
-        "eos_token": end,
-        # CLIP pads with an ordinary token ('!'), which the library would then split from its word. The causal tower ignores
-        # everything behind the first end token, so the end token can pad.
-        "pad_token": end if tokenizer.start_id is not None and pad != PAD else pad,
-    }
-    if tokenizer.start_id is not None:
-        config["bos_token"] = tokenizer.token(tokenizer.start_id)
-    return config

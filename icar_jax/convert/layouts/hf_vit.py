@@ -10,7 +10,6 @@ from icar_jax.convert import rules as engine
 from icar_jax.convert.fields import ConvertError, Fields
 from icar_jax.convert.layouts.base import (
     TOWER_OPTIONS,
-    WRAPPERS,
     Details,
     Export,
     ExportFiles,
@@ -213,7 +212,6 @@ LAYOUT = Layout(
     antialiased=lambda arch: False,
     export=Export("hf", _export, holds=lambda arch: not arch.registers and arch.ffn == "mlp"),
     options=TOWER_OPTIONS,
-    prefixes=WRAPPERS,
     config_files=(CONFIG, *PREPROCESSORS),
     precedence=2,
 )

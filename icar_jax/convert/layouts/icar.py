@@ -14,7 +14,8 @@ from icar_jax.convert import rules as engine
 from icar_jax.convert.fields import ConvertError, Fields
 from icar_jax.convert.layouts.base import Details, Export, ExportFiles, ExportSource, Layout, Options, Source
 from icar_jax.convert.layouts.clip_export import beyond_clip, refuse, tokenizer_files
-from icar_jax.convert.layouts.open_clip import open_clip_arch, open_clip_rules, published_name, text_prefix
+from icar_jax.convert.layouts.open_clip import open_clip_arch, open_clip_rules, text_prefix
+from icar_jax.convert.layouts.open_clip_export import published_name
 from icar_jax.convert.rules import SCALAR, Rule, dropped, linear, norm, prefixed, rule
 from icar_jax.convert.settings import choose_preprocess
 from icar_jax.data.images import Preprocess
@@ -103,7 +104,7 @@ def _export(source: ExportSource) -> ExportFiles:
         "early_exit_layer": exit - 1,
     }
     content = {"epoch": 0, "global_step": 0, "model_state_dict": state, "metrics": {}, "config": config}
-    words, notes = tokenizer_files(source.tokenizer)
+    words, notes = tokenizer_files(source, arch.text)
     return ExportFiles({"ICAR.pt": content, **words}, notes)
 
 
@@ -126,7 +127,7 @@ def _require_icar(arch: ClipArch) -> None:
 LAYOUT = Layout(
     name="icar",
     kind="clip",
-    detect=lambda source: source.has("early_proj.", "early_ln.", "clip.visual."),
+    detect=lambda source: source.has("early_proj.", "early_ln."),
     arch=arch,
     rules=_rules,
     preprocess=_preprocess,

@@ -1,4 +1,5 @@
-"""The released ICC complexity classifier: a ConvNeXt of timm without classes, a norm of its own and two logits."""
+"""Complexity models on a ConvNeXt of timm without classes: the released ICC classifier (a norm and two logits), and the
+regressor of human ratings (IC9600: a norm and an MLP)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from icar_jax.convert.rules import Rule, linear, norm, prefixed
 from icar_jax.convert.settings import choose_preprocess
 from icar_jax.data.images import Preprocess
 from icar_jax.models.complexity import ComplexityArch
+from icar_jax.models.convnext import ConvNeXtArch
 
 _PREFIX = "backbone."
 
@@ -27,7 +29,15 @@ def _arch(source: Source, options: Options) -> ComplexityArch:
     classes = shape_of(source, "classifier.1.weight", 2)[0]
     if classes != 2:
         raise ConvertError(f"{source.path}: the classifier has {classes} classes, expected 2 (simple, complex)")
-    return ComplexityArch(timm.convnext_arch(source, _PREFIX), "classification", options.image_size or timm.INPUT_SIZE)
+    return ComplexityArch(_backbone(source), "classification", options.image_size or timm.INPUT_SIZE)
+
+
+def _backbone(source: Source) -> ConvNeXtArch:
+    arch = timm.convnext_arch(source, _PREFIX)
+    hparams = Fields(str(source.path), source.weights.extra).section("hparams")
+    name = next((value for key in ("model_name", "backbone") if isinstance(value := hparams.content.get(key), str)), "")
+    timm.require_plain(source, arch, name, f"{source.path.name}: hparams")
+    return arch
 
 
 def _preprocess(source: Source, options: Options, arch: ComplexityArch) -> Preprocess:
@@ -49,8 +59,6 @@ def _export(source: ExportSource) -> ExportFiles:
     arch, described = source.arch, source.description
     if not isinstance(arch, ComplexityArch):
         raise ConvertError(f"{source.where} is a head on the blocks of a CLIP; the ICC layout holds a ConvNeXt classifier")
-    if arch.head != "classification":
-        raise ConvertError(f"{source.where} is a regression model; the ICC layout holds a classifier with two classes")
     conv_mlp = described.get("conv_mlp", timm.uses_conv_mlp(arch.backbone))
     leaves = engine.export_weights(source.params, classifier_rules(conv_mlp), source.where)
     name = timm.published_name(arch.backbone)
@@ -60,6 +68,45 @@ def _export(source: ExportSource) -> ExportFiles:
     return ExportFiles({"ICC.pt": {"state_dict": leaves, "hparams": hparams, "model_architecture": name}})
 
 
+# --- IC9600's regressor -----------------------------------------------------------------------------------------------------
+
+_RATED_SIZE = 512  # pixels at which IC9600's models are trained, squashed
+
+
+def regressor_rules(conv_mlp: bool) -> list[Rule]:
+    """Rules for the names of a regressor of ratings; `conv_mlp` as of `timm.rules`."""
+    head = [*norm("0", "norm"), *linear("1", "fc1"), *linear("4", "fc2"), *linear("7", "fc3")]
+    return [*prefixed(timm.rules(conv_mlp), _PREFIX, "backbone/"), *prefixed(head, "regressor.", "head/")]
+
+
+def _regressor_arch(source: Source, options: Options) -> ComplexityArch:
+    if shape_of(source, "regressor.7.weight", 2)[0] != 1:
+        raise ConvertError(
+            f"{source.path}: the regressor gives {shape_of(source, 'regressor.7.weight', 2)[0]} values, expected 1"
+        )
+    return ComplexityArch(_backbone(source), "regression", options.image_size or _RATED_SIZE)
+
+
+def _export_regressor(source: ExportSource) -> ExportFiles:
+    arch = source.arch
+    conv_mlp = source.description.get("conv_mlp", timm.uses_conv_mlp(arch.backbone))
+    leaves = engine.export_weights(source.params, regressor_rules(conv_mlp), source.where)
+    name = timm.published_name(arch.backbone)
+    return ExportFiles({"IC9600.pt": {"state_dict": leaves, "hparams": {"model_name": name, "image_size": arch.image_size}}})
+
+
+REGRESSOR = Layout(
+    name="ic9600",
+    kind="complexity",
+    detect=lambda source: source.has("regressor.") and source.has(_PREFIX),
+    arch=_regressor_arch,
+    rules=lambda source, arch: regressor_rules(timm.has_conv_mlp(source, _PREFIX)),
+    preprocess=_preprocess,
+    details=lambda source, options: Details(extra={"conv_mlp": timm.has_conv_mlp(source, _PREFIX)}),
+    export=Export("icar", _export_regressor, holds=lambda arch: isinstance(arch, ComplexityArch) and arch.head == "regression"),
+    options=frozenset({"preprocess", "image_size"}),
+    precedence=1,
+)
 LAYOUT = Layout(
     name="icc",
     kind="complexity",
@@ -68,8 +115,7 @@ LAYOUT = Layout(
     rules=lambda source, arch: classifier_rules(timm.has_conv_mlp(source, _PREFIX)),
     preprocess=_preprocess,
     details=_details,
-    export=Export("icar", _export),
+    export=Export("icar", _export, holds=lambda arch: getattr(arch, "head", "") == "classification"),
     options=frozenset({"preprocess", "image_size"}),
-    prefixes=("model.", "net."),
     precedence=1,
 )

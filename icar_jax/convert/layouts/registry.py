@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-from icar_jax.convert.layouts import bert, hf, hf_dinov2, hf_vit, icar, icc, open_clip, openai, siglip, timm, timm_vit
+from icar_jax.convert.layouts import (
+    bert,
+    crossget,
+    hf,
+    hf_dinov2,
+    hf_lone,
+    hf_vit,
+    icar,
+    icc,
+    open_clip,
+    open_clip_encoder,
+    openai,
+    siglip,
+    timm,
+    timm_vit,
+)  # fmt: skip
 from icar_jax.convert.layouts.base import KINDS, Layout
 
 LAYOUTS: tuple[Layout, ...] = (
     openai.LAYOUT,
+    crossget.LAYOUT,
     open_clip.LAYOUT,
     hf.LAYOUT,
     siglip.LAYOUT,
+    hf_lone.VISION,
+    hf_lone.TEXT,
     hf_vit.LAYOUT,
     hf_dinov2.LAYOUT,
     bert.LAYOUT,
+    open_clip_encoder.LAYOUT,
     timm_vit.LAYOUT,
     timm.LAYOUT,
     icar.LAYOUT,
     icc.LAYOUT,
+    icc.REGRESSOR,
 )
 
 

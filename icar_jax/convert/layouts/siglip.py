@@ -9,44 +9,58 @@ from icar_jax.convert.layouts import hf
 from icar_jax.convert.layouts.base import Export, ExportFiles, ExportSource, Layout, Options, Source
 from icar_jax.convert.layouts.clip_export import beyond_vit, refuse
 from icar_jax.convert.layouts.hf_export import export_files, text_config, tower_config
-from icar_jax.convert.rules import ROW, TRANSPOSE, VECTOR, Rule, linear, norm, rule
+from icar_jax.convert.rules import ROW, TRANSPOSE, VECTOR, Rule, linear, norm, prefixed, rule
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.text import TextArch
 from icar_jax.models.vision import VisionArch
 
-_END_ID = 1  # </s> of the first vocabulary, <eos> of the second; the tower pools the last place
-_DEFAULTS = {"num_attention_heads": 12, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+END_ID = 1  # </s> of the first vocabulary, <eos> of the second; the tower pools the last place
+VISION = {"pool": "map", "head": "map", "class_token": False, "patch_bias": True, "pre_norm": False}  # of VisionArch
+TEXT = {"end_id": END_ID, "pool": "last", "causal": False, "proj_bias": True}  # of TextArch
+DEFAULTS = {"num_attention_heads": 12, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 
 
 def rules() -> list[Rule]:
     """Rules for the names of a SiglipModel."""
     return [
-        *hf.tower_rules(),
-        rule("vision_model.embeddings.patch_embedding.bias", "vision/patch/bias"),
-        rule("vision_model.head.probe", "vision/map/probe", ROW),
-        rule("vision_model.head.attention.in_proj_weight", "vision/map/attn/qkv/kernel", TRANSPOSE),
-        rule("vision_model.head.attention.in_proj_bias", "vision/map/attn/qkv/bias"),
-        *linear("vision_model.head.attention.out_proj", "vision/map/attn/out"),
-        *norm("vision_model.head.layernorm", "vision/map/ln"),
-        *linear("vision_model.head.mlp.fc1", "vision/map/mlp/fc1"),
-        *linear("vision_model.head.mlp.fc2", "vision/map/mlp/fc2"),
-        *linear("text_model.head", "text/proj"),
+        *prefixed(vision_rules(), "vision_model."),
+        *prefixed(text_rules(), "text_model."),
         rule("logit_scale", "logit_scale", VECTOR),
         rule("logit_bias", "logit_bias", VECTOR),
     ]
 
 
+def vision_rules() -> list[Rule]:
+    """Rules for the names, without a prefix, of SigLIP's vision tower."""
+    return [
+        *hf.vision_rules(),
+        rule("embeddings.patch_embedding.bias", "vision/patch/bias"),
+        rule("head.probe", "vision/map/probe", ROW),
+        rule("head.attention.in_proj_weight", "vision/map/attn/qkv/kernel", TRANSPOSE),
+        rule("head.attention.in_proj_bias", "vision/map/attn/qkv/bias"),
+        *linear("head.attention.out_proj", "vision/map/attn/out"),
+        *norm("head.layernorm", "vision/map/ln"),
+        *linear("head.mlp.fc1", "vision/map/mlp/fc1"),
+        *linear("head.mlp.fc2", "vision/map/mlp/fc2"),
+    ]
+
+
+def text_rules() -> list[Rule]:
+    """Rules for the names, without a prefix, of SigLIP's text tower."""
+    return [*hf.text_rules(), *linear("head", "text/proj")]
+
+
 def arch(source: Source, options: Options) -> ClipArch:
     """The architecture of a SiglipModel. Raises ConvertError where something is missing, contradictory or unsupported."""
     towers = hf.read_towers(
-        source, options, "siglip", class_token=False, embed="text_model.head.weight", defaults=(_DEFAULTS, _DEFAULTS)
+        source, options, "siglip", class_token=False, embed="text_model.head.weight", defaults=(DEFAULTS, DEFAULTS)
     )
     width, embed_dim = towers.vision["width"], towers.vision["embed_dim"]
     if embed_dim != width:
         raise ConvertError(f"{source.path}: the text head gives {embed_dim} values and the image tower {width}")
     return ClipArch(
-        VisionArch(**towers.vision, pool="map", head="map", class_token=False, patch_bias=True, pre_norm=False),
-        TextArch(**towers.text, end_id=_END_ID, pool="last", causal=False, proj_bias=True),
+        VisionArch(**towers.vision, **VISION),
+        TextArch(**towers.text, **TEXT),
         logit_bias=True,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from icar_jax.convert import rules as engine
@@ -13,6 +14,17 @@ from icar_jax.data.images import Preprocess
 from icar_jax.models import variants
 from icar_jax.models.convnext import EPS, ConvNeXtArch
 
+# Names of timm's ConvNeXts whose blocks are the usual ones; those that exports write end in 'custom'.
+_PLAIN = re.compile(r"convnext(v2)?_(atto|femto|pico|nano|tiny|small|base|large|xlarge|huge|custom)(\..*)?")
+_XXLARGE = (384, 768, 1536, 3072)  # widths of the one published ConvNeXt with another epsilon
+# Arguments of timm's class with the values under which its network is the one here; None: any, for weights show them.
+_ARGUMENTS: dict[str, tuple | None] = {
+    "depths": None, "dims": None, "num_classes": None, "in_chans": (3,), "global_pool": ("avg",), "output_stride": (32,),
+    "kernel_sizes": (7, [7, 7, 7, 7]), "ls_init_value": None, "stem_type": ("patch",), "patch_size": (4,),
+    "head_init_scale": None, "head_norm_first": (False,), "head_hidden_size": (None,), "conv_mlp": None, "conv_bias": (True,),
+    "use_grn": None, "act_layer": ("gelu",), "norm_layer": (None, "layernorm", "layernorm2d"), "norm_eps": (None, EPS),
+    "drop_rate": None, "drop_path_rate": None,
+}  # fmt: skip
 INPUT_SIZE = 224  # pixels; the training resolution of the released classifiers and of most models of timm
 _CONFIG = "config.json"
 
@@ -78,11 +90,25 @@ def _detect(source: Source) -> bool:
 
 def _arch(source: Source, options: Options) -> ConvNeXtArch:
     arch = convnext_arch(source)
+    require_plain(source, arch, source.config(_CONFIG).get("architecture", str, ""), _CONFIG)
     args = source.config(_CONFIG).section("model_args")
-    eps = args.get("norm_eps", float, EPS)
-    if eps != EPS:
-        raise ConvertError(f"{args.where}: norm_eps {eps} is not supported; ConvNeXt here has {EPS}")
+    stated = {"global_pool": source.config(_CONFIG).content.get("global_pool", "avg"), **args.content}
+    fits = lambda name, value: (known := _ARGUMENTS.get(name, ())) is None or value in known
+    wrong = [f"{name}={value!r}" for name, value in stated.items() if not fits(name, value)]
+    if wrong:
+        raise ConvertError(f"{args.where} describes a ConvNeXt that is not supported: {', '.join(wrong)}")
     return arch
+
+
+def require_plain(source: Source, arch: ConvNeXtArch, name: str, where: str) -> None:
+    """Raises ConvertError for a ConvNeXt whose `name`, or whose sizes without one, say that it computes otherwise."""
+    if name and not _PLAIN.fullmatch(name):
+        raise ConvertError(
+            f"{source.path}: {where} names the architecture {name!r}, whose activation, epsilon, stem or head may be another; "
+            "supported are ConvNeXt V1 and V2 from atto to huge"
+        )
+    if not name and arch.dims == _XXLARGE:
+        raise ConvertError(f"{source.path}: these are the widths of convnext_xxlarge, whose epsilon is 1e-5; here it is {EPS}")
 
 
 def _preprocess(source: Source, options: Options, arch: ConvNeXtArch) -> Preprocess:

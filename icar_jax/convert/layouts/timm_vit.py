@@ -16,7 +16,6 @@ from icar_jax.convert import rules as engine
 from icar_jax.convert.fields import ConvertError, Fields
 from icar_jax.convert.layouts.base import (
     TOWER_OPTIONS,
-    WRAPPERS,
     Details,
     Export,
     ExportFiles,
@@ -308,7 +307,6 @@ LAYOUT = Layout(
     details=_details,
     export=Export("timm", _export),
     options=TOWER_OPTIONS,
-    prefixes=WRAPPERS,
     config_files=(_CONFIG,),
     precedence=1,
 )

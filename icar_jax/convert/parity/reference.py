@@ -28,15 +28,18 @@ from icar_jax.convert.parity.verify import META, weights_sha256
 from icar_jax.convert.source import Source, open_source
 
 LIBRARIES = {
-    "openai": "open_clip", "open_clip": "open_clip", "icar": "open_clip", "hf_clip": "transformers", "siglip": "transformers",
-    "hf_dinov2": "transformers", "hf_vit": "transformers", "bert": "transformers", "timm_vit": "timm", "timm": "timm",
-    "icc": "timm",
+    "openai": "open_clip", "open_clip": "open_clip", "open_clip_encoder": "open_clip",
+    "icar": "open_clip", "hf_clip": "transformers", "siglip": "transformers",
+    "hf_dinov2": "transformers", "hf_vit": "transformers", "bert": "transformers",
+    "hf_vision": "transformers", "hf_text": "transformers", "timm_vit": "timm", "timm": "timm",
+    "icc": "timm", "ic9600": "timm",
 }  # fmt: skip
 _RUN = {
     "openai": models.run_open_clip, "open_clip": models.run_open_clip, "icar": models.run_open_clip,
-    "hf_clip": models.run_transformers, "siglip": models.run_transformers, "timm": models.run_timm, "icc": models.run_icc,
+    "open_clip_encoder": models.run_open_clip, "hf_clip": models.run_transformers, "siglip": models.run_transformers,
+    "timm": models.run_timm, "icc": models.run_icc, "ic9600": models.run_ic9600,
     "hf_dinov2": vision.run_transformers_vision, "hf_vit": vision.run_transformers_vision, "timm_vit": vision.run_timm_vit,
-    "bert": text.run_transformers_text,
+    "bert": text.run_transformers_text, "hf_vision": vision.run_lone_vision, "hf_text": text.run_lone_text,
 }  # fmt: skip
 
 
@@ -81,6 +84,8 @@ def write_reference(
     if text_pool and text_pool not in TEXT_POOLS:
         raise ConvertError(f"reference: text_pool {text_pool!r} must be one of {', '.join(TEXT_POOLS)}")
     source = open_source(source_path)
+    if source.adapter is not None:
+        raise ConvertError(f"{source.path} holds a LoRA adapter, which references do not cover; merge it with peft first")
     if source.layout not in LIBRARIES:
         raise ConvertError(f"{source.path} has the layout {source.layout!r}; references exist for {', '.join(LIBRARIES)}")
     needed = LIBRARIES[source.layout]
@@ -90,7 +95,8 @@ def write_reference(
         model_name, activation, tuple(heads), tuple(exits), image_size, images, seed, context_length, text_pool
     )
     if _RUN[source.layout] is not text.run_transformers_text:
-        refuse_options(source, asked, "it is no text encoder", "context_length", "text_pool")
+        given = ("text_pool",) if source.layout == "open_clip_encoder" else ("context_length", "text_pool")
+        refuse_options(source, asked, "it is no text encoder", *given)
     torch, module = _import("torch", source), _import(needed, source)
     with torch.inference_mode():
         arrays, built = _RUN[source.layout](torch, module, source, asked)

@@ -12,7 +12,7 @@ from typing import Any
 
 from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.parity.reference_inputs import ACTIVATIONS, ReferenceRequest, captions, nchw, noise
-from icar_jax.convert.parity.reference_reading import load_strictly, read_state_dict, refuse_options, require_stated, strip
+from icar_jax.convert.parity.reference_reading import load_strictly, read_state_dict, refuse_options, require_stated
 from icar_jax.convert.source import Source
 
 Run = tuple[dict[str, Any], dict[str, Any]]
@@ -86,13 +86,8 @@ def run_open_clip(torch: ModuleType, open_clip: ModuleType, source: Source, aske
     # Some checkpoints store the temperature as a vector of one.
     state |= {name: state[name].reshape(getattr(model, name).shape) for name in ("logit_scale", "logit_bias") if name in state}
     model = load_strictly(model, state, source, "open_clip")
-    text = model.text if custom else None
-    pool = text.pool_type if custom else model.text_pool_type
-    end = (text.eos_id if custom else model.text_eos_id) if pool == "eos" else model.vocab_size - 1
-    pad = config["text_cfg"].get("pad_id", 0)
-    start = model.vocab_size - 2 if end == model.vocab_size - 1 else None
     images = noise(asked, model.visual.image_size[0])
-    tokens = captions(asked, model.context_length, model.vocab_size, start=start, end=end, pad=pad, highest=pool == "argmax")
+    tokens = _encoder_texts(model, config, asked) if source.layout == "open_clip_encoder" else _texts(model, config, asked)
     pixels = nchw(torch, images)
     arrays = {
         "images": images,
@@ -106,6 +101,24 @@ def run_open_clip(torch: ModuleType, open_clip: ModuleType, source: Source, aske
     if icar:
         arrays |= _icar_exit(torch, model, pixels, whole, source, asked, extra)
     return arrays, built
+
+
+def _texts(model, config: Mapping[str, Any], asked: ReferenceRequest) -> Any:
+    text = getattr(model, "text", None)
+    pool = model.text_pool_type if text is None else text.pool_type
+    end = (model.text_eos_id if text is None else text.eos_id) if pool == "eos" else model.vocab_size - 1
+    pad = config["text_cfg"].get("pad_id", 0)
+    start = model.vocab_size - 2 if end == model.vocab_size - 1 else None
+    return captions(asked, model.context_length, model.vocab_size, start=start, end=end, pad=pad, highest=pool == "argmax")
+
+
+def _encoder_texts(model, config: Mapping[str, Any], asked: ReferenceRequest) -> Any:
+    encoder = model.text.config
+    vocabulary, pad, context = encoder.vocab_size, encoder.pad_token_id, asked.context_length
+    start = encoder.bos_token_id if encoder.bos_token_id not in (None, pad) else vocabulary - 2
+    end = encoder.eos_token_id if encoder.eos_token_id not in (None, pad) else vocabulary - 1
+    context = context or config["text_cfg"].get("context_length", 77)
+    return captions(asked, context, vocabulary, start=start, end=end, pad=pad, highest=False)
 
 
 def _icar_exit(
@@ -138,7 +151,8 @@ def _clip_config(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """open_clip's model configuration, and its origin: a file beside the weights, a name, or the shapes."""
     names, settings = open_clip.list_models(), _settings(extra)
-    name, shapes = settings.get("model_name"), _clip_shapes(source, state)
+    encoder = source.layout == "open_clip_encoder"  # always with a config
+    name, shapes = settings.get("model_name"), {} if encoder else _clip_shapes(source, state)
     if "open_clip_config.json" in source.configs:
         refuse_options(source, asked, "open_clip_config.json describes the model", "model_name")
         config, built = source.configs["open_clip_config.json"].get("model_cfg", {}), "open_clip_config.json"
@@ -159,8 +173,12 @@ def _clip_config(
         _set_heads(open_clip, config, source, asked)
     config = {**config, "vision_cfg": dict(config["vision_cfg"]), "text_cfg": dict(config["text_cfg"])}
     for side, library in (("vision_cfg", "timm_model_name"), ("text_cfg", "hf_model_name")):
-        if config[side].get(library):
+        if config[side].get(library) and not (encoder and side == "text_cfg"):
             raise ConvertError(f"{source.path}: {side}.{library} names a tower of another library, which is not supported")
+    if encoder:  # open_clip reads its config by this name, of a model of transformers or of a folder
+        config["text_cfg"]["hf_model_pretrained"] = False
+        if "config.json" in source.configs:
+            config["text_cfg"]["hf_model_name"] = str(source.folder)
     if built != "open_clip_config.json":
         # open_clip runs OpenAI's weights with QuickGELU under any name of the model.
         openai = source.layout == "openai" or settings.get("pretrained") == "openai"
@@ -244,17 +262,27 @@ def run_timm(torch: ModuleType, timm: ModuleType, source: Source, asked: Referen
 
 
 def run_icc(torch: ModuleType, timm: ModuleType, source: Source, asked: ReferenceRequest) -> Run:
-    refuse_options(source, asked, "a complexity classifier has none", "activation", "heads", "exits")
+    return _run_scorer(torch, timm, source, asked, "classifier", lambda nn, width: [nn.LayerNorm(width), nn.Linear(width, 2)])
+
+
+def run_ic9600(torch: ModuleType, timm: ModuleType, source: Source, asked: ReferenceRequest) -> Run:
+    def layers(nn: Any, width: int) -> list[Any]:
+        first = [nn.LayerNorm(width), nn.Linear(width, 512), nn.ReLU(), nn.Dropout(0.2)]
+        return [*first, nn.Linear(512, 256), nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, 1)]
+
+    return _run_scorer(torch, timm, source, asked, "regressor", layers)
+
+
+def _run_scorer(torch: ModuleType, timm: ModuleType, source: Source, asked: ReferenceRequest, name: str, layers: Any) -> Run:
+    """A complexity model whose head is called `name`: its backbone's features, and these `layers`."""
+    refuse_options(source, asked, "a complexity model has none", "activation", "heads", "exits")
     whole, extra = read_state_dict(torch, source)
-    whole = strip(strip(whole, "model."), "net.")
     state = {k.removeprefix("backbone."): v for k, v in whole.items() if k.startswith("backbone.")}
     backbone, built = _convnext(timm, source, state, asked, extra.get("hparams", {}))
-    width = backbone.num_features
-    head = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, 2))
-    model = torch.nn.ModuleDict({"backbone": backbone, "classifier": head})
-    model = load_strictly(model, whole, source, "timm")
+    head = torch.nn.Sequential(*layers(torch.nn, backbone.num_features))
+    model = load_strictly(torch.nn.ModuleDict({"backbone": backbone, name: head}), whole, source, "timm")
     images = noise(asked, _convnet_size(asked, source))
-    return {"images": images, "logits": head(backbone(nchw(torch, images)))}, built
+    return {"images": images, "logits": model[name](model["backbone"](nchw(torch, images)))}, built
 
 
 def _convnext(timm: ModuleType, source: Source, state: Mapping[str, Any], asked: ReferenceRequest, hparams: Mapping[str, Any]):

@@ -29,6 +29,8 @@ def read_state_dict(torch: ModuleType, source: Source) -> tuple[dict[str, Any], 
     keys = [key for key in STATE_KEYS if isinstance(found.get(key), Mapping)]
     extra = {key: value for key, value in found.items() if key not in keys} if keys else {}
     state = strip(dict(found[keys[0]] if keys else found), "module.")
+    unwrapped = {tensor.name: name for name, tensor in source.tensors.items()}
+    state = {unwrapped.get(name, name): value for name, value in state.items()}
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}, extra
 
 

@@ -39,6 +39,29 @@ def run_transformers_text(torch: ModuleType, transformers: ModuleType, source: S
     return {"tokens": tokens, "features": features}, built
 
 
+def run_lone_text(torch: ModuleType, transformers: ModuleType, source: Source, asked: ReferenceRequest) -> Run:
+    """The text tower of a CLIP or a SigLIP alone."""
+    names = ("model_name", "exits", "heads", "image_size", "context_length", "text_pool")
+    refuse_options(source, asked, "config.json describes the tower", *names)
+    projected = "text_projection.weight" in source.tensors
+    classes = {
+        "clip_text_model": "CLIPTextModelWithProjection" if projected else "CLIPTextModel",
+        "siglip_text_model": "SiglipTextModel",
+    }
+    model = load_transformers(transformers, source, classes, ("position_ids",))
+    config, siglip = model.config, model.config.model_type == "siglip_text_model"
+    highest = config.eos_token_id == 2
+    end = 1 if siglip else config.vocab_size - 1 if highest else config.eos_token_id
+    if not isinstance(end, int) or not 0 <= end < config.vocab_size:
+        raise ConvertError(f"{source.folder}/config.json: eos_token_id is {end}, expected an id below {config.vocab_size}")
+    tokens = captions(
+        asked, config.max_position_embeddings, config.vocab_size, start=None, end=end, pad=end, highest=highest and not siglip
+    )
+    out = model(input_ids=torch.from_numpy(tokens).long())
+    features = out.text_embeds if projected else out.pooler_output
+    return {"tokens": tokens, "features": features}, {"class": type(model).__name__, "activation": config.hidden_act}
+
+
 def _texts(source: Source, config: Any, asked: ReferenceRequest) -> tuple[np.ndarray, np.ndarray]:
     """Tokens int32 [N, L] and which of them are none of the padding at the end of a row, bool [N, L]."""
     vocabulary, pad = config.vocab_size, config.pad_token_id

@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import Any
 
 from icar_jax.convert.fields import ConvertError
-from icar_jax.convert.layouts.base import WRAPPERS
 from icar_jax.convert.parity.reference_inputs import ReferenceRequest, nchw, noise
 from icar_jax.convert.parity.reference_models import Run
 from icar_jax.convert.parity.reference_reading import (
@@ -20,7 +19,6 @@ from icar_jax.convert.parity.reference_reading import (
     read_state_dict,
     refuse_options,
     require_stated,
-    strip,
 )
 from icar_jax.convert.source import Source
 
@@ -41,11 +39,25 @@ def run_transformers_vision(torch: ModuleType, transformers: ModuleType, source:
     return {"images": images, "features": tokens[:, 0]}, {"class": type(model).__name__, "activation": config.hidden_act}
 
 
+def run_lone_vision(torch: ModuleType, transformers: ModuleType, source: Source, asked: ReferenceRequest) -> Run:
+    """The vision tower of a CLIP or a SigLIP alone."""
+    refuse_options(source, asked, "config.json describes the tower", "model_name", "exits", "heads")
+    projected = "visual_projection.weight" in source.tensors
+    classes = {
+        "clip_vision_model": "CLIPVisionModelWithProjection" if projected else "CLIPVisionModel",
+        "siglip_vision_model": "SiglipVisionModel",
+    }
+    model = load_transformers(transformers, source, classes, ("position_ids",))
+    images = noise(asked, asked.image_size or model.config.image_size)
+    more = {"interpolate_pos_encoding": True} if asked.image_size else {}
+    out = model(pixel_values=nchw(torch, images), **more)
+    features = out.image_embeds if projected else out.pooler_output
+    return {"images": images, "features": features}, {"class": type(model).__name__, "activation": model.config.hidden_act}
+
+
 def run_timm_vit(torch: ModuleType, timm: ModuleType, source: Source, asked: ReferenceRequest) -> Run:
     refuse_options(source, asked, "timm knows its models by name", "exits", "heads", "activation")
     state, _ = read_state_dict(torch, source)
-    for wrapper in WRAPPERS:
-        state = strip(state, wrapper)
     config = source.configs.get("config.json", {})
     name = asked.model_name or config.get("architecture", "")
     if not timm.is_model(name):

@@ -13,6 +13,7 @@ from absl import logging
 from icar_jax.data.augment import Augment
 from icar_jax.data.images import ImageError, Preprocess
 from icar_jax.data.loader.iterator import STALL_TIMEOUT_S, Batch, BatchIterator
+from icar_jax.data.loader.kept import KeptOutputs
 from icar_jax.data.loader.order import example_at, examples_at, substitute_position
 from icar_jax.data.records import Record, Source
 from icar_jax.data.sources.shards import RETRIES, reading, retrying
@@ -41,6 +42,7 @@ def train_batches(
     augment: Augment = Augment(),
     with_complexity: bool = False,
     others: Mapping[str, Preprocess] | None = None,
+    kept: KeptOutputs = KeptOutputs(),
     num_workers: int = 0,
     num_threads: int = 2,
     process_index: int = 0,
@@ -57,6 +59,8 @@ def train_batches(
     Args:
         tokenizer: None omits the tokens (training on images only).
         others: {key: preprocess} for additional versions of the images, with the same random augmentation.
+        kept: outputs of frozen towers that replace images or captions: the batch then has `image_pooled` in place of `image`,
+            `text_pooled` in place of `tokens`, as the rows are. Captions are drawn as without.
         batch_size: image-text pairs per step over all processes.
         num_workers: worker processes; 0 makes batches in this process.
         num_threads: prefetching threads per process; 0 makes batches on demand.
@@ -85,7 +89,7 @@ def train_batches(
     make = _TrainBatch(
         source, preprocess, tokenizer, context_length, augment, with_complexity, seed,
         first=start_position + process_index * (batch_size // process_count),
-        stride=batch_size, size=batch_size // process_count, retries=retries, others=dict(others or {}),
+        stride=batch_size, size=batch_size // process_count, retries=retries, others=dict(others or {}), kept=kept,
     )  # fmt: skip
     count = (_LAST_POSITION - start_position) // batch_size
     return BatchIterator(make, count, num_workers, num_threads, stall_timeout_s)
@@ -135,6 +139,7 @@ class _TrainBatch:
     size: int
     retries: int
     others: dict[str, Preprocess]
+    kept: KeptOutputs = KeptOutputs()
 
     def where(self, step: int) -> str:
         first = self.first + step * self.stride
@@ -147,8 +152,10 @@ class _TrainBatch:
     def _make(self, step: int) -> Batch:
         positions = self.first + step * self.stride + np.arange(self.size, dtype=np.int64)
         _, indices = examples_at(positions, len(self.source), self.seed)
-        side = self.preprocess.image_size
-        images = np.empty((self.size, side, side, 3), np.uint8)
+        side, kept = self.preprocess.image_size, self.kept
+        images = np.empty((self.size if kept.image is None else 0, side, side, 3), np.uint8)
+        image_rows: list[int] = []
+        text_rows: list[int] = []
         again = {key: np.empty((self.size, p.image_size, p.image_size, 3), np.uint8) for key, p in self.others.items()}
         records: list[Record] = []
         captions: list[str] = []
@@ -157,14 +164,24 @@ class _TrainBatch:
             indices[row], record, picture = self._readable(position, int(indices[row]), bad)
             rng = np.random.default_rng((self.seed, position))
             if self.tokenizer is not None:
-                captions.append(_draw_caption(record, rng, self.source.name))
+                which = _draw_caption(record, rng, self.source.name)
+                captions.append(record.captions[which])
+                if kept.text is not None:
+                    text_rows.append(kept.text.row(int(indices[row]), which))
+            records.append(record)
+            if kept.image is not None:
+                view = int(rng.integers(kept.image.views)) if kept.image.views > 1 else 0
+                image_rows.append(kept.image.row(int(indices[row]), view))
+                continue
             for key, preprocess in self.others.items():
                 again[key][row] = self.augment.resize(picture, preprocess, copy.deepcopy(rng))
             images[row] = self.augment.resize(picture, self.preprocess, rng)
-            records.append(record)
-        batch = {"image": images, **again, "position": positions, "index": indices}
+        pixels = {"image": images, **again} if kept.image is None else {"image_pooled": kept.image.take(image_rows)}
+        batch = {**pixels, "position": positions, "index": indices}
         batch |= {"name": _objects([r.name for r in records]), "bad": _objects(bad)}
-        if self.tokenizer is not None:
+        if kept.text is not None:
+            batch["text_pooled"], batch["truncated"] = kept.text.take(text_rows), kept.text.truncated[text_rows]
+        elif self.tokenizer is not None:
             batch["tokens"], batch["truncated"] = self.tokenizer.encode(captions, self.context_length)
         if self.with_complexity:
             batch["complexity"] = _known_complexity(records, self.source.name)
@@ -181,7 +198,7 @@ class _TrainBatch:
                 _, index = example_at(place, size, self.seed)
             record = self.source[index]
             try:
-                picture = _picture(record)
+                picture = self._picture(record, index)
             except _BAD_FILE as error:
                 tried.append((record.name, _reason(error)))
             else:
@@ -192,6 +209,14 @@ class _TrainBatch:
             f"source {self.source.name!r}, position {position}: the example and its {attempts} substitutes cannot be"
             f" decoded. Most of the files seem unreadable; check the folder and its storage:\n{listed}"
         )
+
+    def _picture(self, record: Record, index: int) -> Any:
+        """The image, or None where its outputs are kept. Raises one of _BAD_FILE."""
+        if self.kept.image is None:
+            return _picture(record)
+        if not self.kept.image.readable(index):
+            raise ImageError(f"{record.name} could not be read when its outputs were computed")
+        return None
 
 
 @dataclass(frozen=True)
@@ -260,10 +285,10 @@ def _with_name(name: str, reason: str) -> str:
     return reason if name in reason else f"{name}: {reason}"
 
 
-def _draw_caption(record: Record, rng: np.random.Generator, source_name: str) -> str:
+def _draw_caption(record: Record, rng: np.random.Generator, source_name: str) -> int:
     if not record.captions:
         raise DataError(f"source {source_name!r}: record {record.name} has no caption; sources must skip such files")
-    return record.captions[rng.integers(len(record.captions))]
+    return int(rng.integers(len(record.captions)))
 
 
 def _known_complexity(records: list[Record], source_name: str) -> np.ndarray:

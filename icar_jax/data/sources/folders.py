@@ -87,6 +87,9 @@ class _Photos(Source):
     def __len__(self) -> int:
         return len(self.names)
 
+    def files(self) -> list[str]:
+        return [os.path.join(self.images, name) for name in self.names]
+
     def __getitem__(self, i: int) -> Record:
         path = os.path.join(self.images, self.names[i])
         return Record(name=self.names[i], image=functools.partial(decode, path), captions=self._captions[i])

@@ -80,7 +80,8 @@ class Backend:
     def warm_up(self) -> None:
         """Compiles everything that searches run; call it before `start`."""
         self._searcher.warm_up(images=True)
-        self._searcher.model.encode_text(["warm up"] * TEXT_BATCH)
+        if self._searcher.model.encodes_text:
+            self._searcher.model.encode_text(["warm up"] * TEXT_BATCH)
         if self._store.count():
             self._searcher.search_image(np.zeros((self.image_side, self.image_side, 3), np.uint8), k=1)
 

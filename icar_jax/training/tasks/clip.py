@@ -14,18 +14,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from icar_jax import architectures, checkpoint, pytree
 from icar_jax.config import ConfigError, ExperimentConfig
+from icar_jax.data.loader.kept import KeptOutputs
 from icar_jax.data.records import Source
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.clip import Clip, ClipArch
+from icar_jax.models.encoders import unit_norm
 from icar_jax.models.mesh_attention import attention_on
 from icar_jax.models.ops import normalise
 from icar_jax.models.transformer import Execution, block_scales
 from icar_jax.parallel.mesh import BATCH_AXES, batch_sharding
-from icar_jax.training import init_weights, start
+from icar_jax.training import frozen_outputs, init_weights, start
 from icar_jax.training.losses import contrastive, ring
 from icar_jax.training.losses import exits as exit_losses
 from icar_jax.training.losses.crossget import cross_loss
 from icar_jax.training.losses.exits import MIXED
+from icar_jax.training.preemption import StopRequest
 from icar_jax.training.tasks import init_teacher
 from icar_jax.training.tasks.base import NOTHING, Task, preprocess_of
 from icar_jax.training.tasks.kind import RunKind, described
@@ -80,6 +83,16 @@ class ClipRun(RunKind):
 
     def require_same(self, workdir: Path) -> None:
         init_teacher.require_same(self.config, described(workdir), workdir)
+
+    def kept_outputs(
+        self, task: Task, source: Source, tokenizer: Tokenizer | None, params: Mapping[str, Any], mesh: Mesh,
+        request: StopRequest,
+    ) -> KeptOutputs | None:  # fmt: skip
+        if not self.config.train.cache_frozen:
+            return KeptOutputs()
+        assert tokenizer is not None, "a CLIP run has a tokenizer"
+        clip = Clip.graph(task.arch, dtype=jnp.dtype(self.config.train.dtype))
+        return frozen_outputs.kept_outputs(self.config, clip, task.preprocess, source, tokenizer, params, mesh, request)
 
     def frozen_params(self, task: Task) -> dict[str, pytree.Tree]:
         return {init_teacher.PARAMS: init_teacher.params(self.config)} if task.frozen else {}
@@ -152,7 +165,12 @@ def _task(config: ExperimentConfig, arch: ClipArch, mesh: Mesh | None, start_pre
         scales = block_scales(jax.random.fold_in(key, _LAYERS), len(batch["image"]), arch.vision.depth, dropout)
         return {**batch, "block_scales": scales if sharding is None else jax.lax.with_sharding_constraint(scales, sharding)}
 
-    def embed(params, batch):
+    def embed_images(params, batch):
+        if frozen_outputs.IMAGE in batch:
+            kept = batch[frozen_outputs.IMAGE]  # [B, exits, parts, W]
+            flat = kept if kept.shape[2] == 2 else kept[:, :, 0]
+            found = clip.vision.of_pooled(params["vision"], {e: flat[:, i] for i, e in enumerate(arch.vision.all_exits)})
+            return {e: unit_norm(z) for e, z in found.items()}, ()
         pixels = normalise(batch["image"], preprocess.mean, preprocess.std)
         scales = batch.get("block_scales")
 
@@ -162,8 +180,18 @@ def _task(config: ExperimentConfig, arch: ClipArch, mesh: Mesh | None, start_pre
             return lambda p, x: (own.encode_image_exits(p, x, None, scales), ())
 
         ways = [encode_image(own) for own in clips]
-        image, cross = ways[0](params, pixels) if len(ways) == 1 else jax.lax.switch(batch["schedule"][0], ways, params, pixels)
-        text = clip.encode_text_with_cross(params, batch["tokens"]) if crossed else (clip.encode_text(params, batch["tokens"]),)
+        return ways[0](params, pixels) if len(ways) == 1 else jax.lax.switch(batch["schedule"][0], ways, params, pixels)
+
+    def embed_texts(params, batch):
+        if frozen_outputs.TEXT in batch:
+            return unit_norm(clip.text.of_pooled(params["text"], batch[frozen_outputs.TEXT])), ()
+        if crossed:
+            return clip.encode_text_with_cross(params, batch["tokens"])
+        return clip.encode_text(params, batch["tokens"]), ()
+
+    def embed(params, batch):
+        image, cross = embed_images(params, batch)
+        text = embed_texts(params, batch)
         # String keys: JAX sorts the keys of a dict and cannot sort integers with strings.
         found = {"image": {str(e): z for e, z in image.items()}, "text": text[0]}
         if crossed:
@@ -205,6 +233,8 @@ def _task(config: ExperimentConfig, arch: ClipArch, mesh: Mesh | None, start_pre
     def loss(params, batch, key, frozen=NOTHING):
         return contrast(params, embed(params, draw(batch, key, frozen)), key)
 
+    image_kept, text_kept = frozen_outputs.parts(config, clip.shapes, arch)
+    read = (frozen_outputs.IMAGE if image_kept else "image", frozen_outputs.TEXT if text_kept else "tokens")
     return Task(
         arch,
         "clip",
@@ -212,7 +242,7 @@ def _task(config: ExperimentConfig, arch: ClipArch, mesh: Mesh | None, start_pre
         lambda key: Clip.init(key, arch, config.clip.exit_start),
         loss,
         preprocess,
-        ("image", "tokens", *((IMAGE_IDS,) if config.loss.image_ids else ())),
+        (*read, *((IMAGE_IDS,) if config.loss.image_ids else ())),
         {"arch": dataclasses.asdict(arch), "preprocess": preprocess.to_dict()},
         arch.text.context_length,
         draw,

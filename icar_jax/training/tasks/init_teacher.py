@@ -17,7 +17,8 @@ import jax
 from icar_jax import checkpoint, pytree
 from icar_jax.config import ConfigError, ExperimentConfig
 from icar_jax.data.images import Preprocess
-from icar_jax.models.clip import Clip, unit_norm
+from icar_jax.models.clip import Clip
+from icar_jax.models.encoders import unit_norm
 from icar_jax.models.functional import Graph
 from icar_jax.models.layers import DType
 from icar_jax.models.ops import normalise

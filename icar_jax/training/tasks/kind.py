@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from icar_jax import checkpoint, pytree
 from icar_jax import workdir as files
 from icar_jax.config import ExperimentConfig
+from icar_jax.data.loader.kept import KeptOutputs
 from icar_jax.data.records import Source
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.training import init_weights
@@ -137,6 +138,13 @@ class RunKind:
     def frozen_params(self, task: Task) -> dict[str, pytree.Tree]:
         """Returns the entries of `task.frozen` read from checkpoints, float32 numpy. Raises ConfigError if damaged."""
         return {}
+
+    def kept_outputs(
+        self, task: Task, source: Source, tokenizer: Tokenizer | None, params: Mapping[str, Any], mesh: Mesh,
+        request: StopRequest,
+    ) -> KeptOutputs | None:  # fmt: skip
+        """Returns the outputs of frozen trunks that replace images and captions; None if a stop signal arrived."""
+        return KeptOutputs()
 
     def embedded_params(
         self, task: Task, source: Source, tokenizer: Tokenizer | None, frozen: Frozen, request: StopRequest
