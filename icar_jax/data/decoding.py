@@ -137,7 +137,9 @@ def _decode_file(file: BinaryIO, name: str, at_least: int, max_pixels: int) -> I
         with _open(file) as opened:
             opened.info |= {"exif": exif} if exif else {}
             if opened.width * opened.height > max_pixels:
-                raise TooManyPixels(f"{name}: {opened.width} x {opened.height} exceed the limit of {max_pixels:,} pixels")
+                raise TooManyPixels(
+                    f"{name}: too many pixels: {opened.width} x {opened.height} exceed the limit of {max_pixels:,} pixels"
+                )
             if at_least:
                 opened.draft(None, (at_least, at_least))  # only JPEG has smaller sizes
             low = low_bytes(opened, file)
@@ -160,7 +162,7 @@ def _decode_file(file: BinaryIO, name: str, at_least: int, max_pixels: int) -> I
         raise ImageError(f"{name}: cannot decode image: {error}") from None
     except Image.DecompressionBombError as error:
         limit = f"the limit of {max_pixels:,} pixels or that of Pillow, PIL.Image.MAX_IMAGE_PIXELS"
-        raise TooManyPixels(f"{name}: its pixels exceed {limit} ({error})") from None
+        raise TooManyPixels(f"{name}: too many pixels: they exceed {limit} ({error})") from None
     except Exception as error:
         raise _image_error(name, error) from error
 
