@@ -34,7 +34,7 @@ def get_config(how: str = "locked") -> ExperimentConfig:
         variant="init", image_size=168, context_length=32, exits=EXITS, exit_sum=True, exit_start="random", temperature="shared"
     )
     data = DataConfig(
-        source="folder", resize="squash", interpolation="init", normalise="init", flip=True, calibration_size=200,
+        source="folder", resize="squash", interpolation="init", normalise="init", flip=True, calibration_size=500,
     )  # fmt: skip
     if how == "locked":
         clip.head, clip.embed_dim, clip.projection, clip.projection_width = "cls_mean", 512, "linear_mlp", 1024
@@ -42,7 +42,7 @@ def get_config(how: str = "locked") -> ExperimentConfig:
             task="clip",
             clip=clip,
             data=data,
-            loss=LossConfig(exit_weights=(0.05, 0.05, 0.05, 0.05, 0.05, 0.05, 1.0)),
+            loss=LossConfig(exit_weights=(0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 1.0)),
             optim=OptimConfig(lr=1e-3, exit_lr=1e-3, temperature_lr=1e-3, weight_decay=1.0, warmup_steps=40, ema=0.98),
             train=TrainConfig(
                 epochs=30, batch_size=512, dtype="float32", checkpoint_every=200,
@@ -55,7 +55,7 @@ def get_config(how: str = "locked") -> ExperimentConfig:
             task="clip",
             clip=clip,
             data=data,
-            loss=LossConfig(exit_weights=(0.05, 0.05, 0.05, 0.05, 0.05, 0.05, 1.0)),
+            loss=LossConfig(exit_weights=(0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 1.0)),
             optim=OptimConfig(
                 lr=5e-5, exit_lr=5e-5, temperature_lr=1e-4, weight_decay=0.1, warmup_steps=40, layer_decay=0.7, ema=0.99
             ),
