@@ -106,7 +106,7 @@ def embed_files(
             corpus.update_manifest(complete=True, images=corpus.images, bad=done.bad)
         done.total = corpus.images
     done.seconds = time.perf_counter() - start - done.warm_up_s
-    done.duplicates, done.empty = paths.duplicates, list(paths.empty)
+    done.duplicates, done.empty, done.left_out = paths.duplicates, list(paths.empty), paths.left_out.report()
     return done
 
 
