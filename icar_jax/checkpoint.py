@@ -27,6 +27,7 @@ from safetensors.numpy import load_file
 from icar_jax import program_cache, pytree, tensorfile
 from icar_jax.config import not_local
 from icar_jax.errors import IcarError
+from icar_jax.files.opening import make_staging
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS, TOKENIZER = "icar.json", "params.safetensors", "tokenizer.json"
@@ -157,11 +158,10 @@ def _replace_folder(path: Path, kind: str, fill: Callable[[Path], None]) -> Path
         target.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise CheckpointError(f"cannot create the folder {path}: {target.parent} is a file or lies below one") from error
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    staging = make_staging(target)
     old = staging.with_name(staging.name + ".old")
     try:
         fill(staging)
-        staging.chmod(0o755)  # mkdtemp creates folders with mode 0700
         if target.exists():
             os.replace(target, old)
         try:

@@ -11,7 +11,19 @@ from collections.abc import Iterator, Sequence
 from icar_jax.config import require_local
 
 # Arguments that are not local paths; a store may be in an object store.
-_NO_PATHS = {"command", "store", "query", "where", "token", "host", "allowed_host", "coordinator", "overrides", "config"}
+_NO_PATHS = {
+    "command",
+    "store",
+    "query",
+    "where",
+    "exclude",
+    "token",
+    "host",
+    "allowed_host",
+    "coordinator",
+    "overrides",
+    "config",
+}
 
 
 def positive(text: str) -> int:
@@ -29,6 +41,8 @@ def add_images(p: argparse.ArgumentParser, done: str, batch_size: int, nargs: st
     """Adds flags of commands that read many images; `done` is the participle for help texts, such as 'scored'."""
     p.add_argument("paths", nargs=nargs, metavar="PATH", help="image, folder (recursive) or glob pattern; - reads a list of "
                    "images and folders from standard input, one per line")  # fmt: skip
+    p.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="leave out files and folders of this "
+                   "name or, with a slash, of this path below PATH; may be repeated")  # fmt: skip
     p.add_argument("--skip-bad", action="store_true", help=f"exit with status 0 even if images could not be {done}")
     p.add_argument("--batch-size", type=positive, default=batch_size, metavar="N", help=f"batch size ({batch_size})")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of activations (float32)")

@@ -49,7 +49,7 @@ def _write_corpus(args: argparse.Namespace) -> None:
     from icar_jax.inference.files.embedding import embed_files
     from icar_jax.inference.loading import load, local_mesh
 
-    paths = ImagePaths(args.paths, stdin_paths())
+    paths = ImagePaths(args.paths, stdin_paths(), args.exclude)
     mesh = local_mesh(args.batch_size) if args.sharded else None
     model = load(args.checkpoint, batch_size=args.batch_size, dtype=args.dtype, mesh=mesh)
     with user_errors(f"interrupted; the same command resumes {args.out}"):

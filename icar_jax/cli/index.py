@@ -99,9 +99,10 @@ def _update_store(args: argparse.Namespace) -> None:
         )  # fmt: skip
     else:
         done = index_files(
-            args.store, ImagePaths(args.paths, stdin_paths()), args.checkpoint, model, exit=args.exit, budget=args.budget,
-            cheap=args.stage == "cheap", prune=args.prune, prune_missing=args.prune_missing, rehash=args.rehash,
-            retry_bad=args.retry_bad, captions=args.captions, commit_rows=args.commit_rows, threads=args.threads,
+            args.store, ImagePaths(args.paths, stdin_paths(), args.exclude), args.checkpoint, model, exit=args.exit,
+            budget=args.budget, cheap=args.stage == "cheap", prune=args.prune, prune_missing=args.prune_missing,
+            rehash=args.rehash, retry_bad=args.retry_bad, captions=args.captions, commit_rows=args.commit_rows,
+            threads=args.threads,
         )  # fmt: skip
     main = distributed.is_main()
     distributed.leave()  # building a large vector index takes one process hours

@@ -45,7 +45,7 @@ def _score(args: argparse.Namespace) -> None:
     from icar_jax.inference.loading import load
 
     # Validate the arguments before loading or scoring anything.
-    paths = ImagePaths(args.paths, stdin_paths())
+    paths = ImagePaths(args.paths, stdin_paths(), args.exclude)
     if args.sheet:
         require_writable(args.sheet, "--sheet", args.overwrite, (".png",))
     if args.explain:
@@ -99,9 +99,11 @@ def _explainer(model, stage: int | None):
 
 
 def report_bad(done, bad: str | Path, what: str = "scored") -> None:
-    """Prints empty patterns, duplicates and unusable files to stderr; `done` is the summary or result of a run."""
+    """Prints empty patterns, duplicates, unusable files and what walks left out to stderr; `done` is the result of a run."""
     for name in done.empty:
         print(f"warning: {printable(name)}: no image file", file=sys.stderr)
+    if done.left_out:
+        print(printable(done.left_out), file=sys.stderr)
     if done.duplicates:
         print(f"{done.duplicates} duplicate paths; each image was {what} once", file=sys.stderr)
     if done.bad:

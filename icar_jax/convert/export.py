@@ -10,7 +10,6 @@ import json
 import os
 import shlex
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.files.torch_writer import write_torch
 from icar_jax.convert.layouts import registry
 from icar_jax.convert.layouts.base import Export, ExportFiles, ExportSource, Layout
+from icar_jax.files.opening import make_staging
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.convnext import ConvNeXtArch
 from icar_jax.models.text import TextArch
@@ -70,10 +70,9 @@ def new_folder(dest: Path) -> Iterator[Path]:
     if dest.exists():
         raise ConvertError(f"{dest} exists already; remove it or name another folder")
     dest.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
+    staging = make_staging(dest)
     try:
         yield staging
-        staging.chmod(0o755)  # mkdtemp makes it private
         os.replace(staging, dest)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

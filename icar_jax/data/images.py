@@ -1,18 +1,18 @@
-"""Image decoding and resizing with Pillow. Pixels stay uint8; normalisation runs on the device."""
+"""Preprocessing of images, resized with Pillow. Pixels stay uint8; normalisation runs on the device."""
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from icar_jax.config import not_local
-from icar_jax.errors import ConfigError, DataError
+from icar_jax.data.decoding import ImageError, ImageLike, TooManyPixels, decode
+from icar_jax.errors import ConfigError
+
+__all__ = ["ImageError", "ImageLike", "Preprocess", "TooManyPixels", "check_choice", "decode"]
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -27,104 +27,6 @@ INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampl
 _GAP = 3
 # Beyond this aspect ratio the long side is cropped before resizing: a 1 x 60000 strip would need gigabytes.
 _MAX_ASPECT = 50
-
-ImageLike = str | os.PathLike | bytes | np.ndarray | Image.Image
-
-
-class ImageError(DataError):
-    """An image that cannot be decoded; the message starts with its name."""
-
-
-def decode(image: ImageLike, name: str | None = None, at_least: int = 0) -> Image.Image:
-    """Decodes any supported image to an RGB `PIL.Image`.
-
-    Accepts a path, the bytes of an image file, a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], or a
-    `PIL.Image`. Applies EXIF orientation, composites transparent pixels on white, scales 16-bit greyscale to 8 bits, and
-    uses the first frame of an animation.
-
-    Args:
-        name: used in error messages; defaults to the path.
-        at_least: a large JPEG may be decoded at a half, a quarter or an eighth of its size, with no side below this many
-            pixels; 0 decodes every pixel.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ImageError: unreadable, truncated, too large or of an unsupported kind.
-        TypeError: not one of the types above.
-    """
-    if isinstance(image, np.ndarray):
-        return _to_rgb(_from_array(image, name or "array"), name or "array")
-    if isinstance(image, Image.Image):
-        return _load_rgb(image, name or getattr(image, "filename", "") or "PIL image")
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        stream, name = io.BytesIO(image), name or "image bytes"
-    elif isinstance(image, (str, os.PathLike)):
-        stream, name = image, name or os.fspath(image)
-    else:
-        raise TypeError(f"{name or 'image'}: expected a path, bytes, a uint8 array or a PIL image, got {type(image).__name__}")
-    if stream is image and (why := not_local(image)) is not None:
-        raise ImageError(f"{name}: {why}; download the image first")
-    try:
-        opened = Image.open(stream)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{name}: no such image file") from None
-    except Exception as error:
-        raise _image_error(name, error) from error
-    with opened:
-        if at_least:
-            opened.draft(None, (at_least, at_least))  # only JPEG has smaller sizes
-        return _load_rgb(opened, name)
-
-
-def _image_error(name: str, error: Exception) -> ImageError:
-    if isinstance(error, Image.DecompressionBombError):
-        fix = "shrink the file, or raise PIL.Image.MAX_IMAGE_PIXELS if it is trusted"
-        return ImageError(f"{name}: too many pixels to decode ({error}); {fix}")
-    if isinstance(error, Image.UnidentifiedImageError):
-        return ImageError(f"{name}: not an image file that Pillow can identify")
-    return ImageError(f"{name}: cannot decode image: {error or type(error).__name__}")
-
-
-def _load_rgb(image: Image.Image, name: str) -> Image.Image:
-    # Pillow's plugins raise many exception types on damaged files (SyntaxError, struct.error, KeyError, ...).
-    try:
-        image.load()
-        image = ImageOps.exif_transpose(image)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _image_error(name, error) from error
-    return _to_rgb(image, name)
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode == "F":
-        raise ImageError(f"{name}: floating-point pixels have no defined range; convert the file to 8 bits")
-    if image.mode.startswith("I"):
-        deep = np.clip(np.asarray(image, np.int64), 0, 65535)
-        if image.mode == "I" and deep.max(initial=0) < 256:
-            deep <<= 8  # 32-bit containers of 8-bit values would be black otherwise
-        return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    try:
-        return image.convert("RGB")
-    except ValueError as error:
-        raise ImageError(f"{name}: images of mode {image.mode} cannot be converted to RGB; save it as RGB") from error
-
-
-def _from_array(array: np.ndarray, name: str) -> Image.Image:
-    good_shape = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
-    if array.dtype != np.uint8 or not good_shape or 0 in array.shape:
-        raise ImageError(
-            f"{name}: expected a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] with pixels in 0..255,"
-            f" got {array.dtype} {list(array.shape)}"
-        )
-    return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from absl import logging
 import icar_jax.models
 from icar_jax.checkpoint import DESCRIPTION
 from icar_jax.errors import ConfigError
+from icar_jax.files.opening import make_staging
 from icar_jax.models.reduction.tokens import Tokens
 from icar_jax.version import VERSION
 
@@ -90,13 +90,12 @@ class ExportedPrograms(Programs):
         about = {
             "version": VERSION, "code": code(), "identity": dict(identity), "dtype": dtype, "platforms": list(platforms),
         }  # fmt: skip
-        made = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=checkpoint))
+        made = make_staging(checkpoint / FOLDER)
         try:
             for name in self._functions:
                 say(name)
                 (made / f"{name}{SUFFIX}").write_bytes(self.exported(name, platforms))
             (made / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-            made.chmod(0o755)
             if (checkpoint / FOLDER).exists():
                 shutil.rmtree(checkpoint / FOLDER)
             made.rename(checkpoint / FOLDER)

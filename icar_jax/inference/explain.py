@@ -86,8 +86,9 @@ class Explainer:
         return rows[:, 0], rows[:, 1:].reshape(-1, *self._shape)
 
     def explain(self, images: Sequence[ImageLike]) -> list[Explanation]:
-        """Explanations of N paths, PIL images or arrays, all kept in memory. Raises as `icar_jax.data.images.decode`."""
-        pictures = [decode(image) for image in images]
+        """Explanations of N paths, PIL images or arrays, all kept in memory; pictures of large files are reduced, to no side
+        below three times the model's. Raises as `icar_jax.data.images.decode`."""
+        pictures = [decode(image, at_least=self.preprocess.decoded_side) for image in images]
         side = self.preprocess.image_size
         pixels = np.array([self.preprocess.resize(picture) for picture in pictures], np.uint8).reshape(-1, side, side, 3)
         return [Explanation(*each) for each in zip(pictures, *_listed(*self.maps(pixels)), strict=True)]

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from icar_jax.data.images import ImageError
 from icar_jax.data.sources.files import unlisted
+from icar_jax.files.opening import unusable_name
 
 T = TypeVar("T")
 
@@ -46,6 +47,8 @@ def map_ordered(function: Callable[[T], object], items: Iterable[T], *, ahead: i
 
 def read_or_bad(path: str, read: Callable[[str], T]) -> T | BadFile:
     """Returns read(path), or a BadFile if the file or its name cannot be used."""
+    if (why := unusable_name(path)) is not None:
+        return BadFile(path.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00"), why)
     try:
         path.encode()
     except UnicodeEncodeError:  # tables cannot store the name
@@ -55,6 +58,7 @@ def read_or_bad(path: str, read: Callable[[str], T]) -> T | BadFile:
     except (OSError, ImageError) as error:
         if isinstance(error, OSError) and os.path.isdir(path) and (why := unlisted(path)) is not None:
             return BadFile(path, f"the folder and its contents cannot be read: {why}", True)
-        return BadFile(path, str(error).removeprefix(f"{path}: ") or type(error).__name__, isinstance(error, OSError))
+        reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{path}: ") or type(error).__name__
+        return BadFile(path, reason, isinstance(error, OSError))
     except MemoryError:
         return BadFile(path, "not enough memory to decode it; resize the image")

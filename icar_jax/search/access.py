@@ -76,5 +76,8 @@ def store_errors(uri: str, doing: str) -> Iterator[None]:
         yield
     except (StoreError, MissingExtra):
         raise
-    except (ValueError, RuntimeError, OSError) as error:
+    except Exception as error:
+        # A panic of LanceDB's Rust code is of a class that it does not export.
+        if not isinstance(error, (ValueError, RuntimeError, OSError)) and type(error).__name__ != "RustPanic":
+            raise
         raise StoreError(f"store {uri}: {doing} failed: {error}") from error

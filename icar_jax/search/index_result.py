@@ -24,9 +24,9 @@ class IndexResult(StreamResult):
         copied: content that the store already contained, such as moved or copied files; not run through the model.
         touched: same content with another modification time. captioned: only the caption changed.
         unchanged: not read, or read and equal. removed: deleted rows of missing files (`prune`); gone: kept ones (without).
-        kept: rows written by another run in the meantime, which were kept.
+        kept: rows that another run added or wrote in the meantime.
         bad, still_bad: unusable files found in this run, and in earlier runs.
-        total: images in the store now. duplicates, empty: as in ImagePaths.
+        total: images in the store now. duplicates, empty: as in ImagePaths; left_out: its report, of this process.
     """
 
     added: int = 0
@@ -45,6 +45,7 @@ class IndexResult(StreamResult):
     first_bad: list[BadFile] = field(default_factory=list)
     duplicates: int = 0
     empty: list[str] = field(default_factory=list)
+    left_out: str = ""
 
     def report(self) -> str:
         """Summary text of the run: speed, fraction of images per exit, and counts of files."""

@@ -16,12 +16,14 @@ from contextlib import closing
 from pathlib import Path
 
 import jax
+from absl import logging
 from tqdm import tqdm
 
 from icar_jax import checkpoint as ckpt
 from icar_jax import profiling
-from icar_jax.data.sources.files import STDIN, ImagePaths, NoImages, vanished, walk
+from icar_jax.data.sources.files import STDIN, ImagePaths, NoImages, vanished
 from icar_jax.errors import IcarError
+from icar_jax.files.walk import Walk
 from icar_jax.inference.files.stream import StreamEncoder, embed_stream
 from icar_jax.inference.model import Model
 from icar_jax.inference.reading import map_ordered
@@ -142,6 +144,10 @@ def index_files(
             store.compact()
     done.seconds = time.perf_counter() - start - done.warm_up_s
     done.total, done.duplicates, done.empty = store.count(), paths.duplicates, list(paths.empty)
+    done.left_out = paths.left_out.report()
+    by_case = new_captions.said_of_case() if new_captions is not None else None
+    if by_case is not None:
+        logging.warning("%s", by_case)
     if new_captions is not None and not distributed.total([new_captions.used])[0]:
         raise IndexingError(
             f"{new_captions.where}: no caption matches an image; its file names were resolved relative to its own folder "
@@ -210,7 +216,7 @@ def _require_no_emptied_folder(store: Store, roots: Sequence[str]) -> None:
     An unmounted disk leaves an empty folder. A folder that no longer exists was deleted on purpose.
     """
     there = sorted({_nearest_existing(folder, root) for root in roots for folder in store.folders_below(root)})
-    empty = [folder for folder in there if next(walk(folder), None) is None]
+    empty = [folder for folder in there if next(Walk().images(folder), None) is None]
     empty = [folder for folder in empty if not any(is_below(folder, [other]) for other in empty if other != folder)]
     if empty:
         counts = [store.count_below(folder) for folder in empty]

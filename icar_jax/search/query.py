@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,8 @@ import pyarrow as pa
 
 from icar_jax import checkpoint as ckpt
 from icar_jax.checkpoint import CheckpointError
-from icar_jax.search import vector_index
+from icar_jax.files import limits
+from icar_jax.search import filters, vector_index
 from icar_jax.search.access import QueryError, StoreError
 from icar_jax.search.background import RESAMPLE_RATIO, SEED, TOP, Background, open_background
 from icar_jax.search.opening import open_store
@@ -26,9 +28,8 @@ if TYPE_CHECKING:  # neither JAX nor Pillow is imported before it is needed
     from icar_jax.inference.model import Model
     from icar_jax.search.model_process import ModelProcess
 
+_SHOWN = 200  # characters of a filter in a message
 COLUMNS = ("path", "caption", "exit", "complexity", "sha256")
-# Quoted SQL: strings in ' and names in " or `; a quote inside is doubled.
-_QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|`[^`]*`""")
 IMAGES_COMPARED = 256  # images sampled from the store as the background of image queries
 
 
@@ -160,15 +161,16 @@ class Searcher:
     def _nearest(self, embedding: np.ndarray, n: int, where: str | None, exact: bool, k: int) -> pa.Table:
         if k < 1:
             raise QueryError(f"k must be at least 1, found {k}")
-        if where is not None and ";" in _QUOTED.sub("", where):
-            raise self._no_filter(where, "anything after a ';' would be ignored; write a single condition")
+        if where is not None and (fault := filters.fault_of(where)) is not None:
+            raise self._no_filter(where, fault)
 
         def found(where: str | None) -> pa.Table:
             with self.store.reading() as images:
                 query = images.search(embedding.astype(np.float32), vector_column_name="vector")
                 query = vector_index.prepare_query(query, exact, filtered=where is not None)
                 query = query.limit(n).select([*COLUMNS, "vector", "_distance"])
-                return _by_cosine((query if where is None else query.where(where)).to_arrow(), embedding)
+                most = None if where is None else timedelta(seconds=limits.FILTER_SECONDS)
+                return _by_cosine((query if where is None else query.where(where)).to_arrow(timeout=most), embedding)
 
         try:
             return found(where)
@@ -180,7 +182,7 @@ class Searcher:
 
     def _no_filter(self, where: str, why: str) -> QueryError:
         known = ", ".join(name for name in self.store.images.schema.names if name != "vector")
-        return QueryError(f"invalid filter {where!r}: {why}; the columns are {known}")
+        return QueryError(f"invalid filter {where[:_SHOWN]!r}: {why}; the columns are {known}")
 
     def _text_background(self) -> Background:
         count = self._count()

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from icar_jax.data.sources.files import vanished
+from icar_jax.files.opening import open_regular
 
 
 class Lookup:
@@ -109,7 +110,7 @@ class Scan:
         try:
             stat = os.stat(path)
             size, mtime_ns = stat.st_size, stat.st_mtime_ns
-        except OSError:
+        except (OSError, ValueError):
             size = mtime_ns = None
         if name in self.bad and not self._retry_bad and self._is_still_bad(path, name, size, mtime_ns):
             self.still_bad.append(name)
@@ -129,9 +130,9 @@ class Scan:
         if self.bad[name] != (None, None):
             return True
         try:  # it could not be read; try again, since a change of permissions does not change the modification time
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 file.read(1)
-        except (OSError, ValueError):
+        except OSError:
             return True
         return False
 
@@ -160,8 +161,8 @@ def is_below(path: str, roots: Sequence[str]) -> bool:
 
 
 def table_name(path: str) -> str:
-    """A path as stored in tables: bytes that are not valid UTF-8 become backslash escapes."""
-    return path.encode("utf-8", "backslashreplace").decode()
+    """A path as stored in tables: bytes that are not valid UTF-8, and NUL, become backslash escapes."""
+    return path.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
 def process_share(process: int, processes: int) -> Callable[[str], bool]:

@@ -144,8 +144,13 @@ class Store:
             yield
 
     def upsert(self, rows: pa.Table) -> np.ndarray:
-        """Inserts or replaces n images by path; `rows` has the columns of `image_schema`. Returns bool [n]: which were written.
+        """Inserts or replaces n images by path, as `put`. Returns bool [n]: which were written."""
+        return self.put(rows)[0]
 
+    def put(self, rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+        """Inserts or replaces n images by path; `rows` has the columns of `image_schema`.
+
+        Returns (bool [n]: which were written, bool [n]: which had a row; false, too, as long as no other run wrote rows).
         A row written by another run in the meantime is kept if that run read the file later or embedded the same content at a
         deeper exit. Raises ModelError for non-finite vectors and ValueError for a duplicate path.
         """
@@ -156,18 +161,19 @@ class Store:
         if not finite.all():
             raise ModelError(f"the embedding of {rows['path'][int(np.argmin(finite))]} is not finite; the model is broken")
         if not len(rows):
-            return np.zeros(0, bool)
+            return np.zeros(0, bool), np.zeros(0, bool)
         with self.commit_lock():
             self._checkout_latest("images")
             # Once others have written, every later batch is compared too, as it may contain the same paths.
             others = not self.is_local or self.images.version != self._known_version
-            newer = self._newer_than_stored(rows) if others else np.ones(len(rows), bool)
+            newer, existed = self._compared(rows) if others else (np.ones(len(rows), bool), np.zeros(len(rows), bool))
             if newer.any():
                 self._merge("images", rows.filter(pa.array(newer)))
                 self._known_version = -1 if others else self.images.version
-        return newer
+        return newer, existed
 
-    def _newer_than_stored(self, rows: pa.Table) -> np.ndarray:
+    def _compared(self, rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+        """(bool [n]: newer than the stored row or without one, bool [n]: with a stored row)."""
         columns = ["path", "sha256", "exit", "embedded_at"]
         stored = {row["path"]: row for row in self.rows("path", rows["path"].to_pylist(), columns).to_pylist()}
 
@@ -178,7 +184,8 @@ class Store:
             deeper = other["sha256"] == row["sha256"] and other["exit"] > row["exit"]
             return not deeper and other["embedded_at"] <= row["embedded_at"]
 
-        return np.array([newer(row) for row in rows.select(columns).to_pylist()], bool)
+        existed = [path in stored for path in rows["path"].to_pylist()]
+        return np.array([newer(row) for row in rows.select(columns).to_pylist()], bool), np.array(existed, bool)
 
     def delete(self, paths: Sequence[str], unless: Any = None) -> int:
         """Deletes images by path and returns their number; keeps rows for which `unless(path)`, called under the lock."""

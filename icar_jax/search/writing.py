@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from icar_jax.data.images import Preprocess
+from icar_jax.data.sources.files import vanished
 from icar_jax.inference.files.stream import ReadImage, read_image
 from icar_jax.inference.reading import BadFile, read_or_bad
 from icar_jax.inference.router import RoutingResult
@@ -151,11 +152,11 @@ class StoreWriter:
         return old if new is None else new
 
     def _commit(self, files: Sequence[ReadFile], rows: pa.Table, copied: bool = False) -> None:
-        written = self.store.upsert(rows)
+        written, existed = self.store.put(rows)
         done = self.done
-        for file, was_written in zip(files, written.tolist(), strict=True):
+        for file, was_written, had_row in zip(files, written.tolist(), existed.tolist(), strict=True):
             row = file.found.row
-            if not was_written:
+            if not was_written or (row is None and had_row):  # another run added it
                 done.kept += 1
             elif row is not None and self.scan.value(row, "sha256") == file.result.sha256:
                 done.touched += 1
@@ -193,7 +194,9 @@ class StoreWriter:
             then if path == source else file.at  # a file's own row keeps the time of its embedding
             for file, path, source, then in zip(files, paths, source_paths, sources["embedded_at"].to_pylist(), strict=True)
         ]
-        captions = [self._caption(path, own.get(path) or caption) for path, caption in zip(paths, source_captions, strict=True)]
+        # A caption follows a file that was moved, not one whose bytes are merely equal.
+        moved = [caption if vanished(path) else None for caption, path in zip(source_captions, source_paths, strict=True)]
+        captions = [self._caption(path, own.get(path) or caption) for path, caption in zip(paths, moved, strict=True)]
         columns: dict[str, Any] = {
             "path": paths, "size": [file.found.size for file in files], "mtime_ns": [file.found.mtime_ns for file in files],
             "embedded_at": times, "caption": captions,
@@ -225,14 +228,15 @@ class StoreWriter:
 
 
 def _sources(rows: pa.Table) -> dict[tuple[str, str | None], int]:
-    """Row index by (sha256, path), and by (sha256, None) for the deepest row of that content."""
+    """Row index by (sha256, path), and by (sha256, None) for the deepest row of that content, of a vanished file if equal."""
     best: dict[tuple[str, str | None], int] = {}
-    exits = rows["exit"].to_pylist()
-    for i, (sha256, path) in enumerate(zip(rows["sha256"].to_pylist(), rows["path"].to_pylist(), strict=True)):
+    depths: dict[str, tuple[int, bool]] = {}
+    columns = (rows[name].to_pylist() for name in ("sha256", "path", "exit"))
+    for i, (sha256, path, exit) in enumerate(zip(*columns, strict=True)):
         best[sha256, path] = i
-        deepest = best.get((sha256, None))
-        if deepest is None or exits[i] > exits[deepest]:
-            best[sha256, None] = i
+        depth = exit, vanished(path)
+        if sha256 not in depths or depth > depths[sha256]:
+            best[sha256, None], depths[sha256] = i, depth
     return best
 
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icar_jax.data.sources.files import ImagePaths, NoImages, walk
-from icar_jax.data.sources.folders import IMAGE_SUFFIXES
+from icar_jax.data.sources.files import ImagePaths, NoImages
+from icar_jax.files.formats import IMAGE_SUFFIXES
+from icar_jax.files.walk import Walk
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_a_walk_equals_a_slow_search(tmp_path_factory, files):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     expected = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES)
-    found = list(walk(str(root)))
+    found = list(Walk().images(str(root)))
     assert sorted(found) == sorted(map(str, expected))
     assert [os.path.relpath(f, root).split(os.sep) for f in found] == sorted(
         os.path.relpath(f, root).split(os.sep) for f in found

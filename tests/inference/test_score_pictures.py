@@ -106,6 +106,17 @@ def test_the_most_complex_come_first_and_names_do_not_collide(explainer, picture
         assert Image.open(folder / row["picture"]).width > 300
 
 
+@pytest.mark.parametrize("stem", ["x" * 251, "é" * 125], ids=["ascii", "two bytes"])
+def test_maps_of_files_with_the_longest_names(explainer, pictures, tmp_path, stem):
+    named = []
+    for folder in ("c", "d"):
+        (tmp_path / folder).mkdir()
+        named.append(str(tmp_path / folder / f"{stem}.png"))
+        Image.open(pictures[0]).save(named[-1])
+    assert write_explanations(explainer, named, np.array([0.2, 0.3]), tmp_path / "maps", npy=True) == 2
+    assert len(list((tmp_path / "maps").glob("*.png"))) == len(list((tmp_path / "maps").glob("*.npy"))) == 2
+
+
 def test_a_file_that_is_gone_is_left_out(explainer, pictures, tmp_path):
     assert write_explanations(explainer, [pictures[0], "gone.png"], np.array([0.2, 0.3]), tmp_path / "maps") == 1
 

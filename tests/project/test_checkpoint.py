@@ -1,6 +1,7 @@
 """The self-describing checkpoint: whole or not at all, damage is named, strings stay in order."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -64,6 +65,17 @@ def test_a_checkpoint_of_another_kind_is_not_overwritten(folder):
     with pytest.raises(CheckpointError, match="not 'bundle'"):
         checkpoint.write_bundle(folder, {}, folder, folder)
     assert checkpoint.sha256(folder / checkpoint.WEIGHTS) == before
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o007])
+def test_permissions_follow_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        checkpoint.write(tmp_path / "model", "clip", {}, PARAMS)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model", *(tmp_path / "model").iterdir())}
+    assert modes == {name: (0o777 if name == "model" else 0o666) & ~mask for name in modes} and len(modes) == 3
 
 
 def test_damage_is_named(folder):

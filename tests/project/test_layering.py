@@ -11,10 +11,11 @@ from tests.support.places import ROOT
 
 PACKAGE = ROOT / "icar_jax"
 
-EVERYWHERE = {"errors", "version"}
+EVERYWHERE = {"errors", "files", "version"}
 LIBRARY = {"config", "pytree", "checkpoint", "models", "data", "parallel", "convert"}
 ALLOWED = {
     "errors": set(),
+    "files": set(),
     "config": set(),
     "extras": set(),
     "pytree": set(),

@@ -148,14 +148,14 @@ def test_files_that_cannot_be_read_for_now_keep_their_rows(model, pictures, stor
     index(model, pictures, store)
     file = sorted(pictures.iterdir())[0]
     os.utime(file, ns=(1, 1))
-    read = icar_jax.inference.files.stream.Path.read_bytes
+    read = icar_jax.inference.files.stream.read_regular
 
-    def fail(path):
-        if path == file:
+    def fail(path, most):
+        if path == str(file):
             raise OSError("Input/output error")
-        return read(path)
+        return read(path, most)
 
-    monkeypatch.setattr(icar_jax.inference.files.stream.Path, "read_bytes", fail)
+    monkeypatch.setattr(icar_jax.inference.files.stream, "read_regular", fail)
     assert counts(index(model, pictures, store)) == {"bad": 1, "unchanged": 22} and str(file) in rows(store)
     monkeypatch.undo()
     assert counts(index(model, pictures, store)) == {"touched": 1, "unchanged": 22}

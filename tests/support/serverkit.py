@@ -46,13 +46,10 @@ def running(backend, settings):
     """Address of a server over `backend` on a free port, in a thread of this process."""
     import uvicorn
 
-    from icar_jax.search.server.app import create_app
-    from icar_jax.search.server.run import bind
+    from icar_jax.search.server.run import bind, configuration
 
     bound = bind(settings)
-    guard = create_app(backend, settings)
-    config = uvicorn.Config(guard, log_level="warning", access_log=False, server_header=False, lifespan="on", ws="none")
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(configuration(backend, settings))
     thread = threading.Thread(target=server.run, args=([bound],))
     thread.start()
     try:

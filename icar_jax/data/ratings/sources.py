@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import os
-import posixpath
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,9 +26,12 @@ from icar_jax.data.images import decode
 from icar_jax.data.ratings.table import Ratings, RatingsError, read_ratings
 from icar_jax.data.records import Record, Source, Subset, name_hash
 from icar_jax.data.sources.folders import existing_folder, image_files
+from icar_jax.data.sources.names import FileNames
 from icar_jax.data.sources.parquet import Parquet
 from icar_jax.data.sources.shards import retrying
 from icar_jax.data.sources.webdataset import WebDataset
+from icar_jax.files import limits
+from icar_jax.files.opening import read_regular
 
 SPLITS = ("train", "val", "test")
 SHARES = {"train": 0.70, "val": 0.15, "test": 0.15}
@@ -200,9 +202,9 @@ def _url_folder(images: Path, files: list[str], ratings: Ratings) -> RatedSource
 
     def url(file: str) -> str | None:
         try:
-            with open(os.path.join(images, os.path.splitext(file)[0] + ".json"), "rb") as stream:
-                found = json.load(stream)["url"]
-        except (OSError, ValueError, KeyError, TypeError):
+            beside = os.path.join(images, os.path.splitext(file)[0] + ".json")
+            found = json.loads(read_regular(beside, limits.JSON_BYTES))["url"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         return found if isinstance(found, str) else None
 
@@ -267,9 +269,10 @@ def _lookup(images: Path, found: set[str]) -> tuple[Callable[[str], str | None],
     Names are relative to the images, or paths as written by `icar score`.
     """
 
+    names = FileNames(found, images)
+
     def known(name: str) -> str | None:
-        plain = posixpath.normpath(name)
-        if plain in found:
+        if (plain := names.find(name)) is not None:
             return plain
         relative = os.path.relpath(os.path.abspath(name), images).replace(os.sep, "/")
         return relative if relative in found else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import glob
 import hashlib
@@ -12,8 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from icar_jax.config import require_local
 from icar_jax.data.images import decode
 from icar_jax.data.records import Record, Source
-from icar_jax.data.sources.folders import IMAGE_SUFFIXES
 from icar_jax.errors import DataError
+from icar_jax.files.formats import IMAGE_SUFFIXES
+from icar_jax.files.walk import LeftOut, Walk
 
 STDIN = "-"
 
@@ -26,33 +26,40 @@ class ImagePaths:
     """Iterates over image files in the given order, each path once; every iteration walks the disk again.
 
     Args:
-        named: files (any suffix), folders (walked recursively and sorted by name, image suffixes only, without hidden
-            folders), patterns with *, ? or [ ] (sorted), and '-' for `lines`. An existing name is never treated as a pattern;
-            a missing one is yielded, so that opening it reports the error.
+        named: files (any suffix), folders (as `icar_jax.files.walk.Walk.images`), patterns with *, ? or [ ] (sorted), and '-'
+            for `lines`. An existing name is never treated as a pattern; a missing one is yielded, so that opening it reports
+            the error.
         lines: paths for '-': files and folders, one per line, without patterns; read once, as a stream.
+        exclude: patterns as for `Walk`; named and listed files are never excluded.
 
     Attributes:
         duplicates: number of duplicate paths skipped by the current or last iteration.
         empty: folders and patterns without image files, in the current or last iteration.
         folders: folders walked in the current or last iteration, as named, listed or matched.
+        left_out: what these walks left out.
 
-    Unreadable folders are yielded as paths, as in `walk`.
+    Unreadable folders are yielded as paths.
     """
 
-    def __init__(self, named: Sequence[str], lines: Iterable[str] = ()):
-        self.named, self._lines = [os.fspath(name) for name in named], lines
+    def __init__(self, named: Sequence[str], lines: Iterable[str] = (), exclude: Sequence[str] = ()):
+        self.named, self._lines, self._exclude = [os.fspath(name) for name in named], lines, tuple(exclude)
+        self._walk = Walk(self._exclude)
         for name in self.named:
             require_local("PATH", name)
         self.duplicates = 0
         self.empty: list[str] = []
         self.folders: list[str] = []
 
+    @property
+    def left_out(self) -> LeftOut:
+        return self._walk.left_out
+
     def __iter__(self) -> Iterator[str]:
         return self.each()
 
     def each(self, duplicate: Callable[[], None] = lambda: None) -> Iterator[str]:
         """Yields the paths; calls `duplicate()` for each skipped duplicate, so that progress over `count()` completes."""
-        self.duplicates, self.empty, self.folders = 0, [], []
+        self.duplicates, self.empty, self.folders, self._walk = 0, [], [], Walk(self._exclude)
         # Store 16-byte hashes, which take several times less memory than the paths.
         seen: set[bytes] = set()
         for path in self._all():
@@ -66,18 +73,22 @@ class ImagePaths:
         if not seen:
             listed = ", ".join(self.named) or "nothing"
             suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise NoImages(f"no image file found: looked in {listed} for files that end in {suffixes}; pass a folder or files")
+            left = self.left_out.report()
+            raise NoImages(
+                f"no image file found: looked in {listed} for files that end in {suffixes}; pass a folder or files"
+                + (f". {left}" if left else "")
+            )
 
     def count(self) -> int | None:
         """Counts the paths, duplicates included, in a separate walk; None if a list must still be read from `lines`."""
         if STDIN in self.named:
             return None
-        said = self.empty, self.folders
-        self.empty, self.folders = [], []
+        said = self.empty, self.folders, self._walk
+        self.empty, self.folders, self._walk = [], [], Walk(self._exclude)
         try:
             return sum(1 for _ in self._all())
         finally:
-            self.empty, self.folders = said
+            self.empty, self.folders, self._walk = said
 
     def _all(self) -> Iterator[str]:
         for name in self.named:
@@ -91,14 +102,20 @@ class ImagePaths:
                 yield from self._below(os.path.expanduser(name))
 
     def _matches(self, pattern: str) -> Iterator[str]:
-        matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-        if not matches:
-            self.empty.append(pattern)
+        pattern = os.path.expanduser(pattern)
+        if "**" in pattern.split("/"):
+            matches: Iterable[str] = self._walk.matches(pattern)
+        else:
+            matches = (path for path in sorted(glob.glob(pattern)) if os.path.isdir(path) or not self._walk.excludes(path))
+        none = True
         for match in matches:
-            if "**" not in pattern or not os.path.isdir(match):
+            none = False
+            if os.path.isdir(match) and unlisted(match) is None:
                 yield from self._below(match)
-            elif unlisted(match) is not None:  # ** also matches files below readable folders; report unreadable ones
+            else:
                 yield match
+        if none:
+            self.empty.append(pattern)
 
     def _below(self, path: str) -> Iterator[str]:
         if not os.path.isdir(path):
@@ -106,34 +123,11 @@ class ImagePaths:
             return
         self.folders.append(path)
         none = True
-        for file in walk(path):
+        for file in self._walk.images(path):
             none = False
             yield file
         if none:
             self.empty.append(path)
-
-
-def walk(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Yields image files in and below a folder, sorted by name; follows links, except cycles.
-
-    Holds the names of one folder per depth in memory. For an unreadable folder it yields the folder's path, so that opening it
-    reports the error while the other folders are still used.
-    """
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    try:
-        with os.scandir(folder) as entries:
-            found = sorted((e.name, is_folder) for e in entries if (is_folder := _is_folder(e)) or _is_image(e.name))
-    except OSError:
-        yield folder
-        return
-    for name, is_folder in found:
-        path = os.path.join(folder, name)
-        if not is_folder:
-            yield path
-        elif not name.startswith("."):
-            yield from walk(path, above | {real})
 
 
 def unlisted(folder: str) -> str | None:
@@ -156,17 +150,6 @@ def vanished(path: str) -> bool:
     except OSError:
         return False
     return False
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError as error:  # a link to an inaccessible place, which `walk` reports, or (ELOOP) a link to itself
-        return error.errno != errno.ELOOP
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 class ImageFiles(Source):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
 import json
 import os
 import posixpath
@@ -16,9 +17,13 @@ from absl import logging
 
 from icar_jax.data.images import decode
 from icar_jax.data.records import Record, Source, name_hash
+from icar_jax.data.sources.names import FileNames, plain_text
 from icar_jax.errors import DataError
+from icar_jax.files import limits
+from icar_jax.files.formats import IMAGE_SUFFIXES
+from icar_jax.files.opening import open_regular, read_regular
+from icar_jax.files.walk import Walk, is_image
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 CAPTION_FILES = ("captions.csv", "captions.jsonl")
 _NAMES_SHOWN = 5
 
@@ -53,21 +58,25 @@ class _Photos(Source):
                 f"{images}: no image files ({', '.join(sorted(IMAGE_SUFFIXES))}); {where.name} lists {len(entries)}"
             )
 
+        names = FileNames(found, images)
+        entries, lost = _on_disk(entries, names, where)
         captioned = {e.file for e in entries if e.captions}
         self.uncaptioned = sorted(({e.file for e in entries} | found) - captioned)
         chosen = [e for e in entries if e.captions and (wanted is None or e.split in wanted)]
-        self.missing = [e.file for e in chosen if e.file not in found]
-        kept = [e for e in chosen if e.file in found]
+        self.missing = [e.file for e in chosen if e.file in lost]
+        kept = [e for e in chosen if e.file not in lost]
+        missing = _some([*map(names.named, self.missing[:_NAMES_SHOWN]), *self.missing[_NAMES_SHOWN:]])
         if not chosen:
             raise DataError(f"{where}: no captions for split {split!r}")
         if not kept:
             raise FileNotFoundError(
                 f"{where}: none of the {len(chosen)} captioned files of split {split!r} exist under {images}"
-                f" (first: {_some(self.missing)}). Put the images there, with the same names and suffixes."
+                f" (first: {missing}). Put the images there, with the same names and suffixes."
             )
         if self.missing:
             logging.warning("%s: %d of %d captioned files are missing and skipped: %s",
-                            self.name, len(self.missing), len(chosen), _some(self.missing))  # fmt: skip
+                            self.name, len(self.missing), len(chosen),
+                            missing)  # fmt: skip
         if self.uncaptioned:
             logging.warning("%s: %d files have no caption and are skipped: %s",
                             self.name, len(self.uncaptioned), _some(self.uncaptioned))  # fmt: skip
@@ -158,6 +167,21 @@ def read_captions(where: str | Path) -> tuple[Path, dict[str, tuple[str, ...]]]:
     return folder, {entry.file: entry.captions for entry in entries if entry.captions}
 
 
+def _on_disk(entries: Sequence[_Entry], names: FileNames, where: Path) -> tuple[list[_Entry], set[str]]:
+    """(entries under the names that their files have on disk, names without a file). Two spellings of one file are joined."""
+    lost, joined = set(), {}
+    for entry in entries:
+        file = names.find(entry.file)
+        if file is None:
+            lost.add(entry.file)
+            file = entry.file
+        known = joined.get(file)
+        if known is not None and known.split != entry.split:
+            raise DataError(f"{where}: {entry.file} and {known.file} are the same file, but in two splits")
+        joined[file] = _Entry(file, (known.captions if known else ()) + entry.captions, entry.split)
+    return list(joined.values()), lost
+
+
 def _split_by_name(file: str) -> str:
     """Returns 'val' for a tenth of the names, else 'train'; depends on the name only, so adding files moves no others."""
     return "val" if name_hash(file, seed=0) < 2**64 // 10 else "train"
@@ -187,17 +211,23 @@ def _listing(root: Path) -> str:
 
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return shown.encode("utf-8", "backslashreplace").decode() + more
 
 
 def image_files(folder: Path) -> set[str]:
-    """Returns the relative POSIX paths of all image files, from one directory walk instead of a stat per caption."""
-    found = set()
-    for directory, subfolders, files in os.walk(folder, followlinks=True):
-        subfolders[:] = [s for s in subfolders if not s.startswith(".")]
-        relative = Path(directory).relative_to(folder).as_posix()
-        found.update(posixpath.normpath(posixpath.join(relative, f)) for f in files
-                     if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES)  # fmt: skip
+    """Returns the relative POSIX paths of all image files, from one walk instead of a stat per caption.
+
+    Warns about what the walk left out and about folders that cannot be listed.
+    """
+    walk, found, start = Walk(), set(), os.path.join(folder, "")
+    for path in walk.images(os.fspath(folder)):
+        if is_image(path):
+            found.add(path[len(start) :].replace(os.sep, "/"))
+        else:
+            logging.warning("%s: the folder cannot be listed and is skipped", path)
+    if report := walk.left_out.report():
+        logging.warning("%s: %s", folder, report)
     return found
 
 
@@ -226,7 +256,9 @@ def _row(where: Path, place: str, file: Any, captions: Any, split: Any) -> _Row:
         raise DataError(f"{where}, {place}: expected a caption (text, or a list of texts), found {captions!r:.80}")
     if split is not None and not isinstance(split, str):
         raise DataError(f"{where}, {place}: expected a split name, found {split!r}")
-    kept = tuple(c.strip() for c in captions if c.strip())
+    kept = tuple(plain_text(c.strip()) for c in captions if c.strip())
+    if any(c.strip() not in kept for c in captions if c.strip()):
+        logging.warning("%s, %s: half of a character (a lone surrogate) in the caption is read as \ufffd", where, place)
     return _Row(place, posixpath.normpath(file.strip()), kept, (split or "").strip() or None)
 
 
@@ -248,10 +280,10 @@ def _merge(rows: Iterator[_Row], where: Path) -> list[_Entry]:
 
 def _read_karpathy(where: Path) -> Iterator[_Row]:
     try:
-        images = json.loads(where.read_text(encoding="utf-8"))["images"]
+        images = list(json.loads(read_regular(where, limits.JSON_BYTES).decode("utf-8"))["images"])
     except FileNotFoundError:
         raise FileNotFoundError(f"caption file {where} not found; {where.parent} has {_listing(where.parent)}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{where}: expected Karpathy's JSON with a list `images`: {error!r}") from error
     folder = where.parent / "images" if (where.parent / "images").is_dir() else where.parent
     for number, image in enumerate(images):
@@ -263,11 +295,11 @@ def _read_karpathy(where: Path) -> Iterator[_Row]:
         row = _row(where, place, file, sentences, image.get("split"))
         # COCO's JSON stores the subfolder (val2014) separately; some copies of the images are flat.
         nested = posixpath.join(str(image.get("filepath") or ""), row.file)
-        yield row._replace(file=nested) if nested != row.file and (folder / nested).is_file() else row
+        yield row._replace(file=nested) if nested != row.file and os.path.isfile(folder / nested) else row
 
 
 def _read_csv(where: Path) -> Iterator[_Row]:
-    with where.open(encoding="utf-8-sig", newline="") as stream:
+    with open_regular(where) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, strict=True)
         try:
             columns = reader.fieldnames or []
@@ -286,13 +318,15 @@ def _read_csv(where: Path) -> Iterator[_Row]:
 
 
 def _read_jsonl(where: Path) -> Iterator[_Row]:
-    with where.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
+    with open_regular(where) as stream:
+        for number, line in enumerate(iter(lambda: stream.readline(limits.LINE_BYTES + 1), b""), start=1):
+            if len(line) > limits.LINE_BYTES:
+                raise DataError(f"{where}, line {number}: longer than the limit of {limits.LINE_BYTES:,} bytes")
             if not line.strip():
                 continue
             try:
                 row = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}, line {number}: not valid JSON: {error}") from error
             if not isinstance(row, dict) or not {"file", "caption"} <= set(row):
                 raise DataError(f"{where}, line {number}: expected an object with `file` and `caption`, found {row!r:.80}")

@@ -26,6 +26,7 @@ from absl import logging
 from icar_jax.config import ConfigError, require_local
 from icar_jax.data.images import ImageError
 from icar_jax.data.records import Record, Source, Subset, name_hash
+from icar_jax.data.sources.names import plain_text
 from icar_jax.errors import IcarError
 
 RETRIES = 3
@@ -321,7 +322,7 @@ def texts(value: Any) -> tuple[str, ...]:
     if isinstance(value, bytes):
         value = value.decode("utf-8", errors="replace")
     if isinstance(value, str):
-        return (value.strip(),) if value.strip() else ()
+        return (plain_text(value.strip()),) if value.strip() else ()
     if isinstance(value, (list, tuple, np.ndarray)):
         return tuple(text for item in value for text in texts(item))
     raise TypeError(f"expected a caption (text, or a list of texts), found {value!r:.80}")

@@ -25,6 +25,7 @@ INDEX = "maps.csv"
 _DPI, _LONGEST = 110, 560  # _LONGEST: pixels of the image's longer side
 _PALETTE = "RdBu_r"  # diverging and colour-blind safe
 _BATCH = 8
+_NAME_BYTES = 200  # of 255, for a number, the suffix and the name of the temporary file
 
 
 def require_folder(folder: str | os.PathLike, overwrite: bool) -> Path:
@@ -50,8 +51,8 @@ def write_explanations(
     number of images written.
 
     Images are sorted by descending score; ties keep the order of `files`. Files of equal name in several folders become
-    name-2.png and so on. With `npy`, FOLDER/<name>.npy holds the map: float32 [h, w] over the square seen by the model. Files
-    that can no longer be read are skipped. Each file is written atomically.
+    name-2.png and so on; names beyond 200 bytes are shortened. With `npy`, FOLDER/<name>.npy holds the map: float32 [h, w] over
+    the square seen by the model. Files that can no longer be read are skipped. Each file is written atomically.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,12 +87,19 @@ def _readable(explainer: Explainer, files: list[str]) -> list[tuple[str, Explana
 
 
 def _free_name(stem: str, taken: set[str]) -> str:
+    """A name that is not taken, shortened so that suffixes fit into a file name."""
+    stem = _shortened(stem)
     name, number = stem, 1
     while name.casefold() in taken:  # some file systems are case-insensitive
         number += 1
         name = f"{stem}-{number}"
     taken.add(name.casefold())
     return name
+
+
+def _shortened(stem: str) -> str:
+    raw = os.fsencode(stem)
+    return stem if len(raw) <= _NAME_BYTES else raw[:_NAME_BYTES].decode("utf-8", "ignore") + "~"
 
 
 def draw(explained: Explanation, explainer: Explainer, name: str, stream: io.BytesIO) -> None:

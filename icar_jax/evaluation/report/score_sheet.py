@@ -16,6 +16,7 @@ from icar_jax.inference.router import assign
 
 COLUMNS = 10
 _BOX, _CAPTION, _GAP, _MARGIN = (150, 124), 40, 10, 24  # pixels
+_DECODED = 3 * max(_BOX)  # pixels a side that a thumbnail is made from, if the image is large
 _HISTOGRAM_INCHES = 3.1
 _INK, _FAINT, _PAPER = "#222222", "#777777", "white"
 
@@ -91,7 +92,7 @@ def _histogram(scores: np.ndarray, thresholds: Sequence[float], exits: Sequence[
 def _thumbnail(file: str) -> Image.Image:
     """Returns the image resized to fit _BOX, keeping the aspect ratio, or an empty frame if it cannot be read."""
     try:
-        return ImageOps.contain(decode(file), _BOX, Image.Resampling.LANCZOS)
+        return ImageOps.contain(decode(file, at_least=_DECODED), _BOX, Image.Resampling.LANCZOS)
     except (OSError, ImageError):
         frame = Image.new("RGB", _BOX, "#eeeeee")
         middle = (_BOX[0] / 2, _BOX[1] / 2)

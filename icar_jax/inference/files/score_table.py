@@ -127,7 +127,7 @@ class ScoreSummary:
         exits: executed blocks -> images; empty without a bundle.
         bad: number of files that could not be scored; `first_bad` lists the first of them.
         duplicates: number of paths given or found more than once.
-        empty: folders and patterns without an image file.
+        empty: folders and patterns without an image file. left_out: report of what walks left out.
         seconds: wall time, including compilation.
     """
 
@@ -138,6 +138,7 @@ class ScoreSummary:
     first_bad: list[BadFile] = field(default_factory=list)
     duplicates: int = 0
     empty: list[str] = field(default_factory=list)
+    left_out: str = ""
     seconds: float = 0.0
 
     def report(self, threshold: float | None = None) -> str:
@@ -215,7 +216,7 @@ def write_scores(
         table.drop()
         faults.drop()
     summary.scores = np.array(scores, np.float32)
-    summary.duplicates, summary.empty = paths.duplicates, list(paths.empty)
+    summary.duplicates, summary.empty, summary.left_out = paths.duplicates, list(paths.empty), paths.left_out.report()
     summary.seconds = time.perf_counter() - start
     return summary
 

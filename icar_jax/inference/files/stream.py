@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,8 @@ import numpy as np
 from icar_jax import profiling
 from icar_jax.checkpoint import CheckpointError
 from icar_jax.data.images import Preprocess, decode
+from icar_jax.files import limits
+from icar_jax.files.opening import read_regular
 from icar_jax.inference.budgets import ABOVE_ALL
 from icar_jax.inference.fetch_queue import RoutingStats
 from icar_jax.inference.model import Model
@@ -42,7 +43,7 @@ class ReadImage:
 def read_image(path: str, preprocesses: Mapping[str, Preprocess], known: Callable[[str], bool] = lambda _: False) -> ReadImage:
     """Reads, hashes and preprocesses a file, without decoding if `known(sha256)`. Raises OSError and ImageError."""
     start = time.perf_counter()
-    content = Path(path).read_bytes()
+    content = read_regular(path, limits.IMAGE_BYTES)
     sha256 = hashlib.sha256(content).hexdigest()
     pixels = {}
     if not known(sha256):

@@ -18,12 +18,14 @@ from icar_jax.search.server.backend import Backend, ImageQuery, TextQuery
 from icar_jax.search.server.errors import RequestError, add_handlers
 from icar_jax.search.server.guards import LOGIN, Guard, Login
 from icar_jax.search.server.metrics import Metrics
-from icar_jax.search.server.pictures import ID, SIDES, Pictures, open_picture
+from icar_jax.search.server.pictures import ID, SIDES, FileStream, Pictures, open_picture
 from icar_jax.search.server.settings import ServerSettings
+from icar_jax.search.server.threads import Threads
 from icar_jax.search.server.uploads import OPENAPI, read_upload
 
 _CACHE_S = 86_400  # browsers cache images for a day; the URL contains the hash of the content
 _WAITING_PER_THREAD = 32
+_UPLOAD_THREADS = 2
 
 ImageId = Annotated[str, Path(pattern=f"^{ID}$", description="SHA-256 of the image's file.")]
 
@@ -51,8 +53,8 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
     pictures = Pictures(
         backend.paths_of, settings.max_pixels, settings.preview_cache_bytes, settings.follow_links, backend.roots
     )
-    threads = anyio.CapacityLimiter(settings.preview_threads)
-    uploads = anyio.CapacityLimiter(1)
+    previews = Threads("previews", settings.preview_threads, _WAITING_PER_THREAD * settings.preview_threads)
+    uploads = Threads("uploads", _UPLOAD_THREADS, settings.queue)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -61,6 +63,8 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
             yield
         finally:
             await anyio.to_thread.run_sync(backend.stop)
+            previews.stop()
+            uploads.stop()
 
     # FastAPI's documentation pages are off, since they load scripts from another host.
     api = FastAPI(
@@ -72,7 +76,7 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
     metrics.gauge("icar_previews_cached_share", "Fraction of previews served from the cache", lambda: _share(pictures))
 
     async def answer(kind: str, query: TextQuery | ImageQuery, start: float, decode_s: float = 0.0) -> schemas.Answer:
-        found, queue_s = await backend.worker.run(kind, query, settings.timeout_s)
+        found, queue_s = await backend.worker.run(kind, query, settings.timeout_s - decode_s)
         pictures.remember((hit.sha256, hit.path) for hit in found.hits)
         parts = {"queue": queue_s, "decode": decode_s, **found.latency_s, "total": time.perf_counter() - start}
         metrics.observe_search(kind, parts)
@@ -102,19 +106,13 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
         start = time.perf_counter()
         data = await read_upload(request, settings.max_upload_bytes, settings.timeout_s)
         decoding = time.perf_counter()
-        if uploads.statistics().tasks_waiting >= settings.queue:
-            raise _busy("images are being decoded")
-        # One at a time, since an image at the pixel limit takes hundreds of megabytes.
-        picture = await anyio.to_thread.run_sync(
-            partial(open_picture, data, "image", settings.max_pixels, backend.image_side), limiter=uploads
-        )
+        work = partial(open_picture, data, "image", settings.max_pixels, backend.image_side)
+        picture = await uploads.run(work, settings.timeout_s, "images are being decoded")
         decode_s = time.perf_counter() - decoding
         return await answer("image", ImageQuery(picture, filters.k, filters.where(), filters.exact), start, decode_s)
 
-    async def picture(work) -> tuple:
-        if threads.statistics().tasks_waiting >= _WAITING_PER_THREAD * settings.preview_threads:
-            raise _busy("images are being read")
-        return await anyio.to_thread.run_sync(work, limiter=threads)
+    async def picture(work):
+        return await previews.run(work, settings.timeout_s, "images are being read")
 
     @api.get(
         "/api/images/{id}/thumbnail", tags=["images"], response_class=Response,
@@ -145,8 +143,7 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
         headers = _cached(id) | {"Content-Security-Policy": "default-src 'none'; sandbox"}
         if request.headers.get("if-none-match") == headers["ETag"]:
             return Response(status_code=304, headers=headers)
-        data, media_type = await picture(partial(pictures.original, id))
-        return Response(data, media_type=media_type, headers=headers)
+        return await picture(lambda: FileStream(pictures.original(id), headers, settings.stall_timeout_s))
 
     @api.get("/api/store", responses=_problems(503), tags=["store"])
     async def store() -> schemas.StoreInfo:
@@ -180,10 +177,6 @@ def create_app(backend: Backend, settings: ServerSettings, metrics: Metrics | No
     )
     guard.api = api
     return guard
-
-
-def _busy(what: str) -> RequestError:
-    return RequestError(503, "busy", f"too many {what}; try again in a moment", {"Retry-After": "1"})
 
 
 def _cached(tag: str) -> dict[str, str]:

@@ -30,6 +30,11 @@ class RequestError(Exception):
         return JSONResponse({"detail": self.reason}, self.status, self.headers)
 
 
+def timed_out(seconds: float) -> RequestError:
+    """A 504 error for work that took longer than `seconds`."""
+    return RequestError(504, "timeout", f"no answer within {seconds:.3g} s; try again when the server is less busy")
+
+
 def store_unreadable(error: StoreError) -> RequestError:
     """A 503 error; the path of the store and the reason go only to the log."""
     logging.error("%s", error)

@@ -25,6 +25,7 @@ FORM_BYTES = 100_000  # limit of a body without an upload, and of the multipart 
 _DRAIN_S = 2.0  # read on before closing, so that a client that is still sending gets the error response
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _FAILURE_S = 0.5  # delay after a wrong token
+_FAILING = 16  # such attempts that may wait
 
 _SECURITY = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
@@ -55,6 +56,7 @@ class Guard:
     ):
         self._app, self._settings, self._refused, self._answered = app, settings, refused, answered
         self._hosts = settings.hosts
+        self._present = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -73,19 +75,27 @@ class Guard:
                 self._answered(route, method, str(message["status"]))
             await send(message)
 
+        self._present += 1
         try:
+            await self._answer(scope, receive, with_headers)
+        finally:
+            self._present -= 1
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if self._present > self._settings.requests:
+                raise RequestError(503, "busy", "too many requests; try again in a moment", {"Retry-After": "1"})
             answer = self._check(scope)
-            limit = self._limit(scope)
-            body = _Body(receive, limit)
+            body = _Body(receive, self._limit(scope), self._settings.timeout_s)
             body.check_declared(Headers(scope=scope))
         except RequestError as error:
             self._refused(error.kind)
             await _drain(receive)
             answer = error.response()
         if answer is not None:
-            await answer(scope, receive, with_headers)
+            await answer(scope, receive, send)
             return
-        await self._limited(scope, body, with_headers)
+        await self._limited(scope, body, send)
 
     def _check(self, scope: Scope) -> Response | None:
         """None for an allowed request, or a redirect to the login. Raises RequestError."""
@@ -112,16 +122,16 @@ class Guard:
         return FORM_BYTES + (self._settings.max_upload_bytes if scope["path"] == "/api/search/image" else 0)
 
     async def _limited(self, scope: Scope, body: _Body, send: Send) -> None:
-        """Sends the app's response, or 413 if the body exceeded the limit, which the app itself sees as a damaged body."""
+        """Sends the app's response, or why the body was cut off, which the app itself sees as a damaged body."""
         replaced = False
 
         async def unless_cut(message: Message) -> None:
             nonlocal replaced
-            if body.cut and message["type"] == "http.response.start" and not replaced:
+            if body.cut is not None and message["type"] == "http.response.start" and not replaced:
                 replaced = True
-                self._refused("upload-bytes")
+                self._refused(body.cut.kind)
                 await _drain(body.receive_all)
-                await _too_large(body.limit).response()(scope, body.receive_all, send)
+                await body.cut.response()(scope, body.receive_all, send)
             elif not replaced:
                 await send(message)
 
@@ -129,11 +139,13 @@ class Guard:
 
 
 class _Body:
-    """A request body that is cut off after `limit` bytes."""
+    """A request body that is cut off after `limit` bytes or `seconds`; `cut` is the reason then."""
 
-    def __init__(self, receive: Receive, limit: int):
-        self.receive_all, self.limit = receive, limit
-        self.cut, self._seen = False, 0
+    def __init__(self, receive: Receive, limit: int, seconds: float):
+        self.receive_all, self.limit, self._seconds = receive, limit, seconds
+        self.cut: RequestError | None = None
+        self._seen, self._ended = 0, False
+        self._until = asyncio.get_running_loop().time() + seconds
 
     def check_declared(self, headers: Headers) -> None:
         declared = headers.get("content-length", "")
@@ -141,15 +153,25 @@ class _Body:
             raise _too_large(self.limit)
 
     async def receive(self) -> Message:
-        if self.cut:
-            return {"type": "http.request", "body": b"", "more_body": False}
-        message = await self.receive_all()
+        if self._ended:  # the app waits for a disconnection
+            while (message := await self.receive_all())["type"] == "http.request":
+                pass
+            return message
+        try:
+            async with asyncio.timeout_at(self._until):
+                message = await self.receive_all()
+        except TimeoutError:
+            return self._cut_off(RequestError(408, "upload-slow", f"the body did not arrive within {self._seconds:g} s"))
         if message["type"] == "http.request":
             self._seen += len(message.get("body", b""))
+            self._ended = not message.get("more_body", False)
             if self._seen > self.limit:
-                self.cut = True
-                return {"type": "http.request", "body": b"", "more_body": False}
+                return self._cut_off(_too_large(self.limit))
         return message
+
+    def _cut_off(self, reason: RequestError) -> Message:
+        self.cut, self._ended = reason, True
+        return {"type": "http.request", "body": b"", "more_body": False}
 
 
 def _too_large(limit: int) -> RequestError:
@@ -204,6 +226,7 @@ class Login:
     def __init__(self, page: str, token: str | None):
         self._page, self._token = page, token
         self._failures = asyncio.Lock()
+        self._failing = 0
 
     def form(self, message: str = "", status: int = 200) -> HTMLResponse:
         """The login page; `message` is inserted as HTML and must not come from a request."""
@@ -219,8 +242,14 @@ class Login:
         except ValueError:  # more fields than the form has
             given = ""
         if not _same(given, self._token):
-            async with self._failures:  # failed attempts of all clients are serialised
-                await asyncio.sleep(_FAILURE_S)
+            if self._failing >= _FAILING:
+                return self.form("Too many attempts; try again in a moment.", 503)
+            self._failing += 1
+            try:
+                async with self._failures:  # failed attempts of all clients are serialised
+                    await asyncio.sleep(_FAILURE_S)
+            finally:
+                self._failing -= 1
             return self.form("Wrong token. Enter the one given to <code>icar serve</code> by --token or --token-file.", 401)
         answer = RedirectResponse("/" + (f"?{quote(query, safe='=&%+')}" if query else ""), 303)
         answer.set_cookie(COOKIE, session(self._token), httponly=True, samesite="strict", secure=secure, path="/")

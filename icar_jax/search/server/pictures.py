@@ -8,62 +8,52 @@ to see files there.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import io
 import os
-import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import BinaryIO
 
 from PIL import Image
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
-from icar_jax.data.images import ImageError, decode
+from icar_jax.data.decoding import formats
+from icar_jax.data.images import ImageError, TooManyPixels, decode
+from icar_jax.files import limits
+from icar_jax.files.opening import NotRegular, TooLarge, open_regular
 from icar_jax.search.scan import is_below
 from icar_jax.search.server.errors import RequestError
 
-# Accepted formats by Pillow's names. Some others run external programs (EPS) or are not raster images.
-Image.init()
-FORMATS = tuple(name for name in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "AVIF", "TIFF") if name in Image.OPEN)
 SIDES = (320, 1280)  # longest side of previews in pixels: grid and enlarged view
 _QUALITY = 85
+_UNKNOWN = "application/octet-stream"
 _PATHS_KEPT = 50_000
-_MAX_FILE_BYTES = 1 << 29
+_CHUNK = 1 << 17
+_LEAST_RATE = 16_000  # bytes a second that a client takes of a file, on average and after `stall_s`
 _UPDATE = "`icar index` brings the store up to date"
 ID = r"[0-9a-f]{64}"
 
 
-def open_picture(data: bytes, name: str, max_pixels: int, side: int | None = None) -> Image.Image:
+def open_picture(data: bytes, name: str, max_pixels: int, side: int = 0) -> Image.Image:
     """Decodes an image file to RGB with EXIF orientation applied; `name` is for error messages.
 
-    With `side`, a JPEG may be decoded at a reduced size of at least twice `side`.
-    Raises RequestError (422) unless it is a complete image in FORMATS with at most `max_pixels`, checked before decoding.
+    With `side`, a large image may be decoded at a reduced size of at least twice `side`.
+    Raises RequestError (422) unless it is a complete image of a format that is read here, within `max_pixels` and the bounds of
+    icar_jax.files.limits, which are checked before decoding.
     """
     try:
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
-        _require_pixels(picture, name, max_pixels)
-        if side is not None:
-            picture.draft("RGB", (2 * side, 2 * side))
-        return decode(picture, name)
-    except Image.UnidentifiedImageError:
-        raise RequestError(422, "image", f"{name}: not a readable image; send a complete file ({', '.join(FORMATS)})") from None
-    except (Image.DecompressionBombError, MemoryError):
-        raise _too_many(name, max_pixels) from None
+        return decode(data, name, at_least=2 * side, max_pixels=max_pixels)
+    except TooManyPixels as error:
+        raise RequestError(422, "pixels", f"{error}; resize the image") from None
+    except MemoryError:
+        raise RequestError(422, "pixels", f"{name}: not enough memory to decode it; resize the image") from None
     except ImageError as error:
         raise RequestError(422, "image", str(error)) from None
-    except RequestError:
-        raise
-    except Exception as error:  # Pillow's plugins raise many kinds on damaged files
-        raise RequestError(422, "image", f"{name}: cannot decode image: {error or type(error).__name__}") from None
-
-
-def _require_pixels(picture: Image.Image, name: str, max_pixels: int) -> None:
-    if picture.width * picture.height > max_pixels:
-        raise _too_many(f"{name} ({picture.width} x {picture.height})", max_pixels)
-
-
-def _too_many(name: str, max_pixels: int) -> RequestError:
-    return RequestError(422, "pixels", f"{name}: exceeds the limit of {max_pixels:,} pixels; resize the image")
 
 
 class Pictures:
@@ -97,21 +87,22 @@ class Pictures:
             while len(self._paths) > _PATHS_KEPT:
                 self._paths.popitem(last=False)
 
-    def original(self, sha256: str) -> tuple[bytes, str]:
-        """(bytes of the file, media type). Raises RequestError (404) with the reason if it cannot be served."""
+    def original(self, sha256: str) -> BinaryIO:
+        """The open file, whose content was checked. Raises RequestError (404) with the reason if it cannot be served."""
         with self._lock:
             paths = self._paths.get(sha256, ())
         try:
-            data = self._first(paths, sha256)
+            file = self._first(paths, sha256)
         except RequestError:
-            data = None
-        if data is None:  # path not cached, or file moved since
+            file = None
+        if file is None:  # path not cached, or file moved since
             paths = self._find(sha256)
             if not paths:
                 raise RequestError(404, "image-unknown", "the store has no image with this id")
-            data = self._first(paths, sha256)
+            file = self._first(paths, sha256)
+            assert file is not None
             self.remember((sha256, path) for path in paths[:1])
-        return data, _media_type(data)
+        return file
 
     def preview(self, sha256: str, side: int) -> bytes:
         """JPEG of the image within `side` x `side` pixels, without metadata. Raises RequestError as `original`."""
@@ -122,7 +113,8 @@ class Pictures:
                 self._cache.move_to_end(key)
                 return self._cache[key]
             self.misses += 1
-        data, _ = self.original(sha256)
+        with self.original(sha256) as file:
+            data = file.read()
         picture = open_picture(data, "image", self._max_pixels, side)
         picture.thumbnail((side, side))
         stream = io.BytesIO()
@@ -138,22 +130,22 @@ class Pictures:
             while self._cached > self._cache_bytes and self._cache:
                 self._cached -= len(self._cache.popitem(last=False)[1])
 
-    def _first(self, paths: Sequence[str], sha256: str) -> bytes | None:
-        """Bytes from the first of `paths` that still has this hash; None without paths."""
+    def _first(self, paths: Sequence[str], sha256: str) -> BinaryIO | None:
+        """The first file of `paths` that still has this hash; None without paths."""
         if not paths:
             return None
         reasons = []
         roots = None if self._follow_links else self._roots()
         for path in paths:
             try:
-                return read_indexed(path, sha256, self._follow_links, roots)
+                return open_indexed(path, sha256, self._follow_links, roots)
             except RequestError as error:
                 reasons.append(error)
         raise reasons[0]
 
 
-def read_indexed(path: str, sha256: str, follow_links: bool = False, roots: Sequence[str] | None = None) -> bytes:
-    """Bytes of the file at `path`, verified against `sha256`. Raises RequestError (404) if they do not match.
+def open_indexed(path: str, sha256: str, follow_links: bool = False, roots: Sequence[str] | None = None) -> BinaryIO:
+    """The file at `path`, opened and verified against `sha256`. Raises RequestError (404) if its content does not match.
 
     Without `follow_links`, a path below one of `roots` must resolve to a path below one of them; any other path must not be a
     link out of its folder.
@@ -161,25 +153,66 @@ def read_indexed(path: str, sha256: str, follow_links: bool = False, roots: Sequ
     name = os.path.basename(path)
     if not follow_links and (out := _leads_out(path, roots or ())):
         raise RequestError(404, "image-link", f"{name} is {out}, which is not followed without --follow-links")
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # do not block on a pipe
-    except OSError as error:
-        reason = "no longer exists" if isinstance(error, (FileNotFoundError, NotADirectoryError)) else "cannot be read"
-        raise RequestError(404, "image-gone", f"{name} {reason}; {_UPDATE}") from None
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
-        raise RequestError(404, "image-changed", f"{name} is no longer a file")
-    with open(descriptor, "rb") as file:
-        if status.st_size > _MAX_FILE_BYTES:
-            raise RequestError(404, "image-large", f"{name} is larger than {_MAX_FILE_BYTES:,} bytes and is not served")
+    with contextlib.ExitStack() as closing:
         try:
-            data = file.read(_MAX_FILE_BYTES)
+            file = closing.enter_context(open_regular(path, limits.IMAGE_BYTES))
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+        except NotRegular:
+            raise RequestError(404, "image-changed", f"{name} is no longer a file") from None
+        except TooLarge as error:
+            raise RequestError(404, "image-large", f"{name} is not served: {error.strerror}") from None
         except OSError as error:
-            raise RequestError(404, "image-gone", f"{name} cannot be read: {error.strerror}") from None
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise RequestError(404, "image-changed", f"{name} has changed since it was indexed; {_UPDATE}")
-    return data
+            gone = isinstance(error, (FileNotFoundError, NotADirectoryError))
+            reason = "no longer exists" if gone else f"cannot be read: {error.strerror}"
+            raise RequestError(404, "image-gone", f"{name} {reason}; {_UPDATE}") from None
+        if found != sha256:
+            raise RequestError(404, "image-changed", f"{name} has changed since it was indexed; {_UPDATE}")
+        closing.pop_all()  # the caller closes it
+    return file
+
+
+class FileStream(Response):
+    """Sends an open file in pieces, as fast as the client takes them, and closes it.
+
+    A file that is written to meanwhile is cut off, as its new bytes were never checked; so is one whose client is too slow.
+    """
+
+    def __init__(self, file: BinaryIO, headers: Mapping[str, str], stall_s: float):
+        self._file, self._stall_s = file, stall_s
+        self._before = _state(file)
+        self._size = os.fstat(file.fileno()).st_size
+        super().__init__(media_type=media_type(file), headers={**headers, "Content-Length": str(self._size)})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.ensure_future(_disconnection(receive))
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async with asyncio.timeout(self._stall_s + self._size / _LEAST_RATE):
+                left = self._size
+                while left and not gone.done():
+                    part = await asyncio.to_thread(self._file.read, _CHUNK)
+                    if not part or _state(self._file) != self._before:
+                        return  # uvicorn closes a connection whose response is incomplete
+                    left -= len(part)
+                    await send({"type": "http.response.body", "body": part, "more_body": left > 0})
+            if not self._size:
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            pass  # as above
+        finally:
+            gone.cancel()
+            self._file.close()
+
+
+def _state(file: BinaryIO) -> tuple[int, int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+async def _disconnection(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def _leads_out(path: str, roots: Sequence[str]) -> str | None:
@@ -192,10 +225,12 @@ def _leads_out(path: str, roots: Sequence[str]) -> str | None:
     return None
 
 
-def _media_type(data: bytes) -> str:
-    """The media type by content, not by file name."""
+def media_type(file: BinaryIO) -> str:
+    """The media type by content, not by file name; the file is left at its start."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            return Image.MIME.get("JPEG" if picture.format == "MPO" else picture.format, "application/octet-stream")
+        with Image.open(file, formats=formats()) as picture:
+            return Image.MIME.get("JPEG" if picture.format == "MPO" else picture.format, _UNKNOWN)
     except Exception:  # an indexed file of another format: sent, but not displayed by browsers
-        return "application/octet-stream"
+        return _UNKNOWN
+    finally:
+        file.seek(0)

@@ -10,11 +10,12 @@ import uvicorn
 
 from icar_jax.search.server.app import create_app
 from icar_jax.search.server.backend import Backend
+from icar_jax.search.server.connections import protocol
 from icar_jax.search.server.errors import ServerError
 from icar_jax.search.server.settings import ServerSettings, address
 
 _GRACE_S = 10  # for running requests at shutdown
-_CONNECTIONS = 512
+_KEEP_ALIVE_S = 10
 
 
 def bind(settings: ServerSettings) -> socket.socket:
@@ -30,16 +31,23 @@ def bind(settings: ServerSettings) -> socket.socket:
     return bound
 
 
+def configuration(backend: Backend, settings: ServerSettings) -> uvicorn.Config:
+    """Uvicorn's configuration of the application."""
+    return uvicorn.Config(
+        create_app(backend, settings), log_level="warning", access_log=False, server_header=False, proxy_headers=False,
+        timeout_graceful_shutdown=_GRACE_S, timeout_keep_alive=_KEEP_ALIVE_S, http=protocol(settings), ws="none", lifespan="on",
+    )  # fmt: skip
+
+
 def serve(backend: Backend, settings: ServerSettings, bound: socket.socket, say: Callable[[str], None] = print) -> None:
     """Serves requests on a socket from `bind` until SIGINT or SIGTERM, then finishes running requests.
 
     A second SIGINT exits immediately. Calls `say` with the URL of the page once the server is listening.
     """
-    config = uvicorn.Config(
-        create_app(backend, settings), log_level="warning", access_log=False, server_header=False, proxy_headers=False,
-        timeout_graceful_shutdown=_GRACE_S, timeout_keep_alive=10, limit_concurrency=_CONNECTIONS, ws="none", lifespan="on",
-    )  # fmt: skip
-    server = _Server(config, lambda: say(f"Serving {address(settings.host, bound.getsockname()[1])}  (Ctrl+C stops)"))
+    server = _Server(
+        configuration(backend, settings),
+        lambda: say(f"Serving {address(settings.host, bound.getsockname()[1])}  (Ctrl+C stops)"),
+    )
     # uvicorn re-raises the signals after shutdown; ignore them, as this is a normal exit.
     kept = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

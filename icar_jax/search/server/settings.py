@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
+import shlex
+import stat
 from dataclasses import dataclass
-from pathlib import Path
 
+from absl import logging
+
+from icar_jax.files.opening import open_regular
 from icar_jax.search.server.errors import ServerError
 
 MIN_TOKEN = 16
+_TOKEN_BYTES = 4096
 _HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\]")
 
 
@@ -24,10 +30,14 @@ class ServerSettings:
         max_upload_bytes: limit of an uploaded image file.
         max_pixels: limit of uploaded images, and of indexed images decoded for previews.
         queue: searches that may wait while one runs; further ones get status 503.
-        timeout_s: limit for receiving an upload and for a search.
+        timeout_s: limit for receiving a request, and for answering it.
         follow_links: whether to serve files that links reach outside the indexed folders.
         preview_cache_bytes: memory of the preview cache.
         preview_threads: previews computed in parallel; 32 times as many may wait.
+        connections: connections at once; the one that has been idle longest gives way to a new one.
+        requests: requests in progress at once; further ones get status 503.
+        header_timeout_s: limit for receiving the headers of a request.
+        stall_timeout_s: limit for a client to take what was sent before more is sent.
 
     Raises:
         ServerError: for invalid or contradictory values, or if the images would be accessible without a token.
@@ -44,9 +54,14 @@ class ServerSettings:
     follow_links: bool = False
     preview_cache_bytes: int = 64_000_000
     preview_threads: int = 2
+    connections: int = 512
+    requests: int = 256
+    header_timeout_s: float = 10.0
+    stall_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("max_upload_bytes", "max_pixels", "queue", "timeout_s", "preview_threads"):
+        for name in ("max_upload_bytes", "max_pixels", "queue", "timeout_s", "preview_threads", "connections", "requests",
+                     "header_timeout_s", "stall_timeout_s"):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise ServerError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.port <= 65535:
@@ -93,12 +108,20 @@ def address(host: str, port: int) -> str:
     return f"http://{_in_header(host)}:{port}/"
 
 
-def read_token(path: str) -> str:
-    """Reads the token, the only line of a file. Raises ServerError if it is invalid, and OSError if the file is unreadable."""
+def read_token(path: str | os.PathLike) -> str:
+    """Reads the token, the only line of a file, and warns if other users may read it.
+
+    Raises ServerError if it is invalid, and OSError if the file is unreadable.
+    """
     try:
-        token = Path(path).read_text(encoding="utf-8").strip()
+        with open_regular(path, _TOKEN_BYTES) as file:
+            others = stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077
+            token = file.read().decode("utf-8").strip()
     except UnicodeDecodeError:
         raise ServerError(f"--token-file {path}: expected one line of text, found other bytes") from None
+    if others:
+        logging.warning("--token-file %s can be read or changed by other users of this machine; mend it with: chmod 600 %s",
+                        path, shlex.quote(os.fspath(path)))  # fmt: skip
     return check_token(token, f"--token-file {path}")
 
 

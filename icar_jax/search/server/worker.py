@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from icar_jax.search.server.errors import RequestError
+from icar_jax.search.server.errors import RequestError, timed_out
 
 _STOP = object()
 
@@ -93,9 +93,7 @@ class Worker:
         try:
             result = await asyncio.wait_for(asyncio.wrap_future(job.future), timeout_s)
         except TimeoutError:
-            raise RequestError(
-                504, "timeout", f"no answer within {timeout_s:g} s; try again when the server is less busy"
-            ) from None
+            raise timed_out(timeout_s) from None
         return result, job.queued_s
 
     def _loop(self) -> None:
