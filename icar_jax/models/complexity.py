@@ -17,6 +17,7 @@ from icar_jax.errors import ModelError
 from icar_jax.models.convnext import INIT_STD, ConvNeXt, ConvNeXtArch
 from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType, LayerNorm, Linear
+from icar_jax.models.sizes import size_error
 
 Array = jax.Array
 Drop = Callable[[Array, int], Array]  # (x, layer) -> x with some of its values zeroed
@@ -39,6 +40,8 @@ class ComplexityArch:
             raise ModelError(f"complexity head {self.head!r} must be one of {HEADS}")
         if self.backbone.num_classes:
             raise ModelError(f"the backbone of a complexity model needs num_classes=0, got {self.backbone.num_classes}")
+        if wrong := size_error(self):
+            raise ModelError(f"complexity model: {wrong}")
         if self.image_size < 32:
             raise ModelError(f"image size {self.image_size} is below 32 pixels, the backbone's total stride")
 

@@ -62,9 +62,7 @@ def parts(config: ExperimentConfig, shapes: pytree.Tree, arch: ClipArch) -> tupl
     }
     wrong = ""
     if not any(frozen.values()):
-        wrong = (
-            f"keeps outputs of frozen trunks, and config.train.freeze={t.freeze} freezes none; add 'image_trunk'"
-        )
+        wrong = f"keeps outputs of frozen trunks, and config.train.freeze={t.freeze} freezes none; add 'image_trunk'"
     elif jax.process_count() > 1:
         wrong = f"keeps outputs on one host, and this run has {jax.process_count()} processes; set it to False"
     elif config.loss.cross or config.loss.distill_init:

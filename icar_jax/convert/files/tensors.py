@@ -8,7 +8,6 @@ code inside.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ import numpy as np
 from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.files import safetensors_reader, torch_reader
 from icar_jax.convert.files.torch_pickle import StoredTensor
+from icar_jax.files import json_file
 
 READERS = ("auto", "torch", "own")
 PLAIN_KEYS = ("model_state_dict", "state_dict", "model", "module")  # of state dicts; the last is DeepSpeed's
@@ -163,9 +163,9 @@ def _use_torch(reader: str) -> bool:
 
 def _read_index(path: Path, reader: str) -> tuple[str, dict[str, Tensor], _State]:
     try:
-        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=safetensors_reader.without_duplicates)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConvertError(f"{path} looks like JSON but cannot be parsed: {str(error)[:200]}") from error
+        index = json_file.read(path, ConvertError, pairs=json_file.without_duplicates)
+    except ConvertError as error:
+        raise ConvertError(f"{error}; the file looks like JSON but cannot be parsed") from error
     listed = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(listed, dict) or not listed or not all(isinstance(shard, str) for shard in listed.values()):
         keys = ", ".join(list(map(str, index))[:8]) if isinstance(index, dict) else "a list"
