@@ -113,9 +113,15 @@ def complexity_arch(config: cfg.ComplexityConfig) -> ScorerArch:
     if not 0 <= config.dropout < 1:
         raise cfg.ConfigError(f"config.complexity.dropout={config.dropout} must lie in [0, 1)")
     if config.variant == BLOCKS:
+        if config.pool != "mean":
+            raise cfg.ConfigError(
+                f"config.complexity.pool={config.pool!r} is for a ConvNeXt; a head on blocks reads class token, mean and "
+                "deviation: leave it 'mean'"
+            )
         return _blocks_arch(config)
+    readout = _readout(config)
     for name, off in (("clip", ""), ("blocks", 0), ("pooled_norm", "whole")):
-        if getattr(config, name) != off and not (name == "clip" and config.target == "regret"):
+        if getattr(config, name) != off and not (name == "clip" and (config.target == "regret" or config.fit == "ridge")):
             where = " or target='regret'" if name == "clip" else ""
             raise cfg.ConfigError(
                 f"config.complexity.{name}={getattr(config, name)!r} is for config.complexity.variant='{BLOCKS}'{where} only, "
@@ -123,7 +129,14 @@ def complexity_arch(config: cfg.ComplexityConfig) -> ScorerArch:
             )
     if config.image_size < 32:
         raise cfg.ConfigError(f"config.complexity.image_size={config.image_size} must be at least 32 pixels")
-    return ComplexityArch(CONVNEXT[config.variant], config.head, config.image_size, config.dropout)
+    backbone = CONVNEXT[config.variant]
+    return ComplexityArch(backbone, config.head, config.image_size, config.dropout, config.pool, readout)
+
+
+def _readout(config: cfg.ComplexityConfig) -> str:
+    if config.fit == "ridge" and config.head != "regression":
+        raise cfg.ConfigError(f"config.complexity.fit='ridge' needs config.complexity.head='regression', not {config.head!r}")
+    return "linear" if config.fit == "ridge" else "mlp"
 
 
 def _blocks_arch(config: cfg.ComplexityConfig) -> BlocksArch:
@@ -133,20 +146,30 @@ def _blocks_arch(config: cfg.ComplexityConfig) -> BlocksArch:
             "name its checkpoint or workdir"
         )
     folder = routed_clip(config)
-    clip = cfg.from_dict(checkpoint.describe(folder)["arch"], ClipArch, f"{folder}: arch")
-    if not 1 <= config.blocks <= clip.vision.all_exits[0]:
+    tower = vision_of(folder)
+    if not 1 <= config.blocks <= tower.depths[0]:
         raise cfg.ConfigError(
-            f"config.complexity.blocks={config.blocks} must lie in 1 to {clip.vision.all_exits[0]}, the first exit of "
+            f"config.complexity.blocks={config.blocks} must lie in 1 to {tower.depths[0]}, the first exit of "
             f"{config.clip}: an image that leaves there has to be scored before"
         )
     plain = {name: getattr(VisionArch, name) for name in EXIT_FIELDS}  # the trunk has no exits
-    vision = dataclasses.replace(clip.vision, **plain, **clip.vision.reduction_until(config.blocks), schedules=(), routes=())
-    return BlocksArch(vision, config.blocks, config.head, config.dropout, config.pooled_norm == "parts")
+    reduced: dict[str, Any] = tower.reduction_until(config.blocks)
+    vision = dataclasses.replace(tower, **plain, **reduced, schedules=(), routes=())
+    norm_parts = config.pooled_norm == "parts"
+    return BlocksArch(vision, config.blocks, config.head, config.dropout, norm_parts, _readout(config))
+
+
+def vision_of(folder: Path) -> VisionArch:
+    """The architecture of the vision tower of a CLIP's checkpoint, or of a tower alone. Raises ConfigError."""
+    about = checkpoint.describe(folder)
+    if about["kind"] == "vision":
+        return cfg.from_dict(about["arch"], VisionArch, f"{folder}: arch")
+    return cfg.from_dict(about["arch"], ClipArch, f"{folder}: arch").vision
 
 
 def routed_clip(config: cfg.ComplexityConfig) -> Path:
-    """The folder of the CLIP checkpoint that config.complexity.clip names. Raises ConfigError."""
+    """The checkpoint that config.complexity.clip names: a CLIP or, for ratings, a vision tower. Raises ConfigError."""
     try:
-        return checkpoint.find(config.clip, ("clip",))
+        return checkpoint.find(config.clip, ("clip",) if config.target == "regret" else ("clip", "vision"))
     except checkpoint.CheckpointError as error:
         raise cfg.ConfigError(f"config.complexity.clip={config.clip}: {error}") from error

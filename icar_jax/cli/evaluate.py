@@ -5,6 +5,7 @@ of each; a complexity model by its agreement with the ground-truth complexity, n
 
 `python evaluate.py` is equivalent. Takes the training configuration and writes metrics.json and figures into the workdir:
 retention.png, complexity.png and report/index.html for a CLIP; scores.png and, for scenes, nuisance.png for a complexity model.
+With config.complexity.fit=ridge it cross-validates on all rated images and writes ratings.json and ratings.png.
 """
 
 from absl import app, flags
@@ -21,11 +22,13 @@ def main(argv):
     """Runs the command; absl passes the arguments that are not flags."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides look like --config.eval.split=test")
+    from icar_jax.evaluation.complexity.cross_validation import cross_validate
     from icar_jax.evaluation.complexity.evaluate import evaluate_complexity
     from icar_jax.evaluation.evaluate import evaluate
     from icar_jax.parallel import distributed
 
     with user_errors():
         distributed.require_single("icar evaluate")
-        run = evaluate_complexity if CONFIG.value.task == "complexity" else evaluate
+        of_scores = cross_validate if CONFIG.value.complexity.fit == "ridge" else evaluate_complexity
+        run = of_scores if CONFIG.value.task == "complexity" else evaluate
         run(CONFIG.value, WORKDIR.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -34,6 +35,10 @@ def add(commands) -> None:
                    "first exit; refine: embed images deeper if their score requires it")  # fmt: skip
     p.add_argument("--order", choices=("oldest", "returned"), default="oldest", help="order of --pass refine: oldest "
                    "embeddings, or images most often returned by searches, first (oldest)")  # fmt: skip
+    p.add_argument("--tiles", metavar="ROWSxCOLUMNS", help="also cut each picture of the folders into tiles, such as 2x2, with "
+                   "an embedding each; a search joins the hits of a picture")  # fmt: skip
+    p.add_argument("--tile-budget", type=float, metavar="RATE", help="with --tiles and a CLIP that drops patches: share "
+                   "of all patches that is kept, half of it in the whole picture, the rest where it looks")  # fmt: skip
     p.add_argument("--captions", metavar="FILE", help="captions to store with the images: Karpathy .json, .csv or .jsonl")
     p.add_argument("--prune", action="store_true", help="remove rows whose files no longer exist in the folders")
     p.add_argument("--prune-missing", action="store_true", help="with --prune: also if a whole folder is missing or empty")
@@ -64,6 +69,10 @@ def _index(args: argparse.Namespace) -> None:
         "--pass cheap runs all images at the first exit; leave out --budget": args.stage == "cheap" and args.budget is not None,
         "--pass refine only reads files in the store; leave out --prune, --rehash, --captions and --retry-bad":
             args.stage == "refine" and (args.prune or args.rehash or args.captions or args.retry_bad),
+        "--tile-budget without --tiles": args.tile_budget is not None and not args.tiles,
+        "--tile-budget chooses the exits itself; leave out --exit, --budget and --pass":
+            args.tile_budget is not None and (args.exit is not None or args.budget is not None or args.stage is not None),
+        "--tiles with --pass: index the tiles in a run of their own": args.tiles and args.stage is not None,
         "--order without --pass refine": args.order != "oldest" and args.stage != "refine",
     }  # fmt: skip
     for what, is_wrong in wrong.items():
@@ -84,9 +93,10 @@ def _update_store(args: argparse.Namespace) -> None:
     from icar_jax.data.sources.files import ImagePaths
     from icar_jax.inference.loading import load
     from icar_jax.parallel import distributed
-    from icar_jax.search.indexing import index_files
+    from icar_jax.search.indexing import checkpoint_of, index_files, named_roots
     from icar_jax.search.opening import open_store
     from icar_jax.search.refine import refine
+    from icar_jax.search.tiles import TileBudget, index_tiles, parse_grid
     from icar_jax.search.vector_index import maintain
 
     def model(path):
@@ -98,12 +108,26 @@ def _update_store(args: argparse.Namespace) -> None:
             commit_rows=args.commit_rows, threads=args.threads,
         )  # fmt: skip
     else:
+        grid = parse_grid(args.tiles) if args.tiles else None
+        model = functools.cache(model)
+        exit, tile_budget = args.exit, None
+        if args.tile_budget is not None:
+            tile_budget = TileBudget(model(checkpoint_of(args.store, args.checkpoint)), grid, args.tile_budget)
+            exit = tile_budget.whole
         done = index_files(
-            args.store, ImagePaths(args.paths, stdin_paths(), args.exclude), args.checkpoint, model, exit=args.exit,
-            budget=args.budget, cheap=args.stage == "cheap", prune=args.prune, prune_missing=args.prune_missing,
-            rehash=args.rehash, retry_bad=args.retry_bad, captions=args.captions, commit_rows=args.commit_rows,
-            threads=args.threads,
+            args.store, ImagePaths(args.paths, stdin_paths(), args.exclude), args.checkpoint, model, exit=exit, budget=args.budget,
+            cheap=args.stage == "cheap", prune=args.prune, prune_missing=args.prune_missing, rehash=args.rehash,
+            retry_bad=args.retry_bad, captions=args.captions, commit_rows=args.commit_rows, threads=args.threads,
         )  # fmt: skip
+    cut = None
+    if args.stage != "refine" and grid is not None:
+        store = open_store(args.store)
+        roots, _ = named_roots(args.paths)
+        with distributed.together("cutting pictures into tiles"):
+            cut = index_tiles(
+                store, model(store.meta["checkpoint"]), grid, roots, exit=args.exit, budget=args.budget,
+                tile_budget=tile_budget, commit_rows=args.commit_rows, threads=args.threads,
+            )  # fmt: skip
     main = distributed.is_main()
     distributed.leave()  # building a large vector index takes one process hours
     if main:
@@ -112,6 +136,8 @@ def _update_store(args: argparse.Namespace) -> None:
             again = "could not be embedded in earlier runs and are unchanged; --retry-bad retries them"
             print(f"{done.still_bad} images {again}", file=sys.stderr)
         print(done.report())
+        if cut is not None:
+            print(cut.report())
         print(f"Store: {args.store}: {done.total:,} images")
         with profiling.section("saving"):
             work = maintain(open_store(args.store))

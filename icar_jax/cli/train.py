@@ -48,12 +48,17 @@ def main(argv):
     from icar_jax import config as cfg
     from icar_jax import profiling
     from icar_jax.evaluation import during_training
+    from icar_jax.evaluation.complexity.ridge_routers import fit_router
     from icar_jax.parallel import distributed
     from icar_jax.training.loop import train
 
     with distributed.exit_on_error(), user_errors():
         distributed.start(COORDINATOR.value, PROCESSES.value, PROCESS.value, timeout_s=START_TIMEOUT.value)
         cfg.require_local("--workdir", WORKDIR.value)
+        if CONFIG.value.task == "complexity" and CONFIG.value.complexity.fit == "ridge":
+            distributed.require_single("icar train with config.complexity.fit='ridge'")
+            print(f"Finished: {fit_router(CONFIG.value, WORKDIR.value)}")
+            return
         profile = Path(WORKDIR.value, "profile") if PROFILE.value == "" else PROFILE.value
         with profiling.profile(profile, "train", since):
             folder = train(CONFIG.value, WORKDIR.value, evaluators=(during_training.evaluator(CONFIG.value),))

@@ -41,6 +41,10 @@ def _add_convert(commands) -> None:
     p.add_argument("--base", default="", metavar="SOURCE", help="base weights of a folder that holds a LoRA adapter alone")
     p.add_argument("--weights", default="", choices=("ema", "plain"), help="weights of a file that holds averaged ones (EMA) "
                    "beside the others (plain)")  # fmt: skip
+    p.add_argument("--reduce", default="", help="of CrossGET's checkpoints: crossget, or none for its towers without reduction")
+    p.add_argument("--image-r", type=int, default=-1, metavar="N", help="with --reduce crossget: tokens that each block of the "
+                   "vision tower merges; 0 merges none")  # fmt: skip
+    p.add_argument("--text-r", type=int, default=-1, metavar="N", help="the same of the text tower")
     p.add_argument("--verify", default="", metavar="NPZ", help="compare with this output of `icar reference` before writing")
     p.set_defaults(run=_convert)
 
@@ -51,7 +55,7 @@ def _convert(args: argparse.Namespace) -> None:
 
     options = Options(
         args.activation, args.preprocess, tuple(args.exits), args.pool, tuple(args.heads), args.image_size, args.tokenizer,
-        args.context_length, args.text_pool, args.base, args.weights,
+        args.context_length, args.text_pool, args.base, args.weights, args.reduce, args.image_r, args.text_r,
     )  # fmt: skip
     report = convert(args.source, args.dest, options, args.verify)
     print(report.summary())

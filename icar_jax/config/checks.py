@@ -150,6 +150,13 @@ def _validate_ratings(c: ExperimentConfig) -> None:
         return
     if d.resize != "squash":
         raise ConfigError(f"config.data.resize={d.resize!r}: the complexity model sees whole images; use 'squash'")
+    if c.complexity.fit == "ridge" and (c.complexity.target != "rating" or d.source != "ratings"):
+        raise ConfigError(
+            f"config.complexity.fit='ridge' fits human ratings: expected config.complexity.target='rating' and "
+            f"config.data.source='ratings', found {c.complexity.target!r} and {d.source!r}"
+        )
+    if not c.complexity.penalties or min(c.complexity.penalties) <= 0:
+        raise ConfigError(f"config.complexity.penalties={c.complexity.penalties} must be positive numbers, at least one")
     if c.complexity.target == "regret":
         _validate_regret(c)
         return

@@ -34,10 +34,6 @@ def validate_reduction(c: ExperimentConfig) -> None:
         raise ConfigError(
             f"config.clip.reduce_text={clip.reduce_text} is for config.clip.reduce='crossget' only, found {clip.reduce!r}"
         )
-    if clip.reduce_after and clip.reduce != "drop":
-        raise ConfigError(
-            f"config.clip.reduce_after={clip.reduce_after} is for config.clip.reduce='drop', found {clip.reduce!r}"
-        )
     if loss.cross and clip.reduce != "crossget":
         raise ConfigError(
             f"config.loss.cross={loss.cross} compares cross tokens, which only config.clip.reduce='crossget' has, found "
@@ -46,8 +42,8 @@ def validate_reduction(c: ExperimentConfig) -> None:
     if c.train.cache_frozen and (clip.reduce == "crossget" or clip.reduce_routes):
         found = "reduce='crossget'" if clip.reduce == "crossget" else f"reduce_routes={clip.reduce_routes}"
         raise ConfigError(
-            f"config.train.cache_frozen=True keeps the outputs of a trunk that does not change, but with config.clip.{found} they "
-            "change from step to step; set it to False"
+            f"config.train.cache_frozen=True keeps the outputs of a trunk that does not change, but they change with "
+            f"config.clip.{found}; set it to False"
         )
     if loss.image_ids and (loss.kind != "softmax" or loss.chunk):
         found = f"config.loss.kind={loss.kind!r}" if loss.kind != "softmax" else f"config.loss.chunk={loss.chunk}"

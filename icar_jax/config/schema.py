@@ -36,7 +36,8 @@ class ClipConfig:
     reduce_to: float = setting(
         0.0, Within("[0, 1)", "0 leaves it to reduce_r")
     )  # share of the image tower's FLOPs, in place of reduce_r
-    reduce_after: int = setting(0, AtLeast(0, "0 is a third of the depth"))  # drop: blocks before patches are dropped
+    # Blocks before tokens are removed, which all routes share; drop: 0 is a third of the depth.
+    reduce_after: int = setting(0, AtLeast(0, "use zero or a number of blocks"))
     reduce_text: tuple[int, ...] = ()  # crossget: as reduce_r, of a text
     reduce_proportional: bool = True  # attention proportional to the sizes of merged tokens
     # More schedules, as shares of FLOPs: routes beside the exits. Training draws one schedule a step.
@@ -77,6 +78,14 @@ class ComplexityConfig:
     # Variant blocks: class token, mean and deviation are normalised together ('whole'), or each on its own first ('parts'), so
     # that the largest does not dominate.
     pooled_norm: str = setting("whole", OneOf(choices.PooledNorm))
+    # ConvNeXt: the head reads the mean of the last stage, or statistics of the responses of all layers to drawn filters.
+    pool: str = setting("mean", OneOf(choices.ComplexityPool))
+    # ridge: a linear head in closed form on all rated images, within their categories; `icar evaluate` cross-validates.
+    fit: str = setting("sgd", OneOf(choices.Fit))
+    # ridge: penalties to choose from, as shares of the features' variance; a larger one shrinks more.
+    penalties: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    depths: tuple[int, ...] = (2, 4, 6, 8)  # ridge: blocks of `clip` whose heads the cross-validation compares
+    folds: int = setting(5, AtLeast(2))  # ridge: of the cross-validation
 
 
 @dataclass
@@ -87,8 +96,10 @@ class DataConfig:
     # folder; webdataset, parquet: folder, glob or {000..123} of the shards; tfds: data_dir; unused by scenes
     root: str = setting("", LocalPath())
     train_split: str = "train"  # folder, tfds: name of the split; webdataset, parquet: subfolder of root, or . for root itself
-    # Complexity: file of scores (.txt .json .csv .parquet); empty: ROOT/train.txt and test.txt (IC9600).
+    # Complexity: file of scores (.txt .json .csv .parquet); empty: ROOT/train.txt and test.txt (IC9600) or ROOT/ratings.csv.
     ratings: str = setting("", LocalPath())
+    # Complexity: categories of the images, from the column `category` or from their names (ad/003.jpg or ad_003.jpg).
+    categories: str = setting("column", OneOf(choices.Categories))
     # Share of the lines of a file of scores that may be unusable; more stop the run.
     bad_share: float = setting(0.01, Within("[0, 1]", "0.01 allows one line in a hundred"))
     dataset: str = ""  # tfds: name of the dataset, such as coco_captions

@@ -161,7 +161,7 @@ def _is_bundle(folder: Path) -> bool:
 @functools.cache
 def _sources() -> str:
     package = Path(icar_jax.models.__path__[0]).parent
-    files = [*sorted((package / "models").glob("*.py")), *sorted((package / "inference").glob("*.py"))]
+    files = [*sorted((package / "models").rglob("*.py")), *sorted((package / "inference").glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

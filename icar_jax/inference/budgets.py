@@ -13,6 +13,7 @@ from icar_jax.config import ConfigError
 from icar_jax.errors import DataError
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.flops import router_flops, vision_flops
+from icar_jax.models.reduction.routes import in_cost_order
 from icar_jax.models.token_router import ScorerArch
 
 BELOW_ALL, ABOVE_ALL = -1.0, 2.0  # outside [0, 1], the range of scores, so they apply to every possible image
@@ -22,7 +23,10 @@ QUANTILES = 1001  # of the calibration scores, so shares are accurate to 0.001
 
 @dataclass(frozen=True)
 class Costs:
-    """Counted FLOPs per image: `exits` maps executed blocks to FLOPs of the tower; `router` is added for every image."""
+    """Counted FLOPs per image: `exits` maps executed blocks, or routes ascending in cost, to FLOPs of the tower.
+
+    `router` is added for every image.
+    """
 
     exits: dict[int, float]
     router: float
@@ -30,12 +34,12 @@ class Costs:
     @property
     def full(self) -> float:
         """FLOPs of full depth without a router, the unit of budgets."""
-        return self.exits[max(self.exits)]
+        return self.exits[in_cost_order(self.exits)[-1]]
 
     @property
     def lowest_budget(self) -> float:
         """Cost with every image at the first exit, router included, as a fraction of full depth."""
-        return (self.exits[min(self.exits)] + self.router) / self.full
+        return (self.exits[in_cost_order(self.exits)[0]] + self.router) / self.full
 
     def share_of_full(self, shares: dict[int, float]) -> float:
         """Mean cost as a fraction of full depth, router included; `shares` maps exits to fractions of the images."""
@@ -52,7 +56,7 @@ def shares_for_budget(budget: float, costs: Costs) -> tuple[float, ...]:
     """
     if not 0 < budget <= 1:
         raise ConfigError(f"budget {budget} must lie in (0, 1], as a fraction of the cost of full depth")
-    names = sorted(costs.exits)
+    names = in_cost_order(costs.exits)
     if budget < costs.lowest_budget:
         raise ConfigError(
             f"budget {budget:g} cannot be met: sending every image to exit {names[0]} costs {costs.lowest_budget:.4f} of full "

@@ -21,6 +21,7 @@ from icar_jax import profiling
 from icar_jax.errors import ModelError
 from icar_jax.inference.fetch_queue import FetchQueue, RoutingStats
 from icar_jax.inference.forward import Forward, PendingBatch, count_compilations, padded_rows
+from icar_jax.models.reduction.routes import in_cost_order
 
 SCORES_AHEAD = 3  # batches scored in advance before the oldest of them is routed
 
@@ -41,7 +42,7 @@ def assign(scores: np.ndarray, exits: Sequence[int], thresholds: Sequence[float]
 
 def check_thresholds(exits: Sequence[int], thresholds: Sequence[float]) -> None:
     """Raises ModelError unless exits ascend and every exit except the last has one finite, ascending threshold."""
-    if list(exits) != sorted(set(exits)):
+    if len(set(exits)) != len(exits) or tuple(exits) != in_cost_order(exits):
         raise ModelError(f"exits {tuple(exits)} must ascend")
     if len(thresholds) != len(exits) - 1:
         raise ModelError(f"exits {tuple(exits)} need {len(exits) - 1} thresholds, found {len(thresholds)}")
@@ -168,14 +169,14 @@ class Router:
     """Routes batches of preprocessed images through `scorer` and then through one of `towers`.
 
     Args:
-        towers: executed blocks -> Forward of that depth; the deepest is full depth.
+        towers: executed blocks, or route, -> Forward of that exit; routes ascend in cost. The last is full depth.
         scorer: Forward or plain function from images to complexity float32 [n] in [0, 1].
         thresholds: as for `assign`.
         batch_size: images in a full batch of a queue.
     """
 
     def __init__(self, towers: Mapping[int, Forward], scorer: Any, thresholds: Sequence[float], batch_size: int):
-        self.exits = tuple(sorted(towers))
+        self.exits = in_cost_order(towers)
         check_thresholds(self.exits, thresholds)
         self._towers, self._scorer = towers, scorer
         self.thresholds = tuple(float(t) for t in thresholds)

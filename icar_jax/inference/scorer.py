@@ -15,6 +15,7 @@ from icar_jax.inference.forward import Forward, Placement, bucket_sizes
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.functional import Graph
 from icar_jax.models.ops import normalise
+from icar_jax.models.reduction.routes import route_name
 from icar_jax.models.token_router import (
     BlocksArch,
     ScorerArch,
@@ -79,12 +80,20 @@ def require_compatible(clip: Checkpoint, clip_arch: ClipArch, scorer: Checkpoint
         f"{trained_on.get('sha256', 'unknown')}), or train it on this one: --config.complexity.clip={clip.path}"
     )
     where = f"the complexity model {scorer.path} reads the tokens after block {arch.blocks} of a CLIP's vision tower"
-    first = clip_arch.vision.all_exits[0]
+    first = clip_arch.vision.depths[0]
     if first < arch.blocks:
         raise CheckpointError(
             f"{where}, but {clip.path} has an exit after block {first}, where images would leave before they are scored; "
             f"train the complexity model with --config.complexity.blocks={first} or less, or the CLIP with later exits"
         )
+    for exit in clip_arch.vision.all_exits:
+        own, _ = clip_arch.vision.at_route(exit)
+        if own.reduction_until(arch.blocks) != clip_arch.vision.reduction_until(arch.blocks):
+            raise CheckpointError(
+                f"{where}, but {clip.path} has a route ({route_name(exit)}) that removes other tokens before, so its images "
+                "could not go on from there; train the CLIP with routes that remove tokens later "
+                f"(--config.clip.reduce_after={arch.blocks}), or use a complexity model with its own backbone"
+            )
     names = (
         "image_size",
         "patch_size",

@@ -46,6 +46,7 @@ class SharedTower:
     programs: Programs = Programs()
     _begin: Any = field(init=False, repr=False)
     _rest: dict[int, Any] = field(init=False, repr=False)
+    _row: Tokens = field(init=False, repr=False)  # shapes and dtypes of an image's tokens
 
     def __post_init__(self):
         clip, scorer, p = self.clip, self.scorer, self.preprocess
@@ -56,7 +57,10 @@ class SharedTower:
             tokens = scorer.tokens(params, normalise(pixels, p.mean, p.std))
             return tokens, scorer.score_of_tokens(params, tokens)
 
-        row = Tokens(jax.ShapeDtypeStruct(self.shape, self.dtype), jax.ShapeDtypeStruct(self.shape[:1], jnp.float32))
+        vector = jax.ShapeDtypeStruct(self.shape[:1], jnp.float32)
+        # Tokens that are dropped next come with scores.
+        dropped = vision.reduce == "drop" and bool(sum(vision.schedule[scorer.arch.blocks - 1 : scorer.arch.blocks]))
+        row = self._row = Tokens(jax.ShapeDtypeStruct(self.shape, self.dtype), vector, vector if dropped else None)
 
         def rest(exit):
             run = lambda params, tokens: clip.encode_tokens(params, tokens, scorer.arch.blocks, exit)
@@ -81,8 +85,7 @@ class SharedTower:
     def buffer(self) -> Tokens:
         """An empty buffer for one full batch of tokens."""
         rows, place = self.buckets[-1], self.placement.rows
-        values = jnp.zeros((rows, *self.shape), self.dtype, device=place)
-        return Tokens(values, jnp.ones((rows, self.shape[0]), jnp.float32, device=place))
+        return jax.tree.map(lambda row: jnp.ones((rows, *row.shape), row.dtype, device=place), self._row)
 
     def put(self, buffer: Tokens, tokens: Tokens, rows: Sequence[int], places: Sequence[int]) -> Tokens:
         """`buffer` with tokens[rows] written at `places`; the input buffer is donated."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,11 @@ from flax import nnx
 
 from icar_jax.errors import ModelError
 from icar_jax.models.convnext import INIT_STD, ConvNeXt, ConvNeXtArch
-from icar_jax.models.functional import Module
+from icar_jax.models.filters import filter_start
+from icar_jax.models.functional import Module, Params
 from icar_jax.models.layers import DType, LayerNorm, Linear
 from icar_jax.models.sizes import size_error
+from icar_jax.models.statistics import LinearHead
 
 Array = jax.Array
 Drop = Callable[[Array, int], Array]  # (x, layer) -> x with some of its values zeroed
@@ -34,16 +37,24 @@ class ComplexityArch:
     head: str
     image_size: int
     dropout: float = 0.2  # regression head only, while training
+    pool: str = "mean"  # mean: of the last stage | statistics: of the filter responses of all layers (ConvNeXt.statistics)
+    readout: str = "mlp"  # regression head: mlp (RegressionHead) | linear (LinearHead)
 
     def __post_init__(self) -> None:
-        if self.head not in HEADS:
-            raise ModelError(f"complexity head {self.head!r} must be one of {HEADS}")
+        require_head(self.head, self.readout)
+        if self.pool not in ("mean", "statistics"):
+            raise ModelError(f"pool {self.pool!r} must be 'mean' or 'statistics'")
         if self.backbone.num_classes:
             raise ModelError(f"the backbone of a complexity model needs num_classes=0, got {self.backbone.num_classes}")
         if wrong := size_error(self):
             raise ModelError(f"complexity model: {wrong}")
         if self.image_size < 32:
             raise ModelError(f"image size {self.image_size} is below 32 pixels, the backbone's total stride")
+
+    @property
+    def features(self) -> int:
+        """Width of the features that the head reads."""
+        return self.backbone.dims[3] if self.pool == "mean" else self.backbone.statistics
 
 
 class ClassificationHead(nnx.Module):
@@ -83,7 +94,20 @@ class RegressionHead(nnx.Module):
         return self.fc3(x).astype(jnp.float32)
 
 
-HEAD_MODULES = {"classification": ClassificationHead, "regression": RegressionHead}
+READOUTS: dict[str, type[RegressionHead | LinearHead]] = {"mlp": RegressionHead, "linear": LinearHead}
+
+
+def require_head(head: str, readout: str) -> None:
+    """Raises ModelError for an unknown head or readout, or a classifier with another readout than its own."""
+    if head not in HEADS:
+        raise ModelError(f"complexity head {head!r} must be one of {HEADS}")
+    if readout not in READOUTS or (head != "regression" and readout != "mlp"):
+        raise ModelError(f"readout {readout!r} must be one of {tuple(READOUTS)}, and 'mlp' unless the head is 'regression'")
+
+
+def head_module(head: str, readout: str) -> type[ClassificationHead | RegressionHead | LinearHead]:
+    """Returns the module class of a head."""
+    return ClassificationHead if head == "classification" else READOUTS[readout]
 
 
 def dropout(rate: float, key: Array | None) -> Drop:
@@ -131,7 +155,7 @@ class ComplexityModel(Module):
         types = {"dtype": jnp.dtype(dtype), "param_dtype": param_dtype, "rngs": rngs}
         self.arch = arch
         self.backbone = ConvNeXt(arch.backbone, **types)
-        self.head = HEAD_MODULES[arch.head](arch.backbone.dims[3], dropout=arch.dropout, **types)
+        self.head = head_module(arch.head, arch.readout)(arch.features, dropout=arch.dropout, **types)
 
     def __call__(self, images: Array) -> Array:
         return self.score(images)
@@ -141,7 +165,21 @@ class ComplexityModel(Module):
 
         `dropout_key` enables dropout in the regression head; None disables it.
         """
-        return self.head(self.backbone(images), dropout_key)
+        return self.head(self.pooled(images), dropout_key)
+
+    def pooled(self, images: Array) -> Array:
+        """images float [B, S, S, 3], normalised -> the features that the head reads, float32 [B, arch.features]."""
+        if self.arch.pool == "mean":
+            return self.backbone(images)
+        return self.backbone.statistics(self.backbone.stem_map(images))
+
+    @classmethod
+    def init(cls, key: Array, arch: ComplexityArch, **kwargs: Any) -> Params:
+        """Random parameters; for pool 'statistics' with the filters of `filters.filter_start`."""
+        params = super().init(key, arch, **kwargs)
+        if arch.pool == "mean":
+            return params
+        return {**params, "backbone": filter_start(params["backbone"], arch.backbone, jax.random.fold_in(key, 1))}
 
     def score(self, images: Array) -> Array:
         """images float [B, S, S, 3], normalised -> complexity [B] in [0, 1], float32; higher is more complex."""
@@ -154,10 +192,14 @@ class ComplexityModel(Module):
         and stride 8, 16, 32 after stage 2, 3, 4. Positive values raise the score, negative values lower it; the mean of a map
         is its contribution to the log odds to first order. The two LayerNorms before the head are invariant to a common scale
         of all channels, so after stage 4 the mean is close to 0 and the map is relative to the rest of the same image.
+        With pool 'statistics' every layer is read: each cell sums the contributions of the stem's output there, and `stage`
+        only sets the size of the cells.
         Raises ModelError if `stage` is not in MAP_STAGES.
         """
         if stage not in MAP_STAGES:
             raise ModelError(f"a map can be taken after stage {', '.join(map(str, MAP_STAGES))}, not {stage}")
+        if self.arch.pool == "statistics":
+            return self._contributions(images, stage)
         features = self.backbone.feature_map(images, stage)
 
         def logit(features: Array) -> Array:
@@ -166,3 +208,12 @@ class ComplexityModel(Module):
 
         logits, activation = activation_map(logit, features)
         return jax.nn.sigmoid(logits), activation
+
+    def _contributions(self, images: Array, stage: int) -> tuple[Array, Array]:
+        stem = self.backbone.stem_map(images)
+        odds, pull_back = jax.vjp(lambda x: log_odds(self.head(self.backbone.statistics(x)), self.arch.head), stem)
+        (gradient,) = pull_back(jnp.ones_like(odds))
+        each = jnp.sum(stem.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)
+        side, step = self.arch.image_size // 2 ** (stage + 1), 2 ** (stage - 1)
+        cells = each[:, : side * step, : side * step].reshape(-1, side, step, side, step).mean(axis=(2, 4))
+        return jax.nn.sigmoid(odds), cells * each[0].size

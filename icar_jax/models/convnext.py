@@ -15,6 +15,7 @@ from icar_jax.models.functional import Module
 from icar_jax.models.layers import DepthwiseConv, DType, LayerNorm, Linear, PatchConv
 from icar_jax.models.ops import require_floats
 from icar_jax.models.sizes import size_error
+from icar_jax.models.statistics import PER_CHANNEL, response_statistics
 
 Array = jax.Array
 EPS = 1e-6
@@ -35,6 +36,11 @@ class ConvNeXtArch:
             raise ModelError(f"ConvNeXt needs version 1 or 2 and four stages, got {self}")
         if wrong := size_error(self):
             raise ModelError(f"ConvNeXt: {wrong}")
+
+    @property
+    def statistics(self) -> int:
+        """Number of statistics that `ConvNeXt.statistics` returns for an image."""
+        return PER_CHANNEL * sum(depth * width for depth, width in zip(self.depths, self.dims))
 
 
 class Grn(nnx.Module):
@@ -81,7 +87,11 @@ class ConvNeXtBlock(nnx.Module):
         self.gamma = nnx.Param(jnp.full((width,), 1e-6, param_dtype)) if version == 1 else None
 
     def __call__(self, x: Array) -> Array:
-        y = self.mlp(self.norm(self.conv_dw(x)))
+        return self.after_filters(x, self.conv_dw(x))
+
+    def after_filters(self, x: Array, response: Array) -> Array:
+        """Returns the block's output for its input and the response of its depthwise convolution to it."""
+        y = self.mlp(self.norm(response))
         return x + (y if self.gamma is None else y * self.gamma[...].astype(y.dtype)[None, None, None])
 
 
@@ -181,6 +191,21 @@ class ConvNeXt(Module):
         for part in self.stages[:stage]:
             x = part(x)
         return x
+
+    def stem_map(self, images: Array) -> Array:
+        """images float [B, H, W, 3], normalised -> output of the stem [B, H // 4, W // 4, arch.dims[0]]; as `feature_map`."""
+        return self._features(images, 0)
+
+    def statistics(self, x: Array) -> Array:
+        """x, output of `stem_map` -> float32 [B, arch.statistics]: statistics of the response of each depthwise convolution."""
+        found = []
+        for stage in self.stages:
+            x = x if stage.downsample is None else stage.downsample(x)
+            for block in stage.blocks:
+                response = block.conv_dw(x)
+                found.append(response_statistics(response))
+                x = block.after_filters(x, response)
+        return jnp.concatenate(found, axis=-1)
 
     def from_feature_map(self, x: Array, stage: int) -> Array:
         """x [B, h, w, C], output of `feature_map(images, stage)` -> features [B, arch.dims[3]] or logits [B, classes], float32.

@@ -89,8 +89,9 @@ def _image_block_macs(arch: VisionArch, block: int) -> int:
 
 
 def image_flops(arch: VisionArch) -> int:
-    """Returns the forward FLOPs of one image, with the heads of all exits."""
-    return trunk_flops(arch, arch.depth) + sum(head_flops(arch, blocks) for blocks in arch.depths)
+    """Returns the forward FLOPs of one image, with the heads of all exits; with several schedules, their mean."""
+    each = [arch.with_schedule(number) for number in range(len(arch.schedules) + 1)]
+    return sum(trunk_flops(a, a.depth) + sum(head_flops(a, blocks) for blocks in a.depths) for a in each) // len(each)
 
 
 def text_flops(arch: TextArch) -> int:
@@ -139,13 +140,16 @@ def complexity_flops(arch: ComplexityArch | BlocksArch) -> int:
     """Returns the FLOPs of one score computed alone: backbone or tower blocks, and head."""
     if isinstance(arch, BlocksArch):
         return trunk_flops(arch.vision, arch.blocks) + router_flops(arch)
-    return convnext_flops(arch.backbone, arch.image_size) + _head_flops(arch.head, arch.backbone.dims[3])
+    return convnext_flops(arch.backbone, arch.image_size) + _head_flops(arch)
 
 
 def router_flops(arch: ComplexityArch | BlocksArch) -> int:
     """Returns the additional FLOPs of one score when routing: a head on the CLIP's blocks shares them and costs only itself."""
-    return _head_flops(arch.head, arch.features) if isinstance(arch, BlocksArch) else complexity_flops(arch)
+    return _head_flops(arch) if isinstance(arch, BlocksArch) else complexity_flops(arch)
 
 
-def _head_flops(head: str, width: int) -> int:
-    return 2 * (width * 2 if head == "classification" else width * 512 + 512 * 256 + 256)
+def _head_flops(arch: ComplexityArch | BlocksArch) -> int:
+    width = arch.features
+    if arch.readout == "linear":
+        return 2 * width
+    return 2 * (width * 2 if arch.head == "classification" else width * 512 + 512 * 256 + 256)

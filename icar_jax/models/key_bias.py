@@ -41,18 +41,12 @@ def attend(attention: Callable[..., Array], q: Array, k: Array, v: Array, key_bi
     """
     key_bias = jax.lax.stop_gradient(key_bias)
     plain = attention is ops.xla_attention or (
-        attention is ops.attention and fused_attention.cudnn_obstacle_here(*biased_shapes(q, k, v))
+        attention is ops.attention and fused_attention.cudnn_obstacle_here(*jax.eval_shape(biased, q, k, v, key_bias))
     )
     if not plain:
         return attend_by_channels(attention, q, k, v, key_bias, causal)
     out = _keyed(*(jnp.swapaxes(t, 1, 2) for t in (q, k, v)), key_bias.astype(jnp.float32), causal, q.dtype)
     return jnp.swapaxes(out, 1, 2)
-
-
-def biased_shapes(q: Array, k: Array, v: Array) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Shapes and dtypes of `biased`."""
-    wide = lambda x: jax.ShapeDtypeStruct((*x.shape[:-1], x.shape[-1] + BIAS_CHANNELS), x.dtype)
-    return wide(q), wide(k), wide(v)
 
 
 def _forward(q: Array, k: Array, v: Array, bias: Array, causal: bool, dtype: ops.DType) -> ops.Saved:

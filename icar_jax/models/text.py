@@ -14,8 +14,8 @@ from icar_jax.errors import ModelError
 from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType, LayerNorm, Linear, draw
 from icar_jax.models.projection import add_projection, embed_cross, project, projection_error
+from icar_jax.models.reduced_text import PROTECTED, TextTokens, is_text, run_reduced_text
 from icar_jax.models.reduction.schedule import Schedule, schedule_error
-from icar_jax.models.reduction.text_blocks import PROTECTED, TextTokens, is_text, run_reduced_text
 from icar_jax.models.sizes import size_error
 from icar_jax.models.transformer import AttentionFn, Block, Execution, PostNormBlock, require_blocks, run_blocks
 
@@ -189,14 +189,14 @@ class TextTower(Module):
         """int [B]: number of tokens before the padding, which begins after the end token where no id says so."""
         if self.arch.pad_id >= 0:
             return self._is_text(tokens).sum(1)
-        return self._place(tokens) + 1 if self.arch.pool in ("end", "argmax") else jnp.full(len(tokens), tokens.shape[1])
+        return self._place(tokens) + 1 if self.arch.pool in ("end", "argmax") else jnp.full(tokens.shape[:1], tokens.shape[1])
 
     def _place(self, tokens: Array) -> Array:
         """int [B]: place of the token that is pooled; the first one for a mean."""
         if self.arch.pool in ("first", "mean"):
-            return jnp.zeros(len(tokens), jnp.int32)
+            return jnp.zeros(tokens.shape[:1], jnp.int32)
         if self.arch.pool == "last":
-            return jnp.full(len(tokens), tokens.shape[1] - 1)
+            return jnp.full(tokens.shape[:1], tokens.shape[1] - 1)
         # argmax returns the first match, so padding with the end token is harmless.
         return jnp.argmax(tokens == self.arch.end_id if self.arch.pool == "end" else tokens, axis=1)
 

@@ -18,7 +18,7 @@ from flax import nnx
 from icar_jax import pytree
 from icar_jax.config import from_dict, unknown
 from icar_jax.errors import ModelError
-from icar_jax.models.complexity import HEAD_MODULES, HEADS, ComplexityArch, ComplexityModel, log_odds
+from icar_jax.models.complexity import ComplexityArch, ComplexityModel, head_module, log_odds, require_head
 from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType
 from icar_jax.models.reduction.tokens import Tokens
@@ -39,11 +39,11 @@ class BlocksArch:
     head: str
     dropout: float = 0.2  # regression head only, while training
     norm_parts: bool = False  # normalise class token, mean and deviation separately before the head's LayerNorm
+    readout: str = "mlp"  # regression head: mlp (RegressionHead) | linear (LinearHead)
     type: str = "blocks"
 
     def __post_init__(self) -> None:
-        if self.head not in HEADS:
-            raise ModelError(f"complexity head {self.head!r} must be one of {HEADS}")
+        require_head(self.head, self.readout)
         if not 1 <= self.blocks <= self.vision.depth:
             raise ModelError(f"blocks={self.blocks} must lie in 1 to {self.vision.depth}, the depth of the vision tower")
         if self.type != "blocks":
@@ -80,7 +80,7 @@ class TokenRouter(Module):
         types: dict[str, Any] = {"dtype": jnp.dtype(dtype), "param_dtype": param_dtype, "rngs": rngs}
         self.arch = arch
         self.tower = Trunk(arch.vision, arch.blocks, attention=attention, **types)
-        self.head = HEAD_MODULES[arch.head](arch.features, dropout=arch.dropout, **types)
+        self.head = head_module(arch.head, arch.readout)(arch.features, dropout=arch.dropout, **types)
 
     def __call__(self, images: Array) -> Array:
         return self.score(images)
@@ -94,6 +94,10 @@ class TokenRouter(Module):
 
     def logits_of_tokens(self, tokens: Tokens, dropout_key: Array | None = None) -> Array:
         """Tokens of [B, L, W], as of `tokens` -> logits [B, 2] (classification) or [B, 1] (regression), float32."""
+        return self.head(self.pooled_tokens(tokens), dropout_key)
+
+    def pooled_tokens(self, tokens: Tokens) -> Array:
+        """Tokens of [B, L, W], as of `tokens` -> the features that the head reads, float32 [B, arch.features]."""
         if self.arch.vision.has_cross:  # it stands for no part of the image
             tokens = Tokens(tokens.values[:, :-1], tokens.sizes[:, :-1])
         pooled = pool_tokens(tokens, self.arch.vision.class_token, self.arch.vision.registers)
@@ -102,7 +106,16 @@ class TokenRouter(Module):
             parts = parts - parts.mean(axis=-1, keepdims=True)
             parts = parts * jax.lax.rsqrt(jnp.square(parts).mean(axis=-1, keepdims=True) + 1e-5)
             pooled = parts.reshape(pooled.shape)
-        return self.head(pooled, dropout_key)
+        return pooled
+
+    def pooled(self, images: Array) -> Array:
+        """images float [B, S, S, 3], normalised -> the features that the head reads, float32 [B, arch.features]."""
+        return self.pooled_tokens(self.tokens(images))
+
+    def pooled_after(self, images: Array, depths: tuple[int, ...]) -> Array:
+        """images float [B, S, S, 3], normalised -> `pooled` after each of `depths` blocks, float32 [B, depths, features]."""
+        tokens = run_trunk(self.tower, self.tower.embed(images), depths)
+        return jnp.stack([self.pooled_tokens(tokens[depth]) for depth in depths], axis=1)
 
     def logits(self, images: Array, dropout_key: Array | None = None) -> Array:
         """images float [B, S, S, 3], normalised -> logits [B, 2] (classification) or [B, 1] (regression), float32."""

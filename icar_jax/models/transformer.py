@@ -97,18 +97,21 @@ class Attention(Module):
         Used where tokens are reduced; no gradient flows to `key_bias`.
         """
         q, k, v = jnp.split(checkpoint_name(self.qkv(x), "qkv"), 3, axis=-1)
-        heads = map(self._by_head, (q, k, v))
-        y = self.attention(*heads, causal=self.causal) if key_bias is None else attend(
-            self.attention, *heads, key_bias, self.causal
-        )  # fmt: skip
-        return checkpoint_name(self.out(y.reshape(x.shape)), "attn_out"), q, k
+        y = self._attend(q, k, v, key_bias, self.causal)
+        return checkpoint_name(self.out(y), "attn_out"), q, k
 
     def read(self, query: Array, x: Array, key_bias: Array | None = None) -> Array:
         """Cross-attention with the same parameters: query [B, M, W] over x [B, L, W] -> [B, M, W]; `key_bias` as above."""
         q, kv = columns(self.qkv, query, 0, self.width), columns(self.qkv, x, self.width, None)
-        heads = map(self._by_head, (q, *jnp.split(kv, 2, axis=-1)))
-        y = self.attention(*heads, causal=False) if key_bias is None else attend(self.attention, *heads, key_bias, False)
-        return self.out(y.reshape(query.shape))
+        k, v = jnp.split(kv, 2, axis=-1)
+        return self.out(self._attend(q, k, v, key_bias, False))
+
+    def _attend(self, q: Array, k: Array, v: Array, key_bias: Array | None, causal: bool) -> Array:
+        """q [B, M, W], k and v [B, L, W] -> [B, M, W]."""
+        heads = [self._by_head(each) for each in (q, k, v)]
+        if key_bias is None:
+            return self.attention(*heads, causal=causal).reshape(q.shape)
+        return attend(self.attention, heads[0], heads[1], heads[2], key_bias, causal).reshape(q.shape)
 
     def _by_head(self, x: Array) -> Array:
         return x.reshape(*x.shape[:-1], self.heads, self.width // self.heads)

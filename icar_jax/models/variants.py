@@ -1,6 +1,7 @@
 """Registry of named architectures: CLIP and CONVNEXT.
 
-Sizes follow OpenAI and OpenCLIP for CLIP and timm for ConvNeXt; vit_tiny and the `demo` entries are specific to this project.
+Sizes follow OpenAI and OpenCLIP for CLIP and timm for ConvNeXt; vit_tiny and the `demo` and `micro` entries are
+specific to this project.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ CLIP: dict[str, ClipArch] = {
 
 _CONVNEXT = {
     "demo": ((1, 1, 2, 1), 16),
+    "micro": ((2, 1, 1, 1), 40),
     "atto": ((2, 2, 6, 2), 40),
     "femto": ((2, 2, 6, 2), 48),
     "pico": ((2, 2, 6, 2), 64),

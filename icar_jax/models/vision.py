@@ -21,7 +21,7 @@ from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType, LayerNorm, PatchConv, draw
 from icar_jax.models.ops import require_floats
 from icar_jax.models.projection import add_projection, embed_cross, project
-from icar_jax.models.reduction.image_blocks import append_cross, log_sizes, run_reduced
+from icar_jax.models.reduced_image import append_cross, log_sizes, run_reduced
 from icar_jax.models.reduction.routes import split_route
 from icar_jax.models.reduction.tokens import Tokens
 from icar_jax.models.swiglu import SwiGlu
@@ -265,8 +265,8 @@ class VisionTower(Trunk):
     def pooled(self, images: Array) -> dict[int, Array]:
         """images float [B, S, S, 3], normalised -> {executed blocks: [B, W] or [B, 2, W]}, what each head reads.
 
-        `of_pooled` makes the embeddings of it: where the tower is frozen, this part need not run again. Only for heads that read
-        pooled tokens alone (`arch.reads_pooled`).
+        `of_pooled` makes the embeddings of it: where the tower is frozen, this part need not run again. Only for heads that
+        read pooled tokens alone (`arch.reads_pooled`).
         """
         a = self.arch
         taps = run_trunk(self, self.embed(images), a.all_exits)

@@ -197,7 +197,7 @@ def _reduction_errors(a: VisionArch) -> Iterator[str]:
     if a.reduce not in REDUCTIONS:
         yield f"reduce {a.reduce!r} must be one of {REDUCTIONS}"
     if a.reduce == "none" and (a.schedule or a.schedules):
-        yield f"schedule={a.schedule or a.schedules[0]} needs a reduction: reduce 'none' removes no tokens; use one of {REDUCTIONS[1:]}"
+        yield f"schedule={a.schedule or a.schedules[0]} needs a reduction, one of {REDUCTIONS[1:]}; 'none' removes no tokens"
     if a.reduce != "none" and a.merge:
         yield f"merge={a.merge} and reduce={a.reduce!r} both remove tokens; use one of them"
     if a.reduce in ("crossget", "drop") and not a.class_token:

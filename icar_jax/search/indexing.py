@@ -164,11 +164,7 @@ def open_or_create(
     An existing store only needs the checkpoint's description. Raises StoreError for a store of another model.
     """
     known = opening.open_store(uri) if opening.store_exists(uri) else None
-    if checkpoint is None:
-        if known is None:
-            raise IndexingError(f"there is no store at {address(uri)}; pass --checkpoint to create one")
-        checkpoint = known.meta["checkpoint"]
-    where = os.fspath(checkpoint)
+    where = checkpoint_of(uri, checkpoint)
     model = functools.cache(lambda: load(where))
     identity = ckpt.identities(where)
     if "clip" not in identity:
@@ -193,6 +189,15 @@ def open_or_create(
     if distributed.is_main():
         store.set_meta(checkpoint=str(Path(where).absolute()), model={**store.meta["model"], **identity})
     return store, model
+
+
+def checkpoint_of(uri: str | os.PathLike, checkpoint: str | os.PathLike | None) -> str:
+    """The path of the model: `checkpoint`, or the one recorded in the store. Raises IndexingError without either."""
+    if checkpoint is not None:
+        return os.fspath(checkpoint)
+    if not opening.store_exists(uri):
+        raise IndexingError(f"there is no store at {address(uri)}; pass --checkpoint to create one")
+    return opening.open_store(uri).meta["checkpoint"]
 
 
 def named_roots(named: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -22,6 +22,7 @@ from icar_jax.search.background import RESAMPLE_RATIO, SEED, TOP, Background, op
 from icar_jax.search.opening import open_store
 from icar_jax.search.store import Store
 from icar_jax.search.tables import vectors
+from icar_jax.search.tile_table import Tiles, with_tiles
 
 if TYPE_CHECKING:  # neither JAX nor Pillow is imported before it is needed
     from icar_jax.data.images import ImageLike
@@ -170,7 +171,10 @@ class Searcher:
                 query = vector_index.prepare_query(query, exact, filtered=where is not None)
                 query = query.limit(n).select([*COLUMNS, "vector", "_distance"])
                 most = None if where is None else timedelta(seconds=limits.FILTER_SECONDS)
-                return _by_cosine((query if where is None else query.where(where)).to_arrow(timeout=most), embedding)
+                rows = (query if where is None else query.where(where)).to_arrow(timeout=most).drop_columns("_distance")
+                if "tiles" in self.store.meta:
+                    rows = with_tiles(rows, images, Tiles(self.store).nearest(embedding, n), embedding, where)
+                return _by_cosine(rows, embedding).slice(0, n)
 
         try:
             return found(where)

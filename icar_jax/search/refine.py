@@ -153,7 +153,9 @@ def _rows_to_refine(
     state = state.filter(pa.array([mine(path) for path in state["path"].to_pylist()], pa.bool_()))
     scored = state.filter(state["complexity"].is_valid())
     done.unscored = len(state) - len(scored)
-    deeper = assign(scored["complexity"].to_numpy(), exits, thresholds) > scored["exit"].to_numpy()
+    needed = assign(scored["complexity"].to_numpy(), exits, thresholds)
+    places = (map(store.depth_of, each.tolist()) for each in (needed, scored["exit"].to_numpy()))
+    deeper = np.greater(*(np.fromiter(each, int, len(scored)) for each in places))
     rows = scored.filter(pa.array(deeper))
     done.wanted, done.deep = len(rows), len(scored) - len(rows)
     times = store.returned() if order == "returned" else {}

@@ -181,11 +181,15 @@ class Store:
             other = stored.get(row["path"])
             if other is None:
                 return True
-            deeper = other["sha256"] == row["sha256"] and other["exit"] > row["exit"]
+            deeper = other["sha256"] == row["sha256"] and self.depth_of(other["exit"]) > self.depth_of(row["exit"])
             return not deeper and other["embedded_at"] <= row["embedded_at"]
 
         existed = [path in stored for path in rows["path"].to_pylist()]
         return np.array([newer(row) for row in rows.select(columns).to_pylist()], bool), np.array(existed, bool)
+
+    def depth_of(self, exit: int) -> int:
+        """The place of an exit among the store's, which ascend in cost; -1 for one that it does not have."""
+        return self.exits.index(exit) if exit in self.exits else -1
 
     def delete(self, paths: Sequence[str], unless: Any = None) -> int:
         """Deletes images by path and returns their number; keeps rows for which `unless(path)`, called under the lock."""

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 
-def _key(name: str) -> pa.Field:
+def primary_key(name: str) -> pa.Field:
     """A string primary key: Lance rejects a commit whose new keys another writer has added concurrently."""
     return pa.field(name, pa.string(), nullable=False, metadata={"lance-schema:unenforced-primary-key": "true"})
 
@@ -19,9 +19,11 @@ def _key(name: str) -> pa.Field:
 FORMAT = 1
 TIME = pa.timestamp("us", tz="UTC")
 STATE = ("path", "size", "mtime_ns", "sha256", "exit", "complexity")  # columns of `Store.state`
-BAD = pa.schema([_key("path"), ("size", pa.int64()), ("mtime_ns", pa.int64()), ("reason", pa.string()), ("found_at", TIME)])
-RETURNED = pa.schema([_key("path"), ("times", pa.int64())])
-META = pa.schema([_key("key"), ("value", pa.string())])
+BAD = pa.schema(
+    [primary_key("path"), ("size", pa.int64()), ("mtime_ns", pa.int64()), ("reason", pa.string()), ("found_at", TIME)]
+)
+RETURNED = pa.schema([primary_key("path"), ("times", pa.int64())])
+META = pa.schema([primary_key("key"), ("value", pa.string())])
 TABLES = ("images", "bad", "returned", "meta")
 SMALL_FRAGMENTS = 8  # a table with more small fragments is compacted
 MANY_VERSIONS = 32  # with more versions of a table, replaced ones are kept for a shorter time
@@ -33,7 +35,7 @@ def image_schema(embed_dim: int) -> pa.Schema:
     """Schema of `images`: `exit` in executed blocks, `milliseconds` of wall time, `vector` float16 [D] with unit norm."""
     return pa.schema(
         [
-            _key("path"), ("sha256", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64()),
+            primary_key("path"), ("sha256", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64()),
             ("caption", pa.string()), ("complexity", pa.float32()), ("exit", pa.int32()), ("milliseconds", pa.float32()),
             ("embedded_at", TIME), ("vector", pa.list_(pa.float16(), embed_dim)),
         ]

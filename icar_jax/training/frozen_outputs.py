@@ -40,6 +40,8 @@ from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.functional import Graph
 from icar_jax.models.ops import normalise
+from icar_jax.models.text import TextArch
+from icar_jax.models.vision import VisionArch
 from icar_jax.parallel.mesh import batch_sharding, batch_shards
 from icar_jax.training.optimizer import TRUNKS, trainable
 from icar_jax.training.preemption import StopRequest
@@ -98,14 +100,14 @@ def kept_outputs(
         vision, views = clip.arch.vision, config.train.cache_views
         shape = (len(vision.all_exits), vision.pooled_width // vision.width, vision.width)
         about = {
-            "arch": dataclasses.asdict(vision), "params": _digest(params["vision"], "image_trunk"), "views": views,
+            "arch": _trunk_fields(vision), "params": _digest(params["vision"], "image_trunk"), "views": views,
             "preprocess": preprocess.to_dict(), "images": _image_digest(source), "dtype": config.train.dtype,
-            "augment": [dataclasses.asdict(_augment(config)), config.train.seed] if views > 1 else None,
+            "augment": _drawn(config) if views > 1 else None,
         }  # fmt: skip
         found["image"] = KeptRows(_folder(root, "image", about), shape, dtype, views)
     if text:
         about = {
-            "arch": dataclasses.asdict(clip.arch.text), "params": _digest(params["text"], "text_trunk"),
+            "arch": _trunk_fields(clip.arch.text), "params": _digest(params["text"], "text_trunk"),
             "tokenizer": tokenizer.to_json(), "captions": _caption_digest(source), "dtype": config.train.dtype,
         }  # fmt: skip
         found["text"] = KeptRows(_folder(root, "text", about), (clip.arch.text.width,), dtype)
@@ -343,6 +345,18 @@ def _make_room(root: Path, keep: list[Path], size: int, gigabytes: float) -> Non
 
 
 # --- what outputs depend on --------------------------------------------------------------------------------------------------
+
+
+def _drawn(config: ExperimentConfig) -> list[Any]:
+    """The augmentation, and the seed if it draws anything; views that are only mirrored are the same for all seeds."""
+    how = _augment(config)
+    return [dataclasses.asdict(how), config.train.seed if dataclasses.replace(how, flip=False).random else None]
+
+
+def _trunk_fields(arch: VisionArch | TextArch) -> dict[str, Any]:
+    """The fields of an architecture that the outputs of its trunk depend on: all but those of the projections."""
+    of_heads = {"embed_dim", "projection", "projection_width", "proj_bias", "pooler", "exit_sum", "exit_head", "exit_eps"}
+    return {name: value for name, value in dataclasses.asdict(arch).items() if name not in of_heads}
 
 
 def _is_part(path: str, pattern: str) -> bool:

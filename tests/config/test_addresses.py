@@ -71,7 +71,8 @@ def test_every_field_that_looks_like_a_place_is_among_them():
     no_places = {
         "task", "variant", "pool", "exit_start", "exit_head", "temperature", "head", "class_weights", "target", "regret",
         "pooled_norm", "source", "train_split", "dataset", "image_column", "caption_column", "resize", "interpolation",
-        "normalise", "mu_dtype", "direction", "kind", "dtype", "remat", "eval_split", "split", "score_calibration",
+        "normalise", "mu_dtype", "direction", "kind", "dtype", "remat", "eval_split", "split", "score_calibration", "reduce",
+        "cross_form",
     }  # fmt: skip
 
     def texts(node, prefix):

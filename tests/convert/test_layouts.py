@@ -161,7 +161,8 @@ def test_a_layout_detects_its_own_sources_and_no_others(name, tmp_path):
 
 
 def test_every_layout_has_a_golden_case_and_what_it_needs():
-    assert {parity_cases.load(name).layout for name in parity_cases.names()} == set(registry.names()) == set(LIBRARIES)
+    known = set(registry.names()) - {"crossget"}  # its case is of the official code, in tests/fixtures/reduction
+    assert {parity_cases.load(name).layout for name in parity_cases.names()} == known == set(LIBRARIES)
     assert len(registry.names()) == len(registry.LAYOUTS)
     for layout in registry.LAYOUTS:
         assert layout.kind in KINDS and registry.named(layout.name) is layout
@@ -172,7 +173,7 @@ def test_every_layout_has_a_golden_case_and_what_it_needs():
 def test_the_order_of_detection():
     """Where names of several layouts occur in one file, the more special one is taken."""
     assert [layout.name for layout in registry.by_precedence()] == [
-        "hf_vision", "hf_text", "hf_clip", "siglip", "hf_vit", "hf_dinov2", "bert",
+        "hf_vision", "hf_text", "crossget", "hf_clip", "siglip", "hf_vit", "hf_dinov2", "bert",
         "open_clip_encoder", "icar", "openai", "open_clip",
         "timm_vit", "icc", "ic9600", "timm",
     ]  # fmt: skip

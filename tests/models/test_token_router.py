@@ -265,7 +265,7 @@ def test_faults_are_named_before_anything_is_written(fields, message, clip_folde
 
 
 def test_a_complexity_model_is_no_clip_to_read(complexity_folder, tmp_path):
-    with pytest.raises(ConfigError, match="no checkpoint of kind clip in"):
+    with pytest.raises(ConfigError, match="no checkpoint of kind clip or vision in"):
         train(validate(blocks_config(complexity_folder)), tmp_path / "run")
 
 

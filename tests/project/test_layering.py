@@ -55,6 +55,7 @@ SUBLAYERS = {
     "evaluation/report": {"metrics", "routing", "records"},
     "evaluation/routing": {"metrics"},
     "inference/files": set(),
+    "models/reduction": set(),
     "search/server": set(),
     "training/losses": set(),
     "training/tasks": {"losses"},

@@ -23,7 +23,7 @@ def write_scorer(folder, clip_folder, blocks, head="regression", change=lambda f
     """A head on `clip_folder`'s first blocks, random, with scores that differ between images."""
     clip = checkpoint.read(clip_folder, "clip")
     vision = from_dict(clip.description["arch"], ClipArch).vision
-    arch = BlocksArch(dataclasses.replace(vision, exits=()), blocks, head, norm_parts=norm_parts)
+    arch = BlocksArch(dataclasses.replace(vision, exits=(), routes=(), schedules=()), blocks, head, norm_parts=norm_parts)
     scorer = TokenRouter.graph(arch)
     flat, weights = pytree.flatten(TokenRouter.init(jax.random.key(3), arch)), pytree.flatten(clip.params)
     flat |= {path: weights[source] for path, source in shared_paths(scorer.shapes).items()}

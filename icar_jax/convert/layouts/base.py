@@ -40,6 +40,9 @@ class Options:
     text_pool: str = ""  # pooling of a text encoder: first | mean
     base: str = ""  # base weights of a source that is a LoRA adapter alone
     weights: str = ""  # ema | plain, of a file that holds averaged weights beside the others
+    reduce: str = ""  # of CrossGET's checkpoints: crossget | none
+    image_r: int = -1  # tokens that each block of the vision tower merges; -1: not given
+    text_r: int = -1  # the same of the text tower
 
     def given(self) -> set[str]:
         """Names of the fields that were set."""
@@ -148,7 +151,8 @@ class Export:
 
 _OF_TEXT = {"context_length", "text_pool"}  # options of layouts of text encoders
 OF_SOURCES = {"base", "weights"}  # options that say what is read, whatever its layout
-_ALL_OPTIONS = frozenset(f.name for f in dataclasses.fields(Options)) - _OF_TEXT
+_OF_CROSSGET = {"reduce", "image_r", "text_r"}  # options of CrossGET's checkpoints
+_ALL_OPTIONS = frozenset(f.name for f in dataclasses.fields(Options)) - _OF_TEXT - _OF_CROSSGET
 
 
 def no_details(source: Source, options: Options) -> Details:

@@ -15,6 +15,7 @@ from icar_jax.models.clip import ClipArch
 from icar_jax.models.text import TextArch
 from icar_jax.models.vision import VisionArch
 
+HEAD_WIDTH = 64  # of every tower in OpenAI's code
 NO_TOKENIZER = "the checkpoint holds no tokenizer, so none was written"
 
 
@@ -44,7 +45,6 @@ def beyond_image_tower(v: VisionArch) -> dict[str, bool]:
         "its patch embedding has a bias": v.patch_bias,
         "its image tower has no norm before the blocks": not v.pre_norm,
         "its embeddings are sums over the heads of its exits (exit_sum)": v.exit_sum,
-        f"it merges patch tokens between blocks (merge={v.merge})": any(v.merge),
         **beyond_vit(v),
         f"its image tower pools {v.head!r}": v.head not in ("cls", "map"),
         f"its image tower has the projection {v.projection!r}": v.projection != "linear",
@@ -56,6 +56,7 @@ def beyond_vit(vision: VisionArch) -> dict[str, bool]:
     return {
         f"its image tower has {vision.registers} registers": vision.registers > 0,
         f"its image tower has another feed-forward part ({vision.ffn})": vision.ffn != "mlp",
+        **_reduces(vision),
     }
 
 
@@ -64,7 +65,14 @@ def beyond_tower(vision: VisionArch) -> dict[str, bool]:
     return {
         f"it has early exits, after {', '.join(map(str, vision.exits))} blocks": bool(vision.exits),
         f"it has a projection ({vision.projection})": vision.projection != "none",
+        **_reduces(vision),
+    }
+
+
+def _reduces(vision: VisionArch) -> dict[str, bool]:
+    return {
         f"it merges patch tokens between blocks (merge={vision.merge})": any(vision.merge),
+        f"it reduces tokens by {vision.reduce!r} (schedule {vision.schedule})": vision.reduce != "none",
     }
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from icar_jax.convert.layouts import open_clip
 from icar_jax.convert.layouts.base import Export, ExportFiles, ExportSource, Layout
 from icar_jax.convert.layouts.clip_export import (
+    HEAD_WIDTH,
     beyond_clip,
     pools_other_than_highest,
     refuse,
@@ -18,8 +19,6 @@ from icar_jax.convert.layouts.clip_export import (
 )
 from icar_jax.data.images import OPENAI_MEAN, OPENAI_STD, Preprocess
 from icar_jax.models.clip import ClipArch
-
-_HEAD_WIDTH = 64  # of every tower in OpenAI's code
 
 
 def _export(source: ExportSource) -> ExportFiles:
@@ -46,7 +45,7 @@ def _require_openai(arch: ClipArch, preprocess: Preprocess) -> None:
             **beyond_clip(arch),
             f"its activations are {v.activation} and {t.activation}, the layout means quick_gelu":
                 {v.activation, t.activation} != {"quick_gelu"},
-            "its heads are not 64 wide": v.width != _HEAD_WIDTH * v.heads or t.width != _HEAD_WIDTH * t.heads,
+            "its heads are not 64 wide": v.width != HEAD_WIDTH * v.heads or t.width != HEAD_WIDTH * t.heads,
             "its MLPs are not four times as wide as their tower": v.mlp_width != 4 * v.width or t.mlp_width != 4 * t.width,
             "its norms have another epsilon than 1e-5": {v.norm_eps, t.norm_eps} != {1e-5},
             "its text tower is not causal": not t.causal,
@@ -61,7 +60,7 @@ LAYOUT = Layout(
     name="openai",
     kind="clip",
     detect=lambda source: open_clip.is_vit(source) and open_clip.is_openai(source),
-    arch=partial(open_clip.open_clip_arch, activation="quick_gelu", head_width=_HEAD_WIDTH),
+    arch=partial(open_clip.open_clip_arch, activation="quick_gelu", head_width=HEAD_WIDTH),
     rules=lambda source, arch: open_clip.open_clip_rules(open_clip.text_prefix(source)),
     preprocess=partial(open_clip.preprocess, preset="openai"),
     export=Export("openai", _export),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from icar_jax.convert.layouts import (
     bert,
+    crossget,
     hf,
     hf_dinov2,
     hf_lone,
@@ -21,6 +22,7 @@ from icar_jax.convert.layouts.base import KINDS, Layout
 
 LAYOUTS: tuple[Layout, ...] = (
     openai.LAYOUT,
+    crossget.LAYOUT,
     open_clip.LAYOUT,
     hf.LAYOUT,
     siglip.LAYOUT,

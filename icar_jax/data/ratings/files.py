@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from icar_jax.errors import DataError
 from icar_jax.files import json_file
 
+CATEGORY = "category"  # column
 SUFFIXES = (".txt", ".json", ".csv", ".parquet")
 
 
@@ -24,13 +25,14 @@ class Line(NamedTuple):
     """One rating of a file.
 
     place: 'line 7', "key 'a.jpg'" or 'row 7', counted from 1. value: the number found, not yet checked. fault: why the line
-    is invalid, or ''.
+    is invalid, or ''. category: of the column `category`, or ''.
     """
 
     place: str
     name: str
     value: float = float("nan")
     fault: str = ""
+    category: str = ""
 
 
 class Lines(NamedTuple):
@@ -68,7 +70,7 @@ def _text(path: Path) -> Lines:
 
 
 def _table(path: Path) -> Lines:
-    """Reads a CSV file with the columns `file` or `url`, and `score`; other columns are ignored."""
+    """Reads a CSV file with the columns `file` or `url`, `score` and optionally `category`; other columns are ignored."""
     lines = []
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         reader = csv.DictReader(stream, strict=True)
@@ -81,7 +83,7 @@ def _table(path: Path) -> Lines:
                     expected = f"expected {len(columns)} columns ({', '.join(columns)}), found {found}"
                     lines.append(Line(place, "", fault=expected))
                 else:
-                    lines.append(_line(place, row[key], row["score"]))
+                    lines.append(_line(place, row[key], row["score"], row.get(CATEGORY, "")))
         except csv.Error as error:
             raise RatingsError(f"{path}, line {reader.line_num + 1}: not readable as CSV: {error}") from error
     return Lines(key, lines)
@@ -103,11 +105,12 @@ def _parquet(path: Path) -> Lines:
     try:
         with pq.ParquetFile(path) as file:
             key = _key(path, file.schema_arrow.names)
-            table = file.read(columns=[key, "score"])
+            columns = [key, "score", *([CATEGORY] if CATEGORY in file.schema_arrow.names else [])]
+            table = file.read(columns=columns)
     except pa.ArrowInvalid as error:
         raise RatingsError(f"{path}: not a complete Parquet file: {error}; fetch or write it again") from error
-    pairs = zip(table.column(key).to_pylist(), table.column("score").to_pylist(), strict=True)
-    return Lines(key, [_line(f"row {row}", name, score) for row, (name, score) in enumerate(pairs, start=1)])
+    rows = zip(*(table.column(name).to_pylist() for name in columns), strict=True)
+    return Lines(key, [_line(f"row {number}", *row) for number, row in enumerate(rows, start=1)])
 
 
 def _annotations(path: Path) -> Lines:
@@ -130,7 +133,7 @@ def _checked_keys(pairs: list[tuple[str, Any]]) -> Iterator[Line]:
             yield _line(f"key {name!r}", name, value)
 
 
-def _line(place: str, name: Any, value: Any) -> Line:
+def _line(place: str, name: Any, value: Any, category: Any = "") -> Line:
     if not isinstance(name, str) or not name.strip():
         return Line(place, "", fault=f"expected a name, found {name!r:.80}")
     name = name.strip()
@@ -142,4 +145,4 @@ def _line(place: str, name: Any, value: Any) -> Line:
         number = None
     if number is None:
         return Line(place, name, fault=f"{name}: expected a number, found {value!r:.80}")
-    return Line(place, name, number)
+    return Line(place, name, number, category=str(category or "").strip())

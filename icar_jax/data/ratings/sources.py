@@ -34,25 +34,27 @@ from icar_jax.files import json_file
 
 SPLITS = ("train", "val", "test")
 SHARES = {"train": 0.70, "val": 0.15, "test": 0.15}
+TABLE = "ratings.csv"  # in the root; read if neither config.data.ratings nor a train.txt says otherwise
 VAL_OF_TRAIN = 0.10  # fraction of train.txt used as val if there is no val.txt
 
 
 class RatedFolder(Source):
     """Source of image files in a folder, with scores.
 
-    names: relative to `images`; scores: float32 [N] in [0, 1].
+    names: relative to `images`; scores: float32 [N] in [0, 1]; categories: of each image, '' for none; empty without any.
     """
 
-    def __init__(self, name: str, images: Path, names: Sequence[str], scores: np.ndarray):
+    def __init__(self, name: str, images: Path, names: Sequence[str], scores: np.ndarray, categories: Sequence[str] = ()):
         self.name, self.images, self.names = name, images, list(names)
-        self.scores = np.asarray(scores, np.float32)
+        self.scores, self.categories = np.asarray(scores, np.float32), list(categories)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, i: int) -> Record:
         path = os.path.join(self.images, self.names[i])
-        return Record(self.names[i], functools.partial(decode, path), (), float(self.scores[i]))
+        labels = (self.categories[i],) if self.categories and self.categories[i] else ()
+        return Record(self.names[i], functools.partial(decode, path), (), float(self.scores[i]), labels)
 
 
 class RatedShards(Source):
@@ -113,6 +115,8 @@ def open_rated(data: DataConfig) -> RatedSource:
     if data.source in ("webdataset", "parquet"):
         return _sharded(data)
     root = existing_folder(data.root)
+    if not data.ratings and (root / TABLE).is_file() and not (root / "train.txt").is_file():
+        data = dataclasses.replace(data, ratings=str(root / TABLE))
     if not data.ratings:
         return _own_splits(root, data.bad_share)
     images = _image_folder(root)
@@ -120,7 +124,8 @@ def open_rated(data: DataConfig) -> RatedSource:
     ratings = read_ratings(_ratings_file(data, root), *_lookup(images, found)).check(data.bad_share)
     if ratings.key == "url":
         return _url_folder(images, sorted(found), ratings)
-    return by_hash(_folder(root.name, images, ratings.scores), (ratings.summary(),))
+    categories = _categories(ratings, data.categories)
+    return by_hash(_folder(root.name, images, ratings.scores, categories), (ratings.summary(),))
 
 
 def by_hash(source: RatedFolder | RatedShards, notes: tuple[str, ...]) -> RatedSource:
@@ -140,7 +145,7 @@ def _own_splits(root: Path, bad_share: float) -> RatedSource:
     files = {split: root / f"{split}.txt" for split in SPLITS if (root / f"{split}.txt").is_file()}
     if "train" not in files:
         raise ConfigError(
-            f"config.data.ratings='' and {root} has no train.txt (IC9600: train.txt, test.txt, images/); "
+            f"config.data.ratings='' and {root} has no {TABLE} and no train.txt (IC9600: train.txt, test.txt, images/); "
             "pass --config.data.ratings=FILE (.txt, .json, .csv or .parquet)"
         )
     images = _image_folder(root)
@@ -247,8 +252,27 @@ def _join(urls: Sequence[str | None], ratings: Ratings) -> tuple[list[str], list
     return list(first), list(first.values()), note
 
 
-def _folder(name: str, images: Path, scores: dict[str, float]) -> RatedFolder:
-    return RatedFolder(name, images, list(scores), np.fromiter(scores.values(), np.float32, len(scores)))
+def _folder(name: str, images: Path, scores: dict[str, float], categories: Sequence[str] = ()) -> RatedFolder:
+    return RatedFolder(name, images, list(scores), np.fromiter(scores.values(), np.float32, len(scores)), categories)
+
+
+def _categories(ratings: Ratings, origin: str) -> list[str]:
+    """Returns the category of each rated image, from the column or the names; empty if there is no column."""
+    if origin == "column":
+        return [ratings.categories.get(name, "") for name in ratings.scores] if ratings.categories else []
+    found = [_prefix(name) for name in ratings.scores]
+    if not all(found):
+        name = list(ratings.scores)[found.index("")]
+        raise RatingsError(
+            f"{ratings.where}: config.data.categories='prefix', but {name} names no category: expected CATEGORY/NAME or "
+            "CATEGORY_NAME; add a column `category` and use config.data.categories=column"
+        )
+    return found
+
+
+def _prefix(name: str) -> str:
+    """Returns the folder of a name, or without a folder the part before its last underscore: 'ad_003.jpg' -> 'ad'."""
+    return posixpath.dirname(name) or name.rpartition("_")[0]
 
 
 def _image_folder(root: Path) -> Path:

@@ -7,7 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from absl import logging
@@ -46,6 +46,7 @@ class Ratings:
         undecided: number of labels -1, which are skipped.
         lines: number of lines, unusable ones included.
         faults: the unusable lines.
+        categories: name -> its entry in the column `category`; empty without the column.
     """
 
     where: Path
@@ -55,6 +56,7 @@ class Ratings:
     undecided: int
     lines: int
     faults: tuple[Fault, ...]
+    categories: dict[str, str] = field(default_factory=dict)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -112,6 +114,7 @@ def read_ratings(
     key, lines = read_lines(path)
     labels = path.suffix.lower() == ".json" and _are_labels(lines)
     scores: dict[str, float] = {}
+    categories: dict[str, str] = {}
     seen: dict[str, str] = {}
     faults: list[Fault] = []
     undecided = 0
@@ -133,7 +136,9 @@ def read_ratings(
             undecided += 1
         else:
             scores[name] = line.value
-    return Ratings(path, key, scores, labels, undecided, len(lines), tuple(faults))
+            if line.category:
+                categories[name] = line.category
+    return Ratings(path, key, scores, labels, undecided, len(lines), tuple(faults), categories)
 
 
 def _are_labels(lines: list[Line]) -> bool:

@@ -26,9 +26,14 @@ BINS = 33  # histogram bins per gradient component over [-1, 1]; odd, so that th
 
 def jpeg_bytes(image: np.ndarray) -> float:
     """Bytes per pixel of uint8 [H, W, 3] encoded as a JPEG of quality 75 (4:2:0), header included."""
+    return encoded_bytes(Image.fromarray(image), "JPEG", quality=QUALITY)
+
+
+def encoded_bytes(picture: Image.Image, format: str, **options: int) -> float:
+    """Bytes per pixel of a picture saved in a format of Pillow."""
     stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "JPEG", quality=QUALITY)
-    return stream.tell() / (image.shape[0] * image.shape[1])
+    picture.save(stream, format, **options)
+    return stream.tell() / (picture.width * picture.height)
 
 
 def edge_density(image: np.ndarray) -> float:

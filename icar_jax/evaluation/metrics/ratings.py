@@ -171,6 +171,12 @@ def difference(
     return _interval(metric, lambda counts: first(counts) - second(counts), point, images, n, seed, level)
 
 
+def resampled(metric: str, predicted: Any, truth: Any, *, n: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Returns a metric in each of `n` bootstrap resamples of the images, float64 [n]; nan where it is undefined."""
+    statistic, images = _statistic(metric, predicted, truth)
+    return np.concatenate([statistic(counts) for counts in resample_counts(images, n, seed)])
+
+
 def _interval(metric: str, statistic: Statistic, point: float, images: int, n: int, seed: int, level: float) -> Interval:
     if n < 1 or not 0.0 < level < 1.0:
         raise MetricError(f"an interval needs n >= 1 resamples and 0 < level < 1, found n={n}, level={level}")

@@ -22,6 +22,7 @@ from icar_jax.evaluation.report.page import Page, Picture, RankDrop, Row, Table
 from icar_jax.evaluation.report.verdicts import verdicts
 from icar_jax.evaluation.routing.gallery import Evidence
 from icar_jax.evaluation.routing.timing import Timing
+from icar_jax.models.reduction.routes import in_cost_order
 
 RANK_DROPS = 12  # number of images shown with the largest rank drops
 _THUMBNAIL = (176, 176)  # pixels
@@ -172,10 +173,10 @@ def _figures(record: RetrievalEvaluation, evidence: Evidence):
         alt = f"R@5 kept against {cost} cost, both in percent of full depth: {'; '.join(points)}."
         yield f"kept_{cost}", (f"R@5 kept against {cost} {word}", alt, note), drawn.kept_against_cost(record, cost)
     scores, taken = evidence.gallery.scores, evidence.exits.get("routed")
-    exits = {max(evidence.gallery.by_exit) if n == "full" else table.exit_depth(n): r
+    exits = {in_cost_order(evidence.gallery.by_exit)[-1] if n == "full" else table.exit_depth(n): r
              for n, r in evidence.ranks.items() if n == "full" or n.startswith("exit_")}  # fmt: skip
     if scores is not None:
-        deepest = [100 * np.mean(taken[part] == max(exits)) for part in drawn.deciles(scores)]
+        deepest = [100 * np.mean(taken[part] == in_cost_order(evidence.gallery.by_exit)[-1]) for part in drawn.deciles(scores)]
         alt = f"Share of images at full depth by complexity decile, simplest first: {', '.join(f'{v:.0f}%' for v in deepest)}."
         note = "Exits taken by the images, by decile of the complexity score."
         yield "share_by_complexity", ("Exits by complexity", alt, note), drawn.shares_by_complexity(scores, taken)

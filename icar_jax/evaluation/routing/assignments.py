@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from icar_jax.evaluation.metrics.retrieval import Distractors, Ranks, checked, own_captions
+from icar_jax.models.reduction.routes import in_cost_order
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -123,10 +124,11 @@ def oracle_exits(alone: Mapping[int, Ranks]) -> np.ndarray:
     alone: from `ranks_alone`. The image's own rank and those of all its captions count. At these exits no instance-level
     metric drops, except through other images that leave early too (see above).
     """
-    full = max(alone)
+    order = in_cost_order(alone)
+    full = order[-1]
     n = len(alone[full].image_to_text)
     exits = np.full(n, full, np.int64)
-    for exit in sorted(alone, reverse=True):
+    for exit in reversed(order):
         worse = alone[exit].image_to_text > alone[full].image_to_text
         falls = alone[exit].text_to_image > alone[full].text_to_image
         worse |= np.bincount(alone[full].caption_image, weights=falls, minlength=n) > 0

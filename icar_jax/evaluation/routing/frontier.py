@@ -18,6 +18,7 @@ from icar_jax.evaluation.routing.assignments import ranks_mixed
 from icar_jax.evaluation.routing.thresholds import thresholds_for_shares
 from icar_jax.inference.budgets import Costs
 from icar_jax.inference.router import assign
+from icar_jax.models.reduction.routes import in_cost_order
 
 RECALL_AT = 5
 FINE, COARSE = 100, 20  # grid steps of the searched shares, for one early exit and for more
@@ -64,7 +65,7 @@ class Bench:
 
     @property
     def exits(self) -> tuple[int, ...]:
-        return tuple(sorted(self.by_exit))
+        return in_cost_order(self.by_exit)
 
     def thresholds(self, cumulative: Sequence[float]) -> tuple[float, ...]:
         """Returns thresholds with which a fraction cumulative[i] of the images leaves at exit i or earlier."""

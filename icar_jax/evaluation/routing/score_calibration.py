@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from icar_jax.evaluation.routing.assignments import take_exits
+from icar_jax.models.reduction.routes import in_cost_order
 
 _ROWS = 512  # captions scored at a time
 _LEAST_SLOPE = 0.05  # keeps slopes positive: a slope <= 0 would reverse the order of an exit's captions
@@ -95,7 +96,7 @@ def fit(
     depth. Full depth and unused exits stay at (1, 0), as does a single exit that all images share, since nothing is mixed.
     Raises ValueError for an exit without embeddings.
     """
-    full, owner = max(by_exit), np.asarray(caption_image)
+    full, owner = in_cost_order(by_exit)[-1], np.asarray(caption_image)
     rows = take_exits(by_exit, exits).astype(np.float32)
     fitted = [e for e in sorted(by_exit) if e != full and np.any(exits == e)]
     affine = {e: Affine() for e in sorted(by_exit)}

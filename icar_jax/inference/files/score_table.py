@@ -24,6 +24,7 @@ from icar_jax.data.sources.files import ImagePaths
 from icar_jax.inference.files.scoring import ScoreRow, score_files
 from icar_jax.inference.model import Model
 from icar_jax.inference.reading import BadFile
+from icar_jax.models.reduction.routes import route_name
 
 COLUMNS = ("file", "score", "exit", "milliseconds")
 ROW_GROUP = 65_536  # rows of a Parquet file buffered in memory
@@ -149,7 +150,7 @@ class ScoreSummary:
             f"Scored {n:,} images in {self.seconds:.1f} s ({n / self.seconds:.1f} images/s, including start-up): mean "
             f"{self.scores.mean():.3f}, median {middle:.3f}, 90% of them from {low:.3f} to {high:.3f}"
         ]
-        lines += [f"  {depth} blocks: {count:,} images ({count / n:.1%})" for depth, count in sorted(self.exits.items())]
+        lines += [f"  {route_name(depth)}: {count:,} images ({count / n:.1%})" for depth, count in sorted(self.exits.items())]
         if threshold is not None:
             count = int((self.scores > np.float32(threshold)).sum())
             lines.append(f"  complex (score above {threshold:.4g}): {count:,} images ({count / n:.1%})")

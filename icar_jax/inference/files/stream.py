@@ -21,6 +21,7 @@ from icar_jax.inference.budgets import ABOVE_ALL
 from icar_jax.inference.fetch_queue import RoutingStats
 from icar_jax.inference.model import Model
 from icar_jax.inference.router import RoutingResult
+from icar_jax.models.reduction.routes import route_name
 
 SCORE = "score"  # batch entry of precomputed complexity
 
@@ -124,7 +125,9 @@ class StreamResult:
 
     def shares(self) -> str:
         """Fraction of images per exit as text, for a progress bar."""
-        return ", ".join(f"{depth} blocks {count / max(1, self.images):.0%}" for depth, count in sorted(self.exits.items()))
+        return ", ".join(
+            f"{route_name(depth)} {count / max(1, self.images):.0%}" for depth, count in sorted(self.exits.items())
+        )
 
     def share_exits(self, depths: Sequence[int], counts: Sequence[int]) -> None:
         """Sets the images per exit to counts that were summed over processes."""
@@ -141,7 +144,7 @@ class StreamResult:
         s, n = self.stats, max(1, self.images)
         padding = sum(s.padding.values()) / max(1, sum(s.rows.values()) + sum(s.padding.values()))
         share = lambda seconds: f"{100 * seconds / max(s.total_s, 1e-9):.0f}%"
-        lines = [f"  {depth} blocks: {count:,} images ({count / n:.1%})" for depth, count in sorted(self.exits.items())]
+        lines = [f"  {route_name(depth)}: {count:,} images ({count / n:.1%})" for depth, count in sorted(self.exits.items())]
         if self.images:
             lines.append(
                 f"  time: towers {share(s.tower_s)}, complexity {share(s.score_s)}, waiting for images {share(s.input_s)}; "

@@ -78,7 +78,7 @@ def tome(metric: Array, count: int, protected: int) -> Matching:
     gone = ranks(similar.max(-1)) < count
     n = seekers.shape[1]
     place = jnp.arange(tokens)
-    weave = lambda even, odd: jnp.stack([even, jnp.pad(odd, ((0, 0), (0, n - odd.shape[1])))], 2).reshape(len(even), -1)
+    weave = lambda even, odd: jnp.stack([even, jnp.pad(odd, ((0, 0), (0, n - odd.shape[1])))], 2).reshape(even.shape[0], -1)
     blank = jnp.zeros(others.shape[:2], jnp.int32)
     source = weave(gone, blank.astype(bool))[:, :tokens]
     target = weave(2 * similar.argmax(-1) + 1, blank)[:, :tokens]

@@ -55,12 +55,16 @@ def _combine(values: Array, kept: Array, own: Array, gone: Array, part: Array) -
     return (own[:, :, None] * take_tokens(values, kept).astype(jnp.float32) + moved).astype(values.dtype)
 
 
-def _forward(values: Array, kept: Array, own: Array, gone: Array, part: Array, where: Array, weight: Array):
+def _forward(
+    values: Array, kept: Array, own: Array, gone: Array, part: Array, where: Array, weight: Array
+) -> tuple[Array, tuple[Array, ...]]:
     return _combine(values, kept, own, gone, part), (kept, own, gone, part, where, weight)
 
 
 def _tangent(saved: tuple[Array, ...], tangents: tuple[Array | None, ...]) -> Array:
-    return _combine(tangents[0], *saved[:4])
+    (tangent, *_) = tangents  # of the values: no gradient flows to the weights
+    assert tangent is not None
+    return _combine(tangent, *saved[:4])
 
 
 def _backward(saved: tuple[Array, ...], g: Array) -> tuple[Array, ...]:

@@ -5,7 +5,7 @@ Schedule 0 of a route is the tower's own, so a route of it is the number of bloc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 MOST_BLOCKS = 1000  # route = blocks + MOST_BLOCKS * schedule
 
@@ -19,6 +19,12 @@ def split_route(exit: int) -> tuple[int, int]:
     """Returns (executed blocks, number of the schedule) of a route."""
     number, blocks = divmod(exit, MOST_BLOCKS)
     return blocks, number
+
+
+def in_cost_order(exits: Iterable[int]) -> tuple[int, ...]:
+    """Returns exits ascending in cost: ascending depths, or the given order, that of `VisionArch.all_exits`, of routes."""
+    given = tuple(exits)
+    return given if any(exit >= MOST_BLOCKS for exit in given) else tuple(sorted(given))
 
 
 def route_name(exit: int) -> str:

@@ -30,7 +30,7 @@ def params(config: ExperimentConfig, shapes: pytree.Tree, fresh: Callable[[], Ma
     Raises ConfigError naming config.complexity.clip if the checkpoint is damaged or has other shapes.
     """
     try:
-        clip = pytree.flatten(checkpoint.read(folder(config), "clip").params)
+        clip = pytree.flatten(checkpoint.read(folder(config), _describe(config)["kind"]).params)
     except CheckpointError as error:
         raise _error(config, error) from error
     shared = shared_paths(shapes)
