@@ -115,9 +115,10 @@ def _update_store(args: argparse.Namespace) -> None:
             tile_budget = TileBudget(model(checkpoint_of(args.store, args.checkpoint)), grid, args.tile_budget)
             exit = tile_budget.whole
         done = index_files(
-            args.store, ImagePaths(args.paths, stdin_paths(), args.exclude), args.checkpoint, model, exit=exit, budget=args.budget,
-            cheap=args.stage == "cheap", prune=args.prune, prune_missing=args.prune_missing, rehash=args.rehash,
-            retry_bad=args.retry_bad, captions=args.captions, commit_rows=args.commit_rows, threads=args.threads,
+            args.store, ImagePaths(args.paths, stdin_paths(), args.exclude), args.checkpoint, model, exit=exit,
+            budget=args.budget, cheap=args.stage == "cheap", prune=args.prune, prune_missing=args.prune_missing,
+            rehash=args.rehash, retry_bad=args.retry_bad, captions=args.captions, commit_rows=args.commit_rows,
+            threads=args.threads,
         )  # fmt: skip
     cut = None
     if args.stage != "refine" and grid is not None:
