@@ -258,10 +258,15 @@ def describe(folder: str | os.PathLike) -> dict[str, Any]:
         if name not in (WEIGHTS, TOKENIZER):
             raise CheckpointError(f"{file}: hashes has an entry {name!r:.80}; expected {WEIGHTS} and {TOKENIZER}")
         hashes.required(name, str)
-    for name in ("arch", "preprocess", "source", "tower", "regret"):
+    for name in ("arch", "preprocess", "source", "tower", "regret", "routing", "hashes"):
         fields.section(name)
+        if description.get(name, True) is None:
+            del description[name]  # as if it were missing
     fields.get("threshold", float)
-    if routing := fields.section("routing"):
+    if "routing" in description:
+        routing = fields.section("routing")
+        routing.section("found")
+        routing.get("scores", str)
         exits, thresholds = routing.numbers("exits", int), routing.numbers("thresholds", float)
         if len(thresholds) != len(exits) - 1:
             raise CheckpointError(
