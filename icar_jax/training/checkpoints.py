@@ -38,6 +38,8 @@ class StateStore:
         self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
             (workdir / CHECKPOINTS).absolute(),
+            # Named, since Orbax guesses it from the newest checkpoint, which may be damaged.
+            item_handlers=ocp.StandardCheckpointHandler(),
             # Orbax never reads the folders of interrupted saves, but they would fill the disk.
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True

@@ -19,7 +19,7 @@ from icar_jax.convert.parity.verify import read_reference
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.errors import DataError
 from icar_jax.files import limits
-from icar_jax.files.npz import read_npz
+from icar_jax.files.arrays import read_npz
 from tests.support.weightfiles import FILES, load_all, pickled_tensor, refusal, rewrite_zip, with_pickle
 
 

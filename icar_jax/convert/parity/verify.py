@@ -32,7 +32,7 @@ import numpy as np
 from icar_jax.checkpoint import sha256
 from icar_jax.convert.fields import ConvertError, Fields, read_json
 from icar_jax.files import json_file
-from icar_jax.files.npz import read_npz
+from icar_jax.files.arrays import read_npz
 from icar_jax.models import convnext
 from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.complexity import ComplexityArch, ComplexityModel

@@ -30,6 +30,7 @@ from icar_jax import workdir
 from icar_jax.config import require_local
 from icar_jax.errors import IcarError, ModelError
 from icar_jax.files import json_file
+from icar_jax.files.arrays import map_npy
 from icar_jax.files.opening import open_regular
 
 FORMAT = 1
@@ -123,17 +124,16 @@ def shard_names(path: Path) -> list[str]:
 
 
 def _open_shard(path: Path, name: str, embed_dim: int) -> np.ndarray:
-    file = path / f"{name}.parquet"
     try:
-        with open_regular(file) as stream:
+        with open_regular(path / f"{name}.parquet") as stream:
             rows = pq.read_metadata(stream).num_rows
-        file = path / f"{name}.npy"
-        with open_regular(file):
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, TypeError, EOFError, OverflowError) as error:  # ArrowInvalid is a ValueError
-        raise CorpusError(f"cannot read {file}: {error}; copy the whole folder again") from error
-    if not isinstance(array, np.ndarray):  # an .npz under this name
-        raise CorpusError(f"{file} is no array; copy the whole folder again")
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        raise CorpusError(f"cannot read {path / name}.parquet: {error}; copy the whole folder again") from error
+    file = path / f"{name}.npy"
+    try:
+        array = map_npy(file, CorpusError)
+    except CorpusError as error:
+        raise CorpusError(f"{error}; copy the whole folder again") from error
     if array.shape != (rows, embed_dim) or array.dtype != np.float16:
         found, wanted = f"{array.dtype} {list(array.shape)}", f"float16 [{rows}, {embed_dim}]"
         raise CorpusError(f"{file} is {found}, expected {wanted}; copy the whole folder again")

@@ -23,7 +23,8 @@ _WORDS = [
 ]
 VALUES: list[Any] = [
     None, True, False, [], {}, "", "x" * 1000, "\ud800", "../../x", "\0", 0, -1, 1, 2, 7, 10**9, 2**31, 2**63, 10**24, 10**400,
-    -(2**63), 0.5, 1e-300, 1e300, float("inf"), float("-inf"), float("nan"), [[]], [0], [-1], [1.5, "a"], ["a"] * 50, [1, 2, 3, 4],
+    -(2**63), 0.5,
+    1e-300, 1e300, float("inf"), float("-inf"), float("nan"), [[]], [0], [-1], [1.5, "a"], ["a"] * 50, [1, 2, 3, 4],
     {"a": {"b": []}}, [[[[[[[[[[]]]]]]]]]], "gelu", "1",
 ]  # fmt: skip
 
@@ -86,7 +87,7 @@ def _exchange(rng: random.Random, content: Any) -> Any:
     elif kind == 1 and isinstance(holder, dict):
         holder[rng.choice(("", "x", "depth", str(key) + "s", "\ud800", "0"))] = holder[key]
     elif kind == 2:
-        for _ in range(rng.choice((1, 70, 400))):
+        for _ in range(rng.choice((1, 1, 1, 1, 1, 70, 400))):
             holder[key] = [holder[key]]
     elif kind == 3 and isinstance(holder[key], int | float) and not isinstance(holder[key], bool):
         holder[key] = rng.choice((-holder[key], holder[key] + 1, holder[key] * 10**6, float(holder[key]), str(holder[key])))
