@@ -49,7 +49,7 @@ def read(
         data = read_regular(path, most)
     except OSError as fault:
         raise error(f"cannot read {os.fspath(path)}: {fault.strerror or fault}") from fault
-    return parse(data, path, error, pairs)
+    return parse(data, f"cannot read {os.fspath(path)}", error, pairs)
 
 
 def read_object(path: str | os.PathLike, error: type[IcarError] = DataError) -> dict[str, Any]:
