@@ -259,9 +259,8 @@ def describe(folder: str | os.PathLike) -> dict[str, Any]:
             raise CheckpointError(f"{file}: hashes has an entry {name!r:.80}; expected {WEIGHTS} and {TOKENIZER}")
         hashes.required(name, str)
     for name in ("arch", "preprocess", "source", "tower", "regret", "routing", "hashes"):
-        fields.section(name)
-        if description.get(name, True) is None:
-            del description[name]  # as if it were missing
+        if not fields.section(name):
+            description.pop(name, None)  # null and {} say no more than a missing entry
     fields.get("threshold", float)
     if "routing" in description:
         routing = fields.section("routing")

@@ -35,7 +35,7 @@ def parse(
     except RecursionError as fault:
         raise error(f"{where}: nested deeper than the limit of {limits.JSON_DEPTH} objects and lists") from fault
     except ValueError as fault:
-        raise error(f"{where}: not JSON in UTF-8: {str(fault)[:200]}") from fault
+        raise error(f"{where}: not valid JSON in UTF-8: {str(fault)[:200]}") from fault
     _require_shallow(value, where, error)
     return value
 
@@ -49,7 +49,7 @@ def read(
         data = read_regular(path, most)
     except OSError as fault:
         raise error(f"cannot read {os.fspath(path)}: {fault.strerror or fault}") from fault
-    return parse(data, f"cannot read {os.fspath(path)}", error, pairs)
+    return parse(data, path, error, pairs)
 
 
 def read_object(path: str | os.PathLike, error: type[IcarError] = DataError) -> dict[str, Any]:

@@ -23,10 +23,11 @@ def test_json_is_read_with_and_without_byte_order_mark(tmp_path, text):
 @pytest.mark.parametrize(
     "text, fault",
     [
-        (b"", "not JSON in UTF-8"), (b'{"a": ', "not JSON in UTF-8"), (b"\xff\xfe{\0}\0", "not JSON in UTF-8"),
+        (b"", "not valid JSON in UTF-8"), (b'{"a": ', "not valid JSON in UTF-8"),
+        (b"\xff\xfe{\0}\0", "not valid JSON in UTF-8"),
         (b"[" * 200_000, "nested deeper than the limit of 64"), (b'{"a":' * 100 + b"1" + b"}" * 100, "nested deeper"),
         (b"[]", "expected a JSON object, found []"), (b"null", "found None"), (b"3", "found 3"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "not JSON in UTF-8"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON in UTF-8"),
     ],
 )  # fmt: skip
 def test_anything_else_is_one_line_with_the_file(tmp_path, text, fault):
@@ -55,7 +56,7 @@ def test_files_are_regular_and_bounded(tmp_path):
 
 
 def test_keys_that_occur_twice_can_be_refused():
-    with pytest.raises(DataError, match="here: not JSON.*a key occurs twice"):
+    with pytest.raises(DataError, match="here: not valid JSON.*a key occurs twice"):
         json_file.parse('{"a": 1, "a": 2}', "here", pairs=json_file.without_duplicates)
 
 

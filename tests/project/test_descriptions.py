@@ -95,7 +95,8 @@ def test_the_field_is_named(folder, keys, value, fault):
 def test_a_bundle_names_its_routing(folder, tmp_path):
     bundle = checkpoint.write_bundle(tmp_path / "bundle", {"routing": {"exits": [1, 2], "thresholds": [0.5]}}, folder, folder)
     for value, fault in (
-        (..., "routing is missing"), (None, "routing is missing"), ({}, "routing: exits is missing"),
+        (..., "routing is missing"), (None, "routing is missing"), ({}, "routing is missing"),
+        ({"thresholds": []}, "routing: exits is missing"),
         ([], "routing must be an object"),
         ({"exits": [1, "a"], "thresholds": [0.5]}, "routing: exits[1] must be an integer, found 'a'"),
         ({"exits": [1, 2], "thresholds": [0.5, 0.6]}, "2 thresholds and 2 exits"),
