@@ -54,3 +54,12 @@ class Reader:
                 raise WrongSilence(f"read as {found!r:.200}, expected {'an error' if expected is None else repr(expected)}")
         elif data not in seeds and (self.refuses_changes or (self.refuses_cut and kind == CUT)):
             raise WrongSilence(f"accepted after the change '{kind}'")
+
+
+DEPTHS = b"[" * 200_000
+NOT_OBJECTS = {"list": b"[]", "null": b"null", "number": b"3", "nested": DEPTHS, "empty": b"", "half": b'{"a": '}
+
+
+def refused(**inputs: bytes) -> dict[str, tuple[bytes, Any]]:
+    """Handmade inputs that must be refused."""
+    return {name: (data, None) for name, data in inputs.items()}
