@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -79,20 +80,20 @@ def change_json(rng: random.Random, seeds: list[bytes]) -> tuple[bytes, str]:
 def _exchange(rng: random.Random, content: Any) -> Any:
     places = list(_places(content))
     if not places:
-        return rng.choice(VALUES)
+        return copy.deepcopy(rng.choice(VALUES))
     holder, key = rng.choice(places)
     kind = rng.randrange(8)
     if kind == 0:
         del holder[key]
     elif kind == 1 and isinstance(holder, dict):
-        holder[rng.choice(("", "x", "depth", str(key) + "s", "\ud800", "0"))] = holder[key]
+        holder[rng.choice(("", "x", "depth", str(key) + "s", "\ud800", "0"))] = copy.deepcopy(holder[key])
     elif kind == 2:
         for _ in range(rng.choice((1, 1, 1, 1, 1, 70, 400))):
             holder[key] = [holder[key]]
     elif kind == 3 and isinstance(holder[key], int | float) and not isinstance(holder[key], bool):
         holder[key] = rng.choice((-holder[key], holder[key] + 1, holder[key] * 10**6, float(holder[key]), str(holder[key])))
     else:
-        holder[key] = rng.choice(VALUES)
+        holder[key] = copy.deepcopy(rng.choice(VALUES))
     return content
 
 
