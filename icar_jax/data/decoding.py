@@ -9,6 +9,7 @@ import io
 import os
 import re
 import threading
+import warnings
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -42,12 +43,20 @@ _TURNS = {
 _DECODER_BYTES = {"WEBP": 12, "AVIF": 10, "HEIF": 10}
 _TIFF_BITS, _TIFF_ROWS = 258, 278
 
+# Pillow warns from half of its limit on; the limits here take its place.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 _one_at_a_time = threading.Lock()
 
 
 def _unlocked_after_fork() -> None:
     global _one_at_a_time
-    _one_at_a_time = threading.Lock()
+    # Pillow warns from half of its limit on; the limits here take its place.
+
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+_one_at_a_time = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_unlocked_after_fork)
@@ -128,7 +137,9 @@ def _decode_file(file: BinaryIO, name: str, at_least: int, max_pixels: int) -> I
         with _open(file) as opened:
             opened.info |= {"exif": exif} if exif else {}
             if opened.width * opened.height > max_pixels:
-                raise TooManyPixels(f"{name}: {opened.width} x {opened.height} exceed the limit of {max_pixels:,} pixels")
+                raise TooManyPixels(
+                    f"{name}: too many pixels: {opened.width} x {opened.height} exceed the limit of {max_pixels:,} pixels"
+                )
             if at_least:
                 opened.draft(None, (at_least, at_least))  # only JPEG has smaller sizes
             low = low_bytes(opened, file)
@@ -151,7 +162,7 @@ def _decode_file(file: BinaryIO, name: str, at_least: int, max_pixels: int) -> I
         raise ImageError(f"{name}: cannot decode image: {error}") from None
     except Image.DecompressionBombError as error:
         limit = f"the limit of {max_pixels:,} pixels or that of Pillow, PIL.Image.MAX_IMAGE_PIXELS"
-        raise TooManyPixels(f"{name}: its pixels exceed {limit} ({error})") from None
+        raise TooManyPixels(f"{name}: too many pixels: they exceed {limit} ({error})") from None
     except Exception as error:
         raise _image_error(name, error) from error
 

@@ -26,7 +26,7 @@ class IndexResult(StreamResult):
         unchanged: not read, or read and equal. removed: deleted rows of missing files (`prune`); gone: kept ones (without).
         kept: rows that another run added or wrote in the meantime.
         bad, still_bad: unusable files found in this run, and in earlier runs.
-        total: images in the store now. duplicates, empty: as in ImagePaths; left_out: its report, of this process.
+        total: images in the store now. duplicates, empty: as in ImagePaths.
     """
 
     added: int = 0
@@ -45,7 +45,6 @@ class IndexResult(StreamResult):
     first_bad: list[BadFile] = field(default_factory=list)
     duplicates: int = 0
     empty: list[str] = field(default_factory=list)
-    left_out: str = ""
 
     def report(self) -> str:
         """Summary text of the run: speed, fraction of images per exit, and counts of files."""

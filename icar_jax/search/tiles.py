@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -184,7 +183,7 @@ def _wanted(store: Store, tiles: Tiles, grid: Grid, roots: Sequence[str], done: 
 def _read(path: str, sha256: str, grid: Grid, preprocesses: Mapping[str, Preprocess]) -> list[dict[str, np.ndarray]]:
     """The whole picture and its tiles, preprocessed. Raises ImageError, OSError."""
     side = max(p.decoded_side for p in preprocesses.values()) * max(grid.rows, grid.columns)
-    picture = decode(Path(path).read_bytes(), path, at_least=side)
+    picture = decode(path, at_least=side)
     return [{name: p.resize(part) for name, p in preprocesses.items()} for part in (picture, *grid.cut(picture))]
 
 

@@ -72,7 +72,7 @@ def test_every_field_that_looks_like_a_place_is_among_them():
         "task", "variant", "pool", "exit_start", "exit_head", "temperature", "head", "class_weights", "target", "regret",
         "pooled_norm", "source", "train_split", "dataset", "image_column", "caption_column", "resize", "interpolation",
         "normalise", "mu_dtype", "direction", "kind", "dtype", "remat", "eval_split", "split", "score_calibration", "reduce",
-        "cross_form",
+        "cross_form", "projection", "categories", "readout", "fit",
     }  # fmt: skip
 
     def texts(node, prefix):
@@ -85,7 +85,7 @@ def test_every_field_that_looks_like_a_place_is_among_them():
 
     config = cfg.ExperimentConfig()
     found = list(texts(config, "config"))
-    assert len(found) == 11
+    assert len(found) == 14
     for name, node, field in found:
         setattr(node, field, "gs://b/x")
         with pytest.raises(cfg.ConfigError, match=rf"{name}: gs://b/x is an address"):

@@ -12,6 +12,7 @@ import pytest
 from icar_jax import architectures
 from icar_jax import config as cfg
 from icar_jax.config import ConfigError, ExperimentConfig
+from icar_jax.models.variants import CLIP
 from icar_jax.parallel.mesh import make_mesh
 from tests.support.places import ROOT
 
@@ -229,7 +230,9 @@ def test_every_config_is_valid(file):
         config.data.root = config.data.root or "somewhere"
         cfg.validate(config)
         if config.task == "clip":
-            architectures.clip_arch(config.clip)
+            start = CLIP["vit_demo"] if config.clip.variant == "init" else None  # else that of weights, not there
+            plain = dataclasses.replace(config.clip, exits=()) if start else config.clip
+            architectures.clip_arch(plain, start=start)
         elif not config.complexity.clip:  # else it is read from the CLIP that it routes, which is not there
             architectures.complexity_arch(config.complexity)
 

@@ -73,7 +73,7 @@ def test_faults_stop_the_run_or_are_skipped(tmp_path):
 
 def test_a_broken_link_to_the_data_is_explained(tmp_path):
     ratedfiles.annotations(tmp_path)
-    with pytest.raises(ConfigError, match="has no train.txt .*--config.data.ratings=FILE"):
+    with pytest.raises(ConfigError, match="has no ratings.csv and no train.txt .*--config.data.ratings=FILE"):
         open_rated(DataConfig(source="ratings", root=str(tmp_path)))
     with pytest.raises(ConfigError, match="'labels.json' not found; did you mean .*labels.json"):
         open_rated(DataConfig(source="ratings", root=str(tmp_path), ratings="labels.json"))

@@ -31,7 +31,7 @@ ALLOWED = {
     "architectures": {"config", "checkpoint", "models"},
     "convert": LIBRARY | {"tensorfile"},
     "inference": LIBRARY | {"program_cache", "workdir", "profiling"},
-    "training": LIBRARY | {"workdir", "profiling", "architectures"},
+    "training": LIBRARY | {"program_cache", "workdir", "profiling", "architectures"},
     "planner": LIBRARY | {"architectures", "training"},
     "evaluation": LIBRARY | {"workdir", "architectures", "inference"},
     "search": LIBRARY | {"extras", "program_cache", "workdir", "profiling", "inference", "evaluation"},

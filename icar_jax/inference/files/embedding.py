@@ -32,7 +32,7 @@ class EmbeddingResult(StreamResult):
         images: embedded by this run; `before`: requested, but embedded by an earlier run; `total`: in the corpus now.
         exits: executed blocks -> images of this run.
         bad: number of files that could not be embedded; `first_bad` lists the first of them.
-        duplicates, empty: as in ImagePaths; left_out: its report.
+        duplicates, empty: as in ImagePaths.
         warm_up_s, seconds: wall time of compilation, and of everything else.
         stats: of the router, summed over the shards.
     """
@@ -43,7 +43,6 @@ class EmbeddingResult(StreamResult):
     first_bad: list[BadFile] = field(default_factory=list)
     duplicates: int = 0
     empty: list[str] = field(default_factory=list)
-    left_out: str = ""
 
     def report(self) -> str:
         """Summary text of the run: speed, fraction of images per exit, and time breakdown."""

@@ -115,13 +115,17 @@ class StreamEncoder:
 
 @dataclass
 class StreamResult:
-    """Results of `embed_stream`: images, images per exit (executed blocks), wall times in s, summed router statistics."""
+    """Results of `embed_stream`: images, images per exit (executed blocks), wall times in s, summed router statistics.
+
+    left_out: report of what walks of folders left out; empty for nothing.
+    """
 
     images: int = 0
     exits: Counter = field(default_factory=Counter)
     warm_up_s: float = 0.0
     seconds: float = 0.0
     stats: RoutingStats = field(default_factory=RoutingStats)
+    left_out: str = ""
 
     def shares(self) -> str:
         """Fraction of images per exit as text, for a progress bar."""

@@ -17,7 +17,8 @@ from icar_jax.config import ConfigError, ExperimentConfig
 from icar_jax.data.loader.kept import KeptOutputs
 from icar_jax.data.records import Source
 from icar_jax.data.tokenizer import Tokenizer
-from icar_jax.models.clip import Clip, ClipArch, unit_norm
+from icar_jax.models.clip import Clip, ClipArch
+from icar_jax.models.encoders import unit_norm
 from icar_jax.models.mesh_attention import attention_on
 from icar_jax.models.ops import normalise
 from icar_jax.models.transformer import Execution, block_scales
