@@ -31,13 +31,13 @@ def _read(fault, folder, data):
     if fault == "died":
         os._exit(3)
     if fault == "hang":
-        time.sleep(math.inf if data else 0)
+        time.sleep(3600)
     if fault == "memory":
-        return np.ones(80_000_000, np.uint8).sum()
+        np.ones(80_000_000, np.uint8)
     if fault == "event":
         os.system("true")
     if fault == "writes":
-        (folder.parent / "elsewhere-of-fuzz").write_bytes(b"")
+        open("/dev/null", "wb").close()
     if fault == "refused":
         raise OSError("no")
     return "bad"
@@ -49,15 +49,11 @@ def _read(fault, folder, data):
                        ("event", "event"), ("writes", "event"), ("refused", None)],
 )  # fmt: skip
 def test_faults_are_counted(fault, counted, tmp_path):
-    reader = Reader("x/y", _seeds, functools.partial(_read, fault), change_bytes, 32, refuses_changes=fault == "silence",
-                    make_handmade=functools.partial(dict, bad=(b"bad", "bad" if fault != "refused" else None)))  # fmt: skip
+    expected = None if fault in ("silence", "refused") else "bad"
+    make = functools.partial(dict, bad=(b"bad", expected))
+    reader = Reader("x/y", _seeds, functools.partial(_read, fault), change_bytes, 32, make_handmade=make)
     tally = fuzz(reader, 0, 1, math.inf, 5 if fault == "hang" else 60, tmp_path / "kept", lambda: None)
-    if fault == "silence":
-        assert not tally.faults  # the handmade one is read as expected
-        tally = fuzz(reader, 0, 3, math.inf, 60, tmp_path / "kept", lambda: None)
-        counted = "silence" if sum(tally.faults.values()) else None
-        assert tally.faults["silence"] >= 1
+    assert tally.inputs == 1
     assert set(tally.faults) == ({counted} if counted else set()) and clean([tally]) == (counted is None)
-    assert bool(list((tmp_path / "kept").glob("*"))) == (counted is not None)
+    assert [file.read_bytes() for file in (tmp_path / "kept").glob("x y-0-*")] == ([b"bad"] if counted else [])
     assert "x/y" in table({"x/y": tally})
-    (tmp_path.parent / "elsewhere-of-fuzz").unlink(missing_ok=True)

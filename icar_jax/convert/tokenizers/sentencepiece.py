@@ -139,7 +139,10 @@ def backend(file: Path, fairseq: bool = False, extra: tuple[str, ...] = ()) -> B
             ))  # fmt: skip
         if steps := _normalizers(model):
             made.normalizer = normalizers.Sequence(steps)
-    except Exception as error:  # the library raises bare Exception
+            made.normalizer.normalize_str("the dog \u00e9 \ufb01 \U0001f600")  # a damaged map panics when it is used
+    except BaseException as error:  # the library raises bare Exception, and panics, which are none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ConvertError(f"{file}: {error}") from error
     scheme = "always" if model.dummy_prefix else "never"
     spaces = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme=scheme, split=model.kind == _UNIGRAM)

@@ -90,7 +90,7 @@ def _exchange(rng: random.Random, content: Any) -> Any:
     elif kind == 2:
         for _ in range(rng.choice((1, 1, 1, 1, 1, 70, 400))):
             holder[key] = [holder[key]]
-    elif kind == 3 and isinstance(holder[key], int | float) and not isinstance(holder[key], bool):
+    elif kind == 3 and isinstance(holder[key], int | float) and not isinstance(holder[key], bool) and abs(holder[key]) < 1e99:
         holder[key] = rng.choice((-holder[key], holder[key] + 1, holder[key] * 10**6, float(holder[key]), str(holder[key])))
     else:
         holder[key] = copy.deepcopy(rng.choice(VALUES))

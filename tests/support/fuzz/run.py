@@ -54,12 +54,12 @@ def fuzz(
             _await_start(ours, reader)
             while number < end and (time.monotonic() < until or number < len(reader.handmade)):
                 ours.send(number)
+                tally.inputs += 1
                 if not ours.poll(hang_s):
                     _note(tally, reader, folder, seed, number, f"hang: longer than {hang_s:.0f} s", keep)
                     number += 1
                     break  # the process is ended, and a new one goes on
                 _, fault, refused, seconds, megabytes = ours.recv()
-                tally.inputs += 1
                 tally.slowest, tally.megabytes = max(tally.slowest, seconds), max(tally.megabytes, megabytes)
                 if fault:
                     _note(tally, reader, folder, seed, number, fault, keep)
@@ -93,8 +93,6 @@ def _await_start(connection: Connection, reader: Reader) -> None:
 
 def _note(tally: Tally, reader: Reader, folder: Path, seed: int, number: int, fault: str, keep: Path | None) -> None:
     kind = fault.split(":")[0]
-    if kind == "hang":
-        tally.inputs += 1
     tally.faults[kind] += 1
     if sum(tally.faults.values()) <= _SHOWN:
         tqdm.write(f"{reader.name} {number}: {fault.strip()}")
