@@ -26,8 +26,9 @@ from safetensors.numpy import load_file
 
 from icar_jax import program_cache, pytree, tensorfile
 from icar_jax.config import not_local
-from icar_jax.errors import IcarError
-from icar_jax.files.opening import make_staging
+from icar_jax.errors import IcarError, ModelError
+from icar_jax.files import json_file, limits
+from icar_jax.files.opening import make_staging, open_regular, read_regular
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS, TOKENIZER = "icar.json", "params.safetensors", "tokenizer.json"
@@ -225,18 +226,52 @@ def is_own(path: str | os.PathLike) -> bool:
     return any((place / DESCRIPTION).is_file() for place in places) or (folder / "checkpoints").is_dir()
 
 
+class _Fields(json_file.Fields):
+    error = CheckpointError
+
+
+class _Description(dict[str, Any]):
+    """An icar.json whose missing entries are named, with the file, where a program needs them."""
+
+    file: Path | None = None
+
+    def __missing__(self, name: str) -> Any:
+        raise CheckpointError(f"{self.file}: {name} is missing; write the checkpoint again, or copy the whole folder again")
+
+
 def describe(folder: str | os.PathLike) -> dict[str, Any]:
-    """Returns the parsed icar.json of a checkpoint folder. Raises CheckpointError if it is unreadable or of unknown format."""
+    """Returns the parsed icar.json of a checkpoint folder, whose entries have the types that programs rely on.
+
+    Raises CheckpointError, naming the file and the entry, if it is unreadable, of unknown format, or lacks an entry.
+    """
     file = Path(folder) / DESCRIPTION
-    try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {file}: {error}") from error
+    fields = _Fields.read(file)
+    description = _Description(fields.content)
+    description.file = file
     if description.get("format") != FORMAT or description.get("kind") not in KINDS:
         raise CheckpointError(
-            f"{file} has format {description.get('format')!r} and kind {description.get('kind')!r}; "
+            f"{file} has format {description.get('format')!r:.80} and kind {description.get('kind')!r:.80}; "
             f"this version reads format {FORMAT} of {', '.join(KINDS)}"
         )
+    hashes = fields.section("hashes")
+    for name in hashes.content:
+        if name not in (WEIGHTS, TOKENIZER):
+            raise CheckpointError(f"{file}: hashes has an entry {name!r:.80}; expected {WEIGHTS} and {TOKENIZER}")
+        hashes.required(name, str)
+    for name in ("arch", "preprocess", "source", "tower", "regret", "routing", "hashes"):
+        if not fields.section(name):
+            description.pop(name, None)  # null and {} say no more than a missing entry
+    fields.get("threshold", float)
+    if "routing" in description:
+        routing = fields.section("routing")
+        routing.section("found")
+        routing.get("scores", str)
+        exits, thresholds = routing.numbers("exits", int), routing.numbers("thresholds", float)
+        if len(thresholds) != len(exits) - 1:
+            raise CheckpointError(
+                f"{file}: routing has {len(thresholds)} thresholds and {len(exits)} exits; expected one for each exit but the "
+                "last; calibrate the bundle again"
+            )
     return description
 
 
@@ -248,11 +283,23 @@ def read(folder: str | os.PathLike, kind: str) -> Checkpoint:
         raise CheckpointError(f"{folder} is of kind {description['kind']!r}, expected {kind!r}")
     require_undamaged(folder, description)
     try:
-        params = pytree.unflatten(load_file(folder / WEIGHTS))
-    except (OSError, SafetensorError) as error:
+        with open_regular(folder / WEIGHTS):  # the library would wait for a pipe
+            params = pytree.unflatten(load_file(folder / WEIGHTS))
+    # The library also raises KeyError for a dtype that numpy lacks, and ValueError for impossible sizes.
+    except (OSError, SafetensorError, ModelError, KeyError, ValueError, TypeError, MemoryError, OverflowError) as error:
         raise CheckpointError(f"cannot read {folder / WEIGHTS}: {error}") from error
-    tokenizer = folder / TOKENIZER
-    return Checkpoint(folder, kind, description, params, tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None)
+    return Checkpoint(folder, kind, description, params, read_tokenizer(folder))
+
+
+def read_tokenizer(folder: Path) -> str | None:
+    """Returns the text of a checkpoint's tokenizer.json; None if there is none. Raises CheckpointError if it is unreadable."""
+    file = folder / TOKENIZER
+    if not file.is_file():
+        return None
+    try:
+        return read_regular(file, limits.TOKENIZER_BYTES).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from error
 
 
 def require_undamaged(folder: Path, description: Mapping[str, Any]) -> None:

@@ -16,11 +16,13 @@ import numpy as np
 from icar_jax.errors import ModelError
 
 Tree = dict[str, Any]
+DEEPEST = 64  # parts of a path
 
 
 def natural_key(path: str) -> tuple:
     """Sort key under which 'blocks/10' follows 'blocks/9'."""
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split("/"))
+    # Not isdigit, which takes superscripts; and int() refuses thousands of digits.
+    return tuple((0, int(part), "") if part.isdecimal() and len(part) < 20 else (1, 0, part) for part in path.split("/"))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -36,13 +38,20 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> Tree:
-    """{path: leaf} -> nested dict with string keys in natural order."""
+    """{path: leaf} -> nested dict with string keys in natural order.
+
+    Raises ModelError for a path below another leaf's, and for more than DEEPEST parts.
+    """
     tree: Tree = {}
     for path in sorted(flat, key=natural_key):
         *parents, leaf = path.split("/")
         node = tree
         for key in parents:
             node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                break
+        if not isinstance(node, dict) or leaf in node or len(parents) >= DEEPEST:
+            raise ModelError(f"{path[:200]!r} names no place for a parameter: another one lies there, or it is too deep")
         node[leaf] = flat[path]
     return tree
 

@@ -24,6 +24,7 @@ from typing import Any
 from absl import logging
 
 from icar_jax.config import ConfigError, ExperimentConfig, from_dict, to_json
+from icar_jax.files import json_file
 
 CONFIG, DATA, SPLITS, CHECKPOINTS, TOKEN = "config.json", "data.json", "splits.json", "checkpoints", ".processes"
 LOCK = ".lock"
@@ -80,16 +81,21 @@ def save_config(workdir: Path, config: ExperimentConfig) -> None:
 
 def load_config(workdir: str | os.PathLike) -> ExperimentConfig:
     """Returns the configuration of a run. Raises ConfigError if it is missing, damaged or has unknown fields."""
-    return from_dict(_read(Path(workdir) / CONFIG))
+    file = Path(workdir) / CONFIG
+    values = _read(file)
+    try:
+        return from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
 
 
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"{file} not found: {file.parent} is not a workdir of train.py")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file} is damaged ({error}); restore it, or use a new --workdir") from error
+        return json_file.read_object(file, ConfigError)
+    except ConfigError as error:
+        raise ConfigError(f"{error}: the file is damaged; restore it, or use a new --workdir") from error
 
 
 def has_checkpoint(workdir: Path) -> bool:

@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 
 from icar_jax.config import require_local
+from icar_jax.files import limits
 
 # Arguments that are not local paths; a store may be in an object store.
 _NO_PATHS = {
@@ -37,6 +38,13 @@ def positive(text: str) -> int:
     return value
 
 
+def threads(text: str) -> int:
+    """Parses a number of threads. Raises argparse.ArgumentTypeError beyond the limit for one program."""
+    if (value := positive(text)) > limits.THREADS:
+        raise argparse.ArgumentTypeError(f"expected at most {limits.THREADS} threads, found {text!r}")
+    return value
+
+
 def add_images(p: argparse.ArgumentParser, done: str, batch_size: int, nargs: str = "+") -> None:
     """Adds flags of commands that read many images; `done` is the participle for help texts, such as 'scored'."""
     p.add_argument("paths", nargs=nargs, metavar="PATH", help="image, folder (recursive) or glob pattern; - reads a list of "
@@ -46,7 +54,7 @@ def add_images(p: argparse.ArgumentParser, done: str, batch_size: int, nargs: st
     p.add_argument("--skip-bad", action="store_true", help=f"exit with status 0 even if images could not be {done}")
     p.add_argument("--batch-size", type=positive, default=batch_size, metavar="N", help=f"batch size ({batch_size})")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of activations (float32)")
-    p.add_argument("--threads", type=positive, default=0, metavar="N", help="decoding threads (one per core, up to 8)")
+    p.add_argument("--threads", type=threads, default=0, metavar="N", help="decoding threads (one per core, up to 8)")
 
 
 def add_profile(p: argparse.ArgumentParser, default: str) -> None:

@@ -8,31 +8,17 @@ from icar_jax.config import choices
 from icar_jax.config.reduction import validate_reduction
 from icar_jax.config.rules import RULE, TASK, AtLeast, OneOf
 from icar_jax.config.schema import MIN_VOCABULARY, ExperimentConfig
+from icar_jax.config.values import require_finite, typed
 from icar_jax.errors import ConfigError
 
 
 def _check_types(node: Any, prefix: str) -> None:
     hints = typing.get_type_hints(type(node))
     for f in dataclasses.fields(node):
-        name, value, want = f"{prefix}.{f.name}", getattr(node, f.name), hints[f.name]
-        if isinstance(want, type) and dataclasses.is_dataclass(want):
-            if not isinstance(value, want):
-                raise ConfigError(f"{name} must be a {want.__name__}, found {type(value).__name__}")
+        name, value = f"{prefix}.{f.name}", getattr(node, f.name)
+        setattr(node, f.name, typed(name, value, hints[f.name]))
+        if dataclasses.is_dataclass(value):
             _check_types(value, name)
-        elif typing.get_origin(want) is tuple:
-            inner = typing.get_args(want)[0]
-            if not isinstance(value, (tuple, list)) or not all(_is(v, inner) for v in value):
-                example = "(3,)" if inner is int else "(0.5,)"
-                raise ConfigError(f"{name}={value!r} must be a tuple of {inner.__name__}, for example {example}")
-            setattr(node, f.name, tuple(inner(v) for v in value))
-        elif not _is(value, want):
-            raise ConfigError(f"{name}={value!r} must be of type {want.__name__}, found {type(value).__name__}")
-
-
-def _is(value: Any, want: type) -> bool:
-    if isinstance(value, bool):
-        return want is bool
-    return isinstance(value, (int, float) if want is float else want)
 
 
 def _check_fields(node: Any, prefix: str, task: str) -> None:
@@ -45,6 +31,7 @@ def _check_fields(node: Any, prefix: str, task: str) -> None:
         rule, belongs_to = f.metadata.get(RULE), f.metadata.get(TASK)
         if rule is not None:
             rule.check(name, value)
+        require_finite(name, value)
         if belongs_to and belongs_to != task and value != f.default:
             raise ConfigError(f"{name}={value!r} is for task {belongs_to!r} only; leave it {f.default!r}")
 

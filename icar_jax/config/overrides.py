@@ -7,6 +7,7 @@ from typing import Any
 
 from icar_jax.config.errors import no_field
 from icar_jax.config.schema import ExperimentConfig
+from icar_jax.config.values import require_finite, typed
 from icar_jax.errors import ConfigError
 
 
@@ -30,19 +31,37 @@ def to_json(config: ExperimentConfig) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2)
 
 
-def from_dict(values: dict[str, Any], cls: type = ExperimentConfig, prefix: str = "config") -> Any:
-    """The inverse of `dataclasses.asdict`; an unknown field raises ConfigError with the nearest known name."""
+def from_dict(values: Any, cls: type = ExperimentConfig, prefix: str = "config") -> Any:
+    """The inverse of `dataclasses.asdict`, of values as JSON has them.
+
+    Raises ConfigError, naming the field after `prefix`, for anything but an object, an unknown field (with the nearest known
+    name), a field that is missing or of another type, and a combination that `cls` refuses.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{prefix}: expected an object, found {values!r:.80}")
     hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
-        if key not in known:
-            raise no_field(prefix, key, known)
+        if key not in fields:
+            raise no_field(prefix, key, fields)
+    missing = [name for name, f in fields.items() if name not in values and _is_required(f)]
+    if missing:
+        raise ConfigError(f"{prefix}: missing {', '.join(missing)}")
     made = {}
     for key, value in values.items():
         want = hints[key]
         if dataclasses.is_dataclass(want):
-            value = from_dict(value, typing.cast(type, want), f"{prefix}.{key}")
-        elif typing.get_origin(want) is tuple:
-            value = tuple(value)
-        made[key] = value
-    return cls(**made)
+            made[key] = from_dict(value, typing.cast(type, want), f"{prefix}.{key}")
+        else:
+            made[key] = typed(f"{prefix}.{key}", value, want)
+            require_finite(f"{prefix}.{key}", made[key])
+    try:
+        return cls(**made)
+    except ConfigError:
+        raise
+    except (ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"{prefix}: {error}") from error
+
+
+def _is_required(f: dataclasses.Field) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING

@@ -37,14 +37,17 @@ class OneOf:
 
 @dataclass(frozen=True)
 class AtLeast:
-    """A number of at least `low`."""
+    """A number of at least `low`, and at most `high`, which only a slip of the keyboard exceeds."""
 
     low: float
     fix: str = "raise it"
+    high: int = 10**9
 
     def check(self, name: str, value: Any) -> None:
         if not value >= self.low:
             raise ConfigError(f"{name}={value} must be at least {self.low}; {self.fix}")
+        if value > self.high:
+            raise ConfigError(f"{name}={value!r:.40} must be at most {self.high:,}; lower it")
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Within:
             above = each >= low if self.interval[0] == "[" else each > low
             below = each <= high if self.interval[-1] == "]" else each < high
             if not (above and below):
-                raise ConfigError(f"{name}={value} must lie in {self.interval}{f'; {self.hint}' if self.hint else ''}")
+                raise ConfigError(f"{name}={value!r:.80} must lie in {self.interval}{f'; {self.hint}' if self.hint else ''}")
 
 
 @dataclass(frozen=True)

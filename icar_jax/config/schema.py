@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 
 from icar_jax.config import choices
 from icar_jax.config.rules import Ascending, AtLeast, GroupsOrPatterns, LocalPath, OneOf, Rates, Shares, Within, setting
+from icar_jax.files import limits
 
 MIN_VOCABULARY = 259  # of a byte-level tokenizer: 256 bytes, pad, start and end
 _OFF, _ONE_OFF = Within("[0, 1]", "0 switches it off"), Within("[0, 1)", "0 switches it off")
-_WEIGHT = Within("[0, inf)", "0 switches it off")
+_WEIGHT = Within("[0, 1000000]", "0 switches it off")
 _MOMENT = Within("[0, 1)", "for example 0.9")
-_ZERO_OR_MORE = AtLeast(0, "use zero or a positive number")
-_KEEPS = AtLeast(0, "0 keeps the variant's")
+_RATE = AtLeast(0, "use zero or a positive number", 1_000)  # larger ones overflow at the first step
+_KEEPS = AtLeast(0, "0 keeps the variant's", 1 << 20)
+_KEEPS_PIXELS = AtLeast(0, "0 keeps the variant's", 1 << 14)
+_BOUNDED = Within("[-1000000, 1000000]")  # where other fields decide on the rest
 
 
 @dataclass
@@ -28,17 +31,19 @@ class ClipConfig:
     # Before an exit's projection: linear (nothing) | adapter (small MLP) | attention (all tokens).
     exit_head: str = setting("linear", OneOf(choices.ExitHeadName))
     exit_sum: bool = False  # an embedding is the sum of all heads up to its depth: each head corrects those before
-    merge: tuple[int, ...] = ()  # patches merged into similar ones after the first block, the second, ...; or `reduce`
+    merge: tuple[int, ...] = setting(
+        (), _BOUNDED
+    )  # patches merged into similar ones after the first block, the second, ...; or `reduce`
     # Token reduction: ToMe, PiToMe, CrossGET (both towers), or drop (HiRED).
     reduce: str = setting("none", OneOf(choices.ReductionName))
     # Tokens of an image that each block merges: one number for all blocks, or one for each. drop: patches dropped.
-    reduce_r: tuple[int, ...] = ()
+    reduce_r: tuple[int, ...] = setting((), _BOUNDED)
     reduce_to: float = setting(
         0.0, Within("[0, 1)", "0 leaves it to reduce_r")
     )  # share of the image tower's FLOPs, in place of reduce_r
     # Blocks before tokens are removed, which all routes share; drop: 0 is a third of the depth.
     reduce_after: int = setting(0, AtLeast(0, "use zero or a number of blocks"))
-    reduce_text: tuple[int, ...] = ()  # crossget: as reduce_r, of a text
+    reduce_text: tuple[int, ...] = setting((), _BOUNDED)  # crossget: as reduce_r, of a text
     reduce_proportional: bool = True  # attention proportional to the sizes of merged tokens
     # More schedules, as shares of FLOPs: routes beside the exits. Training draws one schedule a step.
     reduce_routes: tuple[float, ...] = setting((), Shares())
@@ -48,10 +53,12 @@ class ClipConfig:
     projection: str = setting("", OneOf(choices.Projection))
     projection_width: int = setting(0, _KEEPS)  # hidden channels of the projection's MLP
     embed_dim: int = setting(0, _KEEPS)  # of the embedding space; 0 keeps the variant's
-    depth: int = setting(0, _KEEPS)  # blocks of the vision tower; 0 keeps the variant's
-    image_size: int = setting(0, _KEEPS)  # pixels; 0 keeps the variant's
-    patch_size: int = setting(0, _KEEPS)  # pixels; 0 keeps the variant's
-    context_length: int = 0  # tokens; 0 keeps the variant's
+    depth: int = setting(
+        0, AtLeast(0, "0 keeps the variant's", limits.DEPTH)
+    )  # blocks of the vision tower; 0 keeps the variant's
+    image_size: int = setting(0, _KEEPS_PIXELS)  # pixels; 0 keeps the variant's
+    patch_size: int = setting(0, _KEEPS_PIXELS)  # pixels; 0 keeps the variant's
+    context_length: int = setting(0, _BOUNDED)  # tokens; 0 keeps the variant's
 
 
 @dataclass
@@ -60,8 +67,8 @@ class ComplexityConfig:
 
     variant: str = "convnextv2_nano"  # named ConvNeXt of models/variants.py, or blocks: a head on the first blocks of a CLIP
     head: str = setting("regression", OneOf(choices.ScorerHead))  # score in [0, 1], or probability of 'complex'
-    image_size: int = 224  # pixels, squashed
-    dropout: float = 0.2  # of the regression head, while training
+    image_size: int = setting(224, AtLeast(-1, high=1 << 14))  # pixels, squashed
+    dropout: float = setting(0.2, _BOUNDED)  # of the regression head, while training
     # Classification: a rated complexity above this is the class 'complex'.
     threshold: float = setting(0.5, Within("[0, 1)", "images rated above it are 'complex', and ratings lie in [0, 1]"))
     class_weights: str = setting("none", OneOf(choices.ClassWeights))  # of the cross-entropy; balanced: classes weigh alike
@@ -69,12 +76,16 @@ class ComplexityConfig:
     # Regret: InfoNCE term at the exit minus that at full depth ('loss'), weighted by full depth's probability of the pair
     # ('kl'), or 1 - the 'cosine' of both embeddings.
     regret: str = setting("loss", OneOf(choices.RegretName))
-    exit: int = 0  # regret: the exit of `clip`, in executed blocks; 0 is its first one
-    rivals: int = 0  # regret 'loss', 'kl': extra negatives (a memory bank of training pairs) beside the pairs of the batch
+    exit: int = setting(0, _BOUNDED)  # regret: the exit of `clip`, in executed blocks; 0 is its first one
+    rivals: int = setting(
+        0, _BOUNDED
+    )  # regret 'loss', 'kl': extra negatives (a memory bank of training pairs) beside the pairs of the batch
     # Variant blocks: the tower stays frozen, and its preprocessing replaces image_size, data.resize, data.interpolation and
     # data.normalise. Target regret: the CLIP stays frozen.
     clip: str = setting("", LocalPath())  # checkpoint or workdir of the CLIP that it routes
-    blocks: int = 0  # variant blocks: blocks of its vision tower that run before the head; at most its first exit
+    blocks: int = setting(
+        0, _BOUNDED
+    )  # variant blocks: blocks of its vision tower that run before the head; at most its first exit
     # Variant blocks: class token, mean and deviation are normalised together ('whole'), or each on its own first ('parts'), so
     # that the largest does not dominate.
     pooled_norm: str = setting("whole", OneOf(choices.PooledNorm))
@@ -83,8 +94,10 @@ class ComplexityConfig:
     # ridge: a linear head in closed form on all rated images, within their categories; `icar evaluate` cross-validates.
     fit: str = setting("sgd", OneOf(choices.Fit))
     # ridge: penalties to choose from, as shares of the features' variance; a larger one shrinks more.
-    penalties: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-    depths: tuple[int, ...] = (2, 4, 6, 8)  # ridge: blocks of `clip` whose heads the cross-validation compares
+    penalties: tuple[float, ...] = setting((0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0), _BOUNDED)
+    depths: tuple[int, ...] = setting(
+        (2, 4, 6, 8), _BOUNDED
+    )  # ridge: blocks of `clip` whose heads the cross-validation compares
     folds: int = setting(5, AtLeast(2))  # ridge: of the cross-validation
 
 
@@ -122,13 +135,15 @@ class DataConfig:
     contrast: float = setting(0.0, _OFF)
     saturation: float = setting(0.0, _OFF)
     tokenizer: str = setting("", LocalPath())  # tokenizer.json or CLIP merges file; empty trains one on the captions
-    vocabulary: int = 4096  # size of a tokenizer trained here
-    workers: int = setting(0, AtLeast(0, "0 uses threads of this process"))  # worker processes that prepare batches
-    threads: int = setting(2, AtLeast(1))  # threads that prepare batches, in each process
+    vocabulary: int = setting(4096, _BOUNDED)  # size of a tokenizer trained here
+    workers: int = setting(
+        0, AtLeast(0, "0 uses threads of this process", limits.WORKERS)
+    )  # worker processes that prepare batches
+    threads: int = setting(2, AtLeast(1, high=limits.THREADS))  # threads that prepare batches, in each process
     # Times a shard that cannot be read is tried again, with growing pauses, before the run stops.
     retries: int = setting(3, AtLeast(0, "0 stops at the first fault"))
     # Seconds without a batch after which the run stops, naming what it waited for.
-    stall_timeout_s: float = setting(600.0, Within("(0, inf)", "seconds; 86400 waits for a day"))
+    stall_timeout_s: float = setting(600.0, Within("(0, 1000000000]", "seconds; 86400 waits for a day"))
 
 
 @dataclass
@@ -136,20 +151,20 @@ class OptimConfig:
     """The optimizer, with one learning rate for each parameter group."""
 
     kind: str = setting("adamw", OneOf(choices.Optimizer))  # muon: matrices by orthogonal momentum, the rest by Adam
-    lr: float = setting(1e-3, _ZERO_OR_MORE)  # towers
-    exit_lr: float = setting(1e-3, _ZERO_OR_MORE)  # exit heads
-    temperature_lr: float = setting(1e-3, _ZERO_OR_MORE)  # logit scales (never decayed)
+    lr: float = setting(1e-3, _RATE)  # towers
+    exit_lr: float = setting(1e-3, _RATE)  # exit heads
+    temperature_lr: float = setting(1e-3, _RATE)  # logit scales (never decayed)
     # Each block's rate is this share of the next one's, from the last block of a tower down; 1 gives all the same.
     layer_decay: float = setting(1.0, Within("(0, 1]", "1 switches it off"), task="clip")
     # 'REGEX=SHARE' of the rate for parameters whose path the pattern is found in; the first match counts.
     rates: tuple[str, ...] = setting((), Rates())
-    weight_decay: float = setting(0.05, _ZERO_OR_MORE)  # matrices and embeddings only
+    weight_decay: float = setting(0.05, _RATE)  # matrices and embeddings only
     b1: float = setting(0.9, _MOMENT)
     b2: float = setting(0.98, _MOMENT)
-    eps: float = setting(1e-6, _ZERO_OR_MORE)
-    clip_norm: float = setting(1.0, _ZERO_OR_MORE)  # global gradient norm; 0 switches clipping off
-    warmup_steps: int = setting(100, _ZERO_OR_MORE)  # linear
-    final_lr: float = setting(0.0, _ZERO_OR_MORE)  # the cosine ends at this share of the peak
+    eps: float = setting(1e-6, Within("[0, 1]", "for example 1e-6"))
+    clip_norm: float = setting(1.0, _WEIGHT)  # global gradient norm; 0 switches clipping off
+    warmup_steps: int = setting(100, AtLeast(0, "use zero or a positive number"))  # linear
+    final_lr: float = setting(0.0, _RATE)  # the cosine ends at this share of the peak
     mu_dtype: str = setting("float32", OneOf(choices.Dtype))  # of Adam's first moment
     ema: float = setting(0.0, _MOMENT)  # decay of a moving average of the weights, which becomes the model; 0: off
 
@@ -158,7 +173,9 @@ class OptimConfig:
 class LossConfig:
     """The contrastive loss at every exit and at full depth."""
 
-    exit_weights: tuple[float, ...] = ()  # one weight for each exit, then full depth; empty weighs all equally
+    exit_weights: tuple[float, ...] = setting(
+        (), _BOUNDED
+    )  # one weight for each exit, then full depth; empty weighs all equally
     direction: str = setting("symmetric", OneOf(choices.Direction))  # of softmax
     kind: str = setting("softmax", OneOf(choices.LossName))  # CLIP, or SigLIP: logit bias, every pair its own decision
     # Distillation weights: 1 - cos(exit, full depth); KL(softmax of the similarities of full depth || of the exit), both with
@@ -180,9 +197,9 @@ class TrainConfig:
 
     steps: int = setting(1000, AtLeast(1))
     # Passes over the training images; above 0 they set `steps`.
-    epochs: float = setting(0.0, AtLeast(0, "0 trains for config.train.steps"))
+    epochs: float = setting(0.0, AtLeast(0, "0 trains for config.train.steps", 1_000_000))
     batch_size: int = setting(128, AtLeast(2))  # pairs over all devices
-    seed: int = setting(0, AtLeast(0))
+    seed: int = setting(0, AtLeast(0, high=2**63 - 1))
     dtype: str = setting("bfloat16", OneOf(choices.Dtype))  # of activations; parameters and sums stay float32
     log_every: int = setting(20, AtLeast(1))  # steps
     checkpoint_every: int = setting(500, AtLeast(1))  # steps; the last step is always saved
@@ -209,7 +226,7 @@ class TrainConfig:
     # Augmented views of each image that are kept, of which every epoch draws one; 1 without augmentation.
     cache_views: int = setting(1, AtLeast(1), task="clip")
     cache_folder: str = setting("", LocalPath())  # of cache_frozen; empty: ~/.cache/icar_jax/outputs
-    cache_gb: float = setting(20.0, Within("(0, inf)", "gigabytes"))  # largest size of that folder; the oldest outputs go
+    cache_gb: float = setting(20.0, Within("(0, 1000000]", "gigabytes"))  # largest size of that folder; the oldest outputs go
     # Steps between evaluations while training.
     eval_every: int = setting(0, AtLeast(-1, "0 evaluates only with evaluate.py, -1 once an epoch"))
     eval_split: str = ""  # split of these evaluations; empty: config.eval.split
@@ -223,9 +240,9 @@ class TrainConfig:
 class MeshConfig:
     """Devices along each axis; one axis may be -1, which takes the remaining devices."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = setting(-1, _BOUNDED)
+    fsdp: int = setting(1, _BOUNDED)
+    tensor: int = setting(1, _BOUNDED)
 
 
 @dataclass
@@ -250,7 +267,9 @@ class EvalConfig:
     size: int = setting(500, AtLeast(1))  # scenes: images in the gallery
     # Complexity checkpoint or workdir that routes a plain CLIP; empty evaluates without.
     complexity: str = setting("", LocalPath())
-    early_share: tuple[float, ...] = ()  # share of calibration images for each early exit; empty: equal for all exits
+    early_share: tuple[float, ...] = setting(
+        (), _BOUNDED
+    )  # share of calibration images for each early exit; empty: equal for all exits
     budgets: tuple[float, ...] = setting((), Shares())  # of full depth's counted cost, at which routing is evaluated too
     # Checkpoint or workdir of a shallower baseline, run at its full depth.
     static: str = setting("", LocalPath())

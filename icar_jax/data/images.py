@@ -27,6 +27,7 @@ INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampl
 _GAP = 3
 # Beyond this aspect ratio the long side is cropped before resizing: a 1 x 60000 strip would need gigabytes.
 _MAX_ASPECT = 50
+_LARGEST = 1 << 14  # pixels of a side that a model sees
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,18 @@ class Preprocess:
     resize_to: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.image_size, int) or isinstance(self.image_size, bool) or self.image_size < 1:
-            raise ConfigError(f"preprocess.image_size must be a positive integer (pixels), got {self.image_size!r}")
+        if not isinstance(self.image_size, int) or isinstance(self.image_size, bool) or not 1 <= self.image_size <= _LARGEST:
+            raise ConfigError(
+                f"preprocess.image_size must be a positive integer of at most {_LARGEST} (pixels), got {self.image_size!r:.80}"
+            )
         check_choice("preprocess.resize_mode", self.resize_mode, RESIZES)
         check_choice("preprocess.interpolation", self.interpolation, tuple(INTERPOLATIONS))
-        whole = isinstance(self.resize_to, int) and not isinstance(self.resize_to, bool)
-        if not whole or (self.resize_to and (self.resize_mode != "crop" or self.resize_to < self.image_size)):
+        whole = type(self.resize_to) is int
+        wrong = whole and self.resize_to and (self.resize_mode != "crop" or not self.image_size <= self.resize_to <= _LARGEST)
+        if not whole or wrong:
             raise ConfigError(
                 f"preprocess.resize_to must be 0 or, with resize_mode 'crop', at least image_size={self.image_size} pixels, "
-                f"got {self.resize_to!r} with {self.resize_mode!r}"
+                f"got {self.resize_to!r:.80} with {self.resize_mode!r}"
             )
         if self.resize_to == self.image_size:
             object.__setattr__(self, "resize_to", 0)
@@ -66,11 +70,11 @@ class Preprocess:
             value = getattr(self, field)
             try:
                 value = tuple(float(v) for v in value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 value = ()
             if len(value) != 3 or not np.isfinite(value).all() or (field == "std" and min(value) <= 0):
                 need = "three positive numbers" if field == "std" else "three numbers"
-                raise ConfigError(f"preprocess.{field} must be {need} (R, G, B), got {getattr(self, field)!r}")
+                raise ConfigError(f"preprocess.{field} must be {need} (R, G, B), got {getattr(self, field)!r:.200}")
             object.__setattr__(self, field, value)
 
     @property
@@ -104,22 +108,29 @@ class Preprocess:
         return values if self.resize_to else {k: v for k, v in values.items() if k != "resize_to"}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
+    def from_dict(cls, values: Any, where: str = "preprocess") -> Preprocess:
         """Inverse of `to_dict`; every field but `resize_to` must be present.
 
-        Raises ConfigError naming missing and unknown fields.
+        Raises ConfigError naming `where` and the missing and unknown fields, or the field with an impossible value.
         """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{where}: expected an object, found {values!r:.80}")
         known = {f.name for f in fields(cls)}
         expected = known - {"resize_to"}
         missing, unknown = sorted(expected - set(values)), sorted(set(values) - known)
         if missing or unknown:
-            raise ConfigError(f"preprocess: missing fields {missing}, unknown fields {unknown}; expected {sorted(expected)}")
-        return cls(**values)
+            raise ConfigError(
+                f"{where}: missing fields {missing}, unknown fields {str(unknown):.200}; expected {sorted(expected)}"
+            )
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{where.removesuffix('preprocess')}{error}") from error
 
 
 def check_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"{field} must be one of {', '.join(choices)}, got {value!r}")
+        raise ConfigError(f"{field} must be one of {', '.join(choices)}, got {value!r:.80}")
 
 
 def _limit_aspect(image: Image.Image) -> Image.Image:

@@ -9,7 +9,9 @@ text by the rules in their own files alone, unless a `cleaning` is given, as Ope
 from __future__ import annotations
 
 import gzip
+import io
 import re
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from tokenizers import Tokenizer as _Backend
 
 from icar_jax.data.cleaning import CLEANINGS, clean
 from icar_jax.errors import DataError
+from icar_jax.files import limits
+from icar_jax.files.opening import read_regular
 
 CLIP_CONTEXT_LENGTH = 77
 CLIP_VOCAB_SIZE = 49408
@@ -125,10 +129,16 @@ class Tokenizer:
             raise FileNotFoundError(
                 f"tokenizer file {path} not found; pass CLIP's tokenizer.json or bpe_simple_vocab_16e6.txt.gz"
             )
-        data = path.read_bytes()
+        most = limits.TOKENIZER_BYTES
         try:
-            text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+            data = read_regular(path, most)
+            if data[:2] == b"\x1f\x8b":
+                with gzip.open(io.BytesIO(data)) as stream:
+                    data = stream.read(most + 1)
+            if len(data) > most:
+                raise DataError(f"tokenizer file {path}: unpacks to more than the limit of {most:,} bytes")
+            text = data.decode("utf-8")
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise DataError(f"tokenizer file {path}: not readable as (gzipped) UTF-8 text: {error}") from error
         if text.lstrip().startswith("{"):
             return cls.from_json(text, f"tokenizer file {path}", pad_token, cleaning)
@@ -146,7 +156,10 @@ class Tokenizer:
             return cls(backend, where, cleaning)
         except ValueError:
             raise
-        except Exception as error:  # the library raises bare Exception on malformed JSON
+        except BaseException as error:
+            # The library raises bare Exception on malformed JSON, and a panic, which is none, for impossible numbers in it.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise DataError(f"{where}: not a tokenizer.json of the tokenizers library: {error}") from error
 
     @classmethod

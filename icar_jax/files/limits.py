@@ -19,11 +19,21 @@ XMP_BYTES = 1 << 20  # of a block that is searched for the orientation
 # Text and structured files.
 JSON_BYTES = 1 << 28  # of a JSON file of captions; descriptions of models are smaller
 JSON_DEPTH = 64  # nested objects and lists
+SIZE = 1 << 26  # one size of a model: a width, a vocabulary, a number of positions
+TOKENIZER_BYTES = 1 << 27  # of a tokenizer file, unpacked; published ones have up to 35 MB
 LINE_BYTES = 1 << 24  # of one line of a list or a .jsonl file
 
 # Archives and compressed members.
 MEMBERS = 1_000_000  # of an archive
 EXPANSION = 1_100  # decompressed bytes for each compressed byte; deflate reaches 1,032
+UNPACKED_SHARE, UNPACKED_BYTES = 64, 1 << 28  # all compressed members of weights: so many times the file, or so many bytes
+NAME_CHARACTERS = 1 << 26  # names of the tensors of a TorchScript file, all together
+
+# Models: compared with the weights before any shape is built.
+DEPTH = 1_000  # blocks of a tower, or of a stage
+
+# Processes.
+WORKERS, THREADS = 256, 256  # of one program
 
 # Filters of searches.
 FILTER_CHARACTERS = 2_000

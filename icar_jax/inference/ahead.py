@@ -23,7 +23,8 @@ from absl import logging
 
 import icar_jax.models
 from icar_jax.checkpoint import DESCRIPTION
-from icar_jax.errors import ConfigError
+from icar_jax.errors import ConfigError, DataError
+from icar_jax.files import json_file
 from icar_jax.files.opening import make_staging
 from icar_jax.models.reduction.tokens import Tokens
 from icar_jax.version import VERSION
@@ -133,7 +134,7 @@ def find(checkpoint: str | os.PathLike, identity: Mapping[str, str], dtype: str)
 def _unfit(file: Path, identity: Mapping[str, str], dtype: str) -> str | None:
     """Why the programs that `file` describes do not fit; None if they do."""
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
+        about = json_file.read_object(file)
         version, made_for, platforms = about["version"], about["identity"], about["platforms"]
         if version != VERSION:
             return f"they were made by icar_jax {version}, and this is {VERSION}"
@@ -152,8 +153,8 @@ def _unfit(file: Path, identity: Mapping[str, str], dtype: str) -> str | None:
 
 def _is_bundle(folder: Path) -> bool:
     try:
-        return json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")).get("kind") == "bundle"
-    except (OSError, ValueError, AttributeError):
+        return json_file.read_object(folder / DESCRIPTION).get("kind") == "bundle"
+    except DataError:
         return False
 
 

@@ -104,7 +104,10 @@ def pack_quantiles(scores: np.ndarray) -> str:
 
 def unpack_quantiles(text: str) -> np.ndarray:
     """Quantiles float32 [QUANTILES], ascending; the inverse of `pack_quantiles`."""
-    return checked_scores(np.array(text.split(), np.float32))
+    try:
+        return checked_scores(np.array(text.split(), np.float32))
+    except (ValueError, OverflowError) as error:
+        raise DataError(f"the calibration scores of the bundle are damaged ({error}); calibrate it again") from error
 
 
 def between(ordered: np.ndarray, below: np.ndarray) -> tuple[float, ...]:

@@ -82,7 +82,7 @@ class LoadedModel:
         self.arch = arch = graph.arch
         self.path = loaded.path
         if arch.vision is not None:
-            self.preprocess = Preprocess.from_dict(loaded.description["preprocess"])
+            self.preprocess = Preprocess.from_dict(loaded.description["preprocess"], f"{loaded.path}: preprocess")
             self.exits = arch.vision.all_exits
         self.tokenizer = Tokenizer.from_json(loaded.tokenizer) if loaded.tokenizer is not None else None
         self.embed_dim = (arch.vision or arch.text).embed_dim

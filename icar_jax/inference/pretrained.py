@@ -19,6 +19,7 @@ from icar_jax.models import clip as clip_module
 from icar_jax.models.clip import ClipArch
 from icar_jax.models.encoders import LoneArch, TextModel, VisionModel
 from icar_jax.models.functional import Graph
+from icar_jax.models.sizes import require_depths
 from icar_jax.models.text import TextArch
 from icar_jax.models.vision import VisionArch
 
@@ -98,7 +99,7 @@ def _options(given: dict[str, Any]) -> Any:
 
 def clip_graph(loaded: Checkpoint, dtype: Any, module: type[Clip] = Clip) -> Graph[Clip]:
     """The structure that a checkpoint describes. Raises CheckpointError if its parameters do not match."""
-    return _checked(module.graph(from_dict(loaded.description["arch"], ClipArch, f"{loaded.path}: arch"), dtype=dtype), loaded)
+    return _checked(module, from_dict(loaded.description["arch"], ClipArch, f"{loaded.path}: arch"), dtype, loaded)
 
 
 def tower_graph(loaded: Checkpoint, dtype: Any) -> Graph:
@@ -107,10 +108,12 @@ def tower_graph(loaded: Checkpoint, dtype: Any) -> Graph:
         return clip_graph(loaded, dtype)
     kind = {"vision": VisionArch, "text": TextArch}[loaded.kind]
     arch = LoneArch(**{loaded.kind: from_dict(loaded.description["arch"], kind, f"{loaded.path}: arch")})
-    return _checked(MODULES[loaded.kind].graph(arch, dtype=dtype), loaded)
+    return _checked(MODULES[loaded.kind], arch, dtype, loaded)
 
 
-def _checked(graph: Graph, loaded: Checkpoint) -> Graph:
+def _checked(module: Any, arch: Any, dtype: Any, loaded: Checkpoint) -> Graph:
+    require_depths(arch, loaded.params, str(loaded.path))
+    graph = module.graph(arch, dtype=dtype)
     pytree.require_same(graph.shapes, loaded.params, str(loaded.path))
     return graph
 

@@ -16,7 +16,14 @@ from icar_jax.models.clip import ClipArch
 from icar_jax.models.functional import Graph
 from icar_jax.models.ops import normalise
 from icar_jax.models.reduction.routes import route_name
-from icar_jax.models.token_router import BlocksArch, ScorerArch, scorer_arch, scorer_class, shared_paths
+from icar_jax.models.token_router import (
+    BlocksArch,
+    ScorerArch,
+    require_blocks,
+    scorer_arch,
+    scorer_class,
+    shared_paths,
+)
 
 
 class Scorer:
@@ -36,13 +43,14 @@ class Scorer:
     ):
         self.path = loaded.path
         arch = scorer_arch(loaded.description["arch"], f"{loaded.path}: arch")
+        require_blocks(arch, loaded.params, str(loaded.path))
         self.complexity = scorer_class(arch).graph(arch, dtype=dtype)
         pytree.require_same(self.complexity.shapes, loaded.params, str(loaded.path))
         params = loaded.params
         if clip_params is not None:
             shared, ours = shared_paths(loaded.params), pytree.flatten(clip_params)
             params = pytree.map_with_path(lambda path, leaf: ours[shared[path]] if path in shared else leaf, params)
-        self.preprocess = Preprocess.from_dict(loaded.description["preprocess"])
+        self.preprocess = Preprocess.from_dict(loaded.description["preprocess"], f"{loaded.path}: preprocess")
         self._buckets, self._placement = bucket_sizes(batch_size, placement.shards), placement
         self.set_weights(self.complexity, placement.params(params), programs)
 

@@ -43,7 +43,7 @@ class TextModel:
             names = [name for name in weights.keys() if name.startswith(f"{TEXT}/")]
             params = pytree.unflatten({name: weights.get_tensor(name) for name in names})
             self.temperature = float(np.exp(weights.get_tensor("logit_scale")))
-        self._tokenizer = Tokenizer.from_json((folder / checkpoint.TOKENIZER).read_text(encoding="utf-8"))
+        self._tokenizer = Tokenizer.from_json(checkpoint.read_tokenizer(folder) or "")
         self._forward = Forward(call, jax.device_put(params), bucket_sizes(batch_size))
 
     @classmethod

@@ -19,6 +19,7 @@ from icar_jax.models.convnext import INIT_STD, ConvNeXt, ConvNeXtArch
 from icar_jax.models.filters import filter_start
 from icar_jax.models.functional import Module, Params
 from icar_jax.models.layers import DType, LayerNorm, Linear
+from icar_jax.models.sizes import size_error
 from icar_jax.models.statistics import LinearHead
 
 Array = jax.Array
@@ -45,6 +46,8 @@ class ComplexityArch:
             raise ModelError(f"pool {self.pool!r} must be 'mean' or 'statistics'")
         if self.backbone.num_classes:
             raise ModelError(f"the backbone of a complexity model needs num_classes=0, got {self.backbone.num_classes}")
+        if wrong := size_error(self):
+            raise ModelError(f"complexity model: {wrong}")
         if self.image_size < 32:
             raise ModelError(f"image size {self.image_size} is below 32 pixels, the backbone's total stride")
 

@@ -14,6 +14,7 @@ from icar_jax.models import ops
 from icar_jax.models.functional import Module
 from icar_jax.models.layers import DepthwiseConv, DType, LayerNorm, Linear, PatchConv
 from icar_jax.models.ops import require_floats
+from icar_jax.models.sizes import size_error
 from icar_jax.models.statistics import PER_CHANNEL, response_statistics
 
 Array = jax.Array
@@ -33,6 +34,8 @@ class ConvNeXtArch:
     def __post_init__(self) -> None:
         if self.version not in (1, 2) or len(self.depths) != 4 or len(self.dims) != 4:
             raise ModelError(f"ConvNeXt needs version 1 or 2 and four stages, got {self}")
+        if wrong := size_error(self):
+            raise ModelError(f"ConvNeXt: {wrong}")
 
     @property
     def statistics(self) -> int:

@@ -16,6 +16,7 @@ from icar_jax.models.layers import DType, LayerNorm, Linear, draw
 from icar_jax.models.projection import add_projection, embed_cross, project, projection_error
 from icar_jax.models.reduced_text import PROTECTED, TextTokens, is_text, run_reduced_text
 from icar_jax.models.reduction.schedule import Schedule, schedule_error
+from icar_jax.models.sizes import size_error
 from icar_jax.models.transformer import AttentionFn, Block, Execution, PostNormBlock, require_blocks, run_blocks
 
 Array = jax.Array
@@ -55,6 +56,8 @@ class TextArch:
     pads_apart: bool = False  # whether padding only merges into padding; always so where it is masked
 
     def __post_init__(self) -> None:
+        if wrong := size_error(self):
+            raise ModelError(f"text tower: {wrong}")
         if self.pool not in POOLS:
             raise ModelError(f"text pool {self.pool!r} must be one of {POOLS}")
         if wrong := projection_error(self.projection, self.projection_width, self.width, self.embed_dim):

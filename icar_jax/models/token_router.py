@@ -22,6 +22,7 @@ from icar_jax.models.complexity import ComplexityArch, ComplexityModel, head_mod
 from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType
 from icar_jax.models.reduction.tokens import Tokens
+from icar_jax.models.sizes import require_depth
 from icar_jax.models.transformer import AttentionFn
 from icar_jax.models.vision import Trunk, VisionArch, run_trunk
 
@@ -184,15 +185,21 @@ def shared_paths(shapes: Mapping[str, Any]) -> dict[str, str]:
 ScorerArch = ComplexityArch | BlocksArch
 
 
-def scorer_arch(values: Mapping[str, Any], where: str) -> ScorerArch:
+def scorer_arch(values: Any, where: str) -> ScorerArch:
     """Returns the architecture for the entry "arch" of a complexity checkpoint; without "type" it is a ConvNeXt.
 
     Raises ConfigError for an unknown type or field, naming `where`.
     """
-    kind = values.get("type")
+    kind = values.get("type") if isinstance(values, Mapping) else None
     if kind not in (None, "blocks"):
         raise unknown(f"{where}.type", kind, ("blocks",))
-    return from_dict(dict(values), ComplexityArch if kind is None else BlocksArch, where)
+    return from_dict(values, ComplexityArch if kind is None else BlocksArch, where)
+
+
+def require_blocks(arch: ScorerArch, params: pytree.Tree, where: str) -> None:
+    """Raises ModelError unless the weights hold as many blocks as the architecture, before anything is built."""
+    if isinstance(arch, BlocksArch):
+        require_depth(arch.blocks, params.get(TOWER, {}), f"{where}: {TOWER}")
 
 
 def scorer_class(arch: ScorerArch) -> type[ComplexityModel | TokenRouter]:

@@ -12,6 +12,7 @@ from icar_jax.models.projection import projection_error
 from icar_jax.models.reduction.routes import route_errors, split_route
 from icar_jax.models.reduction.schedule import REDUCTIONS, WITHIN, Schedule, drop_error, schedule_error, stripped
 from icar_jax.models.reduction.similar import merging_error
+from icar_jax.models.sizes import size_error
 
 POOLS = ("cls", "mean", "first_patch", "map", "cls_mean")
 HEADS = ("cls", "map", "mean", "cls_mean")
@@ -166,6 +167,8 @@ class VisionArch:
 
 def _errors(a: VisionArch) -> Iterator[str]:
     """What is wrong with an architecture; later checks rely on earlier ones."""
+    if wrong := size_error(a):
+        yield wrong
     if a.image_size % a.patch_size:
         yield f"image size {a.image_size} is not a multiple of the patch size {a.patch_size}"
     if list(a.exits) != sorted(set(a.exits)) or any(not 1 <= e < a.depth for e in a.exits):

@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 
 from icar_jax import workdir as files
-from icar_jax.errors import ConfigError
+from icar_jax.errors import ConfigError, DataError
+from icar_jax.files import json_file
 
 SUMMARY, TRACE = "summary.json", "trace"
 MADE_BY = {"made_by": "icar --profile"}
@@ -42,10 +43,10 @@ def claim(folder: Path) -> None:
 
 def _is_profile(folder: Path) -> bool:
     try:
-        found = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json_file.read_object(folder / SUMMARY)
+    except DataError:
         return False
-    return isinstance(found, dict) and MADE_BY.items() <= found.items()
+    return MADE_BY.items() <= found.items()
 
 
 def _unwritable(folder: Path, why: object) -> ConfigError:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 
 from icar_jax import checkpoint, pytree
 from icar_jax.config import ConfigError
@@ -21,6 +22,8 @@ from icar_jax.errors import IcarError
 from icar_jax.parallel import distributed
 from icar_jax.training.step import State
 from icar_jax.workdir import CHECKPOINTS
+
+DAMAGED = "damaged"  # folder in a workdir: checkpoints that could not be read
 
 
 class SaveError(IcarError, RuntimeError):
@@ -35,6 +38,8 @@ class StateStore:
         self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
             (workdir / CHECKPOINTS).absolute(),
+            # Named, since Orbax guesses it from the newest checkpoint, which may be damaged.
+            item_handlers=ocp.StandardCheckpointHandler(),
             # Orbax never reads the folders of interrupted saves, but they would fill the disk.
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
@@ -92,20 +97,61 @@ class StateStore:
             raise self._failed(error) from error
         self._complete, self._saving = self._saving, None
 
-    def restore(self, step: int, abstract: State) -> State:
-        """Returns the state saved at `step` with the shapes, dtypes and shardings of `abstract`.
+    def restore_newest(self, abstract: State) -> tuple[int, State | None]:
+        """Returns (step, state) of the newest checkpoint that can be read, with the shapes, dtypes and shardings of `abstract`.
 
-        Raises SaveError if the structures differ.
+        (0, None) if nothing was saved. Where the newest ones are damaged, the one before them is read; they are moved to
+        WORKDIR/damaged with a warning that names them, so that their steps can be saved again. Raises SaveError if none can be
+        read, and where several processes train, for the first that cannot: they have to agree.
         """
-        try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        except ValueError as error:
-            raise SaveError(
-                f"the checkpoint of step {step} in {self._workdir / CHECKPOINTS} does not match the state of this run: "
-                f"{_first_line(error)}. It may come from another version of icar_jax, which stored the optimizer state for "
+        newest = distributed.from_main(self._complete or 0)  # other hosts may see it late on a network disk
+        if not newest:
+            return 0, None
+        faults: dict[int, Exception] = {}
+        for step in sorted((step for step in self._manager.all_steps() if step <= newest), reverse=True):
+            try:
+                with distributed.together(f"reading the checkpoint of step {step}"):
+                    state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            except distributed.PeerError:
+                raise
+            except Exception as error:  # of Orbax, TensorStore, JSON and the file system, by what is damaged
+                faults[step] = error
+                if jax.process_count() > 1:
+                    break
+                continue
+            self._move_aside(faults, step)
+            self._complete = step
+            return step, state
+        step, error = next(iter(faults.items()))
+        raise SaveError(self._unreadable(step, error)) from error
+
+    def _unreadable(self, step: int, error: Exception) -> str:
+        folder = self._workdir / CHECKPOINTS / str(step)
+        if "do not match" in str(error) or "does not match" in str(error) or "mismatch" in str(error):
+            return (
+                f"the checkpoint of step {step} in {folder.parent} does not match the state of this run: {_first_line(error)}. "
+                "It may come from another version of icar_jax, which stored the optimizer state for "
                 "config.optim.clip_norm=0 differently; resume with that version, or start from its weights in a new "
                 "--workdir"
-            ) from error
+            )
+        return (
+            f"the checkpoint in {folder} is damaged and cannot be read ({_first_line(error):.200}); delete that folder and run "
+            "the same command again, which goes on from the checkpoint before it, or from step 0 if there is none"
+        )
+
+    def _move_aside(self, faults: Mapping[int, Exception], step: int) -> None:
+        for damaged, error in faults.items():
+            folder = self._workdir / CHECKPOINTS / str(damaged)
+            target = self._workdir / DAMAGED / str(damaged)
+            shutil.rmtree(target, ignore_errors=True)  # of an earlier start
+            target.parent.mkdir(exist_ok=True)
+            folder.rename(target)
+            logging.warning(
+                "the checkpoint in %s is damaged (%s); the run goes on from step %d, and the damaged one was moved to %s",
+                folder, _first_line(error)[:200], step, target,
+            )  # fmt: skip
+        if faults:
+            self._manager.reload()
 
     def _failed(self, error: Exception) -> SaveError:
         step, self._saving = self._saving, None

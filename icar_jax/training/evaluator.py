@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from icar_jax import checkpoint
 from icar_jax.checkpoint import CheckpointError
 from icar_jax.config import ConfigError, ExperimentConfig
 from icar_jax.data.tokenizer import Tokenizer
+from icar_jax.errors import DataError
+from icar_jax.files import json_file
 from icar_jax.parallel import distributed
 from icar_jax.training.checkpoints import write_model
 from icar_jax.training.logs import METRICS
@@ -161,10 +162,10 @@ def _history(file: Path, start: int, chosen_by: Criterion) -> list[float]:
     scores = []
     for text in file.read_text(encoding="utf-8").splitlines():
         try:
-            line = json.loads(text)
-        except ValueError:
+            line = json_file.require_object(json_file.parse(text, file), file)
+        except DataError:
             continue  # the run was killed while it wrote this line
-        if line["step"] <= start and chosen_by.knows(line):
+        if isinstance(step := line.get("step"), int) and step <= start and chosen_by.knows(line):
             scores.append(chosen_by.score(line))
     return scores
 

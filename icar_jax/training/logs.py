@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from icar_jax import workdir as files
 from icar_jax.config import ConfigError
+from icar_jax.files import json_file
 from icar_jax.parallel import distributed
 
 METRICS = "metrics.jsonl"
@@ -112,6 +113,6 @@ def _drop_after(path: Path, start: int) -> None:
 
 def _step(line: str) -> int | None:
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        return int(json_file.parse(line, "metrics")["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None  # the run was killed while it wrote this line

@@ -72,7 +72,7 @@ def _train(run: RunContext, request: StopRequest, stop_after: int, evaluators: t
     read = kind.frozen_params(task)
     frozen = {name: place(tree, shardings(task.frozen[name], run.mesh)) for name, tree in read.items()}
     with StateStore(workdir, t.keep) as store:
-        start = distributed.from_main(store.latest_step or 0)  # other hosts may see the newest one late on a network disk
+        start, saved = store.restore_newest(abstract_state(task, optimizer, run.mesh, config))
         if task.frozen.keys() - read.keys() and start < min(t.steps, stop_after):
             with distributed.together("embedding the extra negatives"):
                 found = kind.embedded_params(task, run.source, run.tokenizer, read, request)
@@ -80,13 +80,14 @@ def _train(run: RunContext, request: StopRequest, stop_after: int, evaluators: t
                 distributed.require_same("set of extra negatives (images that can be read)", tree["index"].tobytes().hex())
                 frozen[name] = place(tree, shardings(task.frozen[name], run.mesh))
         evaluation = make_evaluation(trained, workdir, start, evaluators)
-        if start:
-            state = store.restore(start, abstract_state(task, optimizer, run.mesh, config))
+        if saved is not None:
+            state = saved
             say(f"Resuming {workdir} after step {start} of {t.steps}.")
         else:
             weights = kind.initial_params(task, say) if kind.starts_from_weights else None
             params = place(weights, shardings(task.shapes, run.mesh)) if weights is not None else None
             state = init_state(task, optimizer, run.mesh, config, params)
+        del saved  # the state is donated step by step
         forget()
         kept = kind.kept_outputs(task, run.source, run.tokenizer, state["params"], run.mesh, request)
         kept = KeptOutputs() if kept is None else kept  # None: a stop signal arrived, so no step will run

@@ -77,8 +77,10 @@ def load_tokenizer(start: Start) -> str | None:
     """Returns the text of tokenizer.json of a CLIP, None if it has none. Raises ConfigError."""
     if isinstance(start, Checkpoint):
         return start.tokenizer
-    file = find(start, "clip") / checkpoint.TOKENIZER
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+    try:
+        return checkpoint.read_tokenizer(find(start, "clip"))
+    except CheckpointError as error:
+        raise init_error(start, error) from error
 
 
 def named(start: Start) -> str:

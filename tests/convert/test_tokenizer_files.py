@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import struct
 
 import jax
 import numpy as np
@@ -23,41 +22,12 @@ from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.text import TextArch
 from tests.support import parity_cases
 from tests.support.texts import HARD
-from tests.support.tokenizers import clip_tokenizer, source_of
+from tests.support.tokenizers import PIECES, clip_tokenizer, field, model_file, source_of
 
 SIZES = {"width": 8, "depth": 1, "heads": 1, "mlp_width": 8, "embed_dim": 8, "end_id": 0, "causal": False}
 XLM = TextArch(40, 1000, **SIZES, pool="mean", post_norm=True, projection="none", pad_id=1)
 BERT = dataclasses.replace(XLM, pad_id=0)
 SIGLIP = TextArch(64, 1000, **SIZES, pool="last")
-PIECES = [
-    ("<unk>", 0, 2), ("<s>", 0, 3), ("</s>", 0, 3), ("\u2581", -3, 1), ("\u2581the", -2, 1), ("\u2581d", -4, 1),
-    ("og", -4.5, 1), ("\u2581dog", -8.8, 1), ("t", -6, 1), ("h", -6, 1), ("e", -5, 1), ("d", -6, 1), ("o", -6, 1),
-    ("g", -6, 1), ("he", -7, 1),
-]  # fmt: skip
-
-
-def varint(number):
-    out = b""
-    while number > 0x7F:
-        out, number = out + bytes([number & 0x7F | 0x80]), number >> 7
-    return out + bytes([number])
-
-
-def field(number, value):
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def model_file(path, pieces=PIECES, kind=1, **normalizer):
-    """A SentencePiece model as the library would write it."""
-    made = b"".join(
-        field(1, field(1, text.encode()) + varint(2 << 3 | 5) + struct.pack("<f", score) + field(3, type))
-        for text, score, type in pieces
-    )
-    spec = b"".join(field({"dummy_prefix": 3, "trims": 4}[name], int(value)) for name, value in normalizer.items())
-    path.write_bytes(made + field(2, field(3, kind)) + field(3, spec))
-    return path
 
 
 def best(text, scores):

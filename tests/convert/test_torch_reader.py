@@ -117,7 +117,7 @@ def test_pickles_have_a_length(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("member", ["byteorder", "data.pkl"])
-@pytest.mark.parametrize("reader", ["own", "auto"])
+@pytest.mark.parametrize("reader", ["own", pytest.param("torch", marks=needs_torch)])
 def test_structure_that_unpacks_to_more_than_a_bound_is_not_unpacked(tmp_path, monkeypatch, member, reader):
     monkeypatch.setitem(torch_reader._LARGEST_STRUCTURE, member, 4000)
     zeros = lambda name, data: bytes(4001) if name.endswith(member) else data
@@ -203,15 +203,15 @@ def test_any_pickle_is_read_or_refused(tmp_path_factory, body):
 def test_torch_refuses_what_is_no_tensor(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for file in ("malicious.pt", "malicious_legacy.bin"):
-        message = refusal(FILES / file, "auto")
+        message = refusal(FILES / file, "torch")
         assert "mkdir" in message and "refused" in message
-    assert "weights_only" in refusal(FILES / "malicious.pkl", "torch")
+    assert "refused" in refusal(FILES / "malicious.pkl", "torch")
     assert "TorchScript" in refusal(FILES / "script.pt", "torch")
     content = (FILES / "zip.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(content[:2000])
     assert "truncated" in refusal(tmp_path / "cut.pt", "torch")
     (tmp_path / "cut.bin").write_bytes((FILES / "legacy.bin").read_bytes()[:900])
-    assert "cannot be read by torch" in refusal(tmp_path / "cut.bin", "torch")
+    assert "cut.bin" in refusal(tmp_path / "cut.bin", "torch")
     rewrite_zip(FILES / "zip.pt", tmp_path / "small.pt", compression=zipfile.ZIP_DEFLATED)
     for name, tensor in read_weights(tmp_path / "small.pt", "torch").tensors.items():
         assert_same(tensor, EXPECTED[name])

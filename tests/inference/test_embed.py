@@ -175,7 +175,7 @@ def test_folders_that_are_no_corpus_and_damage(model, pictures, tmp_path):
                 use(tmp_path / "out")
         (tmp_path / "out" / name).write_bytes(kept)
     (tmp_path / "out" / "corpus.json").write_text("{")
-    with pytest.raises(CorpusError, match="cannot read"):
+    with pytest.raises(CorpusError, match="not valid JSON"):
         open_corpus(tmp_path / "out")
 
 

@@ -6,7 +6,6 @@ in front of the values; it is checked as strictly as by the library.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,8 @@ import numpy as np
 
 from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.files import torch_reader
+from icar_jax.files import json_file
+from icar_jax.files.opening import open_regular
 
 _LARGEST_HEADER = 100_000_000
 _DTYPES = {
@@ -37,13 +38,17 @@ def read(path: str | os.PathLike) -> dict[str, tuple[tuple[int, ...], str, Calla
     """
     path = Path(path)
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             length = int.from_bytes(stream.read(8), "little")
+            size = os.fstat(stream.fileno()).st_size - 8 - length
+            if size < 0 or length > _LARGEST_HEADER:
+                raise ValueError(f"it states {length:,} bytes, the file has {size + 8 + length:,}")
             text = stream.read(length)
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates)
-    except (OSError, ValueError, RecursionError) as error:
+        header = json_file.require_object(
+            json_file.parse(text, path, ConvertError, json_file.without_duplicates), path, ConvertError
+        )
+    except (OSError, ValueError) as error:
         raise ConvertError(f"{path} has a damaged or truncated safetensors header: {str(error)[:200]}") from error
-    size = path.stat().st_size - 8 - length
     header.pop("__metadata__", None)
     tensors, spans = {}, []
     for name, entry in header.items():
@@ -71,14 +76,6 @@ def read(path: str | os.PathLike) -> dict[str, tuple[tuple[int, ...], str, Calla
     if reached != size:
         raise ConvertError(f"{path} holds {size - reached} bytes that belong to no tensor; the file is damaged, get it again")
     return tensors
-
-
-def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A hook for json: a dict, or ValueError where a key occurs twice and one value would be lost."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return result
 
 
 def _sizes(values: Any) -> bool:

@@ -1,14 +1,12 @@
 """Opens weight files: named tensors that are read one at a time, from safetensors, PyTorch and TorchScript files.
 
-The format is detected from the content. PyTorch files are read by torch itself where it is installed (weights_only, so that no
-code runs) and by icar_jax.convert.files.torch_reader otherwise; TorchScript always by the latter, because torch would run the
-code inside.
+The format is detected from the content. PyTorch files are read by icar_jax.convert.files.torch_reader, which runs no code and
+has bounds of time and memory that torch lacks; torch itself can be asked for, to compare both.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -21,8 +19,10 @@ import numpy as np
 from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.files import safetensors_reader, torch_reader
 from icar_jax.convert.files.torch_pickle import StoredTensor
+from icar_jax.files import json_file
+from icar_jax.files.opening import open_regular
 
-READERS = ("auto", "torch", "own")
+READERS = ("own", "torch")
 PLAIN_KEYS = ("model_state_dict", "state_dict", "model", "module")  # of state dicts; the last is DeepSpeed's
 EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "teacher")  # of weights averaged over training
 STATE_KEYS = (*PLAIN_KEYS, *EMA_KEYS)
@@ -63,11 +63,11 @@ class Weights:
     others: tuple[str, ...] = ()  # keys of further state dicts, which were not read
 
 
-def read_weights(path: str | os.PathLike, reader: str = "auto", chosen: str = "") -> Weights:
+def read_weights(path: str | os.PathLike, reader: str = "own", chosen: str = "") -> Weights:
     """The tensors of a weight file or of a Hugging Face index of shards; values are read when a tensor's `load` is called.
 
     `kind` of the result is 'safetensors', 'torch' or 'torchscript'. The prefix 'module.' is removed where every name has it.
-    `reader` of PyTorch files: 'torch' (weights_only), 'own' (needs no torch) or 'auto' (torch where it is installed).
+    `reader` of PyTorch files: 'own', or 'torch' (weights_only, after the checks of 'own'; needs torch).
     `chosen`: 'ema' or 'plain' weights of a file that may hold both; '' takes the plain ones where there are any.
     Raises ConvertError for a file that is missing, damaged, not weights, or that holds more than tensors and plain values.
     """
@@ -75,7 +75,6 @@ def read_weights(path: str | os.PathLike, reader: str = "auto", chosen: str = ""
         raise ConvertError(f"unknown reader {reader!r}; expected one of {', '.join(READERS)}")
     path = Path(path)
     head = _head(path)
-    # The header of a safetensors file can begin like JSON: a length of 31,520 bytes reads ' {'.
     index = _is_json(head) and not safetensors_reader.matches(head)
     if index and chosen:
         raise ConvertError(f"{path} is an index of shards, which hold one state dict; leave --weights {chosen} out")
@@ -92,7 +91,7 @@ def _head(path: Path) -> bytes:
     if path.is_dir():
         raise ConvertError(f"{path} is a folder; expected a weight file in it, such as model.safetensors")
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             head = stream.read(512)
     except FileNotFoundError as error:
         raise ConvertError(f"{path} does not exist") from error
@@ -117,26 +116,28 @@ class _State(NamedTuple):
 
 
 def _read_file(path: Path, head: bytes, reader: str, chosen: str = "") -> tuple[str, dict[str, Tensor], _State]:
-    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        archive = torch_reader.open_archive(path)
-        if archive.script:
-            if reader == "torch":
-                raise ConvertError(f"{path} is TorchScript: torch would run the code inside; use reader 'own' or 'auto'")
-            return "torchscript", *_from_own(torch_reader.read_archive(archive), path, chosen)
-        if _use_torch(reader):
-            # torch would take the compressed bytes of a mapped file for weights.
-            compressed = any(region.member for region in archive.members.values())
-            return "torch", *_from_torch(path, not compressed, chosen)
-        return "torch", *_from_own(torch_reader.read_archive(archive), path, chosen)
-    if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5") and head[8:9] != b"{":
-        if _use_torch(reader):
-            return "torch", *_from_torch(path, False, chosen)
-        return "torch", *_from_own(torch_reader.read_legacy(path), path, chosen)
+    # First: a header's length may spell the beginning of any other format. No other one has '{' at this place.
     if safetensors_reader.matches(head):
         if chosen:
             raise ConvertError(f"{path} is a safetensors file, which holds one state dict; leave --weights {chosen} out")
         entries = safetensors_reader.read(path)
         return "safetensors", {name: Tensor(name, *entry) for name, entry in entries.items()}, _State({})
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        archive = torch_reader.open_archive(path)
+        if archive.script:
+            if reader == "torch":
+                raise ConvertError(f"{path} is TorchScript: torch would run the code inside; use reader 'own'")
+            return "torchscript", *_from_own(torch_reader.read_archive(archive), path, chosen)
+        found = torch_reader.read_archive(archive)
+        compressed = any(region.member for region in archive.members.values())
+        if _use_torch(reader) and not compressed:  # torch would unpack all members, needed or not
+            return "torch", *_from_torch(path, True, chosen)
+        return "torch", *_from_own(found, path, chosen)
+    if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
+        found = torch_reader.read_legacy(path)
+        if _use_torch(reader):
+            return "torch", *_from_torch(path, False, chosen)
+        return "torch", *_from_own(found, path, chosen)
     raise ConvertError(f"{path} is {_other_kind(path, head)}")
 
 
@@ -155,17 +156,16 @@ def _other_kind(path: Path, head: bytes) -> str:
 
 
 def _use_torch(reader: str) -> bool:
-    installed = importlib.util.find_spec("torch") is not None
-    if reader == "torch" and not installed:
-        raise ConvertError("reader 'torch' needs torch installed; use 'auto' or 'own'")
-    return installed and reader != "own"
+    if reader == "torch" and importlib.util.find_spec("torch") is None:
+        raise ConvertError("reader 'torch' needs torch installed; use 'own'")
+    return reader == "torch"
 
 
 def _read_index(path: Path, reader: str) -> tuple[str, dict[str, Tensor], _State]:
     try:
-        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=safetensors_reader.without_duplicates)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConvertError(f"{path} looks like JSON but cannot be parsed: {str(error)[:200]}") from error
+        index = json_file.read(path, ConvertError, pairs=json_file.without_duplicates)
+    except ConvertError as error:
+        raise ConvertError(f"{error}; the file looks like JSON but cannot be parsed") from error
     listed = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(listed, dict) or not listed or not all(isinstance(shard, str) for shard in listed.values()):
         keys = ", ".join(list(map(str, index))[:8]) if isinstance(index, dict) else "a list"

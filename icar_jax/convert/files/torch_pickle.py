@@ -39,7 +39,7 @@ _PUSHED = {
 _VALUES = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _PLAIN = (str, int, float, bytes, type(None))
 # Bounds on time and memory. Calls may copy as many elements as the pickle has pushed, and as many shared ones besides.
-_MOST_OPCODES, _SPARE_ELEMENTS = 1 << 24, 1 << 20
+_MOST_OPCODES, _SPARE_ELEMENTS = 1 << 23, 1 << 20
 _LONGEST_KEY, _INTEGER_BITS, _KEY_BITS = 64, 1024, 60
 
 

@@ -20,6 +20,8 @@ import numpy as np
 
 from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.files.torch_pickle import Script, StoredTensor, unpickle
+from icar_jax.files import limits
+from icar_jax.files.opening import open_regular
 
 DTYPES = {
     name: np.dtype(getattr(np, name, None) or getattr(ml_dtypes, name))
@@ -31,6 +33,7 @@ DTYPES = {
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _LARGEST_STRUCTURE = {"data.pkl": 1 << 28, "byteorder": 64}  # bytes, unpacked
 _SMALL_TENSOR = 1 << 26
+_PIECE = 1 << 20
 _LARGEST_DEPTH, _MOST_OBJECTS = 64, 1_000_000
 
 
@@ -111,7 +114,7 @@ def loader(file: TorchFile, name: str, tensor: StoredTensor) -> Callable[[], np.
 
     def load() -> np.ndarray:
         if region.member:
-            raw = np.frombuffer(_whole(region), np.uint8)[start : start + span * dtype.itemsize].copy()
+            raw = _part(region, start, span * dtype.itemsize, where)
         else:
             raw = read_bytes(region.path, region.offset + start, span * dtype.itemsize, where)
         flat = typed(raw, dtype)
@@ -182,8 +185,10 @@ def _guarded(path: Path, read: Callable[[], Any]) -> Any:
 
 
 def _list_members(path: Path) -> Archive:
-    with zipfile.ZipFile(path) as archive:
+    with open_regular(path) as stream, zipfile.ZipFile(stream) as archive:
         infos = [info for info in archive.infolist() if not info.is_dir()]
+    if len(infos) > limits.MEMBERS:
+        raise ConvertError(f"{path} has {len(infos):,} members, more than the limit of {limits.MEMBERS:,}")
     roots = [info.filename.removesuffix("data.pkl") for info in infos if info.filename.endswith("/data.pkl")]
     roots = [root for root in roots if root.count("/") == 1]
     if len(roots) != 1:
@@ -204,10 +209,26 @@ def _list_members(path: Path) -> Archive:
                 raise ConvertError(f"{path}: {info.filename} has two sizes; get the file again")
             stored = info.compress_type == zipfile.ZIP_STORED
             members[name] = Region(path, start, info.file_size, "" if stored else info.filename)
+    _require_bounded(path, infos, size)
     for name, most in _LARGEST_STRUCTURE.items():
         if name in members and members[name].nbytes > most:
             raise ConvertError(f"{path}: {name} has {members[name].nbytes} bytes; expected at most {most}")
     return Archive(path, members, script="constants.pkl" in members)
+
+
+def _require_bounded(path: Path, infos: list[zipfile.ZipInfo], size: int) -> None:
+    """Raises ConvertError where members share bytes of the file, or unpack to more than weights do."""
+    packed = [info for info in infos if info.compress_type != zipfile.ZIP_STORED]
+    if any(info.compress_type != zipfile.ZIP_DEFLATED for info in packed):
+        raise ConvertError(f"{path} is compressed with another method than deflate; save it again uncompressed")
+    if sum(info.compress_size for info in infos) > size:
+        raise ConvertError(f"{path}: its members share the same bytes; get the file again")
+    unpacked, most = sum(info.file_size for info in packed), max(limits.UNPACKED_SHARE * size, limits.UNPACKED_BYTES)
+    if unpacked > most or any(info.file_size > limits.EXPANSION * info.compress_size for info in packed):
+        raise ConvertError(
+            f"{path}: its compressed members claim {unpacked:,} bytes, more than the limit of {most:,} for a file of {size:,} "
+            "bytes; save it again uncompressed"
+        )
 
 
 def _whole(region: Region) -> bytes:
@@ -222,8 +243,28 @@ def _whole(region: Region) -> bytes:
     return _guarded(region.path, read)
 
 
+def _part(region: Region, start: int, nbytes: int, where: str) -> np.ndarray:
+    """`nbytes` of a compressed member from `start`; what lies before is unpacked piece by piece and dropped."""
+    out, done = np.empty(nbytes, np.uint8), 0
+
+    def read() -> None:
+        nonlocal done
+        with zipfile.ZipFile(region.path) as archive, archive.open(region.member) as stream:
+            left = start
+            while left and (piece := stream.read(min(left, _PIECE))):
+                left -= len(piece)
+            while done < nbytes and (piece := stream.read(min(nbytes - done, _PIECE))):
+                out[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
+                done += len(piece)
+
+    _guarded(region.path, read)
+    if done != nbytes:
+        raise ConvertError(f"{where} needs {nbytes} bytes of {region.member}, only {done} are there; get the file again")
+    return out
+
+
 def _read_legacy(path: Path) -> TorchFile:
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         if unpickle(stream, path) != _MAGIC:
             raise ConvertError(f"{path} is a pickle but not a torch file; expected a file of torch.save")
         if (version := unpickle(stream, path)) != _PROTOCOL:
@@ -252,7 +293,7 @@ def _read_legacy(path: Path) -> TorchFile:
 def _script_tensors(root: Any, path: Path) -> dict[str, StoredTensor]:
     """Parameters and buffers of a TorchScript module, by the names of its state_dict."""
     found: dict[str, StoredTensor] = {}
-    budget = [_MOST_OBJECTS]
+    budget, letters = [_MOST_OBJECTS], [limits.NAME_CHARACTERS]
 
     def walk(node: Any, prefix: str, depth: int) -> None:
         budget[0] -= 1
@@ -266,6 +307,9 @@ def _script_tensors(root: Any, path: Path) -> dict[str, StoredTensor]:
             children = enumerate(node)
         for key, value in children:
             # Lists and dicts of tensors are attributes, not parameters: torch leaves them out of a state_dict too.
+            letters[0] -= len(prefix) + len(str(key))  # names grow with the depth, and parts may be shared
+            if letters[0] < 0:
+                raise ConvertError(f"{path}: names of more than {limits.NAME_CHARACTERS:,} characters; the file is damaged")
             if isinstance(value, StoredTensor) and isinstance(node, Script):
                 found[f"{prefix}{key}"] = value
             elif isinstance(value, Script | dict | list | tuple):

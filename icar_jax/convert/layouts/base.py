@@ -115,7 +115,7 @@ class ExportSource:
     @property
     def preprocess(self) -> Preprocess:
         """How images are prepared."""
-        return Preprocess.from_dict(self.description["preprocess"])
+        return Preprocess.from_dict(self.description["preprocess"], f"{self.where}: preprocess")
 
     @property
     def tokenizer(self) -> Tokenizer | None:

@@ -18,11 +18,8 @@ The comparison needs no torch.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from icar_jax.checkpoint import sha256
-from icar_jax.convert.fields import ConvertError
+from icar_jax.convert.fields import ConvertError, Fields, read_json
+from icar_jax.files import json_file
+from icar_jax.files.arrays import read_npz
 from icar_jax.models import convnext
 from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.complexity import ComplexityArch, ComplexityModel
@@ -101,13 +100,9 @@ def read_reference(path: str | os.PathLike) -> Reference:
     if not path.is_file():
         raise ConvertError(f"reference {path} does not exist; write one with `icar reference` where torch is installed")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if sum(member.file_size for member in file.zip.infolist()) > _LARGEST:
-                raise ValueError(f"more than {_LARGEST} bytes")
-            arrays = {name: file[name] for name in file.files}
-    # A header may claim more than the file holds, and more than there is memory.
-    except (OSError, ValueError, TypeError, AttributeError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise ConvertError(f"reference {path}: expected an .npz of plain arrays ({error}); {_REMEDY}") from error
+        arrays = read_npz(path, ConvertError, _LARGEST)
+    except ConvertError as error:
+        raise ConvertError(f"reference {error}; {_REMEDY}") from error
     meta = _parse_meta(path, arrays.pop(META, None))
     faults = [line for name, array in arrays.items() for line in _array_faults(name, array)]
     if "images" not in arrays and not {"tokens", "features"} <= arrays.keys():  # the latter of a text encoder
@@ -124,7 +119,8 @@ def weights_sha256(path: str | os.PathLike) -> str:
     path = Path(path)
     if path.suffix != ".json":
         return sha256(path)
-    shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    listed = Fields(str(path), read_json(path)).section("weight_map")
+    shards = sorted({listed.required(name, str) for name in listed.content})
     lines = [sha256(path), *(sha256(path.parent / name) for name in shards)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -202,10 +198,12 @@ def _hint(part: str) -> str:
 
 
 def _parse_meta(path: Path, value: np.ndarray | None) -> dict[str, Any]:
+    if value is None or value.ndim:
+        raise ConvertError(f"reference {path}: expected {META!r} to hold JSON text, found {value!r:.60}; {_REMEDY}")
     try:
-        meta = json.loads(str(value[()]))
-    except (TypeError, ValueError, IndexError) as error:
-        raise ConvertError(f"reference {path}: expected {META!r} to hold JSON text, found {value!r:.60}; {_REMEDY}") from error
+        meta = json_file.parse(str(value[()]), f"reference {path}: {META}", ConvertError)
+    except ConvertError as error:
+        raise ConvertError(f"{error}: expected {META!r} to hold JSON text; {_REMEDY}") from error
     if not isinstance(meta, dict) or not isinstance(meta.get("layout"), str):
         raise ConvertError(f"reference {path}: expected {META!r} to name the layout, found {meta!r:.60}; {_REMEDY}")
     return meta

@@ -7,7 +7,6 @@ which is written last.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+
+from icar_jax.files import json_file
 
 DONE, ROWS, FIRST, TRUNCATED = "done.json", "rows.bin", "first.bin", "truncated.bin"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -58,7 +59,7 @@ class KeptRows:
 
     @cached_property
     def _rows(self) -> np.ndarray:
-        count = json.loads((self.folder / DONE).read_text(encoding="utf-8"))["rows"]
+        count = json_file.Fields.read(self.folder / DONE).required("rows", int)
         return np.memmap(self.folder / ROWS, DTYPES[self.dtype], "r", shape=(count, *self.shape))
 
     def readable(self, image: int) -> bool:

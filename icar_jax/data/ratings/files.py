@@ -6,12 +6,12 @@ Invalid lines are returned with the reason, to be counted; an invalid file raise
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from icar_jax.errors import DataError
+from icar_jax.files import json_file
 
 CATEGORY = "category"  # column
 SUFFIXES = (".txt", ".json", ".csv", ".parquet")
@@ -119,10 +119,7 @@ def _annotations(path: Path) -> Lines:
     class Pairs(list):
         pass
 
-    try:
-        found = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=Pairs)
-    except ValueError as error:
-        raise RatingsError(f"{path}: not valid JSON in UTF-8: {error}") from error
+    found = json_file.read(path, RatingsError, pairs=Pairs)
     if not isinstance(found, Pairs):
         raise RatingsError(f"{path}: expected an object {{file: score}}, found {type(found).__name__}")
     return Lines("file", list(_checked_keys(found)))

@@ -5,7 +5,6 @@ Running numbers shift for all later images when a download fails; URLs and names
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from icar_jax.config import ConfigError
+from icar_jax.files import json_file, limits
+from icar_jax.files.opening import read_regular
 
 Labels = tuple[str, ...]
 
@@ -23,11 +24,10 @@ def read_labels(path: str | os.PathLike) -> dict[str, Labels]:
     Raises ConfigError if the file is missing or has another structure, naming the entry.
     """
     try:
-        table = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        data = read_regular(Path(path).expanduser(), limits.JSON_BYTES)
     except OSError as error:
         raise ConfigError(f"label file {path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ConfigError(f"label file {path} is not JSON: {error}") from error
+    table = json_file.parse(data, f"label file {path}", ConfigError)
     if not isinstance(table, dict):
         raise ConfigError(f'label file {path}: expected {{"name or URL": ["label", ...]}}, found a {type(table).__name__}')
     return {key: _labels(value, f"label file {path}, entry {key!r}") for key, value in table.items()}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import posixpath
 from collections import Counter
@@ -31,8 +30,8 @@ from icar_jax.data.sources.names import FileNames
 from icar_jax.data.sources.parquet import Parquet
 from icar_jax.data.sources.shards import retrying
 from icar_jax.data.sources.webdataset import WebDataset
-from icar_jax.files import limits
-from icar_jax.files.opening import read_regular
+from icar_jax.errors import DataError
+from icar_jax.files import json_file
 
 SPLITS = ("train", "val", "test")
 SHARES = {"train": 0.70, "val": 0.15, "test": 0.15}
@@ -209,8 +208,8 @@ def _url_folder(images: Path, files: list[str], ratings: Ratings) -> RatedSource
     def url(file: str) -> str | None:
         try:
             beside = os.path.join(images, os.path.splitext(file)[0] + ".json")
-            found = json.loads(read_regular(beside, limits.JSON_BYTES))["url"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            found = json_file.read_object(beside).get("url")
+        except DataError:
             return None
         return found if isinstance(found, str) else None
 

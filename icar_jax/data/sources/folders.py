@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import functools
 import io
-import json
 import os
 import posixpath
 from collections import Counter
@@ -19,7 +18,7 @@ from icar_jax.data.images import decode
 from icar_jax.data.records import Record, Source, name_hash
 from icar_jax.data.sources.names import FileNames, plain_text
 from icar_jax.errors import DataError
-from icar_jax.files import limits
+from icar_jax.files import json_file, limits
 from icar_jax.files.formats import IMAGE_SUFFIXES
 from icar_jax.files.opening import open_regular, read_regular
 from icar_jax.files.walk import Walk, is_image
@@ -280,19 +279,21 @@ def _merge(rows: Iterator[_Row], where: Path) -> list[_Entry]:
 
 def _read_karpathy(where: Path) -> Iterator[_Row]:
     try:
-        images = list(json.loads(read_regular(where, limits.JSON_BYTES).decode("utf-8"))["images"])
+        data = read_regular(where, limits.JSON_BYTES)
     except FileNotFoundError:
         raise FileNotFoundError(f"caption file {where} not found; {where.parent} has {_listing(where.parent)}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{where}: expected Karpathy's JSON with a list `images`: {error!r}") from error
+    found = json_file.parse(data, f"{where}: expected Karpathy's JSON with a list `images`")
+    images = found.get("images") if isinstance(found, dict) else found
+    if not isinstance(found, dict) or not isinstance(images, list):
+        raise DataError(f"{where}: expected Karpathy's JSON, an object with a list `images`, found {images!r:.80}")
     folder = where.parent / "images" if (where.parent / "images").is_dir() else where.parent
     for number, image in enumerate(images):
         place = f"images[{number}]"
         try:
-            file, sentences = image["filename"], [s["raw"] for s in image["sentences"]]
-        except (KeyError, TypeError) as error:
+            file, sentences, split = image["filename"], [s["raw"] for s in image["sentences"]], image.get("split")
+        except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{where}, {place}: expected `filename` and `sentences[*].raw`: {error!r}") from error
-        row = _row(where, place, file, sentences, image.get("split"))
+        row = _row(where, place, file, sentences, split)
         # COCO's JSON stores the subfolder (val2014) separately; some copies of the images are flat.
         nested = posixpath.join(str(image.get("filepath") or ""), row.file)
         yield row._replace(file=nested) if nested != row.file and os.path.isfile(folder / nested) else row
@@ -324,10 +325,7 @@ def _read_jsonl(where: Path) -> Iterator[_Row]:
                 raise DataError(f"{where}, line {number}: longer than the limit of {limits.LINE_BYTES:,} bytes")
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}, line {number}: not valid JSON: {error}") from error
+            row = json_file.parse(line, f"{where}, line {number}")
             if not isinstance(row, dict) or not {"file", "caption"} <= set(row):
                 raise DataError(f"{where}, line {number}: expected an object with `file` and `caption`, found {row!r:.80}")
             yield _row(where, f"line {number}", row["file"], row["caption"], row.get("split"))

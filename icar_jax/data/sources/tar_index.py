@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from icar_jax.data.sources.shards import ShardError, Shards, attempt, retries_now, retrying
 from icar_jax.data.sources.tar import Member, TarDamage, members
+from icar_jax.files import json_file
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 _MAGIC = b"icar_jax index 1\n"
@@ -209,12 +210,15 @@ def _read_index(file: Path) -> dict[_Stat, tuple[np.ndarray, int]]:
         with open(file, "rb") as stream:
             if stream.read(len(_MAGIC)) != _MAGIC:
                 return {}
-            rows = json.loads(stream.read(int(stream.read(15))))
+            length = int(stream.read(15))
+            if not 0 <= length <= os.path.getsize(file):
+                raise ValueError(f"a header of {length} bytes")
+            rows = json_file.parse(stream.read(length), file)
             begin = stream.tell()
         spans = np.memmap(file, np.int64, "r", begin).reshape(-1, 2) if os.path.getsize(file) > begin else np.zeros((0, 2), int)
         if sum(row[3] for row in rows) != len(spans):
             return {}
-    except (OSError, ValueError, IndexError) as error:
+    except (OSError, ValueError, IndexError, TypeError) as error:
         logging.warning("%s: not a readable index (%s); scanning the shards", file, error)
         return {}
     ends = np.cumsum([row[3] for row in rows])

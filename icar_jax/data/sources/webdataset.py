@@ -8,7 +8,6 @@ positioned read fetches an image with its captions, in any order. The ranges tak
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,8 @@ from icar_jax.data.records import Record, Source
 from icar_jax.data.sources.shards import OpenFiles, ShardError, attempt, find_shards, retries_now, retrying, texts, unusable
 from icar_jax.data.sources.tar import TarDamage, members
 from icar_jax.data.sources.tar_index import IMAGES, Index, split_name, windowed
+from icar_jax.errors import DataError
+from icar_jax.files import json_file
 
 _THREADS = 8  # threads that read URLs; they mostly wait for storage
 
@@ -99,8 +100,10 @@ def _url(read: Callable[[int, int], bytes], begin: int, end: int) -> str | None:
     for member in members(lambda offset, length: read(begin + offset, length), end - begin, part=True):
         if split_name(member.name)[1] == "json":
             try:
-                url = json.loads(read(begin + member.data, member.size)).get("url")
-            except (ValueError, AttributeError):
+                url = json_file.require_object(json_file.parse(read(begin + member.data, member.size), member.name), "").get(
+                    "url"
+                )
+            except DataError:
                 return None
             return url if isinstance(url, str) else None
     return None
@@ -132,7 +135,7 @@ def _captions(found: dict[str, bytes]) -> tuple[tuple[str, ...], str]:
     if "json" not in found:
         return (), "its txt is empty"
     try:
-        described = json.loads(found["json"])
+        described = json_file.require_object(json_file.parse(found["json"], "not readable"), "not readable")
         captions = texts([described.get("caption"), described.get("captions")])
     except (ValueError, TypeError, AttributeError) as error:
         return (), f"no caption in its json: {error}"

@@ -32,6 +32,7 @@ from icar_jax.errors import DataError
 from icar_jax.evaluation.complexity import classical
 from icar_jax.evaluation.metrics.ridge import Ridge, RidgeFit
 from icar_jax.evaluation.metrics.within import indices, mean_within, standardised
+from icar_jax.files.arrays import read_npz
 from icar_jax.inference.forward import Forward, bucket_sizes
 from icar_jax.models.complexity import ComplexityArch
 from icar_jax.models.convnext import ConvNeXtArch
@@ -45,6 +46,7 @@ CLASSICAL = "classical"
 ALL = "all"  # the category of images without one
 FEATURES = "features"  # folder in a workdir
 _FOLD_SEED = 0
+_MOST_BYTES = 1 << 34  # of a file of features
 
 
 @dataclass(frozen=True)
@@ -246,9 +248,9 @@ def _measured(config: ExperimentConfig, source: Source, name: str, router: Route
 
 def _load(file: Path, key: str) -> tuple[np.ndarray, np.ndarray] | None:
     try:
-        with np.load(file) as kept:
-            return (kept["index"], kept["values"]) if str(kept["key"]) == key else None
-    except (OSError, ValueError, KeyError, EOFError):  # missing, or of an interrupted disk: computed again
+        kept = read_npz(file, DataError, _MOST_BYTES)
+        return (kept["index"], kept["values"]) if str(kept["key"]) == key else None
+    except (DataError, KeyError):  # missing, or of an interrupted disk: computed again
         return None
 
 

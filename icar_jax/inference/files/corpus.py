@@ -29,6 +29,9 @@ import pyarrow.parquet as pq
 from icar_jax import workdir
 from icar_jax.config import require_local
 from icar_jax.errors import IcarError, ModelError
+from icar_jax.files import json_file
+from icar_jax.files.arrays import map_npy
+from icar_jax.files.opening import open_regular
 
 FORMAT = 1
 MANIFEST, BAD = "corpus.json", "bad.csv"
@@ -43,6 +46,10 @@ FIXED = ("format", "model", "encoding", "embed_dim", "shard_rows")  # manifest e
 
 class CorpusError(IcarError, ValueError):
     """A corpus is missing, damaged, in use, or made with another model; the message names the path and the fix."""
+
+
+class _Fields(json_file.Fields):
+    error = CorpusError
 
 
 class Corpus:
@@ -95,13 +102,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not file.is_file():
         raise CorpusError(f"{path} has no {MANIFEST}; expected a folder written by `icar embed`")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CorpusError(f"cannot read {file}: {error}") from error
-    if manifest.get("format") != FORMAT:
-        raise CorpusError(f"{file} has format {manifest.get('format')!r}; this version reads format {FORMAT}")
-    return manifest
+    fields = _Fields.read(file)
+    if fields.content.get("format") != FORMAT:
+        raise CorpusError(f"{file} has format {fields.content.get('format')!r:.80}; this version reads format {FORMAT}")
+    for name in ("embed_dim", "shard_rows"):
+        fields.required(name, int)
+        fields.positive(name, int)
+    for name in ("model", "encoding"):
+        fields.section(name)
+    fields.get("complete", bool)
+    return dict(fields.content)
 
 
 def shard_names(path: Path) -> list[str]:
@@ -114,12 +124,16 @@ def shard_names(path: Path) -> list[str]:
 
 
 def _open_shard(path: Path, name: str, embed_dim: int) -> np.ndarray:
-    file = path / f"{name}.npy"
-    rows = pq.read_metadata(path / f"{name}.parquet").num_rows
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise CorpusError(f"cannot read {file}: {error}; copy the whole folder again") from error
+        with open_regular(path / f"{name}.parquet") as stream:
+            rows = pq.read_metadata(stream).num_rows
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        raise CorpusError(f"cannot read {path / name}.parquet: {error}; copy the whole folder again") from error
+    file = path / f"{name}.npy"
+    try:
+        array = map_npy(file, CorpusError)
+    except CorpusError as error:
+        raise CorpusError(f"{error}; copy the whole folder again") from error
     if array.shape != (rows, embed_dim) or array.dtype != np.float16:
         found, wanted = f"{array.dtype} {list(array.shape)}", f"float16 [{rows}, {embed_dim}]"
         raise CorpusError(f"{file} is {found}, expected {wanted}; copy the whole folder again")

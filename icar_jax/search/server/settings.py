@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from absl import logging
 
+from icar_jax.files import limits
 from icar_jax.files.opening import open_regular
 from icar_jax.search.server.errors import ServerError
 
@@ -62,8 +63,9 @@ class ServerSettings:
     def __post_init__(self) -> None:
         for name in ("max_upload_bytes", "max_pixels", "queue", "timeout_s", "preview_threads", "connections", "requests",
                      "header_timeout_s", "stall_timeout_s"):  # fmt: skip
-            if getattr(self, name) <= 0:
-                raise ServerError(f"{name} must be positive, got {getattr(self, name)}")
+            value, most = getattr(self, name), limits.THREADS if name == "preview_threads" else 10**12
+            if not 0 < value <= most:  # NaN is not either
+                raise ServerError(f"{name} must be positive and at most {most:,}, got {value!r:.40}")
         if not 0 <= self.port <= 65535:
             raise ServerError(f"--port must be between 0 and 65535, got {self.port}")
         if self.token is not None:

@@ -6,7 +6,6 @@ contrastive loss, and recovers in few steps.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import jax
 from icar_jax import checkpoint, pytree
 from icar_jax.config import ConfigError, ExperimentConfig
 from icar_jax.data.images import Preprocess
+from icar_jax.files import json_file
 from icar_jax.models.clip import Clip
 from icar_jax.models.encoders import unit_norm
 from icar_jax.models.functional import Graph
@@ -84,7 +84,7 @@ def require_same(config: ExperimentConfig, kept: Path, workdir: Path) -> None:
         return
     why = "the teacher of config.loss.distill_init, which a resumed run still needs"
     try:
-        now, began = _describe(config), json.loads(kept.read_text(encoding="utf-8"))
+        now, began = _describe(config), json_file.read_object(kept)
     except ValueError as error:  # ConfigError and damaged JSON
         raise ConfigError(f"{workdir} was initialised from {_named(config)}, {why}: {error}") from error
     if checkpoint.identity(now) != checkpoint.identity(began):

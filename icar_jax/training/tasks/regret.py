@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from icar_jax.config import ConfigError, ExperimentConfig, from_dict
 from icar_jax.data.images import Preprocess
 from icar_jax.data.records import Source
 from icar_jax.data.tokenizer import Tokenizer
+from icar_jax.files import json_file
 from icar_jax.models.clip import Clip, ClipArch
 from icar_jax.models.exit_regret import ExtraNegatives, cosine_regret, loss_regret, unit_ranks
 from icar_jax.models.functional import Graph
@@ -222,7 +222,7 @@ class RegretRun(ScorerRun):
     def require_same(self, workdir: Path) -> None:
         if not (workdir / KEPT).is_file():
             return
-        began = json.loads((workdir / KEPT).read_text(encoding="utf-8"))
+        began = json_file.read_object(workdir / KEPT, ConfigError)
         if checkpoint.identity(checkpoint.describe(frozen_trunk.folder(self.config))) != checkpoint.identity(began):
             clip = self.config.complexity.clip
             raise ConfigError(
