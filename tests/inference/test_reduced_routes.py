@@ -48,6 +48,7 @@ def test_complexity_chooses_blocks_and_schedule(folder):
     assert set(encoder.embed_batches([{"clip": np.zeros((3, 32, 32, 3), np.uint8)}]).exits.tolist()) == {2}
 
 
+@pytest.mark.check
 def test_dropping_after_the_blocks_that_are_shared(folder):
     model = bundle(folder, "drop", {"reduce": "drop", "reduce_r": (6,), "reduce_after": 2, "exits": (3,), "merge": ()})
     images = pictures(12, seed=3)
@@ -58,6 +59,7 @@ def test_dropping_after_the_blocks_that_are_shared(folder):
         np.testing.assert_allclose(routed.embeddings[here], model.encode_image(images, exit=exit)[here], atol=2e-5)
 
 
+@pytest.mark.check
 def test_a_router_leaves_the_cross_token_out(folder):
     crossget = {"reduce": "crossget", "reduce_r": (2,), "reduce_text": (1,), "exits": (2,), "merge": (), "depth": 3}
     model = bundle(folder, "crossget", crossget)
