@@ -199,7 +199,7 @@ def test_unknown_layouts_and_places_are_explained(tmp_path):
     with pytest.raises(ConvertError, match="holds no weights; expected model.safetensors"):
         convert(tmp_path / "empty", tmp_path / "out")
     for names, message in (
-        (["resnet.conv1.weight"], "unknown layout; expected the names of one of openai, open_clip, hf_clip"),
+        (["resnet.conv1.weight"], "unknown layout; expected the names of one of openai, crossget, open_clip"),
         (["visual.trunk.blocks.0.weight"], "timm model"),
         (["downsample_layers.0.0.weight"], "original ConvNeXt layout"),
         (["downsample_layers.0.0.weight", "stages.0.0.dwconv.weight"], "original ConvNeXt layout"),

@@ -188,7 +188,7 @@ def test_a_run_with_residuals_starts_from_a_checkpoint_without(name, clip_folder
     clip, notes = Clip.graph(arch), []
     fresh = lambda: drawn.params(clip.shapes, 5)
     found = init_weights.load_params(clip_folder, "clip", arch, clip.shapes, fresh, notes.append)
-    assert notes == [f"{clip_folder}: exits 1, 2 get a residual ({name}), which starts at zero"]
+    assert notes == [f"config.train.init={clip_folder}: exits 1, 2 get a residual ({name}), which starts at zero"]
     own = pytree.flatten(checkpoint.read(clip_folder, "clip").params)
     for path, leaf in pytree.flatten(found).items():
         source = pytree.flatten(fresh()) if "/residual/" in path else own
@@ -210,9 +210,9 @@ def test_new_exits_of_a_run_start_at_random_where_asked(clip_folder, tmp_path):
             if how == "random" and path.startswith("vision/exits/"):
                 expected = pytree.flatten(fresh)[path]
             np.testing.assert_array_equal(np.asarray(leaf), expected, path)
-    merging = f"{model}: token merging (1,) in the checkpoint, none here (config.clip.merge)"
-    assert notes == [f"{model}: exits 1, 2 are initialised randomly (config.clip.exit_start)", merging,
-                     f"{model}: exits 1, 2 are initialised from the full-depth head", merging]  # fmt: skip
+    merging = f"config.train.init={model}: token merging (1,) in the checkpoint, none here (config.clip.merge)"
+    assert notes == [f"config.train.init={model}: exits 1, 2 are initialised randomly (config.clip.exit_start)", merging,
+                     f"config.train.init={model}: exits 1, 2 are initialised from the full-depth head", merging]  # fmt: skip
 
 
 def test_residuals_that_the_run_has_not_are_named(clip_folder, tmp_path):
