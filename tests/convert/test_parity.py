@@ -217,7 +217,7 @@ def test_architectures_are_read(tmp_path):
     assert convnexts == {"v1_linear": (1, 10), "v1_conv_mlp": (1, 0), "v2_linear": (2, 0), "v2_conv_mlp": (2, 7)}
     encoders = {name: arch for name, arch in read.items() if isinstance(arch, TextArch)}
     found = {name: (arch.context_length, arch.pool, arch.pad_id, arch.norm_eps) for name, arch in encoders.items()}
-    assert found == {"bert": (12, "mean", 0, 1e-12), "roberta": (10, "first", 1, 1e-5)}
+    assert found == {"bert": (12, "mean", 0, 1e-12), "roberta": (10, "first", 1, 1e-5), "hf_text_clip": (10, "end", -1, 1e-5)}
     assert read["icc"].head == "classification" and read["icc"].backbone.dims == (8, 12, 16, 24)
 
 

@@ -46,7 +46,7 @@ def test_labels_that_cannot_be_joined_are_named(names, table, message):
     ("text", "message"),
     [
         ("[1]", "found a list"),
-        ("{", "is not JSON"),
+        ("{", "not valid JSON"),
         ('{"a": "cat"}', r"entry 'a': expected a list of labels.*'cat'"),
         ('{"a": {"labels": []}}', r"entry 'a'"),
         (None, "cannot be read: No such file"),

@@ -177,7 +177,7 @@ def test_a_bundle_whose_exits_differ_is_refused(bundle, tmp_path):
     description = json.loads((copy / checkpoint.DESCRIPTION).read_text())
     description["routing"]["exits"] = [1, 3]
     (copy / checkpoint.DESCRIPTION).write_text(json.dumps(description))
-    with pytest.raises(CheckpointError, match="bundle it again"):
+    with pytest.raises(CheckpointError, match="calibrate the bundle again"):
         icar_jax.load(copy)
 
 

@@ -56,7 +56,7 @@ def test_other_weights_are_converted_in_memory(hf_folder, tmp_path):
         np.testing.assert_array_equal(one.encode_image(PICTURES), own.encode_image(PICTURES))
     clip = icar_jax.Clip.from_pretrained(hf_folder, exits=(1,))
     assert isinstance(clip, nnx.Module) and clip.arch.vision.exits == (1,)
-    with pytest.raises(TypeError, match="unknown options exit; expected activation, context_length, exits"):
+    with pytest.raises(TypeError, match="unknown options exit; expected activation, base, context_length, exits"):
         icar_jax.load(hf_folder, exit=1)
     with pytest.raises(CheckpointError, match="is an icar_jax checkpoint and needs no options; leave out exits"):
         icar_jax.load(tmp_path / "own", exits=(1,))

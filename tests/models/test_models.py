@@ -259,6 +259,7 @@ def test_clip_parameter_counts(name):
 
 CONVNEXT_PARAMS = {  # V1 and V2 with the 1000-class head
     "demo": (398_008, 400_136),
+    "micro": (1_731_520, 1_736_000),
     "atto": (3_695_520, 3_708_400),
     "femto": (5_217_784, 5_233_240),
     "pico": (9_045_672, 9_066_280),

@@ -35,7 +35,7 @@ def config_of(task="clip", exits=(2,), freeze=(), layer_dropout=0.0, exit_head="
     "fields, message",
     [
         ({"exit_head": "adaptor"}, "config.clip.exit_head='adaptor'.*did you mean 'adapter'"),
-        ({"mixed": -1.0}, r"config.loss.mixed=-1.0 must lie in \[0, inf\); 0 switches it off"),
+        ({"mixed": -1.0}, r"config.loss.mixed=-1.0 must lie in \[0, 1000000\]; 0 switches it off"),
         ({"distill_kl": float("inf")}, "config.loss.distill_kl=inf must lie in"),
         ({"distill_init": -1.0}, "config.loss.distill_init=-1.0 must lie in"),
         (
