@@ -58,8 +58,8 @@ def test_other_preprocessing_than_that_of_the_checkpoint_is_said(clip_folder):
     assert notes == []
     note_preprocessing(clip_folder, "clip", Preprocess(32, "crop", "bilinear"), notes.append)
     assert notes == [
-        f"config.train.init={clip_folder}: image preprocessing differs: resize_mode 'squash' in the checkpoint, 'crop' in the run; "
-        "interpolation 'bicubic' in the checkpoint, 'bilinear' in the run (config.data)"
+        f"config.train.init={clip_folder}: image preprocessing differs: resize_mode 'squash' in the checkpoint, 'crop' in the "
+        "run; interpolation 'bicubic' in the checkpoint, 'bilinear' in the run (config.data)"
     ]
 
 
