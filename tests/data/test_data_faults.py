@@ -20,6 +20,7 @@ from icar_jax.data.loader.iterator import BatchIterator
 from icar_jax.data.loader.watch import StalledData, WorkerDied
 from icar_jax.data.records import Record, Source
 from icar_jax.data.sources import shards
+from icar_jax.data.sources.folders import CaptionFolder
 from icar_jax.data.sources.shards import ShardError, attempt, retrying
 from icar_jax.data.sources.webdataset import WebDataset
 from tests.support.shardfiles import write_shards
@@ -208,6 +209,7 @@ def test_a_stalled_training_source_names_positions(tmp_path):
 def test_a_folder_on_unresponsive_storage(tmp_path):
     """Opening a pipe without a writer blocks in the system, like a hung mount; the program still exits."""
     script = textwrap.dedent(f"""
+        import dataclasses
         import os
         from PIL import Image
         from icar_jax.data.sources.folders import CaptionFolder
@@ -217,7 +219,13 @@ def test_a_folder_on_unresponsive_storage(tmp_path):
             Image.new("RGB", (9, 9)).save({str(tmp_path)!r} + f"/{{i}}.png")
         os.mkfifo({str(tmp_path)!r} + "/3.png")
         open({str(tmp_path)!r} + "/captions.csv", "w").write("file,caption\\n" + "".join(f"{{i}}.png,x\\n" for i in range(4)))
-        source = CaptionFolder({str(tmp_path)!r})
+
+        class Hung(CaptionFolder):
+            def __getitem__(self, i):
+                record = super().__getitem__(i)
+                return record if i < 3 else dataclasses.replace(record, image=lambda: open({str(tmp_path)!r} + "/3.png", "rb"))
+
+        source = Hung({str(tmp_path)!r})
         batches = train_batches(source, Preprocess(8), None, batch_size=4, seed=0, stall_timeout_s=1)
         next(batches)
     """)
@@ -226,6 +234,16 @@ def test_a_folder_on_unresponsive_storage(tmp_path):
     assert done.returncode == 1 and "StalledData: no batch for 1 s" in done.stderr
     assert "is reading image 3.png (for 1 s)" in done.stderr, done.stderr
     assert time.monotonic() - started < 30
+
+
+def test_a_pipe_in_a_folder_is_a_bad_file_that_nothing_waits_for(tmp_path):
+    for i in range(3):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{i}.png")
+    os.mkfifo(tmp_path / "3.png")
+    (tmp_path / "captions.csv").write_text("file,caption\n" + "".join(f"{i}.png,x\n" for i in range(4)))
+    with train_batches(CaptionFolder(tmp_path), PREPROCESS, None, batch_size=4, seed=0, stall_timeout_s=20) as batches:
+        (bad,) = next(batches)["bad"]
+    assert bad[0] == "3.png" and "pipe" in bad[1]
 
 
 def test_slow_batches_are_not_a_stall():
