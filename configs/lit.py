@@ -11,7 +11,7 @@ over the photographs, and their outputs are kept on disk: training takes minutes
     python train.py --config=configs/lit.py:unlocked --config.data.root=PHOTOS --config.train.init=workdir/lit \\
         --workdir=workdir/lit_unlocked
 
-goes on from there with both towers learning, the lower blocks less than the upper ones. That wants an accelerator.
+continues from there and trains both towers, with lower rates for lower blocks. Use an accelerator for it.
 """
 
 from icar_jax.config import (

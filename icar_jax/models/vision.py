@@ -245,8 +245,7 @@ class VisionTower(Trunk):
     def _embed(self, tokens: Tokens, blocks_run: int, arch: VisionArch) -> Array:
         a = arch
         early = blocks_run != a.depth
-        if a.has_cross:  # it only guides
-            tokens = Tokens(tokens.values[:, :-1], tokens.sizes[:, :-1])
+        tokens = _without_cross(tokens, a)
         x, merged, pool = tokens.values, blocks_run > a.first_merging, a.pool if early else a.head
         # Only a mean needs the sizes, only attention their logarithms: a head of the user need not know them.
         weighted = merged and pool in ("mean", "cls_mean")
@@ -272,9 +271,9 @@ class VisionTower(Trunk):
         taps = run_trunk(self, self.embed(images), a.all_exits)
         found = {}
         for e, tokens in taps.items():
-            stop = -1 if a.has_cross else None  # a cross token only guides
-            sizes = tokens.sizes[:, :stop] if e > a.first_merging else None
-            found[e] = _pool(tokens.values[:, :stop], a.head if e == a.depth else a.pool, a.prefix, sizes)
+            tokens = _without_cross(tokens, a)
+            sizes = tokens.sizes if e > a.first_merging else None
+            found[e] = _pool(tokens.values, a.head if e == a.depth else a.pool, a.prefix, sizes)
         return found
 
     def of_pooled(self, pooled: Mapping[int, Array]) -> dict[int, Array]:
@@ -297,6 +296,11 @@ class VisionTower(Trunk):
         return found, embed_cross(
             self, self.ln_post if self.ln_pre is None else self.ln_pre, cross, self.arch.head == "cls_mean"
         )
+
+
+def _without_cross(tokens: Tokens, arch: VisionArch) -> Tokens:
+    """The tokens that heads read: a cross token only guides."""
+    return Tokens(tokens.values[:, :-1], tokens.sizes[:, :-1]) if arch.has_cross else tokens
 
 
 def _attention_pool(arch: VisionArch, **kwargs: Any) -> AttentionPool:

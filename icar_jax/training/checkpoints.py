@@ -136,7 +136,7 @@ class StateStore:
             )
         return (
             f"the checkpoint in {folder} is damaged and cannot be read ({_first_line(error):.200}); delete that folder and run "
-            "the same command again, which goes on from the checkpoint before it, or from step 0 if there is none"
+            "the same command again, which continues from the checkpoint before it, or from step 0 if there is none"
         )
 
     def _move_aside(self, faults: Mapping[int, Exception], step: int) -> None:
@@ -147,7 +147,7 @@ class StateStore:
             target.parent.mkdir(exist_ok=True)
             folder.rename(target)
             logging.warning(
-                "the checkpoint in %s is damaged (%s); the run goes on from step %d, and the damaged one was moved to %s",
+                "the checkpoint in %s is damaged (%s); the run continues from step %d, and the damaged one was moved to %s",
                 folder, _first_line(error)[:200], step, target,
             )  # fmt: skip
         if faults:

@@ -7,17 +7,13 @@ parameters and their architecture, the preprocessing and augmentation, the image
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -28,13 +24,14 @@ from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
-from icar_jax import program_cache, pytree
+from icar_jax import pytree
 from icar_jax.config import ConfigError, ExperimentConfig
 from icar_jax.data import augment, configured
 from icar_jax.data.augment import Augment
 from icar_jax.data.images import Preprocess
-from icar_jax.data.loader.batches import BadFiles, eval_batches
-from icar_jax.data.loader.kept import DONE, FIRST, ROWS, TRUNCATED, KeptOutputs, KeptRows
+from icar_jax.data.loader.bad_files import BadFiles
+from icar_jax.data.loader.batches import eval_batches
+from icar_jax.data.loader.kept import TRUNCATED, KeptOutputs, KeptRows
 from icar_jax.data.records import Record, Source, Subset
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.clip import Clip, ClipArch
@@ -44,12 +41,11 @@ from icar_jax.models.text import TextArch
 from icar_jax.models.vision import VisionArch
 from icar_jax.parallel.mesh import batch_sharding, batch_shards
 from icar_jax.training.optimizer import TRUNKS, trainable
+from icar_jax.training.output_folders import RowWriter, folder_of, held, make_room, root_of
 from icar_jax.training.preemption import StopRequest
-from icar_jax.workdir import write_text
 
 IMAGE, TEXT = "image_pooled", "text_pooled"  # entries of a batch
 _BATCH = 64
-_PROGRESS = "progress.json"
 _SAVE_EVERY = 16  # batches between two states that a stopped computation resumes from
 
 
@@ -59,7 +55,7 @@ def parts(config: ExperimentConfig, shapes: pytree.Tree, arch: ClipArch) -> tupl
     if not t.cache_frozen:
         return False, False
     frozen = {
-        name: not any(trainable(path, t.freeze) for path in pytree.flatten(shapes) if _is_part(path, pattern))
+        name: not any(trainable(path, t.freeze) for path in pytree.flatten(shapes) if re.search(pattern, path))
         for name, pattern in TRUNKS.items()
     }
     wrong = ""
@@ -93,7 +89,7 @@ def kept_outputs(
     A computation that was stopped is resumed. Raises ConfigError if the outputs do not fit config.train.cache_gb.
     """
     image, text = parts(config, clip.shapes, clip.arch)
-    root = _root(config)
+    root = root_of(config.train)
     found: dict[str, KeptRows] = {}
     dtype = "float32" if config.train.dtype == "float32" else "bfloat16"
     if image:
@@ -104,19 +100,19 @@ def kept_outputs(
             "preprocess": preprocess.to_dict(), "images": _image_digest(source), "dtype": config.train.dtype,
             "augment": _drawn(config) if views > 1 else None,
         }  # fmt: skip
-        found["image"] = KeptRows(_folder(root, "image", about), shape, dtype, views)
+        found["image"] = KeptRows(folder_of(root, "image", about), shape, dtype, views)
     if text:
         about = {
             "arch": _trunk_fields(clip.arch.text), "params": _digest(params["text"], "text_trunk"),
             "tokenizer": tokenizer.to_json(), "captions": _caption_digest(source), "dtype": config.train.dtype,
         }  # fmt: skip
-        found["text"] = KeptRows(_folder(root, "text", about), (clip.arch.text.width,), dtype)
+        found["text"] = KeptRows(folder_of(root, "text", about), (clip.arch.text.width,), dtype)
     for name, rows in found.items():
-        with _held(rows.folder):
+        with held(rows.folder):
             if not rows.complete:
                 # An unknown number of captions: five an image, as in the usual collections.
-                size = rows.row_bytes * len(source) * (rows.views or 5)
-                _make_room(root, [each.folder for each in found.values()], size, config.train.cache_gb)
+                size = max(0, rows.row_bytes * len(source) * (rows.views or 5) - rows.bytes_on_disk)
+                make_room(root, [each.folder for each in found.values()], size, config.train.cache_gb)
                 on = functools.partial(_put, mesh)
                 made = (
                     _keep_images(config, clip, preprocess, source, rows, params, on, request)
@@ -136,22 +132,22 @@ def _keep_images(
     config: ExperimentConfig, clip: Graph[Clip], preprocess: Preprocess, source: Source, rows: KeptRows,
     params: Mapping[str, Any], on: Callable, request: StopRequest,
 ) -> bool:  # fmt: skip
-    exits, wide = clip.arch.vision.all_exits, len(rows.shape)
+    exits = clip.arch.vision.all_exits
 
     @jax.jit
     def embed(params, images):
         taps = clip.vision.pooled(params["vision"], normalise(images, preprocess.mean, preprocess.std))
         stacked = jnp.stack([taps[e] for e in exits], axis=1)
-        return stacked.reshape(len(images), *rows.shape).astype(rows.dtype) if wide == 3 else stacked
+        return stacked.reshape(len(images), *rows.shape).astype(rows.dtype)
 
     views, bad = rows.views, BadFiles()
     seen = source if views == 1 else _Views(source, _augment(config), preprocess, views, config.train.seed)
-    with _Writer(rows, len(source) * views) as writer:
-        left = Subset(seen, np.arange(writer.done, len(seen)), seen.name) if writer.done < len(seen) else None
+    with RowWriter(rows, len(source) * views) as writer:
         pixels = preprocess if views == 1 else Preprocess(preprocess.image_size, "squash")  # a view has its size already
         reading = {"batch_size": _BATCH, **configured.loading(config.data)}
-        if left is not None:
-            start = writer.done
+        start = writer.done
+        if start < len(seen):
+            left = Subset(seen, np.arange(start, len(seen)), seen.name)
             with (
                 eval_batches(left, {"image": pixels}, **reading) as batches,
                 tqdm(total=len(seen), initial=start, desc="keep outputs of the image trunk", unit="image") as bar,
@@ -160,10 +156,10 @@ def _keep_images(
                     if request.name:
                         return False
                     bad.add(batch)
-                    count = min(_BATCH, len(seen) - writer.done)
                     if len(batch["index"]):
                         output = np.asarray(embed(params, on(batch["images"]["image"])))[: len(batch["index"])]
-                        writer.add(output, [(start + int(i)) for i in batch["index"]])
+                        writer.add(output, start + batch["index"])
+                    count = min(_BATCH, len(seen) - writer.done)
                     writer.advance(count, number % _SAVE_EVERY == 0)
                     bar.update(count)
         if bad:
@@ -183,7 +179,7 @@ def _keep_captions(
 ) -> bool:  # fmt: skip
     embed = jax.jit(lambda params, tokens: clip.text.pooled(params["text"], tokens).astype(rows.dtype))
     length, first, cut = clip.arch.text.context_length, np.zeros(len(source) + 1, np.int64), []
-    with _Writer(rows, 0) as writer, tqdm(total=len(source), desc="keep outputs of the text trunk", unit="image") as bar:
+    with RowWriter(rows, 0) as writer, tqdm(total=len(source), desc="keep outputs of the text trunk", unit="image") as bar:
         waiting: list[str] = []
         for image in range(len(source) + 1):
             last = image == len(source)
@@ -231,119 +227,6 @@ class _Views(Source):
         return Image.fromarray(pixels[:, ::-1] if self._mirror and seed[-1] % 2 else pixels)
 
 
-class _Writer:
-    """Writes rows one after the other; what was written before an interruption is kept.
-
-    Attributes:
-        done: images that were read. rows: rows that were written.
-        places: int64 [images], the row of each; -1 for those without.
-    """
-
-    def __init__(self, rows: KeptRows, images: int):
-        self._folder, self._bytes = rows.folder, rows.row_bytes
-        self.done = self.rows = 0
-        self.places = np.full(images, -1, np.int64)
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            if images:
-                state = json.loads((self._folder / _PROGRESS).read_text(encoding="utf-8"))
-                places = np.fromfile(self._folder / FIRST, np.int64)
-                if len(places) == images and os.path.getsize(self._folder / ROWS) >= state["rows"] * self._bytes:
-                    self.done, self.rows = state["done"], state["rows"]
-                    self.places = np.where(np.arange(images) < self.done, places, -1)
-
-    def __enter__(self) -> _Writer:
-        self._file = (self._folder / ROWS).open("r+b" if self.rows else "wb")
-        self._file.truncate(self.rows * self._bytes)
-        self._file.seek(self.rows * self._bytes)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._file.close()
-
-    def add(self, output: np.ndarray, indices: list[int] | None) -> None:
-        """Appends rows; `indices` of their images, None for captions."""
-        self._file.write(np.ascontiguousarray(output).tobytes())
-        if indices is not None:
-            self.places[indices] = np.arange(self.rows, self.rows + len(indices))
-        self.rows += len(output)
-
-    def advance(self, images: int, save: bool) -> None:
-        """Counts images as read; `save` makes that a state to resume from."""
-        self.done += images
-        if save:
-            self._flush()
-            (self._folder / FIRST).write_bytes(self.places.tobytes())
-            write_text(self._folder / _PROGRESS, json.dumps({"done": self.done, "rows": self.rows}))
-
-    def finish(self, first: np.ndarray) -> None:
-        """Writes the numbers of the first rows, and that all is complete."""
-        self._flush()
-        (self._folder / FIRST).write_bytes(first.astype(np.int64).tobytes())
-        write_text(self._folder / DONE, json.dumps({"rows": self.rows}))
-        (self._folder / _PROGRESS).unlink(missing_ok=True)
-
-    def _flush(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-
-# --- the folder --------------------------------------------------------------------------------------------------------------
-
-
-def _root(config: ExperimentConfig) -> Path:
-    if given := config.train.cache_folder:
-        return Path(given).absolute()
-    user = program_cache.user_folder()
-    if user is None:
-        raise ConfigError(
-            f"config.train.cache_frozen=True keeps outputs in the user's cache folder, which {program_cache.VARIABLE} switches "
-            "off; name another with config.train.cache_folder"
-        )
-    return user / "outputs"
-
-
-def _folder(root: Path, kind: str, about: Mapping[str, Any]) -> Path:
-    folder = root / f"{kind}-{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        why = f"{root} cannot be written: {error.strerror}"
-        raise ConfigError(f"config.train.cache_folder: {why}; name another folder") from error
-    return folder
-
-
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Locks a folder while its rows are computed; another run waits and then finds them."""
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _make_room(root: Path, keep: list[Path], size: int, gigabytes: float) -> None:
-    """Removes the least recently used folders until `size` more bytes fit. Raises ConfigError if they cannot."""
-    bound = gigabytes * 1e9
-    if size > bound:
-        raise ConfigError(
-            f"config.train.cache_gb={gigabytes:g}, but the outputs of this run need {size / 1e9:.1f} GB; raise it, or set "
-            "config.train.cache_frozen=False"
-        )
-    others = [path for path in root.iterdir() if path.is_dir() and path.name.startswith(("image-", "text-"))]
-    sizes = {path: sum(file.stat().st_size for file in path.iterdir() if file.is_file()) for path in others}
-    free = shutil.disk_usage(root).free
-    for path in sorted(sizes, key=lambda path: path.stat().st_mtime):
-        if sum(sizes.values()) + size <= bound and free >= size:
-            return
-        if path not in keep:
-            shutil.rmtree(path, ignore_errors=True)
-            free += sizes.pop(path)
-    if free < size:
-        raise ConfigError(
-            f"{root} has {free / 1e9:.1f} GB of free disk, and the outputs of this run need {size / 1e9:.1f} GB; free some, or "
-            "name another folder with config.train.cache_folder"
-        )
-
-
 # --- what outputs depend on --------------------------------------------------------------------------------------------------
 
 
@@ -359,15 +242,11 @@ def _trunk_fields(arch: VisionArch | TextArch) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(arch).items() if name not in of_heads}
 
 
-def _is_part(path: str, pattern: str) -> bool:
-    return re.search(pattern, path) is not None
-
-
 def _digest(tower: Mapping[str, Any], trunk: str) -> str:
     """SHA-256 of the parameters of a trunk, as they are in memory."""
     prefix, found = ("vision/" if trunk == "image_trunk" else "text/"), hashlib.sha256()
     for path, leaf in sorted(pytree.flatten(tower).items()):
-        if _is_part(prefix + path, TRUNKS[trunk]):
+        if re.search(TRUNKS[trunk], prefix + path):
             found.update(path.encode() + np.asarray(jax.device_get(leaf)).tobytes())
     return found.hexdigest()
 

@@ -14,7 +14,8 @@ from icar_jax import config as cfg
 from icar_jax import profiling
 from icar_jax.config import ExperimentConfig
 from icar_jax.data import augment, configured
-from icar_jax.data.loader.batches import BadFiles, train_batches
+from icar_jax.data.loader.bad_files import BadFiles
+from icar_jax.data.loader.batches import train_batches
 from icar_jax.data.loader.iterator import Batch, BatchIterator
 from icar_jax.data.loader.kept import KeptOutputs
 from icar_jax.parallel import distributed

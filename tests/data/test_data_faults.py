@@ -15,7 +15,8 @@ from PIL import Image
 
 from icar_jax.data.images import Preprocess
 from icar_jax.data.loader import iterator
-from icar_jax.data.loader.batches import BadFiles, eval_batches, train_batches
+from icar_jax.data.loader.bad_files import BadFiles
+from icar_jax.data.loader.batches import eval_batches, train_batches
 from icar_jax.data.loader.iterator import BatchIterator
 from icar_jax.data.loader.watch import StalledData, WorkerDied
 from icar_jax.data.records import Record, Source

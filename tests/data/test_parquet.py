@@ -12,7 +12,8 @@ from PIL import Image
 from icar_jax.config import ConfigError, DataConfig, EvalConfig
 from icar_jax.data import configured
 from icar_jax.data.images import ImageError, Preprocess
-from icar_jax.data.loader.batches import BadFiles, train_batches
+from icar_jax.data.loader.bad_files import BadFiles
+from icar_jax.data.loader.batches import train_batches
 from icar_jax.data.sources import parquet
 from icar_jax.data.sources.parquet import Parquet
 from icar_jax.data.sources.shards import ShardError

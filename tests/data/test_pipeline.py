@@ -9,7 +9,8 @@ from PIL import Image
 
 from icar_jax.data.augment import Augment
 from icar_jax.data.images import Preprocess
-from icar_jax.data.loader.batches import MAX_SUBSTITUTES, BadFiles, eval_batches, train_batches
+from icar_jax.data.loader.bad_files import BadFiles
+from icar_jax.data.loader.batches import MAX_SUBSTITUTES, eval_batches, train_batches
 from icar_jax.data.records import Record, Source
 from icar_jax.data.sources.folders import CaptionFolder
 from icar_jax.data.tokenizer import Tokenizer

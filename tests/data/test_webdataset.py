@@ -18,7 +18,8 @@ from PIL import Image
 from icar_jax.config import ConfigError, DataConfig, EvalConfig
 from icar_jax.data import configured
 from icar_jax.data.images import ImageError, Preprocess
-from icar_jax.data.loader.batches import BadFiles, eval_batches, train_batches
+from icar_jax.data.loader.bad_files import BadFiles
+from icar_jax.data.loader.batches import eval_batches, train_batches
 from icar_jax.data.sources import tar_index
 from icar_jax.data.sources.shards import ShardError
 from icar_jax.data.sources.tar import TarDamage, members

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from icar_jax.data.images import ImageError
-from icar_jax.data.loader.batches import BadFiles
+from icar_jax.data.loader.bad_files import BadFiles
 from icar_jax.data.records import Record, Source
 from icar_jax.evaluation.metrics.bootstrap import Interval
 from icar_jax.evaluation.metrics.comparison import Comparison

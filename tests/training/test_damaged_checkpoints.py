@@ -73,7 +73,7 @@ def test_the_one_before_a_damaged_one_is_used(workdir, how, monkeypatch):
     step, found = restore(workdir)
     assert step == 2
     np.testing.assert_array_equal(found, state(2)["params"]["w"])
-    ours = [text for text in warned if "goes on from step 2" in text]
+    ours = [text for text in warned if "continues from step 2" in text]
     assert len(ours) == 1 and f"{workdir / CHECKPOINTS / '4'} is damaged" in ours[0]
     assert (workdir / DAMAGED / "4").is_dir() and last_checkpoint(workdir) == 2
     with StateStore(workdir, 3) as store:  # the step can be saved again

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from icar_jax.config import ConfigError, from_dict
 from icar_jax.training import frozen_outputs
 from icar_jax.training.loop import train
 from icar_jax.training.optimizer import layer_share, trainable
+from icar_jax.training.output_folders import make_room
 from tests.support import small_towers
 
 PLAIN = {
@@ -81,7 +83,7 @@ def test_a_stopped_computation_resumes(towers, tmp_path, monkeypatch):
     monkeypatch.setattr(frozen_outputs, "_BATCH", 8)
     monkeypatch.setattr(frozen_outputs, "_SAVE_EVERY", 1)
     run = settings(towers, train={"cache_frozen": True, "cache_folder": str(tmp_path / "cache")})
-    whole = train(run, tmp_path / "whole")
+    train(run, tmp_path / "whole")
     (folder,) = (tmp_path / "cache").glob("image-*")
     expected = (folder / "rows.bin").read_bytes()
     rows = 3 * 2 * 24 * 4
@@ -90,12 +92,11 @@ def test_a_stopped_computation_resumes(towers, tmp_path, monkeypatch):
     places = np.where(np.arange(40) < 16, np.arange(40), -1)
     (folder / "first.bin").write_bytes(places.tobytes())
     (folder / "progress.json").write_text(json.dumps({"done": 16, "rows": 16}))
-    again = train(run, tmp_path / "again")
+    train(run, tmp_path / "again")
     np.testing.assert_allclose(
         np.frombuffer((folder / "rows.bin").read_bytes(), np.float32), np.frombuffer(expected, np.float32), atol=1e-5
     )
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
-    assert whole != again
 
 
 def test_the_folder_of_outputs_stays_within_its_bound(towers, tmp_path):
@@ -151,3 +152,16 @@ def test_layer_wise_decay_falls_from_the_heads_down():
     assert [share(f"vision/blocks/{i}/attn/qkv/kernel") for i in (11, 10, 0)] == [0.5, 0.25, 0.5**12]
     assert [share(path) for path in ("vision/pos", "text/embed", "text/blocks/5/mlp/fc1/bias")] == [0.5**13, 0.5**7, 0.5]
     assert [share(path) for path in ("vision/proj/kernel", "vision/exits/3/ln/scale", "logit_scale")] == [1, 1, 1]
+
+
+def test_room_is_made_of_other_folders_only(tmp_path):
+    for number, name in enumerate(("image-old", "image-new", "text-ours", "unrelated")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.bin").write_bytes(bytes(100))
+        os.utime(tmp_path / name, (number, number))
+    ours = [tmp_path / "text-ours", tmp_path / "image-ours"]
+    make_room(tmp_path, ours, 100, 310e-9)
+    assert {path.name for path in tmp_path.iterdir()} == {"image-new", "text-ours", "unrelated"}
+    with pytest.raises(ConfigError, match=r"cache_gb=1.5e-07, but the outputs of this run need 2e-07 GB"):
+        make_room(tmp_path, ours, 100, 150e-9)
+    assert (tmp_path / "image-new").is_dir()

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from icar_jax.data.augment import Augment
 from icar_jax.data.images import ImageError, Preprocess
+from icar_jax.data.loader.bad_files import with_name
 from icar_jax.data.loader.iterator import STALL_TIMEOUT_S, Batch, BatchIterator
 from icar_jax.data.loader.kept import KeptOutputs
 from icar_jax.data.loader.order import example_at, examples_at, substitute_position
@@ -204,7 +204,7 @@ class _TrainBatch:
             else:
                 bad.extend(tried)
                 return index, record, picture
-        listed = "\n".join("  " + _with_name(*item) for item in tried)
+        listed = "\n".join("  " + with_name(*item) for item in tried)
         raise UnreadableImages(
             f"source {self.source.name!r}, position {position}: the example and its {attempts} substitutes cannot be"
             f" decoded. Most of the files seem unreadable; check the folder and its storage:\n{listed}"
@@ -281,10 +281,6 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _with_name(name: str, reason: str) -> str:
-    return reason if name in reason else f"{name}: {reason}"
-
-
 def _draw_caption(record: Record, rng: np.random.Generator, source_name: str) -> int:
     if not record.captions:
         raise DataError(f"source {source_name!r}: record {record.name} has no caption; sources must skip such files")
@@ -300,53 +296,3 @@ def _known_complexity(records: list[Record], source_name: str) -> np.ndarray:
             " train the complexity model on a source with known complexity, such as scenes"
         )
     return values
-
-
-class BadFiles:
-    """Collects the `bad` and `retried` entries of batches; logs each file once and counts every occurrence.
-
-    Attributes:
-        reasons: file name -> reason, in order of first appearance.
-        count: number of failed decodings, including repeated ones.
-        retried: shard -> number of retried reads.
-        retry_reasons: shard -> reason of its last retry.
-    """
-
-    def __init__(self) -> None:
-        self.reasons: dict[str, str] = {}
-        self.count = 0
-        self.retried: dict[str, int] = {}
-        self.retry_reasons: dict[str, str] = {}
-
-    def __bool__(self) -> bool:
-        """Returns whether there is anything to report."""
-        return bool(self.reasons or self.retried)
-
-    def add(self, batch: Batch) -> None:
-        """Adds the entries of one batch."""
-        for name, reason in batch["bad"]:
-            self.count += 1
-            if name not in self.reasons:
-                self.reasons[name] = reason
-                logging.warning("Unreadable image, %s", _with_name(name, reason))
-        for shard, reason in batch["retried"]:
-            if shard not in self.retried:
-                logging.warning("Retried a failed read, %s", _with_name(shard, reason))
-            self.retried[shard] = self.retried.get(shard, 0) + 1
-            self.retry_reasons[shard] = reason
-
-    def summary(self, shown: int = 20) -> str:
-        """Returns a summary for the end of a run: numbers of files and shards, and the first names with reasons."""
-        parts = ["All images were readable."] if not self.reasons else []
-        if self.reasons:
-            parts.append(f"{len(self.reasons)} unreadable image files ({self.count} failed decodings):")
-            parts += _listed([_with_name(*item) for item in self.reasons.items()], shown)
-        if self.retried:
-            parts.append(f"{len(self.retried)} shards had failed reads that were retried ({sum(self.retried.values())} times):")
-            parts += _listed([f"{s}: {n} times, last {self.retry_reasons[s]}" for s, n in self.retried.items()], shown)
-        return "\n".join(parts)
-
-
-def _listed(lines: list[str], shown: int) -> list[str]:
-    more = [f"  and {len(lines) - shown} more"] if len(lines) > shown else []
-    return [f"  {line}" for line in lines[:shown]] + more

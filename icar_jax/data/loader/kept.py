@@ -43,6 +43,12 @@ class KeptRows:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     @property
+    def bytes_on_disk(self) -> int:
+        """Bytes of the rows that were written, perhaps by a computation that was stopped."""
+        file = self.folder / ROWS
+        return file.stat().st_size if file.is_file() else 0
+
+    @property
     def complete(self) -> bool:
         """Whether all rows were written."""
         return (self.folder / DONE).is_file()

@@ -18,7 +18,8 @@ from icar_jax import workdir as files
 from icar_jax.checkpoint import CheckpointError
 from icar_jax.config import ExperimentConfig
 from icar_jax.data import configured
-from icar_jax.data.loader.batches import BadFiles, eval_batches
+from icar_jax.data.loader.bad_files import BadFiles
+from icar_jax.data.loader.batches import eval_batches
 from icar_jax.data.records import Source
 from icar_jax.data.scenes import Scenes
 from icar_jax.errors import DataError

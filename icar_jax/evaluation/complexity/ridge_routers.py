@@ -25,7 +25,8 @@ from icar_jax import workdir as files
 from icar_jax.config import ConfigError, ExperimentConfig
 from icar_jax.data import configured
 from icar_jax.data.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from icar_jax.data.loader.batches import BadFiles, eval_batches
+from icar_jax.data.loader.bad_files import BadFiles
+from icar_jax.data.loader.batches import eval_batches
 from icar_jax.data.ratings.sources import RatedFolder
 from icar_jax.data.records import Source, Subset, name_hash
 from icar_jax.errors import DataError

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from icar_jax import checkpoint
 from icar_jax.config import ConfigError, from_dict
 from icar_jax.data.configured import fingerprint
-from icar_jax.data.loader.batches import BadFiles, eval_batches
+from icar_jax.data.loader.bad_files import BadFiles
+from icar_jax.data.loader.batches import eval_batches
 from icar_jax.data.records import Source
 from icar_jax.errors import DataError
 from icar_jax.evaluation.metrics import ratings

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from icar_jax.data.loader.batches import BadFiles, eval_batches
+from icar_jax.data.loader.bad_files import BadFiles
+from icar_jax.data.loader.batches import eval_batches
 from icar_jax.data.ratings.labels import Labels, merge_labels
 from icar_jax.data.records import Source
 from icar_jax.errors import DataError

@@ -18,7 +18,8 @@ from icar_jax import pytree
 from icar_jax.config import ConfigError, ExperimentConfig
 from icar_jax.data import configured
 from icar_jax.data.images import Preprocess
-from icar_jax.data.loader.batches import BadFiles, eval_batches
+from icar_jax.data.loader.bad_files import BadFiles
+from icar_jax.data.loader.batches import eval_batches
 from icar_jax.data.loader.order import examples_at
 from icar_jax.data.records import Source, Subset
 from icar_jax.data.tokenizer import Tokenizer
