@@ -55,7 +55,7 @@ def open_run(config: ExperimentConfig, workdir: Path, held: ExitStack) -> RunCon
         mesh = make_mesh(config.mesh)
         distributed.avoid_cached_collectives()
         cfg.validate_batch(config.train.batch_size, batch_shards(mesh), config.train.accumulate)
-        kind_of(config).check_architecture()
+        kind_of(kind_of(config).recalled(workdir)).check_architecture()
     distributed.require_same("configuration", _shared_part(config))
     open_data = lambda: configured.train_source(config.data)
     # Process 0 builds the index and the others read it; sources without an index are opened by all processes at once.
