@@ -60,6 +60,7 @@ def clip_arch(
             base.vision,
             **space,
             head=head,
+            head_blocks=config.head_blocks or base.vision.head_blocks,
             depth=depth,
             image_size=size,
             patch_size=patch,
@@ -76,6 +77,7 @@ def clip_arch(
         text = dataclasses.replace(
             base.text,
             **space,
+            head_blocks=config.text_head_blocks or base.text.head_blocks,
             reduce="none",
             schedule=(),
             context_length=config.context_length or base.text.context_length,

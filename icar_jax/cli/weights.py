@@ -82,6 +82,8 @@ def _add_join(commands) -> None:
                    "token, mean of the patches, or both (cls)")  # fmt: skip
     p.add_argument("--projection-width", type=int, default=0, metavar="N", help="adds an MLP with N hidden channels to the "
                    "linear projections")  # fmt: skip
+    p.add_argument("--head-blocks", type=int, default=1, metavar="N", help="each head reads the last N blocks before it (1)")
+    p.add_argument("--text-head-blocks", type=int, default=1, metavar="N", help="the same for the text tower (1)")
     p.add_argument("--exits", type=int, nargs="+", default=[], metavar="BLOCKS", help="early exits after these blocks")
     p.add_argument("--image-size", type=int, default=0, metavar="PIXELS", help="resize the position embeddings to this size")
     p.add_argument("--preprocess", default="", help="of the images, if the vision tower's files do not say")
@@ -96,7 +98,8 @@ def _join(args: argparse.Namespace) -> None:
     from icar_jax.convert.join import Joint, Options, join
 
     projection = "linear_mlp" if args.projection_width else "linear"
-    joint = Joint(args.embed_dim, args.head, projection, args.projection_width, tuple(args.exits), args.seed)
+    blocks = (args.head_blocks, args.text_head_blocks)
+    joint = Joint(args.embed_dim, args.head, projection, args.projection_width, tuple(args.exits), args.seed, *blocks)
     image = Options(image_size=args.image_size, preprocess=args.preprocess)
     text = Options(context_length=args.context_length, text_pool=args.text_pool, tokenizer=args.tokenizer)
     print(f"Checkpoint: {join(args.image, args.text, args.dest, joint, image, text)}")

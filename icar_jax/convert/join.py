@@ -36,6 +36,7 @@ class Joint:
         head: token of the image that is projected: 'cls', 'mean' (of the patches) or 'cls_mean' (both, concatenated).
         projection: 'linear', or 'linear_mlp' for a linear map plus an MLP.
         projection_width: hidden channels of the MLP; 0 without one.
+        head_blocks, text_head_blocks: number of last blocks whose pooled tokens a head reads, concatenated.
         exits: numbers of blocks with a head of their own, which reads the same token as `head`.
         seed: of the projections.
     """
@@ -46,6 +47,8 @@ class Joint:
     projection_width: int = 0
     exits: tuple[int, ...] = ()
     seed: int = 0
+    head_blocks: int = 1
+    text_head_blocks: int = 1
 
 
 def join(
@@ -126,8 +129,11 @@ def _arch(parts: tuple[Checkpoint, Checkpoint], joint: Joint) -> ClipArch:
     if joint.embed_dim < 1:
         raise ConvertError(f"--embed-dim={joint.embed_dim} must be at least 1")
     try:
-        vision = dataclasses.replace(image, head=joint.head, pool=joint.head, exits=tuple(sorted(joint.exits)), **space)
-        return ClipArch(vision, dataclasses.replace(text, proj_bias=False, pooler=False, **space))
+        vision = dataclasses.replace(
+            image, head=joint.head, pool=joint.head, exits=tuple(sorted(joint.exits)), head_blocks=joint.head_blocks, **space
+        )
+        text = dataclasses.replace(text, proj_bias=False, pooler=False, head_blocks=joint.text_head_blocks, **space)
+        return ClipArch(vision, text)
     except ValueError as error:
         raise ConvertError(f"{parts[0].path} and {parts[1].path} cannot be joined so: {error}") from error
 

@@ -60,7 +60,10 @@ class SharedTower:
         vector = jax.ShapeDtypeStruct(self.shape[:1], jnp.float32)
         # Tokens that are dropped next come with scores.
         dropped = vision.reduce == "drop" and bool(sum(vision.schedule[scorer.arch.blocks - 1 : scorer.arch.blocks]))
-        row = self._row = Tokens(jax.ShapeDtypeStruct(self.shape, self.dtype), vector, vector if dropped else None)
+        before = min(vision.head_blocks, scorer.arch.blocks) - 1
+        pooled = jax.ShapeDtypeStruct((before, vision.parts, vision.width), self.dtype) if before else None
+        tokens = jax.ShapeDtypeStruct(self.shape, self.dtype)
+        row = self._row = Tokens(tokens, vector, vector if dropped else None, pooled)
 
         def rest(exit):
             run = lambda params, tokens: clip.encode_tokens(params, tokens, scorer.arch.blocks, exit)

@@ -102,7 +102,7 @@ def text_flops(arch: TextArch) -> int:
         macs += _block_macs(tokens, arch.width, arch.mlp_width, left=left)
         macs += _reduction_macs(arch.reduce, tokens, tokens - left, arch.width, arch.heads)
     macs += arch.pooler * arch.width**2
-    return 2 * (macs + projection_macs(arch.projection, arch.projection_width, arch.width, arch.embed_dim))
+    return 2 * (macs + projection_macs(arch.projection, arch.projection_width, arch.width * arch.head_blocks, arch.embed_dim))
 
 
 def recomputed_flops(tower: VisionArch | TextArch, remat: str) -> int:

@@ -63,10 +63,10 @@ def project(module: Any, z: Array) -> Array:
     return sum(parts[1:], parts[0]) if parts else z
 
 
-def embed_cross(tower: Any, norm: nnx.Module | None, cross: Sequence[Array], twice: bool = False) -> Array:
+def embed_cross(tower: Any, norm: nnx.Module | None, cross: Sequence[Array], times: int = 1) -> Array:
     """Cross tokens [B, W] of each block -> float32 [blocks, B, D], by `norm` and the projection of a tower.
 
-    Neither gets a gradient. `twice`: the projection reads the token twice, in place of class token and mean.
+    Neither gets a gradient. The projection reads the token `times` times, in place of each pooled token.
     """
     parts = {"norm": norm, "proj": getattr(tower, "proj", None), "proj_mlp": getattr(tower, "proj_mlp", None)}
 
@@ -77,7 +77,7 @@ def embed_cross(tower: Any, norm: nnx.Module | None, cross: Sequence[Array], twi
     own = {name: frozen(module) for name, module in parts.items() if module is not None}
     z = jnp.concatenate(list(cross))
     z = own.pop("norm")(z) if "norm" in own else z
-    z = jnp.concatenate([z, z], axis=-1) if twice else z
+    z = jnp.concatenate([z] * times, axis=-1) if times > 1 else z
     made = [part(z) for part in own.values()]
     z = (sum(made[1:], made[0]) if made else z).astype(jnp.float32)
     return z.reshape(len(cross), -1, z.shape[-1])

@@ -29,7 +29,7 @@ class _State(NamedTuple):
 
 def append_cross(tokens: Tokens) -> Tokens:
     """Tokens of [B, L, W] -> Tokens of [B, L + 1, W]: the cross token starts as a copy of the class token."""
-    x, sizes, _ = tokens
+    x, sizes = tokens[:2]
     return Tokens(jnp.concatenate([x, x[:, :1]], axis=1), jnp.concatenate([sizes, sizes[:, :1]], axis=1))
 
 
@@ -92,7 +92,7 @@ def _one_block(
     merged = any(arch.removed[:index])
 
     def call(block: Any, state: _State) -> tuple[Tokens, Array | None]:
-        x, sizes, _ = state.tokens
+        x, sizes = state.tokens[:2]
         x, token = placed(x, execution), None
         if state.row is not None:
             token = jax.lax.stop_gradient(x[:, -1]) + state.row.astype(x.dtype)[None]

@@ -11,7 +11,7 @@ from icar_jax.files import limits
 
 _POSITIVE = (
     *("image_size", "patch_size", "width", "depth", "heads", "mlp_width", "embed_dim", "context_length", "vocabulary"),
-    "dims",
+    *("dims", "head_blocks"),
 )
 _MOST = {"depth": limits.DEPTH, "depths": limits.DEPTH, "image_size": 1 << 14, "patch_size": 1 << 14, "registers": 1 << 12}
 _OPTIONAL = ("depths", "registers", "projection_width", "num_classes")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from icar_jax.errors import ModelError
+from icar_jax.models import pooling
 from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType, LayerNorm, Linear, draw
 from icar_jax.models.projection import add_projection, embed_cross, project, projection_error
@@ -54,14 +55,20 @@ class TextArch:
     reduce: str = "none"  # token reduction: none | crossget (models/reduction)
     schedule: Schedule = ()  # entry i: number of tokens that block i + 1 merges
     pads_apart: bool = False  # whether padding only merges into padding; always so where it is masked
+    head_blocks: int = 1  # the projection reads the pooled tokens of the last `head_blocks` blocks, concatenated
 
     def __post_init__(self) -> None:
         if wrong := size_error(self):
             raise ModelError(f"text tower: {wrong}")
         if self.pool not in POOLS:
             raise ModelError(f"text pool {self.pool!r} must be one of {POOLS}")
-        if wrong := projection_error(self.projection, self.projection_width, self.width, self.embed_dim):
+        if wrong := projection_error(self.projection, self.projection_width, self.pooled_width, self.embed_dim):
             raise ModelError(f"text tower: {wrong}")
+        if self.head_blocks > self.depth:
+            raise ModelError(f"text head_blocks={self.head_blocks} must lie in 1 to {self.depth}, the depth of the text tower")
+        if self.head_blocks > 1 and (self.projection == "none" or self.pooler or self.reduce != "none"):
+            other = f"reduce {self.reduce!r}" if self.reduce != "none" else "a pooler" if self.pooler else "projection 'none'"
+            raise ModelError(f"text head_blocks={self.head_blocks} is not possible with {other}; use 1")
         if not -1 <= self.pad_id < self.vocabulary:
             raise ModelError(f"padding {self.pad_id} lies outside the vocabulary of {self.vocabulary}")
         if not 0 <= self.end_id < self.vocabulary:
@@ -72,6 +79,11 @@ class TextArch:
             raise ModelError(f"text schedule={self.schedule} needs reduce 'crossget'; a text tower without it merges no tokens")
         if wrong := schedule_error("text schedule", self.schedule, self.depth, self.tokens, PROTECTED):
             raise ModelError(wrong)
+
+    @property
+    def pooled_width(self) -> int:
+        """Channels that the projection reads: the pooled tokens of `head_blocks` blocks."""
+        return self.width * self.head_blocks
 
     @property
     def has_cross(self) -> bool:
@@ -114,7 +126,7 @@ class TextTower(Module):
         self.cross = nnx.Param(jnp.zeros((a.depth, a.width), param_dtype)) if a.has_cross else None
         self.ln_final = norm(not a.post_norm)
         self.pooler = nnx.data(Linear(a.width, a.width, std=0.02, **types) if a.pooler else None)
-        add_projection(self, a.projection, a.projection_width, a.width, a.embed_dim, bias=a.proj_bias, **types)
+        add_projection(self, a.projection, a.projection_width, a.pooled_width, a.embed_dim, bias=a.proj_bias, **types)
 
     def __call__(self, tokens: Array) -> Array:
         """tokens int [B, L], L at most the context length -> [B, D] before normalisation, float32.
@@ -133,7 +145,7 @@ class TextTower(Module):
         return self.of_pooled(pooled), embed_cross(self, self.ln_final, cross)
 
     def _run(self, tokens: Array) -> tuple[Array, list[Array]]:
-        """tokens int [B, L] -> (pooled token [B, W], cross token [B, W] of each block)."""
+        """tokens int [B, L] -> (pooled token [B, W] or, of several blocks, [B, n, W]; cross token [B, W] of each block)."""
         self._require_tokens(tokens)
         length, depth, a = tokens.shape[1], self.arch.depth, self.arch
         x = (self.embed[...][tokens] + self.pos[...][None, :length]).astype(self.dtype)
@@ -149,21 +161,23 @@ class TextTower(Module):
             pooled = self._pool_reduced(left)
         else:
             key_bias = None if a.pad_id < 0 else jnp.where(self._is_text(tokens), 0.0, MASKED)
-            x = run_blocks(self.blocks, x, (depth,), execution=self.execution, key_bias=key_bias)[depth]
-            pooled = self._pool(x, tokens)
+            read = range(depth - a.head_blocks + 1, depth + 1)
+            taps = run_blocks(self.blocks, x, read, execution=self.execution, key_bias=key_bias)
+            each = [self._pool(taps[block], tokens) for block in read]
+            pooled = each[0] if len(each) == 1 else jnp.stack(each, axis=1)
         return pooled, cross
 
     def pooled(self, tokens: Array) -> Array:
-        """tokens int [B, L] -> [B, W], what the head reads; `of_pooled` makes the embeddings of it."""
+        """tokens int [B, L] -> [B, W] or, of several blocks, [B, n, W], what the head reads; see `of_pooled`."""
         return self._run(tokens)[0]
 
     def of_pooled(self, pooled: Array) -> Array:
-        """Outputs of `pooled` [B, W] -> [B, D] before normalisation, float32."""
+        """Outputs of `pooled`, [B, W] or [B, n, W] -> [B, D] before normalisation, float32."""
         if self.ln_final is not None:
             pooled = self.ln_final(pooled)
         if self.pooler is not None:
             pooled = jnp.tanh(self.pooler(pooled))
-        return project(self, pooled).astype(jnp.float32)
+        return project(self, pooling.flat(pooled)).astype(jnp.float32)
 
     def _require_tokens(self, tokens: Array) -> None:
         context = self.arch.context_length

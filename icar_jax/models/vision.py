@@ -10,12 +10,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
+from types import MappingProxyType
 from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from icar_jax.models import pooling
 from icar_jax.models.exit_heads import Adapter, TokenAttention
 from icar_jax.models.functional import Module
 from icar_jax.models.layers import DType, LayerNorm, PatchConv, draw
@@ -28,9 +30,10 @@ from icar_jax.models.swiglu import SwiGlu
 from icar_jax.models.transformer import AttentionFn, AttentionPool, Block, Execution, require_blocks
 from icar_jax.models.vision_arch import EXIT_FIELDS, POOLS, VisionArch
 
-__all__ = ["EXIT_FIELDS", "POOLS", "ExitHead", "Trunk", "VisionArch", "VisionTower", "run_trunk"]
+__all__ = ["EXIT_FIELDS", "POOLS", "ExitHead", "Trunk", "VisionArch", "VisionTower", "run_trunk", "tokens_after"]
 
 Array = jax.Array
+_NONE: Mapping[int, Array] = MappingProxyType({})
 
 
 class ExitHead(Module):
@@ -66,14 +69,14 @@ class ExitHead(Module):
         bias = {} if key_bias is None else {"key_bias": key_bias}
         if self.pool == "map":
             return self.map(self.ln(x), **bias)
-        pooled = _pool(x, self.pool, self.prefix, sizes)
+        pooled = pooling.pool(x, self.pool, self.prefix, sizes)
         if self.residual is not None:
             pooled = pooled + self.residual(x, pooled, **bias)
         return self.of_pooled(pooled)
 
     def of_pooled(self, pooled: Array) -> Array:
-        """Pooled tokens [B, W], or [B, 2, W] of pool 'cls_mean' -> [B, D], without the residual."""
-        return project(self, _flat(self.ln(pooled)))
+        """Pooled tokens [B, W], or [B, n, W] of pool 'cls_mean' or several blocks -> [B, D], without the residual."""
+        return project(self, pooling.flat(self.ln(pooled)))
 
 
 class Trunk(Module):
@@ -156,6 +159,15 @@ def run_trunk(
     return run_reduced(trunk, tokens, wanted, start, scales, trunk.arch if arch is None else arch, cross)
 
 
+def tokens_after(trunk: Trunk, images: Array, blocks: int) -> Tokens:
+    """images float [B, S, S, 3], normalised -> Tokens of [B, L, W] after `blocks` blocks, from which heads can be reached."""
+    arch = trunk.arch
+    before = range(max(1, blocks - arch.head_blocks + 1), blocks)  # the heads after later blocks read these as well
+    taps = run_trunk(trunk, trunk.embed(images), (*before, blocks))
+    pooled = [pooling.parts(pooling.pooled_after(taps[n], n, arch)) for n in before]
+    return taps[blocks]._replace(earlier=jnp.stack(pooled, axis=1)) if pooled else taps[blocks]
+
+
 class VisionTower(Trunk):
     """Vision transformer with a head at each exit.
 
@@ -222,7 +234,11 @@ class VisionTower(Trunk):
         return self._heads(taps, exits, arch), named
 
     def resume(self, tokens: Tokens, start: int, exits: Sequence[int], scales: Array | None = None) -> dict[int, Array]:
-        """Resumes `__call__` from Tokens of [B, L, W] after `start` blocks; `exits` must not lie before `start`."""
+        """Resumes `__call__` from Tokens of [B, L, W] after `start` blocks; `exits` must not lie before `start`.
+
+        Where heads read several blocks, `tokens` must have `earlier` pooled tokens, as `tokens_after` gives them; else
+        ValueError.
+        """
         return self._resume(tokens, start, exits, scales)
 
     def _resume(
@@ -232,20 +248,29 @@ class VisionTower(Trunk):
         for number in dict.fromkeys(split_route(exit)[1] for exit in exits):  # one run for each schedule
             own = [exit for exit in exits if split_route(exit)[1] == number]
             arch, _ = self.arch.at_route(own[0])
-            wanted = {e for exit in own for e in arch.heads_of(split_route(exit)[0])}
-            found |= self._heads(run_trunk(self, tokens, wanted, start, scales, arch, cross), own, arch)
+            heads = {e for exit in own for e in arch.heads_of(split_route(exit)[0])}
+            wanted = {block for e in heads for block in arch.blocks_of(e)}
+            earlier = pooling.earlier_pooled(tokens, start, wanted)
+            taps = run_trunk(self, tokens, wanted - earlier.keys(), start, scales, arch, cross)
+            found |= self._heads(taps, own, arch, earlier)
         return {exit: found[exit] for exit in sorted(found)}  # ascending by depth
 
-    def _heads(self, taps: dict[int, Tokens], exits: Sequence[int], arch: VisionArch) -> dict[int, Array]:
+    def _heads(
+        self, taps: dict[int, Tokens], exits: Sequence[int], arch: VisionArch, earlier: Mapping[int, Array] = _NONE
+    ) -> dict[int, Array]:
         parts = {exit: arch.heads_of(split_route(exit)[0]) for exit in exits}
         heads = sorted({e for each in parts.values() for e in each})
-        each = {e: self._embed(taps[e], e, arch).astype(jnp.float32) for e in heads}
+        if arch.head_blocks == 1:
+            each = {e: self._embed(taps[e], e, arch).astype(jnp.float32) for e in heads}
+        else:
+            read = dict(earlier) | {n: pooling.pooled_after(taps[n], n, arch) for n in taps}
+            each = {e: self._of_blocks(read, e).astype(jnp.float32) for e in heads}
         return {exit: reduce(operator.add, (each[e] for e in parts[exit])) for exit in sorted(parts)}
 
     def _embed(self, tokens: Tokens, blocks_run: int, arch: VisionArch) -> Array:
         a = arch
         early = blocks_run != a.depth
-        tokens = _without_cross(tokens, a)
+        tokens = pooling.without_cross(tokens, a)
         x, merged, pool = tokens.values, blocks_run > a.first_merging, a.pool if early else a.head
         # Only a mean needs the sizes, only attention their logarithms: a head of the user need not know them.
         weighted = merged and pool in ("mean", "cls_mean")
@@ -256,32 +281,31 @@ class VisionTower(Trunk):
             return head(x, tokens.sizes if weighted else None, **bias) if weighted or bias else head(x)
         if a.head == "map":
             return self.map(self.ln_post(x), **bias)
-        return self._full_of_pooled(_pool(x, a.head, a.prefix, tokens.sizes if weighted else None))
+        return self._full_of_pooled(pooling.pool(x, a.head, a.prefix, tokens.sizes if weighted else None))
 
     def _full_of_pooled(self, pooled: Array) -> Array:
-        return project(self, _flat(self.ln_post(pooled)))
+        return project(self, pooling.flat(self.ln_post(pooled)))
 
     def pooled(self, images: Array) -> dict[int, Array]:
-        """images float [B, S, S, 3], normalised -> {executed blocks: [B, W] or [B, 2, W]}, what each head reads.
+        """images float [B, S, S, 3], normalised -> {executed blocks: [B, W] or [B, 2, W]}, for `arch.read_blocks`.
 
         `of_pooled` makes the embeddings of it: where the tower is frozen, this part need not run again. Only for heads that
         read pooled tokens alone (`arch.reads_pooled`).
         """
-        a = self.arch
-        taps = run_trunk(self, self.embed(images), a.all_exits)
-        found = {}
-        for e, tokens in taps.items():
-            tokens = _without_cross(tokens, a)
-            sizes = tokens.sizes if e > a.first_merging else None
-            found[e] = _pool(tokens.values, a.head if e == a.depth else a.pool, a.prefix, sizes)
-        return found
+        taps = run_trunk(self, self.embed(images), self.arch.read_blocks)
+        return {n: pooling.pooled_after(tokens, n, self.arch) for n, tokens in taps.items()}
 
     def of_pooled(self, pooled: Mapping[int, Array]) -> dict[int, Array]:
-        """Outputs of `pooled` for every exit -> {executed blocks: float32 [B, D], not normalised}, as of `__call__`."""
+        """Outputs of `pooled` -> {executed blocks: float32 [B, D], not normalised} for every exit, as of `__call__`."""
         a = self.arch
-        one = lambda e: self._full_of_pooled(pooled[e]) if e == a.depth else self.exits[str(e)].of_pooled(pooled[e])
-        each = {e: one(e).astype(jnp.float32) for e in a.all_exits}
-        return {e: reduce(operator.add, (each[part] for part in a.heads_of(e))) for e in a.all_exits}
+        each = {e: self._of_blocks(pooled, e).astype(jnp.float32) for e in a.depths}
+        return {e: reduce(operator.add, (each[part] for part in a.heads_of(e))) for e in a.depths}
+
+    def _of_blocks(self, pooled: Mapping[int, Array], depth: int) -> Array:
+        """The head at `depth` on the pooled tokens of the blocks that it reads -> [B, D]."""
+        read = [pooled[block] for block in self.arch.blocks_of(depth)]
+        joined = read[0] if len(read) == 1 else jnp.concatenate([pooling.parts(each) for each in read], axis=1)
+        return self._full_of_pooled(joined) if depth == self.arch.depth else self.exits[str(depth)].of_pooled(joined)
 
     def with_cross_embeddings(
         self, images: Array, exits: Sequence[int], scales: Array | None = None
@@ -294,13 +318,8 @@ class VisionTower(Trunk):
         cross: list[Array] = []
         found = self._resume(self.embed(images), 0, exits, scales, cross)
         return found, embed_cross(
-            self, self.ln_post if self.ln_pre is None else self.ln_pre, cross, self.arch.head == "cls_mean"
+            self, self.ln_post if self.ln_pre is None else self.ln_pre, cross, self.arch.parts * self.arch.head_blocks
         )
-
-
-def _without_cross(tokens: Tokens, arch: VisionArch) -> Tokens:
-    """The tokens that heads read: a cross token only guides."""
-    return Tokens(tokens.values[:, :-1], tokens.sizes[:, :-1]) if arch.has_cross else tokens
 
 
 def _attention_pool(arch: VisionArch, **kwargs: Any) -> AttentionPool:
@@ -309,24 +328,3 @@ def _attention_pool(arch: VisionArch, **kwargs: Any) -> AttentionPool:
 
 def _add_projection(module: nnx.Module, arch: VisionArch, **types: Any) -> None:
     add_projection(module, arch.projection, arch.projection_width, arch.pooled_width, arch.embed_dim, **types)
-
-
-def _pool(x: Array, pool: str, prefix: int, sizes: Array | None) -> Array:
-    """x [B, L, W] -> [B, W], or [B, 2, W] for 'cls_mean'; the first `prefix` tokens are no patches. `sizes` as of ExitHead."""
-    if pool == "cls":
-        return x[:, 0]
-    patches = x[:, prefix:]
-    if pool == "first_patch":
-        return patches[:, 0]
-    wide = patches.astype(jnp.float32)
-    if sizes is None:
-        mean = wide.mean(axis=1).astype(x.dtype)
-    else:
-        weights = sizes[:, prefix:, None]
-        mean = ((wide * weights).sum(axis=1) / weights.sum(axis=1)).astype(x.dtype)
-    return jnp.stack([x[:, 0], mean], axis=1) if pool == "cls_mean" else mean
-
-
-def _flat(pooled: Array) -> Array:
-    """[B, W] or [B, 2, W] -> [B, W] or [B, 2 W]."""
-    return pooled.reshape(len(pooled), -1) if pooled.ndim == 3 else pooled

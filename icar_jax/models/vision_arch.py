@@ -51,6 +51,7 @@ class VisionArch:
     projection: str = "linear"  # of every head: linear | linear_mlp (sum of both) | mlp | none (a bare tower)
     projection_width: int = 0  # hidden channels of the projection's MLP
     exit_eps: float = 1e-5  # epsilon of the LayerNorms of exit heads without attention pool
+    head_blocks: int = 1  # every head reads the pooled tokens of the last `head_blocks` blocks before it, concatenated
     reduce: str = "none"  # token reduction: none | tome | pitome | crossget | drop (models/reduction)
     schedule: Schedule = ()  # entry i: number of tokens that block i + 1 merges, or that are dropped after it
     proportional: bool = True  # whether attention is proportional to the sizes of merged tokens
@@ -84,8 +85,22 @@ class VisionArch:
 
     @property
     def pooled_width(self) -> int:
-        """Channels of a pooled token, which the projection reads."""
-        return self.width * (2 if self.head == "cls_mean" else 1)
+        """Channels that the projection of a head reads: all its pooled tokens."""
+        return self.width * self.parts * self.head_blocks
+
+    @property
+    def parts(self) -> int:
+        """Number of pooled tokens that a head reads of a block: 2 for 'cls_mean', the class token and the mean."""
+        return 2 if self.head == "cls_mean" else 1
+
+    def blocks_of(self, depth: int) -> tuple[int, ...]:
+        """Returns the numbers of blocks after which the head at that depth reads tokens, ascending; `depth` is the last."""
+        return tuple(range(depth - self.head_blocks + 1, depth + 1))
+
+    @property
+    def read_blocks(self) -> tuple[int, ...]:
+        """Numbers of blocks after which any head reads tokens, ascending."""
+        return tuple(sorted({block for depth in self.depths for block in self.blocks_of(depth)}))
 
     @property
     def has_cross(self) -> bool:
@@ -224,6 +239,17 @@ def _head_errors(a: VisionArch) -> Iterator[str]:
             yield f"an attention-pool head has no projection; leave projection {a.projection!r} at 'linear', its default"
     elif wrong := projection_error(a.projection, a.projection_width, a.pooled_width, a.embed_dim):
         yield wrong
+    if not 1 <= a.head_blocks <= min(a.depths):
+        yield (
+            f"head_blocks={a.head_blocks} must lie in 1 to {min(a.depths)}, the number of blocks before the first head"
+            + (": use fewer, or later exits" if a.exits else "")
+        )
+    if a.head_blocks > 1 and (a.head == "map" or a.projection == "none" or a.exit_head != "linear"):
+        other = "an attention-pool head" if a.head == "map" else "a head without projection"
+        other = other if a.exit_head == "linear" else f"exit head {a.exit_head!r}"
+        yield f"head_blocks={a.head_blocks} concatenates the pooled tokens of blocks and projects them, {other} does not; use 1"
+    if a.head_blocks > 1 and a.exits and a.pool != a.head:
+        yield f"head_blocks={a.head_blocks} needs one pooling of all heads, but exits pool {a.pool!r} and full depth {a.head!r}"
     if a.exit_sum and (a.head == "map" or a.projection == "none"):
         without = "a tower with an attention-pool head" if a.head == "map" else "a tower with projection 'none'"
         yield f"exit_sum sums projections, but {without} has no projection"

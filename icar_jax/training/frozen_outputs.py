@@ -94,7 +94,7 @@ def kept_outputs(
     dtype = "float32" if config.train.dtype == "float32" else "bfloat16"
     if image:
         vision, views = clip.arch.vision, config.train.cache_views
-        shape = (len(vision.all_exits), vision.pooled_width // vision.width, vision.width)
+        shape = (len(vision.read_blocks), vision.parts, vision.width)
         about = {
             "arch": _trunk_fields(vision), "params": _digest(params["vision"], "image_trunk"), "views": views,
             "preprocess": preprocess.to_dict(), "images": _image_digest(source), "dtype": config.train.dtype,
@@ -102,11 +102,13 @@ def kept_outputs(
         }  # fmt: skip
         found["image"] = KeptRows(folder_of(root, "image", about), shape, dtype, views)
     if text:
+        tower = clip.arch.text
+        shape = (tower.width,) if tower.head_blocks == 1 else (tower.head_blocks, tower.width)
         about = {
-            "arch": _trunk_fields(clip.arch.text), "params": _digest(params["text"], "text_trunk"),
+            "arch": _trunk_fields(tower), "params": _digest(params["text"], "text_trunk"),
             "tokenizer": tokenizer.to_json(), "captions": _caption_digest(source), "dtype": config.train.dtype,
         }  # fmt: skip
-        found["text"] = KeptRows(folder_of(root, "text", about), (clip.arch.text.width,), dtype)
+        found["text"] = KeptRows(folder_of(root, "text", about), shape, dtype)
     for name, rows in found.items():
         with held(rows.folder):
             if not rows.complete:
@@ -132,12 +134,12 @@ def _keep_images(
     config: ExperimentConfig, clip: Graph[Clip], preprocess: Preprocess, source: Source, rows: KeptRows,
     params: Mapping[str, Any], on: Callable, request: StopRequest,
 ) -> bool:  # fmt: skip
-    exits = clip.arch.vision.all_exits
+    blocks = clip.arch.vision.read_blocks
 
     @jax.jit
     def embed(params, images):
         taps = clip.vision.pooled(params["vision"], normalise(images, preprocess.mean, preprocess.std))
-        stacked = jnp.stack([taps[e] for e in exits], axis=1)
+        stacked = jnp.stack([taps[n] for n in blocks], axis=1)
         return stacked.reshape(len(images), *rows.shape).astype(rows.dtype)
 
     views, bad = rows.views, BadFiles()

@@ -17,7 +17,7 @@ from icar_jax.models.token_router import ScorerArch
 
 # _SIZES are set by the variant. MANNERS are read from the checkpoint: parameter shapes do not show them and no config field
 # sets them.
-_SIZES = ("width", "depth", "mlp_width", "embed_dim", "patch_size")
+_SIZES = ("width", "depth", "mlp_width", "embed_dim", "patch_size", "head_blocks")
 MANNERS = (
     "activation", "heads", "norm_eps", "head", "class_token", "patch_bias", "pre_norm", "causal", "proj_bias", "registers",
     "ffn", "projection", "projection_width", "exit_eps",

@@ -31,6 +31,8 @@ def start_of(config: ExperimentConfig) -> Start | None:
         clip.projection or join.Joint.projection,
         clip.projection_width,
         seed=train.seed,
+        head_blocks=clip.head_blocks or join.Joint.head_blocks,
+        text_head_blocks=clip.text_head_blocks or join.Joint.text_head_blocks,
     )
     return _joined(train.init_image, train.init_text, joint)
 

@@ -69,6 +69,22 @@ def test_a_run_from_two_towers_trains_heads_alone_and_kept_outputs_change_nothin
     assert [(path / "rows.bin").stat().st_mtime_ns for path in folders.values()] == written
 
 
+def test_kept_outputs_of_several_blocks_change_nothing_either(towers, tmp_path):
+    heads = {"head_blocks": 2, "text_head_blocks": 2, "exits": (2,), "exit_sum": False}
+    plain = train(settings(towers, clip=heads), tmp_path / "plain")
+    kept = {"cache_frozen": True, "cache_folder": str(tmp_path / "cache")}
+    train(settings(towers, clip=heads, train=kept), tmp_path / "cached")
+    np.testing.assert_allclose(losses(tmp_path / "cached"), losses(tmp_path / "plain"), rtol=1e-5)
+    about = checkpoint.describe(plain)["arch"]
+    assert (about["vision"]["head_blocks"], about["text"]["head_blocks"]) == (2, 2)
+    params = checkpoint.read(plain, "clip").params
+    assert params["vision"]["proj"]["kernel"].shape == (2 * 2 * 24, 8)
+    with pytest.raises(ConfigError, match=r"vision head_blocks: 2 in the checkpoint, 1 in the run"):
+        other = settings(towers, clip={"head_blocks": 1, "exits": (2,), "exit_sum": False})
+        other.train.init, other.train.init_image, other.train.init_text = str(plain), "", ""
+        train(other, tmp_path / "other")
+
+
 def test_views_of_augmented_images_are_kept_and_odd_ones_are_mirrored(towers, tmp_path):
     kept = {"cache_frozen": True, "cache_folder": str(tmp_path / "cache"), "cache_views": 2}
     train(settings(towers, train=kept, data={"flip": True}), tmp_path / "run")

@@ -33,6 +33,7 @@ def beyond_clip(arch: ClipArch) -> dict[str, bool]:
         "its text projection has a bias": t.proj_bias,
         "its text tower is a BERT, with norms after the residuals": t.post_norm,
         f"its text tower has the projection {t.projection!r}": t.projection != "linear",
+        f"its text head reads the last {t.head_blocks} blocks (head_blocks)": t.head_blocks > 1,
         **beyond_image_tower(arch.vision),
     }
 
@@ -45,6 +46,7 @@ def beyond_image_tower(v: VisionArch) -> dict[str, bool]:
         "its patch embedding has a bias": v.patch_bias,
         "its image tower has no norm before the blocks": not v.pre_norm,
         "its embeddings are sums over the heads of its exits (exit_sum)": v.exit_sum,
+        f"its heads read the last {v.head_blocks} blocks (head_blocks)": v.head_blocks > 1,
         **beyond_vit(v),
         f"its image tower pools {v.head!r}": v.head not in ("cls", "map"),
         f"its image tower has the projection {v.projection!r}": v.projection != "linear",

@@ -26,7 +26,7 @@ def merge_similar(tokens: Tokens, count: int, prefix: int) -> Tokens:
     centred tokens and not of the keys, and later attention is not proportional to token size, because the tower is trained
     without that.
     """
-    (x, sizes, _), first = tokens, int(prefix)
+    (x, sizes), first = tokens[:2], int(prefix)
     # Highest precision: reduced precision could reorder pairs, and would round the tokens in the sums below.
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     seeker, other = (x[:, first + start :: 2].astype(jnp.float32) for start in (0, 1))

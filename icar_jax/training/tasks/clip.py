@@ -167,9 +167,9 @@ def _task(config: ExperimentConfig, arch: ClipArch, mesh: Mesh | None, start_pre
 
     def embed_images(params, batch):
         if frozen_outputs.IMAGE in batch:
-            kept = batch[frozen_outputs.IMAGE]  # [B, exits, parts, W]
+            kept = batch[frozen_outputs.IMAGE]  # [B, blocks, parts, W]
             flat = kept if kept.shape[2] == 2 else kept[:, :, 0]
-            found = clip.vision.of_pooled(params["vision"], {e: flat[:, i] for i, e in enumerate(arch.vision.all_exits)})
+            found = clip.vision.of_pooled(params["vision"], {n: flat[:, i] for i, n in enumerate(arch.vision.read_blocks)})
             return {e: unit_norm(z) for e, z in found.items()}, ()
         pixels = normalise(batch["image"], preprocess.mean, preprocess.std)
         scales = batch.get("block_scales")
