@@ -33,7 +33,7 @@ def arguments(tmp_path, monkeypatch):
         config = whole(row, *args)
         clip = dataclasses.replace(
             config.clip, image_size=32, context_length=8, embed_dim=8, projection_width=12, exits=(2,) if row.early else (),
-            head_blocks=2 if row.early else 1, text_head_blocks=2 if row.early else 1,
+            head_blocks=1 + row.several, text_head_blocks=1 + row.several,
         )  # fmt: skip
         config.loss.exit_weights = (0.2, 1.0) if row.early else (1.0,)
         config.data.calibration_size = 2
