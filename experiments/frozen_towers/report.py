@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from icar_jax.evaluation.report import figures
@@ -37,16 +38,17 @@ def markdown(record: Mapping[str, Any]) -> str:
         )
     lines += [
         "",
-        "Half of the images leave early, the others take full depth.",
+        "Half of the images leave early, the others take full depth. An image loses if it and its captions have a lower mean recall "
+        "when it alone leaves early.",
         "",
-        "| exit | router | mean recall | at random | minus random | rank correlation with regret |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| exit | images that lose, gain, % | router | mean recall | at random | minus random | rank correlation with the loss |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for m in record["routing"]:
         found = m["spearman_with_regret"]
         shown = "" if found is None else ", ".join(f"{value:+.2f}" for value in found)
         lines.append(
-            f"| {m['exit']} | {m['router']} | {interval(m['recall'])} | {interval(m['random'])} | "
+            f"| {m['exit']} | {mean(m['lose']):.0f}, {mean(m['gain']):.0f} | {m['router']} | {interval(m['recall'])} | {interval(m['random'])} | "
             f"{interval(m['minus_random'], True)} | {shown} |"
         )
     return "\n".join(lines) + "\n"

@@ -35,6 +35,7 @@ from icar_jax.evaluation.metrics.retrieval import Ranks, ranks
 from icar_jax.evaluation.routing.assignments import oracle_exits_at_share, random_exits, ranks_alone, ranks_mixed
 from icar_jax.evaluation.routing.calibration import score_source
 from icar_jax.inference.loading import load
+from icar_jax.models.clip import LOGIT_SCALE_MAX
 from icar_jax.training.loop import train
 
 RESAMPLES, DRAWS = 2000, 60
@@ -150,12 +151,15 @@ def _routing(
     for exit in sorted(next(iter(by_seed.values())).by_exit)[:-1]:
         hits: dict[tuple[str, int], Hits] = {}
         correlation: dict[str, list[float]] = {}
+        moved: dict[str, list[float]] = {"lose": [], "gain": []}
         for seed, e in by_seed.items():
             two = {depth: e.by_exit[depth] for depth in (exit, max(e.by_exit))}
             count, depth, half = len(two[exit]), max(two), len(two[exit]) // 2
             alone = ranks_alone(two, e.texts, e.owner)
             regret = _regret(alone[exit], alone[depth])
-            own = {**scores, "confidence": _entropy(two[exit], _bank(args, seed))}
+            moved["lose"].append(100 * float(np.mean(regret > 0)))
+            moved["gain"].append(100 * float(np.mean(regret < 0)))
+            own = {**scores, "confidence": _entropy(two[exit], *_bank(args, seed))}
             taken = {name: np.where(np.argsort(np.argsort(s, kind="stable")) < half, exit, depth) for name, s in own.items()}
             taken["oracle"] = oracle_exits_at_share(alone, {exit: half, depth: count - half}, (1, 5, 10))
             draws = [random_exits(taken["oracle"], draw) for draw in range(DRAWS)]
@@ -173,7 +177,7 @@ def _routing(
                 "exit": exit, "router": name, "captions": n, "recall": asdict(seeds.interval(rows_of[name])),
                 "random": asdict(seeds.interval(rows_of["random"])),
                 "minus_random": asdict(seeds.difference(rows_of[name], rows_of["random"])),
-                "spearman_with_regret": correlation.get(name),
+                "spearman_with_regret": correlation.get(name), **moved,
             })  # fmt: skip
     return made
 
@@ -185,9 +189,9 @@ def _regret(early: Ranks, full: Ranks) -> np.ndarray:
     return (lost(b) - lost(a)) / 2
 
 
-def _entropy(images: np.ndarray, bank: np.ndarray) -> np.ndarray:
-    """float64 [N]: entropy of the softmax of an early embedding's similarities to captions of training images."""
-    logits = 100.0 * (images @ bank.T).astype(np.float64)
+def _entropy(images: np.ndarray, bank: np.ndarray, scale: float) -> np.ndarray:
+    """float64 [N]: entropy of the softmax of an early embedding's scaled similarities to captions of training images."""
+    logits = scale * (images @ bank.T).astype(np.float64)
     logits -= logits.max(1, keepdims=True)
     weight = np.exp(logits)
     weight /= weight.sum(1, keepdims=True)
@@ -200,15 +204,16 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> float:
     return float(spearmanr(a, b).statistic)
 
 
-def _bank(args: argparse.Namespace, seed: int) -> np.ndarray:
-    """float32 [BANK, D]: embeddings of captions of training images, one an image."""
+def _bank(args: argparse.Namespace, seed: int) -> tuple[np.ndarray, float]:
+    """(float32 [BANK, D], embeddings of captions of training images, one an image; the logit scale)."""
     kept = Path(args.out) / RECIPE / str(seed) / "bank.npy"
+    tower = _tower(rows()[RECIPE], seed, args)
     if not kept.exists():
         source = configured.train_source(_settings(rows()[RECIPE], seed, args).data)
         some = np.linspace(0, len(source) - 1, min(BANK, len(source))).astype(int)
         texts = [source[int(i)].captions[0] for i in some]
-        np.save(kept, measure.embed_texts(_tower(rows()[RECIPE], seed, args), texts))
-    return np.load(kept)
+        np.save(kept, measure.embed_texts(tower, texts))
+    return np.load(kept), float(np.exp(min(tower.params["logit_scale"], np.log(LOGIT_SCALE_MAX))))
 
 
 def _seconds(chosen: Sequence[Row], made: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> dict[str, float]:

@@ -84,7 +84,7 @@ def test_rows_are_trained_measured_and_kept(arguments, tmp_path):
 def test_confidence_is_the_entropy_over_a_bank_of_captions():
     bank = np.eye(3, dtype=np.float32)
     sure, unsure = np.array([1, 0, 0]), np.full(3, 3**-0.5)
-    found = study._entropy(np.array([sure, unsure], np.float32), bank)
+    found = study._entropy(np.array([sure, unsure], np.float32), bank, 100.0)
     assert found[0] < 1e-9 and found[1] == pytest.approx(np.log(3), rel=1e-5)
 
 
