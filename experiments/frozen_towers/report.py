@@ -38,19 +38,18 @@ def markdown(record: Mapping[str, Any]) -> str:
         )
     lines += [
         "",
-        "Half of the images leave early, the others take full depth. An image loses if it and its captions have a lower mean recall "
-        "when it alone leaves early.",
+        "Half of the images leave early, the others take full depth. An image loses if it and its captions have a lower mean "
+        "recall when it alone leaves early.",
         "",
-        "| exit | images that lose, gain, % | router | mean recall | at random | minus random | rank correlation with the loss |",
+        "| exit | lose, gain, % of images | router | mean recall | at random | minus random | rank correlation with loss |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for m in record["routing"]:
         found = m["spearman_with_regret"]
         shown = "" if found is None else ", ".join(f"{value:+.2f}" for value in found)
-        lines.append(
-            f"| {m['exit']} | {mean(m['lose']):.0f}, {mean(m['gain']):.0f} | {m['router']} | {interval(m['recall'])} | {interval(m['random'])} | "
-            f"{interval(m['minus_random'], True)} | {shown} |"
-        )
+        moved = f"{mean(m['lose']):.0f}, {mean(m['gain']):.0f}"
+        recalls = f"{interval(m['recall'])} | {interval(m['random'])} | {interval(m['minus_random'], True)}"
+        lines.append(f"| {m['exit']} | {moved} | {m['router']} | {recalls} | {shown} |")
     return "\n".join(lines) + "\n"
 
 
