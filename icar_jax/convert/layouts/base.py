@@ -185,7 +185,7 @@ class Layout:
     tokenizer: Callable[[Source, str, TextArch], tuple[Tokenizer | None, str]] | None = None
     export: Export | None = None  # None: `icar export` does not write this layout
     options: frozenset[str] = _ALL_OPTIONS  # fields of Options that have an effect; others are refused
-    weight_files: tuple[str, ...] = ()  # names of weight files besides source.WEIGHT_FILES, tried in a folder
+    weight_files: tuple[str, ...] = ()  # names of weight files besides those of folder.py, tried in a folder
     config_files: tuple[str, ...] = ()  # JSON files to read beside the weights
     precedence: int = 0  # layouts of a higher one are tried first
 
