@@ -25,7 +25,7 @@ _NO_PATHS = {
     "overrides",
     "config",
 }
-_WEIGHTS = {"source", "base", "image", "text", "checkpoint"}  # may also be names on the Hugging Face hub
+_WEIGHTS = {"source", "base", "image", "text", "checkpoint", "repository"}  # may also be names on the Hugging Face hub
 
 
 def positive(text: str) -> int:

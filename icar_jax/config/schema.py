@@ -6,7 +6,18 @@ Annotations here must stay real types (no `from __future__ import annotations`):
 from dataclasses import dataclass, field
 
 from icar_jax.config import choices
-from icar_jax.config.rules import Ascending, AtLeast, GroupsOrPatterns, LocalPath, OneOf, Rates, Shares, WeightsPath, Within, setting
+from icar_jax.config.rules import (
+    Ascending,
+    AtLeast,
+    GroupsOrPatterns,
+    LocalPath,
+    OneOf,
+    Rates,
+    Shares,
+    WeightsPath,
+    Within,
+    setting,
+)
 from icar_jax.files import limits
 
 MIN_VOCABULARY = 259  # of a byte-level tokenizer: 256 bytes, pad, start and end

@@ -79,11 +79,12 @@ class Report:
 def convert(
     source: str | os.PathLike, dest: str | os.PathLike, options: Options = Options(), reference: str | os.PathLike = ""
 ) -> Report:
-    """Converts `source` (a file or folder of another library, or its name on the hub) to a checkpoint of float32 parameters at `dest`.
+    """Converts `source` (a file or a folder of another library) to a checkpoint of float32 parameters at `dest`.
 
-    `source` may also be a checkpoint of this library, to give it another `options.tokenizer`. With `reference`, an .npz file of
-    `icar reference`, the outputs of the converted model are compared with it before anything is written. Raises ConvertError
-    for anything that does not fit, and CheckpointError where `dest` holds something else; nothing is written then.
+    `source` may be a name on the Hugging Face hub (owner/name, hf://owner/name@revision), which is downloaded first. It may also
+    be a checkpoint of this library, to give it another `options.tokenizer`. With `reference`, an .npz file of `icar reference`,
+    the outputs of the converted model are compared with it before anything is written. Raises ConvertError for anything that
+    does not fit, and CheckpointError where `dest` holds something else; nothing is written then.
     """
     source = hub.local(source)
     if checkpoint.is_own(source):

@@ -18,7 +18,7 @@ _USUAL = (  # a layout may name more
     "pytorch_model.bin.index.json",
 )
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-_OWN = (checkpoint.DESCRIPTION, checkpoint.WEIGHTS, checkpoint.TOKENIZER)
+OWN = (checkpoint.DESCRIPTION, checkpoint.WEIGHTS, checkpoint.TOKENIZER)
 
 
 def usual_weights() -> list[str]:
@@ -46,13 +46,13 @@ def choose_weights(names: Collection[str], where: str) -> str:
 
 
 def weights_file(path: Path) -> Path:
-    """The file of weights at `path`, a file or a folder. Raises ConvertError where there is none, saying what to name instead."""
+    """The file of weights at `path`, a file or a folder. Raises ConvertError, saying what to name instead, for none."""
     if path.is_file():
         return path
     if not path.exists():
         raise ConvertError(
-            f"{path} does not exist; expected a file of weights, a folder that holds one, or hf://owner/name for a model on the "
-            "Hugging Face hub"
+            f"{path} does not exist; expected a file of weights, a folder that holds one, or hf://owner/name for a model on "
+            "the Hugging Face hub"
         )
     _refuse_cache(path)
     return path / choose_weights([file.name for file in path.iterdir() if file.is_file()], str(path))
@@ -71,8 +71,8 @@ def _refuse_cache(folder: Path) -> None:
     names = ["/".join(model.name.split("--")[1:]) for model in models if model.name.startswith("models--")]
     one = found[0] if found else folder / "snapshots" / "COMMIT"
     raise ConvertError(
-        f"{folder} is a cache of the Hugging Face hub{f', of {names[0]}' if names and models == [folder] else ''}; give the name "
-        f"of a model ({', '.join(names[:5]) or 'owner/name'}), or the folder of one version in it, such as {one}"
+        f"{folder} is a cache of the Hugging Face hub; give the name of a model ({', '.join(names[:5]) or 'owner/name'}), or "
+        f"the folder of one version in it, such as {one}"
     )
 
 
@@ -83,7 +83,9 @@ def needed(names: Collection[str], where: str, file: str = "") -> list[str]:
     Raises ConvertError as `choose_weights`.
     """
     if checkpoint.DESCRIPTION in names and not file:
-        return sorted(n for n in names if PurePosixPath(n).name in _OWN and str(PurePosixPath(n).parent) in (".", "clip", "complexity"))
+        return sorted(
+            n for n in names if PurePosixPath(n).name in OWN and str(PurePosixPath(n).parent) in (".", "clip", "complexity")
+        )
     wanted = {*registry.config_files(), *TOKENIZER_CONFIGS, adapters.CONFIG, *adapters.FILES}
     if words := next((name for name in BESIDE if name in names), None):
         wanted.add(words)

@@ -69,9 +69,9 @@ def in_memory(
 ) -> Checkpoint:  # fmt: skip
     """Returns the checkpoint of a CLIP with the vision tower of `image` and the text tower of `text`; leaves are float32 numpy.
 
-    Both are checkpoints of this library, weights that `icar convert` reads, or names on the hub: a tower alone, or a CLIP, whose projections are
-    left out. Preprocessing and tokenizer come along. Options are those of `icar convert` for weights of other libraries.
-    Raises ConvertError for towers that cannot be joined, and CheckpointError.
+    Both are checkpoints of this library, weights that `icar convert` reads, or names of such on the hub: a tower alone, or a
+    CLIP, whose projections are left out. Preprocessing and tokenizer come along. Options are those of `icar convert` for
+    weights of other libraries. Raises ConvertError for towers that cannot be joined, and CheckpointError.
     """
     parts = _read(image, image_options, "vision"), _read(text, text_options, "text")
     arch = _arch(parts, joint)

@@ -22,7 +22,7 @@ _DEEPEST = 8  # wrappers
 
 
 def open_source(path: str | os.PathLike, base: str | os.PathLike = "", weights: str = "") -> Source:
-    """The weights at `path` (a file, a folder or a name on the hub) with their layout, which is detected; no values are read yet.
+    """The weights at `path` (a file, folder or name on the hub) with their layout, which is detected; no values are read yet.
 
     A LoRA adapter beside the weights is merged into them; a folder that holds one alone needs the `base` weights. `weights`
     'ema' or 'plain' chooses where a file holds both.

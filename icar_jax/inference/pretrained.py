@@ -31,9 +31,10 @@ class Clip(clip_module.Clip):
     def from_pretrained(cls, path: str | os.PathLike, *, dtype: Any = "float32", **options: Any) -> Self:
         """Loads a CLIP from an icar_jax checkpoint, bundle or workdir, or from Hugging Face, OpenCLIP or OpenAI weights.
 
-        `path` may be the name of either on the Hugging Face hub (owner/name, hf://owner/name@revision). Weights of other libraries are converted in memory; nothing is written. `dtype` is the dtype of activations. `options`
-        give what such weights do not specify, as the flags of `icar convert`: activation, exits, heads, image_size, pool,
-        preprocess. `icar_jax.load(path)` also loads the preprocessing and the tokenizer.
+        `path` may be the name of either on the Hugging Face hub (owner/name, hf://owner/name@revision). Weights of other
+        libraries are converted in memory; nothing is written. `dtype` is the dtype of activations. `options` give what such
+        weights do not specify, as the flags of `icar convert`: activation, exits, heads, image_size, pool, preprocess.
+        `icar_jax.load(path)` also loads the preprocessing and the tokenizer.
 
         Raises CheckpointError or ConvertError, which name what was expected at `path` and what was found.
         """

@@ -2,8 +2,10 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +14,12 @@ from safetensors.numpy import load_file, save_file
 import icar_jax
 from icar_jax import checkpoint
 from icar_jax.config import ConfigError, hub_name
-from icar_jax.convert.convert import Options, convert
+from icar_jax.convert.convert import convert
 from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.hub import download
 from icar_jax.convert.source import open_source
 from tests.support import hubserver, parity_cases
+from tests.support.places import ROOT
 
 pytest.importorskip("huggingface_hub")
 NAME = "openai/tiny"
@@ -67,7 +70,9 @@ def test_a_name_converts_as_the_folder_does(hub, source, tmp_path):
     commit = hub.add(NAME, source, OTHERS)
     report = convert(NAME, tmp_path / "named")
     convert(source, tmp_path / "local")
-    assert checkpoint.sha256(tmp_path / "named" / checkpoint.WEIGHTS) == checkpoint.sha256(tmp_path / "local" / checkpoint.WEIGHTS)
+    assert checkpoint.sha256(tmp_path / "named" / checkpoint.WEIGHTS) == checkpoint.sha256(
+        tmp_path / "local" / checkpoint.WEIGHTS
+    )
     assert report.description["source"] == checkpoint.describe(tmp_path / "local")["source"] | {
         "repository": NAME, "commit": commit,
     }  # fmt: skip
@@ -105,7 +110,9 @@ def test_revisions_files_and_folders_inside(hub, source):
     save_file(weights, source.parent / "zero.safetensors")
     zero = (source.parent / "zero.safetensors").read_bytes()
     config = (source / "config.json").read_bytes()
-    tagged = hub.repositories[NAME].add({"sub/config.json": config, "sub/zero.safetensors": zero, "a.pt": b"", "b.pt": b""}, "v2")
+    tagged = hub.repositories[NAME].add(
+        {"sub/config.json": config, "sub/zero.safetensors": zero, "a.pt": b"", "b.pt": b""}, "v2"
+    )
     for name in (f"hf://{NAME}@v2/sub", f"hf://{NAME}@v2/sub/zero.safetensors"):
         opened = open_source(name)
         assert not np.any(opened.tensors["logit_scale"].load()) and download.origin_of(opened.weights.path)["commit"] == tagged
@@ -176,7 +183,7 @@ def test_a_server_that_is_gone(source, tmp_path, monkeypatch):
 def test_gated_and_unknown_repositories(hub, source, monkeypatch):
     hub.add(NAME, source)
     hub.repositories[NAME].denied, hub.token = "GatedRepo", "secret"
-    assert "openai/tiny is gated: accept its terms at https://huggingface.co/openai/tiny, and log in" in refusal(NAME)
+    assert f"openai/tiny is gated: accept its terms at {hub.address}/openai/tiny, and log in" in refusal(NAME)
     assert "no repository on the Hugging Face hub, and no file or folder here has this name" in refusal("openai/none")
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert open_source(NAME).layout == "hf_clip"
@@ -223,11 +230,37 @@ def test_safetensors_come_before_pickles(tmp_path):
 
 
 @pytest.mark.check
-def test_the_command_and_training_take_names(hub, source, tmp_path, clip_folder):
-    hub.add(NAME, source)
-    environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"}
+def test_the_command_takes_names(hub, source, tmp_path):
+    """With the settings of huggingface_hub in the environment, in a process of its own."""
+    commit = hub.add(NAME, source)
+    environment = {
+        "HF_ENDPOINT": hub.address,
+        "HF_HOME": str(tmp_path / "home"),
+        "PYTHONPATH": str(ROOT),
+        "PATH": os.environ["PATH"],
+    }
     words = [sys.executable, "-m", "icar_jax.cli", "convert", f"hf://{NAME}", "out"]
-    done = subprocess.run(words, env=environment | {"PYTHONPATH": str(parity_cases.ROOT) if hasattr(parity_cases, "ROOT") else ""},
-                          capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
+    run = lambda **more: subprocess.run(words, env=environment | more, capture_output=True, text=True, cwd=tmp_path)
+    done = run()
     assert done.returncode == 0, done.stderr
-    assert checkpoint.describe(tmp_path / "out")["source"]["repository"] == NAME
+    assert checkpoint.describe(tmp_path / "out")["source"]["commit"] == commit
+    assert run(HF_HUB_OFFLINE="1").returncode == 0
+    lost = run(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "empty"))
+    assert lost.returncode == 2 and lost.stderr.startswith("error: cannot download openai/tiny: HF_HUB_OFFLINE is set")
+    assert len(lost.stderr.strip().splitlines()) == 1
+
+
+def test_training_starts_from_names(hub, source):
+    from icar_jax.config import ConfigError, ExperimentConfig, TrainConfig, validate
+    from icar_jax.training import start
+
+    commit = hub.add(NAME, source)
+    with pytest.raises(ConfigError, match="config.train.init_image=openai/none.*no repository on the Hugging Face hub"):
+        start.start_of(ExperimentConfig(train=TrainConfig(init_image="openai/none", init_text=NAME)))
+    with pytest.raises(ConfigError, match="config.train.init_image: hf://x names no repository"):
+        validate(ExperimentConfig(train=TrainConfig(init_image="hf://x", init_text=NAME)))
+    with pytest.raises(ConfigError, match="init_text.*has no tokenizer"):  # both were read
+        start.start_of(ExperimentConfig(train=TrainConfig(init_image=f"hf://{NAME}@{commit}", init_text=NAME)))
+    convert(source, "own")
+    hub.add("me/own", Path("own"))
+    assert start.find("me/own", "clip").name == hub.repositories["me/own"].revisions["main"]

@@ -52,7 +52,11 @@ class Hub:
 
     def downloaded(self) -> set[str]:
         """Paths inside repositories of the files that were sent."""
-        return {path.split("/resolve/")[1].partition("/")[2] for method, path in self.seen if method == "GET" and "/resolve/" in path}
+        return {
+            path.split("/resolve/")[1].partition("/")[2]
+            for method, path in self.seen
+            if method == "GET" and "/resolve/" in path
+        }
 
 
 class _Handler(BaseHTTPRequestHandler):

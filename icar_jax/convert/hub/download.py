@@ -1,7 +1,7 @@
 """Downloads a model that is named on the Hugging Face hub into the hub's own cache.
 
-Downloads, the cache and its folder, the token, progress bars and HF_HUB_OFFLINE are those of huggingface_hub. Only the files that
-are read are fetched, and interrupted downloads go on where they stopped.
+Downloads, the cache and its folder, the token, progress bars and HF_HUB_OFFLINE are those of huggingface_hub. Only the files
+that are read are fetched, and interrupted downloads go on where they stopped.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class Unreachable(ConvertError):
 @contextmanager
 def errors(name: HubName, doing: str) -> Iterator[None]:
     """Raises errors of huggingface_hub and of its network as ConvertErrors of one line; `doing` is 'download' or 'upload'."""
-    known = library(name).errors
-    place = f"https://huggingface.co/{name.repository}"
+    hub = library(name)
+    known, place = hub.errors, f"{hub.constants.ENDPOINT}/{name.repository}"
     try:
         yield
     except known.GatedRepoError as error:
@@ -79,15 +79,17 @@ def errors(name: HubName, doing: str) -> Iterator[None]:
     except known.RepositoryNotFoundError as error:
         here = "" if name.explicit else ", and no file or folder here has this name"
         raise ConvertError(
-            f"{name.repository} is no repository on the Hugging Face hub{here}; check the name at {place}. If it is private, log "
-            "in with `hf auth login` or set HF_TOKEN"
+            f"{name.repository} is no repository on the Hugging Face hub{here}; check the name at {place}. If it is private, "
+            "log in with `hf auth login` or set HF_TOKEN"
         ) from error
     except known.RevisionNotFoundError as error:
         raise ConvertError(
             f"{name.repository} has no revision {name.revision!r}; expected a branch, tag or commit of {place}"
         ) from error
     except known.OfflineModeIsEnabled as error:
-        raise Unreachable(f"cannot {doing} {name}: HF_HUB_OFFLINE is set; unset it, or give a folder of this machine") from error
+        raise Unreachable(
+            f"cannot {doing} {name}: HF_HUB_OFFLINE is set; unset it, or give a folder of this machine"
+        ) from error
     except known.HFValidationError as error:
         raise ConvertError(f"{name} is no name of a repository: {_line(error)}") from error
     except known.HfHubHTTPError as error:
@@ -98,15 +100,15 @@ def errors(name: HubName, doing: str) -> Iterator[None]:
     except Exception as error:
         number = getattr(error, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT) or "no space left" in str(error).lower():
-            where = library(name).constants.HF_HUB_CACHE
+            where = hub.constants.HF_HUB_CACHE
             raise ConvertError(
                 f"cannot {doing} {name}: no space left on the disk of {where}; free some and try again, which goes on where it "
                 "stopped, or set HF_HOME to a folder on another disk"
             ) from error
         if type(error).__module__.partition(".")[0] in _CLIENTS or isinstance(error, TimeoutError):
             raise Unreachable(
-                f"cannot {doing} {name}: the hub cannot be reached ({_line(error) or type(error).__name__}); check the connection "
-                "and try again, which goes on where it stopped"
+                f"cannot {doing} {name}: the hub cannot be reached ({_line(error) or type(error).__name__}); check the "
+                "connection and try again, which goes on where it stopped"
             ) from error
         if isinstance(error, OSError):
             raise ConvertError(f"cannot {doing} {name}: {_line(error)}") from error

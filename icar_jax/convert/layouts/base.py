@@ -13,13 +13,18 @@ from typing import Any
 
 from icar_jax import pytree
 from icar_jax.checkpoint import Checkpoint
+from icar_jax.config import from_dict
 from icar_jax.convert.adapters import Adapter
 from icar_jax.convert.fields import ConvertError, Fields
 from icar_jax.convert.files.tensors import Tensor, Weights
 from icar_jax.convert.rules import Rule
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
+from icar_jax.models.clip import ClipArch
+from icar_jax.models.convnext import ConvNeXtArch
 from icar_jax.models.text import TextArch
+from icar_jax.models.token_router import scorer_arch
+from icar_jax.models.vision import VisionArch
 
 TOWER_OPTIONS = frozenset({"activation", "preprocess", "exits", "pool", "heads", "image_size"})  # of vision towers
 KINDS = ("clip", "vision", "text", "complexity", "convnext")  # of checkpoints that weights are converted to
@@ -88,6 +93,20 @@ class Details:
     origin: dict[str, Any] = field(default_factory=dict)  # added to `source` of icar.json
     extra: dict[str, Any] = field(default_factory=dict)  # more fields of icar.json
     notes: list[str] = field(default_factory=list)  # warnings for the user
+
+
+_ARCHS: dict[str, Callable[[dict[str, Any], str], Any]] = {
+    "clip": lambda values, where: from_dict(values, ClipArch, where),
+    "vision": lambda values, where: from_dict(values, VisionArch, where),
+    "text": lambda values, where: from_dict(values, TextArch, where),
+    "complexity": scorer_arch,
+    "convnext": lambda values, where: from_dict(values, ConvNeXtArch, where),
+}
+
+
+def arch_of(kind: str, values: dict[str, Any], where: str) -> Any:
+    """The architecture of a checkpoint of this kind, from the `arch` of its icar.json. Raises ConfigError naming `where`."""
+    return _ARCHS[kind](values, where)
 
 
 @dataclass(frozen=True)
