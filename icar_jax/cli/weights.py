@@ -32,7 +32,8 @@ def _add_convert(commands) -> None:
     p.add_argument("--activation", default="", help="gelu, gelu_tanh or quick_gelu, if not specified by the source")
     p.add_argument("--preprocess", default="", help="preset or JSON file, if not specified by the source; presets: openai, "
                    "half, siglip, icar, icc, imagenet")  # fmt: skip
-    p.add_argument("--exits", type=int, nargs="+", default=[], metavar="BLOCKS", help="add early exits after these blocks")
+    p.add_argument("--exits", type=_exits, nargs="+", default=[], metavar="BLOCKS", help="add early exits after these blocks; "
+                   "none leaves out the exit of an ICAR checkpoint")  # fmt: skip
     p.add_argument("--pool", default="", help="pooling of the added exits: cls, mean, first_patch, cls_mean (as full depth)")
     p.add_argument("--heads", type=int, nargs="+", default=[], metavar="NUMBER", help="attention heads, if unknown: of the "
                    "vision and the text tower, or of a single tower")  # fmt: skip
@@ -51,13 +52,28 @@ def _add_convert(commands) -> None:
     p.set_defaults(run=_convert)
 
 
+_NONE = "none"
+
+
+def _exits(text: str) -> int | str:
+    """A number of blocks, or 'none'."""
+    if text == _NONE:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number of blocks, or none, found {text!r}") from None
+
+
 def _convert(args: argparse.Namespace) -> None:
     from icar_jax.convert.convert import Options, convert
     from icar_jax.convert.parity.verify import format_table
 
     options = Options(
-        args.activation, args.preprocess, tuple(args.exits), args.pool, tuple(args.heads), args.image_size, args.tokenizer,
+        args.activation, args.preprocess, tuple(exit for exit in args.exits if exit != _NONE), args.pool,
+        tuple(args.heads), args.image_size, args.tokenizer,
         args.context_length, args.text_pool, args.base, args.weights, args.reduce, args.image_r, args.text_r,
+        _NONE in args.exits,
     )  # fmt: skip
     report = convert(args.source, args.dest, options, args.verify)
     print(report.summary())

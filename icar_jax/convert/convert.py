@@ -81,10 +81,10 @@ def convert(
 ) -> Report:
     """Converts `source` (a file or a folder of another library) to a checkpoint of float32 parameters at `dest`.
 
-    `source` may be a name on the Hugging Face hub (owner/name, hf://owner/name@revision), which is downloaded first. It may also
-    be a checkpoint of this library, to give it another `options.tokenizer`. With `reference`, an .npz file of `icar reference`,
-    the outputs of the converted model are compared with it before anything is written. Raises ConvertError for anything that
-    does not fit, and CheckpointError where `dest` holds something else; nothing is written then.
+    `source` may be a name on the Hugging Face hub (owner/name, hf://owner/name@revision), which is downloaded first. It may
+    also be a checkpoint of this library, to give it another `options.tokenizer`. With `reference`, an .npz file of `icar
+    reference`, the outputs of the converted model are compared with it before anything is written. Raises ConvertError for
+    anything that does not fit, and CheckpointError where `dest` holds something else; nothing is written then.
     """
     source = hub.local(source)
     if checkpoint.is_own(source):
@@ -171,7 +171,7 @@ def read(source: Source, options: Options = Options()) -> ConversionResult:
     layout = registry.named(source.layout)
     idle = options.given() - layout.options - OF_SOURCES
     if idle:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(idle))
+        flags = ", ".join("--exits none" if name == "no_exits" else f"--{name.replace('_', '-')}" for name in sorted(idle))
         raise ConvertError(f"{source.path} ({source.layout} layout) has no use for {flags}; leave it out")
     if options.pool and not options.exits:
         raise ConvertError(f"--pool={options.pool} says what added exits read; pass --exits with it, or leave it out")

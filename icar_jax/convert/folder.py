@@ -61,17 +61,17 @@ def weights_file(path: Path) -> Path:
 def _refuse_cache(folder: Path) -> None:
     """Raises ConvertError for a folder that Hugging Face libraries keep their downloads in."""
     models = sorted(folder.glob("models--*--*"))
-    if (folder / "snapshots").is_dir():
+    if folder.name.startswith("models--") and (folder / "snapshots").is_dir():
         found = sorted((folder / "snapshots").iterdir())
         models = [folder]
     elif models:
         found = sorted(models[0].glob("snapshots/*"))
     else:
         return
-    names = ["/".join(model.name.split("--")[1:]) for model in models if model.name.startswith("models--")]
+    names = [model.name.removeprefix("models--").replace("--", "/", 1) for model in models]
     one = found[0] if found else folder / "snapshots" / "COMMIT"
     raise ConvertError(
-        f"{folder} is a cache of the Hugging Face hub; give the name of a model ({', '.join(names[:5]) or 'owner/name'}), or "
+        f"{folder} is a cache of the Hugging Face hub; give the name of a model ({', '.join(names[:5])}), or "
         f"the folder of one version in it, such as {one}"
     )
 

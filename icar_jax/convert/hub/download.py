@@ -22,7 +22,7 @@ from icar_jax.config import HubName, hub_name
 from icar_jax.convert import folder as folders
 from icar_jax.convert.fields import ConvertError, read_json
 
-_SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(/|$)")
+_SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(/|$)")
 _FILES = (*folders.SUFFIXES, ".json", ".gz", ".npz")  # endings that tell a path from a name
 _CLIENTS = ("httpx", "httpx2", "httpcore", "requests", "urllib3")  # raise where the hub cannot be reached
 

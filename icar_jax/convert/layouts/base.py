@@ -48,6 +48,7 @@ class Options:
     reduce: str = ""  # of CrossGET's checkpoints: crossget | none
     image_r: int = -1  # tokens that each block of the vision tower merges; -1: not given
     text_r: int = -1  # the same of the text tower
+    no_exits: bool = False  # leave out the exit of an ICAR checkpoint
 
     def given(self) -> set[str]:
         """Names of the fields that were set."""
@@ -171,7 +172,8 @@ class Export:
 _OF_TEXT = {"context_length", "text_pool"}  # options of layouts of text encoders
 OF_SOURCES = {"base", "weights"}  # options that say what is read, whatever its layout
 _OF_CROSSGET = {"reduce", "image_r", "text_r"}  # options of CrossGET's checkpoints
-_ALL_OPTIONS = frozenset(f.name for f in dataclasses.fields(Options)) - _OF_TEXT - _OF_CROSSGET
+_OF_ICAR = {"no_exits"}
+_ALL_OPTIONS = frozenset(f.name for f in dataclasses.fields(Options)) - _OF_TEXT - _OF_CROSSGET - _OF_ICAR
 
 
 def no_details(source: Source, options: Options) -> Details:
