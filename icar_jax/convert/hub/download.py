@@ -128,7 +128,8 @@ def _download(name: HubName) -> Path:
     hub = library(name)
     try:
         with errors(name, "download"):
-            info = hub.HfApi().model_info(name.repository, revision=name.revision or None)
+            wait = hub.constants.HF_HUB_ETAG_TIMEOUT  # seconds; of the environment
+            info = hub.HfApi().model_info(name.repository, revision=name.revision or None, timeout=wait)
     except Unreachable as error:
         return _cached(name, error)
     names = [entry.rfilename for entry in info.siblings or ()]
