@@ -276,7 +276,7 @@ def _architecture(source: Source, layout: Layout, options: Options) -> Any:
 def _retokenize(source: Path, dest: Path, options: Options, reference: str | os.PathLike) -> Report:
     """Writes a checkpoint of this library with another tokenizer and nothing else changed."""
     if options.given() != {"tokenizer"} or reference:
-        raise ConvertError(f"{source} is an icar_jax checkpoint already; only --tokenizer can be given to it")
+        raise ConvertError(f"{source} is an icar_jax checkpoint already and used as it is; only --tokenizer can be given to it")
     folder = checkpoint.find(source)
     if folder.resolve() != source.resolve() or checkpoint.describe(folder)["kind"] == "bundle":
         inner = folder / "clip" if checkpoint.describe(folder)["kind"] == "bundle" else folder
