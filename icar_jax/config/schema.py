@@ -289,6 +289,7 @@ class EvalConfig:
     static: str = setting("", LocalPath())
     batch_size: int = setting(64, AtLeast(1))  # images in a full batch of the router
     dtype: str = setting("float32", OneOf(choices.Dtype))  # of activations
+    timing_images: int = setting(512, AtLeast(1))  # images whose encoding is timed, at every exit and routed
     bootstrap: int = setting(2000, AtLeast(1))  # resamples of images behind each interval
     # Random assignments averaged into the run 'random' (its average precision: over the first 10).
     random_draws: int = setting(100, AtLeast(1))
