@@ -18,6 +18,16 @@ _USUAL = (  # a layout may name more
     "pytorch_model.bin.index.json",
 )
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+# What training programs write beside weights, with the same endings.
+_OF_TRAINING = {
+    "training_args.bin",
+    "optimizer.pt",
+    "optimizer.bin",
+    "scheduler.pt",
+    "scheduler.bin",
+    "scaler.pt",
+    "rng_state.pth",
+}
 OWN = (checkpoint.DESCRIPTION, checkpoint.WEIGHTS, checkpoint.TOKENIZER)
 
 
@@ -32,7 +42,9 @@ def choose_weights(names: Collection[str], where: str) -> str:
     A pickle is not taken where a safetensors file lies beside it.
     """
     usual = usual_weights()
-    others = sorted({n for n in names if PurePosixPath(n).suffix in SUFFIXES} - {*usual, *adapters.FILES, checkpoint.WEIGHTS})
+    others = sorted(
+        {n for n in names if PurePosixPath(n).suffix in SUFFIXES} - {*usual, *adapters.FILES, *_OF_TRAINING, checkpoint.WEIGHTS}
+    )
     safe = [name for name in others if name.endswith(".safetensors")]
     first = next((name for name in usual if name in names), None)
     if first and (".safetensors" in first or not safe):
