@@ -45,9 +45,10 @@ def export(source: str | os.PathLike, dest: str | os.PathLike, layout: str) -> E
     dest = Path(dest)
     with new_folder(dest) as staging:
         opened = _open(Path(source), known[layout])
-        made = _choose(opened, known[layout]).files(opened)
+        chosen = _choose(opened, known[layout])
+        made = chosen.files(opened)
         notes = made.notes + _left_behind(Path(source), known[layout])
-        words = card.card({opened.loaded.kind: opened.description}, layout, notes)
+        words = card.card({opened.loaded.kind: opened.description}, layout, notes, keeps_exits=chosen.keeps_exits)
         _write(ExportFiles({**made.files, card.FILE: words}), staging)
     return ExportResult(dest, sorted(file.name for file in dest.iterdir()), notes)
 

@@ -42,9 +42,7 @@ def choose_weights(names: Collection[str], where: str) -> str:
     A pickle is not taken where a safetensors file lies beside it.
     """
     usual = usual_weights()
-    others = sorted(
-        {n for n in names if PurePosixPath(n).suffix in SUFFIXES} - {*usual, *adapters.FILES, *_OF_TRAINING, checkpoint.WEIGHTS}
-    )
+    others = sorted({n for n in names if PurePosixPath(n).suffix in SUFFIXES} - {*usual, *adapters.FILES, *_OF_TRAINING})
     safe = [name for name in others if name.endswith(".safetensors")]
     first = next((name for name in usual if name in names), None)
     if first and (".safetensors" in first or not safe):

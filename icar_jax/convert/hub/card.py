@@ -28,7 +28,7 @@ _KINDS = {
     "convnext": "A ConvNeXt backbone.",
     "bundle": "A CLIP with early exits, a complexity model, and thresholds on its score that choose the exit of each image.",
 }
-# {layout: (library of the hub, how it is opened)}
+# {layout: (library of the hub, how it is opened)}; a layout may be missing.
 _LAYOUTS = {
     "icar_jax": ("icar_jax", 'import icar_jax\n\nmodel = icar_jax.load("{}")'),
     "hf": ("transformers", 'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("{}")'),
@@ -38,9 +38,7 @@ _LAYOUTS = {
     "timm": ("timm", 'import timm\n\nmodel = timm.create_model("hf-hub:{}", pretrained=True)'),
     "openai": ("", 'import clip\n\nmodel, transform = clip.load("model.pt")'),
     "stablehlo": ("", 'from jax import export\n\nrun = export.deserialize(open("NAME.stablehlo", "rb").read())'),
-    "icar": ("", ""),
 }  # fmt: skip
-_KEEP_EXITS = {"icar_jax", "icar", "stablehlo"}  # other layouts leave a CLIP's early exits out
 
 
 def of_checkpoint(folder: Path, layout: str = "icar_jax", notes: Sequence[str] = ()) -> str:
@@ -57,20 +55,21 @@ def card(
     layout: str,
     notes: Sequence[str] = (),
     routing: Mapping[str, Any] | None = None,
+    keeps_exits: bool = True,
 ) -> str:
     """Markdown with the metadata of the hub first; `parts` are {kind: content of icar.json} of one model."""
     archs = {kind: arch_of(kind, about["arch"], f"{kind}: arch") for kind, about in parts.items()}
-    library, opened = _LAYOUTS[layout]
+    library, opened = _LAYOUTS.get(layout, ("", ""))
     kind = "bundle" if len(parts) > 1 else next(iter(parts))
     lines = ["---", *_metadata(library, kind, parts), "---", "", f"# {PLACE}", "", _KINDS[kind]]
     form = "as a checkpoint" if layout == "icar_jax" else f"in the layout `{layout}` of `icar export`"
     lines += ["", f"{MARK} {VERSION} {form}.", "", "## Made from", ""]
     lines += [f"- {name}: {_origin(about.get('source', {}))}" for name, about in parts.items()]
     lines += [f"- {note}" for note in notes]
-    lines += ["", "## Inputs and exits", "", *(f"- {line}" for line in _inputs(parts, archs, layout, routing))]
+    lines += ["", "## Inputs and exits", "", *(f"- {line}" for line in _inputs(parts, archs, keeps_exits, routing))]
     lines += ["", "## Cost", "", "FLOPs are counted from the architecture: two for each multiply-add of matrix products and",
               "convolutions.", "", "| part | GFLOPs | of full depth |", "| --- | --- | --- |"]  # fmt: skip
-    lines += [f"| {name} | {cost / 1e9:.4g} | {share} |" for name, cost, share in _costs(parts, archs, layout)]
+    lines += [f"| {name} | {cost / 1e9:.4g} | {share} |" for name, cost, share in _costs(parts, archs, keeps_exits)]
     if opened:
         lines += ["", "## Use", "", "```python", *opened.format(PLACE).splitlines(), "```"]
     return "\n".join(lines) + "\n"
@@ -114,7 +113,7 @@ def _origin(source: Mapping[str, Any]) -> str:
 
 
 def _inputs(
-    parts: Mapping[str, Mapping[str, Any]], archs: Mapping[str, Any], layout: str, routing: Mapping[str, Any] | None
+    parts: Mapping[str, Mapping[str, Any]], archs: Mapping[str, Any], keeps_exits: bool, routing: Mapping[str, Any] | None
 ) -> Iterator[str]:
     for kind, about in parts.items():
         if pixels := about.get("preprocess"):
@@ -126,7 +125,7 @@ def _inputs(
         if text is not None:
             yield f"texts: {text.context_length} tokens; embeddings of {text.embed_dim} dimensions"
         if vision is not None:
-            early = [route_name(exit) for exit in vision.all_exits[:-1]] if layout in _KEEP_EXITS else []
+            early = [route_name(exit) for exit in vision.all_exits[:-1]] if keeps_exits else []
             yield f"exits: {', '.join(f'after {name}' for name in early) or 'none before full depth'}; full depth is " + (
                 f"{vision.depth} blocks"
             )
@@ -139,14 +138,16 @@ def _vision_of(arch: Any) -> VisionArch | None:
     return arch.vision if isinstance(arch, ClipArch) else arch if isinstance(arch, VisionArch) else None
 
 
-def _costs(parts: Mapping[str, Mapping[str, Any]], archs: Mapping[str, Any], layout: str) -> Iterator[tuple[str, float, str]]:
+def _costs(
+    parts: Mapping[str, Mapping[str, Any]], archs: Mapping[str, Any], keeps_exits: bool
+) -> Iterator[tuple[str, float, str]]:
     """(part, FLOPs of one image or caption, fraction of an image at full depth)."""
     full = next((flops.vision_flops(v) for arch in archs.values() if (v := _vision_of(arch)) is not None), 0)
     share = lambda cost: f"{cost / full:.1%}" if full else "-"
     for kind, arch in archs.items():
         vision = _vision_of(arch)
         if vision is not None:
-            for exit in vision.all_exits if layout in _KEEP_EXITS else vision.all_exits[-1:]:
+            for exit in vision.all_exits if keeps_exits else vision.all_exits[-1:]:
                 cost = flops.vision_flops(vision, exit)
                 yield (
                     f"an image, {'full depth' if exit == vision.all_exits[-1] else f'exit after {route_name(exit)}'}",

@@ -167,6 +167,7 @@ class Export:
     to: str
     files: Callable[[ExportSource], ExportFiles]
     holds: Callable[[Any], bool] = lambda arch: True
+    keeps_exits: bool = False  # whether early exits are written; else they are left out or refused
 
 
 _OF_TEXT = {"context_length", "text_pool"}  # options of layouts of text encoders

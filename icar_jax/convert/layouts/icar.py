@@ -150,7 +150,7 @@ LAYOUT = Layout(
     rules=_rules,
     preprocess=_preprocess,
     details=_details,
-    export=Export("icar", _export),
+    export=Export("icar", _export, keeps_exits=True),
     options=frozenset({"activation", "preprocess", "exits", "no_exits", "heads", "image_size", "tokenizer"}),
     precedence=2,
 )
