@@ -200,11 +200,17 @@ def test_a_full_disk_and_a_missing_extra(hub, source, monkeypatch):
 
     hub.add(NAME, source)
 
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def failing(error):
+        def download(*_, **__):
+            raise error
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
-    assert "no space left on the disk of" in refusal(NAME) and "HF_HOME" in refusal(NAME)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        return refusal(NAME)
+
+    full = "No space left on device"
+    for error in (OSError(errno.ENOSPC, full), RuntimeError(f"Data processing error: File I/O error: {full} (os error 28)")):
+        assert "no space left on the disk of" in (text := failing(error)) and "HF_HOME" in text
+    assert "cannot download openai/tiny: CAS service error; try again" in failing(RuntimeError("CAS service error"))
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert refusal(NAME).startswith("openai/tiny is neither a file nor a folder here; a name on the Hugging Face hub needs")
     assert "pip install 'icar-jax[hub]'" in refusal(f"hf://{NAME}")

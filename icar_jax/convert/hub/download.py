@@ -96,7 +96,7 @@ def errors(name: HubName, doing: str) -> Iterator[None]:
         status = getattr(error.response, "status_code", "")
         how = "; log in with `hf auth login` or set HF_TOKEN with the right to write" if status in (401, 403) else ""
         raise _kind_of(status)(f"cannot {doing} {name}: the hub answered {status}: {_line(error)}{how}") from error
-    # Also OSError, and RuntimeError of the accelerated transfer, which has no errno.
+    # The accelerated transfer raises RuntimeError, also for a full disk.
     except Exception as error:
         number = getattr(error, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT) or "no space left" in str(error).lower():
@@ -110,8 +110,8 @@ def errors(name: HubName, doing: str) -> Iterator[None]:
                 f"cannot {doing} {name}: the hub cannot be reached ({_line(error) or type(error).__name__}); check the "
                 "connection and try again, which goes on where it stopped"
             ) from error
-        if isinstance(error, OSError):
-            raise ConvertError(f"cannot {doing} {name}: {_line(error)}") from error
+        if isinstance(error, OSError | RuntimeError) or type(error).__module__.startswith("huggingface_hub"):
+            raise ConvertError(f"cannot {doing} {name}: {_line(error)}; try again, which goes on where it stopped") from error
         raise
 
 
