@@ -19,7 +19,7 @@ def interval(found: Mapping[str, float], signed: bool = False) -> str:
 
 def markdown(record: Mapping[str, Any]) -> str:
     """Returns both tables."""
-    times, fastest = record["seconds"] or {}, None
+    times = record["seconds"] or {}
     full = times.get("last_block@12") or max(times.values(), default=0.0)
     lines = [
         f"{record['photographs']} photographs ({record['split']}), {len(record['seeds'])} seeds; mean recall at 1, 5 and 10 of "
@@ -29,8 +29,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for m in record["rows"]:
-        name = m["row"].removesuffix("_untrained")
-        fastest = times.get(f"{name}@{m['exit']}")
+        fastest = next((times[key] for key in _same_cost(m) if key in times), None)
         time = f"{fastest / full:.2f} ({1e3 * fastest:.1f} ms)" if fastest and full else ""
         lines.append(
             f"| {m['row']} | {m['exit']} | {m['counted']:.2f} | {time} | {interval(m['recall'])} | "
@@ -53,12 +52,18 @@ def markdown(record: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _same_cost(m: Mapping[str, Any]) -> list[str]:
+    """Names in the times of rows with the same tower as a row's, at its exit."""
+    name = m["row"].removesuffix("_untrained")
+    return [f"{each}@{m['exit']}" for each in (name, f"{name}_exits")]
+
+
 def draw(record: Mapping[str, Any], path: Path) -> None:
     """Draws mean recall against counted cost, one line a row with its exits."""
     figure, axes = figures.new_figure()
     by_method: dict[str, list[Mapping[str, Any]]] = {}
     for m in record["rows"]:
-        method = re.sub(r"_[0-9.]+(?=_untrained|$)", "", m["row"]).replace("_", " ")
+        method = re.sub(r"_[0-9.]+(?=_untrained|_exits|$)", "", m["row"]).replace("_", " ")
         by_method.setdefault(method, []).append(m)
     for name, found in by_method.items():
         worth = lambda m: not any(o["counted"] <= m["counted"] and o["recall"]["value"] > m["recall"]["value"] for o in found)

@@ -36,8 +36,8 @@ class Row:
 def rows() -> dict[str, Row]:
     """All rows by name, those that others are compared with first."""
     made = [Row(LAST_BLOCK, early=False, several=False), Row(ONE_BLOCK, several=False), Row(RECIPE)]
-    made += [Row(f"{method}_{share:g}", method, share) for method in METHODS for share in SHARES]
-    made += [Row(f"{method}_{share:g}_untrained", method, share, trained=False) for method in METHODS for share in SHARES]
+    for suffix, how in (("", {"early": False}), ("_exits", {}), ("_untrained", {"trained": False})):
+        made += [Row(f"{method}_{share:g}{suffix}", method, share, **how) for method in METHODS for share in SHARES]
     return {row.name: row for row in made}
 
 

@@ -52,14 +52,14 @@ def arguments(tmp_path, monkeypatch):
 
 @pytest.mark.check
 def test_rows_are_trained_measured_and_kept(arguments, tmp_path):
-    study.main([*arguments, "--rows", "tome_0.8", "tome_0.8_untrained"])
+    study.main([*arguments, "--rows", "tome_0.8_exits", "tome_0.8_untrained"])
     record = json.loads((tmp_path / "out" / "study.json").read_text())
     found = {(m["row"], m["exit"]): m for m in record["rows"]}
     assert {(row, exit) for row, exit in found} == {
-        ("last_block", 3), *((row, exit) for row in ("recipe", "tome_0.8", "tome_0.8_untrained") for exit in (2, 3))
+        ("last_block", 3), *((row, exit) for row in ("recipe", "tome_0.8_exits", "tome_0.8_untrained") for exit in (2, 3))
     }  # fmt: skip
-    assert found["tome_0.8", 3]["counted"] < 0.9 < 1 < found["recipe", 3]["counted"] < 1.2
-    assert found["tome_0.8", 3]["schedule"] and not found["recipe", 3]["schedule"]
+    assert found["tome_0.8_exits", 3]["counted"] < 0.9 < 1 < found["recipe", 3]["counted"] < 1.2
+    assert found["tome_0.8_exits", 3]["schedule"] and not found["recipe", 3]["schedule"]
     assert found["recipe", 3]["minus_recipe"]["value"] == 0 and found["recipe", 3]["kept"]["value"] == pytest.approx(100)
     kept = np.load(tmp_path / "out/recipe/1/val.npz")
     tower = measure.read(tmp_path / "out/recipe/1/model")
@@ -72,7 +72,7 @@ def test_rows_are_trained_measured_and_kept(arguments, tmp_path):
     )
     assert {m["router"] for m in record["routing"]} == {"confidence", "oracle"}
     assert all(m["minus_random"]["low"] <= m["minus_random"]["value"] <= m["minus_random"]["high"] for m in record["routing"])
-    assert set(record["seconds"]) == {"last_block@3", "recipe@2", "recipe@3", "tome_0.8@2", "tome_0.8@3"}
+    assert set(record["seconds"]) == {"last_block@3", "recipe@2", "recipe@3", "tome_0.8_exits@2", "tome_0.8_exits@3"}
     assert (tmp_path / "out/study.png").stat().st_size > 5000
     table = (tmp_path / "out/study.md").read_text()
     assert "| tome_0.8_untrained | 2 |" in table and "| oracle |" in table
