@@ -18,7 +18,8 @@ from icar_jax.config import ConfigError, DataConfig, EvalConfig, ExperimentConfi
 from icar_jax.data.ratings.sources import RatedSource, open_rated
 from icar_jax.data.records import Source, Subset, calibration_split, record_names
 from icar_jax.data.scenes import DrawnScenes, Scenes
-from icar_jax.data.sources.folders import open_folder
+from icar_jax.data.sources.caption_files import Columns
+from icar_jax.data.sources.folders import CaptionFolder
 from icar_jax.data.sources.parquet import Parquet
 from icar_jax.data.sources.shards import Rest, cut_calibration, retrying
 from icar_jax.data.sources.tfds import Tfds
@@ -85,7 +86,7 @@ class RatedSplits:
 class FileSplits:
     """Files with captions; calibration images are cut from the training split.
 
-    open: (where, split) -> the source; `where` has the fields root, image_column, caption_column and, of tfds, dataset.
+    open: (where, split) -> the source; `where` has the fields root, json, images, image_column, caption_column and, of tfds, dataset.
     """
 
     open: Callable[[Any, Any], Source]
@@ -109,7 +110,11 @@ class FileSplits:
 SOURCES: dict[str, Splits] = {
     "scenes": SceneSplits(),
     "ratings": RatedSplits(),
-    "folder": FileSplits(lambda where, split: open_folder(where.root, split)),
+    "folder": FileSplits(
+        lambda where, split: CaptionFolder(
+            where.root, split, where.json, where.images, Columns(where.image_column, where.caption_column)
+        )
+    ),
     "webdataset": FileSplits(lambda where, split: WebDataset(where.root, split), keeps_index=True),
     "parquet": FileSplits(lambda where, split: Parquet(where.root, split, where.image_column, where.caption_column)),
     "tfds": FileSplits(

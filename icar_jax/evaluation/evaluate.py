@@ -19,6 +19,7 @@ from icar_jax.data.images import Preprocess
 from icar_jax.data.loader.batches import eval_batches
 from icar_jax.data.ratings.labels import read_labels
 from icar_jax.data.records import Source, Subset
+from icar_jax.errors import IcarError
 from icar_jax.evaluation.metrics.colour_baseline import colour_histogram_baseline
 from icar_jax.evaluation.metrics.retrieval import DIRECTIONS
 from icar_jax.evaluation.records.retrieval import RetrievalEvaluation, ScoreCalibrationResult
@@ -218,7 +219,7 @@ def _colour_baseline_source(config: ExperimentConfig, notes: list[str]) -> Sourc
     """Returns the training images that the colour baseline is fitted on; None, with a note, if they are not available."""
     try:
         train = configured.train_source(config.data)
-    except (cfg.ConfigError, OSError) as error:
+    except (IcarError, OSError) as error:
         notes.append(f"no colour-histogram baseline, because the training images are not available: {error}")
         return None
     some = np.linspace(0, len(train) - 1, min(BASELINE_IMAGES, len(train))).astype(int)

@@ -61,10 +61,10 @@ def captions(kind: str, folder: Path) -> list[bytes]:
 
 
 def read_captions(file: str, folder: Path, data: bytes) -> list:
-    from icar_jax.data.sources.folders import open_folder
+    from icar_jax.data.sources.folders import CaptionFolder
 
     (folder / file).write_bytes(data)
-    source = open_folder(folder, None)
+    source = CaptionFolder(folder, None)
     return [[record.name, list(record.captions), record.image().size] for record in map(source.__getitem__, range(len(source)))]
 
 
