@@ -119,7 +119,7 @@ class DataConfig:
     ratings: str = setting("", LocalPath())
     # Complexity: categories of the images, from the column `category` or from their names (ad/003.jpg or ad_003.jpg).
     categories: str = setting("column", OneOf(choices.Categories))
-    # Share of the lines of a file of scores that may be unusable; more stop the run.
+    # Share of the lines of a file of scores that may be unusable, and of shards that may be empty; more stop the run.
     bad_share: float = setting(0.01, Within("[0, 1]", "0.01 allows one line in a hundred"))
     dataset: str = ""  # tfds: name of the dataset, such as coco_captions
     # parquet: image bytes, a struct with bytes, or a path; tfds: image feature; folder: file in a table (also `file`)
