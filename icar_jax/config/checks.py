@@ -137,6 +137,11 @@ def _validate_distractors(c: ExperimentConfig) -> None:
                 found = f"{name}.{other}={getattr(d, other)!r}"
                 raise ConfigError(f"{found} but {name}.source=''; name the source, such as 'folder'")
         return
+    if c.eval.folds:
+        raise ConfigError(
+            f"config.eval.folds={c.eval.folds}: folds are galleries of the evaluated images alone; leave it 0, or leave "
+            f"{name}.source empty"
+        )
     OneOf(choices.DistractorSource).check(f"{name}.source", d.source)
     if d.source == "scenes" and not (d.split and d.size):
         raise ConfigError(

@@ -284,6 +284,8 @@ class EvalConfig:
     static: str = setting("", LocalPath())
     batch_size: int = setting(64, AtLeast(1))  # images in a full batch of the router
     dtype: str = setting("float32", OneOf(choices.Dtype))  # of activations
+    # Also evaluates so many equal parts of the split in order, each a gallery of its own: COCO's 5 of 1,000 images.
+    folds: int = setting(0, AtLeast(0, "0 evaluates the whole split only"))
     bootstrap: int = setting(2000, AtLeast(1))  # resamples of images behind each interval
     # Random assignments averaged into the run 'random' (its average precision: over the first 10).
     random_draws: int = setting(100, AtLeast(1))

@@ -86,7 +86,8 @@ class RatedSplits:
 class FileSplits:
     """Files with captions; calibration images are cut from the training split.
 
-    open: (where, split, bad_share) -> the source; `where` has the fields root, json, images, image_column, caption_column and, of tfds, dataset.
+    open: (where, split, bad_share) -> the source; `where` has the fields root, json, images, image_column,
+        caption_column and, of tfds, dataset.
     """
 
     open: Callable[[Any, Any, float], Source]

@@ -1,4 +1,4 @@
-"""Captions as people have them: Karpathy's JSON alone and elsewhere, tables of any separator, Flickr30k's files, texts beside."""
+"""Captions as people have them: Karpathy's JSON elsewhere, tables of any separator, Flickr30k's files, texts beside images."""
 
 import json
 import logging
@@ -95,7 +95,8 @@ def test_index_names_the_columns(photos, tmp_path, capsys):
 
 FLICKR = {
     "results_20130124.token": 'a.png#0\tA " big " dog\na.png#1\tOne | two\nb.png#0\tThree , four\n',
-    "results.csv": 'image_name| comment_number| comment\na.png| 0| A " big " dog\na.png| 1   One | two\nb.png| 0| Three , four\n',
+    "results.csv": "image_name| comment_number| comment\n"
+    'a.png| 0| A " big " dog\na.png| 1   One | two\nb.png| 0| Three , four\n',
 }
 
 

@@ -250,7 +250,8 @@ def _flickr(where: Path) -> Iterator[Row]:
                 found = _FLICKR_LINE.fullmatch(line)
                 if found is None:
                     raise DataError(
-                        f"{where}, line {number}: expected `NAME.jpg#0<tab>caption` or `NAME.jpg| 0| caption`, found {line!r:.80}"
+                        f"{where}, line {number}: expected `NAME.jpg#0<tab>caption` or `NAME.jpg| 0| caption`, "
+                        f"found {line!r:.80}"
                     )
                 yield _row(where, f"line {number}", found["file"], found["caption"], None)
         except UnicodeDecodeError as error:

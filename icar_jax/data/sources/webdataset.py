@@ -25,8 +25,8 @@ from icar_jax.errors import DataError
 from icar_jax.files import json_file
 
 _RULE = (
-    "WebDataset's rule: the name of a sample ends at the first dot of the file name, so 2024.05.jpg is the member 05.jpg of the "
-    "sample 2024; write other dots as underscores"
+    "WebDataset's rule: the name of a sample ends at the first dot of the file name, so 2024.05.jpg is the member 05.jpg of "
+    "the sample 2024; write other dots as underscores"
 )
 _THREADS = 8  # threads that read URLs; they mostly wait for storage
 
@@ -34,9 +34,9 @@ _THREADS = 8  # threads that read URLs; they mostly wait for storage
 class WebDataset(Source):
     """Random access to the samples of uncompressed .tar shards, given as a folder, glob or brace range.
 
-    Members whose names agree up to the first dot of the file name form a sample, which is WebDataset's own rule. Samples with an
-    image (a suffix of `tar_index.IMAGES`) and a txt or json are used; others are skipped with a warning. The captions are the
-    txt or, if that is missing, empty or not UTF-8, `caption` or `captions` (text, or a list) of the json. A sample without
+    Members whose names agree up to the first dot of the file name form a sample, which is WebDataset's own rule. Samples with
+    an image (a suffix of `tar_index.IMAGES`) and a txt or json are used; others are skipped with a warning. The captions are
+    the txt or, if that is missing, empty or not UTF-8, `caption` or `captions` (text, or a list) of the json. A sample without
     captions is reported like an unreadable image.
 
     Args:
