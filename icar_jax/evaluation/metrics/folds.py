@@ -80,4 +80,6 @@ def fold_metrics(
         each.append(summarise(found))
         sizes.append(len(images))
     means = comparison.mean_of_folds(runs, n=n, seed=seed, level=level)
-    return FoldMetrics(tuple(sizes), *(means[name] for name in (*DIRECTIONS, comparison.BOTH)), tuple(each))
+    metrics = each[0][DIRECTIONS[0]]
+    ordered = ({metric: means[name][metric] for metric in metrics} for name in (*DIRECTIONS, comparison.BOTH))
+    return FoldMetrics(tuple(sizes), *ordered, tuple(each))
