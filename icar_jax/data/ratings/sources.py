@@ -177,7 +177,7 @@ def _sharded(data: DataConfig) -> RatedSource:
     if ratings.key != "url":
         raise RatingsError(
             f"{ratings.where}: shards are joined by URL, never by running number: expected a CSV or Parquet file with the "
-            "columns url and score"
+            "columns url and score, or a JSON of URL -> score"
         )
     with retrying(data.retries):
         if data.source == "webdataset":

@@ -54,8 +54,8 @@ def precisions(
     image_embed: [N, D]; text_embed: [M, D]; caption_image: [M]. Ties and other arguments are as for `retrieval.ranks`.
     labels: labels of each of the N images, () for none. Distractors without labels are never relevant.
 
-    Raises errors as `retrieval.ranks` does, TypeError for labels of an image that are one text, DataError for a wrong number of labels or no label at all, and ValueError for
-    K < 1.
+    Raises errors as `retrieval.ranks` does, TypeError for labels of an image that are one text, DataError for a wrong number of
+    labels or no label at all, and ValueError for K < 1.
     """
     from icar_jax.evaluation.metrics.ranking import Ranker
 

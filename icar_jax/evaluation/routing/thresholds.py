@@ -27,9 +27,7 @@ def threshold_grid(low: float, high: float, step: float) -> np.ndarray:
     return np.round(low + step * np.arange(int((high - low) / step + 1e-6) + 1), 9)
 
 
-def best_threshold(
-    scores: np.ndarray, labels: np.ndarray, metric: str = "f1", grid: np.ndarray = GRID
-) -> tuple[float, float]:
+def best_threshold(scores: np.ndarray, labels: np.ndarray, metric: str = "f1", grid: np.ndarray = GRID) -> tuple[float, float]:
     """Returns the threshold on a grid, by default 0, 0.001, ..., 1, that maximises the metric of `score > threshold`, and that
     maximum.
 
