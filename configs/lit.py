@@ -5,8 +5,9 @@
 
 PHOTOS contains images (at the top level or in images/) and dataset*.json (Karpathy's layout), captions.csv or captions.jsonl.
 DINOV2 and MINILM are folders of Hugging Face, or anything else that `icar convert` reads. Both towers stay as they are: heads
-after blocks 6 to 12 learn a common space, and the embedding after a block is the sum of the heads up to it. The towers run once
-over the photographs, and their outputs are kept on disk: training takes minutes on two CPU cores. docs/lit.md shows it all.
+after blocks 6 to 12 learn a common space, and each reads the last four blocks before it (of a text: the last three). The towers
+run once over the photographs, and their outputs are kept on disk: training takes minutes on two CPU cores. docs/lit.md shows it
+all.
 
     python train.py --config=configs/lit.py:unlocked --config.data.root=PHOTOS --config.train.init=workdir/lit \\
         --workdir=workdir/lit_unlocked
@@ -31,13 +32,14 @@ EXITS = (6, 7, 8, 9, 10, 11)
 
 def get_config(how: str = "locked") -> ExperimentConfig:
     clip = ClipConfig(
-        variant="init", image_size=168, context_length=32, exits=EXITS, exit_sum=True, exit_start="random", temperature="shared"
+        variant="init", image_size=168, context_length=32, exits=EXITS, exit_start="random", temperature="shared"
     )
     data = DataConfig(
         source="folder", resize="squash", interpolation="init", normalise="init", flip=True, calibration_size=500,
     )  # fmt: skip
     if how == "locked":
         clip.head, clip.embed_dim, clip.projection, clip.projection_width = "cls_mean", 512, "linear_mlp", 1024
+        clip.head_blocks, clip.text_head_blocks = 4, 3
         return ExperimentConfig(
             task="clip",
             clip=clip,

@@ -286,6 +286,7 @@ class EvalConfig:
     dtype: str = setting("float32", OneOf(choices.Dtype))  # of activations
     # Also evaluates so many equal parts of the split in order, each a gallery of its own: COCO's 5 of 1,000 images.
     folds: int = setting(0, AtLeast(0, "0 evaluates the whole split only"))
+    timing_images: int = setting(512, AtLeast(1))  # images whose encoding is timed, at every exit and routed
     bootstrap: int = setting(2000, AtLeast(1))  # resamples of images behind each interval
     # Random assignments averaged into the run 'random' (its average precision: over the first 10).
     random_draws: int = setting(100, AtLeast(1))

@@ -70,7 +70,7 @@ def evaluate(config: ExperimentConfig, workdir: str | Path, *, save_embeddings: 
     warm = timing.warm_up(model)
     settings, found = _budgets(config, model, notes)
     calibration, fitted_on = _score_calibration(config, model, notes)
-    gallery = embed_source(model, source, loading)
+    gallery = embed_source(model, source, loading, timed=config.eval.timing_images)
     gallery = labelled(gallery, urls, labels, config.eval.labels, notes)
     far = None
     if far_source is not None:
@@ -153,7 +153,7 @@ def _embed_shallower_baseline(
         return None
     depth = small.exits[-1:]
     made = [
-        embed_source(small, each, configured.loading(config.data), exits=depth)
+        embed_source(small, each, configured.loading(config.data), exits=depth, timed=config.eval.timing_images)
         for each in (source, far_source)
         if each is not None
     ]

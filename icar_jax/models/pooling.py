@@ -57,7 +57,7 @@ def earlier_pooled(tokens: Tokens, start: int, wanted: Iterable[int]) -> dict[in
     count = 0 if tokens.earlier is None else tokens.earlier.shape[1]
     if before and count < start - before[0]:
         raise ValueError(
-            f"tokens after {start} blocks also need the pooled tokens of {start - before[0]} earlier blocks, which the heads read "
-            f"(head_blocks); they have those of {count}: make them with vision.tokens_after"
+            f"tokens after {start} blocks also need the pooled tokens of {start - before[0]} earlier blocks, which the heads "
+            f"read (head_blocks); they have those of {count}: make them with vision.tokens_after"
         )
     return {block: tokens.earlier[:, block - start] for block in before}  # type: ignore[index]

@@ -6,6 +6,7 @@ query guides the matching. Anchor, first and cross token never merge.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,11 +31,19 @@ class TextTokens(NamedTuple):
 
 
 def run_reduced_text(
-    tower: Any, x: Array, anchor: Array, length: Array, schedule: Schedule, mask: float | None, apart: bool
-) -> tuple[TextTokens, list[Array]]:
-    """x [B, L, W] before the first block -> (tokens after the last one, cross token [B, W] that went into each block).
+    tower: Any,
+    x: Array,
+    wanted: Iterable[int],
+    anchor: Array,
+    length: Array,
+    schedule: Schedule,
+    mask: float | None,
+    apart: bool,
+) -> tuple[dict[int, TextTokens], list[Array]]:
+    """x [B, L, W] before the first block -> ({executed blocks: tokens}, cross token [B, W] that went into each block).
 
     Args:
+        wanted: numbers of executed blocks after which tokens are returned.
         tower: a module with `blocks`, `execution` and `cross` [depth, W].
         anchor: int [B], place of the token that the cross token follows.
         length: int [B], number of tokens before the padding.
@@ -44,7 +53,7 @@ def run_reduced_text(
     """
     at = jnp.take_along_axis(x, anchor[:, None, None], axis=1)
     x = jnp.concatenate([x, at], axis=1)
-    tokens, crosses = TextTokens(x, jnp.ones(x.shape[:2], jnp.float32), anchor, length), []
+    tokens, taps, crosses, wanted = TextTokens(x, jnp.ones(x.shape[:2], jnp.float32), anchor, length), {}, [], set(wanted)
     for index, block in enumerate(tower.blocks):
         asked = schedule[index] if index < len(schedule) else 0
         count = min(asked, most_removed(tokens.values.shape[1], PROTECTED))
@@ -52,7 +61,9 @@ def run_reduced_text(
         call = _call(count, merged, mask, apart, tower.execution)
         tokens, cross = run_one(block, index, call, (tokens, tower.cross[index]), tower.execution)
         crosses.append(cross)
-    return tokens, crosses
+        if index + 1 in wanted:
+            taps[index + 1] = tokens
+    return taps, crosses
 
 
 def is_text(tokens: TextTokens) -> Array:

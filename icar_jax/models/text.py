@@ -66,8 +66,8 @@ class TextArch:
             raise ModelError(f"text tower: {wrong}")
         if self.head_blocks > self.depth:
             raise ModelError(f"text head_blocks={self.head_blocks} must lie in 1 to {self.depth}, the depth of the text tower")
-        if self.head_blocks > 1 and (self.projection == "none" or self.pooler or self.reduce != "none"):
-            other = f"reduce {self.reduce!r}" if self.reduce != "none" else "a pooler" if self.pooler else "projection 'none'"
+        if self.head_blocks > 1 and (self.projection == "none" or self.pooler):
+            other = "a pooler" if self.pooler else "projection 'none'"
             raise ModelError(f"text head_blocks={self.head_blocks} is not possible with {other}; use 1")
         if not -1 <= self.pad_id < self.vocabulary:
             raise ModelError(f"padding {self.pad_id} lies outside the vocabulary of {self.vocabulary}")
@@ -142,7 +142,7 @@ class TextTower(Module):
         gradient from them.
         """
         pooled, cross = self._run(tokens)
-        return self.of_pooled(pooled), embed_cross(self, self.ln_final, cross)
+        return self.of_pooled(pooled), embed_cross(self, self.ln_final, cross, self.arch.head_blocks)
 
     def _run(self, tokens: Array) -> tuple[Array, list[Array]]:
         """tokens int [B, L] -> (pooled token [B, W] or, of several blocks, [B, n, W]; cross token [B, W] of each block)."""
@@ -152,20 +152,19 @@ class TextTower(Module):
         if self.ln_embed is not None:
             x = self.ln_embed(x)
         cross: list[Array] = []
+        read = range(depth - a.head_blocks + 1, depth + 1)
         if a.has_cross:
             mask = None if a.pad_id < 0 else MASKED
             count = self._text_length(tokens)
             left, cross = run_reduced_text(
-                self, x, self._place(tokens), count, a.schedule, mask, a.pads_apart or mask is not None
+                self, x, read, self._place(tokens), count, a.schedule, mask, a.pads_apart or mask is not None
             )
-            pooled = self._pool_reduced(left)
+            each = [self._pool_reduced(left[block]) for block in read]
         else:
             key_bias = None if a.pad_id < 0 else jnp.where(self._is_text(tokens), 0.0, MASKED)
-            read = range(depth - a.head_blocks + 1, depth + 1)
             taps = run_blocks(self.blocks, x, read, execution=self.execution, key_bias=key_bias)
             each = [self._pool(taps[block], tokens) for block in read]
-            pooled = each[0] if len(each) == 1 else jnp.stack(each, axis=1)
-        return pooled, cross
+        return each[0] if len(each) == 1 else jnp.stack(each, axis=1), cross
 
     def pooled(self, tokens: Array) -> Array:
         """tokens int [B, L] -> [B, W] or, of several blocks, [B, n, W], what the head reads; see `of_pooled`."""

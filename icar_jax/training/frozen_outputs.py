@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ from icar_jax.data.augment import Augment
 from icar_jax.data.images import Preprocess
 from icar_jax.data.loader.bad_files import BadFiles
 from icar_jax.data.loader.batches import eval_batches
-from icar_jax.data.loader.kept import TRUNCATED, KeptOutputs, KeptRows
+from icar_jax.data.loader.kept import DTYPES, TRUNCATED, KeptOutputs, KeptRows
 from icar_jax.data.records import Record, Source, Subset
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.clip import Clip, ClipArch
@@ -46,6 +46,8 @@ from icar_jax.training.preemption import StopRequest
 
 IMAGE, TEXT = "image_pooled", "text_pooled"  # entries of a batch
 _BATCH = 64
+_STEP = 8  # tokens; shorter batches of captions have a multiple of it, so that few programs are compiled
+_CAPTIONS = 16  # batches of captions that are sorted by length before they run
 _SAVE_EVERY = 16  # batches between two states that a stopped computation resumes from
 
 
@@ -180,17 +182,20 @@ def _keep_captions(
     request: StopRequest,
 ) -> bool:  # fmt: skip
     embed = jax.jit(lambda params, tokens: clip.text.pooled(params["text"], tokens).astype(rows.dtype))
-    length, first, cut = clip.arch.text.context_length, np.zeros(len(source) + 1, np.int64), []
+    length, first, cut, size = clip.arch.text.context_length, np.zeros(len(source) + 1, np.int64), [], 4 * _BATCH
     with RowWriter(rows, 0) as writer, tqdm(total=len(source), desc="keep outputs of the text trunk", unit="image") as bar:
         waiting: list[str] = []
         for image in range(len(source) + 1):
             last = image == len(source)
-            while len(waiting) >= 4 * _BATCH or (last and waiting):
+            while len(waiting) >= _CAPTIONS * size or (last and waiting):
                 if request.name:
                     return False
-                part, waiting = waiting[: 4 * _BATCH], waiting[4 * _BATCH :]
+                part, waiting = waiting[: _CAPTIONS * size], waiting[_CAPTIONS * size :]
                 tokens, truncated = tokenizer.encode(part, length)
-                writer.add(np.asarray(embed(params, on(tokens, 4 * _BATCH)))[: len(part)], None)
+                made = np.empty((len(part), *rows.shape), DTYPES[rows.dtype])
+                for places, some in _by_length(tokens, clip.arch.text.pad_id, size):
+                    made[places] = np.asarray(embed(params, on(some, size)))[: len(some)]
+                writer.add(made, None)
                 cut.append(truncated)
             if not last:
                 captions = source[image].captions
@@ -200,6 +205,19 @@ def _keep_captions(
         (rows.folder / TRUNCATED).write_bytes(np.concatenate(cut).astype(np.uint8).tobytes() if cut else b"")
         writer.finish(first)
     return True
+
+
+def _by_length(tokens: np.ndarray, pad_id: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (rows, their tokens) of batches of `size` captions of similar lengths, without most of their padding.
+
+    A text tower that masks its padding (`pad_id` of at least 0) gives the same outputs without it.
+    """
+    length = tokens.shape[1]
+    ends = length - np.argmax(tokens[:, ::-1] != pad_id, axis=1) if pad_id >= 0 else np.full(len(tokens), length)
+    order = np.argsort(ends, kind="stable")
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        yield rows, tokens[rows, : min(length, -(-int(ends[rows].max()) // _STEP) * _STEP)]
 
 
 def _put(mesh: Mesh, rows: np.ndarray, size: int = _BATCH) -> jax.Array:

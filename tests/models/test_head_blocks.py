@@ -116,6 +116,26 @@ def test_a_text_head_reads_its_last_blocks_and_no_padding():
     np.testing.assert_allclose(graph.of_pooled(params, graph.pooled(params, ids)), expected, atol=1e-5)
 
 
+def test_crossget_reads_several_blocks_too():
+    text = dataclasses.replace(TEXT, depth=5, reduce="crossget", schedule=(0, 1, 1))
+    arch = ClipArch(pooling("cls_mean", reduce="crossget", schedule=(1, 1)), text)
+    clip = Clip.graph(arch)
+    params = drawn(clip.shapes)
+    ids = np.array([[3, 4, 5, 6, 0, 0, 0], [7, 8, 9, 1, 2, 3, 4]], np.int32)
+    each = []
+    for depth in (3, 4, 5):
+        one = TextTower.graph(dataclasses.replace(text, depth=depth, head_blocks=1, schedule=text.schedule[:depth]))
+        less = {**params["text"], "blocks": {str(n): params["text"]["blocks"][str(n)] for n in range(depth)}}
+        each.append(one.pooled({**less, "cross": params["text"]["cross"][:depth]}, ids))
+    z = np.concatenate(each, -1) @ params["text"]["proj"]["kernel"]
+    np.testing.assert_allclose(clip.encode_text(params, ids), z / np.linalg.norm(z, axis=-1, keepdims=True), atol=1e-5)
+    found, cross = clip.encode_text_with_cross(params, ids)
+    assert cross.shape == (2, 5, 12)
+    np.testing.assert_allclose(found, z / np.linalg.norm(z, axis=-1, keepdims=True), atol=1e-5)
+    images, cross = clip.encode_image_with_cross(params, IMAGES, (3, 5))
+    assert cross.shape == (3, 5, 12) and set(images) == {3, 5}
+
+
 def test_the_wider_projection_is_counted():
     require_counted(ClipArch(pooling("cls_mean"), TEXT))
     less = flops.head_flops(pooling("cls_mean", head_blocks=1), 4)
@@ -138,7 +158,7 @@ def test_the_wider_projection_is_counted():
         ),
         (TEXT, {"head_blocks": 5}, r"text head_blocks=5 must lie in 1 to 4"),
         (TEXT, {"pooler": True}, r"text head_blocks=3 is not possible with a pooler"),
-        (TEXT, {"reduce": "crossget"}, r"text head_blocks=3 is not possible with reduce 'crossget'"),
+        (TEXT, {"projection": "none", "embed_dim": 48}, r"text head_blocks=3 is not possible with projection 'none'"),
     ],
 )
 def test_impossible_numbers_of_blocks_are_refused(arch, changes, message):

@@ -181,3 +181,14 @@ def test_room_is_made_of_other_folders_only(tmp_path):
     with pytest.raises(ConfigError, match=r"cache_gb=1.5e-07, but the outputs of this run need 2e-07 GB"):
         make_room(tmp_path, ours, 100, 150e-9)
     assert (tmp_path / "image-new").is_dir()
+
+
+def test_batches_of_captions_leave_padding_out():
+    tokens = np.array([[5, 0, 0, 0] * 5, [7, 8, 9, 0] + [0] * 16, [1] * 20, [2, 0, 3] + [0] * 17, [4] * 9 + [0] * 11], np.int32)
+    found = list(frozen_outputs._by_length(tokens, 0, 2))
+    assert sorted(np.concatenate([rows for rows, _ in found]).tolist()) == [0, 1, 2, 3, 4]
+    assert [(rows.tolist(), some.shape[1]) for rows, some in found] == [([1, 3], 8), ([4, 0], 20), ([2], 20)]
+    for rows, some in found:
+        assert np.array_equal(some, tokens[rows, : some.shape[1]]) and not tokens[rows, some.shape[1] :].any()
+    (everything, whole), *_ = frozen_outputs._by_length(tokens, -1, 8)
+    assert everything.tolist() == [0, 1, 2, 3, 4] and whole.shape == tokens.shape

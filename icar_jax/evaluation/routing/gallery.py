@@ -45,11 +45,13 @@ class Gallery:
 
 
 def embed_source(
-    model: Model, source: Source, loading: Mapping[str, Any] | None = None, *, exits: Sequence[int] | None = None
-) -> Gallery:
+    model: Model, source: Source, loading: Mapping[str, Any] | None = None, *, exits: Sequence[int] | None = None,
+    timed: int = timing.SAMPLE,
+) -> Gallery:  # fmt: skip
     """Embeds every readable image of a source at every exit and by routing, and every caption, in one pass.
 
     loading: keyword arguments of `eval_batches` (workers, retries, ...). exits: only these exits, without routing.
+    timed: number of images of the gallery's `sample`, whose encoding is timed.
     Raises DataError if no image can be read.
     """
     towers = {exit: [] for exit in exits or model.exits}
@@ -78,7 +80,7 @@ def embed_source(
                 labels.extend(batch["labels"])
                 index.append(batch["index"])
                 for key, pixels in batch["images"].items():
-                    if sum(map(len, kept[key])) < timing.SAMPLE:
+                    if sum(map(len, kept[key])) < timed:
                         kept[key].append(pixels)
                 for exit, parts in towers.items():
                     parts.append(model.towers[exit].submit(batch["images"]["clip"]).result())
@@ -92,7 +94,7 @@ def embed_source(
     if not captions:
         raise DataError(f"no image of {source.name} could be read:\n{bad.summary()}")
     flat = [caption for group in captions for caption in group]
-    sample = {key: np.concatenate(parts)[: timing.SAMPLE] for key, parts in kept.items()}
+    sample = {key: np.concatenate(parts)[:timed] for key, parts in kept.items()}
     return Gallery(
         by_exit={exit: np.concatenate(parts) for exit, parts in towers.items()},
         texts=model.encode_text(flat),
