@@ -14,6 +14,7 @@ from icar_jax.data.records import record_names
 from icar_jax.data.sources.caption_files import Columns
 from icar_jax.data.sources.folders import CaptionFolder, read_captions
 from icar_jax.errors import DataError
+from icar_jax.search.captions import Captions
 from tests.support.image_folders import put_images, put_karpathy
 
 
@@ -85,6 +86,14 @@ def test_columns_of_other_names(photos):
     assert captions_of(CaptionFolder(photos, columns=Columns(caption="text"))) == {"a.png": ("one", "two")}
     with pytest.raises(DataError, match="`file` or `image`, and `caption`, found"):
         CaptionFolder(photos)
+
+
+def test_captions_of_a_store(photos):
+    (photos / "mine.csv").write_text("filepath;title\na.png;one\n")
+    (photos / "b.txt").write_text("two\n")
+    path = str(photos / "a.png")
+    assert Captions(photos / "mine.csv", [str(photos)], Columns("filepath", "title")).get(path) == "one"
+    assert Captions(photos, [str(photos)]).get(str(photos / "b.png")) == "two"
 
 
 def test_index_names_the_columns(photos, tmp_path, capsys):

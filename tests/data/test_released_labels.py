@@ -33,7 +33,7 @@ def coco(tmp_path):
      ("index", None, ("flickr_00000000", "flickr_00000002"))],
 )  # fmt: skip
 def test_ids_of_karpathys_json(coco, tmp_path, capsys, by, split, keys):
-    table = {keys[0]: ["cat", "dog"], keys[1]: {"categories": []}, "99": ["no image"]}
+    table = {keys[0]: {"labels": ["cat", "dog"]}, keys[1]: {"categories": []}, "99": ["no image"]}
     released, out = put(tmp_path / "released.json", table), tmp_path / "labels.json"
     arguments = ["labels", str(released), "--captions", str(coco), "--by", by, "--out", str(out)]
     cli.main([*arguments, *(["--split", split] if split else [])])

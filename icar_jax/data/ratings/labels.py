@@ -70,8 +70,8 @@ def merge_labels(
 
 
 def labels_of(value: Any, where: str) -> Labels:
-    """The labels in an entry: a list, or an object with the list `categories` or `labels`. Raises ConfigError."""
-    listed = value.get("categories", value.get("labels")) if isinstance(value, dict) else value
+    """The labels in an entry: a list, or an object with the list `categories`. Raises ConfigError."""
+    listed = value.get("categories") if isinstance(value, dict) else value
     if not isinstance(listed, list) or not all(isinstance(label, (str, int)) for label in listed):
         raise ConfigError(f'{where}: expected a list of labels, or {{"categories": [...]}}, found {value!r:.80}')
     return tuple(str(label) for label in listed)

@@ -94,7 +94,7 @@ def join_labels(
 def _read(path: Path) -> dict[str, Any]:
     found = json_file.read(path, ConfigError, pairs=json_file.without_duplicates)
     if isinstance(found, dict):
-        return found
+        return {key: _value(entry) for key, entry in found.items()}
     if not isinstance(found, list):
         raise ConfigError(f"{path}: expected an object {{id: labels}}, or a list of objects, found {type(found).__name__}")
     table: dict[str, Any] = {}
@@ -105,8 +105,13 @@ def _read(path: Path) -> dict[str, Any]:
         key = str(entry[named[0]])
         if key in table:
             raise ConfigError(f"{path}, entry {number}: {named[0]} {key!r} occurs twice")
-        table[key] = entry.get("label", entry)
+        table[key] = _value(entry)
     return table
+
+
+def _value(entry: Any) -> Any:
+    """`label` or `labels` of an object, else the entry itself."""
+    return entry.get("label", entry.get("labels", entry)) if isinstance(entry, dict) else entry
 
 
 def _is_complexity(value: Any) -> bool:
