@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 from absl import logging
 
 from icar_jax.config import ConfigError, require_local
-from icar_jax.data.sources.shards import ShardError
+from icar_jax.data.sources.shards import ShardError, attempt
 
 _NAMES_SHOWN = 5
 
@@ -58,7 +59,7 @@ def find_shards(root: str, split: str, suffix: str, bad_share: float = 0.0) -> t
 
 
 def _without_empty(paths: list[str], labels: list[str], bad_share: float) -> tuple[list[str], list[str]]:
-    empty = [path for path in paths if os.path.isfile(path) and not os.path.getsize(path)]
+    empty = [path for path in paths if not attempt(path, functools.partial(os.path.getsize, path))]
     if not empty:
         return paths, labels
     found = f"{len(empty)} of {len(paths)} shards are empty (0 bytes): {_some(empty)}"
@@ -68,7 +69,8 @@ def _without_empty(paths: list[str], labels: list[str], bad_share: float) -> tup
             "config.data.bad_share to skip them"
         )
     logging.warning("%s; skipped", found)
-    kept = [i for i, path in enumerate(paths) if path not in set(empty)]
+    bad = set(empty)
+    kept = [i for i, path in enumerate(paths) if path not in bad]
     return [paths[i] for i in kept], [labels[i] for i in kept]
 
 
