@@ -31,9 +31,7 @@ EXITS = (6, 7, 8, 9, 10, 11)
 
 
 def get_config(how: str = "locked") -> ExperimentConfig:
-    clip = ClipConfig(
-        variant="init", image_size=168, context_length=32, exits=EXITS, exit_start="random", temperature="shared"
-    )
+    clip = ClipConfig(variant="init", image_size=168, context_length=32, exits=EXITS, exit_start="random", temperature="shared")
     data = DataConfig(
         source="folder", resize="squash", interpolation="init", normalise="init", flip=True, calibration_size=500,
     )  # fmt: skip

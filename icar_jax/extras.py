@@ -8,6 +8,7 @@ EXTRAS = {
     "ml_collections": "train", "optax": "train", "orbax": "train", "tensorflow_datasets": "train",
     "pyarrow": "tables",
     "fastapi": "search", "lancedb": "search", "multipart": "search", "prometheus_client": "search", "uvicorn": "search",
+    "huggingface_hub": "hub",
     "tensorboardX": "tensorboard",
     "open_clip": "parity", "timm": "parity", "torch": "parity", "transformers": "parity",
 }  # fmt: skip

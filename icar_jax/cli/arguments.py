@@ -8,7 +8,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 
-from icar_jax.config import require_local
+from icar_jax.config import require_local, require_weights
 from icar_jax.files import limits
 
 # Arguments that are not local paths; a store may be in an object store.
@@ -29,6 +29,7 @@ _NO_PATHS = {
     "overrides",
     "config",
 }
+_WEIGHTS = {"source", "base", "image", "text", "checkpoint", "repository"}  # may also be names on the Hugging Face hub
 
 
 def positive(text: str) -> int:
@@ -77,7 +78,7 @@ def require_local_paths(args: argparse.Namespace, words: Sequence[str]) -> None:
         typed = option if any(word.partition("=")[0] == option for word in words) else name.upper()
         for text in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(text, str) and name not in _NO_PATHS:
-                require_local(typed, text)
+                (require_weights if name in _WEIGHTS else require_local)(typed, text)
 
 
 def stdin_paths() -> Iterator[str]:

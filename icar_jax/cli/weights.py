@@ -1,4 +1,4 @@
-"""The commands on weights: `icar convert`, `join`, `export`, `compile` and `reference`."""
+"""The commands on weights: `icar convert`, `join`, `export`, `push`, `compile` and `reference`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 
 
 def add(commands) -> None:
-    """Adds `icar convert`, `join`, `export`, `compile` and `reference` to the subparsers."""
+    """Adds `icar convert`, `join`, `export`, `push`, `compile` and `reference` to the subparsers."""
     _add_convert(commands)
     _add_join(commands)
     _add_export(commands)
+    _add_push(commands)
     _add_compile(commands)
     _add_reference(commands)
 
@@ -25,12 +26,14 @@ def _add_convert(commands) -> None:
         "timm ConvNeXt and ICAR weights; the layout, sizes, activation and preprocessing are detected. docs/weights.md lists "
         "the files to download.",
     )
-    p.add_argument("source", help="file or folder of weights; or a checkpoint, to replace its tokenizer")
+    p.add_argument("source", help="file or folder of weights, or a name on the Hugging Face hub: owner/name, "
+                   "hf://owner/name@revision; or a checkpoint, to replace its tokenizer")  # fmt: skip
     p.add_argument("dest", help="folder to write")
     p.add_argument("--activation", default="", help="gelu, gelu_tanh or quick_gelu, if not specified by the source")
     p.add_argument("--preprocess", default="", help="preset or JSON file, if not specified by the source; presets: openai, "
                    "half, siglip, icar, icc, imagenet")  # fmt: skip
-    p.add_argument("--exits", type=int, nargs="+", default=[], metavar="BLOCKS", help="add early exits after these blocks")
+    p.add_argument("--exits", type=_exits, nargs="+", default=[], metavar="BLOCKS", help="add early exits after these blocks; "
+                   "none leaves out the exit of an ICAR checkpoint")  # fmt: skip
     p.add_argument("--pool", default="", help="pooling of the added exits: cls, mean, first_patch, cls_mean (as full depth)")
     p.add_argument("--heads", type=int, nargs="+", default=[], metavar="NUMBER", help="attention heads, if unknown: of the "
                    "vision and the text tower, or of a single tower")  # fmt: skip
@@ -49,13 +52,28 @@ def _add_convert(commands) -> None:
     p.set_defaults(run=_convert)
 
 
+_NONE = "none"
+
+
+def _exits(text: str) -> int | str:
+    """A number of blocks, or 'none'."""
+    if text == _NONE:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number of blocks, or none, found {text!r}") from None
+
+
 def _convert(args: argparse.Namespace) -> None:
     from icar_jax.convert.convert import Options, convert
     from icar_jax.convert.parity.verify import format_table
 
     options = Options(
-        args.activation, args.preprocess, tuple(args.exits), args.pool, tuple(args.heads), args.image_size, args.tokenizer,
+        args.activation, args.preprocess, tuple(exit for exit in args.exits if exit != _NONE), args.pool,
+        tuple(args.heads), args.image_size, args.tokenizer,
         args.context_length, args.text_pool, args.base, args.weights, args.reduce, args.image_r, args.text_r,
+        _NONE in args.exits,
     )  # fmt: skip
     report = convert(args.source, args.dest, options, args.verify)
     print(report.summary())
@@ -140,6 +158,26 @@ def _export(args: argparse.Namespace) -> None:
     for note in written.notes:
         print(f"warning: {note}", file=sys.stderr)
     print(f"Exported: {written.path}: {', '.join(written.files)}")
+
+
+def _add_push(commands) -> None:
+    p = commands.add_parser(
+        "push",
+        help="upload a checkpoint or an export to the Hugging Face hub",
+        description="Creates the repository if need be and uploads the files in one commit, with a model card: what the model "
+        "is, what it was made from, its exits and their counted FLOPs. Log in with `hf auth login`, or set HF_TOKEN.",
+    )
+    p.add_argument("folder", help="checkpoint, bundle, workdir, or a folder that `icar export` wrote")
+    p.add_argument("repository", help="owner/name, or owner/name@branch")
+    p.add_argument("--private", action="store_true", help="create the repository as a private one")
+    p.set_defaults(run=_push)
+
+
+def _push(args: argparse.Namespace) -> None:
+    from icar_jax.convert.hub.push import push
+
+    done = push(args.folder, args.repository, args.private)
+    print(f"Pushed: {done.address}: {', '.join(done.files)}")
 
 
 def _add_compile(commands) -> None:

@@ -4,7 +4,7 @@ A file in configs/ returns an `ExperimentConfig`; `--config.optim.lr=1e-4` overr
 overrides happen after construction, the checks live in `validate`, which names the field, the value and the fix.
 """
 
-from icar_jax.config.addresses import not_local, require_local
+from icar_jax.config.addresses import HUB_FORMS, HubName, hub_name, not_local, require_local, require_weights
 from icar_jax.config.checks import validate, validate_batch, validate_depth
 from icar_jax.config.errors import unknown
 from icar_jax.config.overrides import check_override, from_dict, to_json
@@ -23,6 +23,7 @@ from icar_jax.config.schema import (
 from icar_jax.errors import ConfigError
 
 __all__ = [
+    "HUB_FORMS",
     "ClipConfig",
     "ComplexityConfig",
     "ConfigError",
@@ -30,14 +31,17 @@ __all__ = [
     "DistractorConfig",
     "EvalConfig",
     "ExperimentConfig",
+    "HubName",
     "LossConfig",
     "MeshConfig",
     "OptimConfig",
     "TrainConfig",
     "check_override",
     "from_dict",
+    "hub_name",
     "not_local",
     "require_local",
+    "require_weights",
     "to_json",
     "unknown",
     "validate",

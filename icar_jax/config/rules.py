@@ -5,7 +5,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from icar_jax.config.addresses import require_local
+from icar_jax.config.addresses import require_local, require_weights
 from icar_jax.config.choices import FreezeGroup
 from icar_jax.config.errors import unknown
 from icar_jax.errors import ConfigError
@@ -72,6 +72,14 @@ class LocalPath:
 
     def check(self, name: str, value: Any) -> None:
         require_local(name, value)
+
+
+@dataclass(frozen=True)
+class WeightsPath:
+    """As LocalPath, or a name on the Hugging Face hub: owner/name, hf://owner/name@revision."""
+
+    def check(self, name: str, value: Any) -> None:
+        require_weights(name, value)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,18 @@ Annotations here must stay real types (no `from __future__ import annotations`):
 from dataclasses import dataclass, field
 
 from icar_jax.config import choices
-from icar_jax.config.rules import Ascending, AtLeast, GroupsOrPatterns, LocalPath, OneOf, Rates, Shares, Within, setting
+from icar_jax.config.rules import (
+    Ascending,
+    AtLeast,
+    GroupsOrPatterns,
+    LocalPath,
+    OneOf,
+    Rates,
+    Shares,
+    WeightsPath,
+    Within,
+    setting,
+)
 from icar_jax.files import limits
 
 MIN_VOCABULARY = 259  # of a byte-level tokenizer: 256 bytes, pad, start and end
@@ -223,11 +234,11 @@ class TrainConfig:
     # heads to learn) and regular expressions that are searched for in paths of parameters, such as 'vision/blocks/[0-5]/'.
     freeze: tuple[str, ...] = setting((), GroupsOrPatterns(), task="clip")
     # Checkpoint or workdir that the run is initialised from; exits it lacks start from its final head.
-    init: str = setting("", LocalPath())
-    # Or its towers: vision tower and text tower, as checkpoints or weights that `icar convert` reads. Both, with
-    # config.clip.variant=init; the projections are drawn at random.
-    init_image: str = setting("", LocalPath(), task="clip")
-    init_text: str = setting("", LocalPath(), task="clip")
+    init: str = setting("", WeightsPath())
+    # Or its towers: vision tower and text tower, as checkpoints, weights that `icar convert` reads, or names of those on the
+    # Hugging Face hub. Both, with config.clip.variant=init; the projections are drawn at random.
+    init_image: str = setting("", WeightsPath(), task="clip")
+    init_text: str = setting("", WeightsPath(), task="clip")
     # Compute the outputs of a frozen trunk once, when nothing augments the images, and keep them on disk for all runs.
     cache_frozen: bool = setting(False, task="clip")
     # Augmented views of each image that are kept, of which every epoch draws one; 1 without augmentation.

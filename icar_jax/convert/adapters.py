@@ -50,6 +50,12 @@ def find(folder: Path) -> Path | None:
     return file
 
 
+def base_of(file: Path) -> str:
+    """What the adapter in `file` was trained on, as its configuration says; '' where it does not."""
+    config = file.with_name(CONFIG)
+    return Fields(str(config), read_json(config)).get("base_model_name_or_path", str, "")
+
+
 def merge(tensors: Mapping[str, Tensor], file: Path) -> tuple[dict[str, Tensor], Adapter]:
     """The tensors with the adapter in `file` merged into them, and what was merged; values are computed when they are read.
 

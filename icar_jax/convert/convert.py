@@ -24,6 +24,7 @@ from icar_jax.convert import rules as engine
 from icar_jax.convert import towers, vocabulary
 from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.files.tensors import EMA_KEYS, PLAIN_KEYS
+from icar_jax.convert.hub import download as hub
 from icar_jax.convert.layouts import registry
 from icar_jax.convert.layouts.base import OF_SOURCES, Details, Layout, Options, Source
 from icar_jax.convert.parity import verify
@@ -80,10 +81,12 @@ def convert(
 ) -> Report:
     """Converts `source` (a file or a folder of another library) to a checkpoint of float32 parameters at `dest`.
 
-    `source` may also be a checkpoint of this library, to give it another `options.tokenizer`. With `reference`, an .npz file of
-    `icar reference`, the outputs of the converted model are compared with it before anything is written. Raises ConvertError
-    for anything that does not fit, and CheckpointError where `dest` holds something else; nothing is written then.
+    `source` may be a name on the Hugging Face hub (owner/name, hf://owner/name@revision), which is downloaded first. It may
+    also be a checkpoint of this library, to give it another `options.tokenizer`. With `reference`, an .npz file of `icar
+    reference`, the outputs of the converted model are compared with it before anything is written. Raises ConvertError for
+    anything that does not fit, and CheckpointError where `dest` holds something else; nothing is written then.
     """
+    source = hub.local(source)
     if checkpoint.is_own(source):
         return _retokenize(Path(source), Path(dest), options, reference)
     opened = open_source(source, options.base, options.weights)
@@ -127,7 +130,7 @@ def in_memory(source: str | os.PathLike, options: Options = Options()) -> Checkp
 
 def _description(opened: Source, made: ConversionResult) -> dict[str, Any]:
     file = opened.weights.path
-    described = {"layout": opened.layout, "file": file.name, "sha256": verify.weights_sha256(file)}
+    described = {"layout": opened.layout, "file": file.name, "sha256": verify.weights_sha256(file), **hub.origin_of(file)}
     pixels = {} if made.preprocess is None else {"preprocess": made.preprocess.to_dict()}
     return {
         "arch": dataclasses.asdict(made.arch),
@@ -168,7 +171,7 @@ def read(source: Source, options: Options = Options()) -> ConversionResult:
     layout = registry.named(source.layout)
     idle = options.given() - layout.options - OF_SOURCES
     if idle:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(idle))
+        flags = ", ".join("--exits none" if name == "no_exits" else f"--{name.replace('_', '-')}" for name in sorted(idle))
         raise ConvertError(f"{source.path} ({source.layout} layout) has no use for {flags}; leave it out")
     if options.pool and not options.exits:
         raise ConvertError(f"--pool={options.pool} says what added exits read; pass --exits with it, or leave it out")
@@ -196,7 +199,10 @@ def _of_files(source: Source) -> Details:
             f"{weights.path.name} holds several state dicts: {weights.key} was taken, not {', '.join(weights.others)}{how}"
         )
     if adapter is not None:
-        origin["adapter"] = {"file": adapter.path.name, "sha256": verify.weights_sha256(adapter.path), "rank": adapter.rank}
+        origin["adapter"] = {
+            "file": adapter.path.name, "sha256": verify.weights_sha256(adapter.path), "rank": adapter.rank,
+            **hub.origin_of(adapter.path),
+        }  # fmt: skip
         notes.append(f"merged the LoRA adapter {adapter.path.name} of rank {adapter.rank} into {adapter.changed} tensors")
     return Details(origin=origin, notes=notes)
 
@@ -270,7 +276,7 @@ def _architecture(source: Source, layout: Layout, options: Options) -> Any:
 def _retokenize(source: Path, dest: Path, options: Options, reference: str | os.PathLike) -> Report:
     """Writes a checkpoint of this library with another tokenizer and nothing else changed."""
     if options.given() != {"tokenizer"} or reference:
-        raise ConvertError(f"{source} is an icar_jax checkpoint already; only --tokenizer can be given to it")
+        raise ConvertError(f"{source} is an icar_jax checkpoint already and used as it is; only --tokenizer can be given to it")
     folder = checkpoint.find(source)
     if folder.resolve() != source.resolve() or checkpoint.describe(folder)["kind"] == "bundle":
         inner = folder / "clip" if checkpoint.describe(folder)["kind"] == "bundle" else folder

@@ -1,4 +1,5 @@
-"""`icar export`: writes a checkpoint in another library's layout, with the configuration and tokenizer files that it reads.
+"""`icar export`: writes a checkpoint in another library's layout, with the configuration and tokenizer files that it reads,
+and a model card.
 
 The rule tables are applied backwards, so that conversion and export give the same float32 bits. A part that a layout cannot
 hold is refused where its removal would change the embeddings, and otherwise left out and named in the notes (early exits).
@@ -10,32 +11,18 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from icar_jax import checkpoint, tensorfile
-from icar_jax.config import from_dict
 from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.files.torch_writer import write_torch
+from icar_jax.convert.hub import card
 from icar_jax.convert.layouts import registry
-from icar_jax.convert.layouts.base import Export, ExportFiles, ExportSource, Layout
+from icar_jax.convert.layouts.base import Export, ExportFiles, ExportSource, Layout, arch_of
 from icar_jax.files.opening import make_staging
-from icar_jax.models.clip import ClipArch
-from icar_jax.models.convnext import ConvNeXtArch
-from icar_jax.models.text import TextArch
-from icar_jax.models.token_router import scorer_arch
-from icar_jax.models.vision import VisionArch
-
-_ARCHS: dict[str, Callable[[dict[str, Any], str], Any]] = {
-    "clip": lambda values, where: from_dict(values, ClipArch, where),
-    "vision": lambda values, where: from_dict(values, VisionArch, where),
-    "text": lambda values, where: from_dict(values, TextArch, where),
-    "complexity": scorer_arch,
-    "convnext": lambda values, where: from_dict(values, ConvNeXtArch, where),
-}
 
 
 @dataclass(frozen=True)
@@ -58,9 +45,11 @@ def export(source: str | os.PathLike, dest: str | os.PathLike, layout: str) -> E
     dest = Path(dest)
     with new_folder(dest) as staging:
         opened = _open(Path(source), known[layout])
-        made = _choose(opened, known[layout]).files(opened)
-        _write(made, staging)
+        chosen = _choose(opened, known[layout])
+        made = chosen.files(opened)
         notes = made.notes + _left_behind(Path(source), known[layout])
+        words = card.card({opened.loaded.kind: opened.description}, layout, notes, keeps_exits=chosen.keeps_exits)
+        _write(ExportFiles({**made.files, card.FILE: words}), staging)
     return ExportResult(dest, sorted(file.name for file in dest.iterdir()), notes)
 
 
@@ -84,7 +73,7 @@ def _open(source: Path, layouts: Sequence[Layout]) -> ExportSource:
     if checkpoint.describe(folder)["kind"] == "bundle":
         folder = folder / "clip"
     loaded = checkpoint.read(folder, checkpoint.describe(folder)["kind"])
-    return ExportSource(loaded, _ARCHS[loaded.kind](loaded.description["arch"], f"{loaded.path}: arch"))
+    return ExportSource(loaded, arch_of(loaded.kind, loaded.description["arch"], f"{loaded.path}: arch"))
 
 
 def _choose(source: ExportSource, layouts: Sequence[Layout]) -> Export:

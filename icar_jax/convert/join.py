@@ -18,6 +18,7 @@ from icar_jax.checkpoint import Checkpoint
 from icar_jax.config import from_dict
 from icar_jax.convert import convert
 from icar_jax.convert.fields import ConvertError
+from icar_jax.convert.hub import download as hub
 from icar_jax.convert.layouts.base import Options
 from icar_jax.models.clip import Clip, ClipArch, exit_sources
 from icar_jax.models.text import TextArch
@@ -68,9 +69,9 @@ def in_memory(
 ) -> Checkpoint:  # fmt: skip
     """Returns the checkpoint of a CLIP with the vision tower of `image` and the text tower of `text`; leaves are float32 numpy.
 
-    Both are checkpoints of this library or weights that `icar convert` reads: a tower alone, or a CLIP, whose projections are
-    left out. Preprocessing and tokenizer come along. Options are those of `icar convert` for weights of other libraries.
-    Raises ConvertError for towers that cannot be joined, and CheckpointError.
+    Both are checkpoints of this library, weights that `icar convert` reads, or names of such on the hub: a tower alone, or a
+    CLIP, whose projections are left out. Preprocessing and tokenizer come along. Options are those of `icar convert` for
+    weights of other libraries. Raises ConvertError for towers that cannot be joined, and CheckpointError.
     """
     parts = _read(image, image_options, "vision"), _read(text, text_options, "text")
     arch = _arch(parts, joint)
@@ -98,7 +99,8 @@ def in_memory(
 
 def _read(path: str | os.PathLike, options: Options, tower: str) -> Checkpoint:
     """A checkpoint of kind `tower` with the parameters below its name. Raises ConvertError for a model without this tower."""
-    if not Path(path).exists():
+    path = hub.local(path)
+    if not path.exists():
         raise ConvertError(f"{path} does not exist; expected a checkpoint, or weights that `icar convert` reads")
     if checkpoint.is_own(path):
         if options.given():

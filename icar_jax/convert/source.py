@@ -8,20 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from icar_jax.convert import adapters
+from icar_jax.convert import adapters, folder
 from icar_jax.convert.fields import ConvertError, read_json
 from icar_jax.convert.files.tensors import Tensor, read_weights
+from icar_jax.convert.hub import download as hub
 from icar_jax.convert.layouts import registry
 from icar_jax.convert.layouts.base import Source
-
-WEIGHT_FILES = (  # in a folder the first that exists is taken; a layout may name more
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-
 
 # What training programs put before every name, in any order and nesting; some stand within names too.
 WRAPPERS = ("module.", "model.", "net.", "teacher.", "backbone.", "clip.", "base_model.model.", "_forward_module.")
@@ -30,20 +22,24 @@ _DEEPEST = 8  # wrappers
 
 
 def open_source(path: str | os.PathLike, base: str | os.PathLike = "", weights: str = "") -> Source:
-    """The weights at `path` (a file or a folder) with their layout, which is detected; no values are read yet.
+    """The weights at `path` (a file, folder or name on the hub) with their layout, which is detected; no values are read yet.
 
     A LoRA adapter beside the weights is merged into them; a folder that holds one alone needs the `base` weights. `weights`
     'ema' or 'plain' chooses where a file holds both.
     Raises ConvertError for files that cannot be read, and for an unknown layout, listing the known ones.
     """
-    path = Path(path)
+    path = hub.local(path)
     adapter = adapters.find(path) if path.is_dir() else None
-    alone = adapter is not None and not any((path / name).is_file() for name in _usual_files())
+    alone = adapter is not None and not any((path / name).is_file() for name in folder.usual_weights())
     if alone and not base:
-        raise ConvertError(f"{path} is a LoRA adapter alone; pass --base WEIGHTS, the file or folder of what it was trained on")
+        about = adapters.base_of(adapter)
+        raise ConvertError(
+            f"{path} is a LoRA adapter alone; pass --base WEIGHTS, the file, folder or name of what it was trained on"
+            + (f" (it says {about})" if about else "")
+        )
     if base and not alone:
         raise ConvertError(f"--base={base} is for a folder that holds a LoRA adapter alone; {path} has weights of its own")
-    found = read_weights(_weights_file(Path(base) if alone else path), chosen=weights)
+    found = read_weights(folder.weights_file(hub.local(base) if alone else path), chosen=weights)
     merged = None
     if adapter is not None:
         tensors, merged = adapters.merge(found.tensors, adapter)
@@ -59,30 +55,6 @@ def open_source(path: str | os.PathLike, base: str | os.PathLike = "", weights: 
         f"{path}: unknown layout; expected the names of one of {', '.join(registry.names())}, found {len(found.tensors)} "
         f"tensors: {first}, ..."
     )
-
-
-def _usual_files() -> tuple[str, ...]:
-    return (*WEIGHT_FILES, *registry.weight_files())
-
-
-def _weights_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if not path.exists():
-        raise ConvertError(f"{path} does not exist; expected a file of weights or a folder that holds one")
-    usual = _usual_files()
-    for name in usual:
-        if (path / name).is_file():
-            return path / name
-    others = sorted(
-        file for file in path.iterdir()
-        if file.suffix in SUFFIXES and file.is_file() and file.name not in adapters.FILES
-    )  # fmt: skip
-    if len(others) == 1:
-        return others[0]
-    if others:
-        raise ConvertError(f"{path} holds several files of weights, name one of them: {', '.join(f.name for f in others)}")
-    raise ConvertError(f"{path} holds no weights; expected {', '.join(usual)} or one file {', '.join(SUFFIXES)}")
 
 
 def _configs(folder: Path) -> dict[str, dict[str, Any]]:

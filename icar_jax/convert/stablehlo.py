@@ -30,6 +30,7 @@ from icar_jax.checkpoint import Checkpoint
 from icar_jax.config import from_dict
 from icar_jax.convert.export import ExportResult, new_folder
 from icar_jax.convert.fields import ConvertError
+from icar_jax.convert.hub import card
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
 from icar_jax.models.clip import Clip, ClipArch
@@ -109,9 +110,10 @@ def export_programs(
             about["tokens"] = {"start_id": t.start_id, "end_id": t.end_id, "pad_id": t.pad_id}
         if bundle:
             about["routing"] = description["routing"]
+        lacking = "clip" in parts and parts["clip"].tokenizer is None
+        notes = ["the checkpoint holds no tokenizer, so none was written"] if lacking else []
+        (staging / card.FILE).write_text(card.of_checkpoint(folder, "stablehlo", notes), encoding="utf-8")
         (staging / checkpoint.DESCRIPTION).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    lacking = "clip" in parts and parts["clip"].tokenizer is None
-    notes = ["the checkpoint holds no tokenizer, so none was written"] if lacking else []
     return ExportResult(Path(dest), sorted(file.name for file in Path(dest).iterdir()), notes)
 
 

@@ -19,8 +19,9 @@ from icar_jax.models.text import TextArch
 
 MERGES = "bpe_simple_vocab_16e6.txt.gz"  # CLIP's merges in OpenAI's and OpenCLIP's packages
 VOCABULARY, PIECES = "vocab.txt", ("sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
-_BESIDE = ("tokenizer.json", "merges.txt", MERGES, MERGES.removesuffix(".gz"), VOCABULARY, *PIECES)
-_CONFIG, _SENTENCE, _ADDED = "tokenizer_config.json", "sentence_bert_config.json", "added_tokens.json"
+# Files of tokenizers; in a folder the first is taken.
+BESIDE = ("tokenizer.json", "merges.txt", MERGES, MERGES.removesuffix(".gz"), VOCABULARY, *PIECES)
+_CONFIG, _SENTENCE, _ADDED = TOKENIZER_CONFIGS = "tokenizer_config.json", "sentence_bert_config.json", "added_tokens.json"
 # Arguments of OpenCLIP's tokenizers with the values under which ours gives the same ids; None: any.
 _OPEN_CLIP_ARGUMENTS: dict[str, tuple | None] = {
     "clean": ("lower", "whitespace", "canonicalize"), "context_length": None, "cache_dir": None, "strip_sep_token": (False,),
@@ -62,7 +63,7 @@ def open_tokenizer(file: Path, text: TextArch, cleaning: str | None = None) -> T
     if file.is_dir():
         found = _in_folder(file)
         if found is None:
-            raise ConvertError(f"{file} holds no tokenizer; expected one of {', '.join(_BESIDE)}")
+            raise ConvertError(f"{file} holds no tokenizer; expected one of {', '.join(BESIDE)}")
         file = found
     try:
         tokenizer = _opened(file, text, cleaning)
@@ -90,7 +91,7 @@ def stated_cleaning(source: Source) -> str | None:
 
 
 def _in_folder(folder: Path) -> Path | None:
-    return next((folder / name for name in _BESIDE if (folder / name).is_file()), None)
+    return next((folder / name for name in BESIDE if (folder / name).is_file()), None)
 
 
 def _opened(file: Path, text: TextArch, cleaning: str | None) -> Tokenizer:

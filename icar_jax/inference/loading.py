@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,7 +35,8 @@ def load(
     A vision tower alone embeds images, a text tower alone embeds texts.
 
     Args:
-        path: weights of other libraries (a folder or file) are converted in memory.
+        path: weights of other libraries (a folder or file) are converted in memory. A name on the Hugging Face hub (owner/name,
+            hf://owner/name@revision) is downloaded first, unless a folder or file here has it.
         batch_size: the largest static batch.
         dtype: of activations, 'float32' or 'bfloat16'.
         mesh: devices of this process (`icar_jax.parallel.mesh.make_mesh(MeshConfig(data=-1))`): batches are sharded over the
@@ -50,7 +50,8 @@ def load(
     Raises CheckpointError or ConvertError, which name what was expected at `path` and what was found.
     """
     program_cache.enable()
-    if options or (Path(path).exists() and not checkpoint.is_own(path)):
+    path = pretrained.local(path)
+    if options or (path.exists() and not checkpoint.is_own(path)):
         loaded = pretrained.read_pretrained(path, (*checkpoint.TOWERS, "complexity"), **options)
         clip, complexity = (loaded, None) if loaded.kind in checkpoint.TOWERS else (None, loaded)
         return Model(clip, complexity, loaded.description, batch_size, dtype, mesh)

@@ -31,9 +31,10 @@ class Clip(clip_module.Clip):
     def from_pretrained(cls, path: str | os.PathLike, *, dtype: Any = "float32", **options: Any) -> Self:
         """Loads a CLIP from an icar_jax checkpoint, bundle or workdir, or from Hugging Face, OpenCLIP or OpenAI weights.
 
-        Weights of other libraries are converted in memory; nothing is written. `dtype` is the dtype of activations. `options`
-        give what such weights do not specify, as the flags of `icar convert`: activation, exits, heads, image_size, pool,
-        preprocess. `icar_jax.load(path)` also loads the preprocessing and the tokenizer.
+        `path` may be the name of either on the Hugging Face hub (owner/name, hf://owner/name@revision). Weights of other
+        libraries are converted in memory; nothing is written. `dtype` is the dtype of activations. `options` give what such
+        weights do not specify, as the flags of `icar convert`: activation, exits, heads, image_size, pool, preprocess.
+        `icar_jax.load(path)` also loads the preprocessing and the tokenizer.
 
         Raises CheckpointError or ConvertError, which name what was expected at `path` and what was found.
         """
@@ -73,7 +74,8 @@ def read_pretrained(path: str | os.PathLike, kinds: tuple[str, ...], **options: 
 
     Raises CheckpointError, and ConvertError for weights of other libraries.
     """
-    if Path(path).exists() and not checkpoint.is_own(path):
+    path = local(path)
+    if path.exists() and not checkpoint.is_own(path):
         from icar_jax.convert import convert
 
         loaded = convert.in_memory(path, _options(options))
@@ -86,6 +88,15 @@ def read_pretrained(path: str | os.PathLike, kinds: tuple[str, ...], **options: 
     folder = checkpoint.find(path, (*kinds, "bundle"))
     kind = checkpoint.describe(folder)["kind"]
     return checkpoint.read(folder / kinds[0], kinds[0]) if kind == "bundle" else checkpoint.read(folder, kind)
+
+
+def local(path: str | os.PathLike) -> Path:
+    """As `icar_jax.convert.hub.download.local`: `path`, or what was downloaded of the repository that it names."""
+    if os.path.exists(path):  # then there is nothing to import, which would take time at every start
+        return Path(path)
+    from icar_jax.convert.hub import download
+
+    return download.local(path)
 
 
 def _options(given: dict[str, Any]) -> Any:

@@ -25,6 +25,7 @@ from icar_jax.data.sources.caption_files import Columns
 from icar_jax.data.sources.files import STDIN, ImagePaths, NoImages, vanished
 from icar_jax.errors import IcarError
 from icar_jax.files.walk import Walk
+from icar_jax.inference import pretrained
 from icar_jax.inference.files.stream import StreamEncoder, embed_stream
 from icar_jax.inference.model import Model
 from icar_jax.inference.reading import map_ordered
@@ -196,9 +197,17 @@ def open_or_create(
 
 
 def checkpoint_of(uri: str | os.PathLike, checkpoint: str | os.PathLike | None) -> str:
-    """The path of the model: `checkpoint`, or the one recorded in the store. Raises IndexingError without either."""
+    """The path of the model: `checkpoint`, or the one recorded in the store. Raises IndexingError without either.
+
+    A name on the hub gives the folder that its checkpoint was downloaded to.
+    """
     if checkpoint is not None:
-        return os.fspath(checkpoint)
+        found = pretrained.local(checkpoint)
+        if found != Path(checkpoint) and not ckpt.is_own(found):
+            raise IndexingError(
+                f"{checkpoint} holds weights of another library; convert them (`icar convert {checkpoint} OUT`) and pass OUT"
+            )
+        return str(found)
     if not opening.store_exists(uri):
         raise IndexingError(f"there is no store at {address(uri)}; pass --checkpoint to create one")
     return opening.open_store(uri).meta["checkpoint"]

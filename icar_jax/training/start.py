@@ -11,6 +11,7 @@ from icar_jax.checkpoint import Checkpoint, CheckpointError
 from icar_jax.config import ConfigError, ExperimentConfig
 from icar_jax.convert import join
 from icar_jax.convert.fields import ConvertError
+from icar_jax.convert.hub import download as hub
 
 Start = str | os.PathLike | Checkpoint  # path of a checkpoint, bundle or workdir, or a checkpoint in memory
 
@@ -55,13 +56,14 @@ def find(path: str | os.PathLike, task: str) -> Path:
     """
     kinds = KINDS[task]
     try:
+        path = hub.local(path)
         try:
             return checkpoint.find(path, kinds)
         except CheckpointError:
             if Path(path).is_dir() and (Path(path) / kinds[0] / checkpoint.DESCRIPTION).is_file():
                 return checkpoint.find(Path(path) / kinds[0], kinds)
             raise
-    except CheckpointError as error:
+    except (CheckpointError, ConvertError) as error:
         raise init_error(path, error) from error
 
 

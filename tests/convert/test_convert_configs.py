@@ -38,6 +38,14 @@ def test_another_model_under_the_same_names_is_refused(tmp_path):
         convert(siglip, tmp_path / "out")
 
 
+def test_longclips_own_state_dict_is_refused_with_what_to_do(tmp_path):
+    case = parity_cases.load("openai")
+    rows = case.weights["positional_embedding"]
+    longer = dataclasses.replace(case, weights={**case.weights, "positional_embedding_res": rows})
+    with pytest.raises(ConvertError, match="LongCLIP's own state dict.*Hugging Face's layout, or write rows 20 and later"):
+        convert(parity_cases.write_source(longer, tmp_path / "s"), tmp_path / "out")
+
+
 def test_the_older_config_dicts_replace_the_newer_sections(tmp_path):
     """Fields they leave out fall back to the defaults, as the library has it."""
 

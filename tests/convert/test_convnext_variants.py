@@ -67,7 +67,7 @@ def test_the_regressor_of_ratings(tmp_path):
     head = checkpoint.read(tmp_path / "model", "complexity").params["head"]
     for part, place in (("fc1", 1), ("fc2", 4), ("fc3", 7)):
         np.testing.assert_array_equal(head[part]["kernel"], case.weights[f"model.regressor.{place}.weight"].T)
-    assert export(tmp_path / "model", tmp_path / "back", "icar").files == ["IC9600.pt"]
+    assert export(tmp_path / "model", tmp_path / "back", "icar").files == ["IC9600.pt", "README.md"]
     wrong = dataclasses.replace(case, weights=case.weights | {"model.regressor.7.weight": np.ones((2, 256), np.float32)})
     with pytest.raises(ConvertError, match="the regressor gives 2 values, expected 1"):
         convert(parity_cases.write_source(wrong, tmp_path / "wrong"), tmp_path / "out")

@@ -179,3 +179,15 @@ def test_the_icc_threshold_routes_a_converted_icar(tmp_path):
     shutil.rmtree(tmp_path / "bundle")
     with pytest.raises(ValueError, match="--thresholds"):
         make_bundle(tmp_path / "icar/model", tmp_path / "icc/model", tmp_path / "bundle", shares=(0.5,))
+
+
+@pytest.mark.parametrize("name, kind", [("convnext_v2_linear", "convnext"), ("timm_vit", "vision")])
+def test_the_tag_of_timm_survives(name, kind, tmp_path):
+    _, source = source_of(name, tmp_path)
+    config = json.loads((source / "config.json").read_text())
+    config.setdefault("pretrained_cfg", {})["tag"] = "augreg_in21k"
+    (source / "config.json").write_text(json.dumps(config))
+    report = convert(source, tmp_path / "model")
+    assert report.description["source"]["tag"] == "augreg_in21k" and report.description["source"]["architecture"]
+    made = export(tmp_path / "model", tmp_path / "out", "timm").path
+    assert json.loads((made / "config.json").read_text())["pretrained_cfg"]["tag"] == "augreg_in21k"

@@ -123,7 +123,7 @@ def test_one_object_converts_and_exports_a_new_layout(other, tmp_path):
     assert report.description["preprocess"]["interpolation"] == "bilinear"
 
     written = export(tmp_path / "out", tmp_path / "back", "other")
-    assert written.files == ["other.json", "other.safetensors"]
+    assert written.files == ["README.md", "other.json", "other.safetensors"]
     again = convert(written.path, tmp_path / "again")
     assert again.description["arch"] == report.description["arch"]
     assert again.description["hashes"] == report.description["hashes"]

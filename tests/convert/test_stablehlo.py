@@ -78,7 +78,7 @@ def test_a_process_without_this_package_gets_the_same_numbers(bundle, tmp_path, 
 
 def test_a_fixed_batch_in_bfloat16_of_a_part_alone(complexity_folder, clip_folder, tmp_path):
     written = export_programs(complexity_folder, tmp_path / "out", batch=4, dtype="bfloat16", platforms=["cpu"])
-    assert written.files == ["complexity.safetensors", "complexity.stablehlo", "icar.json"]
+    assert written.files == ["README.md", "complexity.safetensors", "complexity.stablehlo", "icar.json"]
     about = json.loads((tmp_path / "out" / "icar.json").read_text())
     assert about["programs"]["complexity"]["input"].startswith("uint8 [4, 32, 32, 3]") and "routing" not in about
     assert "text.stablehlo" in export_programs(clip_folder, tmp_path / "clip", platforms=["cpu"]).files

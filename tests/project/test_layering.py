@@ -29,7 +29,7 @@ ALLOWED = {
     "data": {"config", "pytree", "checkpoint"},
     "parallel": {"config", "pytree", "checkpoint"},
     "architectures": {"config", "checkpoint", "models"},
-    "convert": LIBRARY | {"tensorfile"},
+    "convert": LIBRARY | {"extras", "tensorfile"},
     "inference": LIBRARY | {"program_cache", "workdir", "profiling"},
     "training": LIBRARY | {"program_cache", "workdir", "profiling", "architectures"},
     "planner": LIBRARY | {"architectures", "training"},
@@ -42,6 +42,7 @@ ALLOWED = {
 # Which folders of its own package a folder imports; files that lie beside folders may lie above or below them.
 SUBLAYERS = {
     "convert/files": set(),
+    "convert/hub": {"files", "layouts", "tokenizers"},
     "convert/layouts": {"files", "tokenizers"},
     "convert/parity": {"files", "layouts"},
     "convert/tokenizers": set(),

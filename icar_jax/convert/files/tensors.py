@@ -25,6 +25,7 @@ from icar_jax.files.opening import open_regular
 READERS = ("own", "torch")
 PLAIN_KEYS = ("model_state_dict", "state_dict", "model", "module")  # of state dicts; the last is DeepSpeed's
 EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "teacher")  # of weights averaged over training
+OPTIMIZER_GROUPS = "optimizer_groups"  # in `Weights.extra`, of a training checkpoint
 STATE_KEYS = (*PLAIN_KEYS, *EMA_KEYS)
 _OTHER = {
     b"\x1f\x8b": "gzip; unpack it first",
@@ -293,7 +294,18 @@ def _locate(tree: Any, is_tensor: Callable[[Any], bool], path: Path, chosen: str
         raise ConvertError(f"{path}: {key or 'the state dict'} holds more than named tensors: {_names(map(str, wrong))}")
     rest = {name: value for name, value in tree.items() if name != key and not str(name).startswith("optimizer")}
     others = tuple(name for name in there if name != key)
-    return _State({name: value for name, value in state.items() if is_tensor(value)}, _plain(rest, path), key or "", others)
+    extra = _plain(rest, path)
+    if groups := _optimizer_groups(tree):
+        extra[OPTIMIZER_GROUPS] = groups
+    return _State({name: value for name, value in state.items() if is_tensor(value)}, extra, key or "", others)
+
+
+def _optimizer_groups(tree: dict) -> list[str]:
+    """Names of the parameter groups of the optimizer that a training checkpoint holds: what was trained."""
+    optimizer = tree.get("optimizer_state_dict")
+    groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
+    names = [group.get("name") for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
+    return [name for name in names if isinstance(name, str)]
 
 
 def _names(names: Iterable[str]) -> str:

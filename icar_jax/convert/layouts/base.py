@@ -13,13 +13,18 @@ from typing import Any
 
 from icar_jax import pytree
 from icar_jax.checkpoint import Checkpoint
+from icar_jax.config import from_dict
 from icar_jax.convert.adapters import Adapter
 from icar_jax.convert.fields import ConvertError, Fields
 from icar_jax.convert.files.tensors import Tensor, Weights
 from icar_jax.convert.rules import Rule
 from icar_jax.data.images import Preprocess
 from icar_jax.data.tokenizer import Tokenizer
+from icar_jax.models.clip import ClipArch
+from icar_jax.models.convnext import ConvNeXtArch
 from icar_jax.models.text import TextArch
+from icar_jax.models.token_router import scorer_arch
+from icar_jax.models.vision import VisionArch
 
 TOWER_OPTIONS = frozenset({"activation", "preprocess", "exits", "pool", "heads", "image_size"})  # of vision towers
 KINDS = ("clip", "vision", "text", "complexity", "convnext")  # of checkpoints that weights are converted to
@@ -43,6 +48,7 @@ class Options:
     reduce: str = ""  # of CrossGET's checkpoints: crossget | none
     image_r: int = -1  # tokens that each block of the vision tower merges; -1: not given
     text_r: int = -1  # the same of the text tower
+    no_exits: bool = False  # leave out the exit of an ICAR checkpoint
 
     def given(self) -> set[str]:
         """Names of the fields that were set."""
@@ -88,6 +94,20 @@ class Details:
     origin: dict[str, Any] = field(default_factory=dict)  # added to `source` of icar.json
     extra: dict[str, Any] = field(default_factory=dict)  # more fields of icar.json
     notes: list[str] = field(default_factory=list)  # warnings for the user
+
+
+_ARCHS: dict[str, Callable[[dict[str, Any], str], Any]] = {
+    "clip": lambda values, where: from_dict(values, ClipArch, where),
+    "vision": lambda values, where: from_dict(values, VisionArch, where),
+    "text": lambda values, where: from_dict(values, TextArch, where),
+    "complexity": scorer_arch,
+    "convnext": lambda values, where: from_dict(values, ConvNeXtArch, where),
+}
+
+
+def arch_of(kind: str, values: dict[str, Any], where: str) -> Any:
+    """The architecture of a checkpoint of this kind, from the `arch` of its icar.json. Raises ConfigError naming `where`."""
+    return _ARCHS[kind](values, where)
 
 
 @dataclass(frozen=True)
@@ -147,12 +167,14 @@ class Export:
     to: str
     files: Callable[[ExportSource], ExportFiles]
     holds: Callable[[Any], bool] = lambda arch: True
+    keeps_exits: bool = False  # whether early exits are written; else they are left out or refused
 
 
 _OF_TEXT = {"context_length", "text_pool"}  # options of layouts of text encoders
 OF_SOURCES = {"base", "weights"}  # options that say what is read, whatever its layout
 _OF_CROSSGET = {"reduce", "image_r", "text_r"}  # options of CrossGET's checkpoints
-_ALL_OPTIONS = frozenset(f.name for f in dataclasses.fields(Options)) - _OF_TEXT - _OF_CROSSGET
+_OF_ICAR = {"no_exits"}
+_ALL_OPTIONS = frozenset(f.name for f in dataclasses.fields(Options)) - _OF_TEXT - _OF_CROSSGET - _OF_ICAR
 
 
 def no_details(source: Source, options: Options) -> Details:
@@ -185,7 +207,7 @@ class Layout:
     tokenizer: Callable[[Source, str, TextArch], tuple[Tokenizer | None, str]] | None = None
     export: Export | None = None  # None: `icar export` does not write this layout
     options: frozenset[str] = _ALL_OPTIONS  # fields of Options that have an effect; others are refused
-    weight_files: tuple[str, ...] = ()  # names of weight files besides source.WEIGHT_FILES, tried in a folder
+    weight_files: tuple[str, ...] = ()  # names of weight files besides those of folder.py, tried in a folder
     config_files: tuple[str, ...] = ()  # JSON files to read beside the weights
     precedence: int = 0  # layouts of a higher one are tried first
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from icar_jax.convert import rules as engine
 from icar_jax.convert.fields import ConvertError, Fields
+from icar_jax.convert.files.tensors import OPTIMIZER_GROUPS
 from icar_jax.convert.layouts.base import Details, Export, ExportFiles, ExportSource, Layout, Options, Source
 from icar_jax.convert.layouts.clip_export import beyond_clip, refuse, tokenizer_files
 from icar_jax.convert.layouts.open_clip import open_clip_arch, open_clip_rules, text_prefix
@@ -20,6 +21,8 @@ from icar_jax.convert.rules import SCALAR, Rule, dropped, linear, norm, prefixed
 from icar_jax.convert.settings import choose_preprocess
 from icar_jax.data.images import Preprocess
 from icar_jax.models.clip import ClipArch
+
+_EXIT_GROUP = "early_projection"  # of the optimizer, where the official code trains the exit
 
 
 def rules(exit: int, text: str = "") -> list[Rule]:
@@ -34,11 +37,15 @@ def rules(exit: int, text: str = "") -> list[Rule]:
 
 
 def arch(source: Source, options: Options) -> ClipArch:
-    """CLIP's architecture with the exit that the checkpoint's config names, or --exits for a bare state dict.
+    """CLIP's architecture with the exit that the checkpoint's config names, or --exits for a bare state dict, or none.
 
     Raises ConvertError where neither names it, both do and differ, or the exit lies outside the tower.
     """
     config = _config(source)
+    if options.no_exits:
+        if options.exits:
+            raise ConvertError(f"{source.path}: --exits takes none or numbers of blocks, not both")
+        return open_clip_arch(source, options, prefix="clip.", activation=_activation(config))
     layer = config.content.get("early_exit_layer")
     if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
         raise ConvertError(f"{config.where}: early_exit_layer must be a block number, counted from 0, found {layer!r}")
@@ -74,7 +81,11 @@ def _activation(config: Fields) -> str:
 
 
 def _rules(source: Source, arch: ClipArch | None) -> list[Rule]:
-    return rules(arch.vision.exits[0] if arch else 0, text_prefix(source, "clip."))
+    text = text_prefix(source, "clip.")
+    if arch and not arch.vision.exits:
+        early = ("early_ln.weight", "early_ln.bias", "early_proj.weight", "early_temp", "temp_clamp")
+        return [*prefixed(open_clip_rules(text), "clip."), *(dropped(name, "the exit that was left out") for name in early)]
+    return rules(arch.vision.exits[0] if arch else 0, text)
 
 
 def _preprocess(source: Source, options: Options, arch: ClipArch) -> Preprocess:
@@ -84,8 +95,15 @@ def _preprocess(source: Source, options: Options, arch: ClipArch) -> Preprocess:
 
 def _details(source: Source, options: Options) -> Details:
     config = source.weights.extra.get("config")
-    names = [key for key in ("model_name", "pretrained") if key in config] if isinstance(config, dict) else []
-    return Details(origin={key: str(config[key]) for key in names})
+    stated = {key: config[key] for key in ("model_name", "pretrained") if key in config} if isinstance(config, dict) else {}
+    groups = source.weights.extra.get(OPTIMIZER_GROUPS, ())
+    notes = []
+    if groups and _EXIT_GROUP not in groups and not options.no_exits:
+        notes.append(
+            f"the exit was not trained: this is a baseline, whose optimizer learned {', '.join(groups)} and not {_EXIT_GROUP}; "
+            "pass --exits none to leave the exit out"
+        )
+    return Details(origin={key: None if value is None else str(value) for key, value in stated.items()}, notes=notes)
 
 
 # --- export ----------------------------------------------------------------------------------------------------------------
@@ -100,7 +118,7 @@ def _export(source: ExportSource) -> ExportFiles:
     origin = source.description.get("source", {})
     config = {
         "model_name": origin.get("model_name") or published_name(arch),
-        "pretrained": origin.get("pretrained", ""),
+        "pretrained": origin.get("pretrained", ""),  # None of a model that began with random weights
         "early_exit_layer": exit - 1,
     }
     content = {"epoch": 0, "global_step": 0, "model_state_dict": state, "metrics": {}, "config": config}
@@ -132,7 +150,7 @@ LAYOUT = Layout(
     rules=_rules,
     preprocess=_preprocess,
     details=_details,
-    export=Export("icar", _export),
-    options=frozenset({"activation", "preprocess", "exits", "heads", "image_size", "tokenizer"}),
+    export=Export("icar", _export, keeps_exits=True),
+    options=frozenset({"activation", "preprocess", "exits", "no_exits", "heads", "image_size", "tokenizer"}),
     precedence=2,
 )

@@ -67,7 +67,13 @@ def text_prefix(source: Source, prefix: str = "") -> str:
 
 
 def is_vit(source: Source) -> bool:
-    """Whether the names are OpenAI's or OpenCLIP's. Raises ConvertError for a vision tower of timm."""
+    """Whether the names are OpenAI's or OpenCLIP's. Raises ConvertError for a vision tower of timm, and for LongCLIP's own."""
+    if source.has("visual.") and source.has("positional_embedding_res"):
+        raise ConvertError(
+            f"{source.path} is LongCLIP's own state dict, with two tables of text positions (positional_embedding_res), and "
+            "is not read; convert its folder in Hugging Face's layout, or write rows 20 and later of positional_embedding_res "
+            "over those of positional_embedding, remove the former and save the state dict"
+        )
     if source.has("visual.trunk."):
         raise ConvertError(
             f"{source.path}: the vision tower is a timm model (visual.trunk.*), which is not supported; a SigLIP is read from "

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from icar_jax.convert import rules as engine
-from icar_jax.convert.fields import ConvertError
+from icar_jax.convert.fields import ConvertError, Fields
 from icar_jax.convert.layouts.base import Details, Export, ExportFiles, ExportSource, Layout, Options, Source, shape_of
 from icar_jax.convert.rules import CONV, POINTWISE, SAME, TRANSPOSE, Rule, linear, norm, prefixed, rule
 from icar_jax.convert.settings import choose_preprocess
@@ -136,7 +136,19 @@ def _stated_preprocess(source: Source) -> Preprocess | None:
 def _details(source: Source, options: Options) -> Details:
     crop = 1.0 if options.preprocess else source.config(_CONFIG).section("pretrained_cfg").get("crop_pct", float, 1.0)
     note = f"config.json crops the centre {crop:g} of the picture (crop_pct) when it classifies; this checkpoint takes it whole"
-    return Details(extra={"conv_mlp": has_conv_mlp(source)}, notes=[] if crop == 1 else [note])
+    return Details(stated_names(source.config(_CONFIG)), {"conv_mlp": has_conv_mlp(source)}, [] if crop == 1 else [note])
+
+
+def stated_names(config: Fields) -> dict[str, Any]:
+    """The architecture and the tag of the weights that a config.json of timm names, as entries of `source` of icar.json."""
+    found = {"architecture": config.get("architecture", str), "tag": config.section("pretrained_cfg").get("tag", str)}
+    return {name: value for name, value in found.items() if value}
+
+
+def stated_tag(source: ExportSource) -> dict[str, Any]:
+    """{"tag": that of the weights a checkpoint was converted from}, for `pretrained_cfg`; empty without one."""
+    tag = source.description.get("source", {}).get("tag")
+    return {"tag": tag} if tag else {}
 
 
 # --- export ----------------------------------------------------------------------------------------------------------------
@@ -153,10 +165,10 @@ def published_name(arch: ConvNeXtArch) -> str:
 def _export(source: ExportSource) -> ExportFiles:
     conv_mlp = source.description.get("conv_mlp", uses_conv_mlp(source.arch))
     leaves = engine.export_weights(source.params, rules(conv_mlp), source.where)
-    return ExportFiles({"model.safetensors": leaves, _CONFIG: _config(source.arch, source.preprocess)})
+    return ExportFiles({"model.safetensors": leaves, _CONFIG: _config(source.arch, source.preprocess, stated_tag(source))})
 
 
-def _config(arch: ConvNeXtArch, preprocess: Preprocess) -> dict[str, Any]:
+def _config(arch: ConvNeXtArch, preprocess: Preprocess, tag: dict[str, Any]) -> dict[str, Any]:
     """config.json as timm's models have it."""
     return {
         "architecture": published_name(arch),
@@ -164,6 +176,7 @@ def _config(arch: ConvNeXtArch, preprocess: Preprocess) -> dict[str, Any]:
         "num_features": arch.dims[3],
         "model_args": {"depths": list(arch.depths), "dims": list(arch.dims)},
         "pretrained_cfg": {
+            **tag,
             "input_size": [3, preprocess.image_size, preprocess.image_size],
             "interpolation": preprocess.interpolation,
             "crop_pct": 1.0,

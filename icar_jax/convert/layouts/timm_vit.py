@@ -28,6 +28,7 @@ from icar_jax.convert.layouts.base import (
     square_side,
 )
 from icar_jax.convert.layouts.clip_export import beyond_tower, refuse
+from icar_jax.convert.layouts.timm import stated_names, stated_tag
 from icar_jax.convert.rules import CONV, ROW, ROWS, TRANSPOSE, Rule, Transform, dropped, linear, norm, prefixed, rule, scaled
 from icar_jax.convert.settings import RESAMPLING, checked_preprocess, choose_activation, choose_heads, choose_preprocess
 from icar_jax.data.images import Preprocess
@@ -235,9 +236,10 @@ def _stated_preprocess(source: Source) -> Preprocess | None:
 
 
 def _details(source: Source, options: Options) -> Details:
-    config = source.config(_CONFIG)
-    origin = {"architecture": config.get("architecture", str)} if config.get("architecture", str) else {}
-    return Details(origin=origin, notes=["left out: the classifier (head)"] if "head.weight" in source.tensors else [])
+    return Details(
+        stated_names(source.config(_CONFIG)),
+        notes=["left out: the classifier (head)"] if "head.weight" in source.tensors else [],
+    )
 
 
 # --- export ----------------------------------------------------------------------------------------------------------------
@@ -258,10 +260,10 @@ def _export(source: ExportSource) -> ExportFiles:
         params["cls"] = np.asarray(params["cls"], np.float32) + pos[0]
     leaves = engine.export_weights({"vision": params}, rules(False, not (apart and arch.class_token), arch.head == "mean"),
                                    source.where)  # fmt: skip
-    return ExportFiles({"model.safetensors": leaves, _CONFIG: _config(arch, source.preprocess)})
+    return ExportFiles({"model.safetensors": leaves, _CONFIG: _config(arch, source.preprocess, stated_tag(source))})
 
 
-def _config(arch: VisionArch, preprocess: Preprocess) -> dict[str, Any]:
+def _config(arch: VisionArch, preprocess: Preprocess, tag: dict[str, Any]) -> dict[str, Any]:
     """config.json: an architecture with the same blocks, and the arguments that make it this one."""
     base = "vit_giant_patch14_dinov2" if arch.ffn == "swiglu" else "vit_base_patch16_224"
     if arch.norm_eps == 1e-5:
@@ -283,6 +285,7 @@ def _config(arch: VisionArch, preprocess: Preprocess) -> dict[str, Any]:
         "global_pool": pool,
         "model_args": args,
         "pretrained_cfg": {
+            **tag,
             "input_size": [3, side, side],
             "fixed_input_size": True,
             "interpolation": preprocess.interpolation,
