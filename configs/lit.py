@@ -5,7 +5,7 @@
 
 PHOTOS contains images (at the top level or in images/) and dataset*.json (Karpathy's layout), captions.csv or captions.jsonl.
 DINOV2 and MINILM are folders of Hugging Face, or anything else that `icar convert` reads. Both towers stay as they are: heads
-after blocks 6 to 12 learn a common space, and each reads the last four blocks before it (of a text: the last three). The towers
+after blocks 6 to 12 learn a common space, and each reads the last four blocks up to it (of a text: the last three). The towers
 run once over the photographs, and their outputs are kept on disk: training takes minutes on two CPU cores. docs/lit.md shows it
 all.
 

@@ -20,7 +20,7 @@ def interval(found: Mapping[str, float], signed: bool = False) -> str:
 def markdown(record: Mapping[str, Any]) -> str:
     """Returns both tables."""
     times = record["seconds"] or {}
-    full = times.get("last_block@12") or max(times.values(), default=0.0)
+    full = times.get(f"last_block@{max(m['exit'] for m in record['rows'] if m['row'] == 'last_block')}")
     lines = [
         f"{record['photographs']} photographs ({record['split']}), {len(record['seeds'])} seeds; mean recall at 1, 5 and 10 of "
         "both directions, % [95% interval over images and seeds].",
@@ -45,7 +45,7 @@ def markdown(record: Mapping[str, Any]) -> str:
     ]
     for m in record["routing"]:
         found = m["spearman_with_regret"]
-        shown = "" if found is None else ", ".join(f"{value:+.2f}" for value in found)
+        shown = ", ".join("none" if value is None else f"{value:+.2f}" for value in found or ())
         moved = f"{mean(m['lose']):.0f}, {mean(m['gain']):.0f}"
         recalls = f"{interval(m['recall'])} | {interval(m['random'])} | {interval(m['minus_random'], True)}"
         lines.append(f"| {m['exit']} | {moved} | {m['router']} | {recalls} | {shown} |")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from experiments.frozen_towers import measure, report
 from experiments.frozen_towers.measure import Embedded
@@ -35,6 +36,7 @@ from icar_jax.evaluation.metrics.retrieval import Ranks, ranks
 from icar_jax.evaluation.routing.assignments import oracle_exits_at_share, random_exits, ranks_alone, ranks_mixed
 from icar_jax.evaluation.routing.calibration import score_source
 from icar_jax.inference.loading import load
+from icar_jax.inference.model import Model
 from icar_jax.models.clip import LOGIT_SCALE_MAX
 from icar_jax.training.loop import train
 
@@ -53,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
     if unknown := [name for name in args.rows if name not in known]:
         raise ConfigError(f"--rows {' '.join(unknown)}: unknown; use some of {', '.join(known)}")
     chosen = [known[name] for name in known if name in {LAST_BLOCK, RECIPE, *args.rows}]
-    routers = dict(_router(text) for text in args.router)
+    _require_same(args)
+    routers = {name: load(path) for name, path in map(_router, args.router)}  # before hours of training
     found: dict[str, dict[int, Embedded]] = {}
     for row in chosen:
         found[row.name] = {seed: _embedded(row, seed, args) for seed in args.seeds}
@@ -64,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     }  # fmt: skip
     drawn = seeds.resampled(hits, n=RESAMPLES)
     record = {
-        "photographs": len(source), "split": args.split, "seeds": list(args.seeds), "resamples": RESAMPLES,
+        "photographs": _count(found[RECIPE]), "split": args.split, "seeds": list(args.seeds), "resamples": RESAMPLES,
         "rows": _rows(chosen, found, drawn, args),
         "routing": _routing(found[RECIPE], routers, source, args),
     }  # fmt: skip
@@ -73,6 +76,20 @@ def run(args: argparse.Namespace) -> None:
     (out / "study.md").write_text(report.markdown(record))
     report.draw(record, out / "study.png")
     print(report.markdown(record))
+
+
+def _count(by_seed: Mapping[int, Embedded]) -> int:
+    """Number of embedded images."""
+    return len(next(iter(next(iter(by_seed.values())).by_exit.values())))
+
+
+def _require_same(args: argparse.Namespace) -> None:
+    """Notes in OUT what the runs there are made from. Raises ConfigError if it is another than before."""
+    file, now = Path(args.out) / "settings.json", {name: getattr(args, name) for name in ("photos", "image", "text")}
+    then = json.loads(file.read_text()) if file.exists() else now
+    if then != now:
+        raise ConfigError(f"--out {args.out} holds runs of {then}, not of {now}; use another folder")
+    files.write_text(file, json.dumps(now) + "\n")
 
 
 # --- training and embedding --------------------------------------------------------------------------------------------------
@@ -141,20 +158,23 @@ def _rows(
 
 
 def _routing(
-    by_seed: Mapping[int, Embedded], routers: Mapping[str, Path], source: Source, args: argparse.Namespace
+    by_seed: Mapping[int, Embedded], routers: Mapping[str, Model], source: Source, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Half of the images leave early by each router's score, at random, or by the oracle; the others take full depth."""
     scores = {}
-    for name, path in routers.items():
-        scores[name] = score_source(load(path), source, f"score with {name}").scores
+    count = _count(by_seed)
+    for name, model in routers.items():
+        scores[name] = score_source(model, source, f"score with {name}").scores
+        if len(scores[name]) != count:
+            raise ConfigError(f"--router {name} read {len(scores[name])} images of {source.name}, the CLIP {count}")
     made, n = [], len(next(iter(by_seed.values())).owner)
     for exit in sorted(next(iter(by_seed.values())).by_exit)[:-1]:
         hits: dict[tuple[str, int], Hits] = {}
-        correlation: dict[str, list[float]] = {}
+        correlation: dict[str, list[float | None]] = {}
         moved: dict[str, list[float]] = {"lose": [], "gain": []}
         for seed, e in by_seed.items():
             two = {depth: e.by_exit[depth] for depth in (exit, max(e.by_exit))}
-            count, depth, half = len(two[exit]), max(two), len(two[exit]) // 2
+            depth, half = max(two), count // 2
             alone = ranks_alone(two, e.texts, e.owner)
             regret = _regret(alone[exit], alone[depth])
             moved["lose"].append(100 * float(np.mean(regret > 0)))
@@ -198,10 +218,9 @@ def _entropy(images: np.ndarray, bank: np.ndarray, scale: float) -> np.ndarray:
     return -(weight * np.log(weight + 1e-30)).sum(1)
 
 
-def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(a, b).statistic)
+def _spearman(a: np.ndarray, b: np.ndarray) -> float | None:
+    """The rank correlation; None if one of them is constant."""
+    return float(spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else None
 
 
 def _bank(args: argparse.Namespace, seed: int) -> tuple[np.ndarray, float]:
@@ -212,7 +231,9 @@ def _bank(args: argparse.Namespace, seed: int) -> tuple[np.ndarray, float]:
         source = configured.train_source(_settings(rows()[RECIPE], seed, args).data)
         some = np.linspace(0, len(source) - 1, min(BANK, len(source))).astype(int)
         texts = [source[int(i)].captions[0] for i in some]
-        np.save(kept, measure.embed_texts(tower, texts))
+        content = io.BytesIO()
+        np.save(content, measure.embed_texts(tower, texts))
+        files.write_bytes(kept, content.getvalue())
     return np.load(kept), float(np.exp(min(tower.params["logit_scale"], np.log(LOGIT_SCALE_MAX))))
 
 

@@ -100,7 +100,7 @@ def _add_join(commands) -> None:
                    "token, mean of the patches, or both (cls)")  # fmt: skip
     p.add_argument("--projection-width", type=int, default=0, metavar="N", help="adds an MLP with N hidden channels to the "
                    "linear projections")  # fmt: skip
-    p.add_argument("--head-blocks", type=int, default=1, metavar="N", help="each head reads the last N blocks before it (1)")
+    p.add_argument("--head-blocks", type=int, default=1, metavar="N", help="each head reads the last N blocks up to it (1)")
     p.add_argument("--text-head-blocks", type=int, default=1, metavar="N", help="the same for the text tower (1)")
     p.add_argument("--exits", type=int, nargs="+", default=[], metavar="BLOCKS", help="early exits after these blocks")
     p.add_argument("--image-size", type=int, default=0, metavar="PIXELS", help="resize the position embeddings to this size")

@@ -63,7 +63,7 @@ class ClipConfig:
     # To the embedding space: linear | linear_mlp (sum of both) | mlp; empty and 0 keep the variant's.
     projection: str = setting("", OneOf(choices.Projection))
     projection_width: int = setting(0, _KEEPS)  # hidden channels of the projection's MLP
-    # Heads read the pooled tokens of the last blocks before them, concatenated: their number. 0 keeps the variant's.
+    # Heads read the pooled tokens of the last blocks up to them, concatenated: their number. 0 keeps the variant's.
     head_blocks: int = setting(0, _KEEPS)
     text_head_blocks: int = setting(0, _KEEPS)  # the same for the text tower
     embed_dim: int = setting(0, _KEEPS)  # of the embedding space; 0 keeps the variant's

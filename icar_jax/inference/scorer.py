@@ -105,7 +105,6 @@ def require_compatible(clip: Checkpoint, clip_arch: ClipArch, scorer: Checkpoint
         "registers",
         "reduce",
         "proportional",
-        "head_blocks",
     )
     ours, theirs = (
         {name: getattr(v, name) for name in names} | v.reduction_until(arch.blocks) for v in (arch.vision, clip_arch.vision)

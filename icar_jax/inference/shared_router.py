@@ -6,6 +6,7 @@ row by row, and a full buffer runs through the rest of the tower.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
@@ -26,6 +27,8 @@ from icar_jax.models.ops import normalise
 from icar_jax.models.reduction.tokens import Tokens
 from icar_jax.models.token_router import TokenRouter
 from icar_jax.models.xla_options import jit_for_host
+
+_HEADS = ("head", "pool", "head_blocks", "projection", "projection_width", "embed_dim")  # fields of a tower's heads
 
 
 @dataclass
@@ -49,8 +52,12 @@ class SharedTower:
     _row: Tokens = field(init=False, repr=False)  # shapes and dtypes of an image's tokens
 
     def __post_init__(self):
-        clip, scorer, p = self.clip, self.scorer, self.preprocess
-        vision = clip.arch.vision
+        clip, p = self.clip, self.preprocess
+        vision, own = clip.arch.vision, self.scorer.arch
+        # What later heads read of these blocks is the CLIP's business: the scorer may come from a tower with other heads.
+        heads = {name: getattr(vision, name) for name in _HEADS}
+        arch = dataclasses.replace(own, vision=dataclasses.replace(own.vision, exits=(), **heads))
+        scorer = TokenRouter.graph(arch, dtype=self.dtype)
         self.shape = (vision.tokens_after(scorer.arch.blocks), vision.width)
 
         def begin(params, pixels):

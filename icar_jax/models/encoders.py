@@ -17,7 +17,7 @@ from icar_jax.models.reduction.routes import split_route
 from icar_jax.models.reduction.tokens import Tokens
 from icar_jax.models.text import TextArch, TextTower
 from icar_jax.models.transformer import AttentionFn, Execution
-from icar_jax.models.vision import VisionArch, VisionTower
+from icar_jax.models.vision import VisionArch, VisionTower, run_first
 
 Array = jax.Array
 
@@ -59,10 +59,15 @@ class ImageEncoder(Module):
         given = () if exits is None and scales is None else (exits, scales)
         return {blocks_run: unit_norm(z) for blocks_run, z in self.vision(images, *given).items()}
 
+    def image_tokens(self, images: Array, blocks: int) -> Tokens:
+        """images float [B, S, S, 3], normalised -> Tokens of [B, L, W] after `blocks` blocks, for `encode_tokens`."""
+        return run_first(self.vision, images, blocks)
+
     def encode_tokens(self, tokens: Tokens, start: int, exit: int | None = None) -> Array:
         """Resumes `encode_image` from Tokens of [B, L, W] after `start` blocks -> float32 [B, D], unit norm.
 
-        Raises ModelError if there is no such exit, ValueError if it lies before `start`.
+        Raises ModelError if there is no such exit; ValueError if it lies before `start`, or if heads read several blocks and
+        the tokens lack those of earlier blocks (`image_tokens` gives them).
         """
         blocks_run = self.arch.vision.check_exit(exit)
         return self.encode_tokens_exits(tokens, start, (blocks_run,))[blocks_run]
@@ -70,7 +75,7 @@ class ImageEncoder(Module):
     def encode_tokens_exits(self, tokens: Tokens, start: int, exits: Sequence[int]) -> dict[int, Array]:
         """Resumes `encode_image_exits` from Tokens of [B, L, W] after `start` blocks -> {executed blocks: float32 [B, D]}.
 
-        Raises ModelError if there is no such exit, ValueError if one lies before `start`.
+        Raises ModelError if there is no such exit, ValueError as `encode_tokens`.
         """
         for blocks_run in exits:
             first = self.arch.vision.heads_of(split_route(self.arch.vision.check_exit(blocks_run))[0])[0]

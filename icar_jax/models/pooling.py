@@ -58,6 +58,6 @@ def earlier_pooled(tokens: Tokens, start: int, wanted: Iterable[int]) -> dict[in
     if before and count < start - before[0]:
         raise ValueError(
             f"tokens after {start} blocks also need the pooled tokens of {start - before[0]} earlier blocks, which the heads "
-            f"read (head_blocks); they have those of {count}: make them with vision.tokens_after"
+            f"read (head_blocks); they have those of {count}: make them with image_tokens"
         )
     return {block: tokens.earlier[:, block - start] for block in before}  # type: ignore[index]

@@ -24,7 +24,7 @@ from icar_jax.models.layers import DType
 from icar_jax.models.reduction.tokens import Tokens
 from icar_jax.models.sizes import require_depth
 from icar_jax.models.transformer import AttentionFn
-from icar_jax.models.vision import Trunk, VisionArch, run_trunk, tokens_after
+from icar_jax.models.vision import Trunk, VisionArch, run_first, run_trunk
 
 Array = jax.Array
 TOWER = "tower"  # parameters of the copied blocks; the others belong to the head
@@ -87,7 +87,7 @@ class TokenRouter(Module):
 
     def tokens(self, images: Array) -> Tokens:
         """images float [B, S, S, 3], normalised -> Tokens of [B, L, W] after `arch.blocks` blocks, in the compute dtype."""
-        return tokens_after(self.tower, images, self.arch.blocks)
+        return run_first(self.tower, images, self.arch.blocks)
 
     def logits_of_tokens(self, tokens: Tokens, dropout_key: Array | None = None) -> Array:
         """Tokens of [B, L, W], as of `tokens` -> logits [B, 2] (classification) or [B, 1] (regression), float32."""
@@ -141,7 +141,7 @@ class TokenRouter(Module):
         """
         vision, blocks = self.arch.vision, self.arch.blocks
         start = min(blocks, vision.first_merging)
-        tokens = tokens_after(self.tower, images, start)
+        tokens = run_first(self.tower, images, start)
 
         def odds_of(values: Array) -> Array:
             read = run_trunk(self.tower, Tokens(values, tokens.sizes), (blocks,), start)[blocks]

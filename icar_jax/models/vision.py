@@ -30,7 +30,7 @@ from icar_jax.models.swiglu import SwiGlu
 from icar_jax.models.transformer import AttentionFn, AttentionPool, Block, Execution, require_blocks
 from icar_jax.models.vision_arch import EXIT_FIELDS, POOLS, VisionArch
 
-__all__ = ["EXIT_FIELDS", "POOLS", "ExitHead", "Trunk", "VisionArch", "VisionTower", "run_trunk", "tokens_after"]
+__all__ = ["EXIT_FIELDS", "POOLS", "ExitHead", "Trunk", "VisionArch", "VisionTower", "run_first", "run_trunk"]
 
 Array = jax.Array
 _NONE: Mapping[int, Array] = MappingProxyType({})
@@ -159,7 +159,7 @@ def run_trunk(
     return run_reduced(trunk, tokens, wanted, start, scales, trunk.arch if arch is None else arch, cross)
 
 
-def tokens_after(trunk: Trunk, images: Array, blocks: int) -> Tokens:
+def run_first(trunk: Trunk, images: Array, blocks: int) -> Tokens:
     """images float [B, S, S, 3], normalised -> Tokens of [B, L, W] after `blocks` blocks, from which heads can be reached."""
     arch = trunk.arch
     before = range(max(1, blocks - arch.head_blocks + 1), blocks)  # the heads after later blocks read these as well
@@ -236,7 +236,7 @@ class VisionTower(Trunk):
     def resume(self, tokens: Tokens, start: int, exits: Sequence[int], scales: Array | None = None) -> dict[int, Array]:
         """Resumes `__call__` from Tokens of [B, L, W] after `start` blocks; `exits` must not lie before `start`.
 
-        Where heads read several blocks, `tokens` must have `earlier` pooled tokens, as `tokens_after` gives them; else
+        Where heads read several blocks, `tokens` must have `earlier` pooled tokens, as `run_first` gives them; else
         ValueError.
         """
         return self._resume(tokens, start, exits, scales)

@@ -51,7 +51,7 @@ class VisionArch:
     projection: str = "linear"  # of every head: linear | linear_mlp (sum of both) | mlp | none (a bare tower)
     projection_width: int = 0  # hidden channels of the projection's MLP
     exit_eps: float = 1e-5  # epsilon of the LayerNorms of exit heads without attention pool
-    head_blocks: int = 1  # every head reads the pooled tokens of the last `head_blocks` blocks before it, concatenated
+    head_blocks: int = 1  # every head reads the pooled tokens of the last `head_blocks` blocks up to it, concatenated
     reduce: str = "none"  # token reduction: none | tome | pitome | crossget | drop (models/reduction)
     schedule: Schedule = ()  # entry i: number of tokens that block i + 1 merges, or that are dropped after it
     proportional: bool = True  # whether attention is proportional to the sizes of merged tokens
@@ -80,7 +80,7 @@ class VisionArch:
 
     @property
     def reads_pooled(self) -> bool:
-        """Whether every head reads nothing but its pooled token, so that outputs of a frozen tower can be kept."""
+        """Whether every head reads nothing but pooled tokens, so that outputs of a frozen tower can be kept."""
         return "map" not in (self.head, self.pool if self.exits else "") and (self.exit_head == "linear" or not self.exits)
 
     @property

@@ -1,7 +1,7 @@
 """Outputs of frozen trunks (config.train.cache_frozen): computed once, kept on disk, and read in place of images and captions.
 
-Every head reads one pooled token. Where the tower below it is frozen, that token is the same in every epoch, so a run that only
-trains heads need not run the tower again. The folder of an output is named by a hash of all that it depends on: the frozen
+Heads read pooled tokens. Where the tower below them is frozen, these are the same in every epoch, so a run that only trains
+heads need not run the tower again. The folder of an output is named by a hash of all that it depends on: the frozen
 parameters and their architecture, the preprocessing and augmentation, the images or the captions, and the precision.
 """
 
@@ -188,12 +188,12 @@ def _keep_captions(
         for image in range(len(source) + 1):
             last = image == len(source)
             while len(waiting) >= _CAPTIONS * size or (last and waiting):
-                if request.name:
-                    return False
                 part, waiting = waiting[: _CAPTIONS * size], waiting[_CAPTIONS * size :]
                 tokens, truncated = tokenizer.encode(part, length)
                 made = np.empty((len(part), *rows.shape), DTYPES[rows.dtype])
                 for places, some in _by_length(tokens, clip.arch.text.pad_id, size):
+                    if request.name:
+                        return False
                     made[places] = np.asarray(embed(params, on(some, size)))[: len(some)]
                 writer.add(made, None)
                 cut.append(truncated)

@@ -17,7 +17,7 @@ from icar_jax.models.token_router import ScorerArch
 
 # _SIZES are set by the variant. MANNERS are read from the checkpoint: parameter shapes do not show them and no config field
 # sets them.
-_SIZES = ("width", "depth", "mlp_width", "embed_dim", "patch_size", "head_blocks")
+_SIZES = ("width", "depth", "mlp_width", "embed_dim", "patch_size")
 MANNERS = (
     "activation", "heads", "norm_eps", "head", "class_token", "patch_bias", "pre_norm", "causal", "proj_bias", "registers",
     "ffn", "projection", "projection_width", "exit_eps",
@@ -44,7 +44,12 @@ def _differing(tower: str, run: Any, saved: Any, names: Iterable[str]) -> list[s
 
 
 def size_differences(arch: ClipArch, saved: ClipArch) -> list[str]:
-    """Returns one line for each size in which the towers differ."""
+    """Returns one line for each size in which the towers, or the blocks that their heads read, differ."""
+    heads = [("vision", arch.vision, saved.vision), ("text", arch.text, saved.text)]
+    return _variant_differences(arch, saved) + [line for each in heads for line in _differing(*each, ("head_blocks",))]
+
+
+def _variant_differences(arch: ClipArch, saved: ClipArch) -> list[str]:
     return _differing("vision", arch.vision, saved.vision, _SIZES) + _differing("text", arch.text, saved.text, _SIZES)
 
 
@@ -60,7 +65,7 @@ def manner_differences(arch: ClipArch, saved: ClipArch) -> list[str]:
 
 def clip_hints(arch: ClipArch, saved: ClipArch, leaves: Mapping[str, Any], shapes: pytree.Tree) -> list[str]:
     """Returns the flags that make a run compatible with a CLIP whose parameters `leaves` do not match `shapes`."""
-    hints = [clip_variant(saved)] if size_differences(arch, saved) else []
+    hints = size_hints(arch, saved)
     if arch.text.vocabulary != saved.text.vocabulary or arch.text.end_id != saved.text.end_id:
         hints.append(
             f"the tokenizer has {arch.text.vocabulary} tokens, the checkpoint's had {saved.text.vocabulary}: leave "
@@ -83,9 +88,18 @@ def clip_hints(arch: ClipArch, saved: ClipArch, leaves: Mapping[str, Any], shape
     return hints
 
 
+def size_hints(arch: ClipArch, saved: ClipArch) -> list[str]:
+    """Returns the flags of the variant with the sizes of `saved`, and of heads that read as many blocks, where they differ."""
+    hints = [clip_variant(saved)] if _variant_differences(arch, saved) else []
+    for name, own, theirs in (("head_blocks", arch.vision, saved.vision), ("text_head_blocks", arch.text, saved.text)):
+        if own.head_blocks != theirs.head_blocks:
+            hints.append(f"--config.clip.{name}={theirs.head_blocks}")
+    return hints
+
+
 def clip_variant(saved: ClipArch) -> str:
     """Returns the flags of the variant with these sizes."""
-    same = [n for n, a in variants.CLIP.items() if not [x for x in size_differences(a, saved) if " patch_size" not in x]]
+    same = [n for n, a in variants.CLIP.items() if not [x for x in _variant_differences(a, saved) if " patch_size" not in x]]
     if not same:
         return "no variant of models/variants.py has its sizes; add one"
     exact = next((n for n in same if variants.CLIP[n].vision.patch_size == saved.vision.patch_size), None)

@@ -47,7 +47,7 @@ def adopt(arch: Any, start: Start) -> Any:
     saved = saved_clip(start)
     lines = init_errors.size_differences(arch, saved)
     if lines:
-        raise init_errors.refusal(named(start), lines, [init_errors.clip_variant(saved)])
+        raise init_errors.refusal(named(start), lines, init_errors.size_hints(arch, saved))
     joined = isinstance(start, Checkpoint)  # its heads are drawn at random, so no trained embedding changes
     if arch.vision.exit_sum != saved.vision.exit_sum and not joined:
         raise ConfigError(

@@ -10,6 +10,7 @@ from icar_jax import checkpoint, cli, pytree
 from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.join import Joint, join
 from icar_jax.convert.layouts.base import Options
+from icar_jax.convert.layouts.open_clip_export import text_config
 from icar_jax.data.images import Preprocess
 from tests.support import small_towers
 from tests.support.small_towers import TEXT
@@ -92,6 +93,17 @@ def test_the_command(towers, tmp_path, capsys):
     cli.main(["join", "--image", str(towers[0]), "--text", str(towers[1]), str(tmp_path / "joined"), *words])
     assert "Checkpoint: " in capsys.readouterr().out
     assert icar_jax.load(tmp_path / "joined").exits == (2, 3)
+    more = ["--head-blocks", "2", "--text-head-blocks", "2"]
+    cli.main(["join", "--image", str(towers[0]), "--text", str(towers[1]), str(tmp_path / "several"), *words, *more])
+    arch = checkpoint.describe(tmp_path / "several")["arch"]
+    assert (arch["vision"]["head_blocks"], arch["text"]["head_blocks"]) == (2, 2)
+    assert icar_jax.load(tmp_path / "several").encode_text(["a red ball"]).shape == (1, 8)
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(tmp_path / "several"), str(tmp_path / "out"), "--to", "hf"])
+    assert "its text head reads the last 2 blocks (head_blocks)" in capsys.readouterr().err
+    plain = dataclasses.replace(TEXT, post_norm=False, projection="linear", embed_dim=8, head_blocks=2, pool="end", pad_id=-1)
+    with pytest.raises(ConvertError, match=r"the open_clip layout .*its text head reads the last 2 blocks"):
+        text_config(plain)
     cli.main(["describe", str(towers[1])])
     assert '"kind": "text"' in capsys.readouterr().out
     with pytest.raises(SystemExit):

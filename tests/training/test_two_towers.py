@@ -79,7 +79,10 @@ def test_kept_outputs_of_several_blocks_change_nothing_either(towers, tmp_path):
     assert (about["vision"]["head_blocks"], about["text"]["head_blocks"]) == (2, 2)
     params = checkpoint.read(plain, "clip").params
     assert params["vision"]["proj"]["kernel"].shape == (2 * 2 * 24, 8)
-    with pytest.raises(ConfigError, match=r"vision head_blocks: 2 in the checkpoint, 1 in the run"):
+    wrong = (
+        r"vision head_blocks: 2 in the checkpoint, 1 in the run\nTo start from these weights:\n  --config.clip.head_blocks=2$"
+    )
+    with pytest.raises(ConfigError, match=wrong):
         other = settings(towers, clip={"head_blocks": 1, "exits": (2,), "exit_sum": False})
         other.train.init, other.train.init_image, other.train.init_text = str(plain), "", ""
         train(other, tmp_path / "other")

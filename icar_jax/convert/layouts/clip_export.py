@@ -33,9 +33,14 @@ def beyond_clip(arch: ClipArch) -> dict[str, bool]:
         "its text projection has a bias": t.proj_bias,
         "its text tower is a BERT, with norms after the residuals": t.post_norm,
         f"its text tower has the projection {t.projection!r}": t.projection != "linear",
-        f"its text head reads the last {t.head_blocks} blocks (head_blocks)": t.head_blocks > 1,
+        **several_blocks(t),
         **beyond_image_tower(arch.vision),
     }
+
+
+def several_blocks(text: TextArch) -> dict[str, bool]:
+    """{difference from a text tower of other libraries, whose head reads one block: whether this tower has it}."""
+    return {f"its text head reads the last {text.head_blocks} blocks (head_blocks)": text.head_blocks > 1}
 
 
 def beyond_image_tower(v: VisionArch) -> dict[str, bool]:
@@ -46,7 +51,6 @@ def beyond_image_tower(v: VisionArch) -> dict[str, bool]:
         "its patch embedding has a bias": v.patch_bias,
         "its image tower has no norm before the blocks": not v.pre_norm,
         "its embeddings are sums over the heads of its exits (exit_sum)": v.exit_sum,
-        f"its heads read the last {v.head_blocks} blocks (head_blocks)": v.head_blocks > 1,
         **beyond_vit(v),
         f"its image tower pools {v.head!r}": v.head not in ("cls", "map"),
         f"its image tower has the projection {v.projection!r}": v.projection != "linear",
@@ -57,6 +61,7 @@ def beyond_vit(vision: VisionArch) -> dict[str, bool]:
     """{difference from the blocks and tokens of a plain vision transformer: whether this tower has it}."""
     return {
         f"its image tower has {vision.registers} registers": vision.registers > 0,
+        f"its image heads read the last {vision.head_blocks} blocks (head_blocks)": vision.head_blocks > 1,
         f"its image tower has another feed-forward part ({vision.ffn})": vision.ffn != "mlp",
         **_reduces(vision),
     }

@@ -18,7 +18,7 @@ from icar_jax.convert.layouts.base import (
     Source,
     shape_of,
 )
-from icar_jax.convert.layouts.clip_export import beyond_vit, refuse, tokenizer_files
+from icar_jax.convert.layouts.clip_export import beyond_vit, refuse, several_blocks, tokenizer_files
 from icar_jax.convert.layouts.hf_export import preprocessor, text_config, tower_config
 from icar_jax.convert.rules import Rule, linear, prefixed
 from icar_jax.models.text import TextArch
@@ -145,6 +145,7 @@ def _export_text(source: ExportSource) -> ExportFiles:
     arch: TextArch = source.arch
     is_siglip = arch.pool == "last"
     refuse("hf", {
+        **several_blocks(arch),
         "its text tower is a BERT, with norms after the residuals": arch.post_norm,
         f"it has the projection {arch.projection!r}": arch.projection not in ("linear", "none"),
         "it is not causal": not (is_siglip or arch.causal),

@@ -12,7 +12,7 @@ from typing import Any
 from icar_jax.convert.fields import ConvertError, Fields, read_json
 from icar_jax.convert.layouts import bert, open_clip
 from icar_jax.convert.layouts.base import Details, Export, ExportFiles, ExportSource, Layout, Options, Source, shape_of
-from icar_jax.convert.layouts.clip_export import refuse
+from icar_jax.convert.layouts.clip_export import refuse, several_blocks
 from icar_jax.convert.layouts.hf import CONFIG as ENCODER_CONFIG
 from icar_jax.convert.layouts.open_clip_export import CONFIG, export_files
 from icar_jax.convert.rules import TRANSPOSE, Rule, dropped, linear, prefixed, rule
@@ -137,6 +137,7 @@ def _export(source: ExportSource) -> ExportFiles:
         f"its text tower pools {text.pool!r}": (text.pool, text.pooler) not in _POOLERS.values(),
         "its MLP of the projection has not the mean of the widths before and after it":
             text.projection == "mlp" and text.projection_width != (text.width + text.embed_dim) // 2,
+        **several_blocks(text),
     })  # fmt: skip
     offset, positions = bert.offset_of(encoder), encoder.positive("max_position_embeddings", int)
     config = {

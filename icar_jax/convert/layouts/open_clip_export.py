@@ -9,6 +9,7 @@ from icar_jax.convert.layouts.clip_export import (
     beyond_image_tower,
     pools_other_than_highest,
     refuse,
+    several_blocks,
     tokenizer_files,
     weights_without_exits,
 )
@@ -83,7 +84,8 @@ def _config(source: ExportSource, text: dict[str, Any]) -> dict[str, Any]:
 
 def text_config(text: TextArch) -> dict[str, Any]:
     """`text_cfg` of OpenCLIP's own text tower. Raises ConvertError for a projection that it cannot have."""
-    refuse("open_clip", {f"its text tower has the projection {text.projection!r}": text.projection != "linear"})
+    projected = {f"its text tower has the projection {text.projection!r}": text.projection != "linear"}
+    refuse("open_clip", projected | several_blocks(text))
     config: dict[str, Any] = {
         "context_length": text.context_length,
         "vocab_size": text.vocabulary,

@@ -7,7 +7,7 @@ from typing import Any
 from icar_jax.convert.fields import ConvertError
 from icar_jax.convert.layouts import hf
 from icar_jax.convert.layouts.base import Export, ExportFiles, ExportSource, Layout, Options, Source
-from icar_jax.convert.layouts.clip_export import beyond_vit, refuse
+from icar_jax.convert.layouts.clip_export import beyond_vit, refuse, several_blocks
 from icar_jax.convert.layouts.hf_export import export_files, text_config, tower_config
 from icar_jax.convert.rules import ROW, TRANSPOSE, VECTOR, Rule, linear, norm, prefixed, rule
 from icar_jax.models.clip import ClipArch
@@ -72,10 +72,12 @@ def _export(source: ExportSource) -> ExportFiles:
 def _config(arch: ClipArch, image_size: int) -> dict[str, Any]:
     """config.json of a SiglipModel. Raises ConvertError for a model that is none."""
     v, t = arch.vision, arch.text
-    refuse("hf", {**beyond_vit(v), "its text tower is causal": t.causal, "it does not pool the last place": t.pool != "last",
-                  "it has no logit bias": not arch.logit_bias, "its text projection has no bias": not t.proj_bias,
-                  "it has a class token": v.class_token, "it has a norm before the blocks": v.pre_norm,
-                  "its patch embedding has no bias": not v.patch_bias})  # fmt: skip
+    refuse("hf", {
+        **beyond_vit(v), **several_blocks(t), "its text tower is causal": t.causal,
+        "it does not pool the last place": t.pool != "last", "it has no logit bias": not arch.logit_bias,
+        "its text projection has no bias": not t.proj_bias, "it has a class token": v.class_token,
+        "it has a norm before the blocks": v.pre_norm, "its patch embedding has no bias": not v.patch_bias,
+    })  # fmt: skip
     return {
         "model_type": "siglip",
         "architectures": ["SiglipModel"],
