@@ -15,7 +15,7 @@ from icar_jax.evaluation.records.embeddings import EmbeddingsEvaluation
 from icar_jax.evaluation.report.figures import new_figure, save
 from icar_jax.evaluation.report.table import format_interval, print_sentences, wide_console
 
-_WIDE = 90
+_WIDE = 110
 _NAMES = {"median_rank": "median rank", "mean_rank": "mean rank"} | {f"r{k}": f"R@{k}, %" for k in RECALL_AT}
 _STYLES = {"text_to_image": ("#0072B2", "o"), "image_to_text": ("#D55E00", "s")}
 
@@ -28,7 +28,7 @@ def embeddings_table(record: EmbeddingsEvaluation) -> Table:
     )
     table.add_column("metric", no_wrap=True)
     for name in (*DIRECTIONS, BOTH):
-        table.add_column(f"{name.replace('_', ' ')}\n[95% interval]", justify="right", no_wrap=True)
+        table.add_column(f"{name.replace('_', ' ')}\n[95% interval]", justify="right")
     for metric in record.text_to_image:
         name = _NAMES.get(metric) or f"mAP@{metric.removeprefix('map').replace('_', ' ')}, %"
         table.add_row(name, *(format_interval(record.intervals[d].get(metric)) for d in (*DIRECTIONS, BOTH)))
