@@ -10,6 +10,8 @@ configs/vit_l14_finetune.py:coco and :flickr30k follow docs/recipe.md, which was
 one third and one half of the blocks, distillation from the initial weights, and an exit after two thirds of the blocks with a
 loss weight of 0.05. :coco,router and :flickr30k,router train a head at that exit on regret, with thousands of extra negatives.
 :coco,paper and :flickr30k,paper are the dual-path fine-tuning of the ICAR paper; both recipes use the paper's learning rates.
+:coco,official and :flickr30k,official differ from it as the paper's released code does: the exit reads the first patch, its
+head starts at random, and the loss is image to text alone.
 The folder contains dataset_coco.json or dataset_flickr30k.json and the images. Training takes ten epochs at 128 pairs per step,
 one epoch for the router; each epoch draws one caption per image.
 """
@@ -28,7 +30,7 @@ from icar_jax.config import (
 
 # number of training images, and the splits that contain them
 SETS = {"coco": (113_287, "train+restval"), "flickr30k": (29_000, "train")}
-ARGUMENTS = tuple(f"{name}{kind}" for kind in ("", ",router", ",paper") for name in SETS)
+ARGUMENTS = tuple(f"{name}{kind}" for kind in ("", ",router", ",paper", ",official") for name in SETS)
 MERGE = (*(0,) * 7, 80, 0, 0, 0, 56)  # of 256 patches: 0.68 of full depth's FLOPs
 
 
@@ -51,8 +53,10 @@ def get_config(argument: str = "coco") -> ExperimentConfig:
             optim=OptimConfig(lr=1e-3, warmup_steps=100),
             train=TrainConfig(steps=images // 128, batch_size=128, seed=42),
         )  # fmt: skip
-    if kind == "paper":
+    if kind in ("paper", "official"):
         clip, loss = ClipConfig(variant="vit_l14", exits=(13,), temperature="own"), LossConfig()
+        if kind == "official":
+            clip.pool, clip.exit_start, loss.direction = "first_patch", "random", "image_to_text"
         evaluation = EvalConfig(split="val")
     else:
         clip = ClipConfig(variant="vit_l14", exits=(16,), exit_head="attention", merge=MERGE, temperature="shared")

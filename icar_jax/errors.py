@@ -6,6 +6,12 @@ stays a ValueError or TypeError.
 """
 
 
+def require_list(name: str, value: object) -> None:
+    """Raises TypeError for one text where a list of texts belongs: Python takes a text for a list of its letters."""
+    if isinstance(value, str | bytes):
+        raise TypeError(f"{name} must be a list or tuple of texts, found the text {value!r:.80}; write [{value!r:.40}]")
+
+
 class IcarError(Exception):
     """Something a user can mend: a file, a setting, weights, a missing package. The message says where, what and how."""
 

@@ -36,7 +36,8 @@ FREE_ON_RESUME = (
     "config.train.eval_every", "config.train.eval_split", "config.train.keep_best", "config.train.patience",
     "config.train.accumulate", "config.train.remat", "config.data.ratings", "config.data.bad_share",
     "config.train.scan_blocks", "config.loss.chunk", "config.mesh", "config.eval",
-    "config.data.root", "config.data.workers", "config.data.threads", "config.data.retries", "config.data.stall_timeout_s",
+    "config.data.root", "config.data.json", "config.data.images", "config.data.workers", "config.data.threads",
+    "config.data.retries", "config.data.stall_timeout_s",
     "config.data.scenes_kept",
 )  # fmt: skip
 # Fields that may also change when a run is resumed but do change its result from there on; changes are logged.
@@ -49,8 +50,9 @@ STEERING = (
 # the gallery or in the calibration set.
 FREE_ON_EVALUATION = (
     "config.train", "config.optim", "config.loss", "config.mesh", "config.eval", "config.complexity",
-    "config.data.root", "config.data.ratings", "config.data.bad_share", "config.data.workers", "config.data.threads",
-    "config.data.retries", "config.data.stall_timeout_s", "config.data.scenes_kept",
+    "config.data.root", "config.data.json", "config.data.images", "config.data.ratings", "config.data.bad_share",
+    "config.data.workers", "config.data.threads", "config.data.retries", "config.data.stall_timeout_s",
+    "config.data.scenes_kept",
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from icar_jax.data.records import Record, calibration_split, record_names
 from icar_jax.data.scenes import Scenes
 from icar_jax.data.scenes.captions import describe
 from icar_jax.data.scenes.draw import draw_scene
-from icar_jax.data.sources.folders import open_folder
+from icar_jax.data.sources.folders import CaptionFolder
 
 FILE = "dataset_shaded.json"
 TIMES = {"train": 10, "test": 4, "val": 4}  # largest number of scenes per photograph
@@ -43,7 +43,7 @@ def write_scenes(photos: Path, folder: Path, size: int, queries: int, distractor
         ConfigError: too few photographs, or `folder` holds images made from others.
         OSError: the folder cannot be written.
     """
-    known, val_photos = open_folder(str(photos), "train"), open_folder(str(photos), "val")
+    known, val_photos = CaptionFolder(str(photos), "train"), CaptionFolder(str(photos), "val")
     names = record_names(known) + record_names(val_photos)
     made_of = {"version": _VERSION, "photographs": _digest(names), "size": size, "queries": queries, "distractors": distractors}
     if (folder / FILE).is_file():

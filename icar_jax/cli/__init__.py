@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from icar_jax import program_cache
-from icar_jax.cli import embed, index, routing, score, search, serve, training, weights
+from icar_jax.cli import embed, index, retrieval, routing, score, search, serve, training, weights
 from icar_jax.cli.arguments import require_local_paths
 from icar_jax.cli.errors import user_errors, without_debug
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="icar", description="Image complexity-aware retrieval in JAX.", epilog="--debug prints the traceback of an error."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for group in (weights, routing, training, score, embed, index, search, serve):
+    for group in (weights, routing, training, retrieval, score, embed, index, search, serve):
         group.add(commands)
     args, rest = parser.parse_known_args(words)
     args.overrides = [word for word in rest if word.startswith("--config.")]

@@ -39,7 +39,11 @@ def add(commands) -> None:
                    "an embedding each; a search joins the hits of a picture")  # fmt: skip
     p.add_argument("--tile-budget", type=float, metavar="RATE", help="with --tiles and a CLIP that drops patches: share "
                    "of all patches that is kept, half of it in the whole picture, the rest where it looks")  # fmt: skip
-    p.add_argument("--captions", metavar="FILE", help="captions to store with the images: Karpathy .json, .csv or .jsonl")
+    p.add_argument("--captions", metavar="FILE", help="captions to store with the images: Karpathy .json, .csv, .tsv, .jsonl, "
+                   "Flickr30k's .token, or a folder with a .txt beside each image")  # fmt: skip
+    p.add_argument("--image-column", default="image", metavar="NAME", help="with --captions: column of the files (file)")
+    p.add_argument("--caption-column", default="caption", metavar="NAME", help="with --captions: column of the captions "
+                   "(caption)")  # fmt: skip
     p.add_argument("--prune", action="store_true", help="remove rows whose files no longer exist in the folders")
     p.add_argument("--prune-missing", action="store_true", help="with --prune: also if a whole folder is missing or empty")
     p.add_argument("--rehash", action="store_true", help="read every file even if its size and time are unchanged")
@@ -69,6 +73,8 @@ def _index(args: argparse.Namespace) -> None:
         "--pass cheap runs all images at the first exit; leave out --budget": args.stage == "cheap" and args.budget is not None,
         "--pass refine only reads files in the store; leave out --prune, --rehash, --captions and --retry-bad":
             args.stage == "refine" and (args.prune or args.rehash or args.captions or args.retry_bad),
+        "--image-column and --caption-column without --captions":
+            not args.captions and (args.image_column, args.caption_column) != ("image", "caption"),
         "--tile-budget without --tiles": args.tile_budget is not None and not args.tiles,
         "--tile-budget chooses the exits itself; leave out --exit, --budget and --pass":
             args.tile_budget is not None and (args.exit is not None or args.budget is not None or args.stage is not None),
@@ -90,6 +96,7 @@ def _index(args: argparse.Namespace) -> None:
 
 def _update_store(args: argparse.Namespace) -> None:
     from icar_jax import profiling
+    from icar_jax.data.sources.caption_files import Columns
     from icar_jax.data.sources.files import ImagePaths
     from icar_jax.inference.loading import load
     from icar_jax.parallel import distributed
@@ -117,7 +124,8 @@ def _update_store(args: argparse.Namespace) -> None:
         done = index_files(
             args.store, ImagePaths(args.paths, stdin_paths(), args.exclude), args.checkpoint, model, exit=exit,
             budget=args.budget, cheap=args.stage == "cheap", prune=args.prune, prune_missing=args.prune_missing,
-            rehash=args.rehash, retry_bad=args.retry_bad, captions=args.captions, commit_rows=args.commit_rows,
+            rehash=args.rehash, retry_bad=args.retry_bad, captions=args.captions,
+            columns=Columns(args.image_column, args.caption_column), commit_rows=args.commit_rows,
             threads=args.threads,
         )  # fmt: skip
     cut = None

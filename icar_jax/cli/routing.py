@@ -86,6 +86,8 @@ def _add_calibrate(commands) -> None:
     p.add_argument("--labels", metavar="FILE", help="labels or ratings of images below --root: .json .csv .txt .parquet")
     p.add_argument("--root", help="image folder of --labels, or the new location of the workdir's images")
     p.add_argument("--boundary", type=float, help="for ratings: images with a higher rating are labelled complex")
+    p.add_argument("--threshold-grid", type=float, nargs=3, default=[], metavar=("LOW", "HIGH", "STEP"), help="with --metric: "
+                   "thresholds that are tried (0 1 0.001)")  # fmt: skip
     p.add_argument("--bad-share", type=float, help="maximum fraction of unusable lines in --labels (0.01)")
     p.add_argument("--config", help="configuration that gives the calibration images; accepts --config.a.b=value")
     p.add_argument("--batch-size", type=positive, default=64, metavar="N", help="batch size of scoring (64)")
@@ -110,7 +112,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     plot = args.plot or folder.resolve().with_name(f"{folder.resolve().name}_frontier.png")
     description = calibrate(
         folder, source, budget=args.budget, shares=args.share, metric=args.metric, max_recall_drop=args.max_recall_drop,
-        best_recall=args.best_recall, cost=args.cost, boundary=boundary, batch_size=args.batch_size,
+        best_recall=args.best_recall, cost=args.cost, boundary=boundary, grid=args.threshold_grid, batch_size=args.batch_size,
         loading=configured.loading(data) if data else None, draw=lambda tried: write_budget_search(tried, plot),
     )  # fmt: skip
     print_calibration(description, bundle_costs(folder) if description["kind"] == "bundle" else None)

@@ -66,7 +66,8 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
 def _validate_data(c: ExperimentConfig) -> None:
     """Settings of the data source that depend on each other."""
     d = c.data
-    if d.source != "scenes" and not d.root:
+    _validate_caption_file("config.data", d)
+    if d.source != "scenes" and not d.root and not (d.json and d.images):
         raise ConfigError(
             f"config.data.root='' but config.data.source={d.source!r} reads a folder; "
             "pass --config.data.root=PATH/TO/THE/FOLDER"
@@ -80,6 +81,12 @@ def _validate_data(c: ExperimentConfig) -> None:
         )
     if c.task == "clip" and not d.tokenizer:
         AtLeast(MIN_VOCABULARY, "256 bytes and 3 special tokens come first").check("config.data.vocabulary", d.vocabulary)
+
+
+def _validate_caption_file(name: str, where: Any) -> None:
+    if where.source != "folder" and (where.json or where.images):
+        given = f"json={where.json!r}" if where.json else f"images={where.images!r}"
+        raise ConfigError(f"{name}.{given} is for {name}.source='folder' only, found {where.source!r}; leave it empty")
 
 
 def _validate_training(c: ExperimentConfig) -> None:
@@ -125,18 +132,24 @@ def _validate_training(c: ExperimentConfig) -> None:
 def _validate_distractors(c: ExperimentConfig) -> None:
     d, name = c.eval.distractors, "config.eval.distractors"
     if not d.source:
-        for other in ("root", "split", "size", "labels"):
+        for other in ("root", "json", "images", "split", "size", "labels"):
             if getattr(d, other):
                 found = f"{name}.{other}={getattr(d, other)!r}"
                 raise ConfigError(f"{found} but {name}.source=''; name the source, such as 'folder'")
         return
+    if c.eval.folds:
+        raise ConfigError(
+            f"config.eval.folds={c.eval.folds}: folds are galleries of the evaluated images alone; leave it 0, or leave "
+            f"{name}.source empty"
+        )
     OneOf(choices.DistractorSource).check(f"{name}.source", d.source)
     if d.source == "scenes" and not (d.split and d.size):
         raise ConfigError(
             f"{name}.split={d.split!r} and {name}.size={d.size}: distractors from scenes need both, such as "
             f"--{name}.split=test --{name}.size=5000"
         )
-    if d.source != "scenes" and not d.root:
+    _validate_caption_file(name, d)
+    if d.source != "scenes" and not d.root and not (d.json and d.images):
         raise ConfigError(f"{name}.root='' but {name}.source={d.source!r} reads files; pass --{name}.root=PATH")
 
 

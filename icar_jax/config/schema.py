@@ -119,19 +119,23 @@ class ComplexityConfig:
 class DataConfig:
     """The source of the examples, and how images and captions are prepared."""
 
-    source: str = setting("scenes", OneOf(choices.SourceName))  # folder: dataset*.json, captions.csv or captions.jsonl
+    source: str = setting("scenes", OneOf(choices.SourceName))  # docs/data.md lists their files
     # folder; webdataset, parquet: folder, glob or {000..123} of the shards; tfds: data_dir; unused by scenes
     root: str = setting("", LocalPath())
+    # folder: caption file, where it does not lie in root or several do; folder of the images, where they lie elsewhere
+    json: str = setting("", LocalPath())
+    images: str = setting("", LocalPath())
     train_split: str = "train"  # folder, tfds: name of the split; webdataset, parquet: subfolder of root, or . for root itself
     # Complexity: file of scores (.txt .json .csv .parquet); empty: ROOT/train.txt and test.txt (IC9600) or ROOT/ratings.csv.
     ratings: str = setting("", LocalPath())
     # Complexity: categories of the images, from the column `category` or from their names (ad/003.jpg or ad_003.jpg).
     categories: str = setting("column", OneOf(choices.Categories))
-    # Share of the lines of a file of scores that may be unusable; more stop the run.
+    # Share of the lines of a file of scores that may be unusable, and of shards that may be empty; more stop the run.
     bad_share: float = setting(0.01, Within("[0, 1]", "0.01 allows one line in a hundred"))
     dataset: str = ""  # tfds: name of the dataset, such as coco_captions
-    image_column: str = "image"  # parquet: image bytes, a struct with bytes, or a path; tfds: image feature
-    caption_column: str = "caption"  # parquet, tfds: text, or a list of texts
+    # parquet: image bytes, a struct with bytes, or a path; tfds: image feature; folder: file in a table (also `file`)
+    image_column: str = "image"
+    caption_column: str = "caption"  # parquet, tfds, folder: text, or a list of texts
     calibration_size: int = setting(1000, AtLeast(1))  # images cut from the training split, for thresholds alone
     scenes_size: int = setting(200_000, AtLeast(1))  # scenes: images in the training split
     scenes_pixels: int = setting(64, Within("[32, 512]"))  # scenes: side they are drawn at
@@ -264,10 +268,12 @@ class DistractorConfig:
     """Images from elsewhere that enlarge the galleries of an evaluation; they are never queries or targets."""
 
     source: str = ""  # one of choices.DistractorSource; empty: no distractors
-    root: str = setting("", LocalPath())  # as config.data.root
+    root: str = setting("", LocalPath())  # as config.data.root, and so on
+    json: str = setting("", LocalPath())
+    images: str = setting("", LocalPath())
     split: str = ""  # scenes: a split; folder: a split, empty takes every image; webdataset, parquet: subfolder, empty is root
-    image_column: str = "image"  # parquet: as config.data.image_column
-    caption_column: str = "caption"  # parquet: as config.data.caption_column
+    image_column: str = "image"
+    caption_column: str = "caption"
     size: int = setting(0, AtLeast(0, "0 takes all"))  # the first so many images; scenes need a number
     # JSON of URL or name -> category labels; images without any are irrelevant to every query.
     labels: str = setting("", LocalPath())
@@ -289,6 +295,8 @@ class EvalConfig:
     static: str = setting("", LocalPath())
     batch_size: int = setting(64, AtLeast(1))  # images in a full batch of the router
     dtype: str = setting("float32", OneOf(choices.Dtype))  # of activations
+    # Also evaluates so many equal parts of the split in order, each a gallery of its own: COCO's 5 of 1,000 images.
+    folds: int = setting(0, AtLeast(0, "0 evaluates the whole split only"))
     timing_images: int = setting(512, AtLeast(1))  # images whose encoding is timed, at every exit and routed
     bootstrap: int = setting(2000, AtLeast(1))  # resamples of images behind each interval
     # Random assignments averaged into the run 'random' (its average precision: over the first 10).

@@ -18,7 +18,8 @@ from icar_jax.config import ConfigError, DataConfig, EvalConfig, ExperimentConfi
 from icar_jax.data.ratings.sources import RatedSource, open_rated
 from icar_jax.data.records import Source, Subset, calibration_split, record_names
 from icar_jax.data.scenes import DrawnScenes, Scenes
-from icar_jax.data.sources.folders import open_folder
+from icar_jax.data.sources.caption_files import Columns
+from icar_jax.data.sources.folders import CaptionFolder
 from icar_jax.data.sources.parquet import Parquet
 from icar_jax.data.sources.shards import Rest, cut_calibration, retrying
 from icar_jax.data.sources.tfds import Tfds
@@ -85,10 +86,11 @@ class RatedSplits:
 class FileSplits:
     """Files with captions; calibration images are cut from the training split.
 
-    open: (where, split) -> the source; `where` has the fields root, image_column, caption_column and, of tfds, dataset.
+    open: (where, split, bad_share) -> the source; `where` has the fields root, json, images, image_column,
+        caption_column and, of tfds, dataset.
     """
 
-    open: Callable[[Any, Any], Source]
+    open: Callable[[Any, Any, float], Source]
     keeps_index: bool = False
     splits_may_overlap: bool = False  # as slices of one split do; `source.overlaps(other)` tells
     calibration_name: str = "calibration"
@@ -109,11 +111,21 @@ class FileSplits:
 SOURCES: dict[str, Splits] = {
     "scenes": SceneSplits(),
     "ratings": RatedSplits(),
-    "folder": FileSplits(lambda where, split: open_folder(where.root, split)),
-    "webdataset": FileSplits(lambda where, split: WebDataset(where.root, split), keeps_index=True),
-    "parquet": FileSplits(lambda where, split: Parquet(where.root, split, where.image_column, where.caption_column)),
+    "folder": FileSplits(
+        lambda where, split, _: CaptionFolder(
+            where.root, split, where.json, where.images, Columns(where.image_column, where.caption_column)
+        )
+    ),
+    "webdataset": FileSplits(
+        lambda where, split, bad_share: WebDataset(where.root, split, bad_share=bad_share), keeps_index=True
+    ),
+    "parquet": FileSplits(
+        lambda where, split, bad_share: Parquet(
+            where.root, split, where.image_column, where.caption_column, bad_share=bad_share
+        )
+    ),
     "tfds": FileSplits(
-        lambda where, split: Tfds(where.dataset, where.root, split, where.image_column, where.caption_column),
+        lambda where, split, _: Tfds(where.dataset, where.root, split, where.image_column, where.caption_column),
         splits_may_overlap=True,
     ),
 }
@@ -165,15 +177,15 @@ def scores(source: Source, most: int) -> np.ndarray:
 
 def open_split(data: DataConfig, split: str) -> Source:
     """A whole split of the files that `data` names; shards that cannot be read are tried again `data.retries` times."""
-    return open_files(data.source, data, split, data.retries)
+    return open_files(data.source, data, split, data)
 
 
-def open_files(kind: str, where: Any, split: str | None, retries: int) -> Source:
-    """A split of the files that `where` names, as `FileSplits.open` of this kind of source."""
-    with retrying(retries):
+def open_files(kind: str, where: Any, split: str | None, data: DataConfig) -> Source:
+    """A split of the files that `where` names, as `FileSplits.open` of this kind of source; `data` says how to meet faults."""
+    with retrying(data.retries):
         files = SOURCES[kind]
         assert isinstance(files, FileSplits), f"{kind} is no source of files"
-        return files.open(where, split)
+        return files.open(where, split, data.bad_share)
 
 
 def keeps_index(data: DataConfig) -> bool:

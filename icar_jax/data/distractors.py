@@ -20,7 +20,7 @@ def distractor_source(distractors: DistractorConfig, data: DataConfig) -> Source
     d = distractors
     if d.source == "scenes":
         return Scenes(d.split, d.size, image_size=data.scenes_pixels)
-    source = open_files(d.source, d, d.split or (None if d.source == "folder" else "."), data.retries)
+    source = open_files(d.source, d, d.split or (None if d.source == "folder" else "."), data)
     if d.size > len(source):
         raise ConfigError(
             f"config.eval.distractors.size={d.size}, but {source.name} holds {len(source)} images; lower it, or pass 0 for all"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from icar_jax.errors import DataError
+from icar_jax.errors import DataError, require_list
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,6 +34,10 @@ class Record:
     captions: tuple[str, ...]
     complexity: float = float("nan")
     labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_list(f"the captions of {self.name}", self.captions)
+        require_list(f"the labels of {self.name}", self.labels)
 
 
 class Source(abc.ABC):

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as _Backend
 
 from icar_jax.data.cleaning import CLEANINGS, clean
-from icar_jax.errors import DataError
+from icar_jax.errors import DataError, require_list
 from icar_jax.files import limits
 from icar_jax.files.opening import read_regular
 
@@ -174,6 +174,7 @@ class Tokenizer:
         """
         if vocab_size < _MIN_TRAINED_VOCAB:
             raise DataError(f"vocab_size must be at least {_MIN_TRAINED_VOCAB} (256 bytes, 3 special tokens), got {vocab_size}")
+        require_list("captions", captions)
         cleaned = [clean(_check_text(caption, i)) for i, caption in enumerate(captions)]
         if not any(cleaned):
             raise DataError("cannot train a tokenizer: no non-empty captions were given")

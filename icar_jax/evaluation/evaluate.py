@@ -19,6 +19,9 @@ from icar_jax.data.images import Preprocess
 from icar_jax.data.loader.batches import eval_batches
 from icar_jax.data.ratings.labels import read_labels
 from icar_jax.data.records import Source, Subset
+from icar_jax.errors import IcarError
+from icar_jax.evaluation.embeddings.saved import FOLDER as SAVED
+from icar_jax.evaluation.embeddings.saved import save_gallery
 from icar_jax.evaluation.metrics.colour_baseline import colour_histogram_baseline
 from icar_jax.evaluation.metrics.retrieval import DIRECTIONS
 from icar_jax.evaluation.records.retrieval import RetrievalEvaluation, ScoreCalibrationResult
@@ -34,8 +37,10 @@ from icar_jax.inference.model import Model
 BASELINE_IMAGES = 3000  # training images used to fit the colour baseline
 
 
-def evaluate(config: ExperimentConfig, workdir: str | Path) -> RetrievalEvaluation:
+def evaluate(config: ExperimentConfig, workdir: str | Path, *, save_embeddings: bool = False) -> RetrievalEvaluation:
     """Evaluates the model in `workdir` and writes metrics.json, retention.png, complexity.png and report/ there.
+
+    save_embeddings: also writes embeddings/, see `embeddings.saved`.
 
     Creates WORKDIR/bundle if there is none and `config.eval.complexity` names a complexity model. Raises ConfigError or
     CheckpointError.
@@ -71,6 +76,8 @@ def evaluate(config: ExperimentConfig, workdir: str | Path) -> RetrievalEvaluati
     if far_source is not None:
         far = embed_source(model, far_source, loading)
         far = labelled(far, far_urls, far_labels, config.eval.distractors.labels, notes)
+    if save_embeddings:
+        print(save_gallery(gallery, far, workdir / SAVED))
     static = _embed_shallower_baseline(config, small, source, far_source, gallery, far)
     record, evidence = evaluate_runs(config, model, source, gallery, far, static, settings, calibration)
     if calibration is not None:
@@ -83,6 +90,7 @@ def evaluate(config: ExperimentConfig, workdir: str | Path) -> RetrievalEvaluati
         record.runs[name].found = routing["found"]
     record.gallery.distractors = far_source.name if far_source is not None else None
     record.notes = notes if train is None else [*notes, _colour_baseline_note(config, train, source, gallery, record)]
+    record.notes += [run.folds.sentence(name) for name, run in record.runs.items() if run.folds is not None]
     record.notes += [each.bad.summary() for each in (gallery, far) if each is not None and each.bad]
     table.write_metrics(record, workdir / "metrics.json")
     table.print_results(record)
@@ -218,7 +226,7 @@ def _colour_baseline_source(config: ExperimentConfig, notes: list[str]) -> Sourc
     """Returns the training images that the colour baseline is fitted on; None, with a note, if they are not available."""
     try:
         train = configured.train_source(config.data)
-    except (cfg.ConfigError, OSError) as error:
+    except (IcarError, OSError) as error:
         notes.append(f"no colour-histogram baseline, because the training images are not available: {error}")
         return None
     some = np.linspace(0, len(train) - 1, min(BASELINE_IMAGES, len(train))).astype(int)

@@ -14,6 +14,7 @@ from icar_jax.data.records import Source
 from icar_jax.evaluation.metrics import category, comparison
 from icar_jax.evaluation.metrics.bootstrap import Hits, difference, hits_at, mean_hits, retention
 from icar_jax.evaluation.metrics.category import Precisions
+from icar_jax.evaluation.metrics.folds import fold_metrics, fold_of
 from icar_jax.evaluation.metrics.ranking import local_mesh
 from icar_jax.evaluation.metrics.retrieval import Distractors, Ranks, mean_summary, ranks, summarise
 from icar_jax.evaluation.records.retrieval import (
@@ -61,9 +62,12 @@ class ShallowBaseline:
 
 
 class EvaluationRuns:
-    """Collects the runs of a gallery; `far` holds its distractors (None without)."""
+    """Collects the runs of a gallery; far: its distractors (None without); fold: int [N], the fold of each image, or None."""
 
-    def __init__(self, config: ExperimentConfig, model: Model, gallery: Gallery, far: Gallery | None):
+    def __init__(
+        self, config: ExperimentConfig, model: Model, gallery: Gallery, far: Gallery | None, fold: np.ndarray | None = None
+    ):
+        self.fold = fold
         self.config, self.model, self.gallery, self.far = config, model, gallery, far
         self.galleries = [gallery, *([far] if far is not None else [])]
         self.mesh = local_mesh()
@@ -89,7 +93,14 @@ class EvaluationRuns:
             share = {exit: part for exit, part in share.items() if part}
         rows = [take_exits(g.by_exit, e) for g, e in zip(self.galleries, exits)]
         self.add(name, [self.rank(*rows)], self._cost(share, router), share)
+        self.add_folds(name, rows[0], self.captions[0])
         self.evidence.exits[name] = exits[0]
+
+    def add_folds(self, name: str, images: np.ndarray, texts: np.ndarray) -> None:
+        """Adds the means over folds to the record of a run, from its embeddings [N, D] and [M, D]; nothing without folds."""
+        if self.fold is not None:
+            found = fold_metrics(images, texts, self.captions[1], self.fold, n=self.config.eval.bootstrap, mesh=self.mesh)
+            self.records[name].folds = found
 
     def add_calibrated(self, name: str, exits: Sequence[np.ndarray], calibration: ScoreCalibration) -> None:
         """Adds the routed assignment ranked with per-exit calibrated scores; its encoding cost equals that of 'routed'."""
@@ -101,6 +112,7 @@ class EvaluationRuns:
         precise = category.precisions(rows[0], *captions, own.labels, **options) if any(own.labels) else None
         share = _share(np.concatenate(exits), self.model.exits)
         self.add(name, [(ranks(rows[0], *captions, **options), precise)], self._cost(share, True), share)
+        self.add_folds(name, rows[0], captions[0])
         self.evidence.exits[name] = exits[0]
 
     def add_random(self, exits: Sequence[np.ndarray]) -> None:
@@ -145,6 +157,7 @@ class EvaluationRuns:
         if any(self.gallery.labels):
             precise = category.precisions(own.by_exit[exit], own.texts, own.caption_image, self.gallery.labels, **options)
         self.add("static", [(found, precise)], float(vision_flops(static.model.arch.vision)), {exit: 1.0})
+        self.add_folds("static", own.by_exit[exit], own.texts)
 
     @property
     def captions(self) -> tuple[np.ndarray, np.ndarray]:
@@ -216,7 +229,8 @@ def evaluate_runs(
         model, gallery.sample, gallery.exits[:n] if gallery.exits is not None else None, settings,
         (static.model, static.gallery.sample) if static is not None else None,
     )  # fmt: skip
-    runs = EvaluationRuns(config, model, gallery, far)
+    fold = fold_of(gallery.index, config.eval.folds, len(source)) if config.eval.folds else None
+    runs = EvaluationRuns(config, model, gallery, far, fold)
     for exit in reversed(model.exits):
         name = "full" if exit == model.exits[-1] else f"exit_{exit}"
         runs.add_exits(name, [np.full(len(g.captions), exit) for g in runs.galleries], router=False)
@@ -225,6 +239,7 @@ def evaluate_runs(
         taken = [g.exits for g in runs.galleries]
         share = _share(np.concatenate(taken), model.exits)
         runs.add("routed", [runs.rank(*(g.routed for g in runs.galleries))], runs._cost(share, True), share)
+        runs.add_folds("routed", gallery.routed, gallery.texts)
         runs.evidence.exits["routed"] = gallery.exits
         for name, limits in (settings or {}).items():
             runs.add_exits(name, [assign(g.scores, model.exits, limits) for g in runs.galleries], router=True)

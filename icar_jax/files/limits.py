@@ -21,6 +21,7 @@ JSON_BYTES = 1 << 28  # of a JSON file of captions; descriptions of models are s
 JSON_DEPTH = 64  # nested objects and lists
 SIZE = 1 << 26  # one size of a model: a width, a vocabulary, a number of positions
 TOKENIZER_BYTES = 1 << 27  # of a tokenizer file, unpacked; published ones have up to 35 MB
+EMBEDDING_BYTES = 1 << 35  # of an .npz of embeddings, unpacked; 125,000 rows of width 768 take 384 MB
 LINE_BYTES = 1 << 24  # of one line of a list or a .jsonl file
 
 # Archives and compressed members.

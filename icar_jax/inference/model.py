@@ -14,6 +14,7 @@ from PIL import Image
 
 from icar_jax.checkpoint import CheckpointError
 from icar_jax.data.images import ImageLike, Preprocess, decode
+from icar_jax.errors import require_list
 from icar_jax.inference.budgets import counted_costs, thresholds_for_budget, unpack_quantiles
 from icar_jax.inference.loaded import LoadedModel
 from icar_jax.inference.reading import map_ordered
@@ -42,8 +43,7 @@ class Model(LoadedModel):
     def encode_text(self, texts: Sequence[str], warn: bool = True) -> np.ndarray:
         """Text embeddings float32 [N, D], unit norm, of N strings. Long texts are truncated, with a warning if `warn`."""
         self._require("text", "encode_text")
-        if isinstance(texts, str):
-            raise TypeError("encode_text expects a list of strings; call encode_text([text])")
+        require_list("texts of encode_text", texts)
         if self.tokenizer is None:
             path = shlex.quote(str(self.path))
             raise CheckpointError(

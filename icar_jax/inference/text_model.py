@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from icar_jax import checkpoint, program_cache, pytree
 from icar_jax.data.tokenizer import Tokenizer
+from icar_jax.errors import require_list
 from icar_jax.inference import ahead
 from icar_jax.inference.forward import Forward, bucket_sizes
 
@@ -76,6 +77,7 @@ class TextModel:
 
     def encode_text(self, texts: Sequence[str], warn: bool = True) -> np.ndarray:
         """Like Model.encode_text."""
+        require_list("texts of encode_text", texts)
         tokens = tokens_of(self._tokenizer, texts, self._length, warn)
         return self._forward(tokens) if len(tokens) else np.zeros((0, self.embed_dim), np.float32)
 

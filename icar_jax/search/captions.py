@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from icar_jax.data.sources.caption_files import Columns
 from icar_jax.data.sources.folders import read_captions
 from icar_jax.data.sources.names import plain_name
 from icar_jax.search.scan import is_below
@@ -17,16 +18,17 @@ class Captions:
     """Looks up captions by image path; names in the caption file are relative to one of several folders.
 
     Args:
-        where: caption file as for training: Karpathy JSON, .csv or .jsonl.
+        where: caption file as for training, or a folder with a text beside each image.
         folders: image folders, in addition to the one implied by the layout of `where`.
+        columns: columns of a table.
 
     Attributes:
         used: number of lookups that found a caption.
         near: (path, name in the caption file) of the first images whose names differ in upper and lower case only.
     """
 
-    def __init__(self, where: str | os.PathLike, folders: Sequence[str] = ()):
-        folder, self._captions = read_captions(where)
+    def __init__(self, where: str | os.PathLike, folders: Sequence[str] = (), columns: Columns = Columns()):
+        folder, self._captions = read_captions(where, columns)
         self._plain = {plain_name(name): captions for name, captions in self._captions.items()}
         self._folded = {name.casefold(): name for name in self._plain}
         self.where, self.near = Path(where), []

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from icar_jax import checkpoint as ckpt
 from icar_jax import profiling
+from icar_jax.data.sources.caption_files import Columns
 from icar_jax.data.sources.files import STDIN, ImagePaths, NoImages, vanished
 from icar_jax.errors import IcarError
 from icar_jax.files.walk import Walk
@@ -59,6 +60,7 @@ def index_files(
     rehash: bool = False,
     retry_bad: bool = False,
     captions: str | os.PathLike | None = None,
+    columns: Columns = Columns(),
     may_be_empty: bool = False,
     commit_rows: int = COMMIT_ROWS,
     threads: int = 0,
@@ -74,7 +76,7 @@ def index_files(
         prune_missing: with `prune`, also if a whole given folder is missing or empty.
         rehash: read every file even if its size and modification time are unchanged.
         retry_bad: retry unusable files even if unchanged.
-        captions: caption file as for `Captions`; None keeps the captions of the store.
+        captions, columns: as for `Captions`; None keeps the captions of the store.
         may_be_empty: no error if there are no files.
 
     Under jax.distributed, all processes make the same call, and each handles the paths assigned to it by hash.
@@ -92,7 +94,9 @@ def index_files(
     store, model = open_or_create(uri, checkpoint, load, _require_images(paths, missing))
     if prune and not prune_missing:
         _require_no_emptied_folder(store, roots)
-    new_captions = Captions(captions, [root for root in roots if os.path.isdir(root)]) if captions is not None else None
+    new_captions = (
+        Captions(captions, [root for root in roots if os.path.isdir(root)], columns) if captions is not None else None
+    )
     done, start = IndexResult(), time.perf_counter()
     with distributed.together("indexing"):
         if distributed.is_main():  # before any of their rows, since `icar serve` only serves files below the roots

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from icar_jax.errors import IcarError, ModelError
+from icar_jax.errors import IcarError, ModelError, require_list
 
 FACTS = ("identity", "path", "exits", "temperature", "batch_size")  # attributes of Model that a search reads
 
@@ -52,6 +52,7 @@ class ModelProcess:
 
     def encode_text(self, texts: Sequence[str], warn: bool = True) -> np.ndarray:
         """Like Model.encode_text."""
+        require_list("texts of encode_text", texts)
         return self._call("encode_text", list(texts), warn=warn)
 
     def encode_image(self, images: Sequence[Any], exit: int | None = None) -> np.ndarray:

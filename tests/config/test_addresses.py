@@ -85,7 +85,7 @@ def test_every_field_that_looks_like_a_place_is_among_them():
 
     config = cfg.ExperimentConfig()
     found = list(texts(config, "config"))
-    assert len(found) == 14
+    assert len(found) == 18
     for name, node, field in found:
         setattr(node, field, "gs://b/x")
         with pytest.raises(cfg.ConfigError, match=rf"{name}: gs://b/x is an address"):

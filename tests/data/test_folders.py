@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from icar_jax.data.records import Source, Subset, calibration_split, record_names
-from icar_jax.data.sources.folders import CaptionFolder, KarpathyFolder, open_folder
+from icar_jax.data.sources.folders import CaptionFolder
 from tests.support.image_folders import put_images, put_karpathy
 
 
@@ -21,23 +21,23 @@ def karpathy(tmp_path):
 
 
 def test_karpathy(karpathy):
-    train = KarpathyFolder(karpathy, "train")
+    train = CaptionFolder(karpathy, "train")
     assert isinstance(train, Source) and len(train) == 2 and train.splits == {"train": 2, "val": 1}
     assert train[0].name == "a.png" and train[0].captions == ("one", "uno") and train.name.endswith("/train")
     assert train[1].image().size == (12, 8)
-    assert record_names(KarpathyFolder(karpathy, "train+val")) == ["a.png", "b.png", "c.png"]
-    assert len(KarpathyFolder(karpathy, None)) == 3
+    assert record_names(CaptionFolder(karpathy, "train+val")) == ["a.png", "b.png", "c.png"]
+    assert len(CaptionFolder(karpathy, None)) == 3
     assert not train.missing and not train.uncaptioned
     with pytest.raises(IndexError):
         train[2]
     with pytest.raises(ValueError, match=r"no split 'test'; it has train \(2 images\), val \(1 images\)"):
-        KarpathyFolder(karpathy, "test")
+        CaptionFolder(karpathy, "test")
 
 
 def test_images_next_to_the_json_and_coco_subfolders(tmp_path):
     put_images(tmp_path, ["val2014/x.jpg", "y.jpg"])
     put_karpathy(tmp_path, [("x.jpg", "val", ["x"], {"filepath": "val2014"}), ("y.jpg", "val", ["y"], {"filepath": "val2014"})])
-    assert record_names(KarpathyFolder(tmp_path, "val")) == ["val2014/x.jpg", "y.jpg"]
+    assert record_names(CaptionFolder(tmp_path, "val")) == ["val2014/x.jpg", "y.jpg"]
 
 
 def test_missing_and_uncaptioned_files_are_counted(karpathy):
@@ -51,38 +51,39 @@ def test_missing_and_uncaptioned_files_are_counted(karpathy):
             ("c.png", "val", ["3"], {}),
         ],
     )
-    source = KarpathyFolder(karpathy, "train")
+    source = CaptionFolder(karpathy, "train")
     assert source.names == ["a.png"] and source.missing == ["gone.png"] and source.uncaptioned == ["b.png", "extra.png"]
 
 
 def test_all_files_missing_is_an_error(karpathy):
     put_karpathy(karpathy, [("no.png", "train", ["one"], {})])
     with pytest.raises(FileNotFoundError, match=r"none of the 1 captioned files.*no\.png"):
-        KarpathyFolder(karpathy, "train")
+        CaptionFolder(karpathy, "train")
 
 
 def test_wrong_folders(tmp_path, karpathy):
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        open_folder(tmp_path / "absent", None)
+        CaptionFolder(tmp_path / "absent", None)
     empty = tmp_path / "empty"
     empty.mkdir()
-    for kind in (open_folder, KarpathyFolder, CaptionFolder):
-        with pytest.raises(FileNotFoundError, match="is empty"):
-            kind(empty, "train")
+    with pytest.raises(FileNotFoundError, match="is empty"):
+        CaptionFolder(empty, "train")
     (empty / "notes.txt").write_text("x")
-    for kind in (open_folder, KarpathyFolder, CaptionFolder):
-        with pytest.raises(FileNotFoundError, match=r"expected .*found notes\.txt"):
-            kind(empty, "train")
+    with pytest.raises(FileNotFoundError, match=r"expected .*found notes\.txt"):
+        CaptionFolder(empty, "train")
     (empty / "captions.csv").write_text("file,caption\na.png,one\n")
     with pytest.raises(FileNotFoundError, match="no image files"):
         CaptionFolder(empty)
     put_karpathy(karpathy, [("a.png", "train", ["one"], {})], "dataset_second.json")
-    with pytest.raises(ValueError, match="several Karpathy files, dataset_second.json, dataset_tiny.json"):
-        KarpathyFolder(karpathy, "train")
-    assert len(KarpathyFolder(karpathy, "train", json_name="dataset_second.json")) == 1
+    with pytest.raises(
+        ValueError,
+        match="several caption files, dataset_second.json, dataset_tiny.json; choose one.*config.data.json=dataset_second.json",
+    ):
+        CaptionFolder(karpathy, "train")
+    assert len(CaptionFolder(karpathy, "train", captions="dataset_second.json")) == 1
     (karpathy / "captions.csv").write_text("file,caption\n")
     with pytest.raises(ValueError, match="several caption files"):
-        open_folder(karpathy, "train")
+        CaptionFolder(karpathy, "train")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_wrong_folders(tmp_path, karpathy):
 def test_malformed_karpathy(karpathy, text):
     (karpathy / "dataset_tiny.json").write_text(text)
     with pytest.raises(ValueError, match=r"dataset_tiny\.json"):
-        KarpathyFolder(karpathy, "train")
+        CaptionFolder(karpathy, "train")
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_csv(plain):
     text = '\ufefffile,caption,split,licence\na.png,"one, first",train,x\n./sub/b.PNG,two,val,x\n'
     text += 'a.png,"second\nline",train,x\n'
     (plain / "captions.csv").write_text(text, encoding="utf-8")
-    source = open_folder(plain, None)
+    source = CaptionFolder(plain, None)
     assert isinstance(source, CaptionFolder) and source.names == ["a.png", "sub/b.PNG"]
     assert source[0].captions == ("one, first", "second\nline")
     assert record_names(CaptionFolder(plain, "val")) == ["sub/b.PNG"]
@@ -124,7 +125,7 @@ def test_jsonl(plain):
     with pytest.raises(ValueError, match=r"no split 'val'; it has train \(2 images\)"):
         CaptionFolder(plain, "val")
     (plain / "captions.csv").write_text("file,caption\na.png,x\n")
-    with pytest.raises(ValueError, match="keep one of them"):
+    with pytest.raises(ValueError, match="several caption files, captions.csv, captions.jsonl; choose one"):
         CaptionFolder(plain)
 
 
@@ -187,7 +188,7 @@ def test_wrong_splits():
 
 
 def test_subset(karpathy):
-    source = KarpathyFolder(karpathy, None)
+    source = CaptionFolder(karpathy, None)
     subset = Subset(source, np.array([2, 0]), "part")
     assert isinstance(subset, Source) and len(subset) == 2 and record_names(subset) == ["c.png", "a.png"]
     with pytest.raises(IndexError):

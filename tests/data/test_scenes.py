@@ -15,7 +15,7 @@ from icar_jax.data.records import Record, Source
 from icar_jax.data.scenes import HELDOUT_PAIRS, SPLITS, Scenes, contact_sheet, picture_folder
 from icar_jax.data.scenes import grammar as g
 from icar_jax.data.scenes.draw import draw_scene
-from icar_jax.data.sources.folders import open_folder
+from icar_jax.data.sources.folders import CaptionFolder
 from icar_jax.evaluation.metrics.colour_baseline import colour_histogram_baseline
 
 SEEN_ONLY = ("train", "calibration", "relations")
@@ -273,7 +273,7 @@ def test_a_folder_of_scenes_reads_as_they_were_drawn(tmp_path):
     scenes, folder = Scenes("val", 12), tmp_path / "gallery"
     for _ in range(2):  # twice into the same folder
         picture_folder(scenes, 12, folder)
-        found = open_folder(folder, None)
+        found = CaptionFolder(folder, None)
         assert [found[i].captions for i in range(12)] == [scenes[i].captions for i in range(12)]
         assert all(np.array_equal(found[i].image(), scenes[i].image()) for i in range(12))
     (folder / "images" / "holiday.png").write_bytes(b"mine")

@@ -10,7 +10,7 @@ import pytest
 
 from icar_jax.data.ratings.sources import _lookup
 from icar_jax.data.sources.files import ImagePaths
-from icar_jax.data.sources.folders import CaptionFolder, image_files, open_folder, read_captions
+from icar_jax.data.sources.folders import CaptionFolder, image_files, read_captions
 from icar_jax.data.sources.names import FileNames, plain_text
 from icar_jax.data.sources.shards import texts
 from icar_jax.errors import DataError
@@ -205,7 +205,7 @@ def test_half_a_character_becomes_the_replacement_character(tmp_path, caplog):
     (tmp_path / "captions.jsonl").write_text(
         '{"file": "a.jpg", "caption": "A dog \\ud83d"}\n{"file": "a.jpg", "caption": "\\ud83d\\ude00"}\n'
     )
-    assert open_folder(tmp_path, None)[0].captions == ("A dog \ufffd", "\U0001f600")
+    assert CaptionFolder(tmp_path, None)[0].captions == ("A dog \ufffd", "\U0001f600")
     assert "captions.jsonl, line 1: half of a character" in caplog.text and "line 2" not in caplog.text
     assert texts(["\ud83d dog"]) == ("\ufffd dog",) and plain_text("a\udfffb") == "a\ufffdb"
 

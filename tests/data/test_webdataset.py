@@ -207,7 +207,6 @@ def damaged(root, tmp_path, change):
         (lambda raw: raw[:4200], r"1\.tar: cut off after 4200 bytes, inside '00000\d\."),
         (lambda raw: raw[:1536], r"1\.tar: cut off after 1536 bytes: the end-of-archive mark is missing"),
         (lambda raw: raw[:100], "cut off after 100 bytes"),
-        (lambda raw: b"", "cut off after 0 bytes"),
         (lambda raw: raw[:1] + b"\xff" + raw[2:], r"not a tar header at byte 0: the checksum"),
         (lambda raw: b"<html>no such file</html>".ljust(2048), "not a tar header at byte 0"),
     ],

@@ -129,6 +129,10 @@ def test_a_threshold_from_labels(classifier, pictures, tmp_path, capsys):
     assert limit - 0.001 <= description["threshold"] < above  # the highest grid point that separates the classes
     printed = capsys.readouterr().out
     assert "1 undecided" in printed and "so it is optimistic" in printed
+    grid = ("--threshold-grid", 0, 1, 0.25)
+    run(classifier, "--metric", "f1", "--labels", tmp_path / "annotations.json", "--root", pictures, *grid)
+    description = checkpoint.describe(classifier)
+    assert description["threshold"] in (0, 0.25, 0.5, 0.75, 1) and description["threshold_found"]["grid"] == [0, 1, 0.25]
 
 
 def test_a_bundle_of_one_exit_takes_a_metric(clip_folder, classifier, pictures, tmp_path):
@@ -273,6 +277,7 @@ def test_amending_keeps_the_rest(bundle):
         (("--share", 0.5, "--images", ".", "--boundary", 0.5), "--boundary needs --metric"),
         (("--budget", 0.7, "--images", ".", "--bad-share", 0.1), "--bad-share 0.1 must lie in [0, 1] and needs --labels"),
         (("--metric", "f1", "--labels", "x.json", "--root", ".", "--bad-share", 2), "--bad-share 2 must lie in"),
+        (("--share", 0.5, "--images", ".", "--threshold-grid", 0, 1, 0.1), "a threshold grid needs a metric"),
         (("--share", 0.5, "--images", ".", "--batch-size", 0), "at least 1, found '0'"),
     ],
 )

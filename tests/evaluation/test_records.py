@@ -6,6 +6,7 @@ import pytest
 
 from icar_jax.evaluation.metrics.bootstrap import Interval
 from icar_jax.evaluation.metrics.comparison import Comparison
+from icar_jax.evaluation.metrics.folds import FoldMetrics
 from icar_jax.evaluation.metrics.ratings import OF_DECISIONS, OF_RATINGS, OF_SCORES, Confusion, Estimate
 from icar_jax.evaluation.records import complexity, retrieval
 from icar_jax.evaluation.records.plain import optional, plain
@@ -50,6 +51,10 @@ def complexity_record(metrics):
 
 def test_a_retrieval_evaluation_with_every_field_has_the_known_keys():
     record = retrieval_record()
+    record.runs["full"].folds = FoldMetrics(
+        (1, 1), *[dict.fromkeys([*RECALLS, "median_rank", "mean_rank"], Interval(1.0, 0.0, 2.0))] * 3,
+        (dict.fromkeys(("text_to_image", "image_to_text"), RECALLS | dict.fromkeys(("median_rank", "mean_rank"), 2.0)),) * 2,
+    )  # fmt: skip
     record.runs["full"].thresholds, record.runs["full"].found = (0.5,), {"method": "budget"}
     record.score_calibration = retrieval.ScoreCalibrationResult(
         {3: Affine()}, 1.0, 1.0, {3: Bias(0.5, 0.1)}, "scenes/calibration", 40

@@ -57,6 +57,16 @@ def test_a_score_on_the_threshold_is_not_complex():
     assert th.best_threshold(np.array([0.1, 0.2]), np.array([0, 0]), "f1") == (1.0, 0.0)
 
 
+def test_a_grid_of_ones_own():
+    np.testing.assert_array_equal(th.threshold_grid(0, 1, 0.001), th.GRID)
+    np.testing.assert_array_equal(th.threshold_grid(0.1, 0.5, 0.15), [0.1, 0.25, 0.4])
+    scores, labels = np.array([0.2, 0.4]), np.array([0, 1])
+    assert th.best_threshold(scores, labels, grid=th.threshold_grid(0.1, 0.5, 0.15)) == (0.25, 1.0)
+    for wrong in ((0, 1, 0), (0.5, 0.5, 0.1), (-0.1, 1, 0.1), (0, 1.1, 0.1), (0, 0.1, 0.2)):
+        with pytest.raises(ConfigError, match="expected 0 <= LOW < HIGH <= 1"):
+            th.threshold_grid(*wrong)
+
+
 @pytest.mark.parametrize(
     "scores, labels, metric, message",
     [

@@ -12,7 +12,7 @@ from experiments.retention import (
 from icar_jax.config import ConfigError
 from icar_jax.data.records import record_names
 from icar_jax.data.scenes import Scenes
-from icar_jax.data.sources.folders import open_folder
+from icar_jax.data.sources.folders import CaptionFolder
 from tests.support.image_folders import put_images, put_karpathy
 from tests.support.runs import tiny_config
 
@@ -30,7 +30,7 @@ def photos(tmp_path):
 def test_each_photograph_textures_scenes_of_one_split(photos, tmp_path):
     folder = tmp_path / "shaded"
     shaded_scenes.write_scenes(photos, folder, 64, queries=6, distractors=7)
-    parts = {split: open_folder(str(folder), split) for split in shaded_scenes.TIMES}
+    parts = {split: CaptionFolder(str(folder), split) for split in shaded_scenes.TIMES}
     # The `val` photograph and one of `train` make the queries, two make the distractors, three the training images.
     assert {split: len(part) for split, part in parts.items()} == {"train": 30, "test": 7, "val": 6}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["photos", "shaded"]  # no temporary folders are left
@@ -66,7 +66,7 @@ def test_distractors_come_from_test_if_only_calibration_images_are_held_out(phot
     config = recipes.with_changes(tiny_config(), of_folder)
     images = rows.select_images(config, 5, 3)
     assert [len(part) for part in (images.queries, images.far, images.calibration)] == [6, 3, 5]
-    assert set(record_names(images.far)) <= set(open_folder(str(tmp_path / "shaded"), "test").names)
+    assert set(record_names(images.far)) <= set(CaptionFolder(str(tmp_path / "shaded"), "test").names)
     cut = rows.select_images(config, 3, 2)  # two more than needed for thresholds
     assert [len(part) for part in (cut.far, cut.calibration)] == [2, 3]
     assert not set(record_names(cut.far)) & set(record_names(cut.calibration))

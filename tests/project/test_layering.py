@@ -51,6 +51,7 @@ SUBLAYERS = {
     "data/scenes": set(),
     "data/sources": set(),
     "evaluation/complexity": {"metrics", "routing", "records", "report"},
+    "evaluation/embeddings": {"metrics", "routing", "records", "report"},
     "evaluation/metrics": set(),
     "evaluation/records": {"metrics", "routing"},
     "evaluation/report": {"metrics", "routing", "records"},

@@ -45,7 +45,9 @@ def bundled(runs):
 
 @pytest.fixture(scope="module")
 def metrics(bundled):
-    evaluate(tiny_config("clip"), bundled)
+    config = tiny_config("clip")
+    config.eval.folds = 4
+    evaluate(config, bundled, save_embeddings=True)
     return json.loads((bundled / "metrics.json").read_text())
 
 
@@ -69,6 +71,23 @@ def test_metrics_hold_every_run(metrics):
     check_schema(metrics, (2, 3), 30)
     require_known_keys(metrics, "retrieval")
     assert "colour histograms alone" in " ".join(metrics["notes"])
+
+
+def test_saved_embeddings_give_the_same_metrics(bundled, metrics, tmp_path):
+    saved, config = bundled / "embeddings", tiny_config("clip")
+    exits = [f"images_{name}.npz" for name in metrics["runs"] if name.startswith("exit_")]
+    assert {file.name for file in saved.iterdir()} == {"images.npz", "images_routed.npz", "texts.npz", "labels.json", *exits}
+    for run, name in (("full", "images"), ("routed", "images_routed")):
+        arguments = ["evaluate-embeddings", str(saved / f"{name}.npz"), str(saved / "texts.npz")]
+        arguments += ["--labels", str(saved / "labels.json")]
+        cli.main([*arguments, "--out", str(tmp_path / run), "--folds", "4", "--bootstrap", str(config.eval.bootstrap)])
+        found, expected = json.loads((tmp_path / run / "metrics.json").read_text()), metrics["runs"][run]
+        for direction in DIRECTIONS:
+            assert found[direction] == expected[direction] and found[direction].keys() > {"r1", "median_rank", "map10"}
+            assert found["intervals"][direction]["r5"] == expected["intervals"][direction]["r5"]["value"]
+        assert found["folds"] == expected["folds"] and len(found["folds"]["each"]) == 4
+    assert metrics["runs"]["random"].get("folds") is None
+    assert any("full, mean R@1, 5, 10 of 4 folds" in note for note in metrics["notes"])
 
 
 def test_figures_are_written(bundled, metrics):

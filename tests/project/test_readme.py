@@ -27,7 +27,16 @@ RECIPE = (ROOT / "docs" / "recipe.md", PAGES[-1])  # they write fields without `
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 PROGRAMS = {"train", "evaluate"}  # their flags are absl's
-PROGRAM_FLAGS = {"--workdir", "--coordinator", "--processes", "--process", "--start_timeout_s", "--profile", "--debug"}
+PROGRAM_FLAGS = {
+    "--workdir",
+    "--coordinator",
+    "--processes",
+    "--process",
+    "--start_timeout_s",
+    "--profile",
+    "--save-embeddings",
+    "--debug",
+}
 
 
 def python_blocks(page) -> list[str]:
@@ -180,7 +189,7 @@ def help_of(*words: str) -> str:
 
 @functools.cache
 def commands() -> set[str]:
-    return set(re.search(r"\{([\w,]+)\}", help_of()).group(1).split(","))
+    return set(re.search(r"\{([\w,-]+)\}", help_of()).group(1).split(","))
 
 
 @functools.cache

@@ -114,7 +114,7 @@ def _parquet(path: Path) -> Lines:
 
 
 def _annotations(path: Path) -> Lines:
-    """Reads JSON `{file: score}` or `{file: 0 | 1 | -1}`; duplicate keys are kept as separate lines."""
+    """Reads JSON `{file: score}` or `{file: 0 | 1 | -1}`; duplicate keys are kept as separate lines. Keys may all be URLs."""
 
     class Pairs(list):
         pass
@@ -122,7 +122,8 @@ def _annotations(path: Path) -> Lines:
     found = json_file.read(path, RatingsError, pairs=Pairs)
     if not isinstance(found, Pairs):
         raise RatingsError(f"{path}: expected an object {{file: score}}, found {type(found).__name__}")
-    return Lines("file", list(_checked_keys(found)))
+    urls = bool(found) and all(name.startswith(("http://", "https://")) for name, _ in found)
+    return Lines("url" if urls else "file", list(_checked_keys(found)))
 
 
 def _checked_keys(pairs: list[tuple[str, Any]]) -> Iterator[Line]:

@@ -30,7 +30,7 @@ def read_labels(path: str | os.PathLike) -> dict[str, Labels]:
     table = json_file.parse(data, f"label file {path}", ConfigError)
     if not isinstance(table, dict):
         raise ConfigError(f'label file {path}: expected {{"name or URL": ["label", ...]}}, found a {type(table).__name__}')
-    return {key: _labels(value, f"label file {path}, entry {key!r}") for key, value in table.items()}
+    return {key: labels_of(value, f"label file {path}, entry {key!r}") for key, value in table.items()}
 
 
 def merge_labels(
@@ -55,7 +55,12 @@ def merge_labels(
         used.add(key)
     matched = sum(map(bool, found))
     if not used - {None}:
-        numbers = " Running numbers cannot be used: they shift when a download fails." if _numbers(table) else ""
+        numbers = (
+            " Running numbers cannot be used: they shift when a download fails. `icar labels` joins them with the file that "
+            "they were released with."
+            if _numbers(table)
+            else ""
+        )
         raise ConfigError(
             f"{where}: none of its {len(table)} entries (first: {next(iter(table), None)!r}) is the URL or name of any of the "
             f"{len(names)} images (first: {names[0]!r}{f', {urls[0]}' if urls is not None else ''}).{numbers}"
@@ -64,7 +69,8 @@ def merge_labels(
     return found, f"{where}: {matched} of {len(names)} images have labels; {left} entries match no image"
 
 
-def _labels(value: Any, where: str) -> Labels:
+def labels_of(value: Any, where: str) -> Labels:
+    """The labels in an entry: a list, or an object with the list `categories`. Raises ConfigError."""
     listed = value.get("categories") if isinstance(value, dict) else value
     if not isinstance(listed, list) or not all(isinstance(label, (str, int)) for label in listed):
         raise ConfigError(f'{where}: expected a list of labels, or {{"categories": [...]}}, found {value!r:.80}')

@@ -177,13 +177,13 @@ def _sharded(data: DataConfig) -> RatedSource:
     if ratings.key != "url":
         raise RatingsError(
             f"{ratings.where}: shards are joined by URL, never by running number: expected a CSV or Parquet file with the "
-            "columns url and score"
+            "columns url and score, or a JSON of URL -> score"
         )
     with retrying(data.retries):
         if data.source == "webdataset":
-            source = WebDataset(data.root, ".", captions=False)
+            source = WebDataset(data.root, ".", captions=False, bad_share=data.bad_share)
         else:
-            source = Parquet(data.root, ".", data.image_column, "")
+            source = Parquet(data.root, ".", data.image_column, "", bad_share=data.bad_share)
         urls = _urls(source, (ratings.where, os.stat(ratings.where).st_mtime_ns, source.shards.sha256()))
     names, indices, note = _join(urls, ratings)
     scores = np.array([ratings.scores[name] for name in names], np.float32)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from icar_jax.config import require_local
 from icar_jax.data.images import decode
 from icar_jax.data.records import Record, Source
-from icar_jax.errors import DataError
+from icar_jax.errors import DataError, require_list
 from icar_jax.files.formats import IMAGE_SUFFIXES
 from icar_jax.files.walk import LeftOut, Walk
 
@@ -42,6 +42,7 @@ class ImagePaths:
     """
 
     def __init__(self, named: Sequence[str], lines: Iterable[str] = (), exclude: Sequence[str] = ()):
+        require_list("the files and folders", named)
         self.named, self._lines, self._exclude = [os.fspath(name) for name in named], lines, tuple(exclude)
         self._walk = Walk(self._exclude)
         for name in self.named:

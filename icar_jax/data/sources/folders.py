@@ -1,29 +1,25 @@
-"""Sources for image folders with captions: Karpathy's JSON layout, and captions.csv or captions.jsonl."""
+"""The source of image folders with captions, in all layouts of `caption_files`."""
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 import os
-import posixpath
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from absl import logging
 
 from icar_jax.data.images import decode
 from icar_jax.data.records import Record, Source, name_hash
-from icar_jax.data.sources.names import FileNames, plain_text
+from icar_jax.data.sources import caption_files
+from icar_jax.data.sources.caption_files import Columns, Row, listing, some
+from icar_jax.data.sources.names import FileNames
 from icar_jax.errors import DataError
-from icar_jax.files import json_file, limits
 from icar_jax.files.formats import IMAGE_SUFFIXES
-from icar_jax.files.opening import open_regular, read_regular
 from icar_jax.files.walk import Walk, is_image
 
-CAPTION_FILES = ("captions.csv", "captions.jsonl")
 _NAMES_SHOWN = 5
 
 
@@ -31,46 +27,73 @@ class _Entry(NamedTuple):
     file: str
     captions: tuple[str, ...]
     split: str | None
+    url: str | None
 
 
-class _Photos(Source):
-    """Base of the folder sources: matches caption entries with existing files.
+class CaptionFolder(Source):
+    """Images with captions from one file beside them or elsewhere, or from a text beside each image.
+
+    Args:
+        root: the folder with the caption file and, in `images/` or next to it, the images. Empty if `captions` and `images`
+            say where both are.
+        split: a split that the caption file names; several joined by '+' ('train+restval'); None uses every image.
+        captions: the caption file, relative to `root` or to the current folder; found by its name without.
+        images: the folder of the images, where it is neither `root` nor `images/` in it.
+        columns: columns of a table, keys of JSON lines.
 
     Attributes:
         missing: captioned files of this split that do not exist (skipped with a warning).
         uncaptioned: files of the folder without any caption (skipped with a warning).
         splits: split name -> number of captioned images, missing files included; empty if the file names no splits.
+
+    Raises:
+        FileNotFoundError, ValueError: with the file, the line, what was expected and what was found.
     """
 
-    def __init__(self, root: Path, split: str | None, entries: Sequence[_Entry], where: Path):
-        self.root, self.split = root, split
-        self.name = f"{root.name}/{split}" if split else root.name
+    def __init__(
+        self,
+        root: str | Path,
+        split: str | None = None,
+        captions: str | Path = "",
+        images: str | Path = "",
+        columns: Columns = Columns(),
+    ):
+        self.root, self.split = existing_folder(root or images), split
+        self.name = f"{self.root.name}/{split}" if split else self.root.name
+        where = _named_file(self.root, captions) if captions else _only_file(self.root)
+        self.images = existing_folder(images) if images else caption_files.image_folder(self.root)
+        if where is None:  # the texts lie beside the images
+            found = _found_images(self.images)
+            entries = _captions_beside(self.images, found, self.root)
+            where = self.root
+        else:
+            entries = _merge(caption_files.read_rows(where, self.images, columns), where)
+            found = _found_images(self.images)
+        self._keep(entries, found, where)
+
+    def _keep(self, entries: Sequence[_Entry], found: set[str], where: Path) -> None:
+        """Matches caption entries with existing files, and keeps those of the split."""
+        split = self.split
         if split is not None and not any(e.split for e in entries):
             entries = [e._replace(split=_split_by_name(e.file)) for e in entries]
             logging.warning("%s names no splits: a tenth of the files is used as 'val', the rest as 'train'.", where)
         self.splits = dict(Counter(e.split for e in entries if e.captions and e.split is not None))
         wanted = _wanted_splits(split, self.splits, where)
-        images = root / "images" if (root / "images").is_dir() else root
-        found = image_files(images)
-        if not found:
-            raise FileNotFoundError(
-                f"{images}: no image files ({', '.join(sorted(IMAGE_SUFFIXES))}); {where.name} lists {len(entries)}"
-            )
-
-        names = FileNames(found, images)
+        names = FileNames(found, self.images)
         entries, lost = _on_disk(entries, names, where)
         captioned = {e.file for e in entries if e.captions}
         self.uncaptioned = sorted(({e.file for e in entries} | found) - captioned)
         chosen = [e for e in entries if e.captions and (wanted is None or e.split in wanted)]
         self.missing = [e.file for e in chosen if e.file in lost]
         kept = [e for e in chosen if e.file not in lost]
-        missing = _some([*map(names.named, self.missing[:_NAMES_SHOWN]), *self.missing[_NAMES_SHOWN:]])
+        missing = some([*map(names.named, self.missing[:_NAMES_SHOWN]), *self.missing[_NAMES_SHOWN:]])
         if not chosen:
             raise DataError(f"{where}: no captions for split {split!r}")
         if not kept:
             raise FileNotFoundError(
-                f"{where}: none of the {len(chosen)} captioned files of split {split!r} exist under {images}"
-                f" (first: {missing}). Put the images there, with the same names and suffixes."
+                f"{where}: none of the {len(chosen)} captioned files of split {split!r} exist under {self.images}"
+                f" (first: {missing}). Put the images there, with the same names and suffixes, or name their folder with"
+                " config.data.images"
             )
         if self.missing:
             logging.warning("%s: %d of %d captioned files are missing and skipped: %s",
@@ -78,13 +101,16 @@ class _Photos(Source):
                             missing)  # fmt: skip
         if self.uncaptioned:
             logging.warning("%s: %d files have no caption and are skipped: %s",
-                            self.name, len(self.uncaptioned), _some(self.uncaptioned))  # fmt: skip
-        self.images = images
+                            self.name, len(self.uncaptioned), some(self.uncaptioned))  # fmt: skip
         self.names = [e.file for e in kept]
         self._captions = [e.captions for e in kept]
+        self._urls = [e.url for e in kept]
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def urls(self) -> list[str | None] | None:
+        return list(self._urls) if any(self._urls) else None
 
     def files(self) -> list[str]:
         return [os.path.join(self.images, name) for name in self.names]
@@ -94,76 +120,34 @@ class _Photos(Source):
         return Record(name=self.names[i], image=functools.partial(decode, path), captions=self._captions[i])
 
 
-class KarpathyFolder(_Photos):
-    """A folder with Karpathy's `dataset*.json` and its images in `images/` or next to it.
-
-    Args:
-        root: the folder.
-        split: a split named in the JSON; several joined by '+' ('train+restval'); None uses every image.
-        json_name: the JSON's file name; detected automatically if there is only one `dataset*.json`.
-
-    Raises:
-        FileNotFoundError, ValueError: with the file, what was expected and what was found.
-    """
-
-    def __init__(self, root: str | Path, split: str | None, json_name: str | None = None):
-        root = existing_folder(root)
-        where = root / json_name if json_name else _only_karpathy_json(root)
-        super().__init__(root, split, _merge(_read_karpathy(where), where), where)
-
-
-class CaptionFolder(_Photos):
-    """A folder with `captions.csv` or `captions.jsonl` and its images in `images/` or next to it.
-
-    Each row or line has `file` (relative to the image folder), `caption` and optionally `split`; a file may have
-    several rows. In JSON lines `caption` may be a list. Other columns are ignored.
-
-    Args:
-        root: the folder.
-        split: a value of the `split` column; several joined by '+'; None uses every image.
-
-    Raises:
-        FileNotFoundError, ValueError: with the file, the line number, what was expected and what was found.
-    """
-
-    def __init__(self, root: str | Path, split: str | None = None):
-        root = existing_folder(root)
-        present = [root / name for name in CAPTION_FILES if (root / name).is_file()]
-        if not present:
-            raise FileNotFoundError(f"{root}: expected {' or '.join(CAPTION_FILES)}, found {_listing(root)}")
-        if len(present) > 1:
-            raise DataError(f"{root}: found both {' and '.join(CAPTION_FILES)}; keep one of them")
-        where = present[0]
-        rows = _read_csv(where) if where.suffix == ".csv" else _read_jsonl(where)
-        super().__init__(root, split, _merge(rows, where), where)
-
-
-def open_folder(root: str | Path, split: str | None) -> KarpathyFolder | CaptionFolder:
-    """Opens a folder by the kind of its caption file. Raises FileNotFoundError without one, DataError for several kinds."""
-    root = existing_folder(root)
-    karpathy = sorted(p.name for p in root.glob("dataset*.json"))
-    plain = [name for name in CAPTION_FILES if (root / name).is_file()]
-    if karpathy and plain:
-        raise DataError(f"{root}: several caption files, {', '.join(karpathy + plain)}; keep one of them")
-    if not karpathy and not plain:
-        raise FileNotFoundError(
-            f"{root}: expected dataset*.json (Karpathy) or {' or '.join(CAPTION_FILES)}, found {_listing(root)}"
-        )
-    return KarpathyFolder(root, split) if karpathy else CaptionFolder(root, split)
-
-
-def read_captions(where: str | Path) -> tuple[Path, dict[str, tuple[str, ...]]]:
-    """Reads Karpathy's JSON, a .csv or a .jsonl as the sources do; returns (image folder, relative POSIX path -> captions).
+def read_captions(where: str | Path, columns: Columns = Columns()) -> tuple[Path, dict[str, tuple[str, ...]]]:
+    """Reads a caption file, or a folder with a text beside each image; returns (image folder, relative path -> captions).
 
     Raises FileNotFoundError, ValueError: with the file, the line, what was expected and what was found.
     """
     where = Path(where).expanduser().absolute()
-    readers = {".json": _read_karpathy, ".csv": _read_csv, ".jsonl": _read_jsonl}
-    if where.suffix.lower() not in readers:
-        raise DataError(f"{where}: expected captions in Karpathy's .json layout, a .csv or a .jsonl")
-    entries = _merge(readers[where.suffix.lower()](where), where)
-    folder = where.parent / "images" if (where.parent / "images").is_dir() else where.parent
+    if where.is_dir():
+        entries = _captions_beside(where, _found_images(where), where)
+        return where, {entry.file: entry.captions for entry in entries if entry.captions}
+    folder = caption_files.image_folder(where.parent)
+    entries = _merge(caption_files.read_rows(where, folder, columns), where)
     return folder, {entry.file: entry.captions for entry in entries if entry.captions}
+
+
+def _merge(rows: Iterable[Row], where: Path) -> list[_Entry]:
+    """Merges the rows of each file, in order of first appearance. Raises DataError for a file in two splits."""
+    first: dict[str, Row] = {}
+    captions: dict[str, list[str]] = {}
+    for row in rows:
+        known = first.setdefault(row.file, row)
+        if known.split != row.split:
+            raise DataError(
+                f"{where}, {row.place}: {row.file} is in split {row.split!r}, but in {known.split!r} at {known.place}"
+            )
+        captions.setdefault(row.file, []).extend(row.captions)
+    if not any(captions.values()):
+        raise DataError(f"{where}: contains no captions")
+    return [_Entry(file, tuple(captions[file]), row.split, row.url) for file, row in first.items()]
 
 
 def _on_disk(entries: Sequence[_Entry], names: FileNames, where: Path) -> tuple[list[_Entry], set[str]]:
@@ -177,7 +161,7 @@ def _on_disk(entries: Sequence[_Entry], names: FileNames, where: Path) -> tuple[
         known = joined.get(file)
         if known is not None and known.split != entry.split:
             raise DataError(f"{where}: {entry.file} and {known.file} are the same file, but in two splits")
-        joined[file] = _Entry(file, (known.captions if known else ()) + entry.captions, entry.split)
+        joined[file] = entry._replace(file=file, captions=(known.captions if known else ()) + entry.captions)
     return list(joined.values()), lost
 
 
@@ -195,23 +179,42 @@ def existing_folder(root: str | Path) -> Path:
     return root.resolve()
 
 
-def _only_karpathy_json(root: Path) -> Path:
-    found = sorted(root.glob("dataset*.json"))
-    if not found:
-        raise FileNotFoundError(f"{root}: expected a Karpathy file dataset*.json, found {_listing(root)}")
+def _named_file(root: Path, captions: str | Path) -> Path:
+    """The caption file of this name in the folder, else from the current folder. Raises FileNotFoundError."""
+    named = Path(captions).expanduser()
+    for path in (root / named, named):
+        if path.is_file():
+            return path.resolve()
+    raise FileNotFoundError(f"caption file config.data.json={str(captions)!r} not found; {root} has {listing(root)}")
+
+
+def _only_file(root: Path) -> Path | None:
+    """The caption file of a folder, or None without one. Raises DataError for several."""
+    found = caption_files.caption_files(root)
     if len(found) > 1:
-        raise DataError(f"{root}: several Karpathy files, {', '.join(p.name for p in found)}; choose one with json_name")
-    return found[0]
+        names = ", ".join(path.name for path in found)
+        raise DataError(
+            f"{root}: several caption files, {names}; choose one, such as config.data.json={found[0].name} (of distractors: "
+            f"config.eval.distractors.json={found[0].name})"
+        )
+    return found[0] if found else None
 
 
-def _listing(root: Path) -> str:
-    return _some(sorted(p.name for p in root.iterdir()))
+def _found_images(images: Path) -> set[str]:
+    if not (found := image_files(images)):
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise FileNotFoundError(f"{images}: no image files, expected {suffixes}; found {listing(images)}")
+    return found
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return shown.encode("utf-8", "backslashreplace").decode() + more
+def _captions_beside(images: Path, found: set[str], root: Path) -> list[_Entry]:
+    rows = caption_files.read_beside(images, found)
+    if not any(row.captions for row in rows):
+        raise FileNotFoundError(
+            f"{root}: expected {caption_files.KARPATHY} (Karpathy), {' or '.join(caption_files.TABLES)}, results.csv or .token "
+            f"(Flickr30k), or a .txt beside each image; found {listing(root)}. config.data.json names a caption file elsewhere"
+        )
+    return _merge(rows, root)
 
 
 def image_files(folder: Path) -> set[str]:
@@ -238,94 +241,3 @@ def _wanted_splits(split: str | None, present: dict[str, int], where: Path) -> s
         listed = ", ".join(f"{s} ({n} images)" for s, n in sorted(present.items()))
         raise DataError(f"{where}: no split {', '.join(map(repr, unknown))}; it has {listed}")
     return wanted
-
-
-class _Row(NamedTuple):
-    place: str
-    file: str
-    captions: tuple[str, ...]
-    split: str | None
-
-
-def _row(where: Path, place: str, file: Any, captions: Any, split: Any) -> _Row:
-    if not isinstance(file, str) or not file.strip():
-        raise DataError(f"{where}, {place}: expected a file name, found {file!r}")
-    captions = [captions] if isinstance(captions, str) else captions
-    if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
-        raise DataError(f"{where}, {place}: expected a caption (text, or a list of texts), found {captions!r:.80}")
-    if split is not None and not isinstance(split, str):
-        raise DataError(f"{where}, {place}: expected a split name, found {split!r}")
-    kept = tuple(plain_text(c.strip()) for c in captions if c.strip())
-    if any(c.strip() not in kept for c in captions if c.strip()):
-        logging.warning("%s, %s: half of a character (a lone surrogate) in the caption is read as \ufffd", where, place)
-    return _Row(place, posixpath.normpath(file.strip()), kept, (split or "").strip() or None)
-
-
-def _merge(rows: Iterator[_Row], where: Path) -> list[_Entry]:
-    """Merges the rows of each file, in order of first appearance. Raises DataError for a file in two splits."""
-    first: dict[str, _Row] = {}
-    captions: dict[str, list[str]] = {}
-    for row in rows:
-        known = first.setdefault(row.file, row)
-        if known.split != row.split:
-            raise DataError(
-                f"{where}, {row.place}: {row.file} is in split {row.split!r}, but in {known.split!r} at {known.place}"
-            )
-        captions.setdefault(row.file, []).extend(row.captions)
-    if not any(captions.values()):
-        raise DataError(f"{where}: contains no captions")
-    return [_Entry(file, tuple(captions[file]), row.split) for file, row in first.items()]
-
-
-def _read_karpathy(where: Path) -> Iterator[_Row]:
-    try:
-        data = read_regular(where, limits.JSON_BYTES)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"caption file {where} not found; {where.parent} has {_listing(where.parent)}") from None
-    found = json_file.parse(data, f"{where}: expected Karpathy's JSON with a list `images`")
-    images = found.get("images") if isinstance(found, dict) else found
-    if not isinstance(found, dict) or not isinstance(images, list):
-        raise DataError(f"{where}: expected Karpathy's JSON, an object with a list `images`, found {images!r:.80}")
-    folder = where.parent / "images" if (where.parent / "images").is_dir() else where.parent
-    for number, image in enumerate(images):
-        place = f"images[{number}]"
-        try:
-            file, sentences, split = image["filename"], [s["raw"] for s in image["sentences"]], image.get("split")
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{where}, {place}: expected `filename` and `sentences[*].raw`: {error!r}") from error
-        row = _row(where, place, file, sentences, split)
-        # COCO's JSON stores the subfolder (val2014) separately; some copies of the images are flat.
-        nested = posixpath.join(str(image.get("filepath") or ""), row.file)
-        yield row._replace(file=nested) if nested != row.file and os.path.isfile(folder / nested) else row
-
-
-def _read_csv(where: Path) -> Iterator[_Row]:
-    with open_regular(where) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, strict=True)
-        try:
-            columns = reader.fieldnames or []
-            if not {"file", "caption"} <= set(columns):
-                raise DataError(f"{where}, line 1: expected a header with the columns file and caption, found {columns}")
-            for row in reader:
-                place = f"line {reader.line_num}"
-                if None in row or None in row.values():
-                    raise DataError(
-                        f"{where}, {place}: expected {len(columns)} columns ({', '.join(columns)}), found more or fewer;"
-                        " put captions that contain commas in double quotes"
-                    )
-                yield _row(where, place, row["file"], row["caption"], row.get("split"))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{where}, line {reader.line_num + 1}: not readable as UTF-8 CSV: {error}") from error
-
-
-def _read_jsonl(where: Path) -> Iterator[_Row]:
-    with open_regular(where) as stream:
-        for number, line in enumerate(iter(lambda: stream.readline(limits.LINE_BYTES + 1), b""), start=1):
-            if len(line) > limits.LINE_BYTES:
-                raise DataError(f"{where}, line {number}: longer than the limit of {limits.LINE_BYTES:,} bytes")
-            if not line.strip():
-                continue
-            row = json_file.parse(line, f"{where}, line {number}")
-            if not isinstance(row, dict) or not {"file", "caption"} <= set(row):
-                raise DataError(f"{where}, line {number}: expected an object with `file` and `caption`, found {row!r:.80}")
-            yield _row(where, f"line {number}", row["file"], row["caption"], row.get("split"))

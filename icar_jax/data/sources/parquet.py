@@ -20,7 +20,8 @@ from absl import logging
 from icar_jax.config import ConfigError
 from icar_jax.data.images import decode
 from icar_jax.data.records import Record, Source
-from icar_jax.data.sources.shards import ShardError, Shards, attempt, find_shards, texts, unusable
+from icar_jax.data.sources.shard_paths import find_shards
+from icar_jax.data.sources.shards import ShardError, Shards, attempt, texts_or_fault, unusable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,7 +33,7 @@ class Parquet(Source):
     """Random access to the rows of .parquet files, given as a folder, glob or brace range.
 
     Args:
-        root, split: see `shards.find_shards`.
+        root, split, bad_share: see `shard_paths.find_shards`.
         image_column: bytes, a struct with `bytes` (and `path`), or a path relative to the file's folder or to `root`.
         caption_column: text or a list of texts; dots select fields of structs and lists of structs ('sentences.raw'). A row
             without captions is reported like an unreadable image. Empty: captions are not read.
@@ -50,9 +51,10 @@ class Parquet(Source):
         image_column: str = "image",
         caption_column: str = "caption",
         cache_bytes: int = 256 << 20,
+        bad_share: float = 0.0,
     ):
         self.cache_bytes = cache_bytes
-        self._paths, labels = find_shards(root, split, ".parquet")
+        self._paths, labels = find_shards(root, split, ".parquet", bad_share)
         self.name = f"{Path(root).name}/{split}" if split != "." else Path(root).name
         self._root, self._image = os.path.expanduser(root), image_column
         self._captions = [c for c in caption_column.split(".") if c]
@@ -103,8 +105,9 @@ class Parquet(Source):
         (captions,) = read
         for key in self._captions[1:]:
             captions = _inner(captions, key)
-        if not (found := texts(captions)):
-            return Record(name, functools.partial(unusable, name, f"no caption in column {'.'.join(self._captions)!r}"), ())
+        found, fault = texts_or_fault(captions, f"column {'.'.join(self._captions)!r}")
+        if fault:
+            return Record(name, functools.partial(unusable, name, fault), ())
         return Record(name, functools.partial(self._open, image, self._paths[shard], name), found)
 
     def _open(self, image: Any, file: str, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Shared code of the sharded sources: finding files, reading with bounded retries, and splitting without name lists.
+"""Shared code of the sharded sources: reading with bounded retries, and splitting without name lists.
 
 `reading` records what each thread is reading, so that a stalled run can report it. Retried reads are recorded, so that
 their batch can report them.
@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import hashlib
 import os
-import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,16 +21,14 @@ from typing import Any, TypeVar
 import numpy as np
 from absl import logging
 
-from icar_jax.config import ConfigError, require_local
 from icar_jax.data.images import ImageError
 from icar_jax.data.records import Record, Source, Subset, name_hash
 from icar_jax.data.sources.names import plain_text
-from icar_jax.errors import IcarError
+from icar_jax.errors import DataError, IcarError
 
 RETRIES = 3
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 _OPEN_FILES = 128  # processes are usually limited to 1024 open files
-_NAMES_SHOWN = 5
 _T = TypeVar("_T")
 
 
@@ -231,101 +227,32 @@ def cut_calibration(source: Any, *, seed: int, size: int) -> tuple[Rest, Subset]
     return Rest(source, numbers, name), Subset(source, np.sort(numbers), f"{name}/calibration")
 
 
-def find_shards(root: str, split: str, suffix: str) -> tuple[list[str], list[str]]:
-    """Returns (paths, labels) of the shards in a folder, glob or brace range such as {00000..00123}.tar, in order.
-
-    split: a subfolder, several joined by '+', or '.' for the folder itself; in patterns it is inserted before the file name.
-    Raises ConfigError naming config.data.root if no shards, or not all shards of a brace range, exist.
-    """
-    where = f"config.data.root={root!r}"
-    require_local("config.data.root", root)
-    root = os.path.expanduser(root)
-    found: list[str] = []
-    for part in split.split("+"):
-        if os.path.isdir(root):
-            folder = os.path.join(root, part)
-            if not os.path.isdir(folder):
-                raise ConfigError(
-                    f"{where} has no subfolder {part!r} for the split; it has {_some(_visible(root))}. The shards "
-                    "of a split must be in a subfolder of that name; '.' uses those of the folder itself"
-                )
-            found += _matching(os.path.join(glob.escape(folder), "*" + suffix), folder, suffix, where)
-            continue
-        patterns = [os.path.join(os.path.dirname(p), part, os.path.basename(p)) for p in expand_braces(root)]
-        missing = [p for p in patterns if not glob.has_magic(p) and not os.path.isfile(p)]
-        if missing:
-            raise ConfigError(
-                f"{where}, split {split!r}: {len(missing)} of {len(patterns)} shards do not exist, first "
-                f"{_some([os.path.normpath(p) for p in missing])}"
-            )
-        for pattern in patterns:
-            found += _matching(pattern, pattern, suffix, where) if glob.has_magic(pattern) else [pattern]
-    paths = [os.path.abspath(path) for path in found]
-    if wrong := [p for p in paths if not p.endswith(suffix)]:
-        raise ConfigError(f"{where}: {wrong[0]} is not a {suffix} file; {_compressed(wrong) or 'match only the shards'}")
-    if len(set(paths)) != len(paths):
-        raise ConfigError(f"{where}, split {split!r} names some shards twice; name each only once")
-    common = os.path.commonpath([os.path.dirname(p) for p in paths])
-    return paths, [Path(os.path.relpath(p, common)).as_posix() for p in paths]
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """Expands {000..123} and {a,b} as a shell does; leading zeros set the width. Raises ConfigError for descending ranges."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
-    if not match:
-        return [pattern]
-    low, high, words = match.groups()
-    if words is None:
-        if int(high) < int(low):
-            raise ConfigError(f"config.data.root={pattern!r}: {match[0]} counts down; write the smaller number first")
-        width = len(low) if low.startswith("0") else 0
-        choices: Sequence[str] = [f"{n:0{width}}" for n in range(int(low), int(high) + 1)]
-    else:
-        choices = words.split(",")
-    rests = expand_braces(pattern[match.end() :])
-    return [pattern[: match.start()] + choice + rest for choice in choices for rest in rests]
-
-
-def _matching(pattern: str, place: str, suffix: str, where: str) -> list[str]:
-    found = [p for p in sorted(glob.glob(pattern)) if os.path.isfile(p)]
-    if not found:
-        there = _visible(place) if os.path.isdir(place) else []
-        raise ConfigError(
-            f"{where}: no {suffix} files at {place}; found {_some(there) or 'nothing'}. "
-            f"{_compressed(there) or 'Pass the folder that contains the shards, a glob or a {000..123} range'}"
-        )
-    return found
-
-
-def _visible(folder: str) -> list[str]:
-    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
-
-
-def _compressed(names: Iterable[str]) -> str:
-    if any(name.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")) for name in names):
-        return "Compressed tars have no random access: decompress them first (gunzip *.tar.gz)"
-    return ""
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more
-
-
 def texts(value: Any) -> tuple[str, ...]:
     """Returns the non-empty captions in a value: text, bytes, or nested lists and arrays of them.
 
-    Raises TypeError for any other value.
+    Raises TypeError for any other value, and DataError for bytes that are not UTF-8.
     """
     if value is None:
         return ()
     if isinstance(value, bytes):
-        value = value.decode("utf-8", errors="replace")
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"not UTF-8 (byte {error.start}: {value[error.start]:#04x})") from None
     if isinstance(value, str):
         return (plain_text(value.strip()),) if value.strip() else ()
     if isinstance(value, (list, tuple, np.ndarray)):
         return tuple(text for item in value for text in texts(item))
     raise TypeError(f"expected a caption (text, or a list of texts), found {value!r:.80}")
+
+
+def texts_or_fault(value: Any, where: str) -> tuple[tuple[str, ...], str]:
+    """(captions as `texts`, why there are none or ''); `where` is the member or column, for the reason."""
+    try:
+        found = texts(value)
+    except DataError as error:
+        return (), f"the text of {where} is {error}"
+    return found, "" if found else f"no caption in {where}"
 
 
 def unusable(name: str, reason: str) -> None:

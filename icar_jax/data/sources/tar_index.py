@@ -21,8 +21,8 @@ from icar_jax.data.sources.shards import ShardError, Shards, attempt, retries_no
 from icar_jax.data.sources.tar import Member, TarDamage, members
 from icar_jax.files import json_file
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
-_MAGIC = b"icar_jax index 1\n"
+IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")  # of several in a sample, the first here counts
+_MAGIC = b"icar_jax index 2\n"  # another set of IMAGES changes what an index holds
 _THREADS = 8  # threads that scan shards; they mostly wait for storage
 _MOST_BAD = 20  # bad shards after which scanning stops, to avoid retries on the rest
 _SAVE_EVERY_S = 60.0

@@ -13,7 +13,7 @@ import numpy as np
 from icar_jax.config import ConfigError
 from icar_jax.data.images import decode
 from icar_jax.data.records import Record, Source
-from icar_jax.data.sources.shards import Shards, attempt, texts, unusable
+from icar_jax.data.sources.shards import Shards, attempt, texts_or_fault, unusable
 
 _importing = threading.Lock()
 
@@ -68,8 +68,9 @@ class Tfds(Source):
         example = attempt(path, functools.partial(self._read, i))
         image, captions = _inner(example, self._image), _inner(example, self._captions)
         name = f"{Path(path).name}/{begin + number}"
-        if not (found := texts(captions)):
-            return Record(name, functools.partial(unusable, name, f"no caption in {'.'.join(self._captions)!r}"), ())
+        found, fault = texts_or_fault(captions, f"{'.'.join(self._captions)!r}")
+        if fault:
+            return Record(name, functools.partial(unusable, name, fault), ())
         return Record(name, functools.partial(decode, image, name), found)
 
     def overlaps(self, other: Source) -> bool:

@@ -17,24 +17,30 @@ from tqdm import tqdm
 
 from icar_jax.data.images import decode
 from icar_jax.data.records import Record, Source
-from icar_jax.data.sources.shards import OpenFiles, ShardError, attempt, find_shards, retries_now, retrying, texts, unusable
+from icar_jax.data.sources.shard_paths import find_shards
+from icar_jax.data.sources.shards import OpenFiles, ShardError, attempt, retries_now, retrying, texts, texts_or_fault, unusable
 from icar_jax.data.sources.tar import TarDamage, members
 from icar_jax.data.sources.tar_index import IMAGES, Index, split_name, windowed
 from icar_jax.errors import DataError
 from icar_jax.files import json_file
 
+_RULE = (
+    "WebDataset's rule: the name of a sample ends at the first dot of the file name, so 2024.05.jpg is the member 05.jpg of "
+    "the sample 2024; write other dots as underscores"
+)
 _THREADS = 8  # threads that read URLs; they mostly wait for storage
 
 
 class WebDataset(Source):
     """Random access to the samples of uncompressed .tar shards, given as a folder, glob or brace range.
 
-    Members whose names agree up to the first dot of the file name form a sample. Samples with an image (jpg, jpeg, png, webp)
-    and a txt or json are used; others are skipped with a warning. The captions are the txt or, if that is missing or empty,
-    `caption` or `captions` (text, or a list) of the json. A sample without captions is reported like an unreadable image.
+    Members whose names agree up to the first dot of the file name form a sample, which is WebDataset's own rule. Samples with
+    an image (a suffix of `tar_index.IMAGES`) and a txt or json are used; others are skipped with a warning. The captions are
+    the txt or, if that is missing, empty or not UTF-8, `caption` or `captions` (text, or a list) of the json. A sample without
+    captions is reported like an unreadable image.
 
     Args:
-        root, split: see `shards.find_shards`.
+        root, split, bad_share: see `shard_paths.find_shards`.
         captions: whether to read captions; with False, samples without captions are valid.
 
     Raises:
@@ -42,9 +48,9 @@ class WebDataset(Source):
         ShardError: damaged, compressed or unreadable shards, with names, reasons and their number.
     """
 
-    def __init__(self, root: str, split: str = ".", captions: bool = True):
+    def __init__(self, root: str, split: str = ".", captions: bool = True, bad_share: float = 0.0):
         self._with_captions = captions
-        self._paths, labels = find_shards(root, split, ".tar")
+        self._paths, labels = find_shards(root, split, ".tar", bad_share)
         self.name = f"{Path(root).name}/{split}" if split != "." else Path(root).name
         self._files = OpenFiles()
         index = Index.open(self._paths, labels)
@@ -52,10 +58,12 @@ class WebDataset(Source):
         if not len(self):
             raise ShardError(
                 f"{self._paths[0]} and {len(self._paths) - 1} more: no sample has an image ({', '.join(IMAGES)}) and a txt or "
-                f"json of the same name; {index.left_out} samples lack one of them"
+                f"json of the same name; {index.left_out} samples lack one of them. {_RULE}"
             )
         if index.left_out:
-            logging.warning("%s: %d samples without an image or without txt and json are skipped", self.name, index.left_out)
+            logging.warning(
+                "%s: %d samples without an image or without txt and json are skipped. %s", self.name, index.left_out, _RULE
+            )
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -130,13 +138,16 @@ def _record(span: bytes, label: str, path: str, start: int, with_captions: bool)
 
 def _captions(found: dict[str, bytes]) -> tuple[tuple[str, ...], str]:
     """Returns (captions, reason if there are none)."""
-    if captions := texts(found.get("txt")):
+    captions, fault = texts_or_fault(found.get("txt"), "its txt")
+    if captions:
         return captions, ""
     if "json" not in found:
-        return (), "its txt is empty"
+        return (), fault
     try:
         described = json_file.require_object(json_file.parse(found["json"], "not readable"), "not readable")
         captions = texts([described.get("caption"), described.get("captions")])
     except (ValueError, TypeError, AttributeError) as error:
         return (), f"no caption in its json: {error}"
-    return captions, "" if captions else f"no caption in its txt or json (the json has {', '.join(described) or 'nothing'})"
+    return captions, "" if captions else fault if fault.startswith(
+        "the text"
+    ) else f"no caption in its txt or json (the json has {', '.join(described) or 'nothing'})"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from icar_jax.errors import DataError
+from icar_jax.errors import DataError, require_list
 from icar_jax.evaluation.metrics.retrieval import DIRECTIONS, Distractors, checked, own_captions
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ def precisions(
     image_embed: [N, D]; text_embed: [M, D]; caption_image: [M]. Ties and other arguments are as for `retrieval.ranks`.
     labels: labels of each of the N images, () for none. Distractors without labels are never relevant.
 
-    Raises errors as `retrieval.ranks` does, DataError for a wrong number of labels or no label at all, and ValueError for
-    K < 1.
+    Raises errors as `retrieval.ranks` does, TypeError for labels of an image that are one text, DataError for a wrong number of
+    labels or no label at all, and ValueError for K < 1.
     """
     from icar_jax.evaluation.metrics.ranking import Ranker
 
@@ -63,6 +63,9 @@ def precisions(
     far = distractors.labels if distractors is not None else ()
     far = far or [()] * len(pairs.far_images)
     for name, given, images in (("labels", labels, pairs.images), ("distractors.labels", far, pairs.far_images)):
+        require_list(name, given)
+        for item, each in enumerate(given):
+            require_list(f"{name}[{item}]", each)
         if len(given) != len(images):
             raise DataError(f"{name} must have one entry per image ({len(images)}), () for no labels; found {len(given)}")
     if not any(labels):
@@ -123,6 +126,9 @@ class LabelSets:
     """
 
     def __init__(self, labels: Sequence[Sequence[str]]):
+        require_list("labels", labels)
+        for item, each in enumerate(labels):
+            require_list(f"the labels of item {item}", each)
         numbers: dict[frozenset[str], int] = {}
         self.of = np.array([numbers.setdefault(frozenset(each), len(numbers)) for each in labels], np.int64)
         known = {label: i for i, label in enumerate(sorted(set().union(*numbers)))}

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from icar_jax.errors import DataError
+from icar_jax.errors import DataError, require_list
 from icar_jax.evaluation.metrics.retrieval import DIRECTIONS, RECALL_AT, ranks, recall
 
 _BINS = 4
@@ -37,7 +37,7 @@ def colour_histogram_baseline(
 
     Raises:
         ValueError: no images, different numbers of images and caption lists, an image without captions, or an
-            image that is not uint8 [H, W, 3].
+            image that is not uint8 [H, W, 3]. TypeError: captions of an image that are one text.
     """
     features = _histograms("train", train_images, train_captions)
     gallery = _histograms("test", test_images, test_captions)
@@ -75,6 +75,8 @@ def _histograms(name: str, images: Iterable[np.ndarray], captions: Sequence[Sequ
         raise DataError(f"the colour baseline needs {name} images, found none")
     if len(rows) != len(captions):
         raise ValueError(f"{name}: {len(rows)} images but captions for {len(captions)}; pass one tuple per image")
+    for k, texts in enumerate(captions):
+        require_list(f"{name}_captions[{k}]", texts)
     bare = [k for k, texts in enumerate(captions) if not len(texts)]
     if bare:
         raise DataError(f"{name}: {len(bare)} images have no caption (first: image {bare[0]}); leave them out")

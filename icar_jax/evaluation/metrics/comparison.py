@@ -144,6 +144,29 @@ def intervals(
     }
 
 
+def mean_of_folds(
+    folds: Sequence[RunMetrics], *, n: int = RESAMPLES, seed: int = 0, level: float = LEVEL
+) -> dict[str, dict[str, Interval]]:
+    """Returns 'text_to_image' | 'image_to_text' | 'mean' (of both) -> metric -> its mean over folds of different images.
+
+    Images are drawn within each fold, independently of the others. Raises ValueError without folds.
+    """
+    if not folds:
+        raise ValueError("mean_of_folds needs at least one fold, found none")
+    whole = [_metrics(run, np.ones((1, run.images))) for run in folds]
+    drawn = []
+    for number, run in enumerate(folds):
+        parts = [_metrics(run, counts) for counts in resample_counts(run.images, n, seed + number)]
+        drawn.append({d: {m: np.concatenate([part[d][m] for part in parts]) for m in parts[0][d]} for d in parts[0]})
+    return {
+        d: {
+            m: bounds(float(np.mean([w[d][m] for w in whole])), np.mean([f[d][m] for f in drawn], axis=0), level)
+            for m in by_metric
+        }
+        for d, by_metric in whole[0].items()
+    }
+
+
 def _metrics(run: RunMetrics, counts: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
     """Returns direction or 'mean' -> metric -> [R], for counts [R, N] of how often each image was drawn."""
     found: dict[str, dict[str, np.ndarray]] = {}

@@ -10,6 +10,7 @@ from typing import Any
 
 from icar_jax.evaluation.metrics.bootstrap import Interval
 from icar_jax.evaluation.metrics.comparison import Comparison
+from icar_jax.evaluation.metrics.folds import FoldMetrics
 from icar_jax.evaluation.metrics.retrieval import DIRECTIONS
 from icar_jax.evaluation.records.plain import optional
 from icar_jax.evaluation.routing.frontier import Point
@@ -29,6 +30,7 @@ class Run:
     retention: R@5 (mean of both directions) in percent of full depth; None if undefined.
     intervals: 'text_to_image' | 'image_to_text' | 'mean' -> each of these metrics -> its comparison with full depth.
     thresholds: those of a budget.
+    folds: with config.eval.folds, means over folds; None for runs with several assignments.
     found: how a budget's thresholds were set: the method, the calibration images and what was reached on them.
     """
 
@@ -40,6 +42,7 @@ class Run:
     retention: Interval | None = None
     intervals: dict[str, dict[str, Comparison]] = field(default_factory=dict)
     thresholds: tuple[float, ...] | None = optional()
+    folds: FoldMetrics | None = optional()
     found: dict[str, Any] | None = optional()
 
     def metrics(self, direction: str) -> dict[str, float]:

@@ -24,7 +24,14 @@ from icar_jax.data.records import Source
 from icar_jax.errors import DataError
 from icar_jax.evaluation.metrics import ratings
 from icar_jax.evaluation.routing import budget_search
-from icar_jax.evaluation.routing.thresholds import best_threshold, check_metric, full_shares, thresholds_for_shares
+from icar_jax.evaluation.routing.thresholds import (
+    GRID,
+    best_threshold,
+    check_metric,
+    full_shares,
+    threshold_grid,
+    thresholds_for_shares,
+)
 from icar_jax.inference.budgets import Costs, counted_costs, pack_quantiles, thresholds_for_budget
 from icar_jax.inference.loading import load, load_parts
 from icar_jax.inference.model import Model
@@ -128,22 +135,24 @@ def _routing_record(
 
 
 def classifier_threshold(
-    scored: ScoredImages, metric: str, boundary: float | None, *, resamples: int
+    scored: ScoredImages, metric: str, boundary: float | None, *, resamples: int, grid: Sequence[float] = ()
 ) -> tuple[float, dict[str, Any]]:
     """Chooses a classifier's threshold on labelled images; returns (threshold, record of how it was found).
 
-    boundary: ratings above it are labelled 'complex'; may be None if all ratings are 0 or 1. The record's interval is of the
+    boundary: ratings above it are labelled 'complex'; may be None if all ratings are 0 or 1. grid: (low, high, step) of the
+    thresholds that are tried; empty: 0, 0.001, ..., 1. The record's interval is of the
     metric at the chosen threshold; its bounds are None if there are too few images. Raises ConfigError if labels are missing
     or all of one class.
     """
     labels = binary_labels(scored.complexity, boundary, scored.source.name)
-    threshold, _ = best_threshold(scored.scores, labels, metric)
+    threshold, _ = best_threshold(scored.scores, labels, metric, threshold_grid(*grid) if grid else GRID)
     called = scored.scores > np.float32(threshold)
     return threshold, {
         "method": "metric",
         "metric": metric,
         **asdict(ratings.estimate(metric, called, labels, n=resamples)),
         **({} if boundary is None else {"boundary": boundary}),
+        **({"grid": list(grid)} if grid else {}),
         "complex": int(labels.sum()),
         "called_complex": int(called.sum()),
         **scored.record(),
@@ -180,6 +189,7 @@ def calibrate(
     best_recall: bool = False,
     cost: str | None = None,
     boundary: float | None = None,
+    grid: Sequence[float] = (),
     batch_size: int = 64,
     dtype: str = "float32",
     loading: Mapping[str, Any] | None = None,
@@ -193,6 +203,7 @@ def calibrate(
     max_recall_drop: in percentage points of mean R@5.
     best_recall: with a budget, maximise mean R@5 instead of spreading the budget evenly; see `budget_search`.
     cost: 'counted' (default for budgets) or 'measured' (default for `best_recall` and `max_recall_drop`).
+    boundary, grid: with a metric, as for `classifier_threshold`.
     draw: called with all settings that `max_recall_drop` or `best_recall` tried.
     Raises ConfigError for options that do not apply to the checkpoint or cannot be met, CheckpointError for another kind of
     checkpoint.
@@ -212,6 +223,10 @@ def calibrate(
     bundle = description["kind"] == "bundle"
     if metric is not None:
         check_metric(metric)
+    if grid:
+        if metric is None:
+            raise ConfigError("a threshold grid needs a metric to choose by: pass --metric")
+        threshold_grid(*grid)  # fails before images are scored
     _check_fits(folder, description, metric)
     if max_recall_drop is not None or best_recall:
         return _calibrate_recall(
@@ -230,7 +245,7 @@ def calibrate(
     scored = score_source(load(folder / "complexity" if bundle else folder, batch_size=batch_size, dtype=dtype),
                           source, "calibrate", loading)  # fmt: skip
     if metric is not None:
-        threshold, found = classifier_threshold(scored, metric, boundary, resamples=resamples)
+        threshold, found = classifier_threshold(scored, metric, boundary, resamples=resamples, grid=grid)
         changes = {"threshold": threshold, "threshold_found": found}
         if bundle:
             changes = {"routing": _routing_record(scored, exits, counted, (threshold,), found)}

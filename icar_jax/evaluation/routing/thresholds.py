@@ -18,8 +18,18 @@ METRICS = OF_DECISIONS
 GRID = np.arange(1001) / 1000
 
 
-def best_threshold(scores: np.ndarray, labels: np.ndarray, metric: str = "f1") -> tuple[float, float]:
-    """Returns the threshold on the grid 0, 0.001, ..., 1 that maximises the metric of `score > threshold`, and that maximum.
+def threshold_grid(low: float, high: float, step: float) -> np.ndarray:
+    """float64 [n]: low, low + step, ... up to high. Raises ConfigError unless 0 <= low < high <= 1 and the step fits."""
+    if not (0 <= low < high <= 1 and 1e-6 <= step <= high - low):
+        raise ConfigError(
+            f"threshold grid {low:g} {high:g} {step:g}: expected 0 <= LOW < HIGH <= 1 and a STEP from 0.000001 to HIGH - LOW"
+        )
+    return np.round(low + step * np.arange(int((high - low) / step + 1e-6) + 1), 9)
+
+
+def best_threshold(scores: np.ndarray, labels: np.ndarray, metric: str = "f1", grid: np.ndarray = GRID) -> tuple[float, float]:
+    """Returns the threshold on a grid, by default 0, 0.001, ..., 1, that maximises the metric of `score > threshold`, and that
+    maximum.
 
     scores: [N] in [0, 1]; labels: [N] of 0 (simple) or 1 (complex). Ties go to the highest threshold, and 0/0 rates count
     as 0, as in ICAR's own search. Raises ValueError for invalid metrics, scores or labels.
@@ -28,13 +38,13 @@ def best_threshold(scores: np.ndarray, labels: np.ndarray, metric: str = "f1") -
     scores, labels = checked_scores(scores), np.asarray(labels)
     if labels.shape != scores.shape or not np.isin(labels, (0, 1)).all():
         raise ValueError(f"a threshold needs one label (0 or 1) for each of {len(scores)} scores; found shape {labels.shape}")
-    grid = GRID.astype(np.float32)
+    limits = np.asarray(grid, np.float32)
     complex_, simple = np.sort(scores[labels == 1]), np.sort(scores[labels == 0])
-    fn, tn = np.searchsorted(complex_, grid, side="right"), np.searchsorted(simple, grid, side="right")
+    fn, tn = np.searchsorted(complex_, limits, side="right"), np.searchsorted(simple, limits, side="right")
     values = rate(metric, len(complex_) - fn, len(simple) - tn, tn, fn)
     # Equal fractions computed from different counts may differ by rounding.
     best = np.flatnonzero(values >= values.max() - 1e-12)[-1]
-    return float(GRID[best]), float(values[best])
+    return float(grid[best]), float(values[best])
 
 
 def check_metric(metric: str) -> None:

@@ -55,17 +55,82 @@ def captions(kind: str, folder: Path) -> list[bytes]:
     if kind == "json":
         put_karpathy(folder, [("a.png", "train", ["one"], {}), ("b.png", "val", ["two", "zwei"], {"filepath": ""})])
         return [(folder / "dataset_tiny.json").read_bytes()]
+    if kind == "token":
+        return [b"a.png#0\tone\nb.png#0\ttwo, or so\n", b"image_name| comment_number| comment\na.png| 0| one\nb.png| 1   two\n"]
+    if kind == "beside":
+        return [b"one\ntwo\n", "größer".encode()]
     if kind == "csv":
         return [b'file,caption,split\na.png,one,train\nb.png,"two, or so",val\n']
     return [b'{"file": "a.png", "caption": "one"}\n{"file": "b.png", "caption": ["two", "zwei"], "split": "val"}\n']
 
 
 def read_captions(file: str, folder: Path, data: bytes) -> list:
-    from icar_jax.data.sources.folders import open_folder
+    from icar_jax.data.sources.folders import CaptionFolder
 
     (folder / file).write_bytes(data)
-    source = open_folder(folder, None)
+    source = CaptionFolder(folder, None)
     return [[record.name, list(record.captions), record.image().size] for record in map(source.__getitem__, range(len(source)))]
+
+
+def released_seeds(folder: Path) -> list[bytes]:
+    return [b'{"1": ["cat"], "laion_00000002": {"labels": ["dog"]}}', b'[{"id": "1", "label": 0}, {"imgid": 2, "label": -1}]']
+
+
+def read_released(folder: Path, data: bytes) -> None:
+    from icar_jax.data.ratings.released import join_labels
+
+    (folder / "released.json").write_bytes(data)
+    (folder / "manifest.tsv").write_bytes(b"1\thttps://a.org/1\nlaion_00000002\thttps://a.org/2\n")
+    join_labels(folder / "released.json", manifest=folder / "manifest.tsv")
+
+
+def manifest_seeds(folder: Path) -> list[bytes]:
+    (folder / "released.json").write_bytes(b'{"laion_00000001": ["cat"], "laion_00000002": ["dog"]}')
+    return [b"laion_00000001\thttps://a.org/1\tA cat\nlaion_00000002\thttps://a.org/2\t\n"]
+
+
+def read_manifest(folder: Path, data: bytes) -> None:
+    from icar_jax.data.ratings.released import join_labels
+
+    (folder / "manifest.tsv").write_bytes(data)
+    join_labels(folder / "released.json", manifest=folder / "manifest.tsv")
+
+
+def embedding_seeds(kind: str, folder: Path) -> list[bytes]:
+    rows, names = np.eye(4, 3, dtype=np.float32) + 0.5, np.array(["a", "b", "c", "d"])
+    stream = io.BytesIO()
+    if kind == "parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.table({"embedding": rows.tolist(), "name": names.tolist()}), stream)
+    else:
+        np.savez(stream, embeddings=rows, names=names)
+    return [stream.getvalue()]
+
+
+def read_embedding_file(kind: str, folder: Path, data: bytes) -> None:
+    from icar_jax.evaluation.embeddings.files import read_embeddings
+
+    (folder / f"images.{kind}").write_bytes(data)
+    found = read_embeddings(folder / f"images.{kind}")
+    if np.abs(np.linalg.norm(found.rows, axis=1) - 1).max() > 0.01:
+        raise WrongSilence(f"rows of length {np.linalg.norm(found.rows, axis=1)}")
+
+
+def pair_seeds(kind: str, folder: Path) -> list[bytes]:
+    (folder / "images.npz").write_bytes(embedding_seeds("npz", folder)[0])
+    return [b"[0, 1, 2, 3]", b'["a", "c", "b", "d"]'] if kind == "json" else [b"text,image\na,d\nb,c\nc,b\nd,a\n"]
+
+
+def read_pair_file(kind: str, folder: Path, data: bytes) -> None:
+    from icar_jax.evaluation.embeddings.files import read_embeddings, read_pairs
+
+    (folder / f"pairs.{kind}").write_bytes(data)
+    both = read_embeddings(folder / "images.npz")
+    found = read_pairs(folder / f"pairs.{kind}", both, both)
+    if found.shape != (4,) or not ((found >= 0) & (found < 4)).all():
+        raise WrongSilence(f"pairs {found}")
 
 
 def rating_seeds(kind: str, folder: Path) -> list[bytes]:

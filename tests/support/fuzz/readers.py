@@ -23,17 +23,25 @@ from tests.support.fuzz.descriptions import (
 )
 from tests.support.fuzz.media import (
     captions,
+    embedding_seeds,
     handmade_images,
     image_seeds,
     label_seeds,
+    manifest_seeds,
+    pair_seeds,
     parquet_seeds,
     rating_seeds,
     read_captions,
+    read_embedding_file,
     read_image,
     read_label_file,
+    read_manifest,
+    read_pair_file,
     read_parquet,
     read_rating_file,
+    read_released,
     read_tar,
+    released_seeds,
     tar_seeds,
 )
 from tests.support.fuzz.mutations import change_bytes, change_json, change_lines
@@ -92,6 +100,15 @@ def make_readers() -> list[Reader]:
         Reader("captions.csv", p(captions, "csv"), p(read_captions, "captions.csv"), change_lines),
         Reader("captions.jsonl", p(captions, "jsonl"), p(read_captions, "captions.jsonl"), change_lines,
                make_handmade=p(refused, nested=DEPTHS, list=b"[]")),
+        Reader("captions.token", p(captions, "token"), p(read_captions, "results.token"), change_lines),
+        Reader("captions beside", p(captions, "beside"), p(read_captions, "images/a.txt"), change_lines),
+        Reader("released labels", released_seeds, read_released, change_json,
+               make_handmade=p(refused, nested=DEPTHS, number=b"3")),
+        Reader("manifest", manifest_seeds, read_manifest, change_lines),
+        *(Reader(f"embeddings.{kind}", p(embedding_seeds, kind), p(read_embedding_file, kind), change_bytes, 1_700)
+          for kind in ("npz", "parquet")),
+        *(Reader(f"pairs.{kind}", p(pair_seeds, kind), p(read_pair_file, kind), change)
+          for kind, change in (("json", change_json), ("csv", change_lines))),
         *(Reader(f"ratings.{kind}", p(rating_seeds, kind), p(read_rating_file, f"labels.{kind}"), change)
           for kind, change in (("json", change_json), ("csv", change_lines), ("txt", change_lines))),
         Reader("labels", label_seeds, read_label_file, change_json,
