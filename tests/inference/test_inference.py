@@ -144,7 +144,7 @@ def test_empty_lists(model):
 def test_mistakes_end_in_clear_errors(model, clip_folder, complexity_folder, tmp_path):
     with pytest.raises(ValueError, match=r"exit=9 has no head.*\(1, 2, 3\)"):
         model.encode_image(pictures(1), exit=9)
-    with pytest.raises(TypeError, match="list of strings"):
+    with pytest.raises(TypeError, match="must be a list or tuple of texts"):
         model.encode_text("one caption")
     for single in ("a.png", pictures(1)[0], Image.fromarray(pictures(1)[0])):
         with pytest.raises(TypeError, match="list of images"):
