@@ -9,6 +9,8 @@ after blocks 6 to 12 learn a common space, and each reads the last four blocks u
 run once over the photographs, and their outputs are kept on disk: training takes minutes on two CPU cores. docs/lit.md shows it
 all.
 
+`:reduced` merges tokens on the way (ToMe, 0.8 of the FLOPs of the image tower).
+
     python train.py --config=configs/lit.py:unlocked --config.data.root=PHOTOS --config.train.init=workdir/lit \\
         --workdir=workdir/lit_unlocked
 
@@ -26,7 +28,7 @@ from icar_jax.config import (
     TrainConfig,
 )
 
-ARGUMENTS = ("locked", "unlocked")
+ARGUMENTS = ("locked", "reduced", "unlocked")
 EXITS = (6, 7, 8, 9, 10, 11)
 
 
@@ -35,7 +37,9 @@ def get_config(how: str = "locked") -> ExperimentConfig:
     data = DataConfig(
         source="folder", resize="squash", interpolation="init", normalise="init", flip=True, calibration_size=500,
     )  # fmt: skip
-    if how == "locked":
+    if how == "reduced":
+        clip.reduce, clip.reduce_to = "tome", 0.8
+    if how in ("locked", "reduced"):
         clip.head, clip.embed_dim, clip.projection, clip.projection_width = "cls_mean", 512, "linear_mlp", 1024
         clip.head_blocks, clip.text_head_blocks = 4, 3
         return ExperimentConfig(

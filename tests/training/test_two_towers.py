@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 
+from configs import lit
 from icar_jax import checkpoint, pytree
 from icar_jax.config import ConfigError, from_dict
 from icar_jax.training import frozen_outputs
@@ -195,3 +196,12 @@ def test_batches_of_captions_leave_padding_out():
         assert np.array_equal(some, tokens[rows, : some.shape[1]]) and not tokens[rows, some.shape[1] :].any()
     (everything, whole), *_ = frozen_outputs._by_length(tokens, -1, 8)
     assert everything.tolist() == [0, 1, 2, 3, 4] and whole.shape == tokens.shape
+
+
+def test_the_recipe_and_its_form_with_fewer_tokens():
+    locked, reduced = (lit.get_config(how) for how in ("locked", "reduced"))
+    assert (reduced.clip.reduce, reduced.clip.reduce_to) == ("tome", 0.8)
+    reduced.clip.reduce, reduced.clip.reduce_to = locked.clip.reduce, locked.clip.reduce_to
+    assert reduced == locked and locked.clip.head_blocks <= min(locked.clip.exits)
+    with pytest.raises(ConfigError, match="use configs/lit.py:locked, :reduced, :unlocked"):
+        lit.get_config("frozen")
