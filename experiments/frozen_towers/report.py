@@ -54,8 +54,12 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 def _same_cost(m: Mapping[str, Any]) -> list[str]:
     """Names in the times of rows with the same tower as a row's, at its exit."""
-    name = m["row"].removesuffix("_untrained")
-    return [f"{each}@{m['exit']}" for each in (name, f"{name}_exits")]
+    return [f"{each}@{m['exit']}" for each in (m["row"], tower_of(m["row"]), f"{tower_of(m['row'])}_exits")]
+
+
+def tower_of(row: str) -> str:
+    """Returns the name of a row without what says how its heads were trained."""
+    return row.removesuffix("_untrained").removesuffix("_exits")
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:

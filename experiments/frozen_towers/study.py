@@ -238,10 +238,17 @@ def _bank(args: argparse.Namespace, seed: int) -> tuple[np.ndarray, float]:
 
 
 def _seconds(chosen: Sequence[Row], made: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> dict[str, float]:
-    """{'row@exit': median seconds an image}, all taking turns; untrained rows cost what trained ones do."""
-    known = {row.name: row for row in chosen if row.trained}
-    towers = {name: _tower(row, args.seeds[0], args) for name, row in known.items()}
-    return measure.seconds({f"{m['row']}@{m['exit']}": (towers[m["row"]], m["exit"]) for m in made if m["row"] in known})
+    """{'row@exit': median seconds an image}, all taking turns.
+
+    Rows on the same tower take the same time: untrained ones are timed where no trained one is, and at full depth alone.
+    """
+    known = {row.name: _tower(row, args.seeds[0], args) for row in chosen if row.trained}
+    timed = {f"{m['row']}@{m['exit']}": (known[m["row"]], m["exit"]) for m in made if m["row"] in known}
+    for row in chosen:
+        name, depth = report.tower_of(row.name), known[RECIPE].graph.arch.vision.depth
+        if not row.trained and not {f"{name}@{depth}", f"{name}_exits@{depth}"} & timed.keys():
+            timed[f"{name}@{depth}"] = (_tower(row, args.seeds[0], args), depth)
+    return measure.seconds(timed)
 
 
 def _router(text: str) -> tuple[str, Path]:
