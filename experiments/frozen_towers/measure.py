@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,15 +50,19 @@ class Tower:
     tokenizer: Tokenizer
 
 
+def arch_of(model: Path, row: Row | None = None) -> ClipArch:
+    """The architecture of the checkpoint `model`; a `row` that is not trained has its reduction put into the tower."""
+    arch = from_dict(checkpoint.describe(model)["arch"], ClipArch, f"{model}: arch")
+    if row is None or row.trained:
+        return arch
+    return dataclasses.replace(arch, vision=reduced_vision(arch.vision, row.reduce, share=row.share))
+
+
 def read(model: Path, row: Row | None = None) -> Tower:
-    """Reads the checkpoint `model`; a `row` that is not trained has its reduction put into the tower."""
+    """Reads the checkpoint `model` with the architecture of `arch_of`."""
     found = checkpoint.read(model, "clip")
-    arch = from_dict(found.description["arch"], ClipArch, f"{model}: arch")
-    if row is not None and not row.trained:
-        vision = reduced_vision(arch.vision, row.reduce, share=row.share)
-        arch = ClipArch(vision, arch.text, arch.temperature, arch.logit_bias)
     preprocess = Preprocess.from_dict(found.description["preprocess"])
-    return Tower(Clip.graph(arch), found.params, preprocess, Tokenizer.from_json(found.tokenizer))
+    return Tower(Clip.graph(arch_of(model, row)), found.params, preprocess, Tokenizer.from_json(found.tokenizer))
 
 
 def embed(tower: Tower, source: Source) -> Embedded:

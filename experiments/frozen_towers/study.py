@@ -106,11 +106,10 @@ def _embedded(row: Row, seed: int, args: argparse.Namespace) -> Embedded:
     kept = folder / f"{args.split}.npz"
     if not kept.exists():
         print(f"== {row.name}, seed {seed}", flush=True)
-        owner = row if row.trained else rows()[RECIPE]
-        trained = Path(args.out) / owner.name / str(seed)
-        if not (trained / "model").exists():
-            train(_settings(owner, seed, args), trained)
-        e = measure.embed(measure.read(trained / "model", row), _source(args))
+        model = _model(row, seed, args)
+        if not model.exists():
+            train(_settings(row if row.trained else rows()[RECIPE], seed, args), model.parent)
+        e = measure.embed(measure.read(model, row), _source(args))
         folder.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()
         np.savez(content, texts=e.texts, owner=e.owner, **{f"exit_{exit}": z for exit, z in e.by_exit.items()})
@@ -124,8 +123,13 @@ def _source(args: argparse.Namespace) -> Source:
     return configured.validation_source(_settings(rows()[RECIPE], 0, args))
 
 
+def _model(row: Row, seed: int, args: argparse.Namespace) -> Path:
+    """The checkpoint of a row: its own, or the recipe's."""
+    return Path(args.out) / (row.name if row.trained else RECIPE) / str(seed) / "model"
+
+
 def _tower(row: Row, seed: int, args: argparse.Namespace) -> measure.Tower:
-    return measure.read(Path(args.out) / (row.name if row.trained else RECIPE) / str(seed) / "model", row)
+    return measure.read(_model(row, seed, args), row)
 
 
 # --- what is reported --------------------------------------------------------------------------------------------------------
@@ -138,10 +142,10 @@ def _rows(
     """Every row at every exit: mean recall with its interval, and what it keeps of both baselines at full depth."""
     by_seed = lambda row, exit: np.array([drawn[row, exit, seed] for seed in args.seeds])
     full = {name: max(next(iter(found[name].values())).by_exit) for name in (LAST_BLOCK, RECIPE)}
-    whole = _tower(rows()[LAST_BLOCK], args.seeds[0], args).graph.arch
+    whole = measure.arch_of(_model(rows()[LAST_BLOCK], args.seeds[0], args))
     made = []
     for row in chosen:
-        arch = _tower(row, args.seeds[0], args).graph.arch
+        arch = measure.arch_of(_model(row, args.seeds[0], args), row)
         cost = measure.counted(arch, whole)
         for exit in reversed(arch.vision.all_exits):
             values = by_seed(row.name, exit)
@@ -167,6 +171,7 @@ def _routing(
         scores[name] = score_source(model, source, f"score with {name}").scores
         if len(scores[name]) != count:
             raise ConfigError(f"--router {name} read {len(scores[name])} images of {source.name}, the CLIP {count}")
+    banks = {seed: _bank(args, seed) for seed in by_seed}
     made, n = [], len(next(iter(by_seed.values())).owner)
     for exit in sorted(next(iter(by_seed.values())).by_exit)[:-1]:
         hits: dict[tuple[str, int], Hits] = {}
@@ -179,7 +184,7 @@ def _routing(
             regret = _regret(alone[exit], alone[depth])
             moved["lose"].append(100 * float(np.mean(regret > 0)))
             moved["gain"].append(100 * float(np.mean(regret < 0)))
-            own = {**scores, "confidence": _entropy(two[exit], *_bank(args, seed))}
+            own = {**scores, "confidence": _entropy(two[exit], *banks[seed])}
             taken = {name: np.where(np.argsort(np.argsort(s, kind="stable")) < half, exit, depth) for name, s in own.items()}
             taken["oracle"] = oracle_exits_at_share(alone, {exit: half, depth: count - half}, (1, 5, 10))
             draws = [random_exits(taken["oracle"], draw) for draw in range(DRAWS)]
@@ -205,8 +210,8 @@ def _routing(
 def _regret(early: Ranks, full: Ranks) -> np.ndarray:
     """float64 [N]: mean recall at 1, 5 and 10 in both directions that an image and its captions lose by leaving early."""
     a, b = (seeds.mean_recall_hits(each) for each in (early, full))
-    lost = lambda h: h.text_to_image / h.captions + h.image_to_text
-    return (lost(b) - lost(a)) / 2
+    own = lambda h: (h.text_to_image / h.captions + h.image_to_text) / 2
+    return own(b) - own(a)
 
 
 def _entropy(images: np.ndarray, bank: np.ndarray, scale: float) -> np.ndarray:

@@ -145,7 +145,7 @@ def test_a_broken_download_goes_on_where_it_stopped(hub, source, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1024)
     hub.add(NAME, source)
     hub.cut_after = 8 * 1024
-    try:  # newer versions of huggingface_hub go on by themselves
+    try:  # newer versions of huggingface_hub resume within the call
         open_source(NAME)
     except ConvertError as error:
         assert "try again, which goes on where it stopped" in str(error)
